@@ -1,0 +1,293 @@
+"""Pieces of configuration parsing: ensemble files, members, names and weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
+from lm_eval_deepen.config_weights import parse_temperature, parse_weights
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+
+# Arguments of `from_pretrained` that are accepted without `hf_kwargs`.
+FROM_PRETRAINED_KEYS: tuple[str, ...] = (
+    "attn_implementation",
+    "cache_dir",
+    "code_revision",
+    "device_map",
+    "experts_implementation",
+    "load_in_4bit",
+    "load_in_8bit",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "quantization_config",
+    "token",
+    "use_safetensors",
+    "variant",
+)
+MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"})
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+PATH_KEYS = ("pretrained", "tokenizer", "peft", "delta")  # arguments that may name a local folder
+
+
+def given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have a value; None stands for "not given"."""
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def is_ensemble_file(value: Any) -> bool:
+    """Tell whether `pretrained` names an ensemble file rather than a model."""
+    return (
+        isinstance(value, str)
+        and value.lower().endswith(FILE_SUFFIXES)
+        and not os.path.isdir(os.path.expanduser(value))
+    )
+
+
+def read_ensemble_file(name: str) -> dict[str, Any]:
+    """Return the keys of an ensemble file; model folders found beside it are made reachable from here.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, holds no mapping, or names another ensemble file.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"pretrained={name}: this ensemble file does not exist (looked in {path.absolute().parent}); "
+            "give the path of an existing file, or a model"
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ensemble file {path} is not valid YAML: {error}; correct it") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}"
+        )
+    found = given(_beside(raw, path.parent))
+    if is_ensemble_file(found.get("pretrained")):
+        raise ConfigError(
+            f"ensemble file {path}: pretrained={found['pretrained']} is an ensemble file too; "
+            "name the main model there"
+        )
+    members = found.get("members")
+    if isinstance(members, str):
+        found["members"] = members = _split(members)
+    if isinstance(members, (list, tuple)):
+        found["members"] = [_beside(member, path.parent) for member in members]
+    return found
+
+
+def merge_file(name: str, inline: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an ensemble file, overridden by the keys given beside `pretrained`."""
+    found = read_ensemble_file(name)
+    if "members" in inline:
+        found.pop("pretrained", None)
+    members = found.get("members")
+    if "weights" in inline and isinstance(members, list):
+        found["members"] = [
+            {key: value for key, value in member.items() if key != "weight"}
+            if isinstance(member, Mapping)
+            else member
+            for member in members
+        ]
+    return found | {key: value for key, value in inline.items() if key != "pretrained"}
+
+
+def _beside(member: Any, folder: Path) -> Any:
+    """Return a member (or a file's top level) whose relative paths reach folders beside the file."""
+    if isinstance(member, str):
+        return _beside({"pretrained": member}, folder)["pretrained"]
+    if not isinstance(member, Mapping):
+        return member
+    resolved = dict(member)
+    for key in PATH_KEYS:
+        value = member.get(key)
+        if isinstance(value, str) and value and not os.path.isabs(value) and (folder / value).exists():
+            resolved[key] = os.path.normpath(folder / value)
+    return resolved
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split("+")]
+
+
+def parse_members(
+    raw: Any,
+    defaults: Mapping[str, Any],
+    weights: Any,
+    *,
+    accepted: frozenset[str],
+    elsewhere: Mapping[str, str],
+) -> tuple[MemberConfig, ...]:
+    """Return the members of an ensemble, the main member first.
+
+    Args:
+        raw: the value of `members`: ``A+B``, a list of names or mappings, or None for one member.
+        defaults: loading arguments given beside `members`, `pretrained` and `hf_kwargs` among them.
+        weights: the value of `weights`, or None.
+        accepted: keys a member may have besides `MEMBER_KEYS`.
+        elsewhere: other known keys -> what is said about one that is found inside a member.
+    """
+    entries = member_entries(raw, defaults)
+    full = [merge_defaults(entry, defaults, i) for i, entry in enumerate(entries)]
+    for i, entry in enumerate(full):
+        check_member_keys(entry, i, accepted, elsewhere)
+        check_paths(entry, i)
+    main = defaults.get("pretrained", full[0]["pretrained"])
+    if _same(main) != _same(full[0]["pretrained"]):
+        raise ConfigError(
+            f"pretrained={main} is not the first of members ({full[0]['pretrained']}); "
+            "members includes the main member, first: put it there, or leave pretrained out"
+        )
+    shares = parse_weights(weights, [entry.get("weight") for entry in full])
+    names = member_names(full)
+    return tuple(
+        MemberConfig(
+            name=name,
+            pretrained=entry["pretrained"],
+            weight=share,
+            temperature=parse_temperature(entry.get("temperature", DEFAULT_TEMPERATURE), name),
+            loading=FrozenDict({k: v for k, v in entry.items() if k not in MEMBER_KEYS}),
+            hf_kwargs=FrozenDict(entry.get("hf_kwargs", {})),
+        )
+        for name, entry, share in zip(names, full, shares, strict=True)
+    )
+
+
+def member_entries(raw: Any, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one mapping of given keys per member."""
+    if raw is None and "pretrained" not in defaults:
+        raise ConfigError(
+            "no member: give pretrained=MODEL, or members=MODEL+MODEL with the main member first"
+        )
+    if raw is None:
+        return [{}]
+    if isinstance(raw, str):
+        raw = _split(raw) if raw.strip() else []
+    if not isinstance(raw, (list, tuple)):
+        raise ConfigError(
+            f"members must be a list of models, or A+B inline; got {type(raw).__name__}: {raw!r}"
+        )
+    if not raw:
+        raise ConfigError("members is empty: name at least one model, the main member first")
+    entries = []
+    for i, entry in enumerate(raw):
+        if isinstance(entry, str):
+            entry = {"pretrained": entry.strip()}
+        if not isinstance(entry, Mapping):
+            raise ConfigError(
+                f"members[{i}] must be a model's name, as text, or a mapping with pretrained; got {entry!r}"
+            )
+        entries.append(given(entry))
+    return entries
+
+
+def merge_defaults(entry: Mapping[str, Any], defaults: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Return a member's keys over the ensemble's defaults, with a checked `pretrained`."""
+    merged = {**defaults, **entry}
+    where = f"members[{i}]"
+    for part in (defaults, entry):
+        if not isinstance(part.get("hf_kwargs", {}), Mapping):
+            raise ConfigError(f"{where}: hf_kwargs must be a mapping; got {part['hf_kwargs']!r}")
+    kwargs = {**defaults.get("hf_kwargs", {}), **entry.get("hf_kwargs", {})}
+    merged.pop("hf_kwargs", None)
+    if kwargs:
+        merged["hf_kwargs"] = kwargs
+    for key in PATH_KEYS:
+        if isinstance(merged.get(key), os.PathLike):
+            merged[key] = os.fspath(merged[key])
+        if isinstance(merged.get(key), str) and merged[key].startswith("~"):
+            merged[key] = os.path.expanduser(merged[key])
+    pretrained = merged.get("pretrained")
+    if not isinstance(pretrained, str) or not pretrained.strip():
+        raise ConfigError(
+            f"{where}: pretrained must be a hub name or a path, as text; got {pretrained!r} "
+            "(quote it if it is a number)"
+        )
+    if is_ensemble_file(pretrained):
+        raise ConfigError(f"{where}: pretrained={pretrained} is an ensemble file; a member is one model")
+    return merged
+
+
+def check_member_keys(
+    entry: Mapping[str, Any], i: int, accepted: frozenset[str], elsewhere: Mapping[str, str]
+) -> None:
+    """Raise ConfigError for a key that a member does not take, or takes in another place."""
+    known = MEMBER_KEYS | accepted
+    for key in entry:
+        if key in elsewhere:
+            raise ConfigError(f"members[{i}] ({entry['pretrained']}): {key} {elsewhere[key]}")
+        if key not in known:
+            raise ConfigError(unknown_key(key, known, f"members[{i}] ({entry['pretrained']}): "))
+    for key in entry.get("hf_kwargs", {}):
+        if key in MEMBER_KEYS or (key in accepted and key not in FROM_PRETRAINED_KEYS) or key in entry:
+            raise ConfigError(
+                f"members[{i}] ({entry['pretrained']}): hf_kwargs holds {key!r}, an argument of its own; "
+                f"give {key} beside pretrained, once"
+            )
+    for key, value in entry.items():
+        try:
+            freeze(value)
+        except ConfigError as error:
+            raise ConfigError(f"members[{i}] ({entry['pretrained']}): {key}: {error}") from error
+
+
+def unknown_key(key: Any, known: Sequence[str] | frozenset[str], where: str = "") -> str:
+    """Return the message for a key nobody takes."""
+    return (
+        f"{where}unknown key {key!r}.{did_you_mean(str(key), sorted(known))} "
+        "Correct it, or pass an argument of from_pretrained inside hf_kwargs"
+    )
+
+
+def check_paths(entry: Mapping[str, Any], i: int) -> None:
+    """Raise ConfigError where an argument is spelled as a path and nothing is there."""
+    for key in PATH_KEYS:
+        value = entry.get(key)
+        if not isinstance(value, str) or not re.match(r"(/|\.\.?(/|$)|~)", value):
+            continue
+        if not os.path.exists(value):
+            raise ConfigError(
+                f"members[{i}]: {key}={value} does not exist (looked from {os.getcwd()}); "
+                "correct the path, or give a hub name without a leading '/', './' or '~'"
+            )
+
+
+def _same(pretrained: Any) -> Any:
+    """Return a form of `pretrained` in which equal models are equal."""
+    if isinstance(pretrained, os.PathLike):
+        pretrained = os.fspath(pretrained)
+    return os.path.expanduser(pretrained).rstrip("/") if isinstance(pretrained, str) else pretrained
+
+
+def member_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the given or derived names, or raise ConfigError where two are the same."""
+    names: list[str] = []
+    for i, entry in enumerate(entries):
+        name = entry.get("name", default_name(entry))
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(
+                f"members[{i}]: name must be non-empty text; got {name!r} (quote it if it is a number)"
+            )
+        if name in names:
+            raise ConfigError(
+                f"members[{names.index(name)}] and members[{i}] are both named {name!r}; "
+                "give each a `name` of its own (in JSON or YAML)"
+            )
+        names.append(name)
+    return names
+
+
+def default_name(entry: Mapping[str, Any]) -> str:
+    """Return the last path component of `pretrained`, with ``@revision`` where one is given."""
+    name = os.path.basename(os.path.normpath(entry["pretrained"]))
+    if name in (".", ".."):
+        name = os.path.basename(os.path.abspath(entry["pretrained"]))
+    revision = entry.get("revision", "main")
+    return name if revision == "main" else f"{name}@{revision}"
