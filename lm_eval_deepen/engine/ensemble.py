@@ -1,0 +1,187 @@
+"""Members plus a fuser: one next-token distribution from several models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.fusion import methods
+from lm_eval_deepen.fusion.seam import Fuser, MemberView
+from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.relative.store import MatrixStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Ensemble:
+    """Several members evaluated as one model.
+
+    Attributes:
+        config: what was asked for.
+        members: all members, the main member first.
+        fuser: None where fusion is skipped: one member, or all weight on the main member.
+        weights: one weight per member [M], fp32, sum 1.
+    """
+
+    config: EnsembleConfig
+    members: tuple[Member, ...]
+    fuser: Fuser | None
+    weights: Tensor
+    trace: Trace
+
+    @classmethod
+    def load(cls, config: EnsembleConfig, device: str | None = None) -> Ensemble:
+        """Load every member, then prepare fusion (matrices are built on first use).
+
+        Raises:
+            MemberError: a member cannot be loaded; never replaced by the others.
+            VocabularyError: a tokenizer without a byte mapping, or members without common anchors.
+            MatrixError: a relative matrix that cannot be used.
+        """
+        members = tuple(Member.load(member, device) for member in config.members)
+        return cls.assemble(config, members)
+
+    @classmethod
+    def assemble(cls, config: EnsembleConfig, members: Sequence[Member]) -> Ensemble:
+        """Build the ensemble around members that are loaded already."""
+        weights = torch.tensor([member.weight for member in config.members], dtype=torch.float32)
+        fuser = None
+        if len(members) > 1 and config.members[0].weight < 1:
+            method = methods()[config.method].options(**config.options_dict())
+            fuser = method.build([view(member) for member in members], MatrixStore(config.matrix_dir))
+        names = [member.name for member in members]
+        return cls(config, tuple(members), fuser, weights, Trace(names))
+
+    @property
+    def main(self) -> Member:
+        """The member whose vocabulary is generated in."""
+        return self.members[0]
+
+    @property
+    def active(self) -> tuple[Member, ...]:
+        """The members that are run: all of them, or the main one where fusion is skipped."""
+        return self.members if self.fuser else self.members[:1]
+
+    @cached_property
+    def siblings(self) -> frozenset[int]:
+        """Indices of active members with the main member's tokenizer: its tokens are their tokens."""
+        if len(self.active) == 1:
+            return frozenset({0})
+        own = self.main.codec.identity
+        return frozenset(m for m, member in enumerate(self.active) if member.codec.identity == own)
+
+    def path(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
+        """Return the tokens of active member `m` for its prompt and the continuation after it.
+
+        Args:
+            m: which member.
+            prompt: its prompt.
+            main_ids: the continuation as the main member's tokens, which it keeps as they were chosen.
+            data: the continuation as bytes, which the other members encode canonically.
+
+        Returns:
+            Token ids, or None where the member cannot spell the bytes and sits out.
+        """
+        if m in self.siblings:
+            return prompt.ids + main_ids
+        return self.active[m].codec.follow(prompt, data)
+
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are fused."""
+        return self.main.runner.device
+
+    def fuse(self, logp: Sequence[Tensor], present: Tensor) -> Tensor:
+        """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
+
+        Args:
+            logp: one tensor per active member; a row of an absent member may hold anything finite.
+            present: which members follow each row's bytes [B, M] (bool); the main member always does.
+        """
+        if self.fuser is None:
+            self.trace.record_skipped(len(logp[0]))
+            return logp[0]
+        for member, rows in zip(self.members, logp, strict=True):
+            if torch.isnan(rows).any():
+                raise MemberError(
+                    f"member {member.name!r} gave NaN log-probabilities. Load it in another dtype (float32 or bfloat16)."
+                )
+        self.trace.record_present(present)
+        weights = self.weights.to(self.device) * present
+        total = weights.sum(dim=1, keepdim=True)
+        alone = torch.zeros_like(weights)
+        alone[:, 0] = 1
+        weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), alone)
+        with torch.inference_mode():
+            return self._fuse_rows(self.fuser, logp, weights)
+
+    def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
+        out = logp[0].new_full((len(left), len(fuser.out_vocab)), -torch.inf)
+        out[:, : logp[0].shape[1]] = logp[0]
+        self.trace.record_skipped(int(left.sum()))
+        if not left.all():
+            rows = ~left
+            own = [member[rows] for member in logp]
+            fused = fuser.fuse(own, weights[rows])
+            out[rows] = fused.logp
+            vocabs = [member.codec.vocab for member in self.members]
+            self.trace.record_fused(own, vocabs, fused.logp, fuser.out_vocab, fused.stats)
+        return out
+
+    def same_piece(self, a: int, b: int) -> bool:
+        """Return whether two ids of the fused distribution stand for the same text."""
+        if a == b or self.fuser is None:
+            return a == b
+        pieces = self.fuser.out_vocab.pieces
+        return bool(pieces[a]) and pieces[a] == pieces[b]
+
+    def next_logp(self, text: str) -> Tensor:
+        """Return log-probabilities [K] of what follows `text`, over ``out_vocab``."""
+        from lm_eval_deepen.engine.prompting import Prompter  # it needs this module
+
+        prompts = Prompter(self).prompts(text)
+        logp = [
+            m.logp(m.states_at([[p.ids]])).to(self.device) for m, p in zip(self.active, prompts, strict=True)
+        ]
+        return self.fuse(logp, torch.ones(1, len(logp), dtype=torch.bool, device=self.device))[0]
+
+    def describe(self) -> dict[str, Any]:
+        """Return members, fusion and counts for the results file."""
+        described = [
+            {
+                "name": member.name,
+                "pretrained": member.config.pretrained,
+                "weight": member.config.weight,
+                "revision": str(member.lm.revision),
+                "dtype": str(member.lm.model.dtype).removeprefix("torch."),
+                "parameters": sum(p.numel() for p in member.lm.model.parameters()),
+                "vocabulary": member.vocab_size,
+                "max_length": member.max_length,
+            }
+            for member in self.members
+        ]
+        fusion = getattr(self.fuser, "describe", dict)() if self.fuser else {}
+        return {
+            "fingerprint": self.config.fingerprint(),
+            "method": self.config.method if self.fuser else "none (the main member alone)",
+            "options": self.config.options_dict() if self.fuser else {},
+            "members": described,
+            **fusion,
+            **self.trace.summary(),
+        }
+
+
+def view(member: Member) -> MemberView:
+    """Return what fusion methods may know of a member."""
+    return MemberView(member.name, member.codec.vocab, member.embeddings, member.embedding_fingerprint)

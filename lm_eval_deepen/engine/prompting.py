@@ -1,0 +1,239 @@
+"""Requests as spans of main-member tokens, and the text that every member sees before them.
+
+One member alone follows the harness's ``HFLM`` token by token. With several, continuation bytes start
+where the main member's continuation tokens start, and a cut on the left falls on one of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.member.text import incomplete_tail
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to score after each member's own prompt.
+
+    Attributes:
+        prompts: one per active member, the main member first.
+        target: the main member's continuation tokens.
+        skip: how many of the target's first bytes are a dummy prefix and no text.
+        lead: an unfinished character that the other members' prompts leave out.
+    """
+
+    prompts: tuple[Prompt, ...]
+    target: tuple[int, ...]
+    skip: int = 0
+    lead: bytes = b""
+
+    def paths(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
+        """Return every active member's tokens before target number `count`; None where it sits out."""
+        ids, data = self.target[:count], b""
+        if len(self.prompts) > 1:
+            data = self.lead + ensemble.main.codec.vocab.decode(ids)[self.skip :]
+        return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
+
+
+def frozen(ids: Sequence[int]) -> Prompt:
+    """Return a prompt of fixed tokens."""
+    return Prompt(tuple(ids), "", tuple(ids))
+
+
+def same_text(ensemble: Ensemble, ids: tuple[int, ...], text: str) -> tuple[Prompt, ...]:
+    """Return prompts of one text: the main member's tokens, its siblings' same tokens, the others' own."""
+    main = frozen(ids)
+    others = [
+        main if m in ensemble.siblings else member.codec.prompt(text)
+        for m, member in enumerate(ensemble.active)
+        if m > 0
+    ]
+    return (main, *others)
+
+
+class Prompter:
+    """Turns request strings into prompts and spans for the active members."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        """Read the ensemble's active members."""
+        self.ensemble = ensemble
+        self.members: tuple[Member, ...] = ensemble.active
+        self.main = self.members[0]
+        self.solo = len(self.members) == 1
+
+    def span(self, context: str, continuation: str) -> Span:
+        """Return the span for a loglikelihood request.
+
+        Raises:
+            RequestError: the continuation does not fit into a member's context.
+        """
+        if not isinstance(context, ChatPrompt):
+            stripped = context.rstrip()  # trailing spaces belong to the continuation's first word
+            context, continuation = stripped, context[len(stripped) :] + continuation
+        if self.solo:
+            head, target = self._split_solo(context, continuation)
+            self._check_target(target)
+            return Span((frozen(head[-(self.main.max_length + 1 - len(target)) :]),), target)
+        context, bos = self._strip_bos(context)
+        head, target, skip = self._split(context, continuation, bos)
+        self._check_target(target)
+        room = self.main.max_length + 1 - len(target)
+        return Span(self._fit(context, head, room, target[:-1], skip), target, skip)
+
+    def _check_target(self, target: tuple[int, ...]) -> None:
+        if len(target) > self.main.max_length:
+            raise RequestError(
+                f"a continuation of {len(target)} tokens does not fit into the context of {self.main.max_length} tokens "
+                f"of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
+            )
+
+    def _strip_bos(self, context: str) -> tuple[str, bool]:
+        return (context, False) if isinstance(context, ChatPrompt) else self.main.codec.strip_bos(context)
+
+    def _split_solo(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Split as the harness's ``_encode_pair`` and ``loglikelihood`` do."""
+        lm = self.main.lm
+        if not context:
+            ids = tuple(lm.tok_encode(continuation, add_special_tokens=False))
+            if ids and ids[0] == lm.prefix_token_id:
+                return ids[:1], ids[1:]
+            return (lm.prefix_token_id,), ids
+        whole, head = tuple(lm.tok_encode(context + continuation)), tuple(lm.tok_encode(context))
+        if len(whole) > len(head):
+            return head, whole[len(head) :]
+        # the continuation merged into the context's last token: score that token too
+        shared = next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(whole))
+        return whole[:shared] or (lm.prefix_token_id,), whole[shared:]
+
+    def _split(
+        self, context: str, continuation: str, bos: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Split at the last main-token boundary, and whole character, inside the context.
+
+        Returns:
+            Prompt tokens, continuation tokens, and the length of a dummy prefix in the latter.
+        """
+        codec = self.main.codec
+        if isinstance(context, ChatPrompt):
+            prompt = self.main.rendered_prompt(context)
+            followed = codec.follow(prompt, continuation.encode())
+            assert followed is not None  # whole characters: the round-trip check covers them
+            return *self._divide(followed, len(prompt.head), len(prompt.tail.encode())), 0
+        whole = codec.encode_prompt(context + continuation, bos)
+        fixed = 1 if bos else len(codec.automatic_prefix)
+        dummy = len(codec.vocab.decode(whole)) - len((context + continuation).encode())
+        if not context:
+            return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], dummy
+        return *self._divide(whole, fixed, len(context.encode()) + dummy), 0
+
+    def _divide(
+        self, whole: tuple[int, ...], fixed: int, size: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens of the first `size` bytes after `fixed` tokens, and the rest."""
+        pieces, cut, data = self.main.codec.vocab.pieces, fixed, b""
+        for at in range(fixed, len(whole)):
+            data += pieces[whole[at]]
+            if len(data) > size:
+                break
+            if not incomplete_tail(data):
+                cut = at + 1
+        return whole[:cut] or self.main.codec.prefix_ids, whole[cut:]
+
+    def prompts(self, context: str, reserve: int = 0) -> tuple[Prompt, ...]:
+        """Return the members' prompts for a text to continue, leaving `reserve` tokens of room.
+
+        Raises:
+            RequestError: no room is left.
+        """
+        for member in self.members:
+            if reserve >= member.max_length:
+                raise RequestError(
+                    f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens of "
+                    f"member {member.name!r}. Lower max_gen_toks or raise max_length."
+                )
+        room = self.main.max_length - reserve
+        if self.solo:
+            ids = self.main.lm.tok_encode(context)[-room:]
+            return (frozen(ids or [self.main.lm.prefix_token_id]),)
+        if isinstance(context, ChatPrompt):
+            return self._fit(context, self.main.rendered_prompt(context).ids, room, reserve=reserve)
+        context, bos = self.main.codec.strip_bos(context)
+        head = self.main.codec.encode_prompt(context, bos) if context or bos else self.main.codec.prefix_ids
+        return self._fit(context, head, room, reserve=reserve)
+
+    def _fit(
+        self,
+        context: str,
+        head: tuple[int, ...],
+        room: int,
+        following: tuple[int, ...] = (),
+        skip: int = 0,
+        reserve: int = 0,
+    ) -> tuple[Prompt, ...]:
+        """Return prompts of the same text for all members, cut on the left until every member has room.
+
+        Args:
+            context: the request's context.
+            head: the main member's tokens of it.
+            room: how many of them the main member can take.
+            following: continuation tokens that every member must take in after the prompt.
+            skip: length of the dummy prefix in them, in bytes.
+            reserve: tokens every member must have left after that.
+        """
+        codec = self.main.codec
+        controls = 0
+        while controls < len(head) and head[controls] in codec.vocab.control:
+            controls += 1
+        text = head[controls:]
+        kept = min(len(text), room - controls) if len(head) > room else len(text)
+        while True:
+            prompts = self._same_text(context, head[:controls], text, kept)
+            paths = Span(prompts, (*following, -1), skip).paths(self.ensemble, len(following))
+            lengths = [len(path or ()) - member.max_length for member, path in zip(self.members, paths, strict=True)]
+            excess = max(lengths) + reserve
+            if excess <= 0 and len(prompts[0].ids) <= room:
+                return prompts
+            if isinstance(context, ChatPrompt):
+                raise RequestError(
+                    f"a conversation of {len(head)} tokens does not fit into every member's context, and a rendered chat "
+                    "template cannot be cut. Use fewer few-shots, a shorter max_gen_toks or a larger max_length."
+                )
+            if kept <= 0:
+                raise RequestError(
+                    f"a continuation of {len(following) + 1} tokens leaves some member no room for any context. "
+                    "Raise max_length, lower max_gen_toks or leave the member out."
+                )
+            kept = max(0, kept - max(1, excess // 2))
+
+    def _same_text(
+        self, context: str, controls: tuple[int, ...], text: tuple[int, ...], kept: int
+    ) -> tuple[Prompt, ...]:
+        if isinstance(context, ChatPrompt):
+            others = [member.conversation(context) for member in self.members[1:]]
+            return (frozen(controls + text), *others)
+        codec = self.main.codec
+        if kept < len(text):
+            data, start = codec.vocab.decode(text), len(text) - kept
+            offset = len(codec.vocab.decode(text[:start]))
+            while start < len(text) and data[offset] & 0xC0 == 0x80:  # never begin inside a character
+                offset += len(codec.vocab.pieces[text[start]])
+                start += 1
+            text = text[start:]
+            seen = codec.vocab.decode(text)
+        else:
+            seen = codec.vocab.decode(text)
+            if not context.encode().startswith(seen):
+                seen = seen[1:]  # the dummy prefix
+        words = seen.decode()
+        return (
+            frozen(controls + text or codec.prefix_ids),
+            *(m.codec.prompt(words) for m in self.members[1:]),
+        )

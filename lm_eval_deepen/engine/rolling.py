@@ -1,0 +1,85 @@
+"""Rolling windows over a long text, the same text for every member."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.engine.prompting import Span, frozen, same_text
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.text import incomplete_tail
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+
+def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (context start, target start, end) over `total` tokens, as the harness cuts them.
+
+    Each token is scored once. A window takes in at most `size` tokens: one of context before a full window,
+    and as many as fit before the last one. The first window starts with a prefix token (context start -1).
+    """
+    if not total:
+        return
+    end = min(size, total)
+    yield -1, 0, end
+    while end < total:
+        start, end = end, min(end + size, total)
+        yield end - size - 1, start, end
+
+
+def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
+    """Return the spans whose scores add up to the score of a whole text.
+
+    With several members control tokens are conditioned on, never scored, and windows shrink until
+    every member takes in the same text.
+
+    Raises:
+        RequestError: some member's context is too short for any window.
+    """
+    main = ensemble.main
+    if len(ensemble.active) == 1:
+        tokens = tuple(main.lm.tok_encode(text))
+        return [
+            Span((frozen(tokens[begin:start] if start else (main.lm.prefix_token_id,)),), tokens[start:end])
+            for begin, start, end in windows(len(tokens), main.max_length)
+        ]
+    tokens = main.codec.encode_prompt(text)[len(main.codec.automatic_prefix) :]
+    size = main.max_length - len(main.codec.automatic_prefix)
+    while size > 0:
+        spans = [_span(ensemble, tokens, text, window) for window in windows(len(tokens), size)]
+        ratio = max((_overflow(ensemble, span) for span in spans), default=0)
+        if ratio <= 1:
+            return spans
+        size = min(size - 1, math.floor(size / ratio))
+    raise RequestError(
+        f"no window of a text of {len(text)} characters fits into every member's context. Raise max_length."
+    )
+
+
+def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[int, int, int]) -> Span:
+    begin, start, end = window
+    codec = ensemble.main.codec
+    if start == 0:
+        skip = len(codec.vocab.decode(tokens)) - len(text.encode())
+        return Span(same_text(ensemble, codec.prefix_ids, ""), tokens[:end], skip)
+    while (
+        begin > 0 and codec.vocab.decode(tokens[begin:start])[:1] and _inside_character(codec, tokens[begin])
+    ):
+        begin -= 1
+    seen = codec.vocab.decode(tokens[begin:start])
+    lead = seen[len(seen) - incomplete_tail(seen) :]
+    words = seen[: len(seen) - len(lead)].decode()
+    prompts = same_text(ensemble, codec.automatic_prefix + tokens[begin:start], words)
+    return Span(prompts, tokens[start:end], lead=lead)
+
+
+def _inside_character(codec, token: int) -> bool:
+    return codec.vocab.pieces[token][0] & 0xC0 == 0x80
+
+
+def _overflow(ensemble: Ensemble, span: Span) -> float:
+    """Return the largest share of a member's context that a span takes up."""
+    paths = span.paths(ensemble, len(span.target) - 1)
+    return max(len(path or ()) / member.max_length for member, path in zip(ensemble.active, paths, strict=True))

@@ -1,0 +1,73 @@
+"""What fusion did, counted while it runs: a read-only tap, no influence on results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lm_eval_deepen.vocabulary import ByteVocab
+
+
+class Trace:
+    """Sums over the fused rows of a run.
+
+    A row is one distribution that was read: a scored position or a decoding step.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Start at zero for the members `names`."""
+        self.names = tuple(names)
+        self.rows: Counter[str] = Counter()
+        self.sat_out: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
+
+    def record_skipped(self, count: int) -> None:
+        """Count rows that were left to the main member."""
+        self.rows["skipped"] += count
+
+    def record_present(self, present: Tensor) -> None:
+        """Count the members [B, M] that could not follow a row's bytes."""
+        for name, out in zip(self.names, (~present).sum(dim=0).tolist(), strict=True):
+            self.sat_out[name] += out
+
+    def record_fused(
+        self,
+        logp: Sequence[Tensor],
+        vocabs: Sequence[ByteVocab],
+        fused: Tensor,
+        out: ByteVocab,
+        stats: dict[str, Tensor],
+    ) -> None:
+        """Count fused rows [B, K] beside the members' own distributions [B, V_m]."""
+        own = [rows.argmax(dim=-1).tolist() for rows in logp]
+        chosen = fused.argmax(dim=-1).tolist()
+        self.rows["fused"] += len(chosen)
+        for row, best in enumerate(chosen):
+            pieces = [_identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
+            self.rows["argmax_changed"] += _identity(out, best) != pieces[0]
+            self.rows["members_agree"] += len(set(pieces)) == 1
+        for key, values in stats.items():
+            self.sums[key] += float(values.double().sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts, and means over the fused rows, for the results file."""
+        fused = self.rows["fused"]
+        share = {
+            key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")
+        }
+        return {
+            "steps_fused": fused,
+            "steps_skipped": self.rows["skipped"],
+            "steps_sat_out": {name: self.sat_out[name] for name in self.names},
+            "argmax_differs_from_main": share["argmax_changed"],
+            "members_agree": share["members_agree"],
+            **{f"mean_{key}": total / fused for key, total in sorted(self.sums.items()) if fused},
+        }
+
+
+def _identity(vocab: ByteVocab, token: int) -> bytes | str:
+    """Return what a token stands for in every vocabulary: its bytes, or its role."""
+    return "end of text" if token in vocab.eos else vocab.pieces[token] or f"control {token}"

@@ -1,0 +1,9 @@
+"""One member: a causal language model with its tokenizer and KV cache.
+
+The only layer that knows ``transformers``; models load through the harness's own ``HFLM``.
+"""
+
+from lm_eval_deepen.member.member import Member
+from lm_eval_deepen.member.text import Prompt, TextCodec
+
+__all__ = ["Member", "Prompt", "TextCodec"]

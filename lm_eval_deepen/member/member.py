@@ -1,0 +1,184 @@
+"""A member of the ensemble: loading, prompts, states and next-token log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import DeepenError, MemberError
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.text import Prompt, TextCodec
+
+log = logging.getLogger(__name__)
+
+
+def loading_keys() -> frozenset[str]:
+    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
+    from lm_eval.models.huggingface import HFLM
+
+    named = inspect.signature(HFLM.__init__).parameters.values()
+    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
+
+
+class Member:
+    """One model with its tokenizer.
+
+    Attributes:
+        config: how it was loaded.
+        lm: the harness's ``HFLM`` around the model; gives tokenisation and chat templates.
+        runner: the forward passes.
+    """
+
+    def __init__(self, config: MemberConfig, lm: Any) -> None:
+        """Wrap a loaded ``HFLM``."""
+        if lm.backend != "causal":
+            raise MemberError(
+                f"member {config.name!r}: backend {lm.backend!r} is not supported; members are causal language models."
+            )
+        self.config, self.lm = config, lm
+        self.runner: TreeRunner | PlainRunner = self._runner()
+
+    @classmethod
+    def load(cls, config: MemberConfig, device: str | None = None) -> Member:
+        """Load a member through ``HFLM``, so that it takes every loading argument of ``--model hf``.
+
+        Raises:
+            MemberError: loading failed; the cause is chained.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        arguments = {"device": usable_device(device), **config.loading_dict(), **config.hf_kwargs_dict()}
+        arguments["batch_size"] = 1
+        try:
+            return cls(config, HFLM(pretrained=config.pretrained, **arguments))
+        except DeepenError:
+            raise
+        except Exception as error:
+            raise MemberError(
+                f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: {error}. "
+                "Check the path or hub name and the member's loading arguments."
+            ) from error
+
+    def _runner(self) -> TreeRunner | PlainRunner:
+        model, autocast = self.lm.model, self.lm.mixed_precision_dtype
+        try:
+            runner = TreeRunner(model, autocast)
+            runner.check()
+            return runner
+        except (
+            NotImplementedError,
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            log.warning(
+                "member %r: its cache cannot be shared or rolled back (%s); every sequence is forwarded in full, "
+                "which is slow but exact.",
+                self.name,
+                error,
+            )
+            return PlainRunner(model, autocast)
+
+    @property
+    def name(self) -> str:
+        """The member's unique name."""
+        return self.config.name
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model takes, in tokens."""
+        return self.lm.max_length
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: of the generation config, the model config and the tokenizer."""
+        found: list[int] = []
+        generation = getattr(self.lm.model, "generation_config", None)
+        sources = (generation, self.lm.model.config, self.lm.tokenizer)
+        for ids in (getattr(source, "eos_token_id", None) for source in sources):
+            found += [] if ids is None else ids if isinstance(ids, (list, tuple)) else [ids]
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.lm.model.get_output_embeddings().weight.shape[0]
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        """The byte view of the tokenizer; built on first use, since one member alone needs none."""
+        add_special = True if self.lm.add_bos_token is None else bool(self.lm.add_bos_token)
+        return TextCodec.build(
+            self.lm.tokenizer,
+            size=self.vocab_size,
+            eos=self.eos_ids,
+            prefix_id=self.lm.prefix_token_id,
+            add_special=add_special,
+            name=self.name,
+        )
+
+    def rendered_prompt(self, text: str) -> Prompt:
+        """Return the prompt for text rendered by this member's chat template, control tokens parsed."""
+        literals = [str(token) for token in self.lm.tokenizer.all_special_tokens]
+        literals += [
+            str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special
+        ]
+        return self.codec.rendered_prompt(text, self.lm.tok_encode(text), literals)
+
+    def conversation(self, chat: ChatPrompt) -> Prompt:
+        """Return the prompt of a conversation, rendered by this member's own chat template.
+
+        Raises:
+            MemberError: the tokenizer has no chat template.
+        """
+        if getattr(self.lm.tokenizer, "chat_template", None) is None:
+            raise MemberError(
+                f"member {self.name!r} has no chat template for --apply_chat_template. Give it a tokenizer that has one "
+                "(member argument tokenizer=...), or evaluate without chat templates."
+            )
+        return self.rendered_prompt(
+            self.lm.apply_chat_template(chat.messages, add_generation_prompt=chat.add_generation_prompt)
+        )
+
+    def embeddings(self) -> Tensor:
+        """Return the input embedding rows [V, d], one per logit."""
+        rows = self.lm.model.get_input_embeddings().weight.detach()
+        if rows.shape[0] < self.vocab_size:
+            raise MemberError(
+                f"member {self.name!r}: {rows.shape[0]} input embeddings for {self.vocab_size} logits; "
+                "relative representations need one row per logit."
+            )
+        return rows[: self.vocab_size]
+
+    def embedding_fingerprint(self) -> str:
+        """Return a hex digest of the embedding rows, their shape and dtype."""
+        rows = self.embeddings().contiguous().cpu()
+        digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
+        digest.update(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+        return digest.hexdigest()
+
+    def states_at(self, groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Return what `logp` needs for the end of every token path [n, ...], groups in order."""
+        return self.runner.states_at(groups)
+
+    def logp(self, states: Tensor) -> Tensor:
+        """Return next-token log-probabilities [n, V] (natural log, fp32, this member's temperature)."""
+        return self.runner.logp(states, self.config.temperature)
+
+
+def usable_device(device: str | None) -> str:
+    """Return the device to load on: as asked, or the CPU where CUDA was the default and there is none."""
+    if device is None or str(device).startswith("cuda"):
+        return (device or "cuda") if torch.cuda.is_available() else "cpu"
+    return str(device)

@@ -1,0 +1,166 @@
+"""Forward passes of one model: states at the ends of token paths, and their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lm_eval_deepen.member.attention import MaskMaker
+from lm_eval_deepen.member.cache import RecomputedRows, RowCache
+from lm_eval_deepen.member.tree import TokenTree, pad
+
+Paths = Sequence[Sequence[Sequence[int]]]  # groups of token paths that share a beginning
+
+
+class TreeRunner:
+    """Runs the model's body over packed token trees and its head only where logits are read."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        """Wrap a loaded causal language model.
+
+        Raises:
+            NotImplementedError: its attention cannot be masked explicitly.
+        """
+        self.model = unwrap(model)
+        self.network: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        self.device: torch.device = self.model.get_input_embeddings().weight.device
+        self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
+        self.autocast = autocast
+        self.forwarded = 0  # tokens, padding excluded
+
+    def body(
+        self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: DynamicCache | None = None
+    ) -> Tensor:
+        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
+        mask = self.masks(allowed.to(self.device), distance.to(self.device))
+        with torch.inference_mode(), self._autocast():
+            return self.network(
+                input_ids=ids.to(self.device),
+                attention_mask=mask,
+                position_ids=position.to(self.device),
+                past_key_values=kv,
+                use_cache=kv is not None,
+            ).last_hidden_state
+
+    def states_at(self, groups: Paths) -> Tensor:
+        """Return the hidden state after the last token of every path [n, d], groups in order.
+
+        Every distinct prefix within a group is forwarded once; groups are packed into one batch.
+        """
+        trees, ends = [], []
+        for paths in groups:
+            tree = TokenTree()
+            ends.append([tree.add(path) for path in paths])
+            trees.append(tree)
+        width = max(map(len, trees))
+        allowed = torch.zeros(len(trees), width, width, dtype=torch.bool)
+        allowed[:, torch.arange(width), torch.arange(width)] = True
+        for row, tree in enumerate(trees):
+            allowed[row, : len(tree), : len(tree)] = tree.ancestors()
+        position = pad([tree.depths for tree in trees], width)  # [B, N]
+        distance = position[:, :, None] - position[:, None, :]  # [B, N, N]
+        hidden = self.body(pad([tree.tokens for tree in trees], width), position, allowed, distance)
+        self.forwarded += sum(map(len, trees))
+        rows = [row for row, found in enumerate(ends) for _ in found]
+        return hidden[rows, [node for found in ends for node in found]]
+
+    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
+        dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
+            logits = self.model(input_ids=dummy, use_cache=False).logits[0]
+        return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+    @contextmanager
+    def _body_returns(self, hidden: Tensor) -> Iterator[None]:
+        """Let the model apply its own head, scaling and capping to states computed before."""
+        saved = self.network.__dict__.get("forward")
+        self.network.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            yield
+        finally:
+            del self.network.forward
+            if saved is not None:
+                self.network.forward = saved
+
+    def _autocast(self):
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_type=self.device.type, dtype=self.autocast)
+
+    def rows(self, count: int) -> RowCache:
+        """Return an empty KV cache of `count` rows."""
+        return RowCache(self, count)
+
+    def check(self) -> None:
+        """Compare trees and rolled-back caches with plain forward passes on a few tokens.
+
+        Raises:
+            ArithmeticError: they differ by more than rounding.
+        """
+        plain = PlainRunner(self.model, self.autocast)
+        size = self.model.get_input_embeddings().weight.shape[0]
+        trunk, left, right = ([size * k // 11 for k in ks] for ks in ((1, 4, 7), (2, 9), (5, 3)))
+        paths = [[[*trunk, *left], [*trunk, *right], trunk]]
+        expected = plain.logp(plain.states_at(paths))
+        self._compare("a token tree", self.logp(self.states_at(paths)), expected)
+        rows = self.rows(2)
+        rows.advance([[*trunk, *left], trunk])
+        state = rows.advance([[*trunk, *right], [*trunk, *left]])
+        self._compare("a rolled-back cache", self.logp(state), expected[[1, 0]])
+        self.forwarded = 0
+
+    def _compare(self, what: str, got: Tensor, expected: Tensor) -> None:
+        tolerance = 1e-3 if self.model.dtype == torch.float32 and self.autocast is None else 0.25
+        drift = (got.exp() - expected.exp()).abs().max().item()
+        if not drift <= tolerance:
+            raise ArithmeticError(f"{what} differs from a plain forward pass by {drift:.2g} in probability")
+
+
+class PlainRunner:
+    """Forwards every path on its own, with nothing but the model's public interface."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        """Wrap a loaded causal language model."""
+        self.model = model
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.autocast = autocast
+        self.forwarded = 0
+
+    def states_at(self, groups: Paths) -> Tensor:
+        """Return the logits after the last token of every path [n, V], groups in order."""
+        paths = [path for group in groups for path in group]
+        width = max(map(len, paths))
+        mask = pad([[1] * len(path) for path in paths], width)
+        context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with torch.inference_mode(), context:
+            logits = self.model(
+                input_ids=pad(paths, width).to(self.device),
+                attention_mask=mask.to(self.device),
+                use_cache=False,
+            ).logits
+        self.forwarded += sum(map(len, paths))
+        return logits[torch.arange(len(paths)), [len(path) - 1 for path in paths]]
+
+    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
+        return torch.log_softmax(states.float() / temperature, dim=-1)
+
+    def rows(self, count: int) -> RecomputedRows:
+        """Return rows that are recomputed at each step."""
+        return RecomputedRows(self, count)
+
+
+def unwrap(model: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper whose adapters sit in the layers."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+        raise NotImplementedError("a PEFT adapter that learns prompt tokens")
+    return model.get_base_model()

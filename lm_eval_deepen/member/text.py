@@ -1,0 +1,283 @@
+"""Text and tokens of one member: prompts, and continuations as a pure function of their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import tokenizers
+
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.vocabulary import (
+    ByteVocab,
+    byte_vocab_from_json,
+    check_round_trip,
+    exact_encoder,
+    last_safe_cut,
+    safe_cut_allowed,
+    safe_segments,
+    text_only_spec,
+)
+
+SEGMENT_CACHE = 65_536
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A member's own prompt.
+
+    Attributes:
+        head: token ids that no continuation can change.
+        tail: the prompt's last text, whose tokens may merge with the continuation's first ones.
+        ids: the tokens of the whole prompt: the head, then the tail on its own.
+    """
+
+    head: tuple[int, ...]
+    tail: str
+    ids: tuple[int, ...]
+
+
+def incomplete_tail(data: bytes) -> int:
+    """Return how many of the last bytes are the start of an unfinished UTF-8 character (0 to 3)."""
+    for back in range(1, min(3, len(data)) + 1):
+        lead = data[-back]
+        if lead & 0xC0 == 0x80:
+            continue
+        length = 2 if lead >> 5 == 0b110 else 3 if lead >> 4 == 0b1110 else 4 if lead >> 3 == 0b11110 else 1
+        return back if length > back else 0
+    return 0
+
+
+def complete_character(tail: bytes) -> str | None:
+    """Return the lowest character that begins with the bytes `tail`, None where none does."""
+    lead = tail[0]
+    missing = (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) - len(tail)
+    for first in (0x80, 0xA0, 0x90):  # E0 and F0 want a second byte from A0 and 90 on
+        try:
+            return (tail + bytes([first] + [0x80] * (missing - 1))).decode()
+        except UnicodeDecodeError:
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a tokenizer does to the beginning of a text.
+
+    Attributes:
+        control: the control tokens that it puts first.
+        dummy: whether it adds a space to a text that begins without one.
+        doubles: whether it adds that space to a text that begins with one, too.
+        bos: the BOS token and its literal, where there is one.
+    """
+
+    control: tuple[int, ...] = ()
+    dummy: bool = False
+    doubles: bool = False
+    bos: tuple[int, str] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocab: ByteVocab, add_special: bool) -> Opening:
+        """Observe a transformers tokenizer; `add_special` as in the harness."""
+
+        def parts(text: str) -> tuple[tuple[int, ...], bytes]:
+            ids = tokenizer(text, add_special_tokens=add_special)["input_ids"]
+            count = next((i for i, token in enumerate(ids) if token not in vocab.control), len(ids))
+            return tuple(ids[:count]), vocab.decode(ids)
+
+        (control, bare), (_, spaced) = parts("a"), parts(" a")
+        token, literal = tokenizer.bos_token_id, tokenizer.bos_token
+        bos = (token, literal) if token is not None and literal else None
+        return cls(control, bare == b" a", spaced == b"  a", bos)
+
+
+@dataclass(eq=False)
+class TextCodec:
+    """Maps between text, bytes and the token ids of one tokenizer.
+
+    Attributes:
+        name: the member's name, for messages.
+        vocab: the pieces as bytes, one per logit [V].
+        pure: encodes text alone, exactly: no BOS, no dummy prefix, special-token text is text.
+        opening: what the tokenizer does to the beginning of a text.
+        prefix_ids: what an empty prompt is conditioned on (the harness's prefix token).
+        identity: equal for tokenizers that give every prompt the same tokens.
+    """
+
+    name: str
+    vocab: ByteVocab
+    pure: Callable[[str], Sequence[int]]
+    opening: Opening
+    prefix_ids: tuple[int, ...]
+    identity: tuple[Any, ...]
+    _segment: Callable[[str], tuple[int, ...]] = field(init=False)
+    _cuts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what depends on the tokenizer alone."""
+        self._segment = lru_cache(SEGMENT_CACHE)(lambda text: tuple(self.pure(text)))
+        self._cuts = safe_cut_allowed(self.vocab)
+
+    @classmethod
+    def build(
+        cls, tokenizer: Any, *, size: int, eos: Sequence[int], prefix_id: int, add_special: bool, name: str
+    ) -> TextCodec:
+        """Map a transformers tokenizer to bytes and check the map on a sample of texts.
+
+        Args:
+            tokenizer: the member's tokenizer.
+            size: number of logits of the model.
+            eos: every id that ends a text.
+            prefix_id: the harness's prefix token id.
+            add_special: whether prompts get the tokenizer's automatic special tokens.
+            name: the member's name, for messages.
+
+        Raises:
+            VocabularyError: the tokenizer has no exact byte mapping.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise VocabularyError(
+                f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) backend, so its "
+                "pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
+                "use_fast_tokenizer=True."
+            )
+        spec, control = json.loads(backend.to_str()), tokenizer.all_special_ids
+        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, name=name)
+        rewritten = text_only_spec(spec, control=[*control, *eos], name=name)
+        text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
+        text_only.encode_special_tokens = True
+        pure = exact_encoder(
+            spec, vocab, lambda text: text_only.encode(text, add_special_tokens=False).ids, name=name
+        )
+        check_round_trip(vocab, pure, name=name)
+        opening = Opening.of(tokenizer, vocab, add_special)
+        source = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        identity = (source, vocab.fingerprint, opening, prefix_id)
+        return cls(name, vocab, pure, opening, (prefix_id,), identity)
+
+    @property
+    def dummy(self) -> bool:
+        """Whether the tokenizer puts a space before a text."""
+        return self.opening.dummy
+
+    @property
+    def automatic_prefix(self) -> tuple[int, ...]:
+        """The control tokens that the tokenizer itself puts before any prompt."""
+        return self.opening.control
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of `text` on its own: no BOS, no dummy prefix, nothing parsed as control."""
+        if not self._cuts:
+            return self._segment(text)
+        ids: list[int] = []
+        for segment in safe_segments(text):
+            ids.extend(self._segment(segment))
+        return tuple(ids)
+
+    def encode_prompt(self, text: str, bos: bool = False) -> tuple[int, ...]:
+        """Return the tokens of a prompt: automatic control tokens, dummy prefix, special-token text as text.
+
+        Args:
+            text: the prompt.
+            bos: whether the prompt began with the BOS literal (see `strip_bos`): then one BOS, none added.
+        """
+        prefix = self.opening.control
+        if bos and self.opening.bos:
+            prefix = (self.opening.bos[0],)
+        space = self.opening.dummy and (self.opening.doubles or not text.startswith(" "))
+        return prefix + self.encode(" " + text if space and text else text)
+
+    def strip_bos(self, text: str) -> tuple[str, bool]:
+        """Return the text without a BOS literal at its start, and whether there was one."""
+        literal = self.opening.bos[1] if self.opening.bos else ""
+        found = bool(literal) and text.startswith(literal)
+        return (text[len(literal) :] if found else text), found
+
+    def prompt(self, text: str) -> Prompt:
+        """Return the prompt for plain text; an empty text is conditioned on the prefix token."""
+        if not text:
+            return Prompt(self.prefix_ids, " " if self.dummy else "", self.prefix_ids)
+        return self._split(self.encode_prompt(text), text)
+
+    def rendered_prompt(self, text: str, ids: Sequence[int], literals: Iterable[str]) -> Prompt:
+        """Return the prompt for text in which control tokens were parsed, as `ids` says.
+
+        Only what follows the last control literal can merge with a continuation.
+        """
+        start = max((text.rfind(x) + len(x) for x in literals if x and x in text), default=0)
+        return self._split(tuple(ids), text[start:])
+
+    def _split(self, ids: tuple[int, ...], text: str) -> Prompt:
+        cut = last_safe_cut(text) if self._cuts else 0
+        tail = text[cut:]
+        for candidate in (tail, " " + tail):
+            encoded = self.encode(candidate)
+            if encoded and ids[-len(encoded) :] == encoded:
+                return Prompt(ids[: -len(encoded)], candidate, ids)
+        return Prompt(ids, "", ids)
+
+    def follow(self, prompt: Prompt, continuation: bytes) -> tuple[int, ...] | None:
+        """Return the tokens of a prompt and the continuation's bytes after it.
+
+        A pure function of its arguments. Text is encoded canonically; a last, unfinished character is
+        given by the tokens that begin some character with these bytes, or byte by byte.
+
+        Returns:
+            The token ids, or None where this vocabulary cannot spell the bytes.
+        """
+        data = prompt.tail.encode() + continuation
+        if not data:
+            return prompt.ids
+        unfinished = incomplete_tail(data)
+        try:
+            text = data[: len(data) - unfinished].decode()
+        except UnicodeDecodeError:
+            return self._spell_invalid(prompt, data)
+        if not unfinished:
+            return prompt.head + self.encode(text)
+        tail = data[-unfinished:]
+        ids = self._begin_character(text, tail)
+        if ids is None:
+            ids = self._spell(tail)
+            if ids is None:
+                return None
+            ids = self.encode(text) + ids
+        return prompt.head + ids
+
+    def _begin_character(self, text: str, tail: bytes) -> tuple[int, ...] | None:
+        """Return the tokens that reach exactly the end of `tail` when it is completed to a character."""
+        character = complete_character(tail)
+        if character is None:
+            return None
+        end, ids = len(text.encode()) + len(tail), []
+        for token in self.encode(text + character):
+            ids.append(token)
+            end -= len(self.vocab.pieces[token])
+            if end <= 0:
+                return tuple(ids) if end == 0 else None
+        return None
+
+    def _spell(self, data: bytes) -> tuple[int, ...] | None:
+        """Return one byte piece per byte, None where a byte has no piece."""
+        found = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
+        return None if any(ids is None for ids in found) else tuple(ids[0] for ids in found if ids)
+
+    def _spell_invalid(self, prompt: Prompt, data: bytes) -> tuple[int, ...] | None:
+        """Encode bytes that are not UTF-8: valid stretches as text, the others byte by byte."""
+        ids: list[int] = []
+        stretch: list[str] = []
+        for character in data.decode("utf-8", errors="surrogateescape"):
+            if "\udc80" <= character <= "\udcff":
+                spelt = self._spell(bytes([ord(character) - 0xDC00]))
+                if spelt is None:
+                    return None
+                ids += [*self.encode("".join(stretch)), *spelt]
+                stretch = []
+            else:
+                stretch.append(character)
+        return (*prompt.head, *ids, *self.encode("".join(stretch)))

@@ -1,0 +1,78 @@
+"""Prefix trees of token sequences, so that every distinct prefix is forwarded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class TokenTree:
+    """Distinct prefixes of the sequences added to it, in depth-first insertion order.
+
+    Node i holds a token, its parent's index (-1 for a first token) and its depth.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+        self._last: tuple[tuple[int, ...], list[int]] = ((), [])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, path: Sequence[int]) -> int:
+        """Add a sequence (at least one token) and return the node of its last token."""
+        path = tuple(path)
+        before, nodes = self._last
+        shared = common_prefix(before, path)
+        nodes = nodes[:shared]
+        node = nodes[-1] if nodes else -1
+        for depth in range(shared, len(path)):
+            key = (node, path[depth])
+            found = self._children.get(key)
+            if found is None:
+                found = self._children[key] = len(self.tokens)
+                self.tokens.append(path[depth])
+                self.parents.append(node)
+                self.depths.append(depth)
+            node = found
+            nodes.append(node)
+        self._last = (path, nodes)
+        return node
+
+    def ancestors(self) -> Tensor:
+        """Return which nodes lie on the way to each node, itself included [N, N] (bool)."""
+        seen = torch.zeros(len(self), len(self), dtype=torch.bool)
+        rows = seen.numpy()
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                rows[i] = rows[parent]
+            rows[i, i] = True
+        return seen
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Return the length of the longest common prefix of two token sequences."""
+    shortest = min(len(a), len(b))
+    if a[:shortest] == b[:shortest]:
+        return shortest
+    low, high = 0, shortest
+    while high - low > 32:  # slices compare at C speed
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    while a[low] == b[low]:
+        low += 1
+    return low
+
+
+def pad(rows: Iterable[Sequence[int]], width: int, value: int = 0) -> Tensor:
+    """Return rows of token ids right-padded to one tensor [B, width] (int64)."""
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
