@@ -1,0 +1,28 @@
+"""Vocabularies as bytes, the anchors they share, and tokenizers that encode text alone."""
+
+from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_cuts, safe_segments
+from lm_eval_deepen.vocabulary.round_trip import SAMPLE_TEXTS, check_round_trip, is_exact, require_exact
+from lm_eval_deepen.vocabulary.text_only import exact_encoder, text_only_spec
+from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, unknown_id
+
+__all__ = [
+    "SAMPLE_TEXTS",
+    "AnchorSet",
+    "ByteVocab",
+    "anchor_ids",
+    "byte_vocab_from_json",
+    "check_round_trip",
+    "duplicates",
+    "exact_encoder",
+    "find_anchors",
+    "is_exact",
+    "last_safe_cut",
+    "require_exact",
+    "safe_cut_allowed",
+    "safe_cuts",
+    "safe_segments",
+    "text_only_spec",
+    "unknown_id",
+]

@@ -1,0 +1,127 @@
+"""Anchors: the byte strings that every member has a piece for (DeePEn, arXiv 2404.12715, section 3.1)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+
+@dataclass(frozen=True)
+class AnchorSet:
+    """Byte strings common to all members, sorted; an anchor's index is its place here.
+
+    Attributes:
+        pieces: the anchors [A], ascending, without repetition.
+        max_anchors: size limit of the subset that was taken, None where all common pieces are anchors.
+        seed: seed of the subset, 0 where all common pieces are anchors.
+    """
+
+    pieces: tuple[bytes, ...]
+    max_anchors: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse an order or a repetition that would give one set two identities."""
+        if any(a >= b for a, b in zip(self.pieces, self.pieces[1:], strict=False)) or b"" in self.pieces:
+            raise VocabularyError(
+                "anchors must be non-empty, strictly ascending byte strings; sort them and drop repetitions."
+            )
+
+    def __len__(self) -> int:
+        """Return the number of anchors A."""
+        return len(self.pieces)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the anchors, each with its length, and of the subset's parameters."""
+        digest = hashlib.sha256(repr((len(self.pieces), self.max_anchors, self.seed)).encode())
+        for piece in self.pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        return digest.hexdigest()
+
+
+def find_anchors(
+    vocabs: Sequence[ByteVocab],
+    *,
+    max_anchors: int | None = None,
+    seed: int = 0,
+    min_anchors: int = 16,
+    names: Sequence[str],
+) -> AnchorSet:
+    """Return the byte strings that all vocabularies share, or a seeded, hashed subset of them.
+
+    Control pieces and unused ids have no bytes and never anchor. The subset is the same on every machine:
+    the pieces with the lowest SHA-256 of seed and piece. Where it is all of them, its parameters do not
+    count: the anchors are the same, and so is their fingerprint.
+
+    Args:
+        vocabs: the members' vocabularies.
+        max_anchors: at most so many anchors; None takes all.
+        seed: which subset.
+        min_anchors: fewer common pieces are an error.
+        names: the members' names, for messages, as many as vocabularies.
+
+    Raises:
+        VocabularyError: too few common pieces, or `max_anchors` below `min_anchors`.
+    """
+    if not vocabs or len(names) != len(vocabs):
+        raise VocabularyError(
+            f"anchors need one name per vocabulary, at least one: got {len(names)} names for {len(vocabs)}."
+        )
+    if max_anchors is not None and max_anchors < min_anchors:
+        raise VocabularyError(
+            f"max_anchors is {max_anchors}, but at least {min_anchors} anchors are needed. Raise max_anchors."
+        )
+    common = set(vocabs[0].ids_of).intersection(*(vocab.ids_of for vocab in vocabs[1:]))
+    if len(common) < min_anchors:
+        counts = ", ".join(
+            f"{name!r} ({len(vocab.ids_of)} pieces)" for name, vocab in zip(names, vocabs, strict=True)
+        )
+        raise VocabularyError(
+            f"members {counts} have {len(common)} pieces in common as bytes; at least {min_anchors} anchors "
+            "are needed. Leave out the member whose vocabulary differs, or use a method without anchors."
+        )
+    if max_anchors is None or max_anchors >= len(common):
+        return AnchorSet(tuple(sorted(common)))
+    salt = f"{seed}\0".encode()
+    ranked = sorted(common, key=lambda piece: (hashlib.sha256(salt + piece).digest(), piece))
+    return AnchorSet(tuple(sorted(ranked[:max_anchors])), max_anchors, seed)
+
+
+def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:
+    """Return the id of every anchor [A] in one vocabulary.
+
+    Where several ids share the bytes it is the lowest that is not a ``<0xNN>`` byte-fallback piece: a
+    tokenizer prefers the text piece, so the byte piece's embedding may never have been trained.
+
+    Raises:
+        VocabularyError: an anchor is not in the vocabulary.
+    """
+    chosen = []
+    for piece in anchors.pieces:
+        ids = vocab.ids_of.get(piece)
+        if ids is None:
+            raise VocabularyError(
+                f"anchor {piece!r} is not in the vocabulary of {len(vocab)} pieces. Find the anchors with "
+                "all members' vocabularies."
+            )
+        chosen.append(next((i for i in ids if i not in vocab.byte_fallback), ids[0]))
+    return chosen
+
+
+def duplicates(vocab: ByteVocab, anchors: AnchorSet) -> dict[int, int]:
+    """Return the other ids that share an anchor's bytes, each with that anchor's index.
+
+    They get the anchor's row of the relative matrix, so that equal bytes have equal rows.
+    """
+    return {
+        i: index
+        for index, (piece, chosen) in enumerate(zip(anchors.pieces, anchor_ids(vocab, anchors), strict=True))
+        for i in vocab.ids_of[piece]
+        if i != chosen
+    }

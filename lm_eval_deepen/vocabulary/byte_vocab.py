@@ -1,0 +1,58 @@
+"""Vocabularies as bytes: the one form that members with different tokenizers share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True, eq=False)
+class ByteVocab:
+    """The pieces of one vocabulary as byte strings, indexed by token id.
+
+    A token's identity is its id: several ids may carry the same bytes.
+
+    Attributes:
+        pieces: bytes of every id, one per logit of the model. ``b""`` for control pieces,
+            which carry no text, and for unused ids.
+        control: ids of control pieces (BOS, EOS, chat markers, padding token, unknown token).
+        unused: ids without a token: embedding rows beyond the tokenizer's length, holes.
+        eos: ids that end a text; a subset of ``control``.
+        byte_fallback: ids of ``<0xNN>`` pieces. Where a text piece has the same bytes a tokenizer
+            never emits them, so their embedding rows may be untrained.
+    """
+
+    pieces: tuple[bytes, ...]
+    control: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()
+    eos: tuple[int, ...] = field(default=())
+    byte_fallback: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        """Return the number of ids V, one per logit."""
+        return len(self.pieces)
+
+    @cached_property
+    def ids_of(self) -> dict[bytes, tuple[int, ...]]:
+        """Ascending ids of every non-empty byte string; several where ids share bytes."""
+        found: dict[bytes, list[int]] = {}
+        for i, piece in enumerate(self.pieces):
+            if piece:
+                found.setdefault(piece, []).append(i)
+        return {piece: tuple(ids) for piece, ids in found.items()}
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of a token sequence; control pieces add none."""
+        return b"".join(self.pieces[i] for i in ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of pieces, control, unused, EOS and byte-fallback ids; equal for equal vocabularies."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        for ids in (sorted(self.control), sorted(self.unused), self.eos, sorted(self.byte_fallback)):
+            digest.update(repr(list(ids)).encode())
+        return digest.hexdigest()

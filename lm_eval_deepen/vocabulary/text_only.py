@@ -1,0 +1,158 @@
+"""Tokenizers rewritten to encode text and nothing else.
+
+A member's continuation must be tokens of exactly the continuation's bytes. A tokenizer as shipped adds
+control tokens and a dummy prefix, and reads special-token text as control; the rewrite does none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+from lm_eval_deepen.vocabulary.round_trip import is_exact, require_exact
+from lm_eval_deepen.vocabulary.tokenizer_json import (
+    BYTE_PIECE,
+    model_pieces,
+    read_decoder,
+    stages,
+    unknown_id,
+)
+
+# They change a text only at its ends (dummy prefix, stripping), or only a text that is not NFC.
+DROPPED_NORMALIZERS = frozenset({"Prepend", "Strip", "NFC"})
+# A Unicode noncharacter and a space: occurs in no document, and space marks leave no space to match.
+UNREACHABLE = "\ufdd0 "
+
+
+def text_only_spec(
+    spec: Mapping[str, Any], *, control: Iterable[int] = (), name: str = "tokenizer"
+) -> dict[str, Any]:
+    """Rewrite a ``tokenizer.json`` so that it encodes pure text; ids stay what they are.
+
+    No post-processor (BOS), dummy prefix, truncation, padding or BPE dropout; added tokens do not swallow
+    the spaces beside them; NFC normalisation is left out (it changes only text that is not NFC, and that
+    has bytes of its own). Control pieces are renamed to what no text contains and merges into them (or
+    into ``<0xNN>``) removed: a Unigram model, ``ignore_merges`` or a stray merge would otherwise read
+    their literal text as control even with ``encode_special_tokens``.
+
+    Args:
+        spec: the parsed ``tokenizer.json``. It is not changed; unchanged parts are shared with the result.
+        control: ids of further control pieces that the file does not mark as special.
+        name: the member's name, for messages.
+
+    Raises:
+        VocabularyError: the tokenizer's family has no exact byte mapping.
+    """
+    contents = model_pieces(spec, name=name)
+    added = [dict(token) for token in spec.get("added_tokens") or ()]
+    contents |= {token["id"]: token["content"] for token in added}
+    ids = {*control, *(token["id"] for token in added if token["special"])}
+    unknown = unknown_id(spec)
+    if unknown is not None:
+        ids.add(unknown)
+    renamed = {contents[i]: UNREACHABLE + contents[i] for i in ids if i in contents}
+    for token in added:
+        token["special"] = token["special"] or token["id"] in ids
+        token["content"] = renamed.get(token["content"], token["content"])
+        token["lstrip"] = token["rstrip"] = False
+    bytewise = read_decoder(spec, name=name).byte_fallback
+    return {
+        **spec,
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "added_tokens": added,
+        "normalizer": _text_only_normalizer(spec.get("normalizer")),
+        "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
+        "model": _text_only_model(spec["model"], renamed, bytewise),
+    }
+
+
+def _text_only_normalizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    kept = [step for step in stages(part, "normalizers") if step["type"] not in DROPPED_NORMALIZERS]
+    return {"type": "Sequence", "normalizers": kept} if kept else None
+
+
+def _text_only_pre_tokenizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    steps = stages(part, "pretokenizers")
+    for step in steps:
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)  # older files: contradicts the scheme
+    return {"type": "Sequence", "pretokenizers": steps} if steps else None
+
+
+def _text_only_model(model: Mapping[str, Any], renamed: Mapping[str, str], bytewise: bool) -> dict[str, Any]:
+    if model["type"] == "Unigram":
+        return {**model, "vocab": [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]}
+
+    def keeps(merge: str | Sequence[str]) -> bool:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        whole = left + right
+        if left in renamed or right in renamed or whole in renamed:
+            return False
+        return not (bytewise and whole.startswith("<0x") and BYTE_PIECE.fullmatch(whole))
+
+    return {
+        **model,
+        "dropout": None,
+        "unk_token": renamed.get(model["unk_token"], model["unk_token"]) if model.get("unk_token") else None,
+        "vocab": {renamed.get(piece, piece): i for piece, i in model["vocab"].items()},
+        "merges": [merge for merge in model["merges"] if keeps(merge)],
+    }
+
+
+def exact_encoder(
+    spec: Mapping[str, Any],
+    vocab: ByteVocab,
+    encode: Callable[[str], Sequence[int]],
+    *,
+    name: str,
+    opening: Callable[[str], Sequence[int]] | None = None,
+) -> Callable[[str], list[int]]:
+    """Wrap a text-only encoder so that every text gives tokens of exactly its own bytes, or an error.
+
+    Two kinds of text defeat a SentencePiece-style tokenizer: a literal space mark ("▁") comes back as a
+    space, and a literal ``<0x0A>`` may be taken for that byte. The first is spelt with byte pieces, the
+    second encoded in two parts. The result stays a pure function of the text.
+
+    Args:
+        spec: the original ``tokenizer.json``.
+        vocab: its byte vocabulary.
+        encode: encodes with the tokenizer of `text_only_spec`.
+        name: the member's name, for messages.
+        opening: encodes the beginning of a text where that differs: then one dummy space may come first.
+    """
+    marks = read_decoder(spec, name=name).space_marks
+    unknown = unknown_id(spec)
+    literal_mark = "".join(f"({re.escape(mark)})|" for mark in marks)
+    traps = re.compile(literal_mark + r"(?<=<0)(?=x[0-9A-Fa-f]{2}>)")
+
+    def spell(mark: str) -> list[int]:
+        found = [vocab.ids_of.get(bytes([byte])) for byte in mark.encode()]
+        if any(ids is None for ids in found):
+            raise VocabularyError(
+                f"member {name!r}: the text has the character {mark!r} (U+{ord(mark[0]):04X}), which its "
+                "tokenizer reads as a space, and it has no byte pieces to spell it. Leave this member out, "
+                "or replace the character in the text."
+            )
+        return [ids[0] for ids in found if ids]
+
+    def run(text: str) -> list[int]:
+        first = opening or encode
+        ids = list(first(text))
+        if is_exact(vocab, text, ids, dummy=opening is not None):
+            return ids
+        ids = []
+        for n, part in enumerate(traps.split(text)):
+            if part:
+                ids += spell(part) if part in marks else (encode if n else first)(part)
+        require_exact(vocab, text, ids, name=name, unknown=unknown, dummy=opening is not None)
+        return ids
+
+    return run
