@@ -1,0 +1,102 @@
+"""The seam of step-level fusion: what a method is given and what it returns.
+
+A method is one file in this folder: a frozen dataclass of options, decorated with
+``@fusion(name, paper=...)``, whose ``build`` returns a `Fuser`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.relative.store import MatrixStore
+
+
+@dataclass(frozen=True)
+class MemberView:
+    """What a fusion method may know of a member.
+
+    Attributes:
+        name: the member's name in the ensemble, for messages.
+        vocabulary: its pieces as bytes, one per logit [V].
+        load_embeddings: returns the input embedding rows [V, d] (any float dtype, any device).
+        load_fingerprint: returns a hex digest of the embedding rows; computed on demand.
+    """
+
+    name: str
+    vocabulary: ByteVocab
+    load_embeddings: Callable[[], Tensor]
+    load_fingerprint: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused distribution per row.
+
+    Attributes:
+        logp: natural-log probabilities [B, K], fp32, rows normalised, ``-inf`` = excluded.
+        stats: per-row diagnostics, each a float tensor [B].
+    """
+
+    logp: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Fuser(Protocol):
+    """Fuses the members' next-token distributions. No I/O, no model, no state."""
+
+    out_vocab: ByteVocab  # the K pieces the result ranges over; the main member's V_0 come first
+
+    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return rows [B] (bool) that are left to the main member."""
+        ...
+
+    def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
+        """Fuse log-probabilities [B, V_m] per member under weights [B, M] (rows sum to 1)."""
+        ...
+
+
+class FusionMethod(Protocol):
+    """The options of a method: a frozen dataclass with a ``build``."""
+
+    def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
+        """Prepare a fuser for these members, the main member first."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A registered method: its name, options class and source."""
+
+    name: str
+    options: type[Any]
+    paper: str
+
+
+REGISTRY: dict[str, MethodEntry] = {}
+C = TypeVar("C", bound=type)
+
+
+def fusion(name: str, *, paper: str) -> Callable[[C], C]:
+    """Register a dataclass of options as the fusion method `name`."""
+
+    def register(cls: C) -> C:
+        if name in REGISTRY and REGISTRY[name].options is not cls:
+            raise ValueError(f"fusion method {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
+        REGISTRY[name] = MethodEntry(name, cls, paper)
+        return cls
+
+    return register
+
+
+def no_skip(logp: Sequence[Tensor]) -> Tensor:
+    """Return an all-false row mask [B]: every row is fused."""
+    return torch.zeros(logp[0].shape[0], dtype=torch.bool, device=logp[0].device)

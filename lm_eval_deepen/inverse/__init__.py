@@ -1,0 +1,59 @@
+"""Inverse solvers: find p' over the main vocabulary whose relative representation p' R is close to r.
+
+Each is a pure function batched over rows that sees R only as an operator, and keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.inverse.adamw import adamw
+from lm_eval_deepen.inverse.em import em
+from lm_eval_deepen.inverse.residual import Inverted
+from lm_eval_deepen.relative.matrix import Operator
+
+__all__ = ["SOLVERS", "Inverted", "Solver", "adamw", "em", "get_solver"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A named solver and its defaults.
+
+    Attributes:
+        name: the value of the option ``inverse``.
+        steps: iterations where the option ``steps`` is not given.
+        learning_rate: its default, or None where the solver takes none.
+        run: ``run(logp0 [B, K], r [B, A], op, steps, learning_rate) -> Inverted``.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float | None
+    run: Callable[[Tensor, Tensor, Operator, int, float], Inverted]
+
+
+def _run_em(logp0: Tensor, r: Tensor, op: Operator, steps: int, learning_rate: float) -> Inverted:
+    return em(logp0, r, op, steps=steps)
+
+
+def _run_adamw(logp0: Tensor, r: Tensor, op: Operator, steps: int, learning_rate: float) -> Inverted:
+    return adamw(logp0, r, op, steps=steps, learning_rate=learning_rate)
+
+
+SOLVERS: dict[str, Solver] = {
+    "em": Solver("em", 10, None, _run_em),
+    "adamw": Solver("adamw", 5, 0.15, _run_adamw),
+}
+
+
+def get_solver(name: str) -> Solver:
+    """Return the solver called `name`; ConfigError with the nearest name otherwise."""
+    if name not in SOLVERS:
+        raise ConfigError(
+            f"inverse: unknown value {name!r}.{did_you_mean(str(name), SOLVERS)} Known: {', '.join(SOLVERS)}."
+        )
+    return SOLVERS[name]

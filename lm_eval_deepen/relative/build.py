@@ -1,0 +1,201 @@
+"""Building relative matrices from embedding rows, a block of vocabulary rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lm_eval_deepen.errors import ConfigError, MatrixError
+from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, get_normalization, unit_rows
+from lm_eval_deepen.relative.topk import largest
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+MAX_DROPPED_MASS = 0.05  # mean over rows; a sparse matrix that drops more does not describe the member
+DENSE_LIMIT_BYTES = 5 << 30
+BLOCK_BYTES = 64 << 20  # logits of one block of rows, fp32
+SAMPLE_ROWS = 256  # rows tried before a long build, to refuse a hopeless one at once
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """How a relative matrix is made.
+
+    Attributes:
+        normalization: a name of `NORMALIZATIONS`.
+        temperature: factor on the normalised cosines before the softmax.
+        top_m: entries kept per row; 0 keeps all (dense).
+        rows: ``text`` leaves rows of control pieces at zero, ``all`` treats them as the published code does;
+            rows of unused ids are zero in both.
+    """
+
+    normalization: str = "centered"
+    temperature: float = 100.0
+    top_m: int = 64
+    rows: str = "text"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        get_normalization(self.normalization)
+        if not (0 < self.temperature < float("inf")):
+            raise ConfigError(f"relative_temperature must be a positive number, got {self.temperature!r}.")
+        if self.top_m < 0:
+            raise ConfigError(
+                f"top_m must be 0 (dense) or the number of entries kept per row, got {self.top_m}."
+            )
+        if self.rows not in ("text", "all"):
+            raise ConfigError(f"rows must be 'text' or 'all', got {self.rows!r}.")
+
+
+def described_rows(vocabulary: ByteVocab, rows: str = "text") -> Tensor:
+    """Return which ids [V] (bool) have a relative row: those with text, or with ``all`` every used id."""
+    left_out = vocabulary.unused if rows == "all" else vocabulary.unused | vocabulary.control
+    mask = torch.tensor([rows == "all" or bool(piece) for piece in vocabulary.pieces], dtype=torch.bool)
+    mask[torch.tensor(sorted(left_out), dtype=torch.int64)] = False
+    return mask
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a block of rows needs."""
+
+    embeddings: Tensor  # [V, d]
+    source: (
+        Tensor  # [V] the embedding row an id is described by: its own, or that of the anchor it duplicates
+    )
+    anchors: Tensor  # [A, d] unit rows
+    shift: Tensor | None
+    space: Normalization
+    spec: MatrixSpec
+
+    def logits(self, ids: Tensor) -> Tensor:
+        block = unit_rows(self.embeddings[self.source[ids]], self.shift)
+        return self.space.logits(block, self.anchors, self.spec.temperature)
+
+    def top(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return kept entries [b, m] (sum 1), their anchors [b, m] and the dropped mass [b] of ids [b]."""
+        logits = self.logits(ids)
+        values, indices = largest(logits, min(self.spec.top_m, logits.shape[1]))
+        indices, order = indices.sort(dim=1)  # ascending anchors: neighbouring reads when rows are used
+        values = values.gather(1, order)
+        peak = values.amax(1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(1)
+        values = (values - peak).exp_()
+        kept = values.sum(1)
+        return values / kept[:, None], indices, (1 - kept / total).clamp_(min=0)
+
+
+def build_matrix(
+    member: str,
+    vocabulary: ByteVocab,
+    embeddings: Tensor,
+    anchor_ids: Sequence[int],
+    twins: Mapping[int, int],
+    spec: MatrixSpec,
+    *,
+    progress: bool = False,
+) -> RelativeMatrix:
+    """Build the relative matrix of a member.
+
+    Args:
+        member: its name, for messages.
+        vocabulary: its pieces [V].
+        embeddings: its input embedding rows [>= V, d], any float dtype.
+        anchor_ids: its id of every anchor [A].
+        twins: other ids with an anchor's bytes -> that anchor's index; they get the anchor's row.
+        spec: how rows are made and stored.
+        progress: show a progress bar.
+
+    Returns:
+        A `DenseMatrix` where ``spec.top_m`` is 0, else a `SparseMatrix`.
+
+    Raises:
+        MatrixError: unusable embeddings, a dense matrix beyond `DENSE_LIMIT_BYTES`, or a mean dropped mass
+            above `MAX_DROPPED_MASS`.
+    """
+    _check_embeddings(member, vocabulary, embeddings)
+    mask = described_rows(vocabulary, spec.rows)
+    device = embeddings.device
+    source = torch.arange(len(vocabulary))
+    anchor_rows = torch.tensor(list(anchor_ids), dtype=torch.int64)
+    for other, anchor in twins.items():
+        source[other] = anchor_rows[anchor]
+    space = get_normalization(spec.normalization)
+    shift = space.shift(embeddings[: len(vocabulary)], mask.to(device))
+    anchors = unit_rows(embeddings[anchor_rows.to(device)], shift)
+    job = _Job(embeddings, source.to(device), anchors, shift, space, spec)
+    ids = mask.nonzero()[:, 0].to(device)
+    with torch.no_grad():
+        return _dense(member, job, ids, progress) if spec.top_m == 0 else _sparse(member, job, ids, progress)
+
+
+def _blocks(member: str, job: _Job, ids: Tensor, progress: bool) -> Iterator[Tensor]:
+    rows = max(64, min(8192, BLOCK_BYTES // (4 * len(job.anchors))))
+    with tqdm(total=len(ids), unit="row", desc=f"relative matrix of {member}", disable=not progress) as bar:
+        for start in range(0, len(ids), rows):
+            block = ids[start : start + rows]
+            yield block
+            bar.update(len(block))
+
+
+def _dense(member: str, job: _Job, ids: Tensor, progress: bool) -> DenseMatrix:
+    num_rows, num_anchors = len(job.source), len(job.anchors)
+    size = num_rows * num_anchors * 4
+    if size > DENSE_LIMIT_BYTES:
+        raise MatrixError(
+            f"The dense relative matrix of member {member!r} ({num_rows} pieces x {num_anchors} anchors) "
+            f"would take {size / 2**30:.1f} GiB; the limit is {DENSE_LIMIT_BYTES / 2**30:.0f} GiB. Set "
+            f"max_anchors to at most {DENSE_LIMIT_BYTES // (4 * num_rows)}, or keep sparse rows with top_m."
+        )
+    relative = torch.zeros(num_rows, num_anchors, device=job.anchors.device)
+    for block in _blocks(member, job, ids, progress):
+        relative[block] = torch.softmax(job.logits(block), dim=1)
+    return DenseMatrix(relative)
+
+
+def _sparse(member: str, job: _Job, ids: Tensor, progress: bool) -> SparseMatrix:
+    num_rows, num_anchors = len(job.source), len(job.anchors)
+    width = min(job.spec.top_m, num_anchors)
+    if len(ids) > 4 * SAMPLE_ROWS:
+        sample = ids[:: len(ids) // SAMPLE_ROWS]
+        dropped = float(torch.cat([job.top(part)[2] for part in sample.split(64)]).mean())
+        if dropped > 2 * MAX_DROPPED_MASS:
+            raise _dropped_too_much(member, dropped, job.spec, num_anchors, f"a sample of {len(sample)} rows")
+    device = job.anchors.device
+    values = torch.zeros(num_rows, width, dtype=torch.float16, device=device)
+    indices = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
+    lost = torch.zeros(num_rows, device=device)
+    for block in _blocks(member, job, ids, progress):
+        kept, anchors, dropped_mass = job.top(block)
+        values[block], indices[block], lost[block] = kept.half(), anchors.int(), dropped_mass
+    mean = float(lost[ids].mean()) if len(ids) else 0.0
+    if mean > MAX_DROPPED_MASS:
+        raise _dropped_too_much(member, mean, job.spec, num_anchors, "all rows")
+    return SparseMatrix(values, indices, num_anchors, lost)
+
+
+def _dropped_too_much(member: str, mean: float, spec: MatrixSpec, anchors: int, where: str) -> MatrixError:
+    others = ", ".join(name for name in NORMALIZATIONS if name not in (spec.normalization, "reference"))
+    return MatrixError(
+        f"The relative matrix of member {member!r} would drop {mean:.3f} of its mass (mean over {where}; the "
+        f"limit is {MAX_DROPPED_MASS}) with normalization {spec.normalization!r}, relative_temperature "
+        f"{spec.temperature:g} and top_m {spec.top_m} of {anchors} anchors. Raise top_m, use another "
+        f"normalization ({others}), lower max_anchors, or keep dense rows with top_m 0."
+    )
+
+
+def _check_embeddings(member: str, vocabulary: ByteVocab, embeddings: Tensor) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
+        raise MatrixError(
+            f"Member {member!r} has input embeddings of shape {tuple(embeddings.shape)} for "
+            f"{len(vocabulary)} pieces: one row per piece is needed. Its model and tokenizer do not belong "
+            "together."
+        )
+    if not all(bool(part.isfinite().all()) for part in embeddings.split(8192)):
+        raise MatrixError(
+            f"Member {member!r} has input embeddings that are not finite: its weights are damaged."
+        )

@@ -1,0 +1,218 @@
+"""Matrix files: safetensors with an identity and a checksum in the metadata, written in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: `locked` falls back to an exclusive file
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = "lm-eval-deepen-matrix-1"
+LOCK_PATIENCE_S = 3600.0
+CHECKSUM = "content_sha256"
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """What a matrix file says of itself.
+
+    Attributes:
+        path: the file.
+        identity: format, fingerprints, normalization, temperature, top_m, rows, dtype.
+        content_sha256: checksum of identity and tensors; equal for equal matrices.
+        num_bytes: size of the file.
+        num_rows: pieces of the member, V.
+        num_anchors: A.
+        mean_dropped_mass: over the rows that are described.
+        build_seconds: wall time of the build.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    content_sha256: str
+    num_bytes: int
+    num_rows: int
+    num_anchors: int
+    mean_dropped_mass: float
+    build_seconds: float
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Return a hex digest of an identity, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def content_hash(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
+    """Return a hex digest of names, shapes, dtypes and bytes of `tensors` and of `identity`."""
+    digest = hashlib.sha256(identity_hash(identity).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_matrix(
+    path: Path,
+    matrix: RelativeMatrix,
+    anchor_ids: list[int],
+    identity: Mapping[str, Any],
+    build_seconds: float,
+) -> None:
+    """Write a matrix file in one step: readers see the whole file or none."""
+    tensors = {"anchor_ids": torch.tensor(anchor_ids, dtype=torch.int64)}
+    if isinstance(matrix, SparseMatrix):
+        tensors |= {
+            "values": matrix.values.half(),
+            "indices": matrix.indices,
+            "dropped_mass": matrix.dropped_mass,
+        }
+        described = matrix.values.sum(1) > 0
+        dropped = float(matrix.dropped_mass[described].mean()) if bool(described.any()) else 0.0
+    elif isinstance(matrix, DenseMatrix):
+        tensors["relative"], dropped = matrix.relative, 0.0
+    else:
+        raise TypeError(f"no file format for {type(matrix).__name__}")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        IDENTITY: json.dumps(dict(identity), sort_keys=True),
+        CHECKSUM: content_hash(tensors, identity),
+        "mean_dropped_mass": repr(dropped),
+        "build_seconds": f"{build_seconds:.3f}",
+        "shape": json.dumps(list(matrix.shape)),
+    }
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a builder that was killed: we hold the lock
+        stale.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe(path: Path) -> MatrixInfo:
+    """Return what a matrix file says of itself, from its header alone.
+
+    Raises:
+        MatrixError: not a matrix file, or one that was cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        rows, anchors = json.loads(metadata["shape"])
+        return MatrixInfo(
+            path=path,
+            identity=json.loads(metadata[IDENTITY]),
+            content_sha256=metadata[CHECKSUM],
+            num_bytes=path.stat().st_size,
+            num_rows=rows,
+            num_anchors=anchors,
+            mean_dropped_mass=float(metadata["mean_dropped_mass"]),
+            build_seconds=float(metadata["build_seconds"]),
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, f"it is no complete matrix file ({type(error).__name__}: {error})") from error
+
+
+def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeMatrix:
+    """Read and verify a matrix file.
+
+    Args:
+        path: the file.
+        wanted: the identity it must have.
+        member: the member it is for, for messages.
+
+    Raises:
+        MatrixError: truncated, altered, or built for something else; the message names both sides.
+    """
+    info = describe(path)
+    if info.identity != dict(wanted):
+        keys = sorted(set(info.identity) | set(wanted))
+        differing = "; ".join(
+            f"{key}: the file has {info.identity.get(key)!r}, member {member!r} needs {wanted.get(key)!r}"
+            for key in keys
+            if info.identity.get(key) != wanted.get(key)
+        )
+        raise MatrixError(
+            f"Matrix file {path} was built for something else: {differing}. Delete it to build it anew, or "
+            "give the folder that holds the matrices of this ensemble."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f"its tensors cannot be read ({error})") from error
+    found = content_hash(tensors, info.identity)
+    if found != info.content_sha256:
+        raise _damaged(
+            path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}"
+        )
+    if "relative" in tensors:
+        return DenseMatrix(tensors["relative"])
+    return SparseMatrix(tensors["values"], tensors["indices"], info.num_anchors, tensors["dropped_mass"])
+
+
+def _damaged(path: Path, what: str) -> MatrixError:
+    return MatrixError(f"Matrix file {path} is damaged: {what}. Delete it; it is built anew on the next use.")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against other processes; it is removed on release.
+
+    An advisory lock, which the system releases when its holder dies; where there is none, an exclusive file.
+
+    Raises:
+        MatrixError: without advisory locks, when the lock file stays for `LOCK_PATIENCE_S`.
+    """
+    descriptor = _lock_advisory(path) if fcntl is not None else _lock_exclusive(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock_advisory(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The holder before us removed the file we opened; whoever comes next would lock a new one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _lock_exclusive(path: Path) -> int:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise MatrixError(
+                    f"Lock file {path} has stayed for {LOCK_PATIENCE_S:.0f} s. Delete it if no process is "
+                    "building."
+                ) from None
+            time.sleep(0.2)

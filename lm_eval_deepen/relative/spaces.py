@@ -1,0 +1,86 @@
+"""Normalizations: how cosines between embedding rows become the logits of a relative row.
+
+A relative row is ``softmax_a(temperature * n(cos(E[w], E[a])))`` over the anchors ``a`` (DeePEn,
+arXiv 2404.12715, section 3.2). A normalization chooses what is done to the embedding rows before the
+cosine (`Normalization.center`) and to the cosines after it (`Normalization.rescale`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+
+BLOCK_ROWS = 8192  # rows converted to fp32 at once where a whole vocabulary is walked
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A named way from embedding rows to the logits of relative rows.
+
+    Attributes:
+        name: the value of the option ``normalization``.
+        formula: the logits of row w over anchors a, for ``--help`` and the docs.
+        center: whether the mean of the member's text rows is subtracted from every row first.
+        rescale: n(.) above, in place on the cosines [b, A].
+    """
+
+    name: str
+    formula: str
+    center: bool
+    rescale: Callable[[Tensor], Tensor]
+
+    def shift(self, embeddings: Tensor, rows: Tensor) -> Tensor | None:
+        """Return what is subtracted from every row, [d] fp32, from the rows [V] (bool) in use; or None."""
+        if not self.center:
+            return None
+        total = torch.zeros(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
+        for start in range(0, len(embeddings), BLOCK_ROWS):
+            block = embeddings[start : start + BLOCK_ROWS][rows[start : start + BLOCK_ROWS]]
+            total += block.to(torch.float64).sum(0)
+        return (total / rows.sum().clamp(min=1)).to(torch.float32)
+
+    def logits(self, block: Tensor, anchors: Tensor, temperature: float) -> Tensor:
+        """Return logits of relative rows [b, A] from `unit_rows` of a block [b, d] and of anchors [A, d]."""
+        return self.rescale(block @ anchors.T).mul_(temperature)
+
+
+def unit_rows(block: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Return embedding rows [b, d] less `shift` [d], scaled to L2 norm 1, fp32; a zero row stays zero."""
+    block = block.to(torch.float32)
+    if shift is not None:
+        block = block - shift
+    return torch.nn.functional.normalize(block, dim=-1, eps=1e-12)
+
+
+def _same(cosines: Tensor) -> Tensor:
+    return cosines
+
+
+def _row_unit(cosines: Tensor) -> Tensor:
+    return cosines.div_(cosines.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    entry.name: entry
+    for entry in (
+        # The published code. On modern models the row norm is about 50 to 100, so rows are nearly flat.
+        Normalization("reference", "T * cos(E[w], E[a]) / ||cos(E[w], E[.])||_2", False, _row_unit),
+        Normalization("cosine", "T * cos(E[w], E[a])", False, _same),
+        Normalization("centered", "T * cos(E[w] - mean(E), E[a] - mean(E))", True, _same),
+    )
+}
+
+
+def get_normalization(name: str) -> Normalization:
+    """Return the normalization called `name`; ConfigError with the nearest name otherwise."""
+    if name not in NORMALIZATIONS:
+        raise ConfigError(
+            f"normalization: unknown value {name!r}.{did_you_mean(str(name), NORMALIZATIONS)}"
+            f" Known: {', '.join(NORMALIZATIONS)}."
+        )
+    return NORMALIZATIONS[name]

@@ -1,0 +1,135 @@
+"""The matrix store: a folder of relative matrices, each built once, on first use, verified on every load."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from safetensors import SafetensorError
+
+from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.relative.build import MatrixSpec, build_matrix
+from lm_eval_deepen.relative.files import (
+    FORMAT,
+    MatrixInfo,
+    describe,
+    identity_hash,
+    locked,
+    read_matrix,
+    write_matrix,
+)
+from lm_eval_deepen.relative.matrix import RelativeMatrix
+from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.fusion.seam import MemberView
+
+__all__ = ["MatrixInfo", "MatrixStore", "default_folder", "describe"]
+
+
+HASH_LENGTH = 12  # hex digits of the identity in a file name; the whole identity is checked on load
+
+
+def default_folder() -> Path:
+    """Return the user cache folder of built matrices: ``$XDG_CACHE_HOME`` or ``~/.cache``, ours below."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "lm_eval_deepen" / "matrices"
+
+
+class MatrixStore:
+    """Relative matrices by member, anchors and `MatrixSpec`.
+
+    Args:
+        folder: where matrix files are; None is `default_folder`.
+        progress: show a progress bar while building.
+    """
+
+    def __init__(self, folder: Path | str | None = None, progress: bool = True) -> None:
+        """Nothing is read or created before the first `get`."""
+        self.folder = default_folder() if folder is None else Path(folder)
+        self.progress = progress
+        # Fusers that differ only in their solver share one matrix while any of them lives.
+        self._loaded: WeakValueDictionary[Path, RelativeMatrix] = WeakValueDictionary()
+
+    def identity(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> dict[str, Any]:
+        """Return everything that decides the content of a matrix."""
+        return {
+            "format": FORMAT,
+            "tokenizer": member.vocabulary.fingerprint,
+            "embedding": member.load_fingerprint(),
+            "anchors": anchors.fingerprint,
+            "normalization": spec.normalization,
+            "temperature": float(spec.temperature),
+            "top_m": spec.top_m,
+            "rows": spec.rows,
+            "dtype": "float16" if spec.top_m else "float32",
+        }
+
+    def path(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> Path:
+        """Return the file of a matrix, whether or not it exists.
+
+        A matrix does not depend on the member's name: one that was built under another name is used.
+        """
+        short = identity_hash(self.identity(member, anchors, spec))[:HASH_LENGTH]
+        existing = sorted(self.folder.glob(f"*-{short}.safetensors"))
+        if existing:
+            return existing[0]
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
+        return self.folder / f"{slug[:80]}-{short}.safetensors"
+
+    def get(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> RelativeMatrix:
+        """Return a matrix; where its file is missing, build it while other processes wait for it.
+
+        Raises:
+            MatrixError: a file that is damaged or was built for something else, a matrix that cannot be
+                built, or a folder that cannot be written.
+        """
+        path, identity = self.path(member, anchors, spec), self.identity(member, anchors, spec)
+        matrix = self._loaded.get(path)
+        if matrix is None:
+            if not path.exists():
+                self._build(path, identity, member, anchors, spec)
+                path = self.path(member, anchors, spec)
+            matrix = read_matrix(path, identity, member.name)
+            self._loaded[path] = matrix
+        return matrix
+
+    def info(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> MatrixInfo:
+        """Return what the file of a built matrix says of itself: size, dropped mass, build time, checksum."""
+        return describe(self.path(member, anchors, spec))
+
+    def _build(
+        self, path: Path, identity: dict[str, Any], member: MemberView, anchors: AnchorSet, spec: MatrixSpec
+    ) -> None:
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            with self._explained():
+                stack.enter_context(locked(self.folder / f"{identity_hash(identity)[:HASH_LENGTH]}.lock"))
+            if self.path(member, anchors, spec).exists():  # another process built it while this one waited
+                return
+            started = time.monotonic()
+            vocabulary, embeddings = member.vocabulary, member.load_embeddings()
+            ids, twins = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
+            matrix = build_matrix(
+                member.name, vocabulary, embeddings, ids, twins, spec, progress=self.progress
+            )
+            with self._explained():
+                write_matrix(path, matrix, ids, identity, time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the file system refuses into an error that names the folder."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise MatrixError(
+                f"Matrix folder {self.folder} cannot be used ({error}). Give a folder that can be written, "
+                "with matrix_dir or XDG_CACHE_HOME."
+            ) from error

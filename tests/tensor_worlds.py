@@ -1,0 +1,62 @@
+"""Small synthetic members for tests of the tensor layer: shared pieces, random embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.fusion.seam import MemberView
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+
+def vocabulary(
+    own: int, *, tag: str, shared: int = 60, eos: tuple[int, ...] = (1,), control: int = 3, padded: int = 0
+) -> ByteVocab:
+    """Control ids first, then pieces shared by all, own pieces, two duplicates of shared pieces, padding."""
+    pieces = (
+        [b""] * control + [b"s%d" % i for i in range(shared)] + [f"{tag}{i}".encode() for i in range(own)]
+    )
+    pieces += [b"s5", b"s7"] + [b""] * padded
+    unused = frozenset(range(len(pieces) - padded, len(pieces)))
+    return ByteVocab(tuple(pieces), frozenset(range(control)), unused, eos)
+
+
+def member(name: str, vocab: ByteVocab, dim: int, seed: int) -> MemberView:
+    """A member with random embedding rows [V, dim]; rows of unused ids are zero."""
+    embeddings = torch.randn(len(vocab), dim, generator=torch.Generator().manual_seed(seed))
+    embeddings[sorted(vocab.unused)] = 0.0
+    return view(name, vocab, embeddings)
+
+
+def view(name: str, vocab: ByteVocab, embeddings: Tensor) -> MemberView:
+    """A member with these embedding rows."""
+    return MemberView(
+        name, vocab, lambda: embeddings, lambda: hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
+    )
+
+
+def trio() -> list[MemberView]:
+    """Three members: the main one with padded rows, one with two EOS ids, one larger."""
+    return [
+        member("main", vocabulary(90, tag="a", padded=4), 16, 0),
+        member("second", vocabulary(140, tag="b", eos=(1, 2)), 24, 1),
+        member("third", vocabulary(40, tag="c"), 12, 2),
+    ]
+
+
+def rows(members: list[MemberView], count: int, *, seed: int = 7, scale: float = 3.0) -> list[Tensor]:
+    """Random log-probabilities [count, V_m] per member; unused ids have mass, as in real models."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.log_softmax(scale * torch.randn(count, len(m.vocabulary), generator=generator), dim=-1)
+        for m in members
+    ]
+
+
+def renormalised(logp: Tensor, vocab: ByteVocab) -> Tensor:
+    """Rows without their unused ids."""
+    logp = logp.clone()
+    logp[:, sorted(vocab.unused)] = float("-inf")
+    return torch.log_softmax(logp, dim=-1)

@@ -1,0 +1,202 @@
+"""What every step-level fusion method must keep, whatever it computes: one case per registered method."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tensor_worlds import renormalised, rows, trio
+
+import lm_eval_deepen.fusion as fusion_package
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.fusion import methods, option_classes
+from lm_eval_deepen.fusion.seam import REGISTRY, Fuser
+from lm_eval_deepen.relative.store import MatrixStore
+
+METHODS = methods()
+MEMBERS = trio()
+MAIN = MEMBERS[0].vocabulary
+# Adam divides each gradient by its own size, so the published search turns rounding into more than rounding.
+CASES = [(name, {}, 2e-6) for name in METHODS]
+if "deepen" in METHODS:
+    CASES += [
+        ("deepen", {"support": 20}, 2e-6),
+        ("deepen", {"support": "full", "top_m": 0}, 2e-6),
+        ("deepen", {"inverse": "adamw"}, 1e-3),
+        ("deepen", METHODS["deepen"].options.COMPAT["reference"], 1e-3),
+    ]
+IDS = ["-".join([name, *(f"{k}={v}" for k, v in list(options.items())[:2])]) for name, options, _ in CASES]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> MatrixStore:
+    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
+
+
+@pytest.fixture(params=CASES, ids=IDS)
+def case(request, store: MatrixStore):
+    """A fuser of three members and the tolerance of its rounding."""
+    name, options, tolerance = request.param
+    return METHODS[name].options(**options).build(MEMBERS, store), tolerance
+
+
+def step(fuser: Fuser, logp, weights):
+    """What a run uses: the fused row, or the main member's where the method skips."""
+    fused = fuser.fuse(logp, weights)
+    own = torch.full_like(fused.logp, float("-inf"))
+    own[:, : len(MAIN)] = logp[0]
+    return torch.where(fuser.skip(logp, weights)[:, None], own, fused.logp), fused
+
+
+WEIGHTS = torch.tensor(
+    [[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]
+)
+
+
+def test_it_satisfies_the_protocol(case) -> None:
+    fuser, _ = case
+    assert isinstance(fuser, Fuser)
+    assert fuser.out_vocab.pieces[: len(MAIN)] == MAIN.pieces
+
+
+def test_rows_are_normalised_and_finite_or_excluded(case) -> None:
+    fuser, _ = case
+    logp = rows(MEMBERS, 5)
+    fused = fuser.fuse(logp, WEIGHTS)
+    assert fused.logp.shape == (5, len(fuser.out_vocab)) and fused.logp.dtype == torch.float32
+    assert not fused.logp.isnan().any() and not fused.logp.isposinf().any()
+    torch.testing.assert_close(fused.logp.double().exp().sum(1), torch.ones(5).double(), atol=1e-5, rtol=0)
+    for name, value in fused.stats.items():
+        assert value.shape == (5,) and value.is_floating_point() and value.isfinite().all(), name
+
+
+def test_unused_ids_never_win_and_every_text_piece_has_a_score(case) -> None:
+    fuser, _ = case
+    logp = rows(MEMBERS, 5)
+    logp[0][:, sorted(MAIN.unused)] += 30.0
+    logp[0] = torch.log_softmax(logp[0], dim=1)
+    fused = fuser.fuse(logp, WEIGHTS).logp
+    assert (fused[:, sorted(MAIN.unused)] == float("-inf")).all()
+    text = [i for i, piece in enumerate(MAIN.pieces) if piece]
+    assert fused[:, text].isfinite().all()
+
+
+def test_a_batch_is_its_rows_one_by_one_in_any_order(case) -> None:
+    fuser, tolerance = case
+    logp = rows(MEMBERS, 5)
+    whole, stats = fuser.fuse(logp, WEIGHTS).logp, fuser.fuse(logp, WEIGHTS).stats
+    skip = fuser.skip(logp, WEIGHTS)
+    for i in (4, 0, 2, 1, 3):
+        one = fuser.fuse([x[i : i + 1] for x in logp], WEIGHTS[i : i + 1])
+        torch.testing.assert_close(one.logp[0], whole[i], atol=tolerance, rtol=tolerance)
+        assert fuser.skip([x[i : i + 1] for x in logp], WEIGHTS[i : i + 1])[0] == skip[i]
+        for name, value in one.stats.items():
+            torch.testing.assert_close(value[0], stats[name][i], atol=max(1e-5, tolerance), rtol=1e-3)
+
+
+def test_two_calls_agree_exactly_and_inputs_are_left_alone(case) -> None:
+    fuser, _ = case
+    logp = rows(MEMBERS, 5)
+    before = [x.clone() for x in logp]
+    first, second = fuser.fuse(logp, WEIGHTS), fuser.fuse(logp, WEIGHTS)
+    assert torch.equal(first.logp, second.logp)
+    assert all(torch.equal(a, b) for a, b in zip(before, logp, strict=True))
+
+
+def test_no_gradient_leaks(case) -> None:
+    fuser, _ = case
+    logp = [x.requires_grad_(True) for x in rows(MEMBERS, 2)]
+    fused = fuser.fuse(logp, WEIGHTS[:2])
+    assert not fused.logp.requires_grad
+    assert not any(value.requires_grad for value in fused.stats.values())
+
+
+def test_all_weight_on_the_main_member_is_the_main_member(case) -> None:
+    fuser, _ = case
+    logp = rows(MEMBERS, 4)
+    logp[0] = renormalised(logp[0], MAIN)
+    weights = torch.tensor([[1.0, 0.0, 0.0]]).expand(4, -1)
+    result, _ = step(fuser, logp, weights)
+    own = result[:, : len(MAIN)].exp()
+    torch.testing.assert_close(own, logp[0].exp(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("filler", [0.0, -1e30, 3e4])
+def test_a_member_that_sits_out_is_ignored(case, filler: float) -> None:
+    fuser, _ = case
+    logp = rows(MEMBERS, 5)
+    other = [logp[0], logp[1].clone(), logp[2].clone()]
+    other[2][1], other[1][2] = filler, filler  # their weights are 0 there
+    assert torch.equal(fuser.fuse(logp, WEIGHTS).logp, fuser.fuse(other, WEIGHTS).logp)
+    assert torch.equal(fuser.skip(logp, WEIGHTS), fuser.skip(other, WEIGHTS))
+
+
+def test_the_others_matter(case) -> None:
+    fuser, _ = case
+    a, b = rows(MEMBERS, 5), rows(MEMBERS, 5, seed=8)
+    changed = (step(fuser, a, WEIGHTS)[0] - step(fuser, [a[0], b[1], b[2]], WEIGHTS)[0]).nan_to_num(0.0)
+    assert (changed.abs().amax(1) > 1e-3).any()
+
+
+def test_methods_are_frozen_dataclasses_with_a_paper() -> None:
+    assert "deepen" in METHODS and option_classes()["deepen"] is METHODS["deepen"].options
+    for name, entry in METHODS.items():
+        assert is_dataclass(entry.options) and entry.options.__dataclass_params__.frozen, name
+        assert entry.paper and entry.options.__doc__, name
+
+
+@pytest.fixture
+def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Add a file to the folder of methods for one test."""
+    registered = dict(REGISTRY)
+    monkeypatch.setattr(fusion_package, "__path__", [*fusion_package.__path__, str(tmp_path)])
+    methods.cache_clear()
+
+    def add(name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+
+    yield add
+    REGISTRY.clear()
+    REGISTRY.update(registered)
+    methods.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("lm_eval_deepen.fusion.dropped")]:
+        del sys.modules[name]
+        vars(fusion_package).pop(name.rpartition(".")[2], None)
+
+
+GOOD = """
+from dataclasses import dataclass
+from lm_eval_deepen.fusion.seam import fusion
+
+@fusion("dropped", paper="none")
+@dataclass(frozen=True)
+class Dropped:
+    option: int = 1
+"""
+
+
+def test_a_new_file_is_a_new_method(dropped_in) -> None:
+    dropped_in("dropped", GOOD)
+    dropped_in("_helper", "raise RuntimeError('helpers are not imported')")
+    assert set(methods()) == {*METHODS, "dropped"}
+    assert option_classes()["dropped"]().option == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_package", r"dropped\.py in .* cannot be imported \(ModuleNotFoundError: .*no_such"),
+        ("def broken(:", r"dropped\.py in .* cannot be imported \(SyntaxError"),
+        ("x = 1", r"dropped\.py in .* registers no method. Decorate"),
+        (GOOD.replace('"dropped"', '"deepen"'), r"dropped\.py in .*'deepen' is defined twice"),
+    ],
+)
+def test_a_broken_file_is_named(dropped_in, code: str, message: str) -> None:
+    assert isinstance(fusion_package, types.ModuleType)
+    dropped_in("dropped", code)
+    with pytest.raises(ConfigError, match=message):
+        methods()

@@ -1,0 +1,166 @@
+"""Both inverse solvers against slow references: torch's own AdamW with autograd, and a loop for em."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.inverse import SOLVERS, adamw, em, get_solver
+from lm_eval_deepen.inverse.adamw import gradient, schedule
+from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+
+NEG_INF = float("-inf")
+
+
+def problem(seed: int = 0, batch: int = 6, pieces: int = 80, anchors: int = 30, sharpness: float = 3.0):
+    """A matrix, starting log-probabilities and a target that mixes them with another distribution."""
+    g = torch.Generator().manual_seed(seed)
+    matrix = DenseMatrix(torch.softmax(sharpness * torch.randn(pieces, anchors, generator=g), dim=1))
+    logp0 = torch.log_softmax(2 * torch.randn(batch, pieces, generator=g), dim=1)
+    other = torch.softmax(2 * torch.randn(batch, pieces, generator=g), dim=1)
+    return matrix, logp0, 0.5 * (logp0.exp() + other) @ matrix.relative
+
+
+def autograd_loss(logits, r, relative):
+    """Sum over rows of the element-mean KL divergence, written as the published code has it."""
+    log_q = (torch.softmax(logits, dim=-1) @ relative).log()
+    losses = torch.nn.functional.kl_div(log_q, r, reduction="none")  # "mean" of one row warns, and means this
+    return losses.mean(dim=1).sum()
+
+
+def autograd_search(logits, r, relative, steps: int, learning_rate: float):
+    logits = logits.clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([logits], lr=learning_rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=learning_rate / 4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        autograd_loss(logits, r, relative).backward()
+        optimizer.step()
+        scheduler.step()
+    return torch.log_softmax(logits.detach(), dim=-1)
+
+
+def test_the_closed_form_gradient_is_autograds() -> None:
+    matrix, logp0, r = problem()
+    logits = logp0.clone().requires_grad_(True)
+    autograd_loss(logits, r, matrix.relative).backward()
+    torch.testing.assert_close(gradient(logp0, r, matrix.full()), logits.grad, atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 25])
+def test_the_schedule_is_torchs(steps: int) -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.075)
+    for step in range(steps):
+        assert schedule(0.3, step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("steps", "learning_rate"), [(1, 0.15), (5, 0.15), (12, 0.5)])
+def test_adamw_is_torchs_with_autograd(steps: int, learning_rate: float) -> None:
+    matrix, logp0, r = problem(1)
+    expected = autograd_search(
+        logp0 + 3.0, r, matrix.relative, steps, learning_rate
+    )  # logits: any constant per row
+    got = adamw(logp0, r, matrix.full(), steps=steps, learning_rate=learning_rate)
+    torch.testing.assert_close(got.logp, expected, atol=1e-4, rtol=0)
+
+
+def test_adamw_divides_by_all_anchors_when_rows_are_sparse() -> None:
+    matrix, logp0, r = problem(2)
+    values, indices = matrix.relative.topk(5, dim=1)
+    sparse = SparseMatrix(values, indices, matrix.shape[1], torch.zeros(80))
+    dense = DenseMatrix(torch.zeros_like(matrix.relative).scatter_(1, indices, values))
+    r = logp0.exp().roll(1, 0) @ dense.relative
+    a = adamw(logp0, r, sparse.full(), steps=5, learning_rate=0.15)
+    b = adamw(logp0, r, dense.full(), steps=5, learning_rate=0.15)
+    torch.testing.assert_close(a.logp, b.logp, atol=1e-4, rtol=0)
+
+
+def test_em_is_its_plain_loop_and_decreases_the_divergence_monotonically() -> None:
+    matrix, logp0, r = problem(3)
+    p, last = logp0.exp().double(), torch.full((len(r),), float("inf"), dtype=torch.float64)
+    relative, target = matrix.relative.double(), r.double()
+    for steps in range(1, 30):
+        p = p * ((target / (p @ relative)) @ relative.T)
+        divergence = (target * (target / (p @ relative)).log()).sum(1)
+        assert (divergence <= last + 1e-12).all()
+        last = divergence
+        if steps in (1, 2, 8, 29):
+            got = em(logp0, r, matrix.full(), steps=steps)
+            torch.testing.assert_close(got.logp, p.log().float(), atol=2e-4, rtol=0)
+            torch.testing.assert_close(got.stats["residual_kl"], divergence.float(), atol=1e-5, rtol=1e-3)
+
+
+def test_em_has_p0_as_a_fixed_point_and_adamw_has_not() -> None:
+    matrix, logp0, _ = problem(4)
+    r = logp0.exp() @ matrix.relative
+    torch.testing.assert_close(em(logp0, r, matrix.full(), steps=20).logp, logp0, atol=1e-5, rtol=0)
+    drift = (adamw(logp0, r, matrix.full(), steps=5, learning_rate=0.15).logp - logp0).abs().max()
+    assert drift > 1e-2
+
+
+def test_em_recovers_a_distribution_that_explains_r() -> None:
+    matrix, logp0, _ = problem(5, pieces=12)
+    truth = torch.softmax(torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), dim=1)
+    got = em(logp0, truth @ matrix.relative, matrix.full(), steps=3000)
+    torch.testing.assert_close(got.logp.exp(), truth, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_excluded_pieces_stay_excluded_without_nan(name: str) -> None:
+    matrix, logp0, r = problem(6)
+    logp0[:, ::3] = NEG_INF
+    logp0[0, 1:] = NEG_INF  # all on one piece
+    logp0[0, 0] = 0.0
+    solver = SOLVERS[name]
+    got = solver.run(
+        torch.log_softmax(logp0, dim=1), r, matrix.full(), solver.steps, solver.learning_rate or 0.0
+    )
+    assert torch.equal(got.logp == NEG_INF, logp0 == NEG_INF)
+    torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
+    assert not got.logp.isnan().any() and all(value.isfinite().all() for value in got.stats.values())
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_mass_that_no_piece_reaches_is_counted(name: str) -> None:
+    relative = torch.zeros(4, 6)
+    relative[:, :3] = torch.softmax(torch.arange(12.0).reshape(4, 3).sin(), dim=1)
+    r = torch.tensor([[0.2, 0.2, 0.2, 0.4, 0.0, 0.0]])
+    logp0 = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), dim=1)
+    solver = SOLVERS[name]
+    got = solver.run(logp0, r, DenseMatrix(relative).full(), solver.steps, solver.learning_rate or 0.0)
+    torch.testing.assert_close(got.stats["lost_mass"], torch.tensor([0.4]))
+    assert got.logp.isfinite().all() and got.stats["residual_kl"].isfinite().all()
+
+
+def test_em_keeps_pieces_too_small_for_fp32_finite() -> None:
+    matrix, logp0, r = problem(7)
+    logp0[:, 5] = -400.0
+    relative = matrix.relative.clone()
+    relative[:, 0] = 0.0
+    relative[5] = 0.0
+    relative[5, 0] = 1.0  # the only piece on this anchor, and its probability underflows
+    matrix, logp0 = DenseMatrix(relative), torch.log_softmax(logp0, dim=1)
+    got = em(logp0, logp0.exp() @ matrix.relative, matrix.full(), steps=10)
+    torch.testing.assert_close(got.logp[:, 5], logp0[:, 5], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_rows_do_not_depend_on_their_batch_and_no_gradient_leaks(name: str) -> None:
+    matrix, logp0, r = problem(8)
+    solver, logp0 = SOLVERS[name], logp0.requires_grad_(True)
+    rate = solver.learning_rate or 0.0
+    whole = solver.run(logp0, r, matrix.full(), solver.steps, rate)
+    assert not whole.logp.requires_grad
+    for i in range(len(r)):
+        one = solver.run(logp0[i : i + 1], r[i : i + 1], matrix.full(), solver.steps, rate)
+        torch.testing.assert_close(one.logp[0], whole.logp[i], atol=1e-4 if name == "adamw" else 5e-6, rtol=0)
+
+
+def test_an_unknown_solver_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="inverse: unknown value 'adam'. Did you mean 'adamw'"):
+        get_solver("adam")
