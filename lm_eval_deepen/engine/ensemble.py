@@ -171,17 +171,17 @@ class Ensemble:
             }
             for member in self.members
         ]
-        fusion = getattr(self.fuser, "describe", dict)() if self.fuser else {}
+        facts = getattr(self.fuser, "facts", {})
         return {
             "fingerprint": self.config.fingerprint(),
             "method": self.config.method if self.fuser else "none (the main member alone)",
             "options": self.config.options_dict() if self.fuser else {},
             "members": described,
-            **fusion,
+            **facts,
             **self.trace.summary(),
         }
 
 
 def view(member: Member) -> MemberView:
     """Return what fusion methods may know of a member."""
-    return MemberView(member.name, member.codec.vocab, member.embeddings, member.embedding_fingerprint)
+    return MemberView(member.name, member.codec.vocab, member.embeddings, lambda: member.embedding_fingerprint)

@@ -161,8 +161,9 @@ class Member:
             )
         return rows[: self.vocab_size]
 
+    @cached_property
     def embedding_fingerprint(self) -> str:
-        """Return a hex digest of the embedding rows, their shape and dtype."""
+        """A hex digest of the embedding rows, their shape and dtype."""
         rows = self.embeddings().contiguous().cpu()
         digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
         digest.update(memoryview(rows.view(torch.uint8).numpy()).cast("B"))

@@ -1,0 +1,61 @@
+"""``lm-eval-deepen build ENSEMBLE``: build an ensemble's relative matrices ahead of its evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+
+HELP = "Build the relative matrices that an ensemble needs. Evaluation builds missing ones on first use."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument(
+        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
+    )
+    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build what is missing and print one line per matrix."""
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.relative.store import MatrixStore
+
+    arguments = parse_ensemble(args.ensemble)
+    if args.matrix_dir:
+        arguments["matrix_dir"] = args.matrix_dir
+    config = configure(arguments)
+    ensemble = Ensemble.load(config, args.device)
+    facts: dict[str, Any] = getattr(ensemble.fuser, "facts", {})
+    if not facts.get("matrices"):
+        print("nothing to build: this ensemble uses no relative matrix")
+        return 0
+    print(f"{facts['anchors']} anchors common to {len(ensemble.members)} members, matrices in "
+          f"{MatrixStore(config.matrix_dir).folder}")
+    for matrix in facts["matrices"]:
+        size, dropped = matrix["bytes"] / 1e6, matrix["mean_dropped_mass"]
+        print(f"  {matrix['member']}: {size:.1f} MB, mean dropped mass {dropped:.4f}, {matrix['file']}")
+    return 0
+
+
+def parse_ensemble(text: str) -> dict[str, Any]:
+    """Return model arguments from a file name, a JSON object or ``key=value,...``.
+
+    Raises:
+        ConfigError: JSON that is not an object.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the ensemble {text!r} is not a JSON object: {error}.") from error
+    if "=" in text:
+        from lm_eval.utils import simple_parse_args_string
+
+        return simple_parse_args_string(text)
+    return {"pretrained": text}
