@@ -32,7 +32,7 @@ def masses(p: np.ndarray, vocab: ByteVocab) -> tuple[float, float, float]:
     return float(text), float(end), float(control)
 
 
-def slow_fuse(members, logp, weights, relative, steps: int = 10) -> np.ndarray:
+def slow_fuse(members, logp, weights, relative, steps: int = 5) -> np.ndarray:
     """One row, full support, em: every rule of DESIGN.md spelled out."""
     probabilities = [np.exp(x.double().numpy()) for x in logp]
     main, vocab = probabilities[0], members[0].vocabulary

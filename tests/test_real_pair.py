@@ -1,4 +1,4 @@
-"""The two real models of the extra `demo`: parity with `hf`, both orders, invariances. A small anchor set keeps it quick."""
+"""The two real models of the extra `demo`: parity with `hf`, both orders, invariances; few anchors, to be quick."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def folders():
 @pytest.fixture(scope="module")
 def pairs():
     items = [json.loads(line) for line in (DEMO / "choice.jsonl").read_text().splitlines()[:6]]
-    return [(f"Question: {item['question']}\nAnswer:", f" {choice}") for item in items for choice in item["choices"]]
+    asked = [(f"Question: {item['question']}\nAnswer:", item["choices"]) for item in items]
+    return [(question, f" {choice}") for question, choices in asked for choice in choices]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,10 @@ def model(request, folders, tmp_path_factory):
 def test_one_member_is_hf(folders, pairs, prompts, name):
     ours, theirs = deepen(folders[name], batch_size=8), hf(folders[name], batch_size=8)
     batch = requests("loglikelihood", *pairs[:12])
-    for pair, got, expected in zip(pairs, ours.loglikelihood(batch), theirs.loglikelihood(batch), strict=False):
-        assert got[0] == pytest.approx(expected[0], abs=1e-4 * max(1, len(theirs.tok_encode(pair[1]))))
+    both = zip(batch, ours.loglikelihood(batch), theirs.loglikelihood(batch), strict=True)
+    for request, got, expected in both:
+        tokens = len(theirs.tok_encode(request.args[1]))
+        assert got[0] == pytest.approx(expected[0], abs=1e-4 * tokens)
         assert got[1] is expected[1]
     text = [(" ".join(context for context, _ in pairs[::4]),)]
     batch = requests("loglikelihood_rolling", *text)

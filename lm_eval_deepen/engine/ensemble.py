@@ -114,7 +114,8 @@ class Ensemble:
         for member, rows in zip(self.members, logp, strict=True):
             if torch.isnan(rows).any():
                 raise MemberError(
-                    f"member {member.name!r} gave NaN log-probabilities. Load it in another dtype (float32 or bfloat16)."
+                    f"member {member.name!r} gave NaN log-probabilities. "
+                    "Load it in another dtype (float32 or bfloat16)."
                 )
         self.trace.record_present(present)
         weights = self.weights.to(self.device) * present

@@ -91,8 +91,8 @@ class Prompter:
     def _check_target(self, target: tuple[int, ...]) -> None:
         if len(target) > self.main.max_length:
             raise RequestError(
-                f"a continuation of {len(target)} tokens does not fit into the context of {self.main.max_length} tokens "
-                f"of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
+                f"a continuation of {len(target)} tokens does not fit into the context of {self.main.max_length} "
+                f"tokens of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
             )
 
     def _strip_bos(self, context: str) -> tuple[str, bool]:
@@ -156,8 +156,8 @@ class Prompter:
         for member in self.members:
             if reserve >= member.max_length:
                 raise RequestError(
-                    f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens of "
-                    f"member {member.name!r}. Lower max_gen_toks or raise max_length."
+                    f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens "
+                    f"of member {member.name!r}. Lower max_gen_toks or raise max_length."
                 )
         room = self.main.max_length - reserve
         if self.solo:
@@ -203,8 +203,8 @@ class Prompter:
                 return prompts
             if isinstance(context, ChatPrompt):
                 raise RequestError(
-                    f"a conversation of {len(head)} tokens does not fit into every member's context, and a rendered chat "
-                    "template cannot be cut. Use fewer few-shots, a shorter max_gen_toks or a larger max_length."
+                    f"a conversation of {len(head)} tokens does not fit into every member's context, and a rendered "
+                    "chat template cannot be cut. Use fewer few-shots, a shorter max_gen_toks or a larger max_length."
                 )
             if kept <= 0:
                 raise RequestError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lm_eval_deepen.engine.prompting import Span, frozen, same_text
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.text import incomplete_tail
 
 if TYPE_CHECKING:
@@ -75,11 +76,12 @@ def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[
     return Span(prompts, tokens[start:end], lead=lead)
 
 
-def _inside_character(codec, token: int) -> bool:
+def _inside_character(codec: TextCodec, token: int) -> bool:
     return codec.vocab.pieces[token][0] & 0xC0 == 0x80
 
 
 def _overflow(ensemble: Ensemble, span: Span) -> float:
     """Return the largest share of a member's context that a span takes up."""
     paths = span.paths(ensemble, len(span.target) - 1)
-    return max(len(path or ()) / member.max_length for member, path in zip(ensemble.active, paths, strict=True))
+    pairs = zip(ensemble.active, paths, strict=True)
+    return max(len(path or ()) / member.max_length for member, path in pairs)

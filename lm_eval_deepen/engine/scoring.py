@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.prompting import Span
+from lm_eval_deepen.member import Member
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
@@ -118,9 +119,9 @@ def _score_batch(ensemble: Ensemble, groups: list[list[_Row]], results: dict[int
         _read(ensemble, ensemble.fuse(logp, present), rows[start : chunk.stop], results)
 
 
-def _states(member, m: int, groups: list[list[_Row]]) -> tuple[Tensor, list[int | None]]:
+def _states(member: Member, m: int, groups: list[list[_Row]]) -> tuple[Tensor, list[int | None]]:
     """Return a member's states [n, ...] for the rows it takes part in, and each row's place among them."""
-    paths = [[row.paths[m] for row in group if row.paths[m] is not None] for group in groups]
+    paths = [[path for row in group if (path := row.paths[m]) is not None] for group in groups]
     place: list[int | None] = []
     count = 0
     for group in groups:
@@ -131,7 +132,7 @@ def _states(member, m: int, groups: list[list[_Row]]) -> tuple[Tensor, list[int 
     return (member.states_at(filled) if filled else torch.empty(0)), place
 
 
-def _chunk_logp(member, states: Tensor, place: list[int | None], chunk: range) -> Tensor:
+def _chunk_logp(member: Member, states: Tensor, place: list[int | None], chunk: range) -> Tensor:
     """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member sits out."""
     wanted = [place[i] for i in chunk]
     here = [i for i in wanted if i is not None]

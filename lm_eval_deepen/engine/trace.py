@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +22,7 @@ class Trace:
         self.names = tuple(names)
         self.rows: Counter[str] = Counter()
         self.sat_out: Counter[str] = Counter()
-        self.sums: Counter[str] = Counter()
+        self.sums: dict[str, float] = defaultdict(float)
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""

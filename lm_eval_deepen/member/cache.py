@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from lm_eval_deepen.member.tree import common_prefix, pad
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.member.runner import TreeRunner
+    from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 
 COMPACT_SLACK = 64
 
@@ -43,8 +43,8 @@ class RowCache:
         Returns:
             The hidden state at each row's last token [B, d].
         """
-        sequences = [tuple(tokens) for tokens in sequences]
-        fresh = [self._roll_back(row, tokens) for row, tokens in enumerate(sequences)]
+        wanted = [tuple(tokens) for tokens in sequences]
+        fresh = [self._roll_back(row, tokens) for row, tokens in enumerate(wanted)]
         width = max(map(len, fresh))
         if width == 0:
             assert self.state is not None
@@ -62,7 +62,7 @@ class RowCache:
         hidden = self.runner.body(pad(fresh, width), position, allowed, distance, self.kv)  # [B, N, d]
         for row, tokens in enumerate(fresh):
             self.columns[row].extend(range(start, start + len(tokens)))
-            self.tokens[row] = sequences[row]
+            self.tokens[row] = wanted[row]
         last = torch.tensor([max(len(tokens), 1) - 1 for tokens in fresh], device=hidden.device)
         state = hidden[torch.arange(rows, device=hidden.device), last]
         if self.state is not None:
@@ -114,7 +114,7 @@ class RowCache:
 class RecomputedRows:
     """The same interface without a cache, for models whose cache cannot be rolled back."""
 
-    def __init__(self, runner, rows: int) -> None:
+    def __init__(self, runner: PlainRunner, rows: int) -> None:
         """Keep nothing between steps."""
         self.runner = runner
 

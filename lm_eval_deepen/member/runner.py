@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class TreeRunner:
             if saved is not None:
                 self.network.forward = saved
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.autocast)
@@ -129,7 +129,7 @@ class PlainRunner:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         """Wrap a loaded causal language model."""
         self.model = model
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = next(model.parameters()).device
         self.autocast = autocast
         self.forwarded = 0
 

@@ -23,6 +23,7 @@ class TokenTree:
         self._last: tuple[tuple[int, ...], list[int]] = ((), [])
 
     def __len__(self) -> int:
+        """Return the number of nodes."""
         return len(self.tokens)
 
     def add(self, path: Sequence[int]) -> int:

@@ -1,0 +1,192 @@
+"""One member's forward passes and text: the fast paths against plain forward passes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.config_types import FrozenDict
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.member import Member
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.text import complete_character, incomplete_tail
+from lm_eval_deepen.member.tree import TokenTree, common_prefix
+
+FAMILIES = ["bytelevel", "metaspace", "padded"]
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+TEXTS = ["", " ", "walk", "The quick brown", "ends\n", "café", "▁ literal", "中国", "a </s> b", "🙂🙂", "x  y   z"]
+
+
+@pytest.fixture(scope="module")
+def members(pico):
+    return {name: Member.load(MemberConfig(name, str(pico[name]), 1.0), "cpu") for name in FAMILIES}
+
+
+def plain(runner, sequences):
+    reference = PlainRunner(runner.model)
+    return reference.logp(reference.states_at([list(sequences)]))
+
+
+tokens = st.lists(st.integers(4, 399), min_size=1, max_size=40)
+
+
+@QUICK
+@given(data=st.data(), family=st.sampled_from(FAMILIES))
+def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, data, family):
+    runner = members[family].runner
+    trunk = data.draw(tokens)
+    groups = [
+        [trunk[: data.draw(st.integers(1, len(trunk)))] + data.draw(st.lists(st.integers(4, 9), max_size=4))
+         for _ in range(data.draw(st.integers(1, 5)))]
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    runner.forwarded = 0
+    got = runner.logp(runner.states_at(groups))
+    expected = plain(runner, [path for group in groups for path in group])
+    assert torch.allclose(got, expected, atol=2e-4)
+    prefixes = [{tuple(path[:n]) for path in group for n in range(1, len(path) + 1)} for group in groups]
+    assert runner.forwarded == sum(map(len, prefixes))
+
+
+@QUICK
+@given(data=st.data(), family=st.sampled_from(FAMILIES))
+def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
+    """Appends of several tokens, rollbacks deeper than the sliding window, rows that leave."""
+    runner = members[family].runner
+    sequences = [data.draw(tokens) for _ in range(data.draw(st.integers(1, 3)))]
+    rows = runner.rows(len(sequences))
+    rows.advance(sequences)
+    for _ in range(data.draw(st.integers(1, 5))):
+        if len(sequences) > 1 and data.draw(st.booleans()):
+            kept = data.draw(st.permutations(range(len(sequences))))[:-1]
+            rows.keep(kept)
+            sequences = [sequences[row] for row in kept]
+        for row, before in enumerate(sequences):
+            back = data.draw(st.integers(0, len(before)))
+            sequences[row] = before[: len(before) - back] + data.draw(st.lists(st.integers(4, 399), max_size=5))
+            sequences[row] = sequences[row] or [5]
+        got = runner.logp(rows.advance(sequences))
+        assert torch.allclose(got, plain(runner, sequences), atol=2e-4)
+
+
+def test_a_long_walk_packs_its_columns(members):
+    runner = members["metaspace"].runner
+    rows, sequence = runner.rows(1), list(range(10, 60))
+    rows.advance([sequence])
+    for step in range(40):
+        sequence = sequence[:-3] + [20 + step, 30 + step, 40 + step]
+        state = rows.advance([sequence])
+    assert rows.valid.shape[1] < 200
+    assert torch.allclose(runner.logp(state), plain(runner, [sequence]), atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention_takes_the_same_masks(pico, family):
+    model = AutoModelForCausalLM.from_pretrained(pico[family], attn_implementation="eager").eval()
+    runner = TreeRunner(model)
+    paths = [[list(range(5, 45)), [*range(5, 30), 9, 9]]]
+    assert torch.allclose(runner.logp(runner.states_at(paths)), plain(runner, paths[0]), atol=2e-4)
+
+
+def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeypatch, caplog):
+    """A mask that the model ignores is noticed when it loads, and the slow path gives the same numbers."""
+    fast = Member.load(MemberConfig("fast", str(pico["bytelevel"]), 1.0), "cpu")
+    body = TreeRunner.body
+    monkeypatch.setattr(
+        TreeRunner, "body", lambda self, ids, at, allowed, *rest: body(self, ids, at, torch.ones_like(allowed), *rest)
+    )
+    with caplog.at_level(logging.WARNING):
+        slow = Member.load(MemberConfig("slow", str(pico["bytelevel"]), 1.0), "cpu")
+    monkeypatch.undo()
+    assert isinstance(slow.runner, PlainRunner) and "'slow'" in caplog.text and "forwarded in full" in caplog.text
+    paths = [[[7, 8, 9], [7, 8, 10, 11]]]
+    assert torch.allclose(slow.logp(slow.states_at(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
+    rows = slow.runner.rows(2)
+    assert torch.allclose(slow.logp(rows.advance(paths[0])), fast.logp(fast.states_at(paths)), atol=2e-4)
+
+
+def test_temperature_divides_the_logits(pico):
+    warm = Member.load(MemberConfig("warm", str(pico["bytelevel"]), 1.0, temperature=2.0), "cpu")
+    cold = Member.load(MemberConfig("cold", str(pico["bytelevel"]), 1.0), "cpu")
+    expected = torch.log_softmax(cold.logp(cold.states_at([[[5, 6]]])) / 2, dim=-1)
+    assert torch.allclose(warm.logp(warm.states_at([[[5, 6]]])), expected, atol=1e-5)
+
+
+def test_a_member_that_cannot_load_is_named(tmp_path):
+    config = MemberConfig("broken", str(tmp_path), 1.0, loading=FrozenDict({"dtype": "float32"}))
+    with pytest.raises(MemberError, match="'broken': cannot load"):
+        Member.load(config, "cpu")
+
+
+def test_every_eos_of_the_configs_ends_a_text(members):
+    vocab = members["padded"].codec.vocab
+    assert len(members["padded"].eos_ids) == 2 and set(members["padded"].eos_ids) == set(vocab.eos)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", TEXTS)
+@pytest.mark.parametrize("continuation", TEXTS)
+def test_following_spells_exactly_the_bytes(members, family, prompt, continuation):
+    """Whole characters and parts of them; no control piece, no second BOS, no second dummy prefix."""
+    codec = members[family].codec
+    start = codec.prompt(prompt)
+    data = continuation.encode()
+    for end in range(len(data) + 1):
+        ids = codec.follow(start, data[:end])
+        assert ids is not None
+        assert codec.vocab.decode(ids) == codec.vocab.decode(start.head) + start.tail.encode() + data[:end]
+        assert not any(token in codec.vocab.control for token in ids[len(start.head) :])
+        assert sum(token in codec.vocab.control for token in ids) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_text_is_encoded_canonically(members, family):
+    """A prompt and a continuation give the tokens of the text written in one piece."""
+    codec = members[family].codec
+    for left, right in [("The quick brown", " fox jumps"), ("walk", "ing away"), ("two\n", "lines"), ("café", "s 中国")]:
+        assert codec.follow(codec.prompt(left), right.encode()) == codec.encode_prompt(left + right)
+
+
+def test_bytes_that_are_no_text_are_spelt(members):
+    for codec in (members[family].codec for family in FAMILIES):
+        start = codec.prompt("a")
+        for data in (b"\xff\xfe", b"ok \x80 ok", b"\xe4\xb8", b"\xf0\x9f\x99"):
+            ids = codec.follow(start, data)
+            assert ids is not None and codec.vocab.decode(ids).endswith(data)
+
+
+@given(st.text(min_size=1, max_size=8))
+def test_incomplete_tail_is_what_utf8_lacks(text):
+    data = text.encode()
+    for end in range(len(data) + 1):
+        cut = incomplete_tail(data[:end])
+        whole = data[: end - cut].decode()
+        assert text.startswith(whole) and cut < 4
+        if cut:
+            character = complete_character(data[end - cut : end])
+            assert character is not None and character.encode().startswith(data[end - cut : end])
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_a_tree_holds_each_prefix_once(paths):
+    tree = TokenTree()
+    ends = [tree.add(path) for path in paths]
+    assert len(tree) == len({tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)})
+    seen = tree.ancestors()
+    for path, end in zip(paths, ends, strict=True):
+        assert [tree.tokens[i] for i in seen[end].nonzero().flatten().tolist()] == path
+        assert tree.depths[end] == len(path) - 1
+
+
+@given(st.lists(st.integers(0, 1), max_size=80), st.lists(st.integers(0, 1), max_size=80))
+def test_common_prefix(a, b):
+    expected = 0
+    while expected < min(len(a), len(b)) and a[expected] == b[expected]:
+        expected += 1
+    assert common_prefix(tuple(a), tuple(b)) == expected
