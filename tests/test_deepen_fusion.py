@@ -7,9 +7,8 @@ import pytest
 import torch
 from tensor_worlds import member, renormalised, rows, trio, view, vocabulary
 
-from lm_eval_deepen.errors import ConfigError, VocabularyError
+from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.relative.build import MatrixSpec
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
@@ -61,9 +60,7 @@ def slow_fuse(members, logp, weights, relative, steps: int = 5) -> np.ndarray:
     return np.log(np.maximum(out, 1e-300))
 
 
-@pytest.mark.parametrize(
-    "options", [{"support": "full"}, {"support": 10_000}, {"support": "full", "top_m": 0}]
-)
+@pytest.mark.parametrize("options", [{"support": "full"}, {"support": 10_000}, {"support": "full", "top_m": 0}])
 def test_it_is_the_slow_reference(store: MatrixStore, options: dict) -> None:
     method = Deepen(**options)
     fuser, logp = method.build(MEMBERS, store), rows(MEMBERS, 4)
@@ -266,39 +263,6 @@ def test_an_anchor_twin_in_one_vocabulary_shares_its_row_and_its_ratio(store: Ma
     fused = Deepen(support="full").build(MEMBERS, store).fuse(logp, WEIGHTS).logp
     ratio, own = fused[:, first] - fused[:, twin], logp[0][:, first] - logp[0][:, twin]
     torch.testing.assert_close(ratio, own, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inverse": "adam"}, "inverse: unknown value 'adam'. Did you mean 'adamw'"),
-        ({"normalization": "cosines"}, "normalization: unknown value 'cosines'. Did you mean 'cosine'"),
-        ({"learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
-        (
-            {"inverse": "adamw", "learning_rate": -0.1},
-            "learning_rate must be a number of at least 0, got -0.1",
-        ),
-        ({"inverse": "adamw", "learning_rate": float("nan")}, "learning_rate must be"),
-        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
-        ({"steps": 2.5}, "steps must be"),
-        ({"top_m": -1}, "top_m must be a whole number of at least 0"),
-        ({"max_anchors": 8}, "max_anchors 8 is less than min_anchors 16"),
-        ({"support": 0}, "support must be 'full' or a whole number of at least 1, got 0"),
-        ({"support": "all"}, "support must be 'full'"),
-        ({"support": True}, "support must be 'full'"),
-        ({"eos": "both"}, "eos must be 'anchor' or 'reference', got 'both'"),
-        ({"relative_temperature": 0}, "relative_temperature must be a positive number, got 0"),
-        ({"anchor_seed": -1}, "anchor_seed must be a whole number"),
-    ],
-)
-def test_bad_options_are_named(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Deepen(**options)
-
-
-def test_compat_reference_is_a_valid_set_of_options() -> None:
-    method = Deepen(**Deepen.COMPAT["reference"])
-    assert method.matrix_spec() == MatrixSpec("reference", 100.0, 0, "all")
 
 
 def test_padded_rows_that_are_zero_vectors_do_not_reach_the_result(store: MatrixStore) -> None:

@@ -62,9 +62,7 @@ def test_the_schedule_is_torchs(steps: int) -> None:
 @pytest.mark.parametrize(("steps", "learning_rate"), [(1, 0.15), (5, 0.15), (12, 0.5)])
 def test_adamw_is_torchs_with_autograd(steps: int, learning_rate: float) -> None:
     matrix, logp0, r = problem(1)
-    expected = autograd_search(
-        logp0 + 3.0, r, matrix.relative, steps, learning_rate
-    )  # logits: any constant per row
+    expected = autograd_search(logp0 + 3.0, r, matrix.relative, steps, learning_rate)  # logits: any constant per row
     got = adamw(logp0, r, matrix.full(), steps=steps, learning_rate=learning_rate)
     torch.testing.assert_close(got.logp, expected, atol=1e-4, rtol=0)
 
@@ -117,9 +115,7 @@ def test_excluded_pieces_stay_excluded_without_nan(name: str) -> None:
     logp0[0, 1:] = NEG_INF  # all on one piece
     logp0[0, 0] = 0.0
     solver = SOLVERS[name]
-    got = solver.run(
-        torch.log_softmax(logp0, dim=1), r, matrix.full(), solver.steps, solver.learning_rate or 0.0
-    )
+    got = solver.run(torch.log_softmax(logp0, dim=1), r, matrix.full(), solver.steps, solver.learning_rate or 0.0)
     assert torch.equal(got.logp == NEG_INF, logp0 == NEG_INF)
     torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
     assert not got.logp.isnan().any() and all(value.isfinite().all() for value in got.stats.values())
@@ -159,6 +155,14 @@ def test_rows_do_not_depend_on_their_batch_and_no_gradient_leaks(name: str) -> N
     for i in range(len(r)):
         one = solver.run(logp0[i : i + 1], r[i : i + 1], matrix.full(), solver.steps, rate)
         torch.testing.assert_close(one.logp[0], whole.logp[i], atol=1e-4 if name == "adamw" else 5e-6, rtol=0)
+
+
+def test_rows_of_a_large_vocabulary_are_normalised_to_fp32() -> None:
+    logits = torch.full((1, 262_144), -9.0)
+    logits[0, 7] = 3.0
+    matrix = DenseMatrix(torch.ones(262_144, 1))
+    got = em(torch.log_softmax(logits, dim=1), torch.ones(1, 1), matrix.full(), steps=1)
+    assert got.logp.double().exp().sum().item() == pytest.approx(1.0, abs=3e-6)
 
 
 def test_an_unknown_solver_names_the_nearest() -> None:

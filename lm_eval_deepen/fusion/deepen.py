@@ -32,7 +32,7 @@ class Deepen:
 
     Attributes:
         inverse: solver of the inverse, ``em`` or ``adamw`` (the published search).
-        steps: its iterations; by default 10 for em, 5 for adamw.
+        steps: its iterations; 5 by default.
         learning_rate: of adamw alone; 0.15 by default.
         normalization: how relative rows are made: ``centered``, ``cosine`` or ``reference`` (published).
         relative_temperature: factor on the normalised cosines.
@@ -79,9 +79,7 @@ class Deepen:
                     "Remove it, or use inverse 'adamw'."
                 )
             if not (isinstance(self.learning_rate, int | float) and 0 <= self.learning_rate < math.inf):
-                raise ConfigError(
-                    f"learning_rate must be a number of at least 0, got {self.learning_rate!r}."
-                )
+                raise ConfigError(f"learning_rate must be a number of at least 0, got {self.learning_rate!r}.")
         for name, least, optional in (
             ("steps", 1, True),
             ("top_m", 0, False),
@@ -93,19 +91,13 @@ class Deepen:
             if not _whole(value, least) and not (optional and value is None):
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         if self.support != "full" and not _whole(self.support, 1):
-            raise ConfigError(
-                f"support must be 'full' or a whole number of at least 1, got {self.support!r}."
-            )
+            raise ConfigError(f"support must be 'full' or a whole number of at least 1, got {self.support!r}.")
         if self.eos not in ("anchor", "reference"):
             raise ConfigError(f"eos must be 'anchor' or 'reference', got {self.eos!r}.")
         if self.max_anchors is not None and self.max_anchors < self.min_anchors:
             raise ConfigError(f"max_anchors {self.max_anchors} is less than min_anchors {self.min_anchors}.")
-        if not (
-            isinstance(self.relative_temperature, int | float) and 0 < self.relative_temperature < math.inf
-        ):
-            raise ConfigError(
-                f"relative_temperature must be a positive number, got {self.relative_temperature!r}."
-            )
+        if not (isinstance(self.relative_temperature, int | float) and 0 < self.relative_temperature < math.inf):
+            raise ConfigError(f"relative_temperature must be a positive number, got {self.relative_temperature!r}.")
         self.matrix_spec()
 
     def matrix_spec(self) -> MatrixSpec:
@@ -177,9 +169,7 @@ class DeepenFuser:
         facts: anchors and matrices, for the diagnostics of a run.
     """
 
-    def __init__(
-        self, out_vocab: ByteVocab, sides: Sequence[Side], options: Deepen, facts: dict[str, Any]
-    ) -> None:
+    def __init__(self, out_vocab: ByteVocab, sides: Sequence[Side], options: Deepen, facts: dict[str, Any]) -> None:
         """Take the members' sides and the options; nothing is computed."""
         self.out_vocab, self.options, self.facts = out_vocab, options, facts
         self.solver: Solver = get_solver(options.inverse)

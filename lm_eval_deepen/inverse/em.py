@@ -8,8 +8,8 @@ from torch import Tensor
 from lm_eval_deepen.inverse.residual import Inverted, inverted
 from lm_eval_deepen.relative.matrix import Operator
 
-# Anchors that p R reaches with less than this are left alone: the ratio of two such numbers is rounding.
-UNREACHED = 1e-30
+# Added to both sides of r / (p R): a ratio of two smaller numbers is rounding, and becomes 1.
+SMALLEST = 1e-30
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int) -> Inverted:
         steps: number of iterations.
     """
     gain = torch.zeros_like(logp0)  # log(p / p0): pieces whose p underflows keep a finite logp
+    target = r + SMALLEST
     for _ in range(steps):
-        reached = op.project((logp0 + gain).exp())  # [B, A]
-        known = reached > UNREACHED
-        ratio = torch.where(known, r / torch.where(known, reached, 1.0), 1.0)
+        reached = op.project((logp0 + gain).exp()).add_(SMALLEST)  # [B, A]
+        ratio = torch.div(target, reached, out=reached)
         gain += op.back(ratio).clamp_(min=torch.finfo(torch.float32).tiny).log_()
     return inverted(logp0 + gain, r, op)
