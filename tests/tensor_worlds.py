@@ -15,9 +15,7 @@ def vocabulary(
     own: int, *, tag: str, shared: int = 60, eos: tuple[int, ...] = (1,), control: int = 3, padded: int = 0
 ) -> ByteVocab:
     """Control ids first, then pieces shared by all, own pieces, two duplicates of shared pieces, padding."""
-    pieces = (
-        [b""] * control + [b"s%d" % i for i in range(shared)] + [f"{tag}{i}".encode() for i in range(own)]
-    )
+    pieces = [b""] * control + [b"s%d" % i for i in range(shared)] + [f"{tag}{i}".encode() for i in range(own)]
     pieces += [b"s5", b"s7"] + [b""] * padded
     unused = frozenset(range(len(pieces) - padded, len(pieces)))
     return ByteVocab(tuple(pieces), frozenset(range(control)), unused, eos)
@@ -32,9 +30,7 @@ def member(name: str, vocab: ByteVocab, dim: int, seed: int) -> MemberView:
 
 def view(name: str, vocab: ByteVocab, embeddings: Tensor) -> MemberView:
     """A member with these embedding rows."""
-    return MemberView(
-        name, vocab, lambda: embeddings, lambda: hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
-    )
+    return MemberView(name, vocab, lambda: embeddings, lambda: hashlib.sha256(embeddings.numpy().tobytes()).hexdigest())
 
 
 def trio() -> list[MemberView]:
@@ -50,8 +46,7 @@ def rows(members: list[MemberView], count: int, *, seed: int = 7, scale: float =
     """Random log-probabilities [count, V_m] per member; unused ids have mass, as in real models."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.log_softmax(scale * torch.randn(count, len(m.vocabulary), generator=generator), dim=-1)
-        for m in members
+        torch.log_softmax(scale * torch.randn(count, len(m.vocabulary), generator=generator), dim=-1) for m in members
     ]
 
 

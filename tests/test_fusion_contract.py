@@ -52,9 +52,7 @@ def step(fuser: Fuser, logp, weights):
     return torch.where(fuser.skip(logp, weights)[:, None], own, fused.logp), fused
 
 
-WEIGHTS = torch.tensor(
-    [[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]
-)
+WEIGHTS = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]])
 
 
 def test_it_satisfies_the_protocol(case) -> None:

@@ -133,9 +133,7 @@ def published(case: Case) -> Case:
 def search(logits: Tensor, target: Tensor, case: Case) -> Tensor:
     logits.requires_grad_(True)
     optimizer = torch.optim.AdamW([logits], lr=case.learning_rate)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=10, eta_min=case.learning_rate / 4
-    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=case.learning_rate / 4)
     for _ in range(case.steps):
         optimizer.zero_grad()
         log_q = (torch.softmax(logits, dim=-1) @ case.relative[0]).log()
@@ -174,9 +172,7 @@ def synthetic(members: int, learning_rate: float, steps: int, seed: int) -> Case
     ("members", "learning_rate", "steps"),
     [(2, 0.15, 5), (2, 0.0, 5), (3, 0.5, 5), (4, 0.1, 10), (2, 0.3, 13)],
 )
-def test_a_transcription_of_the_published_code_is_reproduced(
-    members: int, learning_rate: float, steps: int
-) -> None:
+def test_a_transcription_of_the_published_code_is_reproduced(members: int, learning_rate: float, steps: int) -> None:
     case = synthetic(members, learning_rate, steps, seed=members)
     case.check_matrices()
     # From the same matrices: a learning rate of 0.5 turns the last bit of a matrix into 3e-4.

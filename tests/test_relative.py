@@ -32,11 +32,7 @@ def plain_row(member, w: int, normalization: str, temperature: float = 100.0):
     if normalization == "centered":
         rows = rows - rows[described_rows(member.vocabulary)].mean(0)
     ids = anchor_ids(member.vocabulary, ANCHORS)
-    w = (
-        ids[ANCHORS.pieces.index(member.vocabulary.pieces[w])]
-        if member.vocabulary.pieces[w] in ANCHORS.pieces
-        else w
-    )
+    w = ids[ANCHORS.pieces.index(member.vocabulary.pieces[w])] if member.vocabulary.pieces[w] in ANCHORS.pieces else w
     cosines = torch.stack([torch.cosine_similarity(rows[w], rows[a], dim=0) for a in ids])
     if normalization == "reference":
         cosines = cosines / cosines.square().sum().sqrt()
@@ -49,9 +45,7 @@ def test_dense_rows_follow_the_formula(normalization: str, index: int) -> None:
     member = MEMBERS[index]
     matrix = make(MatrixSpec(normalization, top_m=0), index)
     for w in (3, 8, 40, 70, len(described_rows(member.vocabulary).nonzero()) + 2):
-        torch.testing.assert_close(
-            matrix.relative[w], plain_row(member, w, normalization), atol=2e-6, rtol=1e-4
-        )
+        torch.testing.assert_close(matrix.relative[w], plain_row(member, w, normalization), atol=2e-6, rtol=1e-4)
 
 
 def test_control_and_unused_rows_are_zero_and_text_rows_sum_to_one() -> None:
@@ -142,9 +136,7 @@ def test_sixteen_bit_rows_sum_to_one_after_loading() -> None:
     torch.testing.assert_close(matrix.values.sum(1), torch.ones(1000), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("width", "k"), [(20_000, 64), (20_001, 1), (16_389, 500), (9_000, 9_000), (100, 64)]
-)
+@pytest.mark.parametrize(("width", "k"), [(20_000, 64), (20_001, 1), (16_389, 500), (9_000, 9_000), (100, 64)])
 def test_largest_is_exact(width: int, k: int) -> None:
     rows = torch.randn(3, width)
     rows[0, : width // 2] = float("-inf")

@@ -211,9 +211,7 @@ def test_two_processes_build_one_matrix_once(tmp_path: Path, advisory: bool, mon
         monkeypatch.setattr(files, "fcntl", None)
     context = multiprocessing.get_context("fork")
     barrier, built_by = context.Barrier(2), context.Value("i", 0)
-    workers = [
-        context.Process(target=build_slowly, args=(str(tmp_path), barrier, built_by)) for _ in range(2)
-    ]
+    workers = [context.Process(target=build_slowly, args=(str(tmp_path), barrier, built_by)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

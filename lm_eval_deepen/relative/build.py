@@ -44,9 +44,7 @@ class MatrixSpec:
         if not (0 < self.temperature < float("inf")):
             raise ConfigError(f"relative_temperature must be a positive number, got {self.temperature!r}.")
         if self.top_m < 0:
-            raise ConfigError(
-                f"top_m must be 0 (dense) or the number of entries kept per row, got {self.top_m}."
-            )
+            raise ConfigError(f"top_m must be 0 (dense) or the number of entries kept per row, got {self.top_m}.")
         if self.rows not in ("text", "all"):
             raise ConfigError(f"rows must be 'text' or 'all', got {self.rows!r}.")
 
@@ -64,9 +62,7 @@ class _Job:
     """Everything a block of rows needs."""
 
     embeddings: Tensor  # [V, d]
-    source: (
-        Tensor  # [V] the embedding row an id is described by: its own, or that of the anchor it duplicates
-    )
+    source: Tensor  # [V] the embedding row an id is described by: its own, or that of the anchor it duplicates
     anchors: Tensor  # [A, d] unit rows
     shift: Tensor | None
     space: Normalization
@@ -196,6 +192,4 @@ def _check_embeddings(member: str, vocabulary: ByteVocab, embeddings: Tensor) ->
             "together."
         )
     if not all(bool(part.isfinite().all()) for part in embeddings.split(8192)):
-        raise MatrixError(
-            f"Member {member!r} has input embeddings that are not finite: its weights are damaged."
-        )
+        raise MatrixError(f"Member {member!r} has input embeddings that are not finite: its weights are damaged.")

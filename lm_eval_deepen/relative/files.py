@@ -164,9 +164,7 @@ def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeM
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
     found = content_hash(tensors, info.identity)
     if found != info.content_sha256:
-        raise _damaged(
-            path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}"
-        )
+        raise _damaged(path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}")
     if "relative" in tensors:
         return DenseMatrix(tensors["relative"])
     return SparseMatrix(tensors["values"], tensors["indices"], info.num_anchors, tensors["dropped_mass"])
@@ -212,7 +210,6 @@ def _lock_exclusive(path: Path) -> int:
         except FileExistsError:
             if time.monotonic() > deadline:
                 raise MatrixError(
-                    f"Lock file {path} has stayed for {LOCK_PATIENCE_S:.0f} s. Delete it if no process is "
-                    "building."
+                    f"Lock file {path} has stayed for {LOCK_PATIENCE_S:.0f} s. Delete it if no process is building."
                 ) from None
             time.sleep(0.2)

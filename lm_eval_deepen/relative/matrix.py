@@ -100,9 +100,7 @@ class _GatheredOperator:
         self.num_anchors = num_anchors
         offset = torch.arange(len(values), device=values.device) * num_anchors
         self.flat = (indices + offset[:, None, None]).flatten()  # int64 positions in a flat [B * A]
-        self.scratch = torch.empty_like(
-            values
-        )  # reused: a fresh 2 MB block per product costs more than the product
+        self.scratch = torch.empty_like(values)  # reused: a fresh 2 MB block per product costs more than the product
 
     def project(self, p: Tensor) -> Tensor:
         out = torch.zeros(len(p) * self.num_anchors, dtype=torch.float32, device=p.device)
@@ -248,9 +246,7 @@ class SparseMatrix:
 
 def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     """Return a CSR matrix; int32 indices are what MKL and cuSPARSE want."""
-    with (
-        warnings.catch_warnings()
-    ):  # "CSR support is in beta": the products are tested against the dense ones
+    with warnings.catch_warnings():  # "CSR support is in beta": the products are tested against the dense ones
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(
             starts.to(torch.int32), columns.to(torch.int32), values, size=size, check_invariants=False

@@ -117,9 +117,7 @@ class MatrixStore:
             started = time.monotonic()
             vocabulary, embeddings = member.vocabulary, member.load_embeddings()
             ids, twins = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
-            matrix = build_matrix(
-                member.name, vocabulary, embeddings, ids, twins, spec, progress=self.progress
-            )
+            matrix = build_matrix(member.name, vocabulary, embeddings, ids, twins, spec, progress=self.progress)
             with self._explained():
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)
 
