@@ -149,7 +149,8 @@ def test_following_spells_exactly_the_bytes(members, family, prompt, continuatio
 def test_the_whole_text_is_encoded_canonically(members, family):
     """A prompt and a continuation give the tokens of the text written in one piece."""
     codec = members[family].codec
-    for left, right in [("The quick brown", " fox jumps"), ("walk", "ing away"), ("two\n", "lines"), ("café", "s 中国")]:
+    pairs = [("The quick brown", " fox jumps"), ("walk", "ing away"), ("two\n", "lines"), ("café", "s 中国")]
+    for left, right in pairs:
         assert codec.follow(codec.prompt(left), right.encode()) == codec.encode_prompt(left + right)
 
 

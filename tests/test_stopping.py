@@ -1,0 +1,103 @@
+"""When a text ends: EOS of every member, stop strings, lengths; each row on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import deepen, hf, requests
+
+from lm_eval_deepen.engine.decoding import Generation, Job, _append, _Row, generate
+from lm_eval_deepen.engine.prompting import Prompter
+
+ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]
+
+
+@pytest.fixture(scope="module", params=ORDERS, ids="+".join)
+def pair(request, pico, tmp_path_factory):
+    return deepen(*(pico[name] for name in request.param), matrix_dir=str(tmp_path_factory.mktemp("matrices")))
+
+
+def wants(member, token_mass):
+    """Return a member's `logp` that puts the given masses on tokens and spreads the rest."""
+
+    def logp(states):
+        rows = torch.full((len(states), member.vocab_size), (1 - sum(token_mass.values())) / member.vocab_size)
+        for token, mass in token_mass.items():
+            rows[:, token] += mass
+        return rows.log()
+
+    return logp
+
+
+def run(model, max_new=8):
+    job = Job(Prompter(model.ensemble).prompts("The fox", max_new), max_new)
+    ((_, found),) = generate(model.ensemble, [job], 1)
+    return found
+
+
+def test_members_that_all_want_to_stop_stop(pair, monkeypatch):
+    """Each by its own EOS, however many it has: the masses meet at one event."""
+    for member in pair.ensemble.members:
+        ends = {token: 0.8 / len(member.eos_ids) for token in member.eos_ids}
+        monkeypatch.setattr(member, "logp", wants(member, ends))
+    found = run(pair)
+    assert (found.reason, found.ids) == ("eos", [])
+
+
+def test_members_that_disagree_are_weighed(pair, monkeypatch):
+    """One member's certain end of text is half of the fused mass, and does not leak into text."""
+    main, other = pair.ensemble.members
+    word = main.codec.vocab.ids_of[b"a"][0]
+    monkeypatch.setattr(main, "logp", wants(main, {word: 0.98}))
+    monkeypatch.setattr(other, "logp", wants(other, {other.eos_ids[0]: 0.98}))
+    fused = pair.ensemble.next_logp("The fox").exp()
+    assert float(fused[list(main.eos_ids)].sum()) == pytest.approx(0.49, abs=0.02)
+    assert float(fused[word]) == pytest.approx(0.49, abs=0.02)
+
+
+def test_an_end_of_the_main_member_alone_does_not_stop_the_others(pair, monkeypatch):
+    main, other = pair.ensemble.members
+    text = other.codec.vocab.ids_of[b"a"][0]
+    monkeypatch.setattr(main, "logp", wants(main, {main.eos_ids[0]: 0.4, main.codec.vocab.ids_of[b"a"][0]: 0.3}))
+    monkeypatch.setattr(other, "logp", wants(other, {text: 0.9}))
+    found = run(pair, max_new=3)
+    assert found.reason == "length" and len(found.ids) == 3
+
+
+def test_rows_end_independently(pair):
+    """A row that stops at once, one that stops later, and one that runs to its length."""
+    batch = requests(
+        "generate_until",
+        ("The fox", {"until": [], "max_gen_toks": 1}),
+        ("The fox", {"until": [], "max_gen_toks": 9}),
+        ("The fox", {"until": ["a", "e", "i", "o"], "max_gen_toks": 9}),
+    )
+    alone = [pair.generate_until([request])[0] for request in batch]
+    together = deepen_with_batch(pair, 3).generate_until(batch)
+    assert together == alone
+    assert alone[1].startswith(alone[0]) and alone[1].startswith(alone[2])
+
+
+def deepen_with_batch(model, size):
+    from dataclasses import replace
+
+    model.ensemble_config = replace(model.ensemble_config, batch_size=size)
+    return model
+
+
+def test_a_stop_string_in_the_prompt_stops_nothing(pico):
+    ours, theirs = deepen(pico["bytelevel"]), hf(pico["bytelevel"])
+    batch = requests("generate_until", ("STOP here\nSTOP", {"until": ["STOP"], "max_gen_toks": 6}))
+    assert ours.generate_until(batch) == theirs.generate_until(batch) != [""]
+
+
+@pytest.mark.parametrize("stop", ["é", "🙂", "a🙂", "\nQ"])
+def test_a_stop_string_waits_for_whole_characters_over_several_tokens(pair, stop):
+    """Byte by byte: no part of the stop ends the text, its last byte does."""
+    main = pair.ensemble.main
+    row = _Row(0, Job((), 99, (stop,)), Generation())
+    for byte in f"x{stop}".encode():
+        assert row.out.reason == ""
+        _append(pair.ensemble, row, main.codec.vocab.ids_of[bytes([byte])][-1], 0.0)
+    assert row.out.reason == "stop"
+    assert pair._text(row.out, [stop]) == "x"
