@@ -169,14 +169,15 @@ def test_demo_writes_results_and_prints_the_table(
         return {**RESULTS, "config": {"model": kwargs["model"]}}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate, raising=False)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: include_path)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: kwargs)
     monkeypatch.setattr(demo, "prepare", lambda model: Path("/models") / model.name)
     argv = ["demo", "--limit", "2", "--tasks", "choice", "short", "--device", "cpu"]
     assert cli.main([*argv, "--output", str(tmp_path)]) == 0
     assert [(c["model"], c["limit"], c["tasks"]) for c in calls] == [
         (model, 2, ["choice", "short"]) for model in ("hf", "hf", "deepen", "deepen")
     ]
-    assert calls[0]["task_manager"] == str(paths.data_folder("tasks"))
+    manager = {"include_path": str(paths.data_folder("tasks")), "include_defaults": True}
+    assert calls[0]["task_manager"] == manager
     written = {path.stem: json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*.json")}
     models = sorted(result["config"]["model"] for result in written.values())
     assert models == ["deepen", "deepen", "hf", "hf"]

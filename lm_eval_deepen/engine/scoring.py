@@ -1,6 +1,6 @@
 """Scores of continuations under the fused distribution.
 
-Every distinct token prefix of a group of requests is forwarded once per member; logits are computed
+Every distinct token prefix of a tree of requests is forwarded once per member; logits are computed
 only where they are read, in chunks, and fused at once, so that no distribution is kept.
 """
 
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.prompting import Span
 from lm_eval_deepen.member import Member
+from lm_eval_deepen.member.tree import common_prefix
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
 
 LOGITS_PER_CHUNK = 24_000_000  # over all members; fusion needs a few times this in fp32
 TOKENS_PER_BATCH = 8_192  # padding included
+NODES_PER_TREE = 1_024  # more only where one span alone has more
 
 
 @dataclass
@@ -55,45 +57,51 @@ def score(ensemble: Ensemble, spans: Sequence[Span], batch_size: int) -> Iterato
     Args:
         ensemble: the members and their fuser.
         spans: what to score.
-        batch_size: how many spans to forward together.
+        batch_size: how many token trees to forward together; spans with a common beginning share one.
 
     Yields:
         The index of a span and its score, as soon as its batch is done.
     """
     for batch in _batches(spans, batch_size):
-        results = {index: SpanScore([0.0] * len(spans[index].target)) for group in batch for index in group}
-        _score_batch(ensemble, [_rows(ensemble, spans, group) for group in batch], results)
+        results = {index: SpanScore([0.0] * len(spans[index].target)) for tree in batch for index in tree}
+        _score_batch(ensemble, [_rows(ensemble, spans, tree) for tree in batch], results)
         yield from results.items()
 
 
 def _batches(spans: Sequence[Span], batch_size: int) -> Iterator[list[list[int]]]:
-    """Yield batches of groups of span indices; a group shares its prompts."""
-    groups: dict[tuple, list[int]] = {}
-    for index, span in enumerate(spans):
-        groups.setdefault(span.prompts, []).append(index)
-    pieces = [ids[at : at + batch_size] for ids in groups.values() for at in range(0, len(ids), batch_size)]
+    """Yield batches of at most `batch_size` trees of span indices.
 
-    def tokens(group: list[int]) -> int:
-        return len(spans[group[0]].prompts[0].ids) + sum(len(spans[index].target) for index in group)
-
+    Spans whose prompts begin alike (few-shot text) share a tree, as long as it stays small: attention
+    within a tree is quadratic.
+    """
+    trees: list[tuple[int, list[int]]] = []  # nodes of the main member's tree, span indices
+    before: tuple[int, ...] = ()
+    for index in sorted(range(len(spans)), key=lambda index: spans[index].prompts[0].ids):
+        ids, target = spans[index].prompts[0].ids, len(spans[index].target)
+        shared = common_prefix(before, ids)
+        added = len(ids) - shared + target
+        if trees and 2 * shared >= len(ids) and trees[-1][0] + added <= NODES_PER_TREE:
+            trees[-1] = (trees[-1][0] + added, [*trees[-1][1], index])
+        else:
+            trees.append((len(ids) + target, [index]))
+        before = ids
+    trees.sort(key=lambda tree: -tree[0])
     batch: list[list[int]] = []
-    for group in sorted(pieces, key=tokens, reverse=True):
-        full = batch and (
-            sum(map(len, batch)) + len(group) > batch_size
-            or (len(batch) + 1) * tokens(batch[0]) > TOKENS_PER_BATCH
-        )
-        if full:
+    width = 0
+    for nodes, tree in trees:
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * width > TOKENS_PER_BATCH):
             yield batch
             batch = []
-        batch.append(group)
+        width = width if batch else nodes
+        batch.append(tree)
     if batch:
         yield batch
 
 
-def _rows(ensemble: Ensemble, spans: Sequence[Span], group: Sequence[int]) -> list[_Row]:
-    """Return the distinct positions that a group of spans reads."""
+def _rows(ensemble: Ensemble, spans: Sequence[Span], tree: Sequence[int]) -> list[_Row]:
+    """Return the distinct positions that the spans of a tree read."""
     rows: dict[tuple, _Row] = {}
-    for index in group:
+    for index in tree:
         for at, target in enumerate(spans[index].target):
             paths = spans[index].paths(ensemble, at)
             row = rows.setdefault(paths, _Row(paths, []))

