@@ -19,7 +19,8 @@ results = lm_eval.simple_evaluate(
     model=model, tasks=["deepen_demo"], limit=3, bootstrap_iters=10,
     task_manager=TaskManager(include_path=sys.argv[2]),
 )
-kept = {key: results[key] for key in ("results", "samples", "configs", "n-shot")} | {"deepen": results["config"]["deepen"]}
+kept = {key: results[key] for key in ("results", "samples", "configs", "n-shot")}
+kept["deepen"] = results["config"]["deepen"]
 print("RESULT" + json.dumps(kept, default=handle_non_serializable, sort_keys=True))
 """
 ROOT = Path(__file__).resolve().parents[1]

@@ -147,8 +147,10 @@ def test_table_aligns_columns_and_marks_what_was_not_measured():
 
 def test_demo_compares_each_model_alone_and_both_orders():
     small, large = Path("/models/small"), Path("/models/large")
-    plan = demo.systems(small, large)
+    plan = demo.systems(small, large, "hf")
     assert [system.model for system in plan] == ["hf", "hf", "deepen", "deepen"]
+    alone = demo.systems(small, large, "deepen")
+    assert [system.label for system in alone[:2]] == ["SmolLM2-135M (alone)", "Gemma-3-270M (alone)"]
     assert len({system.slug for system in plan}) == 4
     for system in plan[2:]:
         # The main member is the first of the members.
@@ -171,7 +173,7 @@ def test_demo_writes_results_and_prints_the_table(
     monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate, raising=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: kwargs)
     monkeypatch.setattr(demo, "prepare", lambda model: Path("/models") / model.name)
-    argv = ["demo", "--limit", "2", "--tasks", "choice", "short", "--device", "cpu"]
+    argv = ["demo", "--hf", "--limit", "2", "--tasks", "choice", "short", "--device", "cpu"]
     assert cli.main([*argv, "--output", str(tmp_path)]) == 0
     assert [(c["model"], c["limit"], c["tasks"]) for c in calls] == [
         (model, 2, ["choice", "short"]) for model in ("hf", "hf", "deepen", "deepen")

@@ -19,12 +19,13 @@ from lm_eval_deepen.tools.paths import data_folder
 from lm_eval_deepen.tools.table import Row, read_cells, render
 
 HELP = (
-    "Evaluate SmolLM2-135M-Instruct and Gemma-3-270M alone (`--model hf`) and as an ensemble"
+    "Evaluate SmolLM2-135M-Instruct and Gemma-3-270M alone and as an ensemble"
     " (`--model deepen`) in both orders, and print the results side by side."
 )
 READING = (
     "± is one standard error over a task's items: a difference below about two of them says nothing.\n"
-    "hf: the harness's own model class. A+B: an ensemble with A as its main member.\n"
+    "A+B: an ensemble with A as its main member. alone: an ensemble of one, which gives what `--model hf` gives,\n"
+    "sooner (the tests compare them); `--hf` runs the single models with `--model hf` itself.\n"
     "wall: from loading to results; an ensemble's first run also builds its matrices."
 )
 BATCH_SIZE = 8
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=TASKS, metavar="TASK", help="tasks of lm_eval (default: deepen_demo)"
     )
+    parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU, else cpu)")
 
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     # them takes longer than loading a model.
     task_manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=args.tasks != TASKS)
     rows = []
-    plan = systems(smollm2, gemma3)
+    plan = systems(smollm2, gemma3, "hf" if args.hf else "deepen")
     for number, system in enumerate(plan, 1):
         print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
         rows.append(evaluate(system, args, task_manager))
@@ -75,19 +77,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def systems(smollm2: Path, gemma3: Path) -> list[System]:
-    """Return what is compared: each model alone, then both orders of the pair."""
+def systems(smollm2: Path, gemma3: Path, model: str) -> list[System]:
+    """Return what is compared: each one alone, by the model class `model`, then both orders of the pair."""
     return [
-        _alone("SmolLM2-135M", smollm2),
-        _alone("Gemma-3-270M", gemma3),
+        _alone("SmolLM2-135M", smollm2, model),
+        _alone("Gemma-3-270M", gemma3, model),
         _ensemble("SmolLM2-135M+Gemma-3-270M", [smollm2, gemma3]),
         _ensemble("Gemma-3-270M+SmolLM2-135M", [gemma3, smollm2]),
     ]
 
 
-def _alone(label: str, folder: Path) -> System:
+def _alone(label: str, folder: Path, model: str) -> System:
     model_args = {"pretrained": str(folder), "dtype": "float32"}
-    return System(f"{label} (hf)", label, "hf", model_args)
+    return System(f"{label} ({'hf' if model == 'hf' else 'alone'})", label, model, model_args)
 
 
 def _ensemble(label: str, folders: Sequence[Path]) -> System:
