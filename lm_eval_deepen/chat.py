@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 class ChatPrompt(str):
     """The main member's rendering of a conversation, with what the other members render themselves.
 
-    It is an ordinary string to the harness, and survives its request caches.
+    It is an ordinary string to the harness, and survives its request caches and text put after it.
 
     Attributes:
         messages: the conversation, ``[{"role": ..., "content": ...}, ...]``.
-        add_generation_prompt: whether an assistant turn is opened at the end.
+        add_generation_prompt: whether an assistant turn is opened at the end; otherwise the last message goes on.
+        appended: text put after the rendering.
+        trimmed: whether spaces at the end are left to the continuation, in every member's rendering.
     """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
+    appended: str
+    trimmed: bool
 
-    def __new__(cls, text: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> ChatPrompt:
+    def __new__(
+        cls,
+        text: str,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        appended: str = "",
+        trimmed: bool = False,
+    ) -> ChatPrompt:
         """Attach a conversation to its rendering."""
         prompt = super().__new__(cls, text)
         prompt.messages = messages
         prompt.add_generation_prompt = add_generation_prompt
+        prompt.appended, prompt.trimmed = appended, trimmed
         return prompt
 
-    def __getnewargs__(self) -> tuple[str, list[dict[str, Any]], bool]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Give pickle what `__new__` needs."""
-        return str(self), self.messages, self.add_generation_prompt
+        return str(self), self.messages, self.add_generation_prompt, self.appended, self.trimmed
+
+    def __add__(self, text: str) -> ChatPrompt:
+        """Return the conversation with `text` after it; every member appends it to its own rendering."""
+        if not isinstance(text, str):
+            return NotImplemented
+        appended = self.appended + str(text)
+        return ChatPrompt(str(self) + str(text), self.messages, self.add_generation_prompt, appended)
+
+    @property
+    def continued(self) -> bool:
+        """Whether the rendering ends in text of the conversation, not in a template's own words."""
+        return bool(self.appended) or not self.add_generation_prompt
+
+    def split_spaces(self) -> tuple[ChatPrompt, str]:
+        """Return the conversation without the spaces at its end, and these spaces."""
+        text = self.rstrip()
+        prompt = ChatPrompt(text, self.messages, self.add_generation_prompt, self.appended, trimmed=True)
+        return prompt, str(self)[len(text) :]
+
+    def rendered(self, text: str) -> str:
+        """Return another rendering of the messages, with what was done to this one."""
+        text += self.appended
+        return text.rstrip() if self.trimmed else text
+
+
+def plain_rendering(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    r"""Return a conversation as plain text, for members without a chat template.
+
+    A turn is its role on a line of its own and then its text; turns are an empty line apart:
+    ``System:\n...\n\nUser:\n...\n\nAssistant:\n``.
+    """
+    turns = [f"{message['role'].capitalize()}:\n{message['content']}" for message in messages]
+    return "\n\n".join([*turns, "Assistant:\n"] if add_generation_prompt else turns)

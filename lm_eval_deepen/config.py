@@ -23,9 +23,11 @@ from lm_eval_deepen.config_parse import (
 )
 from lm_eval_deepen.config_types import (
     DEFAULT_BATCH_SIZE,
+    DEFAULT_CHAT_FALLBACK,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_METHOD,
     DEFAULT_SEED,
+    ChatFallback,
     EnsembleConfig,
     FrozenDict,
     MemberConfig,
@@ -35,7 +37,7 @@ from lm_eval_deepen.errors import ConfigError
 __all__ = ["FROM_PRETRAINED_KEYS", "EnsembleConfig", "FrozenDict", "MemberConfig", "parse_config"]
 
 ENSEMBLE_KEYS = frozenset(
-    {"members", "weights", "method", "compat", "seed", "matrix_dir", "batch_size", "max_batch_size"}
+    "members weights method compat seed chat_fallback matrix_dir batch_size max_batch_size".split()
 )
 _ONLY_IN_MEMBER = MEMBER_KEYS - {"pretrained", "hf_kwargs"}
 
@@ -96,6 +98,7 @@ def _parse(
         options=FrozenDict(options),
         compat=compat,
         seed=coerce(keys.get("seed", DEFAULT_SEED), int, "seed"),
+        chat_fallback=coerce(keys.get("chat_fallback", DEFAULT_CHAT_FALLBACK), ChatFallback, "chat_fallback"),
         matrix_dir=None if matrix_dir is None else os.fspath(matrix_dir),
         batch_size=parse_batch_size(keys.get("batch_size", DEFAULT_BATCH_SIZE)),
         max_batch_size=_positive(keys.get("max_batch_size", DEFAULT_MAX_BATCH_SIZE), "max_batch_size"),

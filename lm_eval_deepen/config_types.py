@@ -7,12 +7,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval_deepen.errors import ConfigError
 
+ChatFallback = Literal["error", "plain"]
+
 DEFAULT_METHOD = "deepen"
 DEFAULT_SEED = 0
+DEFAULT_CHAT_FALLBACK: ChatFallback = "error"
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_BATCH_SIZE = 1  # as `--model hf`
 DEFAULT_MAX_BATCH_SIZE = 64  # as `--model hf`
@@ -137,6 +140,7 @@ class EnsembleConfig:
         options: every option of the method, defaults filled in.
         compat: name of the expanded compatibility profile, or None.
         seed: seeds whatever is drawn at random.
+        chat_fallback: what a member without a chat template does with a conversation: ``error`` or ``plain``.
         matrix_dir: folder of relative matrices, or None for the user's cache.
         batch_size: a positive number, ``auto`` or ``auto:N``.
         max_batch_size: limit of ``auto``.
@@ -147,6 +151,7 @@ class EnsembleConfig:
     options: FrozenDict = field(default_factory=FrozenDict)
     compat: str | None = None
     seed: int = DEFAULT_SEED
+    chat_fallback: ChatFallback = DEFAULT_CHAT_FALLBACK
     matrix_dir: str | None = None
     batch_size: int | str = DEFAULT_BATCH_SIZE
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
@@ -180,6 +185,7 @@ class EnsembleConfig:
             "options": self.options_dict(),
             "compat": self.compat,
             "seed": self.seed,
+            "chat_fallback": self.chat_fallback,
         }
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -195,6 +201,7 @@ class EnsembleConfig:
             "method": self.method,
             **self.options_dict(),
             "seed": self.seed,
+            "chat_fallback": self.chat_fallback,
             "batch_size": self.batch_size,
             "max_batch_size": self.max_batch_size,
         }

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval import utils
-from lm_eval.api.model import CacheHook, TemplateLM
+from lm_eval.api.model import CacheHook
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.caches import claim
 from lm_eval_deepen.config import EnsembleConfig, parse_config
+from lm_eval_deepen.distributed import Ranks, shared
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.decoding import Generation, Job, generate
 from lm_eval_deepen.engine.prompting import Prompter, Span
 from lm_eval_deepen.engine.rolling import rolling_spans
 from lm_eval_deepen.engine.scoring import SpanScore, score
-from lm_eval_deepen.errors import CacheError, RequestError
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import option_classes
+from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.member.sampling import Sampler, row_generator
 
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FINGERPRINT_KEY = "lm_eval_deepen fingerprint"
 TRANSFORMERS_SAMPLING = {"top_k": 50}  # what `generate` does where a request samples and names no top_k
+ROUND_BATCHES = 4  # a kill loses the texts of at most a round, and a round's last batches are not full
 AUTO_BATCH_TOKENS = 16_384  # `batch_size: auto` packs about this many tokens
 
 
@@ -45,10 +48,14 @@ def configure(arguments: dict[str, Any]) -> EnsembleConfig:
     return parse_config(arguments, loading_keys=loading_keys(), methods=option_classes())
 
 
-class DeepenLM(TemplateLM):
-    """Several causal language models, evaluated as one from their fused next-token distribution."""
+class DeepenLM(MainMemberView):
+    """Several causal language models, evaluated as one from their fused next-token distribution.
 
-    def __init__(self, pretrained: str, **arguments: Any) -> None:
+    Processes of one launch share requests inside the request methods; ``rank`` and ``world_size`` stay those of
+    a single process (see `lm_eval_deepen.distributed`).
+    """
+
+    def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
         """Load an ensemble.
 
         Args:
@@ -60,16 +67,24 @@ class DeepenLM(TemplateLM):
             DeepenError: bad arguments, or a member that cannot take part.
         """
         super().__init__()
+        if pretrained is None:
+            raise ConfigError(
+                "pretrained is missing: give the main member, which is the first of members, or an ensemble file. "
+                "The harness names the output folder after it."
+            )
         device = arguments.pop("device", None)
         self.ensemble_config = configure({"pretrained": pretrained, **arguments})
+        self.ranks = Ranks.join(self.ensemble_config)
         self.ensemble = Ensemble.load(self.ensemble_config, device)
+        self.traces = [self.ensemble.trace]  # of all processes
         self._prompter = Prompter(self.ensemble)
-        self._main = self.ensemble.main.lm
         self._device = self.ensemble.device
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> DeepenLM:
-        """Create the model from ``key=value,...``; arguments named there win over the command line's."""
+        """Create the model from ``key=value,...`` or JSON; arguments named there win over the command line's."""
+        if arg_string.lstrip().startswith("{"):
+            return cls.create_from_arg_obj(json.loads(arg_string), additional_config)
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
@@ -78,61 +93,10 @@ class DeepenLM(TemplateLM):
         outer = {key: value for key, value in (additional_config or {}).items() if value is not None}
         return cls(**{**outer, **arg_dict})
 
-    # What the harness reads off a model: all of it is the main member's.
-
-    @property
-    def tokenizer(self) -> Any:  # type: ignore[override]
-        """The main member's tokenizer."""
-        return self._main.tokenizer
-
-    @property
-    def eot_token_id(self) -> int:
-        """The main member's end-of-text token."""
-        return self._main.eot_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that an empty context stands for, in the main member."""
-        return self._main.prefix_token_id
-
-    @property
-    def max_length(self) -> int:
-        """The main member's context, in tokens."""
-        return self._main.max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens to generate where a task names no number."""
-        return self._main.max_gen_toks
-
-    @property
-    def batch_size(self) -> int | str:
-        """As given: a number, ``auto`` or ``auto:N``."""
-        return self.ensemble_config.batch_size
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name under which the harness caches rendered requests: all members' tokenizers."""
-        return "+".join(member.lm.tokenizer_name for member in self.ensemble.active)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the main member's tokens of a text, as ``hf`` does."""
-        return self._main.tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
-
-    def tok_decode(self, tokens: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of the main member's tokens, as ``hf`` does."""
-        return self._main.tok_decode(tokens, skip_special_tokens=skip_special_tokens)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Render a conversation by the main member's template, and keep it for the other members' own."""
-        text = self._main.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
-        return ChatPrompt(text, copy.deepcopy(chat_history), add_generation_prompt)
-
     def get_model_info(self) -> dict[str, Any]:
         """Return what ``hf`` reports of the main member, and everything about the ensemble under ``deepen``."""
-        return {**self._main.get_model_info(), "deepen": self.ensemble.describe()}
+        counts = Trace.total(self.traces).summary()
+        return {**self._main.get_model_info(), "deepen": {**self.ensemble.describe(), **counts}}
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Tie a response cache to this ensemble: its keys hold the request alone.
@@ -141,23 +105,12 @@ class DeepenLM(TemplateLM):
             CacheError: the cache belongs to another ensemble.
         """
         super().set_cache_hook(cache_hook)
-        stored = cache_hook.dbdict
-        if stored is None:
-            return
-        found, own = stored.get(FINGERPRINT_KEY), self.ensemble_config.fingerprint()
-        if found == own:
-            return
-        if found is not None or len(stored):
-            whose = f"the ensemble with fingerprint {found}" if found else "a model that left no fingerprint"
-            raise CacheError(
-                f"the response cache {stored.filename} holds answers of {whose}; this ensemble has {own}. "
-                "Give --use_cache another path, or delete the file."
-            )
-        stored[FINGERPRINT_KEY] = own
-        stored.commit()
+        if cache_hook.dbdict is not None:
+            claim(cache_hook.dbdict, self.ensemble_config.fingerprint(), self.ranks)
 
     # The three request types.
 
+    @shared
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability in nats, is_greedy) of each continuation after its context."""
         self._refuse_thinking(requests)
@@ -168,18 +121,22 @@ class DeepenLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", requests[index].args, answers[index])
         return answers
 
+    @shared
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability (nats) of each whole text."""
-        self._refuse_thinking(requests)
         owners: list[int] = []
         spans: list[Span] = []
+        ends: list[int] = []
         for index, request in enumerate(requests):
             found = rolling_spans(self.ensemble, request.args[0])
             spans += found
             owners += [index] * len(found)
+            ends.append(len(spans))
+            if not found:
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, 0.0)
         left = Counter(owners)
         totals = [0.0] * len(requests)
-        for at, result in self._score(spans, disable_tqdm, "loglikelihood_rolling"):
+        for at, result in self._score(spans, disable_tqdm, "loglikelihood_rolling", ends):
             index = owners[at]
             totals[index] += result.total
             left[index] -= 1
@@ -187,6 +144,7 @@ class DeepenLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, totals[index])
         return totals
 
+    @shared
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the generated text of each request, stop strings removed."""
         repeats: Counter[str] = Counter()
@@ -210,16 +168,24 @@ class DeepenLM(TemplateLM):
         """Score token requests of the main member; the harness calls this through `loglikelihood` only."""
         raise NotImplementedError("an ensemble scores text: call loglikelihood with (context, continuation)")
 
-    def _score(self, spans: Sequence[Span], disable_tqdm: bool, what: str) -> Iterator[tuple[int, SpanScore]]:
+    def _score(
+        self, spans: Sequence[Span], disable_tqdm: bool, what: str, ends: Sequence[int] = ()
+    ) -> Iterator[tuple[int, SpanScore]]:
+        """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""
         size = self._batch(max((len(span.prompts[0].ids) + len(span.target) for span in spans), default=1))
         progress = self._progress(len(spans), disable_tqdm, what)
-        for index, found in score(self.ensemble, spans, size):
-            yield index, found
-            progress.update()
+        start = 0
+        for end in [*ends, len(spans)]:
+            if end - start < ROUND_BATCHES * size and end < len(spans):
+                continue
+            for index, found in score(self.ensemble, spans[start:end], size):
+                yield start + index, found
+                progress.update()
+            start = end
         progress.close()
 
     def _progress(self, total: int, disable_tqdm: bool, what: str) -> tqdm:
-        return tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc=f"Running {what} requests")
+        return tqdm(total=total, disable=disable_tqdm or self.ranks.index != 0, desc=f"Running {what} requests")
 
     def _batch(self, longest: int) -> int:
         """Return the batch size; ``auto`` packs a fixed budget of tokens."""
@@ -229,7 +195,7 @@ class DeepenLM(TemplateLM):
         return max(1, min(self.ensemble_config.max_batch_size, AUTO_BATCH_TOKENS // longest))
 
     def _refuse_thinking(self, requests: Sequence[Instance]) -> None:
-        if self._main.enable_thinking:
+        if any(member.lm.enable_thinking for member in self.ensemble.active):
             names = sorted({request.task_name for request in requests if request.task_name})
             raise RequestError(
                 f"enable_thinking=True is not compatible with loglikelihood tasks; triggered by {', '.join(names)}. "
@@ -256,7 +222,7 @@ class DeepenLM(TemplateLM):
     def _sampling_defaults(self) -> dict[str, Any]:
         """Return what ``generate`` falls back on; the main member's own config only where it is alone, as ``hf``."""
         config = getattr(self._main.model, "generation_config", None)
-        own = config.to_dict() if self._prompter.solo and config is not None else {}
+        own = config.to_diff_dict() if self._prompter.solo and config is not None else {}
         return TRANSFORMERS_SAMPLING | {key: value for key, value in own.items() if value is not None}
 
     def _text(self, found: Generation, until: list[str]) -> str:

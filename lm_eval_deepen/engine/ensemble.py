@@ -17,6 +17,8 @@ from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.fusion.seam import Fuser, MemberView
 from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.member.arguments import check_loading
+from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 
 log = logging.getLogger(__name__)
@@ -44,19 +46,25 @@ class Ensemble:
         """Load every member, then prepare fusion (matrices are built on first use).
 
         Raises:
+            ConfigError: a loading argument that an ensemble cannot honour.
             MemberError: a member cannot be loaded; never replaced by the others.
             VocabularyError: a tokenizer without a byte mapping, or members without common anchors.
             MatrixError: a relative matrix that cannot be used.
         """
-        members = tuple(Member.load(member, device) for member in config.members)
-        return cls.assemble(config, members)
+        check_loading(config.members)
+        tokenizers: list[Any] = [None] * len(config.members)
+        if fuses(config):
+            tokenizers = [load_tokenizer(member) for member in config.members]
+            check_vocabularies(config, tokenizers)
+        loaded = zip(config.members, tokenizers, strict=True)
+        return cls.assemble(config, tuple(Member.load(member, device, tokenizer) for member, tokenizer in loaded))
 
     @classmethod
     def assemble(cls, config: EnsembleConfig, members: Sequence[Member]) -> Ensemble:
         """Build the ensemble around members that are loaded already."""
         weights = torch.tensor([member.weight for member in config.members], dtype=torch.float32)
         fuser = None
-        if len(members) > 1 and config.members[0].weight < 1:
+        if fuses(config):
             method = methods()[config.method].options(**config.options_dict())
             fuser = method.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
@@ -169,6 +177,7 @@ class Ensemble:
                 "parameters": sum(p.numel() for p in member.lm.model.parameters()),
                 "vocabulary": member.vocab_size,
                 "max_length": member.max_length,
+                "chat_template": member.has_chat_template,
             }
             for member in self.members
         ]
@@ -181,6 +190,23 @@ class Ensemble:
             **facts,
             **self.trace.summary(),
         }
+
+
+def fuses(config: EnsembleConfig) -> bool:
+    """Return whether distributions are fused at all: several members, not all weight on the main one."""
+    return len(config.members) > 1 and config.members[0].weight < 1
+
+
+def check_vocabularies(config: EnsembleConfig, tokenizers: Sequence[Any]) -> None:
+    """Refuse members whose vocabularies cannot be fused, before any weight is loaded.
+
+    Raises:
+        VocabularyError: a tokenizer without a byte mapping, or one that the method cannot use.
+    """
+    vocabularies = preview_vocabularies(config.members, tokenizers)
+    method = methods()[config.method].options(**config.options_dict())
+    if len(vocabularies) == len(config.members) and hasattr(method, "check"):
+        method.check(vocabularies, [member.name for member in config.members])
 
 
 def view(member: Member) -> MemberView:

@@ -75,9 +75,8 @@ class Prompter:
         Raises:
             RequestError: the continuation does not fit into a member's context.
         """
-        if not isinstance(context, ChatPrompt):
-            stripped = context.rstrip()  # trailing spaces belong to the continuation's first word
-            context, continuation = stripped, context[len(stripped) :] + continuation
+        context, spaces = self._split_spaces(context)  # they belong to the continuation's first word
+        continuation = spaces + continuation
         if self.solo:
             head, target = self._split_solo(context, continuation)
             self._check_target(target)
@@ -87,6 +86,13 @@ class Prompter:
         self._check_target(target)
         room = self.main.max_length + 1 - len(target)
         return Span(self._fit(context, head, room, target[:-1], skip), target, skip)
+
+    def _split_spaces(self, context: str) -> tuple[str, str]:
+        """Return a context without the spaces at its end, and these; a template's own spaces stay with it."""
+        if self.solo or not isinstance(context, ChatPrompt):
+            stripped = context.rstrip()
+            return stripped, context[len(stripped) :]
+        return context.split_spaces() if context.continued else (context, "")
 
     def _check_target(self, target: tuple[int, ...]) -> None:
         if len(target) > self.main.max_length:
@@ -123,10 +129,8 @@ class Prompter:
         """
         codec = self.main.codec
         if isinstance(context, ChatPrompt):
-            prompt = self.main.rendered_prompt(context)
-            followed = codec.follow(prompt, continuation.encode())
-            assert followed is not None  # whole characters: the round-trip check covers them
-            return *self._divide(followed, len(prompt.head), len(prompt.tail.encode())), 0
+            # The members' prompts are different texts: a token across the end of one has no place in the others.
+            return self.main.rendered_prompt(context).ids, codec.encode(continuation), 0
         whole = codec.encode_prompt(context + continuation, bos)
         fixed = 1 if bos else len(codec.automatic_prefix)
         dummy = len(codec.vocab.decode(whole)) - len((context + continuation).encode())
@@ -161,8 +165,9 @@ class Prompter:
                 )
         room = self.main.max_length - reserve
         if self.solo:
-            ids = self.main.lm.tok_encode(context)[-room:]
-            return (frozen(ids or [self.main.lm.prefix_token_id]),)
+            lm = self.main.lm
+            ids, _ = lm.tok_batch_encode([context], truncation=lm.truncation)  # as `hf` for this request type
+            return (frozen(ids[0].tolist()[-room:] or [lm.prefix_token_id]),)
         if isinstance(context, ChatPrompt):
             return self._fit(context, self.main.rendered_prompt(context).ids, room, reserve=reserve)
         context, bos = self.main.codec.strip_bos(context)
@@ -217,7 +222,8 @@ class Prompter:
         self, context: str, controls: tuple[int, ...], text: tuple[int, ...], kept: int
     ) -> tuple[Prompt, ...]:
         if isinstance(context, ChatPrompt):
-            others = [member.conversation(context) for member in self.members[1:]]
+            fallback = self.ensemble.config.chat_fallback
+            others = [member.conversation(context, fallback) for member in self.members[1:]]
             return (frozen(controls + text), *others)
         codec = self.main.codec
         if kept < len(text):

@@ -52,6 +52,17 @@ class Trace:
         for key, values in stats.items():
             self.sums[key] += float(values.double().sum())
 
+    @classmethod
+    def total(cls, traces: Sequence[Trace]) -> Trace:
+        """Return the sums over the processes of a run, which have the same members."""
+        total = cls(traces[0].names)
+        for trace in traces:
+            total.rows.update(trace.rows)
+            total.sat_out.update(trace.sat_out)
+            for key, value in trace.sums.items():
+                total.sums[key] += value
+        return total
+
     def summary(self) -> dict[str, Any]:
         """Return the counts, and means over the fused rows, for the results file."""
         fused = self.rows["fused"]

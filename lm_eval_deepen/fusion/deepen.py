@@ -15,7 +15,7 @@ from lm_eval_deepen.fusion.seam import Fused, Fuser, MemberView, fusion
 from lm_eval_deepen.inverse import Solver, get_solver
 from lm_eval_deepen.relative.build import MatrixSpec
 from lm_eval_deepen.relative.support import Side, Split, make_side, sit_out, split, supports
-from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
+from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
@@ -105,6 +105,20 @@ class Deepen:
         rows = "all" if self.eos == "reference" else "text"
         return MatrixSpec(self.normalization, float(self.relative_temperature), self.top_m, rows)
 
+    def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> AnchorSet:
+        """Return the members' anchors.
+
+        Raises:
+            VocabularyError: too few of them.
+        """
+        return find_anchors(
+            vocabularies,
+            max_anchors=self.max_anchors,
+            seed=self.anchor_seed,
+            min_anchors=self.min_anchors,
+            names=names,
+        )
+
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Find the anchors, load or build every member's relative matrix, and return the fuser.
 
@@ -114,13 +128,7 @@ class Deepen:
         """
         if len(members) == 1:
             return Alone(members[0].vocabulary)
-        anchors = find_anchors(
-            [member.vocabulary for member in members],
-            max_anchors=self.max_anchors,
-            seed=self.anchor_seed,
-            min_anchors=self.min_anchors,
-            names=[member.name for member in members],
-        )
+        anchors = self.check([member.vocabulary for member in members], [member.name for member in members])
         spec = self.matrix_spec()
         sides, matrices = [], []
         for member in members:

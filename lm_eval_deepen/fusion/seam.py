@@ -65,7 +65,11 @@ class Fuser(Protocol):
 
 
 class FusionMethod(Protocol):
-    """The options of a method: a frozen dataclass with a ``build``."""
+    """The options of a method: a frozen dataclass with a ``build``.
+
+    It may have ``check(vocabularies, names)`` too, which is called before any weight is loaded and raises what
+    can be known from the tokenizers alone; the vocabularies then lack rows beyond the tokenizer's length.
+    """
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Prepare a fuser for these members, the main member first."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import DeepenError, MemberError
+from lm_eval_deepen.member.preflight import reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
@@ -49,8 +50,13 @@ class Member:
         self.runner: TreeRunner | PlainRunner = self._runner()
 
     @classmethod
-    def load(cls, config: MemberConfig, device: str | None = None) -> Member:
+    def load(cls, config: MemberConfig, device: str | None = None, tokenizer: Any | None = None) -> Member:
         """Load a member through ``HFLM``, so that it takes every loading argument of ``--model hf``.
+
+        Args:
+            config: what to load.
+            device: where, if `config` does not say.
+            tokenizer: the member's tokenizer, if it is loaded already.
 
         Raises:
             MemberError: loading failed; the cause is chained.
@@ -59,6 +65,8 @@ class Member:
 
         arguments = {"device": usable_device(device), **config.loading_dict(), **config.hf_kwargs_dict()}
         arguments["batch_size"] = 1
+        if reusable(tokenizer):
+            arguments["tokenizer"] = tokenizer
         try:
             return cls(config, HFLM(pretrained=config.pretrained, **arguments))
         except DeepenError:
@@ -122,28 +130,48 @@ class Member:
             name=self.name,
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer can render a conversation."""
+        return getattr(self.lm.tokenizer, "chat_template", None) is not None
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, fallback: str) -> str:
+        """Return a conversation rendered by this member's own chat template.
+
+        Args:
+            messages: the conversation, ``[{"role": ..., "content": ...}, ...]``.
+            add_generation_prompt: whether an assistant turn is opened at the end.
+            fallback: what to do without a template: ``plain`` text, or an ``error``.
+
+        Raises:
+            MemberError: there is no template, and the fallback is an error.
+        """
+        if self.has_chat_template:
+            return self.lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        if fallback == "plain":
+            return plain_rendering(messages, add_generation_prompt)
+        raise MemberError(
+            f"member {self.name!r} has no chat template for --apply_chat_template. Give it a tokenizer that has "
+            "one (member argument tokenizer=...), give the ensemble chat_fallback=plain for plain text, or "
+            "evaluate without chat templates."
+        )
+
     def rendered_prompt(self, text: str) -> Prompt:
-        """Return the prompt for text rendered by this member's chat template, control tokens parsed."""
+        """Return the prompt for a rendered conversation: a template's control tokens parsed, and one BOS."""
+        if not self.has_chat_template:
+            return self.codec.prompt(text)
         literals = [str(token) for token in self.lm.tokenizer.all_special_tokens]
         literals += [
             str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special
         ]
-        return self.codec.rendered_prompt(text, self.lm.tok_encode(text), literals)
+        bos = self.lm.tokenizer.bos_token
+        given = False if bos and text.startswith(bos) else None  # `tok_encode` looks for the prefix token only
+        return self.codec.rendered_prompt(text, self.lm.tok_encode(text, add_special_tokens=given), literals)
 
-    def conversation(self, chat: ChatPrompt) -> Prompt:
-        """Return the prompt of a conversation, rendered by this member's own chat template.
-
-        Raises:
-            MemberError: the tokenizer has no chat template.
-        """
-        if getattr(self.lm.tokenizer, "chat_template", None) is None:
-            raise MemberError(
-                f"member {self.name!r} has no chat template for --apply_chat_template. Give it a tokenizer that "
-                "has one (member argument tokenizer=...), or evaluate without chat templates."
-            )
-        return self.rendered_prompt(
-            self.lm.apply_chat_template(chat.messages, add_generation_prompt=chat.add_generation_prompt)
-        )
+    def conversation(self, chat: ChatPrompt, fallback: str) -> Prompt:
+        """Return the prompt of a conversation, rendered by this member; arguments and errors as `render`."""
+        text = self.render(chat.messages, chat.add_generation_prompt, fallback)
+        return self.rendered_prompt(chat.rendered(text))
 
     def embeddings(self) -> Tensor:
         """Return the input embedding rows [V, d], one per logit."""

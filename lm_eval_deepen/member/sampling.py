@@ -28,6 +28,14 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_cache": (True, False, None),
     "pad_token_id": (None,),
 }
+# What a model's own generation config may change that decoding here does not do.
+UNSUPPORTED_DEFAULTS = frozenset(
+    "bad_words_ids begin_suppress_tokens constraints diversity_penalty encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids "
+    "forced_bos_token_id forced_eos_token_id guidance_scale min_length min_new_tokens no_repeat_ngram_size "
+    "num_beams penalty_alpha remove_invalid_values renormalize_logits sequence_bias stop_strings suppress_tokens "
+    "top_h watermarking_config".split()
+)
 OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
@@ -59,6 +67,12 @@ class Sampler:
         Raises:
             RequestError: an argument that has no meaning for fused decoding.
         """
+        for key in sorted(UNSUPPORTED_DEFAULTS & defaults.keys() - kwargs.keys()):
+            if defaults[key] and defaults[key] != 1:
+                raise RequestError(
+                    f"the model's generation config sets {key}={defaults[key]!r}, which decoding here does not do. "
+                    "Take it out of the model's generation_config.json."
+                )
         for key, value in kwargs.items():
             if key in OPTIONS or value in WITHOUT_EFFECT.get(key, ()):
                 continue

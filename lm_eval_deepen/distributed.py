@@ -1,0 +1,160 @@
+"""Data-parallel runs: the processes of one launch answer the same requests together.
+
+The harness can shard documents itself, by a model's `rank` and `world_size`. It then draws other random
+few-shot examples than one process does (its samplers advance with every document they build), forwards
+padding requests, and fails where a rank has no document. So every process is rank 0 of 1 to the harness
+and builds all requests, and the work is shared here, inside the request methods, which `LM` provides for.
+The harness tells such processes apart by ``LOCAL_RANK``: cache files, and who returns and saves results.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(weeks=52)  # as the harness: processes wait for each other as long as their shares take
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a run's requests.
+
+    Attributes:
+        index: number of this process, 0 for the one that shows progress.
+        count: how many processes share the requests.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, config: EnsembleConfig) -> Ranks:
+        """Join the processes that ``accelerate launch`` or ``torchrun`` started: gloo on CPU, nccl on GPU.
+
+        Call it before members load, which then find the process group and their device.
+
+        Raises:
+            ConfigError: a member names one device for all processes.
+        """
+        if any(member.loading_dict().get("tp_plan") for member in config.members):
+            return cls()  # each process holds a slice of a member: all of them run every request
+        on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _accelerator_available()
+        if on_cpu and "RANK" in os.environ:  # without it `accelerate` gives every process LOCAL_RANK 0
+            size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            os.environ.setdefault("LOCAL_RANK", str(int(os.environ["RANK"]) % size))
+        on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+        state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+        if state.num_processes > 1:
+            _refuse_fixed_devices(config, state)
+        elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+            log.warning(
+                "`accelerate launch` was asked for several processes and started one, as it does without GPUs. "
+                "On CPU give it --multi_gpu instead of --cpu, or launch with torchrun."
+            )
+        return cls(state.process_index, state.num_processes)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of the processes; each of them has to call this."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def share(self, arguments: Sequence[tuple], whole: bool = False) -> list[int]:
+        """Return the indices of the requests that this process answers, ascending.
+
+        Requests with one context stay together, which shares its forward pass; contexts are dealt by length.
+
+        Args:
+            arguments: the requests' arguments, context first.
+            whole: keep requests with an empty context together as well.
+        """
+        units: dict[Any, list[int]] = {}
+        for index, (context, *_) in enumerate(arguments):
+            units.setdefault(context if context or whole else index, []).append(index)
+
+        def characters(unit: list[int]) -> int:
+            rest = sum(len(text) for index in unit for text in arguments[index][1:] if isinstance(text, str))
+            return len(arguments[unit[0]][0]) + rest
+
+        dealt = sorted(units.values(), key=characters, reverse=True)[self.index :: self.count]
+        return sorted(index for unit in dealt for index in unit)
+
+
+def shared(method: Callable[..., list]) -> Callable[..., list]:
+    """Make a request method answer a share of its requests and return every process's answers.
+
+    Processes that were given different requests answer their own. Afterwards the model's ``traces`` are those
+    of all processes.
+    """
+
+    @functools.wraps(method)
+    def answer(self: Any, requests: list[Instance], disable_tqdm: bool = False) -> list:
+        ranks: Ranks = self.ranks
+        if ranks.count == 1:
+            return method(self, requests, disable_tqdm=disable_tqdm)
+        arguments = [request.args for request in requests]
+        if len(set(ranks.gather(_digest(arguments)))) == 1:
+            mine = ranks.share(arguments, whole=method.__name__ == "generate_until")
+            found = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)
+            answers: list = [None] * len(requests)
+            for indices, parts in ranks.gather((mine, found)):
+                for index, part in zip(indices, parts, strict=True):
+                    answers[index] = part
+        else:
+            log.warning(
+                "the %d processes were given different %s requests: each answers all of its own.",
+                ranks.count,
+                method.__name__,
+            )
+            answers = method(self, requests, disable_tqdm=disable_tqdm)
+        self.traces = ranks.gather(self.ensemble.trace)
+        return answers
+
+    return answer
+
+
+def _digest(arguments: Sequence[tuple]) -> str:
+    digest = hashlib.sha256()
+    for args in arguments:
+        digest.update(repr(args).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
+    for member in config.members:
+        asked = member.loading_dict().get("device")
+        if asked is None:
+            continue
+        device = torch.device(asked)
+        if device.index is not None or device.type != state.device.type:
+            raise ConfigError(
+                f"member {member.name!r} asks for device {str(asked)!r}, but {state.num_processes} processes share "
+                f"this run and each of them loads its members onto its own {state.device.type} device. Leave the "
+                "member's device out, spread it with parallelize=true, or run a single process."
+            )
+
+
+def _accelerator_available() -> bool:
+    return getattr(torch, "accelerator", torch.cuda).is_available()  # torch.accelerator came with torch 2.6

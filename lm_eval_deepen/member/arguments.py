@@ -1,0 +1,35 @@
+"""Loading arguments of ``HFLM`` that mean something else, or nothing, in an ensemble: refused, never dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import ConfigError
+
+
+def check_loading(members: Sequence[MemberConfig]) -> None:
+    """Check what members are to be loaded with.
+
+    Raises:
+        ConfigError: an argument that cannot be honoured, with the reason.
+    """
+    main = members[0].loading_dict()
+    for member in members:
+        given = member.loading_dict()
+        where = f"member {member.name!r}:"
+        if given.get("softmax_dtype") not in (None, "float32"):
+            raise ConfigError(
+                f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "
+                "float32. Leave it out."
+            )
+        if len(members) > 1 and given.get("truncation"):
+            raise ConfigError(
+                f"{where} truncation=True cuts each member's prompt at its own end, and members must see the same "
+                "text. Leave it out: prompts are cut on the left, at the same place for all."
+            )
+        if given.get("think_end_token") != main.get("think_end_token"):
+            raise ConfigError(
+                f"{where} think_end_token={given.get('think_end_token')!r}, but the main member has "
+                f"{main.get('think_end_token')!r}. There is one generated text, so give it once, beside members."
+            )
