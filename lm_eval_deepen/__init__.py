@@ -1,3 +1,20 @@
 """Evaluate ensembles of language models with lm-evaluation-harness."""
 
+# Every start of an interpreter runs this file (see `_hook`): nothing is imported before it is asked for.
+
 __version__ = "0.1.0"
+
+_LAZY = {
+    "Ensemble": "lm_eval_deepen.engine",
+    "configure": "lm_eval_deepen.host",
+    "DeepenLM": "lm_eval_deepen.host",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Return `Ensemble`, `configure` or `DeepenLM`."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -239,3 +239,15 @@ def test_requests_that_cannot_fit_are_clear_errors(model):
         model.generate_until(requests("generate_until", ("a", {"max_gen_toks": 512})))
     with pytest.raises(RequestError, match="num_beams=2 is not supported"):
         model.generate_until(requests("generate_until", ("a", {"num_beams": 2})))
+
+
+def test_the_package_gives_ensembles_without_the_harness(pico, tmp_path):
+    """The README's two lines, from configuration to a distribution."""
+    import lm_eval_deepen
+
+    paths = [str(pico["bytelevel"]), str(pico["metaspace"])]
+    config = lm_eval_deepen.configure({"pretrained": paths[0], "members": paths, "matrix_dir": str(tmp_path)})
+    logp = lm_eval_deepen.Ensemble.load(config, "cpu").next_logp("The capital of France is")
+    assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
+    with pytest.raises(AttributeError, match="no attribute 'ensemble'"):
+        lm_eval_deepen.ensemble  # noqa: B018
