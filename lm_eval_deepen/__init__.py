@@ -4,6 +4,10 @@
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # what type checkers take for True, without importing typing
+if TYPE_CHECKING:
+    from typing import Any
+
 _LAZY = {
     "Ensemble": "lm_eval_deepen.engine",
     "configure": "lm_eval_deepen.host",
@@ -11,7 +15,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> "Any":
     """Return `Ensemble`, `configure` or `DeepenLM`."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
