@@ -27,17 +27,19 @@ from lm_eval_deepen.config_types import (
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_METHOD,
     DEFAULT_SEED,
+    DEFAULT_SPECULATE,
     ChatFallback,
     EnsembleConfig,
     FrozenDict,
     MemberConfig,
+    Speculate,
 )
 from lm_eval_deepen.errors import ConfigError
 
 __all__ = ["FROM_PRETRAINED_KEYS", "EnsembleConfig", "FrozenDict", "MemberConfig", "parse_config"]
 
 ENSEMBLE_KEYS = frozenset(
-    "members weights method compat seed chat_fallback matrix_dir batch_size max_batch_size".split()
+    "members weights method compat seed chat_fallback matrix_dir batch_size max_batch_size speculate".split()
 )
 _ONLY_IN_MEMBER = MEMBER_KEYS - {"pretrained", "hf_kwargs"}
 
@@ -102,6 +104,7 @@ def _parse(
         matrix_dir=None if matrix_dir is None else os.fspath(matrix_dir),
         batch_size=parse_batch_size(keys.get("batch_size", DEFAULT_BATCH_SIZE)),
         max_batch_size=_positive(keys.get("max_batch_size", DEFAULT_MAX_BATCH_SIZE), "max_batch_size"),
+        speculate=parse_speculate(keys.get("speculate", DEFAULT_SPECULATE)),
     )
 
 
@@ -140,6 +143,11 @@ def parse_batch_size(value: Any) -> int | str:
     if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
         return value
     return _positive(value, "batch_size", " (or auto, auto:N)")
+
+
+def parse_speculate(value: Any) -> Speculate:
+    """Return how decoding drafts; YAML reads a bare ``off`` as False."""
+    return coerce("off" if value is False else value, Speculate, "speculate")
 
 
 def _positive(value: Any, key: str, also: str = "") -> int:

@@ -12,12 +12,14 @@ from typing import Any, Literal
 from lm_eval_deepen.errors import ConfigError
 
 ChatFallback = Literal["error", "plain"]
+Speculate = Literal["off", "lookup", "draft"]
 
 DEFAULT_METHOD = "deepen"
 DEFAULT_SEED = 0
 DEFAULT_CHAT_FALLBACK: ChatFallback = "error"
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_BATCH_SIZE = 1  # as `--model hf`
+DEFAULT_SPECULATE: Speculate = "off"
 DEFAULT_MAX_BATCH_SIZE = 64  # as `--model hf`
 
 # Arguments that say where and how a model is fetched and placed: they change no result.
@@ -144,6 +146,7 @@ class EnsembleConfig:
         matrix_dir: folder of relative matrices, or None for the user's cache.
         batch_size: a positive number, ``auto`` or ``auto:N``.
         max_batch_size: limit of ``auto``.
+        speculate: where drafts of greedy texts come from: ``off``, ``lookup`` or ``draft``; changes no text.
     """
 
     members: tuple[MemberConfig, ...]
@@ -155,6 +158,7 @@ class EnsembleConfig:
     matrix_dir: str | None = None
     batch_size: int | str = DEFAULT_BATCH_SIZE
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
+    speculate: Speculate = DEFAULT_SPECULATE
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -204,6 +208,7 @@ class EnsembleConfig:
             "chat_fallback": self.chat_fallback,
             "batch_size": self.batch_size,
             "max_batch_size": self.max_batch_size,
+            "speculate": self.speculate,
         }
         if self.compat is not None:
             shown["compat"] = self.compat

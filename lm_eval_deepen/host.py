@@ -6,11 +6,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval import utils
 from lm_eval.api.model import CacheHook
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
@@ -19,13 +21,16 @@ from lm_eval_deepen.config import EnsembleConfig, parse_config
 from lm_eval_deepen.distributed import Ranks, shared
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.decoding import Generation, Job, generate
+from lm_eval_deepen.engine.drafting import drafter
+from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompting import Prompter, Span
 from lm_eval_deepen.engine.rolling import rolling_spans
-from lm_eval_deepen.engine.scoring import SpanScore, score
+from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import option_classes
 from lm_eval_deepen.main_member import MainMemberView
+from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.member.sampling import Sampler, row_generator
 
@@ -36,6 +41,8 @@ log = logging.getLogger(__name__)
 
 TRANSFORMERS_SAMPLING = {"top_k": 50}  # what `generate` does where a request samples and names no top_k
 ROUND_BATCHES = 4  # a kill loses the texts of at most a round, and a round's last batches are not full
+# What the command line gives as the device where its user gives none.
+COMMAND_LINE_DEVICE = {field.name: field.default for field in fields(EvaluatorConfig)}["device"]
 AUTO_BATCH_TOKENS = 16_384  # `batch_size: auto` packs about this many tokens
 
 
@@ -91,6 +98,10 @@ class DeepenLM(MainMemberView):
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> DeepenLM:
         """Create the model from a mapping; arguments named there win over the command line's."""
         outer = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        device = outer.get("device")
+        if device == COMMAND_LINE_DEVICE and device not in existing_devices():
+            log.info("no device %r, the command line's default: members that name none load on the CPU.", device)
+            del outer["device"]
         return cls(**{**outer, **arg_dict})
 
     def get_model_info(self) -> dict[str, Any]:
@@ -157,11 +168,13 @@ class DeepenLM(MainMemberView):
         texts: list[Any] = [None] * len(jobs)
         size = self._batch(max((len(job.prompts[0].ids) + job.max_new for job in jobs), default=1))
         progress = self._progress(len(jobs), disable_tqdm, "generate_until")
-        for index, found in generate(self.ensemble, jobs, size):
+        drafts = drafter(self.ensemble_config.speculate)
+        for index, found in generate(self.ensemble, jobs, size, drafts):
             texts[index] = self._text(found, stops[index])
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
             progress.update()
         progress.close()
+        self.ensemble.trace.record_drafts(drafts.counts, drafts.near_ties)
         return texts
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -172,13 +185,14 @@ class DeepenLM(MainMemberView):
         self, spans: Sequence[Span], disable_tqdm: bool, what: str, ends: Sequence[int] = ()
     ) -> Iterator[tuple[int, SpanScore]]:
         """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""
-        size = self._batch(max((len(span.prompts[0].ids) + len(span.target) for span in spans), default=1))
+        lengths = [len(span.prompts[0].ids) + len(span.target) for span in spans]
+        nodes = nodes_per_forward(self.ensemble, self._batch(max(lengths, default=1)) * max(lengths, default=1))
         progress = self._progress(len(spans), disable_tqdm, what)
         start = 0
         for end in [*ends, len(spans)]:
-            if end - start < ROUND_BATCHES * size and end < len(spans):
+            if sum(lengths[start:end]) < FORWARDS_PER_ROUND * nodes and end < len(spans):
                 continue
-            for index, found in score(self.ensemble, spans[start:end], size):
+            for index, found in score(self.ensemble, spans[start:end], nodes):
                 yield start + index, found
                 progress.update()
             start = end
@@ -188,11 +202,11 @@ class DeepenLM(MainMemberView):
         return tqdm(total=total, disable=disable_tqdm or self.ranks.index != 0, desc=f"Running {what} requests")
 
     def _batch(self, longest: int) -> int:
-        """Return the batch size; ``auto`` packs a fixed budget of tokens."""
+        """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""
         size = self.ensemble_config.batch_size
         if isinstance(size, int):
             return size
-        return max(1, min(self.ensemble_config.max_batch_size, AUTO_BATCH_TOKENS // longest))
+        return safe_batch(self.ensemble, longest, self.ensemble_config.max_batch_size)
 
     def _refuse_thinking(self, requests: Sequence[Instance]) -> None:
         if any(member.lm.enable_thinking for member in self.ensemble.active):

@@ -219,7 +219,7 @@ def test_a_member_that_raises_fails_the_run(model, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model.ensemble.members[1].runner, "states_at", broken)
+    monkeypatch.setattr(model.ensemble.members[1].runner, "body", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.loglikelihood(requests("loglikelihood", ("The fox", " jumps")))
 

@@ -30,7 +30,7 @@ def members(pico):
 
 def plain(runner, sequences):
     reference = PlainRunner(runner.model)
-    return reference.logp(reference.states_at([list(sequences)]))
+    return reference.logp(reference.states_at(list(sequences)))
 
 
 tokens = st.lists(st.integers(4, 399), min_size=1, max_size=40)
@@ -41,17 +41,42 @@ tokens = st.lists(st.integers(4, 399), min_size=1, max_size=40)
 def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, data, family):
     runner = members[family].runner
     trunk = data.draw(tokens)
-    groups = [
+    calls = [
         [trunk[: data.draw(st.integers(1, len(trunk)))] + data.draw(st.lists(st.integers(4, 9), max_size=4))
-         for _ in range(data.draw(st.integers(1, 5)))]
+         for _ in range(data.draw(st.integers(1, 6)))]
         for _ in range(data.draw(st.integers(1, 3)))
     ]
-    runner.forwarded = 0
-    got = runner.logp(runner.states_at(groups))
-    expected = plain(runner, [path for group in groups for path in group])
-    assert torch.allclose(got, expected, atol=2e-4)
-    prefixes = [{tuple(path[:n]) for path in group for n in range(1, len(path) + 1)} for group in groups]
-    assert runner.forwarded == sum(map(len, prefixes))
+    walker = runner.walker(data.draw(st.sampled_from([1, 3, 7, 100])))
+    for paths in calls:
+        runner.forwarded = 0
+        kept = tuple(walker.tokens)
+        got = runner.logp(walker.states(paths))
+        assert torch.allclose(got, plain(runner, paths), atol=2e-4)
+        prefixes = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
+        held = {kept[:n] for n in range(1, len(kept) + 1)}
+        assert runner.forwarded == len(prefixes - held)
+
+
+@QUICK
+@given(data=st.data(), family=st.sampled_from(FAMILIES))
+def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
+    runner = members[family].runner
+    trunk = data.draw(tokens)
+    paths = [trunk + data.draw(st.lists(st.integers(4, 9), max_size=4)) for _ in range(data.draw(st.integers(1, 4)))]
+    rows = runner.rows()
+    rows.admit(runner.walker(data.draw(st.sampled_from([2, 50]))).prefill(paths))
+    assert torch.allclose(runner.logp(rows.advance(paths)), plain(runner, paths), atol=2e-4)
+    longer = [path + data.draw(st.lists(st.integers(4, 9), max_size=3)) for path in paths]
+    reads = [
+        sorted({len(path), len(more), max(len(path), len(more) - 1)})
+        for path, more in zip(paths, longer, strict=True)
+    ]
+    got = runner.logp(rows.advance(longer, reads))
+    read = [more[:n] for more, lengths in zip(longer, reads, strict=True) for n in lengths]
+    assert torch.allclose(got, plain(runner, read), atol=2e-4)
+    rows.admit(runner.walker().prefill([[9, 8, 7]]), [0])  # another text takes a place
+    longer[0] = [9, 8, 7, 6]
+    assert torch.allclose(runner.logp(rows.advance(longer)), plain(runner, longer), atol=2e-4)
 
 
 @QUICK
@@ -60,8 +85,8 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
     """Appends of several tokens, rollbacks deeper than the sliding window, rows that leave."""
     runner = members[family].runner
     sequences = [data.draw(tokens) for _ in range(data.draw(st.integers(1, 3)))]
-    rows = runner.rows(len(sequences))
-    rows.advance(sequences)
+    rows = runner.rows()
+    rows.admit(runner.walker().prefill(sequences))
     for _ in range(data.draw(st.integers(1, 5))):
         if len(sequences) > 1 and data.draw(st.booleans()):
             kept = data.draw(st.permutations(range(len(sequences))))[:-1]
@@ -75,14 +100,14 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
         assert torch.allclose(got, plain(runner, sequences), atol=2e-4)
 
 
-def test_a_long_walk_packs_its_columns(members):
+def test_a_rollback_needs_no_room(members):
     runner = members["metaspace"].runner
-    rows, sequence = runner.rows(1), list(range(10, 60))
-    rows.advance([sequence])
+    rows, sequence = runner.rows(), list(range(10, 60))
+    rows.admit(runner.walker().prefill([sequence]))
     for step in range(40):
         sequence = sequence[:-3] + [20 + step, 30 + step, 40 + step]
         state = rows.advance([sequence])
-    assert rows.valid.shape[1] < 200
+    assert rows.kv.layers[0].keys.shape[2] < 130
     assert torch.allclose(runner.logp(state), plain(runner, [sequence]), atol=2e-4)
 
 
@@ -90,8 +115,8 @@ def test_a_long_walk_packs_its_columns(members):
 def test_eager_attention_takes_the_same_masks(pico, family):
     model = AutoModelForCausalLM.from_pretrained(pico[family], attn_implementation="eager").eval()
     runner = TreeRunner(model)
-    paths = [[list(range(5, 45)), [*range(5, 30), 9, 9]]]
-    assert torch.allclose(runner.logp(runner.states_at(paths)), plain(runner, paths[0]), atol=2e-4)
+    paths = [list(range(5, 45)), [*range(5, 30), 9, 9]]
+    assert torch.allclose(runner.logp(runner.states_at(paths)), plain(runner, paths), atol=2e-4)
 
 
 def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeypatch, caplog):
@@ -105,17 +130,18 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
         slow = Member.load(MemberConfig("slow", str(pico["bytelevel"]), 1.0), "cpu")
     monkeypatch.undo()
     assert isinstance(slow.runner, PlainRunner) and "'slow'" in caplog.text and "forwarded in full" in caplog.text
-    paths = [[[7, 8, 9], [7, 8, 10, 11]]]
+    paths = [[7, 8, 9], [7, 8, 10, 11], [7, 8]]
     assert torch.allclose(slow.logp(slow.states_at(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
-    rows = slow.runner.rows(2)
-    assert torch.allclose(slow.logp(rows.advance(paths[0])), fast.logp(fast.states_at(paths)), atol=2e-4)
+    rows = slow.runner.rows()
+    rows.admit(slow.runner.walker().prefill(paths))
+    assert torch.allclose(slow.logp(rows.advance(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
 
 
 def test_temperature_divides_the_logits(pico):
     warm = Member.load(MemberConfig("warm", str(pico["bytelevel"]), 1.0, temperature=2.0), "cpu")
     cold = Member.load(MemberConfig("cold", str(pico["bytelevel"]), 1.0), "cpu")
-    expected = torch.log_softmax(cold.logp(cold.states_at([[[5, 6]]])) / 2, dim=-1)
-    assert torch.allclose(warm.logp(warm.states_at([[[5, 6]]])), expected, atol=1e-5)
+    expected = torch.log_softmax(cold.logp(cold.states_at([[5, 6]])) / 2, dim=-1)
+    assert torch.allclose(warm.logp(warm.states_at([[5, 6]])), expected, atol=1e-5)
 
 
 def test_a_member_that_cannot_load_is_named(tmp_path):
@@ -179,9 +205,8 @@ def test_a_tree_holds_each_prefix_once(paths):
     tree = TokenTree()
     ends = [tree.add(path) for path in paths]
     assert len(tree) == len({tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)})
-    seen = tree.ancestors()
     for path, end in zip(paths, ends, strict=True):
-        assert [tree.tokens[i] for i in seen[end].nonzero().flatten().tolist()] == path
+        assert [tree.tokens[i] for i in tree.way_up(end)] == path[::-1]
         assert tree.depths[end] == len(path) - 1
 
 

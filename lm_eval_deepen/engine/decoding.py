@@ -1,10 +1,12 @@
-"""Batched decoding from the fused distribution, with a KV cache on every member.
+"""Continuous batched decoding from the fused distribution, with a KV cache on every member.
 
-Four verbs: follow (every member takes in the bytes so far), fuse, choose, finish.
+Five verbs: admit (waiting jobs take the place of finished ones), draft, follow (every member takes in the bytes
+so far and the draft), fuse, choose.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.engine.drafting import Drafter
+from lm_eval_deepen.engine.following import Follower, Path, path_of, spell
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.sampling import Sampler
 
@@ -47,7 +50,7 @@ class Generation:
 
     Attributes:
         ids: the main member's tokens, the end-of-text token not included.
-        logp: fused natural-log probability of each of them.
+        logp: fused natural-log probability of each piece that was chosen.
         reason: ``eos``, ``stop`` or ``length``.
     """
 
@@ -57,110 +60,139 @@ class Generation:
 
 
 @dataclass
-class _Row:
+class Row:
+    """A text in the making: its job, and the continuation so far as main tokens and as bytes."""
+
     index: int
     job: Job
-    out: Generation
-    data: bytes = b""  # the shared continuation
+    out: Generation = field(default_factory=Generation)
+    data: bytes = b""
 
 
-def generate(ensemble: Ensemble, jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[int, Generation]]:
-    """Generate texts in batches, longest prompts first.
+def generate(
+    ensemble: Ensemble, jobs: Sequence[Job], batch_size: int, drafter: Drafter | None = None
+) -> Iterator[tuple[int, Generation]]:
+    """Generate texts, `batch_size` at a time; a finished one leaves its place to the next.
+
+    Args:
+        ensemble: the members and their fuser.
+        jobs: what to generate.
+        batch_size: how many texts are decoded together.
+        drafter: where drafts of greedy texts come from; the texts do not depend on it.
 
     Yields:
         The index of a job and its text, as soon as it is finished.
     """
-    order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index].prompts[0].ids))
-    for start in range(0, len(order), batch_size):
-        rows = [_Row(index, jobs[index], Generation()) for index in order[start : start + batch_size]]
-        yield from _generate_batch(ensemble, rows)
-
-
-def _generate_batch(ensemble: Ensemble, rows: list[_Row]) -> Iterator[tuple[int, Generation]]:
-    followers = [_Follower(ensemble, m, len(rows)) for m in range(len(ensemble.active))]
-    unfinished = [row for row in rows if row.job.max_new > 0]
-    for row in rows:
-        if row.job.max_new <= 0:
-            row.out.reason = "length"
+    order = sorted(range(len(jobs)), key=lambda index: jobs[index].prompts[0].ids)
+    for index in order:
+        if jobs[index].max_new <= 0:
+            yield index, Generation(reason="length")
+    waiting = deque(Row(index, jobs[index]) for index in order if jobs[index].max_new > 0)
+    decoder = _Decoder(ensemble, waiting, batch_size, drafter or Drafter())
+    while decoder.refill():
+        for row in decoder.step():
             yield row.index, row.out
-    if len(unfinished) < len(rows):
-        followers = [_Follower(ensemble, m, len(unfinished)) for m in range(len(ensemble.active))]
-    rows = unfinished
-    while rows:
-        logp, present = zip(*(follower.follow(rows) for follower in followers), strict=True)
-        fused = ensemble.fuse(logp, torch.stack(present, dim=1).to(ensemble.device))
-        for row, token, value in zip(rows, *_choose(fused, rows), strict=True):
-            _append(ensemble, row, token, value)
-        keep = [at for at, row in enumerate(rows) if not row.out.reason]
-        if len(keep) < len(rows):
-            for row in rows:
-                if row.out.reason:
-                    yield row.index, row.out
-            rows = [rows[at] for at in keep]
-            for follower in followers:
+
+
+class _Decoder:
+    """The rows being decoded, and every member following them."""
+
+    def __init__(self, ensemble: Ensemble, waiting: deque[Row], batch_size: int, drafter: Drafter) -> None:
+        self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
+        self.rows: list[Row] = []
+        self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
+        self.ready: deque[Row] = deque()
+
+    def refill(self) -> bool:
+        """Put waiting texts into free places, drop finished ones from the others; return whether any is left."""
+        free = [at for at, row in enumerate(self.rows) if row.out.reason]
+        free += range(len(self.rows), self.size)
+        while free and (self.ready or self.waiting):
+            if not self.ready:  # many at once: a short forward pass costs nearly as much as a long one
+                self.ready.extend(self.waiting.popleft() for _ in range(min(self.size, len(self.waiting))))
+                for follower in self.followers:
+                    follower.prefill([row.job.prompts[follower.m] for row in self.ready])
+            places, free = free[: len(self.ready)], free[len(self.ready) :]
+            for at in places:
+                self.rows[at : at + 1] = [self.ready.popleft()]
+            for follower in self.followers:
+                follower.admit(places)
+        keep = [at for at, row in enumerate(self.rows) if not row.out.reason]
+        if len(keep) < len(self.rows):
+            self.rows = [self.rows[at] for at in keep]
+            for follower in self.followers:
                 follower.keep(keep)
+        return bool(self.rows)
+
+    def step(self) -> list[Row]:
+        """Extend every row by at least one token and return those that are finished by it."""
+        ensemble = self.ensemble
+        drafts = self.drafter.draft(ensemble, self.rows, self.followers)
+        routes = [self._routes(row, draft) for row, draft in zip(self.rows, drafts, strict=True)]
+        drafts = [draft[: len(route) - 1] for draft, route in zip(drafts, routes, strict=True)]
+        logp = [
+            follower.follow([[places[follower.m] for places in route] for route in routes])
+            for follower in self.followers
+        ]
+        present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
+        fused = ensemble.fuse(logp, present.to(ensemble.device))  # [sum of (1 + drafted), K]
+        finished, start = [], 0
+        best = fused.argmax(dim=-1).tolist()
+        for row, draft in zip(self.rows, drafts, strict=True):
+            self._take(row, draft, fused[start : start + len(draft) + 1], best[start : start + len(draft) + 1])
+            start += len(draft) + 1
+            if row.out.reason:
+                finished.append(row)
+        return finished
+
+    def _routes(self, row: Row, draft: Sequence[int]) -> list[tuple[Path | None, ...]]:
+        """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.
+
+        A member takes in a draft in one block where its tokens before and after a drafted token begin alike.
+        """
+        ids, data = tuple(row.out.ids), row.data
+        routes = [self._paths(row, ids, data)]
+        for token in draft:
+            ids, data = (*ids, token), data + self._piece(token)
+            paths = self._paths(row, ids, data)
+            pairs = list(zip(routes[-1], paths, strict=True))
+            if any(a is None or b is None or b[: len(a)] != a for a, b in pairs) or any(
+                len(path or ()) > member.max_length for path, member in zip(paths, self.ensemble.active, strict=True)
+            ):
+                break
+            routes.append(paths)
+        return routes
+
+    def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
+        return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
+
+    def _piece(self, token: int) -> bytes:
+        return self.ensemble.main.codec.vocab.pieces[token] if len(self.ensemble.active) > 1 else b""
+
+    def _take(self, row: Row, draft: Sequence[int], fused: Tensor, best: Sequence[int]) -> None:
+        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen."""
+        sampler = row.job.sampler
+        for at, logp in enumerate(fused):
+            token = best[at]
+            if not sampler.plain_greedy:
+                token = sampler.choose(logp, (*row.job.prompts[0].ids, *row.out.ids), row.job.generator)
+            self.drafter.note(row, logp)
+            append(self.ensemble, row, token, float(logp[token]))
+            if row.out.reason or at == len(draft) or token != draft[at]:
+                self.drafter.learn(row, len(draft), at)
+                return
 
 
-class _Follower:
-    """One member following the rows of a batch."""
-
-    def __init__(self, ensemble: Ensemble, m: int, count: int) -> None:
-        self.member = ensemble.active[m]
-        self.ensemble, self.m = ensemble, m
-        self.cache = self.member.runner.rows(count)
-        self.tokens: list[tuple[int, ...]] = [()] * count
-
-    def follow(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities [B, V_m] after the bytes so far, and which rows were followed [B]."""
-        present = torch.ones(len(rows), dtype=torch.bool)
-        for at, row in enumerate(rows):
-            prompt = row.job.prompts[self.m]
-            text = row.data[1:] if row.job.dummy and row.data[:1] == b" " else row.data
-            tokens = self.ensemble.path(self.m, prompt, tuple(row.out.ids), text)
-            if tokens is None:
-                present[at] = False
-                tokens = self.tokens[at] or prompt.ids
-            if len(tokens) > self.member.max_length:
-                raise RequestError(
-                    f"a generated text needs more than the {self.member.max_length} tokens of member "
-                    f"{self.member.name!r}. Lower max_gen_toks, or raise the member's max_length."
-                )
-            self.tokens[at] = tokens
-        logp = self.member.logp(self.cache.advance(self.tokens))
-        return logp.to(self.ensemble.device), present
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows."""
-        if rows:
-            self.cache.keep(rows)
-        self.tokens = [self.tokens[row] for row in rows]
-
-
-def _choose(fused: Tensor, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
-    """Return each row's next token and its log-probability, from fused rows [B, K]."""
-    if all(row.job.sampler.plain_greedy for row in rows):
-        chosen = fused.argmax(dim=-1)
-    else:
-        chosen = torch.tensor(
-            [
-                row.job.sampler.choose(logp, (*row.job.prompts[0].ids, *row.out.ids), row.job.generator)
-                for row, logp in zip(rows, fused, strict=True)
-            ],
-            device=fused.device,
-        )
-    return chosen.tolist(), fused.gather(1, chosen[:, None])[:, 0].tolist()
-
-
-def _append(ensemble: Ensemble, row: _Row, token: int, logp: float) -> None:
-    """Extend a row by a token, or finish it."""
+def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:
+    """Extend a row by a piece, or finish it."""
     main = ensemble.main
     if token in main.eos_ids:
         row.out.reason = "eos"
         return
-    row.out.ids.append(token)
+    ids, piece = spell(ensemble, token)
+    row.out.ids += ids
     row.out.logp.append(logp)
-    if len(ensemble.active) > 1:
-        row.data += main.codec.vocab.pieces[token]
+    row.data += piece
     text = main.lm.tok_decode(row.out.ids, skip_special_tokens=False)
     if any(stop in text for stop in row.job.stops):
         row.out.reason = "stop"

@@ -15,7 +15,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion import methods
-from lm_eval_deepen.fusion.seam import Fuser, MemberView
+from lm_eval_deepen.fusion.seam import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
@@ -51,7 +51,7 @@ class Ensemble:
             VocabularyError: a tokenizer without a byte mapping, or members without common anchors.
             MatrixError: a relative matrix that cannot be used.
         """
-        check_loading(config.members)
+        check_loading(config.members, device)
         tokenizers: list[Any] = [None] * len(config.members)
         if fuses(config):
             tokenizers = [load_tokenizer(member) for member in config.members]
@@ -161,7 +161,7 @@ class Ensemble:
 
         prompts = Prompter(self).prompts(text)
         logp = [
-            m.logp(m.states_at([[p.ids]])).to(self.device) for m, p in zip(self.active, prompts, strict=True)
+            m.logp(m.states_at([p.ids])).to(self.device) for m, p in zip(self.active, prompts, strict=True)
         ]
         return self.fuse(logp, torch.ones(1, len(logp), dtype=torch.bool, device=self.device))[0]
 
@@ -211,4 +211,13 @@ def check_vocabularies(config: EnsembleConfig, tokenizers: Sequence[Any]) -> Non
 
 def view(member: Member) -> MemberView:
     """Return what fusion methods may know of a member."""
-    return MemberView(member.name, member.codec.vocab, member.embeddings, lambda: member.embedding_fingerprint)
+    codec = member.codec
+    spelling = Spelling(lambda data: codec.follow(Prompt((), "", ()), data), str(codec.identity[0]))
+    return MemberView(
+        name=member.name,
+        vocabulary=codec.vocab,
+        load_embeddings=member.embeddings,
+        load_fingerprint=lambda: member.embedding_fingerprint,
+        load_output_embeddings=member.output_embeddings,
+        spelling=spelling,
+    )

@@ -1,7 +1,7 @@
 """Scores of continuations under the fused distribution.
 
-Every distinct token prefix of a tree of requests is forwarded once per member; logits are computed
-only where they are read, in chunks, and fused at once, so that no distribution is kept.
+The requests of a call form a tree of token prefixes per member; every node is forwarded once. Logits are
+computed only where they are read, in chunks, and fused at once, so that no distribution is kept.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from lm_eval_deepen.member.tree import common_prefix
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
+
+    Walker = TreeWalker | PlainWalker
 
 LOGITS_PER_CHUNK = 24_000_000  # over all members; fusion needs a few times this in fp32
-TOKENS_PER_BATCH = 8_192  # padding included
-NODES_PER_TREE = 1_024  # more only where one span alone has more
+FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
 
 @dataclass
@@ -51,57 +53,62 @@ class _Row:
     readers: list[tuple[int, int, int]]  # span, position in its target, target token
 
 
-def score(ensemble: Ensemble, spans: Sequence[Span], batch_size: int) -> Iterator[tuple[int, SpanScore]]:
-    """Score spans in batches, longest first.
+def score(ensemble: Ensemble, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
+    """Score spans, those with a common beginning one after the other.
 
     Args:
         ensemble: the members and their fuser.
         spans: what to score.
-        batch_size: how many token trees to forward together; spans with a common beginning share one.
+        nodes: how many tokens a member forwards at once.
 
     Yields:
-        The index of a span and its score, as soon as its batch is done.
+        The index of a span and its score, as soon as its round is done.
     """
-    for batch in _batches(spans, batch_size):
-        results = {index: SpanScore([0.0] * len(spans[index].target)) for tree in batch for index in tree}
-        _score_batch(ensemble, [_rows(ensemble, spans, tree) for tree in batch], results)
+    walkers = [member.runner.walker(nodes) for member in ensemble.active]
+    for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
+        rows = _rows(ensemble, spans, indices)
+        results = {index: SpanScore([0.0] * len(spans[index].target)) for index in indices}
+        states, places = zip(*(_states(walker, m, rows) for m, walker in enumerate(walkers)), strict=True)
+        step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in ensemble.active))
+        for start in range(0, len(rows), step):
+            chunk = range(start, min(start + step, len(rows)))
+            logp = [
+                _chunk_logp(member, state, place, chunk).to(ensemble.device)
+                for member, state, place in zip(ensemble.active, states, places, strict=True)
+            ]
+            present = torch.tensor(
+                [[place[i] is not None for place in places] for i in chunk], device=ensemble.device
+            )
+            _read(ensemble, ensemble.fuse(logp, present), rows[start : chunk.stop], results)
         yield from results.items()
 
 
-def _batches(spans: Sequence[Span], batch_size: int) -> Iterator[list[list[int]]]:
-    """Yield batches of at most `batch_size` trees of span indices.
+def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
+    """Yield indices of spans whose trees have about `size` nodes in the main member, sorted by their prompts.
 
-    Spans whose prompts begin alike (few-shot text) share a tree, as long as it stays small: attention
-    within a tree is quadratic.
+    A walker goes on from the way it visited last, so that a beginning shared by two rounds is not forwarded
+    again.
     """
-    trees: list[tuple[int, list[int]]] = []  # nodes of the main member's tree, span indices
+    found: list[int] = []
+    nodes = 0
     before: tuple[int, ...] = ()
     for index in sorted(range(len(spans)), key=lambda index: spans[index].prompts[0].ids):
-        ids, target = spans[index].prompts[0].ids, len(spans[index].target)
-        shared = common_prefix(before, ids)
-        added = len(ids) - shared + target
-        if trees and 2 * shared >= len(ids) and trees[-1][0] + added <= NODES_PER_TREE:
-            trees[-1] = (trees[-1][0] + added, [*trees[-1][1], index])
-        else:
-            trees.append((len(ids) + target, [index]))
+        ids = spans[index].prompts[0].ids
+        added = len(ids) - common_prefix(before, ids) + len(spans[index].target)
+        if found and nodes + added > size:
+            yield found
+            found, nodes = [], 0
+        found.append(index)
+        nodes += added
         before = ids
-    trees.sort(key=lambda tree: -tree[0])
-    batch: list[list[int]] = []
-    width = 0
-    for nodes, tree in trees:
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * width > TOKENS_PER_BATCH):
-            yield batch
-            batch = []
-        width = width if batch else nodes
-        batch.append(tree)
-    if batch:
-        yield batch
+    if found:
+        yield found
 
 
-def _rows(ensemble: Ensemble, spans: Sequence[Span], tree: Sequence[int]) -> list[_Row]:
-    """Return the distinct positions that the spans of a tree read."""
+def _rows(ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int]) -> list[_Row]:
+    """Return the distinct positions that spans read."""
     rows: dict[tuple, _Row] = {}
-    for index in tree:
+    for index in indices:
         for at, target in enumerate(spans[index].target):
             paths = spans[index].paths(ensemble, at)
             row = rows.setdefault(paths, _Row(paths, []))
@@ -109,35 +116,11 @@ def _rows(ensemble: Ensemble, spans: Sequence[Span], tree: Sequence[int]) -> lis
     return list(rows.values())
 
 
-def _score_batch(ensemble: Ensemble, groups: list[list[_Row]], results: dict[int, SpanScore]) -> None:
-    rows = [row for group in groups for row in group]
-    states, places = zip(
-        *(_states(member, m, groups) for m, member in enumerate(ensemble.active)), strict=True
-    )
-    step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in ensemble.active))
-    for start in range(0, len(rows), step):
-        chunk = range(start, min(start + step, len(rows)))
-        logp = [
-            _chunk_logp(member, state, place, chunk).to(ensemble.device)
-            for member, state, place in zip(ensemble.active, states, places, strict=True)
-        ]
-        present = torch.tensor(
-            [[place[i] is not None for place in places] for i in chunk], device=ensemble.device
-        )
-        _read(ensemble, ensemble.fuse(logp, present), rows[start : chunk.stop], results)
-
-
-def _states(member: Member, m: int, groups: list[list[_Row]]) -> tuple[Tensor, list[int | None]]:
+def _states(walker: Walker, m: int, rows: Sequence[_Row]) -> tuple[Tensor, list[int | None]]:
     """Return a member's states [n, ...] for the rows it takes part in, and each row's place among them."""
-    paths = [[path for row in group if (path := row.paths[m]) is not None] for group in groups]
-    place: list[int | None] = []
-    count = 0
-    for group in groups:
-        for row in group:
-            place.append(None if row.paths[m] is None else count)
-            count += row.paths[m] is not None
-    filled = [group for group in paths if group]
-    return (member.states_at(filled) if filled else torch.empty(0)), place
+    paths: dict[tuple[int, ...], int] = {}
+    place = [None if (path := row.paths[m]) is None else paths.setdefault(path, len(paths)) for row in rows]
+    return (walker.states(list(paths)) if paths else torch.empty(0)), place
 
 
 def _chunk_logp(member: Member, states: Tensor, place: list[int | None], chunk: range) -> Tensor:

@@ -6,8 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.vocabulary import ByteVocab
 
 
@@ -23,10 +25,17 @@ class Trace:
         self.rows: Counter[str] = Counter()
         self.sat_out: Counter[str] = Counter()
         self.sums: dict[str, float] = defaultdict(float)
+        self.drafts: Counter[str] = Counter()
+        self.near_ties: list[dict[str, Any]] = []
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
         self.rows["skipped"] += count
+
+    def record_drafts(self, counts: Counter[str], near_ties: Sequence[dict[str, Any]]) -> None:
+        """Count the steps, blocks, drafted and accepted tokens of a call, and steps that rounding may decide."""
+        self.drafts.update(counts)
+        self.near_ties.extend(near_ties)
 
     def record_present(self, present: Tensor) -> None:
         """Count the members [B, M] that could not follow a row's bytes."""
@@ -42,15 +51,16 @@ class Trace:
         stats: dict[str, Tensor],
     ) -> None:
         """Count fused rows [B, K] beside the members' own distributions [B, V_m]."""
-        own = [rows.argmax(dim=-1).tolist() for rows in logp]
-        chosen = fused.argmax(dim=-1).tolist()
+        own = [argmax(rows).tolist() for rows in logp]
+        chosen = argmax(fused).tolist()
         self.rows["fused"] += len(chosen)
         for row, best in enumerate(chosen):
             pieces = [_identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
             self.rows["argmax_changed"] += _identity(out, best) != pieces[0]
             self.rows["members_agree"] += len(set(pieces)) == 1
-        for key, values in stats.items():
-            self.sums[key] += float(values.double().sum())
+        sums = torch.stack(list(stats.values())).double().sum(1).tolist() if stats else []
+        for key, value in zip(stats, sums, strict=True):
+            self.sums[key] += value
 
     @classmethod
     def total(cls, traces: Sequence[Trace]) -> Trace:
@@ -59,6 +69,7 @@ class Trace:
         for trace in traces:
             total.rows.update(trace.rows)
             total.sat_out.update(trace.sat_out)
+            total.record_drafts(trace.drafts, trace.near_ties)
             for key, value in trace.sums.items():
                 total.sums[key] += value
         return total
@@ -69,7 +80,9 @@ class Trace:
         share = {
             key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")
         }
+        drafts = {"speculation": {**self.drafts, "near_ties": self.near_ties}} if self.drafts else {}
         return {
+            **drafts,
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},

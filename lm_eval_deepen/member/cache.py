@@ -1,4 +1,4 @@
-"""A batched KV cache whose rows append and roll back independently."""
+"""A batched KV cache whose rows append, roll back, leave and are replaced independently."""
 
 from __future__ import annotations
 
@@ -7,120 +7,105 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from lm_eval_deepen.member.kv import ColumnCache
 from lm_eval_deepen.member.tree import common_prefix, pad
+from lm_eval_deepen.member.walk import Prefilled
 
 if TYPE_CHECKING:
     from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 
-COMPACT_SLACK = 64
+Reads = Sequence[Sequence[int]]  # per row, lengths of its sequence after which a state is read, ascending
 
 
 class RowCache:
-    """Keys and values of B rows, in columns that may hold holes.
+    """Keys and values of B rows; the token at position p of a row lies in column p.
 
-    A rollback only marks columns as invalid; the columns are packed again when holes prevail.
-    Layers with a sliding window keep all keys and are masked, since a rollback may need them.
+    A rollback is free: columns behind a row's end are not seen, and written again.
     """
 
-    def __init__(self, runner: TreeRunner, rows: int) -> None:
-        """Start with `rows` empty rows."""
+    def __init__(self, runner: TreeRunner) -> None:
+        """Start without rows."""
         self.runner = runner
-        self.kv = DynamicCache()
-        self.tokens: list[tuple[int, ...]] = [()] * rows
-        self.columns: list[list[int]] = [[] for _ in range(rows)]
-        self.valid = torch.zeros(rows, 0, dtype=torch.bool)  # [B, T]
-        self.position = torch.zeros(rows, 0, dtype=torch.long)  # [B, T]
-        self.state: Tensor | None = None  # hidden state of each row's last token [B, d]
+        self.kv = ColumnCache()
+        self.tokens: list[tuple[int, ...]] = []
+        self.known: list[dict[int, Tensor]] = []  # per row, states [d] after so many of its tokens
 
-    def advance(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def admit(self, texts: Sequence[Prefilled], rows: Sequence[int] | None = None) -> None:
+        """Put prefilled sequences into `rows`, or into new rows at the end."""
+        rows = range(len(self.tokens), len(self.tokens) + len(texts)) if rows is None else rows
+        for row in rows:
+            if row == len(self.tokens):
+                self.tokens.append(())
+                self.known.append({})
+        for row, text in zip(rows, texts, strict=True):
+            self.kv.put(row, len(self.tokens), text.kv)
+            self.tokens[row] = text.tokens
+            self.known[row] = {len(text.tokens): text.state}
+
+    def advance(self, sequences: Sequence[Sequence[int]], reads: Reads | None = None) -> Tensor:
         """Make each row hold its sequence, forwarding only what differs from before.
 
         Args:
             sequences: the full token sequence of every row (at least one token each).
+            reads: where states are read; by default after each row's last token.
 
         Returns:
-            The hidden state at each row's last token [B, d].
+            The hidden states at the places read [sum of reads, d], row after row.
         """
         wanted = [tuple(tokens) for tokens in sequences]
-        fresh = [self._roll_back(row, tokens) for row, tokens in enumerate(wanted)]
-        width = max(map(len, fresh))
-        if width == 0:
-            assert self.state is not None
-            return self.state
-        self._compact(width)
-        start, rows = self.valid.shape[1], len(fresh)
-        new = pad([[1] * len(tokens) for tokens in fresh], width).bool()  # [B, N]
-        begin = torch.tensor([len(columns) for columns in self.columns])[:, None]
-        position = (begin + torch.arange(width)) * new  # [B, N]
-        self.valid = torch.cat([self.valid, new], dim=1)
-        self.position = torch.cat([self.position, position], dim=1)
-        distance = position[:, :, None] - self.position[:, None, :]  # [B, N, T + N]
-        allowed = self.valid[:, None, :] & (distance >= 0)
-        allowed[:, torch.arange(width), start + torch.arange(width)] = True  # a padding query sees itself
-        hidden = self.runner.body(pad(fresh, width), position, allowed, distance, self.kv)  # [B, N, d]
-        for row, tokens in enumerate(fresh):
-            self.columns[row].extend(range(start, start + len(tokens)))
-            self.tokens[row] = wanted[row]
-        last = torch.tensor([max(len(tokens), 1) - 1 for tokens in fresh], device=hidden.device)
-        state = hidden[torch.arange(rows, device=hidden.device), last]
-        if self.state is not None:
-            unchanged = torch.tensor([not tokens for tokens in fresh], device=hidden.device)
-            state = torch.where(unchanged[:, None], self.state, state)
-        self.state = state
-        return state
+        places = [[len(tokens)] for tokens in wanted] if reads is None else reads
+        fresh = [self._roll_back(row, *pair) for row, pair in enumerate(zip(wanted, places, strict=True))]
+        width = max(map(len, fresh), default=0)
+        if width:
+            hidden = self._forward(wanted, fresh, width)  # [B, N, d]
+            for row, (tokens, new, lengths) in enumerate(zip(wanted, fresh, places, strict=True)):
+                held = len(tokens) - len(new)
+                self.tokens[row] = tokens
+                self.known[row].update((n, hidden[row, n - held - 1]) for n in lengths if n > held)
+        return torch.stack([self.known[row][n] for row, lengths in enumerate(places) for n in lengths])
 
-    def _roll_back(self, row: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Drop what `tokens` does not share with the row and return what it adds."""
+    def _roll_back(self, row: int, tokens: tuple[int, ...], lengths: Sequence[int]) -> tuple[int, ...]:
+        """Drop what `tokens` does not share with the row, and return what must be forwarded."""
         shared = common_prefix(self.tokens[row], tokens)
-        if shared == len(tokens) and shared < len(self.tokens[row]):
-            shared -= 1  # the state at the new end was not kept: forward its last token again
-        dropped = self.columns[row][shared:]
-        if dropped:
-            self.valid[row, dropped] = False
-            self.columns[row] = self.columns[row][:shared]
+        self.known[row] = {n: state for n, state in self.known[row].items() if n <= shared and n in lengths}
+        # a state that was not kept: forward its token again
+        shared = min([shared, *(n - 1 for n in lengths if n not in self.known[row])])
+        self.tokens[row] = tokens[:shared]
         return tokens[shared:]
+
+    def _forward(self, wanted: Sequence[tuple[int, ...]], fresh: Sequence[tuple[int, ...]], width: int) -> Tensor:
+        begin = torch.tensor([len(tokens) - len(new) for tokens, new in zip(wanted, fresh, strict=True)])
+        columns = begin[:, None] + torch.arange(width)  # [B, N]; a short row's padding lies behind its end
+        total = int(begin.max()) + width
+        distance = columns[:, :, None] - torch.arange(total)  # [B, N, T]
+        position = columns * pad([[1] * len(new) for new in fresh], width)  # padding may lie behind the last position
+        self.runner.forwarded += sum(map(len, fresh))
+        kv = self.kv.aim(columns, total)
+        return self.runner.body(pad(fresh, width), position, distance >= 0, distance, kv)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
-        index = torch.tensor(rows, dtype=torch.long)
-        for layer in self.kv.layers:
-            layer.batch_select_indices(index.to(layer.keys.device))
+        self.kv.keep(rows)
         self.tokens = [self.tokens[row] for row in rows]
-        self.columns = [self.columns[row] for row in rows]
-        self.valid, self.position = self.valid[index], self.position[index]
-        if self.state is not None:
-            self.state = self.state[index.to(self.state.device)]
-
-    def _compact(self, width: int) -> None:
-        """Pack the columns when holes are more than a third of them."""
-        longest = max(map(len, self.columns))
-        if self.valid.shape[1] + width <= 1.5 * (longest + width) + COMPACT_SLACK:
-            return
-        index = pad(self.columns, longest)  # [B, L]
-        for layer in self.kv.layers:
-            at = index.to(layer.keys.device)[:, None, :, None]
-            layer.keys = layer.keys.gather(2, at.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-            layer.values = layer.values.gather(
-                2, at.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
-            )
-        held = torch.tensor([len(columns) for columns in self.columns])[:, None]
-        self.valid = torch.arange(longest)[None] < held
-        self.position = self.position.gather(1, index)
-        self.columns = [list(range(len(columns))) for columns in self.columns]
+        self.known = [self.known[row] for row in rows]
 
 
 class RecomputedRows:
     """The same interface without a cache, for models whose cache cannot be rolled back."""
 
-    def __init__(self, runner: PlainRunner, rows: int) -> None:
+    def __init__(self, runner: PlainRunner) -> None:
         """Keep nothing between steps."""
         self.runner = runner
 
-    def advance(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Forward every sequence in full and return the state at its end [B, ...]."""
-        return self.runner.states_at([[tokens] for tokens in sequences])
+    def admit(self, texts: Sequence[Prefilled], rows: Sequence[int] | None = None) -> None:
+        """Nothing is kept."""
+
+    def advance(self, sequences: Sequence[Sequence[int]], reads: Reads | None = None) -> Tensor:
+        """Forward every sequence in full and return the states at the places read."""
+        places = [[len(tokens)] for tokens in sequences] if reads is None else reads
+        paths = [tokens[:n] for tokens, lengths in zip(sequences, places, strict=True) for n in lengths]
+        return self.runner.states_at(paths)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing is kept."""

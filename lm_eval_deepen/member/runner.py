@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.cache import RecomputedRows, RowCache
-from lm_eval_deepen.member.tree import TokenTree, pad
+from lm_eval_deepen.member.tree import pad
+from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
-Paths = Sequence[Sequence[Sequence[int]]]  # groups of token paths that share a beginning
+Paths = Sequence[Sequence[int]]  # token sequences, at least one token each
+NODES_PER_FORWARD = 512
+PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at once
 
 
 class TreeRunner:
@@ -32,10 +35,10 @@ class TreeRunner:
         self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
         self.autocast = autocast
-        self.forwarded = 0  # tokens, padding excluded
+        self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
     def body(
-        self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: DynamicCache | None = None
+        self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None
     ) -> Tensor:
         """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
         mask = self.masks(allowed.to(self.device), distance.to(self.device))
@@ -48,27 +51,16 @@ class TreeRunner:
                 use_cache=kv is not None,
             ).last_hidden_state
 
-    def states_at(self, groups: Paths) -> Tensor:
-        """Return the hidden state after the last token of every path [n, d], groups in order.
+    def states_at(self, paths: Paths) -> Tensor:
+        """Return the hidden state after the last token of every path [n, d].
 
-        Every distinct prefix within a group is forwarded once; groups are packed into one batch.
+        Every distinct prefix is forwarded once.
         """
-        trees, ends = [], []
-        for paths in groups:
-            tree = TokenTree()
-            ends.append([tree.add(path) for path in paths])
-            trees.append(tree)
-        width = max(map(len, trees))
-        allowed = torch.zeros(len(trees), width, width, dtype=torch.bool)
-        allowed[:, torch.arange(width), torch.arange(width)] = True
-        for row, tree in enumerate(trees):
-            allowed[row, : len(tree), : len(tree)] = tree.ancestors()
-        position = pad([tree.depths for tree in trees], width)  # [B, N]
-        distance = position[:, :, None] - position[:, None, :]  # [B, N, N]
-        hidden = self.body(pad([tree.tokens for tree in trees], width), position, allowed, distance)
-        self.forwarded += sum(map(len, trees))
-        rows = [row for row, found in enumerate(ends) for _ in found]
-        return hidden[rows, [node for found in ends for node in found]]
+        return self.walker().states(paths)
+
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
+        """Return a walker that forwards at most `nodes` tokens at once."""
+        return TreeWalker(self, nodes)
 
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
@@ -94,9 +86,9 @@ class TreeRunner:
             return nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.autocast)
 
-    def rows(self, count: int) -> RowCache:
-        """Return an empty KV cache of `count` rows."""
-        return RowCache(self, count)
+    def rows(self) -> RowCache:
+        """Return a KV cache without rows."""
+        return RowCache(self)
 
     def check(self) -> None:
         """Compare trees and rolled-back caches with plain forward passes on a few tokens.
@@ -107,12 +99,12 @@ class TreeRunner:
         plain = PlainRunner(self.model, self.autocast)
         size = self.model.get_input_embeddings().weight.shape[0]
         trunk, left, right = ([size * k // 11 for k in ks] for ks in ((1, 4, 7), (2, 9), (5, 3)))
-        paths = [[[*trunk, *left], [*trunk, *right], trunk]]
+        paths = [[*trunk, *left], [*trunk, *right], trunk]
         expected = plain.logp(plain.states_at(paths))
-        self._compare("a token tree", self.logp(self.states_at(paths)), expected)
-        rows = self.rows(2)
-        rows.advance([[*trunk, *left], trunk])
-        state = rows.advance([[*trunk, *right], [*trunk, *left]])
+        self._compare("a token tree", self.logp(self.walker(3).states(paths)), expected)
+        rows = self.rows()
+        rows.admit(self.walker().prefill([paths[0], trunk]))
+        state = rows.advance([paths[1], paths[0]])
         self._compare("a rolled-back cache", self.logp(state), expected[[1, 0]])
         self.forwarded = 0
 
@@ -133,28 +125,54 @@ class PlainRunner:
         self.autocast = autocast
         self.forwarded = 0
 
-    def states_at(self, groups: Paths) -> Tensor:
-        """Return the logits after the last token of every path [n, V], groups in order."""
-        paths = [path for group in groups for path in group]
-        width = max(map(len, paths))
-        mask = pad([[1] * len(path) for path in paths], width)
+    def states_at(self, paths: Paths) -> Tensor:
+        """Return the logits after the last token of every path [n, V].
+
+        A path that begins another one is read off that one's forward pass.
+        """
+        ordered = sorted({tuple(path) for path in paths})
+        found: dict[tuple[int, ...], Tensor] = {}
+        batch: list[tuple[int, ...]] = []
+        pending: list[tuple[tuple[int, ...], int]] = []  # path, row of the batch
+        size: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        for path, after in zip(ordered, [*ordered[1:], ()], strict=True):
+            pending.append((path, len(batch)))
+            if after[: len(path)] == path:
+                continue
+            batch.append(path)
+            width = max(map(len, batch))
+            if not after or (len(batch) + 1) * max(width, len(after)) * size > PLAIN_LOGITS:
+                found.update(self._read(batch, pending))
+                batch, pending = [], []
+        return torch.stack([found[tuple(path)] for path in paths])
+
+    def _read(
+        self, batch: Paths, pending: Sequence[tuple[tuple[int, ...], int]]
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        width = max(map(len, batch))
+        mask = pad([[1] * len(path) for path in batch], width)
         context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         with torch.inference_mode(), context:
             logits = self.model(
-                input_ids=pad(paths, width).to(self.device),
+                input_ids=pad(batch, width).to(self.device),
                 attention_mask=mask.to(self.device),
                 use_cache=False,
             ).logits
-        self.forwarded += sum(map(len, paths))
-        return logits[torch.arange(len(paths)), [len(path) - 1 for path in paths]]
+        self.forwarded += sum(map(len, batch))
+        for path, row in pending:
+            yield path, logits[row, len(path) - 1].clone()
+
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> PlainWalker:
+        """Return a walker that keeps nothing."""
+        return PlainWalker(self)
 
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
         return torch.log_softmax(states.float() / temperature, dim=-1)
 
-    def rows(self, count: int) -> RecomputedRows:
+    def rows(self) -> RecomputedRows:
         """Return rows that are recomputed at each step."""
-        return RecomputedRows(self, count)
+        return RecomputedRows(self)
 
 
 def unwrap(model: Any) -> Any:

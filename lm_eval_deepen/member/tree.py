@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,15 +46,40 @@ class TokenTree:
         self._last = (path, nodes)
         return node
 
-    def ancestors(self) -> Tensor:
-        """Return which nodes lie on the way to each node, itself included [N, N] (bool)."""
-        seen = torch.zeros(len(self), len(self), dtype=torch.bool)
-        rows = seen.numpy()
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                rows[i] = rows[parent]
-            rows[i, i] = True
-        return seen
+    def way_up(self, node: int) -> Iterator[int]:
+        """Yield a node and its ancestors, up to a first token; nothing for -1."""
+        while node >= 0:
+            yield node
+            node = self.parents[node]
+
+    def preorder(self, first: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """Return the nodes depth first, children in the order in which they were added.
+
+        Args:
+            first: tokens of a way from the root that is visited before anything else, as far as it exists.
+
+        Returns:
+            The order without the nodes of that way, and these nodes.
+        """
+        way: list[int] = []
+        for token in first:
+            node = self._children.get((way[-1] if way else -1, token))
+            if node is None:
+                break
+            way.append(node)
+        children: list[list[int]] = [[] for _ in range(len(self) + 1)]  # the last one: first tokens
+        for node, parent in enumerate(self.parents):
+            children[parent].append(node)
+        for parent, node in zip([-1, *way], way, strict=False):
+            children[parent].remove(node)
+            children[parent].insert(0, node)
+        order: list[int] = []
+        stack = children[-1][::-1]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(reversed(children[node]))
+        return order[len(way) :], way
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:

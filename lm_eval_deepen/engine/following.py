@@ -1,0 +1,97 @@
+"""One member taking in the texts of a batch: prompts prefilled as a tree, then a cache row each."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.walk import Prefilled
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.decoding import Job
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+Path = tuple[int, ...]
+
+
+class Follower:
+    """One member following the rows of a batch."""
+
+    def __init__(self, ensemble: Ensemble, m: int) -> None:
+        """Follow with active member `m`."""
+        self.ensemble, self.m = ensemble, m
+        self.member = ensemble.active[m]
+        self.walker = self.member.runner.walker()
+        self.cache = self.member.runner.rows()
+        self.ready: deque[Prefilled] = deque()
+        self.held: list[Path] = []  # the tokens that each row took in last
+
+    def prefill(self, prompts: Sequence[Prompt]) -> None:
+        """Forward prompts, whose common beginnings are forwarded once, and keep them ready."""
+        paths = [self._checked(self.ensemble.path(self.m, prompt, (), b"") or prompt.ids) for prompt in prompts]
+        self.ready.extend(self.walker.prefill(paths))
+
+    def admit(self, places: Sequence[int]) -> None:
+        """Put the first prompts that are ready into these rows; a row behind the last one is new."""
+        texts = [self.ready.popleft() for _ in places]
+        self.cache.admit(texts, places)
+        for at, text in zip(places, texts, strict=True):
+            self.held[at : at + 1] = [text.tokens]
+
+    def states(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+        """Return the states [n, ...] at the ends of every row's paths, each of which begins with the one before.
+
+        A single None in place of a path: the member cannot spell the row's bytes; it stays where it was.
+        """
+        sequences, reads = [], []
+        for at, route in enumerate(routes):
+            paths = [self.held[at] if path is None else path for path in route]
+            self.held[at] = self._checked(paths[-1])
+            sequences.append(paths[-1])
+            reads.append([len(path) for path in paths])
+        return self.cache.advance(sequences, reads)
+
+    def follow(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+        """Return log-probabilities [n, V_m] at the ends of every row's paths; see `states`."""
+        return self.member.logp(self.states(routes)).to(self.ensemble.device)
+
+    def _checked(self, tokens: Path) -> Path:
+        if len(tokens) > self.member.max_length:
+            raise RequestError(
+                f"a generated text needs more than the {self.member.max_length} tokens of member "
+                f"{self.member.name!r}. Lower max_gen_toks, or raise the member's max_length."
+            )
+        return tokens
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows."""
+        if rows:
+            self.cache.keep(rows)
+        self.held = [self.held[row] for row in rows]
+
+
+def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Path | None:
+    """Return the tokens of active member `m` for a job's prompt and its text so far, as `Ensemble.path`."""
+    text = data[1:] if job.dummy and data[:1] == b" " else data
+    return ensemble.path(m, job.prompts[m], ids, text)
+
+
+def spell(ensemble: Ensemble, token: int) -> tuple[tuple[int, ...], bytes]:
+    """Return a chosen piece as tokens of the main member, and as bytes (none where one member runs alone)."""
+    if ensemble.fuser is None:
+        return (token,), b""
+    piece = ensemble.fuser.out_vocab.pieces[token]
+    if token < ensemble.main.vocab_size:
+        return (token,), piece
+    ids = ensemble.main.codec.spell(piece)
+    if ids is None:
+        raise RequestError(
+            f"the piece {piece!r} was chosen from the union vocabulary, and member {ensemble.main.name!r}, the main "
+            "one, cannot spell it. Make a member with byte pieces the first one."
+        )
+    return ids, piece

@@ -1,0 +1,115 @@
+"""Keys and values in preallocated columns: written where asked, read as views, never copied to grow by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+SPARE = 64  # columns to grow by at least
+
+LayerKV = tuple[Tensor, Tensor]
+
+
+class ColumnCache:
+    """A KV cache of B rows whose caller says into which columns the next forward pass writes.
+
+    Which columns a query may see is the attention mask's business alone; a column that is not masked out must
+    have been written. Layers with a sliding window keep all columns too, since a rollback may need them.
+    """
+
+    def __init__(self) -> None:
+        """Start without rows; the first forward pass tells their number and every layer's shape."""
+        self.cache: Any = Cache(layer_class_to_replicate=partial(_ColumnLayer, self))
+        self.columns: Tensor = torch.zeros(0, 0, dtype=torch.long)  # where the next pass writes [B, N]
+        self.width = 0  # columns that the next pass sees
+
+    @property
+    def layers(self) -> list[_ColumnLayer]:
+        """The layers that have seen a forward pass."""
+        return [layer for layer in self.cache.layers if layer.is_initialized]
+
+    def aim(self, columns: Tensor, width: int) -> Cache:
+        """Make the next forward pass write into `columns` [B, N] and see the first `width` columns."""
+        self.columns, self.width = columns, width
+        return self.cache
+
+    @torch.inference_mode()
+    def pack(self, columns: Tensor) -> None:
+        """Move `columns` [n] of every row to the first n places, in this order."""
+        for layer in self.layers:
+            at = columns.to(layer.keys.device)
+            layer.keys[:, :, : len(at)] = layer.keys.index_select(2, at)
+            layer.values[:, :, : len(at)] = layer.values.index_select(2, at)
+
+    @torch.inference_mode()
+    def take(self, columns: Tensor) -> list[LayerKV]:
+        """Return copies of `columns` [n] of row 0: keys and values [H, n, D] per layer."""
+        found = []
+        for layer in self.layers:
+            at = columns.to(layer.keys.device)
+            found.append((layer.keys[0].index_select(1, at), layer.values[0].index_select(1, at)))
+        return found
+
+    @torch.inference_mode()
+    def put(self, row: int, rows: int, held: Sequence[LayerKV]) -> None:
+        """Write keys and values [H, n, D] per layer into the first n columns of a row among `rows`."""
+        while len(self.cache.layers) < len(held):
+            self.cache.layers.append(_ColumnLayer(self))
+        for layer, (keys, values) in zip(self.cache.layers, held, strict=True):
+            layer.grow(keys[None], values[None], rows, keys.shape[1])
+            layer.keys[row, :, : keys.shape[1]] = keys
+            layer.values[row, :, : values.shape[1]] = values
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        index = torch.tensor(rows, dtype=torch.long)
+        for layer in self.layers:
+            layer.batch_select_indices(index.to(layer.keys.device))
+
+
+class _ColumnLayer(DynamicLayer):
+    """One layer's keys and values [B, H, C, D], C columns allocated."""
+
+    def __init__(self, owner: ColumnCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def grow(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
+        """Make room for `rows` rows and `width` columns of states shaped like these [*, H, *, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys.new_zeros(0), values.new_zeros(0)
+        have = self.keys.shape if self.keys.dim() == 4 else (0, 0, 0, 0)
+        if have[0] >= rows and have[2] >= width:
+            return
+        columns = have[2] if have[2] >= width else max(width + SPARE, have[2] + have[2] // 4)
+        for name, like in (("keys", keys), ("values", values)):
+            # zeroed: what is masked out must still be finite
+            bigger = like.new_zeros(max(rows, have[0]), like.shape[1], columns, like.shape[3])
+            if have[0]:
+                bigger[: have[0], :, : have[2]] = getattr(self, name)
+            setattr(self, name, bigger)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> LayerKV:
+        """Write states [B, H, N, D] into the columns aimed at and return views [B, H, T, D]."""
+        rows, width = len(key_states), self.owner.width
+        self.grow(key_states, value_states, rows, width)
+        columns = self.owner.columns.to(key_states.device)
+        at = torch.arange(rows, device=key_states.device)[:, None]
+        self.keys[at, :, columns] = key_states.transpose(1, 2)
+        self.values[at, :, columns] = value_states.transpose(1, 2)
+        return self.keys[:, :, :width], self.values[:, :, :width]
+
+    def get_seq_length(self) -> int:
+        """Return how many columns the next pass sees before its own; positions are given explicitly."""
+        return max(0, self.owner.width - self.owner.columns.shape[-1]) if self.is_initialized else 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows, with every column allocated."""
+        self.keys, self.values = self.keys[indices], self.values[indices]

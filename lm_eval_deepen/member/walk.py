@@ -1,0 +1,150 @@
+"""Walks over prefix trees: every distinct prefix is forwarded once, in packed chunks, without padding.
+
+A walk visits the nodes depth first. The keys and values that a chunk needs from before are then exactly those
+of the way from the root to its first node, so that one row of at most a context's length is kept, whatever the
+size of the tree; nothing is ever evicted that is needed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.member.kv import ColumnCache, LayerKV
+from lm_eval_deepen.member.tree import TokenTree
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A forwarded token sequence.
+
+    Attributes:
+        tokens: the sequence.
+        state: what ``logp`` needs for its end [d].
+        kv: keys and values [H, len(tokens), D] per layer; empty where none are kept.
+    """
+
+    tokens: tuple[int, ...]
+    state: Tensor
+    kv: list[LayerKV]
+
+
+class TreeWalker:
+    """One member's walk over the trees of a call, which keeps the way to the node it visited last.
+
+    Paths that begin like the last one of the call before continue from there.
+    """
+
+    def __init__(self, runner: TreeRunner, nodes: int) -> None:
+        """Walk with `runner` in chunks of at most `nodes` tokens."""
+        self.runner, self.nodes = runner, nodes
+        self.kv = ColumnCache()
+        self.tokens: list[int] = []  # the way kept, one column each
+        self.hidden = torch.empty(0)  # states along it [P, d]
+
+    def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Return the state after the last token of every path [n, d]."""
+        tree = TokenTree()
+        ends = [tree.add(path) for path in paths]
+        found = {node: state for node, state, _ in self._visit(tree, frozenset(ends))}
+        return torch.stack([found[node] for node in ends])
+
+    def prefill(self, paths: Sequence[Sequence[int]]) -> list[Prefilled]:
+        """Return the states, keys and values of whole paths."""
+        tree = TokenTree()
+        ends = [tree.add(path) for path in paths]
+        found = {
+            node: (state, self.kv.take(columns)) for node, state, columns in self._visit(tree, frozenset(ends))
+        }
+        return [Prefilled(tuple(path), *found[node]) for path, node in zip(paths, ends, strict=True)]
+
+    def _visit(self, tree: TokenTree, wanted: frozenset[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Forward a tree and yield every wanted node with its state [d] and its way's columns [depth + 1]."""
+        order, way = tree.preorder(self.tokens)
+        self._cut(len(way))
+        for depth, node in enumerate(way):
+            if node in wanted:
+                yield node, self.hidden[depth], torch.arange(depth + 1)
+        for start, stop in _chunks(len(order), self.nodes):
+            chunk = order[start:stop]
+            held = tree.depths[chunk[0]]
+            self._cut(held)
+            way = way[:held]
+            columns = {node: at for at, node in enumerate([*way, *chunk])}
+            hidden = self._forward(tree, chunk, columns)
+            for node in chunk:
+                if node in wanted:
+                    yield node, hidden[columns[node] - held], _way(tree, node, columns)
+            last = tree.parents[order[stop]] if stop < len(order) else chunk[-1]
+            way = self._move(tree, last, columns, hidden)
+
+    def _forward(self, tree: TokenTree, chunk: Sequence[int], columns: dict[int, int]) -> Tensor:
+        """Forward nodes after the way kept and return their states [N, d]."""
+        held, count = len(self.tokens), len(chunk)
+        depths = torch.tensor([tree.depths[node] for node in chunk])
+        allowed = torch.zeros(count, held + count, dtype=torch.bool)
+        rows = allowed.numpy()
+        for at, node in enumerate(chunk):
+            parent = columns.get(tree.parents[node], -1)
+            if parent >= held:
+                rows[at] = rows[parent - held]
+            else:
+                rows[at, : parent + 1] = True
+            rows[at, held + at] = True
+        distance = depths[:, None] - torch.cat([torch.arange(held), depths])
+        ids = torch.tensor([[tree.tokens[node] for node in chunk]])
+        kv = self.kv.aim(torch.arange(held, held + count)[None], held + count)
+        self.runner.forwarded += count
+        return self.runner.body(ids, depths[None], allowed[None], distance[None], kv)[0]
+
+    def _move(self, tree: TokenTree, node: int, columns: dict[int, int], hidden: Tensor) -> list[int]:
+        """Keep the way to `node` (-1: none) alone, out of the way before and a chunk's states."""
+        held = len(self.tokens)
+        way = list(reversed(list(tree.way_up(node))))
+        at = [columns[n] for n in way]
+        shared = sum(column < held for column in at)
+        self.kv.pack(torch.tensor(at, dtype=torch.long))
+        self.tokens = [tree.tokens[n] for n in way]
+        new = hidden[[column - held for column in at[shared:]]]
+        self.hidden = torch.cat([self.hidden[:shared], new]) if shared else new
+        return way
+
+    def _cut(self, length: int) -> None:
+        self.tokens, self.hidden = self.tokens[:length], self.hidden[:length]
+
+
+def _way(tree: TokenTree, node: int, columns: dict[int, int]) -> Tensor:
+    """Return the columns of the way from the root to a node, itself included [depth + 1]."""
+    return torch.tensor([columns[n] for n in tree.way_up(node)]).flip(0)
+
+
+def _chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield bounds that divide `total` into as few parts of at most `size` as possible, nearly equal."""
+    parts = math.ceil(total / size)
+    for part in range(parts):
+        yield part * total // parts, (part + 1) * total // parts
+
+
+class PlainWalker:
+    """The same interface for models whose cache cannot be shared: every longest path is forwarded in full."""
+
+    def __init__(self, runner: PlainRunner) -> None:
+        """Walk with `runner`."""
+        self.runner = runner
+
+    def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Return the state after the last token of every path [n, ...]."""
+        return self.runner.states_at(paths)
+
+    def prefill(self, paths: Sequence[Sequence[int]]) -> list[Prefilled]:
+        """Return the states of whole paths; no keys and values."""
+        states = self.runner.states_at(paths)
+        return [Prefilled(tuple(path), state, []) for path, state in zip(paths, states, strict=True)]

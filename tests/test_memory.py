@@ -1,0 +1,102 @@
+"""What work and memory scoring and decoding take: counted, and the memory model behind `batch_size: auto`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from harness import deepen, requests
+
+from lm_eval_deepen.engine import memory
+from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD
+
+SHOTS = "".join(f"Question: What is {n} and {n}?\nAnswer: {2 * n}\n\n" for n in range(12))
+QUESTIONS = [f"Question: {q}?\nAnswer:" for q in ("Where is the moon", "What is café", "Who walked", "1 + 1", "中国")]
+CHOICES = [" the moon", " the sun and walking", " two", " the moonlight 🙂"]
+
+
+@pytest.fixture(scope="module", params=[("bytelevel", "metaspace"), ("metaspace", "padded")], ids="+".join)
+def model(request, pico, tmp_path_factory):
+    return deepen(*(pico[name] for name in request.param), matrix_dir=str(tmp_path_factory.mktemp("matrices")))
+
+
+def nodes(paths):
+    """Count the distinct prefixes, one by one."""
+    return len({path[:n] for path in paths for n in range(1, len(path) + 1)})
+
+
+@pytest.mark.parametrize("shots", [SHOTS, ""], ids=["few-shot", "zero-shot"])
+@pytest.mark.parametrize("size", [16, 10_000])
+def test_every_prefix_of_the_requests_is_forwarded_once(model, shots, size):
+    """In one round exactly; walks of small chunks and many rounds forward again what rounds split, a few tokens."""
+    ensemble = model.ensemble
+    prompter = Prompter(ensemble)
+    spans = [prompter.span(shots + question, choice) for question, choice in itertools.product(QUESTIONS, CHOICES)]
+    for member in ensemble.active:
+        member.runner.forwarded = 0
+    list(score(ensemble, spans, size))
+    for m, member in enumerate(ensemble.active):
+        paths = [span.paths(ensemble, at)[m] for span in spans for at in range(len(span.target))]
+        if size == 10_000:
+            assert member.runner.forwarded == nodes(paths)
+        else:
+            assert nodes(paths) <= member.runner.forwarded <= 1.05 * nodes(paths)
+
+
+def test_only_states_that_are_read_meet_the_head(model, monkeypatch):
+    """No tensor of all positions times the vocabulary: one row of logits per distinct position read."""
+    rows = []
+    for member in model.ensemble.active:
+
+        def counted(states, temperature=1.0, original=member.runner.logp, member=member):
+            rows.append((member, len(states)))
+            return original(states, temperature)
+
+        monkeypatch.setattr(member.runner, "logp", counted)
+    batch = requests("loglikelihood", *itertools.product([SHOTS + QUESTIONS[0]], CHOICES))
+    model.loglikelihood(batch)
+    spans = [model._prompter.span(*request.args) for request in batch]
+    for m, member in enumerate(model.ensemble.active):
+        paths = {span.paths(model.ensemble, at) for span in spans for at in range(len(span.target))}
+        assert sum(count for who, count in rows if who is member) == sum(path[m] is not None for path in paths)
+
+
+def test_auto_finds_a_batch_from_memory(model, monkeypatch):
+    ensemble = model.ensemble
+    needed = memory.row_bytes(ensemble, 100)
+    assert set(needed) == {torch.device("cpu")}
+    expected = sum(
+        2 * 100 * memory.kv_bytes(member) + 28 * member.vocab_size for member in ensemble.active
+    )
+    assert needed[torch.device("cpu")] == expected
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * expected)
+    assert memory.safe_batch(ensemble, 100, 64) == 5
+    assert memory.safe_batch(ensemble, 100, 3) == 3
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
+    assert memory.safe_batch(ensemble, 100, 64) == 1
+
+
+def test_the_model_of_keys_and_values_is_what_a_cache_holds(model):
+    for member in model.ensemble.active:
+        (held,) = member.runner.walker().prefill([[5, 6, 7]])
+        assert memory.kv_bytes(member) * 3 == sum(k.nbytes + v.nbytes for k, v in held.kv)
+
+
+def test_auto_runs_and_changes_nothing(pico, tmp_path):
+    pair = [pico["bytelevel"], pico["metaspace"]]
+    batch = requests("generate_until", *((q, {"until": [], "max_gen_toks": 6}) for q in QUESTIONS))
+    auto = deepen(*pair, batch_size="auto", matrix_dir=str(tmp_path))
+    assert auto._batch(50) == 64
+    assert auto.generate_until(batch) == deepen(*pair, matrix_dir=str(tmp_path)).generate_until(batch)
+
+
+def test_longer_passes_are_for_accelerators(model, monkeypatch):
+    assert memory.nodes_per_forward(model.ensemble, 100_000) == NODES_PER_FORWARD
+    for member in model.ensemble.active:
+        monkeypatch.setattr(member.runner, "device", torch.device("cuda"))
+    assert memory.nodes_per_forward(model.ensemble, 10) == NODES_PER_FORWARD
+    assert memory.nodes_per_forward(model.ensemble, 3_000) == 3_000
+    assert memory.nodes_per_forward(model.ensemble, 1_000_000) == memory.NODES_ON_ACCELERATOR

@@ -1,0 +1,142 @@
+"""Drafting changes no text, and continuous batching none either: both against the plain loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import naive
+import pytest
+from harness import deepen, requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lm_eval_deepen.config import parse_config
+from lm_eval_deepen.engine.decoding import Job, generate
+from lm_eval_deepen.engine.drafting import Cheapest, Drafter, Lookup, drafter, look_up
+from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.fusion import option_classes
+from lm_eval_deepen.host import configure
+
+CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "walk walk walk", "ends\n", "1 2 3 1 2 3 1"]
+ORDERS = [("bytelevel", "metaspace"), ("metaspace", "bytelevel"), ("padded", "bytelevel"), ("padded", "padded")]
+QUICK = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", params=ORDERS, ids="+".join)
+def model(request, pico, tmp_path_factory):
+    return deepen(*(pico[name] for name in request.param), matrix_dir=str(tmp_path_factory.mktemp("matrices")))
+
+
+@pytest.fixture(scope="module")
+def references(model):
+    return {context: naive.generate_ids(model, context, 24) for context in CONTEXTS}
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "draft"])
+def test_drafting_changes_no_token(model, references, speculate):
+    """Every token is that of the plain loop, unless its two best pieces are nearly tied, which is listed."""
+    drafts = drafter(speculate)
+    jobs = [Job(Prompter(model.ensemble).prompts(context, 24), 24) for context in CONTEXTS]
+    found = dict(generate(model.ensemble, jobs, 4, drafts))
+    tied = {(tie["request"], tie["token"]) for tie in drafts.near_ties}
+    for index, context in enumerate(CONTEXTS):
+        ids, logp = references[context]
+        pairs = enumerate(zip(found[index].ids, ids, strict=False))
+        first = next((at for at, (got, expected) in pairs if got != expected), None)
+        assert first is None or (index, first) in tied
+        if first is None:
+            assert found[index].ids == ids
+            assert found[index].logp == pytest.approx(logp, abs=2e-4)
+    assert drafts.counts["drafted"] >= drafts.counts["accepted"] > 0
+    assert drafts.counts["steps"] >= drafts.counts["blocks"] + drafts.counts["accepted"] - len(CONTEXTS)
+
+
+@QUICK
+@given(data=st.data(), speculate=st.sampled_from(["off", "lookup", "draft"]))
+def test_texts_do_not_depend_on_batches_lengths_or_drafts(model, references, data, speculate):
+    """Jobs of unequal lengths in any order and batch size: each is the beginning of the plain loop's text."""
+    order = data.draw(st.lists(st.sampled_from(CONTEXTS), min_size=1, max_size=9))
+    lengths = [data.draw(st.integers(0, 24)) for _ in order]
+    prompter = Prompter(model.ensemble)
+    jobs = [Job(prompter.prompts(context, 24), length) for context, length in zip(order, lengths, strict=True)]
+    drafts = drafter(speculate)
+    found = dict(generate(model.ensemble, jobs, data.draw(st.integers(1, 4)), drafts))
+    tied = {tie["request"] for tie in drafts.near_ties}
+    for index, (context, length) in enumerate(zip(order, lengths, strict=True)):
+        ids = references[context][0]
+        if index not in tied:
+            assert found[index].ids == ids[:length]
+            assert found[index].reason == ("eos" if len(ids) < length else "length")
+
+
+def test_a_finished_row_leaves_its_place_to_the_next(model):
+    """Rows of unequal lengths keep the batch full: the steps are those of the tokens, not of the longest rows."""
+    batches = []
+    original = model.ensemble.fuse
+    lengths = [12, 1, 1, 3, 1, 12, 1, 1]
+    jobs = [Job(Prompter(model.ensemble).prompts("The fox", 12), length) for length in lengths]
+    model.ensemble.fuse = lambda logp, present: (batches.append(len(present)), original(logp, present))[1]
+    try:
+        done = dict(generate(model.ensemble, jobs, 2))
+    finally:
+        del model.ensemble.fuse
+    places = [0, 0]
+    for index in range(len(lengths)):  # each job goes where a place is free first
+        at = places.index(min(places))
+        places[at] += len(done[index].ids) + (done[index].reason == "eos")
+    assert len(batches) == max(places) and sum(batches) == sum(places) and max(batches) == 2
+
+
+def test_a_shared_prompt_is_prefilled_once(model):
+    trunk = "Question: What is one and one?\nAnswer: two\n\n" * 3
+    contexts = [trunk + f"Question: {word}?\nAnswer:" for word in ("fox", "dog", "walk", "moon", "1", "2")]
+    prompter = Prompter(model.ensemble)
+    jobs = [Job(prompter.prompts(context, 1), 1) for context in contexts]
+    for member in model.ensemble.active:
+        member.runner.forwarded = 0
+    list(generate(model.ensemble, jobs, 2))
+    for m, member in enumerate(model.ensemble.active):
+        paths = [job.prompts[m].ids for job in jobs]
+        assert member.runner.forwarded == len({path[:n] for path in paths for n in range(1, len(path) + 1)})
+
+
+def test_sampled_texts_are_never_drafted(model):
+    arguments = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.7}
+    batch = requests("generate_until", *((context, arguments) for context in CONTEXTS))
+    plain = model.generate_until(batch)
+    drafts = Lookup()
+    jobs = [model._job(context, arguments, Counter())[0] for context in CONTEXTS]
+    found = dict(generate(model.ensemble, jobs, 3, drafts))
+    assert [model.tok_decode(found[i].ids) for i in range(len(jobs))] == plain
+    assert drafts.counts["drafted"] == 0
+
+
+def test_the_option_is_read_before_anything_loads():
+    for value, expected in (("lookup", "lookup"), ("draft", "draft"), (False, "off"), ("off", "off")):
+        found = configure({"pretrained": "a", "members": ["a", "b"], "speculate": value})
+        assert found.speculate == expected
+        assert parse_config(found.to_dict(), loading_keys=(), methods=option_classes()) == found
+        assert found.fingerprint() == configure({"pretrained": "a", "members": ["a", "b"]}).fingerprint()
+    with pytest.raises(ConfigError, match="speculate.*lookup"):
+        configure({"pretrained": "a", "members": ["a", "b"], "speculate": "ngram"})
+    assert [type(drafter(name)) for name in ("off", "lookup", "draft")] == [Drafter, Lookup, Cheapest]
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 5))
+def test_look_up_finds_what_followed_the_end(tokens, count):
+    found = look_up(tuple(tokens), count)
+    expected: tuple[int, ...] = ()
+    for size in (3, 2):
+        starts = [s for s in range(len(tokens) - size) if tokens[s : s + size] == tokens[-size:]]
+        if starts and not expected:
+            expected = tuple(tokens[starts[-1] + size :][:count])
+    assert found == expected
+
+
+def test_results_tell_what_drafting_did(pico, tmp_path):
+    model = deepen(pico["bytelevel"], pico["bytelevel"], speculate="draft", matrix_dir=str(tmp_path))
+    model.generate_until(requests("generate_until", ("The quick", {"until": [], "max_gen_toks": 16})))
+    told = model.get_model_info()["deepen"]["speculation"]
+    assert told["drafted"] >= told["accepted"] > 0 and told["blocks"] < told["steps"]
+    assert isinstance(told["near_ties"], list)
