@@ -1,0 +1,61 @@
+"""Memory, and the time and space of full matrices: each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from costs.figures import Figure
+from costs.sides import BenchmarkError, Settings
+
+GB, MB = 1e9, 1e6
+
+
+def probe(settings: Settings, work: str) -> dict[str, Any]:
+    """Run `costs.probe` and return what it found.
+
+    Raises:
+        BenchmarkError: it failed; with the end of what it wrote.
+    """
+    given = {**asdict(settings), "data": str(settings.data)}
+    task = json.dumps({"work": work, "threads": torch.get_num_threads(), "settings": given})
+    command = [sys.executable, "-m", "costs.probe", task]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        raise BenchmarkError(f"the process that measures {work} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_memory(settings: Settings) -> list[Figure]:
+    """Measure the peak of resident memory above the weights, scoring and generating at a long context."""
+    figures = []
+    for work in ("scoring", "generation"):
+        found = probe(settings, work)
+        value = (found["peak"] - found["weights"]) / GB
+        label = f"peak memory above the weights, {work}, context of {settings.scale.long_context} tokens, batch "
+        label += str(settings.batch_size)
+        details = {key: value / GB if key in ("weights", "after_loading", "peak") else value
+                   for key, value in found.items()}
+        figures.append(Figure(f"memory_{work}", label, value, unit="GB", goal=2.0, details=details))
+    return figures
+
+
+def measure_matrices(settings: Settings) -> list[Figure]:
+    """Measure a build of all matrices in an empty folder: time of the whole command, peak memory, files."""
+    found = probe(settings, "matrices")
+    rows = (
+        ("time", "min", found["seconds"] / 60, 6.0),
+        ("peak memory", "GB", found["peak"] / GB, 4.0),
+        ("size on disk", "MB", found["disk"] / MB, 130.0),
+    )
+    return [
+        Figure(f"matrices_{what.split()[0]}", f"full matrices of the pair, built once: {what}", value, unit=unit,
+               goal=goal)
+        for what, unit, value, goal in rows
+    ]
