@@ -34,6 +34,10 @@ class CacheError(DeepenError):
     """A response cache that belongs to another ensemble."""
 
 
+class ResultError(DeepenError):
+    """Result files that are missing, damaged, or cannot be compared."""
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)

@@ -30,6 +30,9 @@ class Subcommand(Protocol):
 COMMANDS = {
     "demo": ("lm_eval_deepen.tools.demo", "evaluate two small models alone and as an ensemble"),
     "build": ("lm_eval_deepen.tools.build", "build the relative matrices of an ensemble"),
+    "compare": ("lm_eval_deepen.tools.compare", "result folders side by side, paired by document, with tests"),
+    "gate": ("lm_eval_deepen.tools.gate", "CI check: is a candidate's evaluation worse than its baseline's?"),
+    "methods": ("lm_eval_deepen.tools.methods", "list fusion methods, weightings and pooling methods"),
     "path": ("lm_eval_deepen.tools.paths", "print the folder of the shipped tasks or recipes"),
     "run": ("lm_eval_deepen.tools.run", "`lm_eval run` with the model `deepen` registered in any case"),
 }

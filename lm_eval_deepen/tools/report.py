@@ -1,0 +1,149 @@
+"""Tables of measured and compared systems, as plain text, Markdown and JSON: pure functions of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lm_eval_deepen.runs.rows import Row
+
+_HEAD = ("system", "score", "difference [95 % interval]", "p", "p (Holm)", "verdict", "agreement", "oracle")
+READING = (
+    "±: one standard error over documents. Difference: to the reference, paired by document, with a bootstrap interval "
+    "(BCa).",
+    "p: two-sided, of {tests}; p (Holm): corrected over all comparisons shown.",
+    "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
+)
+
+
+def number(value: float) -> str:
+    """Return a score with four decimals, or four digits where it is large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign."""
+    return f"{value:+.4f}" if abs(value) < 1000 else f"{value:+.5g}"
+
+
+def probability(value: float | None) -> str:
+    """Return a p-value; small ones as a bound."""
+    if value is None:
+        return "-"
+    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows by task, metric and filter, in order."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.column, []).append(row)
+    return grouped
+
+
+def heading(rows: Sequence[Row]) -> str:
+    """Return what a column is: task and metric, which way is good, documents, reference."""
+    first = rows[0]
+    way = {True: "higher is better", False: "lower is better", None: "which way is good is unknown"}
+    reference = next((row.system for row in rows if row.comparison is None), None)
+    against = f", reference: {reference}" if reference else ""
+    return f"{first.column} ({way[first.higher_is_better]}), {first.documents} documents{against}"
+
+
+def extras(rows: Sequence[Row]) -> list[str]:
+    """Return the headings of further figures, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row.extra))
+
+
+def head(rows: Sequence[Row]) -> list[str]:
+    """Return the headings of the table."""
+    return [*_HEAD, *extras(rows)]
+
+
+def verdict(row: Row, alpha: float) -> str:
+    """Return the verdict in words; the reference's row says so."""
+    found = row.verdict(alpha)
+    if found is None:
+        return "reference"
+    return "not significantly different" if found == "not significant" else f"significantly {found}"
+
+
+def cells(row: Row, alpha: float, names: Sequence[str]) -> list[str]:
+    """Return one row as text, in the order of `head`."""
+    compared = row.comparison
+    error = "" if row.stderr is None else f" ± {number(row.stderr)}"
+    shown = [row.system, number(row.score) + error]
+    if compared is None:
+        shown += ["-", "-", "-", verdict(row, alpha), "-"]
+    else:
+        known = compared.low is not None and compared.high is not None
+        interval = f" [{signed(compared.low or 0.0)}, {signed(compared.high or 0.0)}]" if known else ""
+        agreement = "-" if compared.agreement is None else f"{compared.agreement:.3f}"
+        shown += [signed(compared.difference) + interval, probability(compared.p), probability(compared.p_holm)]
+        shown += [verdict(row, alpha), agreement]
+    shown.append("-" if row.oracle is None else number(row.oracle))
+    for name in names:
+        value = row.extra.get(name)
+        shown.append("-" if value is None else f"{value:.4g}")
+    return shown
+
+
+def reading(rows: Sequence[Row]) -> list[str]:
+    """Return how to read the table, in sentences."""
+    pools = dict.fromkeys(row.pool for row in rows if row.oracle is not None)
+    pool = ", ".join(next(iter(pools))) if len(pools) == 1 else "the reference and the row's own system"
+    tests = " or ".join(dict.fromkeys(row.comparison.test for row in rows if row.comparison))
+    return [line.format(pool=pool, tests=tests or "no test") for line in READING]
+
+
+def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+    """Return a table per task and metric for a terminal."""
+    names, blocks = extras(rows), []
+    for group in columns(rows).values():
+        table = aligned([head(rows), *(cells(row, alpha, names) for row in group)])
+        blocks.append(f"{heading(group)}\n{table}")
+    blocks.append("\n".join([f"Significance at {alpha:g}.", *reading(rows)]))
+    if notes:
+        blocks.append("\n".join(["Notes:", *(f"  - {note}" for note in notes)]))
+    return "\n\n".join(blocks)
+
+
+def markdown(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+    """Return a table per task and metric as GitHub's Markdown."""
+    names, blocks = extras(rows), []
+    for group in columns(rows).values():
+        table = markdown_table([head(rows), *(cells(row, alpha, names) for row in group)])
+        blocks.append(f"#### {heading(group)}\n\n{table}")
+    blocks.append(" ".join([f"Significance at {alpha:g}.", *reading(rows)]))
+    if notes:
+        blocks.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(blocks)
+
+
+def to_dict(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return everything as JSON data."""
+    listed = []
+    for row in rows:
+        entry = {**asdict(row), "pool": list(row.pool), "verdict": row.verdict(alpha) or "reference"}
+        entry["filter"] = entry.pop("flt")
+        listed.append(entry)
+    return {"alpha": alpha, "rows": listed, "notes": list(notes)}
+
+
+def aligned(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return the table in columns, the first `left` and words to the left; a rule below the headings."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]).rstrip()
+        for line in table
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return the table as GitHub's Markdown, text to the left and numbers to the right."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(table[0]))) + "|")
+    return "\n".join(lines)

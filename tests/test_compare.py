@@ -1,0 +1,193 @@
+"""`lm-eval-deepen compare`: tables over result folders, and their renderings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_files import doctored, edited, evaluate_dummy, local_tasks, synthesised, wrong
+
+from lm_eval_deepen.tools import cli
+
+FEW = ("--resamples", "200")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Two runs of the harness's dummy model on tasks of every output type, with different answers."""
+    tasks = local_tasks(tmp_path_factory.mktemp("tasks"))
+    names = ["conf_group", "conf_cloze", "conf_text", "conf_answer"]
+    folder = tmp_path_factory.mktemp("tiny")
+    return [evaluate_dummy(folder / f"run{seed}", names, tasks, seed=seed) for seed in (0, 1)]
+
+
+def compare(*arguments):
+    return cli.main(["compare", *map(str, arguments)])
+
+
+def as_json(capsys, *arguments):
+    assert compare(*arguments, "--format", "json", *FEW) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def three(tmp_path):
+    def made(name, values):
+        return synthesised(tmp_path / name, {"t": {"acc": values}})
+
+    return [
+        made("a", [1.0] * 40 + [0.0] * 60),
+        made("b", [0.0] * 2 + [1.0] * 58 + [0.0] * 40),
+        made("c", [1.0] * 41 + [0.0] * 59),
+    ]
+
+
+# The table ---------------------------------------------------------------------------------------------
+
+
+def test_every_metric_of_every_kind_of_task_is_compared(tiny, capsys):
+    found = as_json(capsys, *tiny)
+    columns = {(row["task"], row["metric"], row["filter"]) for row in found["rows"]}
+    assert columns == {
+        *(("conf_choice", metric, "none") for metric in ("acc", "acc_norm", "acc_mutual_info")),
+        ("conf_blank", "acc", "none"),
+        *(("conf_cloze", metric, "none") for metric in ("perplexity", "acc")),
+        *(("conf_text", metric, "none") for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
+        *(("conf_answer", "exact_match", flt) for flt in ("first-word", "whole")),
+    }
+    assert len(found["rows"]) == 2 * len(columns)
+    tests = {row["metric"]: row["comparison"]["test"] for row in found["rows"] if row["comparison"]}
+    assert (tests["acc"], tests["bits_per_byte"]) == ("exact McNemar test", "paired permutation test")
+    [group] = [note for note in found["notes"] if note.startswith("group conf_group")]
+    assert "acc, as reported, over all documents and without a test: run0 " in group and "run1 " in group
+
+
+def test_scores_are_those_of_the_results_files(tiny, capsys):
+    found = as_json(capsys, *tiny)
+    for label, folder in zip(("run0", "run1"), tiny, strict=True):
+        [path] = folder.rglob("results_*.json")
+        results = json.loads(path.read_text())["results"]
+        for row in found["rows"]:
+            if row["system"] == label:
+                assert row["score"] == pytest.approx(results[row["task"]][f"{row['metric']},{row['filter']}"])
+
+
+def test_rows_hold_the_paired_comparison_with_the_first_run(three, capsys):
+    rows = as_json(capsys, *three)["rows"]
+    assert [row["system"] for row in rows] == ["a", "b", "c"]
+    assert [row["verdict"] for row in rows] == ["reference", "better", "not significant"]
+    b = rows[1]["comparison"]
+    assert (b["reference"], b["below"], b["above"]) == ("a", 2, 20)
+    assert b["agreement"] == pytest.approx(0.78)
+    assert b["low"] < b["difference"] < b["high"]
+    assert b["p_holm"] == pytest.approx(2 * b["p"])
+    assert rows[1]["oracle"] == pytest.approx(0.60) and rows[1]["pool"] == ["a", "b"]
+
+
+def test_against_names_the_reference_or_takes_the_best(three, capsys):
+    best = as_json(capsys, *three, "--against", "best")["rows"]
+    assert [row["verdict"] for row in best] == ["worse", "reference", "worse"]
+    third = as_json(capsys, *three, "--against", "c")["rows"]
+    assert {row["comparison"]["reference"] for row in third if row["comparison"]} == {"c"}
+    assert compare(*three, "--against", "bset") == 2
+    assert "the runs are a, b, c, or best. Did you mean 'best'?" in capsys.readouterr().err
+
+
+def test_mid_p_is_smaller_and_said(three, capsys):
+    exact = as_json(capsys, *three)["rows"][1]["comparison"]
+    mid = as_json(capsys, *three, "--mid-p")["rows"][1]["comparison"]
+    assert mid["p"] < exact["p"] and mid["test"] == "mid-p McNemar test"
+
+
+def test_names_are_given_or_made_distinct(three, tmp_path, capsys):
+    found = as_json(capsys, *three, "--names", "x", "y", "z")
+    assert [row["system"] for row in found["rows"]] == ["x", "y", "z"]
+    twin = synthesised(tmp_path / "other" / "a", {"t": {"acc": [1.0] * 100}})
+    assert len({row["system"] for row in as_json(capsys, three[0], twin)["rows"]}) == 2
+    assert compare(*three, "--names", "x") == 2
+    assert "1 names for 3 folders" in capsys.readouterr().err
+    assert compare(*three, "--names", "x", "x", "y") == 2
+    assert "are not all different" in capsys.readouterr().err
+
+
+def test_a_folder_of_several_models_is_compared_within(tmp_path, capsys):
+    for name, values in (("m", [1.0] * 9), ("n", [0.0] * 9)):
+        synthesised(tmp_path / "out" / name, {"t": {"acc": values}})
+    assert [row["system"] for row in as_json(capsys, tmp_path / "out")["rows"]] == ["out/m", "out/n"]
+
+
+# What is said about what is compared -------------------------------------------------------------------
+
+
+def test_only_common_documents_and_tasks_are_compared_and_the_rest_is_noted(tmp_path, capsys):
+    a = synthesised(tmp_path / "a", {"t": {"acc": [1.0, 0.0, 1.0, 1.0]}, "u": {"acc": [1.0]}})
+    b = synthesised(tmp_path / "b", {"t": {"acc": [1.0, 1.0]}})
+    found = as_json(capsys, a, b)
+    assert [(row["score"], row["documents"]) for row in found["rows"]] == [(0.5, 2), (1.0, 2)]
+    assert "u is left out: not in b" in found["notes"]
+    assert "t: a has 4 documents, 2 of them are compared in acc" in found["notes"]
+
+
+def test_other_prompts_and_contradictions_are_noted(tmp_path, capsys):
+    a = synthesised(tmp_path / "a", {"t": {"acc": [1.0, 0.0, 1.0]}})
+    b = doctored(a, tmp_path / "b", "t", lambda records: records[0].update(prompt_hash="x", target_hash="y", acc=0.0))
+    notes = "\n".join(as_json(capsys, a, b)["notes"])
+    assert "t: b was asked otherwise than a in 1 of 3 documents" in notes
+    assert "t: b was judged by other expected answers than a in 1 of 3 documents" in notes
+    assert "acc is 0.666" in notes and "its samples give 0.333333; the samples count" in notes
+
+
+def test_metrics_that_cannot_be_paired_are_noted_or_refused_when_asked_for(tmp_path, capsys):
+    a = synthesised(tmp_path / "a", {"t": {"acc": [1.0], "bleu": [["x", "y"]]}}, aggregations={"bleu": "bleu"})
+    found = as_json(capsys, a, a)
+    assert {row["metric"] for row in found["rows"]} == {"acc"}
+    assert any(note.startswith("not compared: t in") for note in found["notes"])
+    assert compare(a, a, "--metric", "bleu") == 2
+    assert "bleu is aggregated by 'bleu'" in capsys.readouterr().err
+    only = synthesised(tmp_path / "only", {"t": {"bleu": [["x", "y"]]}}, aggregations={"bleu": "bleu"})
+    assert compare(only, only) == 2
+    assert "nothing to compare:\n  not compared: t in" in capsys.readouterr().err
+
+
+def test_errors_name_what_is_wrong(tmp_path, three, capsys):
+    def fails(message, *arguments):
+        assert compare(*arguments) == 2
+        assert message in capsys.readouterr().err
+
+    other = synthesised(tmp_path / "other", {"u": {"acc": [1.0]}})
+    fails("one run alone cannot be compared", three[0])
+    fails("the runs have no task in common: a: t; other: u", three[0], other)
+    fails("no samples of task 'u'; there are: t.", *three, "--tasks", "u")
+    fails("metric 'ac': in none of the tasks t of", *three, "--metric", "ac")
+    def rename(records):
+        for record in records:
+            record["doc_hash"] += "moved"
+
+    moved = doctored(three[0], tmp_path / "moved", "t", rename)
+    fails("no document in common (by doc_hash)", three[0], moved)
+    fails("no document in common (by doc_hash)", three[0], moved, "--metric", "acc")
+    with pytest.raises(SystemExit) as stop:
+        compare(*three, "--resamples", "0")
+    assert stop.value.code == 2
+
+
+# Formats ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fmt", "start"), [("text", "t acc"), ("md", "#### t acc"), ("html", "<!DOCTYPE html>")])
+def test_the_command_writes_every_format(three, tmp_path, capsys, fmt, start):
+    assert compare(*three, "--format", fmt, "--output", tmp_path / "new" / "table", *FEW) == 0
+    assert (tmp_path / "new" / "table").read_text("utf-8").startswith(start)
+    assert capsys.readouterr().out == ""
+
+
+def test_results_do_not_depend_on_the_run(tiny, capsys):
+    assert as_json(capsys, *tiny) == as_json(capsys, *tiny)
+
+
+def test_a_doctored_run_is_significantly_worse(tmp_path, capsys):
+    a = synthesised(tmp_path / "a", {"t": {"acc": [1.0] * 50 + [0.0] * 50}})
+    b = doctored(a, tmp_path / "b", "t", wrong(20))
+    assert as_json(capsys, a, b)["rows"][1]["verdict"] == "worse"
+    unknown = edited(b, tmp_path / "c", lambda results: results.update(higher_is_better={}))
+    assert as_json(capsys, unknown, a)["rows"][0]["higher_is_better"] is None

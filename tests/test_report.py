@@ -1,0 +1,125 @@
+"""Tables and charts of rows: plain text, Markdown, a self-contained page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lm_eval_deepen.runs import Measured, corrected, rows_of
+from lm_eval_deepen.runs.aggregation import mean_scores
+from lm_eval_deepen.tools import report
+from lm_eval_deepen.tools.report_chart import Point, chart
+from lm_eval_deepen.tools.report_html import html
+
+
+def sample_rows():
+    found = Measured(
+        "task <1>",
+        "acc",
+        "strict|match",
+        True,
+        {
+            "A & co": mean_scores([1] * 40 + [0] * 60),
+            "<B>": mean_scores([1] * 60 + [0] * 40),
+            "C": mean_scores([1] * 41 + [0] * 59),
+        },
+        {"<B>": {"seconds per document": 0.125}, "C": {"seconds per document": None}},
+    )
+    return corrected(rows_of(found, candidates=["A & co"], pool=["A & co", "C"], resamples=500))
+
+
+def test_plain_tables_align_and_say_what_is_not_significant():
+    lines = report.plain(sample_rows(), 0.05, ["a note"]).splitlines()
+    assert lines[0] == "task <1> acc (strict|match) (higher is better), 100 documents, reference: A & co"
+    assert lines[1].split("  ")[0] == "system" and lines[1].endswith("seconds per document")
+    assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in lines[1:2] + lines[3:6]}) == 1
+    assert "reference" in lines[3]
+    assert "significantly better" in lines[4] and "<0.0001" in lines[4] and "0.125" in lines[4]
+    assert "not significantly different" in lines[5]
+    text = "\n".join(lines)
+    assert "Significance at 0.05." in text and "oracle: the best of A & co, C on every document" in text
+    assert lines[-1] == "  - a note"
+
+
+def test_markdown_has_one_table_per_column_and_escapes_bars():
+    text = report.markdown(sample_rows(), 0.05, ["x"])
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and table[1].startswith("|---|---:|")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    rows = rows_of(Measured("t", "acc", "none", True, {"a|b": mean_scores([1, 0]), "c": mean_scores([1, 1])}))
+    assert "| a\\|b |" in report.markdown(rows, 0.05)
+
+
+class Checker(HTMLParser):
+    """Collects tags, and fails on one that is not closed."""
+
+    VOID = {"meta", "line", "path", "circle"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_well_formed_self_contained_and_accessible():
+    page = html(sample_rows(), 0.05, ["note <b>"], title="T & U")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    names = [tag for tag, _ in checker.tags]
+    assert names.count("svg") == 2 and names.count("table") == 1 and "script" not in names and "b" not in names
+    assert not [v for _, attrs in checker.tags for k, v in attrs.items() if k in ("src", "href")]
+    assert re.findall(r"https?://[^\s\"<]*", page) == ["http://www.w3.org/2000/svg"] * 2
+    assert "prefers-color-scheme: dark" in page and "url(" not in page
+    for tag, attrs in checker.tags:
+        if tag == "svg":
+            assert attrs["role"] == "img"
+            known = {a.get("id") for t, a in checker.tags if t in ("title", "desc")}
+            assert set(attrs["aria-labelledby"].split()) <= known
+        if tag == "th":
+            assert attrs["scope"] in ("row", "col")
+    identities = [attrs["id"] for _, attrs in checker.tags if "id" in attrs]
+    assert len(identities) == len(set(identities))
+    assert "A & co" in "".join(checker.text) and "<B>" in "".join(checker.text)
+    # What the charts show is in the table beside them: 3 rows, every heading, nothing lost.
+    assert names.count("tr") == 4 and names.count("td") == 3 * (len(report.head(sample_rows())) - 1)
+
+
+def test_charts_place_values_and_error_bars_on_their_axis():
+    drawing = chart("c", "T", "D.", [Point("a", 0.5, 0.4, 0.6, "0.5", True), Point("b", 0.2, None, None, "0.2", False)])
+    ticks = [(float(x), float(v)) for x, v in re.findall(r'class="soft" x="([\d.]+)" [^>]*middle">([\d.-]+)<', drawing)]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    assert v0 <= 0.2 and v1 >= 0.6
+
+    def at(value):
+        return pytest.approx(x0 + (value - v0) / (v1 - v0) * (x1 - x0), abs=0.2)
+
+    [bar] = re.findall(r'd="M([\d.]+) \d+H([\d.]+)M', drawing)
+    assert (float(bar[0]), float(bar[1])) == (at(0.4), at(0.6))
+    dots = re.findall(r'<circle class="(\w+)" cx="([\d.]+)"', drawing)
+    assert [(look, float(x)) for look, x in dots] == [("dot", at(0.5)), ("hollow", at(0.2))]
+    assert "<desc id=\"cd\">D. a: 0.5; b: 0.2</desc>" in drawing
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 1.0), (-3e-7, 2e-7), (12345.0, 99999.0)])
+def test_axes_enclose_every_scale(values):
+    points = [Point(str(value), value, None, None, "", True) for value in values]
+    drawing = chart("c", "T", "D", points, zero=True)
+    placed = [float(x) for x in re.findall(r'cx="([\d.]+)"', drawing)]
+    assert len(placed) == 2 and all(0 < x < 720 for x in placed)
+    assert 'class="zero"' in drawing

@@ -1,0 +1,110 @@
+"""Rows of a table, and what a regression check decides, from scores of the same documents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lm_eval_deepen.runs import Measured, corrected, rows_of
+from lm_eval_deepen.runs.aggregation import mean_scores
+from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
+from lm_eval_deepen.runs.rows import MCNEMAR, SIGN_FLIP
+from lm_eval_deepen.statistics import mcnemar
+
+# Rows --------------------------------------------------------------------------------------------------
+
+
+def measured(higher=True, **values):
+    return Measured("t", "acc", "none", higher, {name: mean_scores(v) for name, v in values.items()})
+
+
+def test_a_row_states_everything_about_its_system():
+    a, b = [1] * 60 + [0] * 40, [0] * 5 + [1] * 75 + [0] * 20
+    first, second = rows_of(measured(a=a, b=b), candidates=["a"])
+    assert (first.system, first.comparison, first.oracle, first.documents) == ("a", None, None, 100)
+    assert first.stderr == pytest.approx(np.std(a, ddof=1) / 10)
+    found = second.comparison
+    assert (found.reference, found.below, found.above, found.test) == ("a", 5, 20, MCNEMAR)
+    assert found.difference == pytest.approx(0.15)
+    assert found.low < 0.15 < found.high and found.low > 0
+    assert found.p == mcnemar(5, 20)
+    assert found.agreement == pytest.approx(0.75)
+    assert second.oracle == pytest.approx(0.80)  # 80 documents are right in one of them
+    assert second.verdict(0.05) == "better" and first.verdict(0.05) is None
+
+
+def test_lower_is_better_turns_best_oracle_and_verdict_round():
+    rows = rows_of(measured(higher=False, a=[2.0] * 30, b=[1.0] * 29 + [3.0]))
+    assert rows[1].comparison is None  # b is best
+    assert rows[0].comparison.test == SIGN_FLIP
+    assert rows[0].verdict(0.05) == "worse"
+    assert rows[0].oracle == pytest.approx((29 + 2) / 30)
+
+
+def test_a_leaderboard_compares_with_the_best_single_member_and_gives_their_oracle():
+    found = measured(a=[1, 1, 0, 0, 0], b=[0, 0, 1, 0, 0], ab=[1, 1, 1, 1, 0])
+    rows = rows_of(found, candidates=["a", "b"], pool=["a", "b"])
+    assert [row.comparison and row.comparison.reference for row in rows] == [None, "a", "a"]
+    assert {row.oracle for row in rows} == {0.6} and rows[0].pool == ("a", "b")
+    assert rows[2].verdict(0.05) == "not significant"
+
+
+def test_the_oracle_needs_to_know_which_way_is_good():
+    assert rows_of(measured(higher=None, a=[1.0, 0.0], b=[0.0, 1.0]))[1].oracle is None
+
+
+def test_correction_is_over_all_comparisons_of_the_table():
+    rows = rows_of(measured(a=[0] * 20, b=[1] * 7 + [0] * 13, c=[1] * 9 + [0] * 11), candidates=["a"])
+    b, c = (row.comparison for row in corrected(rows)[1:])
+    assert (b.p, c.p) == (2 / 2**7, 2 / 2**9)
+    assert (b.p_holm, c.p_holm) == (2 / 2**7, 4 / 2**9)
+    assert corrected(rows)[0].comparison is None
+    near = [replace(row, comparison=row.comparison and replace(row.comparison, p=0.03)) for row in rows]
+    assert [row.verdict(0.05) for row in near] == [None, "better", "better"]
+    assert [row.verdict(0.05) for row in corrected(near)] == [None, "not significant", "not significant"]
+
+
+# Regression --------------------------------------------------------------------------------------------
+
+
+def pair(baseline, candidate, higher=True):
+    return Pair("t", "acc", "none", higher, mean_scores(baseline), mean_scores(candidate))
+
+
+def test_a_regression_is_significant_and_large_enough():
+    worse = pair([1] * 100, [0] * 10 + [1] * 90)
+    [found] = decide([worse], Rule())
+    assert (found.drop, found.p, found.regressed) == (pytest.approx(0.1), 2.0**-10, True)
+    assert decide([worse], Rule(min_effect=0.1))[0].regressed
+    assert not decide([worse], Rule(min_effect=0.11))[0].regressed
+    assert not decide([worse], Rule(alpha=2.0**-11))[0].regressed
+    assert not decide([pair([0] * 10 + [1] * 90, [1] * 100)], Rule())[0].regressed
+
+
+def test_levels_are_shared_over_everything_tested():
+    worse, same = pair([1] * 20, [0] * 5 + [1] * 15), pair([1] * 20, [1] * 20)
+    assert decide([worse], Rule())[0].regressed  # 1/32
+    assert not any(found.regressed for found in decide([worse, same], Rule()))
+
+
+def test_real_valued_metrics_of_either_direction():
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=80)
+    up = base + 0.5 + 0.2 * generator.normal(size=80)
+    assert decide([pair(base, up, higher=False)], Rule(resamples=999))[0].regressed
+    [fine] = decide([pair(base, up)], Rule(resamples=999))
+    assert not fine.regressed and fine.test == SIGN_FLIP and fine.drop < 0
+    shown = details(pair(base, up, higher=False), 1, Rule(resamples=999))
+    assert shown.detectable == pytest.approx((1.6449 + 0.8416) * np.sqrt(np.mean((up - base) ** 2) / 80), rel=0.05)
+    assert shown.worse == 80 and shown.low > 0
+    assert details(pair(base, base), 1, Rule()).detectable is None  # nothing is known of their scatter
+
+
+def test_the_detectable_drop_grows_with_what_is_tested_and_with_what_differs():
+    same = pair([1] * 200, [1] * 200)
+    noisy = pair([1] * 200, [0] * 20 + [1] * 180)
+    alone, among, scattered = details(same, 1, Rule()), details(same, 10, Rule()), details(noisy, 1, Rule())
+    assert 5 / 200 <= alone.detectable < among.detectable
+    assert alone.detectable < scattered.detectable
