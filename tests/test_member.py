@@ -64,7 +64,7 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
     trunk = data.draw(tokens)
     paths = [trunk + data.draw(st.lists(st.integers(4, 9), max_size=4)) for _ in range(data.draw(st.integers(1, 4)))]
     rows = runner.rows()
-    rows.admit(runner.walker(data.draw(st.sampled_from([2, 50]))).prefill(paths))
+    rows.admit(runner.walker(data.draw(st.sampled_from([2, 50]))).prefill(paths)[0])
     assert torch.allclose(runner.logp(rows.advance(paths)), plain(runner, paths), atol=2e-4)
     longer = [path + data.draw(st.lists(st.integers(4, 9), max_size=3)) for path in paths]
     reads = [
@@ -74,7 +74,7 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
     got = runner.logp(rows.advance(longer, reads))
     read = [more[:n] for more, lengths in zip(longer, reads, strict=True) for n in lengths]
     assert torch.allclose(got, plain(runner, read), atol=2e-4)
-    rows.admit(runner.walker().prefill([[9, 8, 7]]), [0])  # another text takes a place
+    rows.admit(runner.walker().prefill([[9, 8, 7]])[0], [0])  # another text takes a place
     longer[0] = [9, 8, 7, 6]
     assert torch.allclose(runner.logp(rows.advance(longer)), plain(runner, longer), atol=2e-4)
 
@@ -86,7 +86,7 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
     runner = members[family].runner
     sequences = [data.draw(tokens) for _ in range(data.draw(st.integers(1, 3)))]
     rows = runner.rows()
-    rows.admit(runner.walker().prefill(sequences))
+    rows.admit(runner.walker().prefill(sequences)[0])
     for _ in range(data.draw(st.integers(1, 5))):
         if len(sequences) > 1 and data.draw(st.booleans()):
             kept = data.draw(st.permutations(range(len(sequences))))[:-1]
@@ -103,7 +103,7 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
 def test_a_rollback_needs_no_room(members):
     runner = members["metaspace"].runner
     rows, sequence = runner.rows(), list(range(10, 60))
-    rows.admit(runner.walker().prefill([sequence]))
+    rows.admit(runner.walker().prefill([sequence])[0])
     for step in range(40):
         sequence = sequence[:-3] + [20 + step, 30 + step, 40 + step]
         state = rows.advance([sequence])
@@ -133,7 +133,7 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
     paths = [[7, 8, 9], [7, 8, 10, 11], [7, 8]]
     assert torch.allclose(slow.logp(slow.states_at(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
     rows = slow.runner.rows()
-    rows.admit(slow.runner.walker().prefill(paths))
+    rows.admit(slow.runner.walker().prefill(paths)[0])
     assert torch.allclose(slow.logp(rows.advance(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
 
 

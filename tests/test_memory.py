@@ -81,7 +81,7 @@ def test_auto_finds_a_batch_from_memory(model, monkeypatch):
 
 def test_the_model_of_keys_and_values_is_what_a_cache_holds(model):
     for member in model.ensemble.active:
-        (held,) = member.runner.walker().prefill([[5, 6, 7]])
+        ((held,), _) = member.runner.walker().prefill([[5, 6, 7]])
         assert memory.kv_bytes(member) * 3 == sum(k.nbytes + v.nbytes for k, v in held.kv)
 
 

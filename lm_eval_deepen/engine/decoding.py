@@ -61,12 +61,13 @@ class Generation:
 
 @dataclass
 class Row:
-    """A text in the making: its job, and the continuation so far as main tokens and as bytes."""
+    """A text in the making: its job, the continuation so far as main tokens and as bytes, and its weights [M]."""
 
     index: int
     job: Job
     out: Generation = field(default_factory=Generation)
     data: bytes = b""
+    weights: Tensor | None = None
 
 
 def generate(
@@ -109,9 +110,7 @@ class _Decoder:
         free += range(len(self.rows), self.size)
         while free and (self.ready or self.waiting):
             if not self.ready:  # many at once: a short forward pass costs nearly as much as a long one
-                self.ready.extend(self.waiting.popleft() for _ in range(min(self.size, len(self.waiting))))
-                for follower in self.followers:
-                    follower.prefill([row.job.prompts[follower.m] for row in self.ready])
+                self._prefill(min(self.size, len(self.waiting)))
             places, free = free[: len(self.ready)], free[len(self.ready) :]
             for at in places:
                 self.rows[at : at + 1] = [self.ready.popleft()]
@@ -124,6 +123,19 @@ class _Decoder:
                 follower.keep(keep)
         return bool(self.rows)
 
+    def _prefill(self, count: int) -> None:
+        """Take in the prompts of waiting texts, and find their weights where these depend on prompts."""
+        self.ready.extend(self.waiting.popleft() for _ in range(count))
+        by_prompt = self.ensemble.reads_prompts
+        losses = [
+            follower.prefill([row.job.prompts[follower.m] for row in self.ready], losses=by_prompt)
+            for follower in self.followers
+        ]
+        if by_prompt:
+            weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)))
+            for row, own in zip(self.ready, weights, strict=True):
+                row.weights = own
+
     def step(self) -> list[Row]:
         """Extend every row by at least one token and return those that are finished by it."""
         ensemble = self.ensemble
@@ -135,7 +147,11 @@ class _Decoder:
             for follower in self.followers
         ]
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
-        fused = ensemble.fuse(logp, present.to(ensemble.device))  # [sum of (1 + drafted), K]
+        base = None
+        if ensemble.reads_prompts:
+            pairs = zip(self.rows, routes, strict=True)
+            base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
+        fused = ensemble.fuse(logp, present.to(ensemble.device), base)  # [sum of (1 + drafted), K]
         finished, start = [], 0
         best = fused.argmax(dim=-1).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):

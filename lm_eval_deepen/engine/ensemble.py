@@ -20,6 +20,8 @@ from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.weighting import weightings
+from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class Ensemble:
         members: all members, the main member first.
         fuser: None where fusion is skipped: one member, or all weight on the main member.
         weights: one weight per member [M], fp32, sum 1.
+        trace: what was counted while it ran.
+        weigher: what changes the weights by request or by step, None where they are constant.
     """
 
     config: EnsembleConfig
@@ -40,6 +44,7 @@ class Ensemble:
     fuser: Fuser | None
     weights: Tensor
     trace: Trace
+    weigher: Weigher | None = None
 
     @classmethod
     def load(cls, config: EnsembleConfig, device: str | None = None) -> Ensemble:
@@ -68,7 +73,10 @@ class Ensemble:
             method = methods()[config.method].options(**config.options_dict())
             fuser = method.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
-        return cls(config, tuple(members), fuser, weights, Trace(names))
+        weigher = None
+        if fuser and config.weighting is not None:
+            weigher = weightings()[config.weighting].options(**config.weighting_options).build()
+        return cls(config, tuple(members), fuser, weights, Trace(names), weigher)
 
     @property
     def main(self) -> Member:
@@ -109,44 +117,61 @@ class Ensemble:
         """Where distributions are fused."""
         return self.main.runner.device
 
-    def fuse(self, logp: Sequence[Tensor], present: Tensor) -> Tensor:
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a request's weights depend on its prompt."""
+        return self.weigher is not None and self.weigher.reads_prompts
+
+    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss]]) -> Tensor:
+        """Return the weights [R, M] of requests, from every active member's loss on their prompts."""
+        assert self.weigher is not None
+        return self.weigher.prepare(losses, self.weights)
+
+    def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
         """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
 
         Args:
             logp: one tensor per active member; a row of an absent member may hold anything finite.
             present: which members follow each row's bytes [B, M] (bool); the main member always does.
+            base: the weights of each row's request [B, M]; by default the ensemble's.
         """
         if self.fuser is None:
             self.trace.record_skipped(len(logp[0]))
             return logp[0]
         for member, rows in zip(self.members, logp, strict=True):
-            if torch.isnan(rows).any():
+            if rows.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
                 raise MemberError(
                     f"member {member.name!r} gave NaN log-probabilities. "
                     "Load it in another dtype (float32 or bfloat16)."
                 )
         self.trace.record_present(present)
-        weights = self.weights.to(self.device) * present
+        weights = (self.weights if base is None else base).to(self.device) * present
         total = weights.sum(dim=1, keepdim=True)
         alone = torch.zeros_like(weights)
         alone[:, 0] = 1
         weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), alone)
+        if self.weigher is not None and self.weigher.reads_steps:
+            weights = self.weigher.weights(logp, weights)
         with torch.inference_mode():
             return self._fuse_rows(self.fuser, logp, weights)
 
     def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
+        skipped = int(left.sum())
+        self.trace.record_skipped(skipped)
+        if not skipped:
+            return self._fused(fuser, logp, weights)
         out = logp[0].new_full((len(left), len(fuser.out_vocab)), -torch.inf)
         out[:, : logp[0].shape[1]] = logp[0]
-        self.trace.record_skipped(int(left.sum()))
-        if not left.all():
-            rows = ~left
-            own = [member[rows] for member in logp]
-            fused = fuser.fuse(own, weights[rows])
-            out[rows] = fused.logp
-            vocabs = [member.codec.vocab for member in self.members]
-            self.trace.record_fused(own, vocabs, fused.logp, fuser.out_vocab, fused.stats)
+        if skipped < len(left):
+            out[~left] = self._fused(fuser, [member[~left] for member in logp], weights[~left])
         return out
+
+    def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        fused = fuser.fuse(logp, weights)
+        vocabs = [member.codec.vocab for member in self.members]
+        self.trace.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats)
+        return fused.logp
 
     def same_piece(self, a: int, b: int) -> bool:
         """Return whether two ids of the fused distribution stand for the same text."""
@@ -186,6 +211,8 @@ class Ensemble:
             "fingerprint": self.config.fingerprint(),
             "method": self.config.method if self.fuser else "none (the main member alone)",
             "options": self.config.options_dict() if self.fuser else {},
+            "weighting": self.config.weighting,
+            "pooling": self.config.pooling,
             "members": described,
             **facts,
             **self.trace.summary(),
@@ -194,7 +221,7 @@ class Ensemble:
 
 def fuses(config: EnsembleConfig) -> bool:
     """Return whether distributions are fused at all: several members, not all weight on the main one."""
-    return len(config.members) > 1 and config.members[0].weight < 1
+    return config.fuses_steps and len(config.members) > 1 and (config.weights_change or config.members[0].weight < 1)
 
 
 def check_vocabularies(config: EnsembleConfig, tokenizers: Sequence[Any]) -> None:

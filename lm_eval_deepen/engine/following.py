@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses, reads
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.walk import Prefilled
+from lm_eval_deepen.weighting.seam import PromptLoss
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.decoding import Job
@@ -31,10 +33,21 @@ class Follower:
         self.ready: deque[Prefilled] = deque()
         self.held: list[Path] = []  # the tokens that each row took in last
 
-    def prefill(self, prompts: Sequence[Prompt]) -> None:
-        """Forward prompts, whose common beginnings are forwarded once, and keep them ready."""
+    def prefill(self, prompts: Sequence[Prompt], *, losses: bool = False) -> list[PromptLoss]:
+        """Forward prompts, whose common beginnings are forwarded once, and keep them ready.
+
+        Returns:
+            This member's loss on each prompt if `losses` are asked for, else nothing.
+        """
         paths = [self._checked(self.ensemble.path(self.m, prompt, (), b"") or prompt.ids) for prompt in prompts]
-        self.ready.extend(self.walker.prefill(paths))
+        before = {read.before: 0 for prompt in prompts for read in reads(self.member, prompt)} if losses else {}
+        texts, states = self.walker.prefill(paths, list(before))
+        self.ready.extend(texts)
+        if not losses:
+            return []
+        at = {path: i for i, path in enumerate(before)}
+        step = max(1, LOGITS_PER_CHUNK // self.member.vocab_size)
+        return prompt_losses(self.member, prompts, lambda wanted: states[[at[path] for path in wanted]], step)
 
     def admit(self, places: Sequence[int]) -> None:
         """Put the first prompts that are ready into these rows; a row behind the last one is new."""

@@ -6,6 +6,7 @@ computed only where they are read, in chunks, and fused at once, so that no dist
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses, reads
 from lm_eval_deepen.engine.prompting import Span
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import common_prefix
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
     Walker = TreeWalker | PlainWalker
 
-LOGITS_PER_CHUNK = 24_000_000  # over all members; fusion needs a few times this in fp32
+Path = tuple[int, ...]
+
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
 
@@ -49,7 +52,8 @@ class SpanScore:
 class _Row:
     """One position to read: the path of every active member (None sits out), and who reads it."""
 
-    paths: tuple[tuple[int, ...] | None, ...]
+    paths: tuple[Path | None, ...]
+    prompts: tuple[Prompt, ...]
     readers: list[tuple[int, int, int]]  # span, position in its target, target token
 
 
@@ -64,23 +68,61 @@ def score(ensemble: Ensemble, spans: Sequence[Span], nodes: int) -> Iterator[tup
     Yields:
         The index of a span and its score, as soon as its round is done.
     """
-    walkers = [member.runner.walker(nodes) for member in ensemble.active]
+    for index, (found,) in score_together([ensemble], spans, nodes):
+        yield index, found
+
+
+def score_together(
+    ensembles: Sequence[Ensemble], spans: Sequence[Span], nodes: int
+) -> Iterator[tuple[int, list[SpanScore]]]:
+    """Score spans by several ensembles of the same members, which share their forward passes and logits.
+
+    Args:
+        ensembles: they differ in method, options or weights; all have the same active members.
+        spans: what to score.
+        nodes: how many tokens a member forwards at once.
+
+    Yields:
+        The index of a span and its score by every ensemble, as soon as its round is done.
+    """
+    walkers = [member.runner.walker(nodes) for member in ensembles[0].active]
+    by_prompt = any(ensemble.reads_prompts for ensemble in ensembles)
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
-        rows = _rows(ensemble, spans, indices)
-        results = {index: SpanScore([0.0] * len(spans[index].target)) for index in indices}
-        states, places = zip(*(_states(walker, m, rows) for m, walker in enumerate(walkers)), strict=True)
-        step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in ensemble.active))
-        for start in range(0, len(rows), step):
-            chunk = range(start, min(start + step, len(rows)))
-            logp = [
-                _chunk_logp(member, state, place, chunk).to(ensemble.device)
-                for member, state, place in zip(ensemble.active, states, places, strict=True)
-            ]
-            present = torch.tensor(
-                [[place[i] is not None for place in places] for i in chunk], device=ensemble.device
-            )
-            _read(ensemble, ensemble.fuse(logp, present), rows[start : chunk.stop], results)
-        yield from results.items()
+        rows = _rows(ensembles[0], spans, indices, by_prompt)
+        results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
+        _score_round(ensembles, walkers, rows, results)
+        yield from ((i, [found[i] for found in results]) for i in indices)
+
+
+def _score_round(
+    ensembles: Sequence[Ensemble], walkers: Sequence[Walker], rows: list[_Row], results: list[dict[int, SpanScore]]
+) -> None:
+    members, device = ensembles[0].active, ensembles[0].device
+    prompts = list(dict.fromkeys(row.prompts for row in rows if row.prompts))
+    passes = [_Pass(member, m, walkers[m], rows, prompts) for m, member in enumerate(members)]
+    step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
+    bases = _bases(ensembles, prompts, passes, step)
+    for start in range(0, len(rows), step):
+        chunk = range(start, min(start + step, len(rows)))
+        logp = [found.logp(chunk).to(device) for found in passes]
+        present = torch.tensor([[found.place[i] is not None for found in passes] for i in chunk], device=device)
+        for ensemble, base, result in zip(ensembles, bases, results, strict=True):
+            weights = None if base is None else torch.stack([base[rows[i].prompts] for i in chunk])
+            _read(ensemble, ensemble.fuse(logp, present, weights), rows[start : chunk.stop], result)
+
+
+def _bases(
+    ensembles: Sequence[Ensemble], prompts: list[tuple[Prompt, ...]], passes: Sequence[_Pass], step: int
+) -> list[dict[tuple[Prompt, ...], Tensor] | None]:
+    """Return every ensemble's weights [M] by prompt, None where they do not depend on it."""
+    if not prompts:
+        return [None] * len(ensembles)
+    columns = [prompt_losses(p.member, [own[p.m] for own in prompts], p.states_of, step) for p in passes]
+    losses = list(zip(*columns, strict=True))
+    return [
+        dict(zip(prompts, ensemble.prompt_weights(losses), strict=True)) if ensemble.reads_prompts else None
+        for ensemble in ensembles
+    ]
 
 
 def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
@@ -105,35 +147,48 @@ def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
         yield found
 
 
-def _rows(ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int]) -> list[_Row]:
-    """Return the distinct positions that spans read."""
+def _rows(ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int], by_prompt: bool) -> list[_Row]:
+    """Return the distinct positions that spans read, told apart by their prompts where weights depend on these."""
     rows: dict[tuple, _Row] = {}
     for index in indices:
+        prompts = spans[index].prompts if by_prompt else ()
         for at, target in enumerate(spans[index].target):
             paths = spans[index].paths(ensemble, at)
-            row = rows.setdefault(paths, _Row(paths, []))
+            row = rows.setdefault((paths, prompts), _Row(paths, prompts, []))
             row.readers.append((index, at, target))
     return list(rows.values())
 
 
-def _states(walker: Walker, m: int, rows: Sequence[_Row]) -> tuple[Tensor, list[int | None]]:
-    """Return a member's states [n, ...] for the rows it takes part in, and each row's place among them."""
-    paths: dict[tuple[int, ...], int] = {}
-    place = [None if (path := row.paths[m]) is None else paths.setdefault(path, len(paths)) for row in rows]
-    return (walker.states(list(paths)) if paths else torch.empty(0)), place
+class _Pass:
+    """One member's pass over the rows of a round: a state for each of its token paths."""
 
+    def __init__(
+        self, member: Member, m: int, walker: Walker, rows: Sequence[_Row], prompts: Sequence[tuple[Prompt, ...]]
+    ) -> None:
+        self.member, self.m = member, m
+        at: dict[Path, int] = {}
+        self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
+        for own in prompts:
+            for read in reads(member, own[m]):
+                at.setdefault(read.before, len(at))
+        self.at = at
+        self.states = walker.states(list(at)) if at else torch.empty(0)  # [n, ...]
 
-def _chunk_logp(member: Member, states: Tensor, place: list[int | None], chunk: range) -> Tensor:
-    """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member sits out."""
-    wanted = [place[i] for i in chunk]
-    here = [i for i in wanted if i is not None]
-    if len(here) == len(wanted):
-        return member.logp(states[here])
-    size = member.vocab_size
-    logp = torch.full((len(wanted), size), -float(torch.tensor(size).log()), device=member.runner.device)
-    if here:
-        logp[[at for at, i in enumerate(wanted) if i is not None]] = member.logp(states[here])
-    return logp
+    def states_of(self, paths: Sequence[Path]) -> Tensor:
+        """Return the states [n, ...] after token sequences of this pass."""
+        return self.states[[self.at[path] for path in paths]]
+
+    def logp(self, chunk: range) -> Tensor:
+        """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member sits out."""
+        wanted = [self.place[i] for i in chunk]
+        here = [i for i in wanted if i is not None]
+        if len(here) == len(wanted):
+            return self.member.logp(self.states[here])
+        size = self.member.vocab_size
+        logp = torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
+        if here:
+            logp[[at for at, i in enumerate(wanted) if i is not None]] = self.member.logp(self.states[here])
+        return logp
 
 
 def _read(ensemble: Ensemble, logp: Tensor, rows: Sequence[_Row], results: dict[int, SpanScore]) -> None:

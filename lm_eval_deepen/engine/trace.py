@@ -27,6 +27,7 @@ class Trace:
         self.sums: dict[str, float] = defaultdict(float)
         self.drafts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
+        self.pooled: Counter[str] = Counter()
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
@@ -36,6 +37,10 @@ class Trace:
         """Count the steps, blocks, drafted and accepted tokens of a call, and steps that rounding may decide."""
         self.drafts.update(counts)
         self.near_ties.extend(near_ties)
+
+    def record_pooled(self, stats: dict[str, float]) -> None:
+        """Count a request whose answers were combined."""
+        self.pooled.update({"requests": 1.0, **stats})
 
     def record_present(self, present: Tensor) -> None:
         """Count the members [B, M] that could not follow a row's bytes."""
@@ -70,6 +75,7 @@ class Trace:
             total.rows.update(trace.rows)
             total.sat_out.update(trace.sat_out)
             total.record_drafts(trace.drafts, trace.near_ties)
+            total.pooled.update(trace.pooled)
             for key, value in trace.sums.items():
                 total.sums[key] += value
         return total
@@ -81,8 +87,12 @@ class Trace:
             key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")
         }
         drafts = {"speculation": {**self.drafts, "near_ties": self.near_ties}} if self.drafts else {}
+        count = self.pooled["requests"]
+        means = {f"mean_{key}": self.pooled[key] / count for key in self.pooled if key != "requests"} if count else {}
+        pooled = {"pooled": {"requests": int(count), **means}} if count else {}
         return {
             **drafts,
+            **pooled,
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},

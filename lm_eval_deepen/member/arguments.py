@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.member.devices import place
 
 
-def check_loading(members: Sequence[MemberConfig]) -> None:
-    """Check what members are to be loaded with.
+def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
+    """Check what members are to be loaded with, and where.
+
+    Args:
+        members: all members, the main member first.
+        device: where those load that name no device of their own.
 
     Raises:
         ConfigError: an argument that cannot be honoured, with the reason.
     """
+    place(device, "the ensemble:")
     main = members[0].loading_dict()
     for member in members:
         given = member.loading_dict()
         where = f"member {member.name!r}:"
+        place(given.get("device"), where)
         if given.get("softmax_dtype") not in (None, "float32"):
             raise ConfigError(
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "

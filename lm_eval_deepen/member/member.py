@@ -15,6 +15,7 @@ from torch import Tensor
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import DeepenError, MemberError
+from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.preflight import reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
@@ -59,12 +60,13 @@ class Member:
             tokenizer: the member's tokenizer, if it is loaded already.
 
         Raises:
+            ConfigError: a device that this machine lacks.
             MemberError: loading failed; the cause is chained.
         """
         from lm_eval.models.huggingface import HFLM
 
-        arguments = {"device": usable_device(device), **config.loading_dict(), **config.hf_kwargs_dict()}
-        arguments["batch_size"] = 1
+        arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
+        arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
         if reusable(tokenizer):
             arguments["tokenizer"] = tokenizer
         try:
@@ -175,13 +177,17 @@ class Member:
 
     def embeddings(self) -> Tensor:
         """Return the input embedding rows [V, d], one per logit."""
-        rows = self.lm.model.get_input_embeddings().weight.detach()
+        rows = weight_of(self.lm.model.get_input_embeddings())
         if rows.shape[0] < self.vocab_size:
             raise MemberError(
                 f"member {self.name!r}: {rows.shape[0]} input embeddings for {self.vocab_size} logits; "
                 "relative representations need one row per logit."
             )
         return rows[: self.vocab_size]
+
+    def output_embeddings(self) -> Tensor:
+        """Return the rows of the output head [V, d], one per logit; tied models have their input embeddings there."""
+        return weight_of(self.lm.model.get_output_embeddings())
 
     @cached_property
     def embedding_fingerprint(self) -> str:
@@ -191,17 +197,10 @@ class Member:
         digest.update(rows.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def states_at(self, groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-        """Return what `logp` needs for the end of every token path [n, ...], groups in order."""
-        return self.runner.states_at(groups)
+    def states_at(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Return what `logp` needs for the end of every token path [n, ...]."""
+        return self.runner.states_at(paths)
 
     def logp(self, states: Tensor) -> Tensor:
         """Return next-token log-probabilities [n, V] (natural log, fp32, this member's temperature)."""
         return self.runner.logp(states, self.config.temperature)
-
-
-def usable_device(device: str | None) -> str:
-    """Return the device to load on: as asked, or the CPU where CUDA was the default and there is none."""
-    if device is None or str(device).startswith("cuda"):
-        return (device or "cuda") if torch.cuda.is_available() else "cpu"
-    return str(device)

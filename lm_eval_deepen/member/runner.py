@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.cache import RecomputedRows, RowCache
+from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.tree import pad
 from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
@@ -32,7 +33,7 @@ class TreeRunner:
         """
         self.model = unwrap(model)
         self.network: nn.Module = getattr(self.model, self.model.base_model_prefix)
-        self.device: torch.device = self.model.get_input_embeddings().weight.device
+        self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
         self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
         self.autocast = autocast
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
@@ -67,7 +68,7 @@ class TreeRunner:
         dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
             logits = self.model(input_ids=dummy, use_cache=False).logits[0]
-        return torch.log_softmax(logits.float() / temperature, dim=-1)
+        return log_softmax(logits, temperature)
 
     @contextmanager
     def _body_returns(self, hidden: Tensor) -> Iterator[None]:
@@ -103,7 +104,7 @@ class TreeRunner:
         expected = plain.logp(plain.states_at(paths))
         self._compare("a token tree", self.logp(self.walker(3).states(paths)), expected)
         rows = self.rows()
-        rows.admit(self.walker().prefill([paths[0], trunk]))
+        rows.admit(self.walker().prefill([paths[0], trunk])[0])
         state = rows.advance([paths[1], paths[0]])
         self._compare("a rolled-back cache", self.logp(state), expected[[1, 0]])
         self.forwarded = 0
@@ -121,7 +122,7 @@ class PlainRunner:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         """Wrap a loaded causal language model."""
         self.model = model
-        self.device: torch.device = next(model.parameters()).device
+        self.device = working_device(model.get_input_embeddings())  # type: ignore[operator]
         self.autocast = autocast
         self.forwarded = 0
 
@@ -168,11 +169,17 @@ class PlainRunner:
 
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
-        return torch.log_softmax(states.float() / temperature, dim=-1)
+        return log_softmax(states, temperature)
 
     def rows(self) -> RecomputedRows:
         """Return rows that are recomputed at each step."""
         return RecomputedRows(self)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def unwrap(model: Any) -> Any:

@@ -57,14 +57,21 @@ class TreeWalker:
         found = {node: state for node, state, _ in self._visit(tree, frozenset(ends))}
         return torch.stack([found[node] for node in ends])
 
-    def prefill(self, paths: Sequence[Sequence[int]]) -> list[Prefilled]:
-        """Return the states, keys and values of whole paths."""
+    def prefill(
+        self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[Prefilled], Tensor]:
+        """Return the states, keys and values of whole paths, and the states [n, d] after the paths to `read`."""
         tree = TokenTree()
         ends = [tree.add(path) for path in paths]
-        found = {
-            node: (state, self.kv.take(columns)) for node, state, columns in self._visit(tree, frozenset(ends))
-        }
-        return [Prefilled(tuple(path), *found[node]) for path, node in zip(paths, ends, strict=True)]
+        places = [tree.add(path) for path in read]
+        states: dict[int, Tensor] = {}
+        held: dict[int, list[LayerKV]] = {}
+        for node, state, columns in self._visit(tree, frozenset(ends + places)):
+            states[node] = state
+            if node in ends:
+                held[node] = self.kv.take(columns)
+        texts = [Prefilled(tuple(path), states[node], held[node]) for path, node in zip(paths, ends, strict=True)]
+        return texts, torch.stack([states[node] for node in places]) if places else torch.empty(0)
 
     def _visit(self, tree: TokenTree, wanted: frozenset[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Forward a tree and yield every wanted node with its state [d] and its way's columns [depth + 1]."""
@@ -144,7 +151,10 @@ class PlainWalker:
         """Return the state after the last token of every path [n, ...]."""
         return self.runner.states_at(paths)
 
-    def prefill(self, paths: Sequence[Sequence[int]]) -> list[Prefilled]:
-        """Return the states of whole paths; no keys and values."""
-        states = self.runner.states_at(paths)
-        return [Prefilled(tuple(path), state, []) for path, state in zip(paths, states, strict=True)]
+    def prefill(
+        self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[Prefilled], Tensor]:
+        """Return the states of whole paths, without keys and values, and those after the paths to `read`."""
+        states = self.runner.states_at([*paths, *read])
+        texts = [Prefilled(tuple(path), state, []) for path, state in zip(paths, states, strict=False)]
+        return texts, states[len(paths) :]

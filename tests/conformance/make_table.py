@@ -42,7 +42,7 @@ ITEMS = {
     "22": "`--use_cache`: nothing is computed twice, also after a kill",
     "23": "`--cache_requests` with chat, in a fresh process",
     "24": "two processes give the result of one; uneven shares do not hang",
-    "25": "results with samples, predictions, prompts; every member is described",
+    "25": "results with samples, predictions, prompts; every member is described; loggers are fed",
     "26": "progress bars, instances, groups, tags, few-shots",
     "bos": "the ground of the harness's own `test_bos_handling.py`",
     "max_length": "the ground of the harness's own `test_max_length.py`",

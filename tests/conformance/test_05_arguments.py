@@ -23,6 +23,7 @@ def command_line(monkeypatch, *arguments: str) -> dict:
 
 
 def test_05_every_spelling_gives_one_configuration(pico, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # none of the spellings names a folder for matrices
     a, b = str(pico["bytelevel"]), str(pico["metaspace"])
     inline = f"pretrained={a},members={a}+{b},weights=0.6+0.4,method=deepen,steps=7,dtype=float32,max_length=64"
     nested = {

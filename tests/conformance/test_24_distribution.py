@@ -13,19 +13,31 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.commands import launch
+from accelerate.commands.config import config_args
 from harness import deepen, hf, requests
 from lm_eval.api.model import CachingLM
 from processes import PATIENCE_S, compact, free_port, job_of, log_of, reports, run_worker
 
 from lm_eval_deepen import distributed
 from lm_eval_deepen.distributed import Ranks
+from lm_eval_deepen.host import DeepenLM
 
 TASKS = ["conf_choice", "conf_text", "conf_answer"]
 FULL = {"tasks": TASKS, "num_fewshot": 2}
 LISTS = [[["The fox", " jumps"], ["The fox", " walks"], ["café", " 🙂"]], [["Sofia is", " the capital"]]]
+ACCELERATE_CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 1
+use_cpu: true
+"""
 ONE = [["The quick brown", {"until": ["\n"], "max_gen_toks": 4}]]
 
 
@@ -146,6 +158,11 @@ def test_only_the_first_rank_shows_progress(ranks):
     assert shown == [True, False]
 
 
+def test_the_ranks_part_before_the_interpreter_ends(ranks):
+    """A thread of gloo that frees a tensor during finalization aborts the process, now and then, after its results."""
+    assert [(ranks.folder / f"{rank}.group").read_text() for rank in (0, 1)] == ["False", "False"]
+
+
 def test_a_killed_rank_ends_the_others(killed):
     """The survivor fails where it would wait, instead of hanging or reporting half a result."""
     first, second = (process.returncode for process in killed.ended)
@@ -227,19 +244,76 @@ def test_a_launcher_that_starts_one_process_is_named(single, monkeypatch, caplog
     assert "--multi_gpu" in caplog.text
 
 
-def test_accelerate_launch_gives_the_single_result(
+@pytest.mark.parametrize("arguments", [{"parallelize": True}, {"device_map": "auto"}], ids=str)
+def test_a_member_is_spread_as_by_hf(paths, single, matrices, tmp_path, monkeypatch, arguments):
+    """Without a GPU, `parallelize` leaves nothing but the disk: weights are fetched when they are used."""
+    monkeypatch.chdir(tmp_path)  # where `hf` puts what it offloads
+    batch = requests("loglikelihood", ("The fox", " jumps"), ("café", " 🙂"))
+    texts = requests("generate_until", *map(tuple, ONE))
+    alone, theirs = deepen(paths[0], **arguments), hf(paths[0], **arguments)
+    for got, expected in zip(alone.loglikelihood(batch), theirs.loglikelihood(batch), strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
+    assert alone.generate_until(texts) == theirs.generate_until(texts)
+    members = [{"name": "m0", "pretrained": str(paths[0]), **arguments}, {"name": "m1", "pretrained": str(paths[1])}]
+    own = str(tmp_path / "matrices")
+    both = DeepenLM(str(paths[0]), members=members, device="cpu", matrix_dir=own)
+    for got, expected in zip(both.loglikelihood(batch), single.loglikelihood(batch), strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
+    assert both.generate_until(texts) == single.generate_until(texts)
+    names = [sorted(file.name for file in Path(folder).glob("*.safetensors")) for folder in (matrices, own)]
+    assert len(names[0]) == 2 and names[0] == names[1]  # a name holds the fingerprint of the embedding rows
+
+
+@pytest.fixture
+def launcher_of(monkeypatch, tmp_path):
+    """Which of its launchers `accelerate launch` would use, and for how many processes."""
+    config = tmp_path / "accelerate" / "default_config.yaml"
+    config.parent.mkdir()
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(f"torch.{kind}.device_count", lambda: 0)
+    for module in (launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(config))
+
+    def chosen(*flags, distributed_type=None):
+        config.unlink(missing_ok=True)
+        if distributed_type is not None:
+            config.write_text(ACCELERATE_CONFIG.replace("MULTI_GPU", distributed_type))
+        found = []
+        for name in ("simple_launcher", "multi_gpu_launcher"):
+            monkeypatch.setattr(launch, name, lambda args, name=name: found.append((name, args.num_processes)))
+        launch.launch_command(launch.launch_command_parser().parse_args([*flags, "-m", "lm_eval"]))
+        return found[0]
+
+    return chosen
+
+
+def test_accelerate_launch_starts_two_processes_without_a_gpu(launcher_of):
+    """By a flag, or by its config file; `--cpu` and MULTI_CPU start one, which is warned of."""
+    document = (Path(__file__).resolve().parents[2] / "docs" / "conformance.md").read_text()
+    assert textwrap.indent(ACCELERATE_CONFIG.strip(), "    ") in document
+    two = ("--num_processes", "2")
+    assert launcher_of(*two, distributed_type="MULTI_GPU") == ("multi_gpu_launcher", 2)
+    assert launcher_of("--multi_gpu", *two) == ("multi_gpu_launcher", 2)
+    assert launcher_of(*two) == launcher_of("--cpu", *two) == ("simple_launcher", 2)
+    assert launcher_of(*two, distributed_type="MULTI_CPU") == ("simple_launcher", 2)
+
+
+def test_accelerate_launch_num_processes_2_gives_the_single_result(
     paths, single, matrices, evaluate, task_folder, tmp_path, read_results
 ):
     members = [{"name": f"m{index}", "pretrained": str(path)} for index, path in enumerate(paths)]
     model_args = {"pretrained": str(paths[0]), "members": members, "matrix_dir": matrices, "batch_size": 2}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    home = tmp_path / "home"
+    (home / "accelerate").mkdir(parents=True)
+    (home / "accelerate" / "default_config.yaml").write_text(ACCELERATE_CONFIG)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     launcher += ["--main_process_port", str(free_port())]
     command = ["-m", "lm_eval", "run", "--model", "deepen", "--model_args", json.dumps(model_args)]
     command += ["--tasks", "conf_choice", "--num_fewshot", "1", "--limit", "3", "--device", "cpu"]
     command += ["--include_path", str(task_folder), "--output_path", str(tmp_path / "out"), "--log_samples"]
     process = subprocess.run(
         [*launcher, *command],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(home)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

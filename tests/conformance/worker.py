@@ -5,6 +5,7 @@ Every answer that reaches the cache hook is logged once it is stored. A job may 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -91,9 +92,15 @@ class Worker:
             return {"error": f"{type(error).__name__}: {error}"}
 
 
+def note_group(file: Path) -> None:
+    file.write_text(str(torch.distributed.is_initialized()))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(sys.argv[1])
+    # Registered first, so it runs after all that the ensemble does at the end.
+    atexit.register(note_group, Path(job["out"]) / f"{os.environ.get('RANK', 0)}.group")
     worker = Worker(job)
     report = {"built": worker.built, "ranks": [worker.lm.ranks.index, worker.lm.ranks.count]}
     for label, name, arguments in job["steps"]:

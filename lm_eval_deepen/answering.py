@@ -1,0 +1,177 @@
+"""Answers to the three request types by one ensemble, request by request as they are finished."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.decoding import Generation, Job, generate
+from lm_eval_deepen.engine.drafting import drafter
+from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
+from lm_eval_deepen.engine.prompting import Prompter, Span
+from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
+from lm_eval_deepen.main_member import MainMemberView
+from lm_eval_deepen.member.sampling import Sampler, row_generator
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+TRANSFORMERS_SAMPLING = {"top_k": 50}  # what `generate` does where a request samples and names no top_k
+
+Answers = Iterator[tuple[int, Any]]
+
+
+class Answering(MainMemberView):
+    """Turns requests into spans and jobs for the engine, and what it finds into answers.
+
+    Attributes:
+        peers: models around the same members that score in one pass, this one among them (see `share_passes`).
+        known: answers that a peer's pass gave already, until they are asked for.
+    """
+
+    def adopt(self, ensemble: Ensemble) -> None:
+        """Answer by this ensemble."""
+        self.ensemble_config, self.ensemble = ensemble.config, ensemble
+        self._prompter = Prompter(ensemble)
+        self.peers: list[Answering] = [self]
+        self.known: dict[tuple[str, tuple], Any] = {}
+
+    def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
+        """Yield the index of every request and its answer, as soon as it is there."""
+        left = []
+        for index, request in enumerate(requests):
+            if kind != "generate_until" and (kind, request.args) in self.known:
+                yield index, self.known[kind, request.args]
+            else:
+                left.append(index)
+        answer = {
+            "loglikelihood": self._loglikelihood,
+            "loglikelihood_rolling": self._rolling,
+            "generate_until": self._generate,
+        }[kind]
+        for at, found in answer([requests[index] for index in left]):
+            yield left[at], found
+
+    def _tell_peers(self, kind: str, request: Instance, answers: Sequence[Any]) -> Any:
+        """Leave the peers their answers and return our own."""
+        for peer, answer in zip(self.peers, answers, strict=True):
+            if peer is not self:
+                peer.known[kind, request.args] = answer
+        return answers[self.peers.index(self)]
+
+    def _loglikelihood(self, requests: Sequence[Instance]) -> Answers:
+        spans = [self._prompter.span(*request.args) for request in requests]
+        for index, found in self._score(spans):
+            answers = [(score.total, score.greedy) for score in found]
+            yield index, self._tell_peers("loglikelihood", requests[index], answers)
+
+    def _rolling(self, requests: Sequence[Instance]) -> Answers:
+        owners: list[int] = []
+        spans: list[Span] = []
+        ends: list[int] = []
+        for index, request in enumerate(requests):
+            found = rolling_spans(self.ensemble, request.args[0])
+            spans += found
+            owners += [index] * len(found)
+            ends.append(len(spans))
+            if not found:
+                yield index, 0.0
+        left = Counter(owners)
+        totals = [[0.0] * len(self.peers) for _ in requests]
+        for at, scores in self._score(spans, ends):
+            index = owners[at]
+            totals[index] = [total + score.total for total, score in zip(totals[index], scores, strict=True)]
+            left[index] -= 1
+            if not left[index]:
+                yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals[index])
+
+    def _score(self, spans: Sequence[Span], ends: Sequence[int] = ()) -> Iterator[tuple[int, list[SpanScore]]]:
+        """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""
+        lengths = [len(span.prompts[0].ids) + len(span.target) for span in spans]
+        longest = max(lengths, default=1)
+        nodes = nodes_per_forward(self.ensemble, self._batch(longest) * longest)
+        ensembles = [peer.ensemble for peer in self.peers]
+        start = 0
+        for end in [*ends, len(spans)]:
+            if sum(lengths[start:end]) < FORWARDS_PER_ROUND * nodes and end < len(spans):
+                continue
+            for index, found in score_together(ensembles, spans[start:end], nodes):
+                yield start + index, found
+            start = end
+
+    def _generate(self, requests: Sequence[Instance]) -> Answers:
+        repeats: Counter[str] = Counter()
+        jobs, stops = [], []
+        for request in requests:
+            context, arguments = request.args
+            job, until = self._job(context, arguments, repeats)
+            jobs.append(job)
+            stops.append(until)
+        size = self._batch(max((len(job.prompts[0].ids) + job.max_new for job in jobs), default=1))
+        drafts = drafter(self.ensemble_config.speculate)
+        for index, found in generate(self.ensemble, jobs, size, drafts):
+            yield index, self._text(found, stops[index])
+        self.ensemble.trace.record_drafts(drafts.counts, drafts.near_ties)
+
+    def _batch(self, longest: int) -> int:
+        """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""
+        size = self.ensemble_config.batch_size
+        if isinstance(size, int):
+            return size
+        return safe_batch(self.ensemble, longest, self.ensemble_config.max_batch_size)
+
+    def _job(self, context: str, arguments: dict, repeats: Counter[str]) -> tuple[Job, list[str]]:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
+        eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(list(kwargs.pop("until")), eos=eos)
+        max_new = kwargs.pop("max_gen_toks")
+        prompts = self._prompter.prompts(context, max_new)
+        if "max_length" in kwargs:
+            max_new = kwargs.pop("max_length") - len(prompts[0].ids)
+        sampler = Sampler.parse(kwargs, self._sampling_defaults())
+        generator = None
+        if sampler.do_sample:
+            repeats[context] += 1
+            generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
+        dummy = not self._prompter.solo and not context and self.ensemble.main.codec.dummy
+        stops = tuple(stop for stop in until if stop)
+        return Job(prompts, max_new, stops, sampler, generator, dummy), until
+
+    def _sampling_defaults(self) -> dict[str, Any]:
+        """Return what ``generate`` falls back on; the main member's own config only where it is alone, as ``hf``."""
+        config = getattr(self._main.model, "generation_config", None)
+        own = config.to_diff_dict() if self._prompter.solo and config is not None else {}
+        return TRANSFORMERS_SAMPLING | {key: value for key, value in own.items() if value is not None}
+
+    def _text(self, found: Generation, until: list[str]) -> str:
+        """Return a generation as ``hf`` presents it: stop strings and thinking removed."""
+        ids, end = found.ids, self._main.think_end_token
+        if isinstance(end, int) and end in ids:
+            ids = ids[len(ids) - ids[::-1].index(end) :]
+        text = self.tok_decode(ids)
+        if isinstance(end, int):
+            text = text.lstrip()
+        return postprocess_generated_text(
+            text, stop=until, think_end_token=end if isinstance(end, str) else None
+        )
+
+
+def share_passes(models: Sequence[Answering]) -> None:
+    """Make models around the same members score in one pass: what one is asked, all answer.
+
+    They differ in method, options or weights. Each keeps the answers that it was not asked for yet.
+
+    Raises:
+        ValueError: models whose members, or whose prompts, differ.
+    """
+    shapes = {(tuple(map(id, model.ensemble.active)), model.ensemble_config.chat_fallback) for model in models}
+    if len(shapes) > 1:
+        raise ValueError("models that share passes must run the same loaded members, in the same order")
+    for model in models:
+        model.peers = list(models)

@@ -1,0 +1,64 @@
+"""How well each member predicts a prompt: what weights that depend on prompts are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.weighting.seam import PromptLoss
+
+LOGITS_PER_CHUNK = 24_000_000  # computed at once, over all members; fusion needs a few times this in fp32
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A token of a prompt and the tokens before it."""
+
+    before: Path
+    token: int
+
+
+def reads(member: Member, prompt: Prompt) -> list[Read]:
+    """Return the text tokens of a prompt that something precedes; control tokens are conditioned on alone."""
+    control = member.codec.vocab.control
+    return [Read(prompt.ids[:at], token) for at, token in enumerate(prompt.ids) if at and token not in control]
+
+
+def prompt_losses(
+    member: Member, prompts: Sequence[Prompt], states: Callable[[Sequence[Path]], Tensor], step: int
+) -> list[PromptLoss]:
+    """Return one member's loss on each prompt.
+
+    Args:
+        member: whose prompts these are.
+        prompts: the prompts.
+        states: gives the states [n, ...] after token sequences.
+        step: how many rows of logits to compute at once.
+    """
+    wanted = [reads(member, prompt) for prompt in prompts]
+    targets: dict[Path, dict[int, float]] = {}
+    for read in (read for found in wanted for read in found):
+        targets.setdefault(read.before, {})[read.token] = 0.0
+    paths = list(targets)
+    for start in range(0, len(paths), step):
+        chunk = paths[start : start + step]
+        logp = member.logp(states(chunk))
+        for row, path in zip(logp, chunk, strict=True):
+            tokens = list(targets[path])
+            values = row[torch.tensor(tokens, device=row.device)].tolist()
+            targets[path] = dict(zip(tokens, values, strict=True))
+    pieces = member.codec.vocab.pieces
+    return [
+        PromptLoss(
+            nats=-sum(targets[read.before][read.token] for read in found),
+            tokens=len(found),
+            num_bytes=sum(len(pieces[read.token]) for read in found),
+        )
+        for found in wanted
+    ]

@@ -1,0 +1,191 @@
+"""Bits per byte: one pass of the members over some documents, which then answers for any fusion of them.
+
+Kept are states, not distributions: n x d numbers. Logits are computed again, in chunks, for all the variants that
+are asked for at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
+from lm_eval_deepen.engine.prompting import Prompter, Span
+from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.errors import RequestError
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to predict, and what it follows.
+
+    Attributes:
+        text: what is predicted.
+        context: what comes before it; conditioned on alone.
+    """
+
+    text: str
+    context: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An ensemble of the same members in the same order, and the temperature of each of them."""
+
+    ensemble: Ensemble
+    temperatures: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ensemble: Ensemble) -> Variant:
+        """Return the ensemble as it is configured, with a trace of its own."""
+        return cls(quiet(ensemble), tuple(member.config.temperature for member in ensemble.members))
+
+
+def quiet(ensemble: Ensemble) -> Ensemble:
+    """Return the ensemble with a trace of its own: what is measured is not counted as evaluated."""
+    return replace(ensemble, trace=Trace([member.name for member in ensemble.members]))
+
+
+@dataclass(frozen=True)
+class Position:
+    """A token that is scored.
+
+    Attributes:
+        document: index of its document.
+        target: the main member's token.
+        left: bytes of the document after it.
+        paths: every member's tokens before it, None where a member sits out.
+    """
+
+    document: int
+    target: int
+    left: int
+    paths: tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The members' states at every scored token of some documents, cut as the main member cuts them.
+
+    Attributes:
+        ensemble: the members, the main member first.
+        documents: what was read.
+        positions: the n scored tokens, in the order of the text.
+        states: every member's states [n_m, ...].
+        place: the row of `states` per member and position, None where the member sits out.
+    """
+
+    ensemble: Ensemble
+    documents: tuple[Document, ...]
+    positions: tuple[Position, ...]
+    states: tuple[Tensor, ...]
+    place: tuple[tuple[int | None, ...], ...]
+
+    @classmethod
+    def of(cls, ensemble: Ensemble, documents: Sequence[Document], members: int | None = None) -> Reading:
+        """Read documents; control tokens are conditioned on, never scored.
+
+        Args:
+            ensemble: the members.
+            documents: what they read.
+            members: read by the first so many alone; 1 is enough for `own_logp`.
+
+        Raises:
+            RequestError: an ensemble that does not fuse steps, weights that depend on prompts, or a document
+                without text.
+        """
+        if len(ensemble.active) < 2:
+            raise RequestError(
+                "bits per byte compare members with their ensemble: give at least two members, not all weight on "
+                "the main one, and a method that fuses steps."
+            )
+        if ensemble.reads_prompts:
+            raise RequestError(
+                f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
+                "has not. Measure with constant weights: leave weighting out."
+            )
+        positions = list(_positions(ensemble, documents))
+        states, place = [], []
+        for m, member in enumerate(ensemble.active[:members]):
+            at: dict[tuple[int, ...], int] = {}
+            rows = [None if (path := p.paths[m]) is None else at.setdefault(path, len(at)) for p in positions]
+            states.append(member.states_at(list(at)))
+            place.append(tuple(rows))
+        return cls(ensemble, tuple(documents), tuple(positions), tuple(states), tuple(place))
+
+    def logp(self, variants: Sequence[Variant]) -> Tensor:
+        """Return the log-probability of every scored token under every variant [variants, n], in nats."""
+        found: list[list[Tensor]] = [[] for _ in variants]
+        for rows, raw, present, target in self._chunks():
+            for variant, parts in zip(variants, found, strict=True):
+                logp = [cooled(x, t) for x, t in zip(raw, variant.temperatures, strict=True)]
+                fused = variant.ensemble.fuse(logp, present)
+                parts.append(fused[torch.arange(rows, device=fused.device), target].cpu())
+        return torch.stack([torch.cat(parts) for parts in found])
+
+    def own_logp(self, temperatures: Sequence[float]) -> Tensor:
+        """Return the main member's own log-probability of every token at every temperature [T, n], in nats."""
+        parts = [
+            torch.stack([cooled(raw[0], t)[torch.arange(rows, device=target.device), target] for t in temperatures])
+            for rows, raw, _, target in self._chunks(members=1)
+        ]
+        return torch.cat(parts, dim=1).cpu()
+
+    def bits(self, logp: Tensor) -> Tensor:
+        """Return bits per document [..., D] (fp64) from log-probabilities of the tokens [..., n]."""
+        owner = torch.tensor([p.document for p in self.positions])
+        bits = torch.zeros(*logp.shape[:-1], len(self.documents), dtype=torch.float64)
+        return bits.index_add_(-1, owner, -logp.double() / math.log(2))
+
+    def _chunks(self, members: int | None = None) -> Iterator[tuple[int, list[Tensor], Tensor, Tensor]]:
+        """Yield row counts, log-probabilities [b, V_m] at temperature 1, presence [b, M] and targets [b]."""
+        active = self.ensemble.active[:members]
+        device = self.ensemble.device
+        step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in active))
+        for start in range(0, len(self.positions), step):
+            part = range(start, min(start + step, len(self.positions)))
+            raw, present = [], []
+            for m, member in enumerate(active):
+                wanted = [self.place[m][i] for i in part]
+                rows = torch.tensor([0 if at is None else at for at in wanted])
+                raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
+                present.append(torch.tensor([at is not None for at in wanted]))
+            target = torch.tensor([self.positions[i].target for i in part], device=device)
+            yield len(part), raw, torch.stack(present, dim=1).to(device), target
+
+
+def cooled(logp: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities [b, V] at a temperature from those at 1."""
+    return logp if temperature == 1 else torch.log_softmax(logp / temperature, dim=-1)
+
+
+def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> Iterator[Position]:
+    prompter = Prompter(ensemble)
+    pieces = ensemble.main.codec.vocab.pieces
+    for index, document in enumerate(documents):
+        if not document.text.strip():
+            raise RequestError(f"document {index} has no text to predict; leave it out.")
+        spans: list[Span]
+        if document.context:
+            spans = [prompter.span(document.context, document.text)]
+        else:
+            spans = rolling_spans(ensemble, document.text)
+        left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
+        for span in spans:
+            for at, token in enumerate(span.target):
+                left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
+                yield Position(index, token, left, span.paths(ensemble, at))

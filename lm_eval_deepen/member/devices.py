@@ -1,0 +1,84 @@
+"""Devices that members load on: those of this machine, and nothing in the place of one that it lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from lm_eval_deepen.errors import ConfigError
+
+ACCELERATORS = ("cuda", "xpu", "npu", "hpu")  # what ``HFLM`` places models on, by number
+
+
+def existing_devices() -> tuple[str, ...]:
+    """Return every device of this machine that a member can be loaded on, as ``HFLM`` spells it."""
+    found = ["cpu"]
+    for kind in ACCELERATORS:
+        module = getattr(torch, kind, None)  # `torch.npu` and `torch.hpu` come with plugins
+        found += [f"{kind}:{index}" for index in range(module.device_count() if module else 0)]
+    return (*found, "mps:0") if torch.backends.mps.is_available() else tuple(found)
+
+
+def parse_device(asked: Any, where: str) -> torch.device:
+    """Return the device that an argument names, whether it exists or not.
+
+    Args:
+        asked: what was given, such as ``cpu`` or ``cuda:1``.
+        where: what begins the error.
+
+    Raises:
+        ConfigError: it is not the name of a device.
+    """
+    try:
+        if isinstance(asked, (str, torch.device)):
+            return torch.device(asked)
+        reason = f"a {type(asked).__name__} is not a device's name"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    raise ConfigError(f"{where} device={asked!r} is not a device: {reason}. {_advice()}")
+
+
+def place(asked: Any, where: str) -> str:
+    """Return the device to load on as ``HFLM`` spells it, which takes any other spelling for no device at all.
+
+    Args:
+        asked: what was given; None stands for the first GPU, or the CPU where there is none.
+        where: what begins the error.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device, existing = parse_device(asked, where), existing_devices()
+    name = "cpu" if device.type == "cpu" and not device.index else str(device)
+    if name in existing:
+        return name
+    if device.index is None and f"{name}:0" in existing:
+        return name if name == "cuda" else f"{name}:0"
+    raise ConfigError(f"{where} device={str(asked)!r} does not exist on this machine. {_advice()}")
+
+
+def _advice() -> str:
+    return (
+        f"Give one of {', '.join(existing_devices())}, or leave device out: members then load on the first GPU where "
+        "there is one, else on the CPU."
+    )
+
+
+def working_device(module: nn.Module) -> torch.device:
+    """Return where a module computes: where its weights are, or are brought to if they were offloaded."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)  # of `accelerate`, which offloads
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
+def weight_of(module: Any) -> Tensor:
+    """Return a module's ``weight``, fetched from where it was offloaded to."""
+    if module.weight.device.type != "meta":
+        return module.weight.detach()
+    with align_module_device(module):
+        return module.weight.detach().clone()

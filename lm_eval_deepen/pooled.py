@@ -1,0 +1,103 @@
+"""Pooling in the harness: every member answers requests by itself, and the answers are combined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.answering import Answering, Answers
+from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.config import EnsembleConfig, FrozenDict
+from lm_eval_deepen.member import Member
+from lm_eval_deepen.pooling import poolings
+from lm_eval_deepen.pooling.seam import Scored, check_request, fused_takes_part
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+AT_ONCE = 64  # requests; a kill loses the answers of at most so many
+
+
+def alone(config: EnsembleConfig) -> list[EnsembleConfig]:
+    """Return the configuration of every member as an ensemble of one."""
+    plain = replace(
+        config,
+        weighting=None,
+        weighting_options=FrozenDict(),
+        weights_change=False,
+        weights_computed=False,
+        pooling=None,
+        pooling_options=FrozenDict(),
+    )
+    return [replace(plain, members=(replace(member, weight=1.0),)) for member in config.members]
+
+
+class Pool:
+    """The members as models of their own, and the method that combines their answers."""
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        fused: Answering,
+        members: Sequence[Member],
+        around: Callable[[EnsembleConfig, Sequence[Member]], Answering],
+    ) -> None:
+        """Build a model around each member.
+
+        Args:
+            config: the ensemble's, with ``pooling``.
+            fused: the step-fused ensemble, which answers too where the method wants it.
+            members: the loaded members.
+            around: builds a model around loaded members.
+        """
+        assert config.pooling is not None
+        self.name = config.pooling
+        self.method = poolings()[self.name].options(**config.pooling_options)
+        self.weights = list(config.weights)
+        self.answerers = [around(own, [member]) for own, member in zip(alone(config), members, strict=True)]
+        self.members = list(members)
+        self.fallback = config.chat_fallback
+        self.trace = fused.ensemble.trace
+        if fused_takes_part(self.method):
+            self.answerers.append(fused)
+
+    def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
+        """Yield the index of every request and the members' combined answer.
+
+        Raises:
+            RequestError: the method does not combine answers to such requests.
+        """
+        check_request(self.name, self.method, kind)
+        for start in range(0, len(requests), AT_ONCE):
+            part = requests[start : start + AT_ONCE]
+            columns = []
+            for m, model in enumerate(self.answerers):
+                found: dict[int, Any] = dict(model.answers(kind, self._own(m, part)))
+                columns.append([found[index] for index in range(len(part))])
+            for index, answers in enumerate(zip(*columns, strict=True)):
+                yield start + index, self._combine(kind, answers)
+
+    def _combine(self, kind: str, answers: Sequence[Any]) -> Any:
+        if kind == "generate_until":
+            pooled = self.method.combine(answers, self.weights)
+        else:
+            pairs = [answer if isinstance(answer, tuple) else (answer, False) for answer in answers]
+            pooled = self.method.combine([Scored(*pair) for pair in pairs], self.weights)
+        self.trace.record_pooled(pooled.stats)
+        if kind == "generate_until":
+            return pooled.answer
+        return (pooled.answer.logp, pooled.answer.greedy) if kind == "loglikelihood" else pooled.answer.logp
+
+    def _own(self, m: int, requests: Sequence[Instance]) -> Sequence[Instance]:
+        """Return requests whose conversations are rendered by member `m`; the main one's rendering is there."""
+        if m == 0 or m >= len(self.members):
+            return requests
+        rendered = ((self._render(m, request.args[0]), *request.args[1:]) for request in requests)
+        return [replace(request, arguments=args) for request, args in zip(requests, rendered, strict=True)]
+
+    def _render(self, m: int, context: str) -> str:
+        if not isinstance(context, ChatPrompt):
+            return context
+        text = self.members[m].render(context.messages, context.add_generation_prompt, self.fallback)
+        return context.rendered(text)
