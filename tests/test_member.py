@@ -14,7 +14,7 @@ from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.config_types import FrozenDict
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
 from lm_eval_deepen.member.text import complete_character, incomplete_tail
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
@@ -216,3 +216,26 @@ def test_common_prefix(a, b):
     while expected < min(len(a), len(b)) and a[expected] == b[expected]:
         expected += 1
     assert common_prefix(tuple(a), tuple(b)) == expected
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16), (2, 16), (8, 16), (9, 16), (1, 5, 16), (2, 3, 16)])
+def test_few_rows_meet_the_head_from_the_other_side(bias, shape):
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(16, 300, bias=bias), torch.randn(shape)
+    expected = torch.nn.functional.linear(x, head.weight, head.bias)
+    speed_up_few_rows(head)
+    assert ("forward" in head.__dict__) == torch.backends.mkl.is_available()
+    assert head(x).shape == expected.shape
+    assert torch.allclose(head(x), expected, atol=1e-5)
+    assert torch.equal(head(x.double().float()), head(x))
+
+
+def test_heads_of_other_kinds_are_left_alone():
+    class Quantized(torch.nn.Linear):
+        pass
+
+    other = Quantized(4, 8)
+    speed_up_few_rows(other)
+    assert "forward" not in other.__dict__
+    speed_up_few_rows(None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.engine.reading import Document, Reading, Variant
+from lm_eval_deepen.engine.texts import default_text, digest, load_documents
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 FLAT = 0.8  # mean entropy of relative rows, as a share of the log of the number of anchors
 UNEQUAL = 0.15  # a member needs this much more bits than the best one
 LEEWAY = 0.001  # an ensemble may need this much more bits than its best member
+DOCUMENTS = 12  # of the text that ships: some 600 tokens
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def flat_spaces(facts: Mapping[str, Any]) -> list[Warned]:
     return [
         Warned(
             "flat_space",
-            f"the relative rows of member {matrix['member']!r} have {matrix['row_entropy_share']:.3f} of the entropy of "
-            "flat ones: fusion hardly sees what the members say. Use rows: canonical, or normalization: centered.",
+            f"the relative rows of member {matrix['member']!r} have {matrix['row_entropy_share']:.3f} of the entropy "
+            "of flat ones: fusion hardly sees what the members say. Use rows: canonical, or normalization: centered.",
         )
         for matrix in facts.get("matrices", ())
         if matrix.get("row_entropy_share", 0) > FLAT
@@ -95,3 +97,22 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
                 )
             )
     return found
+
+
+def examine(ensemble: Ensemble) -> dict[str, Any]:
+    """Return what an evaluation should say of an ensemble: figures on the text that ships, and warnings.
+
+    Empty where there is nothing to compare (no fusion of steps), or weights that depend on prompts.
+    """
+    if ensemble.fuser is None or ensemble.reads_prompts:
+        return {}
+    warned = flat_spaces(getattr(ensemble.fuser, "facts", {}))
+    documents = load_documents([default_text()], DOCUMENTS)
+    bits = measure(ensemble, documents)
+    constant = ensemble.weigher is None
+    warned += judge(bits, {member.name: member.config.weight for member in ensemble.members} if constant else {})
+    return {
+        "text_sha256": digest(documents),
+        "bits_per_byte": bits,
+        "warnings": [asdict(warning) for warning in warned],
+    }

@@ -18,6 +18,7 @@ from lm_eval_deepen.engine.drafting import Drafter
 from lm_eval_deepen.engine.following import Follower, Path, path_of, spell
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.sampling import Sampler
+from lm_eval_deepen.relative.topk import argmax
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
@@ -153,7 +154,7 @@ class _Decoder:
             base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
         fused = ensemble.fuse(logp, present.to(ensemble.device), base)  # [sum of (1 + drafted), K]
         finished, start = [], 0
-        best = fused.argmax(dim=-1).tolist()
+        best = argmax(fused).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):
             self._take(row, draft, fused[start : start + len(draft) + 1], best[start : start + len(draft) + 1])
             start += len(draft) + 1

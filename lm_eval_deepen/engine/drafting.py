@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lm_eval_deepen.engine.following import Path, path_of
+from lm_eval_deepen.relative.topk import argmax, largest
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.decoding import Row
@@ -68,7 +69,7 @@ class _Adaptive(Drafter):
     def note(self, row: Row, logp: Tensor) -> None:
         """Count a step, and list it where its two best pieces are nearly tied."""
         self.counts["steps"] += 1
-        best, second = logp.topk(2).values.tolist()
+        second, best = sorted(largest(logp[None], 2)[0][0].tolist())
         if best - second < NEAR_TIE:
             self.near_ties.append({"request": row.index, "token": len(row.out.ids), "margin": best - second})
 
@@ -118,7 +119,7 @@ class Cheapest(_Adaptive):
         while any(length >= len(route) for route, length in zip(routes, lengths, strict=True)):
             states = follower.states(routes)
             ends = list(accumulate(map(len, routes)))
-            best = follower.member.logp(states[[end - 1 for end in ends]]).argmax(dim=-1).tolist()
+            best = argmax(follower.member.logp(states[[end - 1 for end in ends]])).tolist()
             for at, token in enumerate(best):
                 path = routes[at][-1]
                 if path is None or lengths[at] < len(routes[at]):

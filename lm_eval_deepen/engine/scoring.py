@@ -18,6 +18,7 @@ from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses, r
 from lm_eval_deepen.engine.prompting import Span
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import common_prefix
+from lm_eval_deepen.relative.topk import argmax
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
@@ -193,7 +194,7 @@ class _Pass:
 
 def _read(ensemble: Ensemble, logp: Tensor, rows: Sequence[_Row], results: dict[int, SpanScore]) -> None:
     """Read the targets off fused rows [B, K]."""
-    best = logp.argmax(dim=-1).tolist()
+    best = argmax(logp).tolist()
     readers = [(at, reader) for at, row in enumerate(rows) for reader in row.readers]
     index = torch.tensor([[at, target] for at, (_, _, target) in readers], device=logp.device)
     values = logp[index[:, 0], index[:, 1]].tolist()

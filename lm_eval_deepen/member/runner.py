@@ -19,6 +19,7 @@ from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
 Paths = Sequence[Sequence[int]]  # token sequences, at least one token each
 NODES_PER_FORWARD = 512
+FEW_ROWS = 8
 PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at once
 
 
@@ -36,6 +37,7 @@ class TreeRunner:
         self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
         self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
         self.autocast = autocast
+        speed_up_few_rows(self.model.get_output_embeddings())
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
     def body(
@@ -180,6 +182,29 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def speed_up_few_rows(head: nn.Module | None) -> None:
+    """Let an output head multiply few rows from the other side, where MKL is two to four times as fast.
+
+    With 2 to 8 rows, x W^T takes as long as (W x^T)^T with twice as many, for the tall W of a vocabulary. The
+    layers of a body gain nothing.
+    """
+    plain = type(head) is nn.Linear and "forward" not in head.__dict__  # neither quantized nor spread by a hook
+    if not plain or not torch.backends.mkl.is_available():
+        return
+    assert isinstance(head, nn.Linear)
+    linear = head
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        few = 1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == linear.weight.dtype == torch.float32
+        if not few:
+            return nn.functional.linear(x, linear.weight, linear.bias)
+        y = (linear.weight @ x.reshape(rows, -1).T).T  # [rows, V]
+        return (y if linear.bias is None else y + linear.bias).reshape(*x.shape[:-1], -1)
+
+    linear.forward = forward  # type: ignore[assignment, method-assign]
 
 
 def unwrap(model: Any) -> Any:

@@ -1,0 +1,62 @@
+"""Texts to predict: files in, documents out, and the text that ships as the default."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.engine.reading import Document
+from lm_eval_deepen.errors import RequestError
+
+
+def default_text() -> Path:
+    """Return the file of the neutral text that ships with the package."""
+    return Path(__file__).resolve().parents[1] / "calibration.txt"
+
+
+def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> list[Document]:
+    """Return the documents of some files, at most `limit` of each.
+
+    A ``.jsonl`` file has one object per line with ``text`` and, if the text follows something, ``context``. In any
+    other file documents are separated by blank lines.
+
+    Raises:
+        RequestError: a file that cannot be read, or holds no document.
+    """
+    found: list[Document] = []
+    for path in map(Path, paths):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"text file {path} cannot be read ({error}). Give UTF-8 text or JSON lines.") from error
+        if path.suffix == ".jsonl":
+            documents = [_from_json(line, path, n) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+        else:
+            documents = [Document(part.strip()) for part in re.split(r"\n\s*\n", content) if part.strip()]
+        if not documents:
+            raise RequestError(f"text file {path} holds no document. Give it some text.")
+        found += documents[:limit]
+    return found
+
+
+def _from_json(line: str, path: Path, number: int) -> Document:
+    try:
+        entry: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}, line {number}, is not JSON: {error}.") from error
+    text, context = (entry.get("text"), entry.get("context", "")) if isinstance(entry, dict) else (None, "")
+    if not isinstance(text, str) or not text.strip() or not isinstance(context, str):
+        raise RequestError(
+            f'{path}, line {number}: expected {{"text": "...", "context": "..."}} with some text; got {line[:80]!r}.'
+        )
+    return Document(text, context)
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """Return the hex SHA-256 of documents, in order."""
+    content = json.dumps([[d.context, d.text] for d in documents], ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()
