@@ -11,21 +11,29 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lm_eval_deepen.config_options import build_options, choose_method, coerce, option_names
+from lm_eval_deepen.config_options import coerce, option_names
 from lm_eval_deepen.config_parse import (
     FROM_PRETRAINED_KEYS,
-    MEMBER_KEYS,
     given,
     is_ensemble_file,
     merge_file,
     parse_members,
-    unknown_key,
+)
+from lm_eval_deepen.config_seams import (
+    SEAMS,
+    Catalogue,
+    build_chosen,
+    check_keys,
+    check_names,
+    check_pooling,
+    choose_names,
+    elsewhere,
+    weigh,
 )
 from lm_eval_deepen.config_types import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CHAT_FALLBACK,
     DEFAULT_MAX_BATCH_SIZE,
-    DEFAULT_METHOD,
     DEFAULT_SEED,
     DEFAULT_SPECULATE,
     ChatFallback,
@@ -39,13 +47,18 @@ from lm_eval_deepen.errors import ConfigError
 __all__ = ["FROM_PRETRAINED_KEYS", "EnsembleConfig", "FrozenDict", "MemberConfig", "parse_config"]
 
 ENSEMBLE_KEYS = frozenset(
-    "members weights method compat seed chat_fallback matrix_dir batch_size max_batch_size speculate".split()
+    "members weights method weighting pooling compat seed chat_fallback matrix_dir batch_size max_batch_size "
+    "speculate self_check evidence".split()
 )
-_ONLY_IN_MEMBER = MEMBER_KEYS - {"pretrained", "hf_kwargs"}
 
 
 def parse_config(
-    raw: Mapping[str, Any], *, loading_keys: Collection[str], methods: Mapping[str, type]
+    raw: Mapping[str, Any],
+    *,
+    loading_keys: Collection[str],
+    methods: Mapping[str, type],
+    weightings: Mapping[str, type] | None = None,
+    poolings: Mapping[str, type] | None = None,
 ) -> EnsembleConfig:
     """Return the configuration that `raw` spells, validated before anything is loaded.
 
@@ -56,86 +69,66 @@ def parse_config(
         raw: what the harness hands to a model class: parsed inline arguments, JSON or YAML.
         loading_keys: arguments of the harness's ``HFLM``, accepted for every member.
         methods: fusion methods by name; the fields of each dataclass are its options.
+        weightings: weightings by name, likewise.
+        poolings: pooling methods by name, likewise.
 
     Raises:
         ConfigError: whatever cannot be honoured, naming the key and the remedy.
     """
     keys = given(raw)
+    catalogue = {"method": methods, "weighting": weightings or {}, "pooling": poolings or {}}
     if not is_ensemble_file(keys.get("pretrained")):
-        return _parse(keys, loading_keys, methods)
+        return _parse(keys, loading_keys, catalogue)
     try:
-        return _parse(merge_file(keys["pretrained"], keys), loading_keys, methods)
+        return _parse(merge_file(keys["pretrained"], keys), loading_keys, catalogue)
     except ConfigError as error:
         if str(keys["pretrained"]) in str(error):
             raise
         raise ConfigError(f"ensemble file {keys['pretrained']}: {error}") from error
 
 
-def _parse(
-    keys: Mapping[str, Any], loading_keys: Collection[str], methods: Mapping[str, type]
-) -> EnsembleConfig:
+def _parse(keys: Mapping[str, Any], loading_keys: Collection[str], catalogue: Catalogue) -> EnsembleConfig:
     """Parse keys in which no ensemble file is left."""
-    method = choose_method(keys.get("method", DEFAULT_METHOD), methods)
-    own = option_names(methods[method])
+    names = choose_names(keys, catalogue)
+    check_names(catalogue, ENSEMBLE_KEYS)
     loading = frozenset(loading_keys) - {"self", "kwargs"} | frozenset(FROM_PRETRAINED_KEYS)
-    check_method_names(methods)
-    loading -= ENSEMBLE_KEYS.union(*map(option_names, methods.values()))
-    check_keys(keys, method, methods, loading)
-    compat = coerce(keys["compat"], str, "compat") if "compat" in keys else None
-    options = build_options(method, methods[method], {k: keys[k] for k in own if k in keys}, compat)
-    elsewhere = {key: "belongs beside members, not inside a member" for key in ENSEMBLE_KEYS}
-    for name, fields in methods.items():
-        for key in option_names(fields):
-            elsewhere.setdefault(key, f"is an option of method {name!r}; give it beside members")
-    defaults = {k: v for k, v in keys.items() if k in loading or k in ("pretrained", "hf_kwargs")}
+    loading -= ENSEMBLE_KEYS.union(*(option_names(cls) for seam in SEAMS for cls in catalogue[seam].values()))
+    check_keys(keys, names, catalogue, ENSEMBLE_KEYS, loading)
+    method = build_chosen("method", names["method"], catalogue, keys, keys.get("compat"))
+    weighting = build_chosen("weighting", names["weighting"], catalogue, keys)
+    pooling = build_chosen("pooling", names["pooling"], catalogue, keys)
     members = parse_members(
-        keys.get("members"), defaults, keys.get("weights"), accepted=loading, elsewhere=elsewhere
+        keys.get("members"),
+        {k: v for k, v in keys.items() if k in loading or k in ("pretrained", "hf_kwargs")},
+        keys.get("weights"),
+        accepted=loading,
+        elsewhere=elsewhere(catalogue, ENSEMBLE_KEYS),
+        weigh=lambda given, count: weigh(weighting, given, count),
     )
+    check_pooling(keys, method, weighting, pooling, len(members))
     matrix_dir = keys.get("matrix_dir")
     if matrix_dir is not None and not isinstance(matrix_dir, (str, os.PathLike)):
         raise ConfigError(f"matrix_dir must be the path of a folder; got {matrix_dir!r}")
     return EnsembleConfig(
         members=members,
-        method=method,
-        options=FrozenDict(options),
-        compat=compat,
+        method=str(method.name),
+        options=FrozenDict(method.options),
+        weighting=weighting.name,
+        weighting_options=FrozenDict(weighting.options),
+        weights_change=weighting.built is not None and weighting.built.build() is not None,
+        weights_computed=weighting.built is not None and not weighting.built.TAKES_WEIGHTS,
+        pooling=pooling.name,
+        pooling_options=FrozenDict(pooling.options),
+        compat=keys.get("compat"),
         seed=coerce(keys.get("seed", DEFAULT_SEED), int, "seed"),
         chat_fallback=coerce(keys.get("chat_fallback", DEFAULT_CHAT_FALLBACK), ChatFallback, "chat_fallback"),
         matrix_dir=None if matrix_dir is None else os.fspath(matrix_dir),
         batch_size=parse_batch_size(keys.get("batch_size", DEFAULT_BATCH_SIZE)),
         max_batch_size=_positive(keys.get("max_batch_size", DEFAULT_MAX_BATCH_SIZE), "max_batch_size"),
         speculate=parse_speculate(keys.get("speculate", DEFAULT_SPECULATE)),
+        self_check=coerce(keys.get("self_check", True), bool, "self_check"),
+        evidence=parse_evidence(keys.get("evidence", {})),
     )
-
-
-def check_method_names(methods: Mapping[str, type]) -> None:
-    """Raise TypeError where a method's option has the name of one of our keys: keys are flat."""
-    for name, options in methods.items():
-        if clash := sorted(set(option_names(options)) & (ENSEMBLE_KEYS | MEMBER_KEYS)):
-            raise TypeError(f"fusion method {name!r}: options {clash} are keys of the ensemble; rename them")
-
-
-def check_keys(
-    keys: Mapping[str, Any], method: str, methods: Mapping[str, type], loading: frozenset[str]
-) -> None:
-    """Raise ConfigError for a key that is unknown, another method's, or a member's own."""
-    owners: dict[str, list[str]] = {}
-    for name, options in methods.items():
-        for key in option_names(options):
-            owners.setdefault(key, []).append(name)
-    known = ENSEMBLE_KEYS | MEMBER_KEYS | loading | set(owners)
-    for key in keys:
-        if key in _ONLY_IN_MEMBER:
-            raise ConfigError(
-                f"{key}={keys[key]!r} belongs inside a member: members: [{{pretrained: ..., {key}: ...}}]"
-            )
-        if key not in known:
-            raise ConfigError(unknown_key(key, known))
-        if key in owners and method not in owners[key]:
-            raise ConfigError(
-                f"{key} is an option of method {' and '.join(owners[key])}, not of {method!r}, which has: "
-                f"{', '.join(option_names(methods[method])) or 'none'}; remove {key} or change method"
-            )
 
 
 def parse_batch_size(value: Any) -> int | str:
@@ -143,6 +136,13 @@ def parse_batch_size(value: Any) -> int | str:
     if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
         return value
     return _positive(value, "batch_size", " (or auto, auto:N)")
+
+
+def parse_evidence(value: Any) -> FrozenDict:
+    """Return what `lm-eval-deepen tune` measured; it is shown in results and changes nothing."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"evidence must be a mapping, as `lm-eval-deepen tune` writes it; got {value!r}. Remove it.")
+    return FrozenDict(value)
 
 
 def parse_speculate(value: Any) -> Speculate:

@@ -1,9 +1,10 @@
-"""Options of a fusion method: flat keys checked against the fields of its dataclass."""
+"""Options of a method, weighting or pooling: flat keys checked against the fields of its dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,20 +16,23 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def option_names(options: type) -> tuple[str, ...]:
-    """Return the names of a method's options: the fields that its constructor takes."""
+    """Return the names of the options: the fields that the constructor takes."""
     return tuple(field.name for field in dataclasses.fields(options) if field.init)
 
 
-def choose_method(name: Any, methods: Mapping[str, type]) -> str:
-    """Return the method's name, or raise ConfigError with the nearest one and the list."""
-    if isinstance(name, str) and name in methods:
+def choose(name: Any, known: Mapping[str, type], kind: str = "method") -> str:
+    """Return a method's name, or raise ConfigError with the nearest one and the list."""
+    if isinstance(name, str) and name in known:
         return name
     raise ConfigError(
-        f"method {name!r} is unknown.{did_you_mean(str(name), methods)} Methods: {', '.join(sorted(methods))}"
+        f"{kind} {name!r} is unknown.{did_you_mean(str(name), known)} "
+        f"{kind.capitalize()}s: {', '.join(sorted(known)) or 'none'}"
     )
 
 
-def build_options(method: str, options: type, given: Mapping[str, Any], compat: str | None) -> dict[str, Any]:
+def build_options(
+    method: str, options: type, given: Mapping[str, Any], compat: str | None, kind: str = "method"
+) -> dict[str, Any]:
     """Return every option of a method, defaults filled in and types coerced.
 
     Args:
@@ -36,6 +40,7 @@ def build_options(method: str, options: type, given: Mapping[str, Any], compat: 
         options: its dataclass.
         given: the options given explicitly, all of them fields of `options`.
         compat: name of a profile of ``options.COMPAT`` to expand, or None.
+        kind: what it is: a ``method``, ``weighting`` or ``pooling``.
 
     Raises:
         ConfigError: a wrong type, a missing option, an unknown profile, or an option given
@@ -53,7 +58,7 @@ def build_options(method: str, options: type, given: Mapping[str, Any], compat: 
     for field in dataclasses.fields(options):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in values:
-            raise ConfigError(f"method {method!r} needs the option {field.name!r}; give {field.name}=...")
+            raise ConfigError(f"{kind} {method!r} needs the option {field.name!r}; give {field.name}=...")
     built = options(**values)
     return {key: getattr(built, key) for key in option_names(options)}
 
@@ -79,8 +84,11 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
 
     Raises:
         ConfigError: the value has no exact reading as that type.
-        TypeError: the annotation is not one of bool, int, float, str, Literal, None and unions of these.
+        TypeError: the annotation is not one of bool, int, float, str, Literal, None and unions of these, or
+            ``tuple[float, ...]``.
     """
+    if hint == tuple[float, ...]:
+        return _numbers(value, key)
     arms = _arms(hint)
     for arm in arms:
         if arm is type(value) or (_is_literal(arm) and _literal_match(value, arm)):
@@ -90,6 +98,16 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         if number is not None and (arm is float or number.is_integer()):
             return int(number) if arm is int else number
     raise ConfigError(f"{key} must be {_describe(arms)}; got {value!r}.{_nearest(value, arms)}")
+
+
+def _numbers(value: Any, key: str) -> tuple[float, ...]:
+    """Return a list of numbers, ``0.6+0.4`` inline, or one number."""
+    parts = re.split(r"(?<![eE])\+", value) if isinstance(value, str) else value  # 1e+0 is one number
+    parts = parts if isinstance(parts, (list, tuple)) else [parts]
+    found = tuple(number for number in map(to_number, parts) if number is not None)
+    if len(found) < len(parts) or not parts:
+        raise ConfigError(f"{key} must be a list of finite numbers (inline: 0.6+0.4); got {value!r}.")
+    return found
 
 
 def to_number(value: Any) -> float | None:
@@ -109,7 +127,8 @@ def _arms(hint: Any) -> tuple[Any, ...]:
         return tuple(arm for part in typing.get_args(hint) for arm in _arms(part))
     if hint not in _WORDS and not _is_literal(hint):
         raise TypeError(
-            f"option annotation {hint!r} is not supported; use bool, int, float, str, Literal, None, unions"
+            f"option annotation {hint!r} is not supported; use bool, int, float, str, Literal, None, unions, "
+            "tuple[float, ...]"
         )
     return (hint,)
 

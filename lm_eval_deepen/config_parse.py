@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
-from lm_eval_deepen.config_weights import parse_temperature, parse_weights
+from lm_eval_deepen.config_weights import given_weights, parse_temperature
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 # Arguments of `from_pretrained` that are accepted without `hf_kwargs`.
@@ -124,6 +124,7 @@ def parse_members(
     *,
     accepted: frozenset[str],
     elsewhere: Mapping[str, str],
+    weigh: Callable[[list[float] | None, int], Sequence[float]],
 ) -> tuple[MemberConfig, ...]:
     """Return the members of an ensemble, the main member first.
 
@@ -133,6 +134,7 @@ def parse_members(
         weights: the value of `weights`, or None.
         accepted: keys a member may have besides `MEMBER_KEYS`.
         elsewhere: other known keys -> what is said about one that is found inside a member.
+        weigh: returns the members' weights, from those given (None for none) and the number of members.
     """
     entries = member_entries(raw, defaults)
     full = [merge_defaults(entry, defaults, i) for i, entry in enumerate(entries)]
@@ -145,7 +147,7 @@ def parse_members(
             f"pretrained={main} is not the first of members ({full[0]['pretrained']}); "
             "members includes the main member, first: put it there, or leave pretrained out"
         )
-    shares = parse_weights(weights, [entry.get("weight") for entry in full])
+    shares = weigh(given_weights(weights, [entry.get("weight") for entry in full]), len(full))
     names = member_names(full)
     return tuple(
         MemberConfig(

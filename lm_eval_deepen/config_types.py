@@ -124,9 +124,10 @@ class MemberConfig:
         """Return the unchecked ``from_pretrained`` arguments as plain data."""
         return thaw(self.hf_kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, with_weight: bool = True) -> dict[str, Any]:
         """Return the member as the configuration spells it; access tokens are left out."""
-        shown = {"name": self.name, "pretrained": self.pretrained, "weight": self.weight}
+        shown: dict[str, Any] = {"name": self.name, "pretrained": self.pretrained}
+        shown |= {"weight": self.weight} if with_weight else {}
         shown |= {"temperature": self.temperature} | _without(self.loading, SECRET_KEYS)
         hidden = _without(self.hf_kwargs, SECRET_KEYS)
         return shown | ({"hf_kwargs": hidden} if hidden else {})
@@ -140,6 +141,12 @@ class EnsembleConfig:
         members: the main member first.
         method: name of the fusion method.
         options: every option of the method, defaults filled in.
+        weighting: where the weights come from; None where they are given, or equal.
+        weighting_options: every option of the weighting.
+        weights_change: whether the weighting changes them while a run goes on.
+        weights_computed: whether the weighting makes them from nothing that is given.
+        pooling: how the members' own answers are combined; None where their steps are fused.
+        pooling_options: every option of the pooling method.
         compat: name of the expanded compatibility profile, or None.
         seed: seeds whatever is drawn at random.
         chat_fallback: what a member without a chat template does with a conversation: ``error`` or ``plain``.
@@ -147,11 +154,19 @@ class EnsembleConfig:
         batch_size: a positive number, ``auto`` or ``auto:N``.
         max_batch_size: limit of ``auto``.
         speculate: where drafts of greedy texts come from: ``off``, ``lookup`` or ``draft``; changes no text.
+        self_check: whether an evaluation measures the ensemble on a small text first; changes no result.
+        evidence: what a search for these options measured, for the results file.
     """
 
     members: tuple[MemberConfig, ...]
     method: str = DEFAULT_METHOD
     options: FrozenDict = field(default_factory=FrozenDict)
+    weighting: str | None = None
+    weighting_options: FrozenDict = field(default_factory=FrozenDict)
+    weights_change: bool = False
+    weights_computed: bool = False
+    pooling: str | None = None
+    pooling_options: FrozenDict = field(default_factory=FrozenDict)
     compat: str | None = None
     seed: int = DEFAULT_SEED
     chat_fallback: ChatFallback = DEFAULT_CHAT_FALLBACK
@@ -159,6 +174,8 @@ class EnsembleConfig:
     batch_size: int | str = DEFAULT_BATCH_SIZE
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     speculate: Speculate = DEFAULT_SPECULATE
+    self_check: bool = True
+    evidence: FrozenDict = field(default_factory=FrozenDict)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -168,6 +185,11 @@ class EnsembleConfig:
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options, by the names of its dataclass fields."""
         return thaw(self.options)
+
+    @property
+    def fuses_steps(self) -> bool:
+        """Whether the method is used: there is no pooling, or the fused ensemble takes part in it."""
+        return self.pooling is None or bool(self.pooling_options.get("with_fused", False))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of everything that influences results.
@@ -191,6 +213,10 @@ class EnsembleConfig:
             "seed": self.seed,
             "chat_fallback": self.chat_fallback,
         }
+        if self.weights_change:  # else the members' weights say all
+            facts["weighting"] = {"name": self.weighting, **thaw(self.weighting_options)}
+        if self.pooling is not None:
+            facts["pooling"] = {"name": self.pooling, **thaw(self.pooling_options)}
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -201,17 +227,22 @@ class EnsembleConfig:
         """
         shown: dict[str, Any] = {
             "pretrained": self.members[0].pretrained,
-            "members": [member.to_dict() for member in self.members],
-            "method": self.method,
-            **self.options_dict(),
+            "members": [member.to_dict(with_weight=not self.weights_computed) for member in self.members],
+            **({"method": self.method, **self.options_dict()} if self.fuses_steps else {}),
+            **thaw(self.weighting_options),
+            **thaw(self.pooling_options),
             "seed": self.seed,
             "chat_fallback": self.chat_fallback,
             "batch_size": self.batch_size,
             "max_batch_size": self.max_batch_size,
             "speculate": self.speculate,
+            "self_check": self.self_check,
         }
-        if self.compat is not None:
-            shown["compat"] = self.compat
+        for key in ("weighting", "pooling", "compat"):
+            if getattr(self, key) is not None:
+                shown[key] = getattr(self, key)
+        if self.evidence:
+            shown["evidence"] = thaw(self.evidence)
         if self.matrix_dir is not None:
             shown["matrix_dir"] = self.matrix_dir
         return shown

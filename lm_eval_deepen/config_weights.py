@@ -22,7 +22,13 @@ def parse_temperature(value: Any, name: str) -> float:
 
 
 def parse_weights(listed: Any, own: Sequence[Any]) -> list[float]:
-    """Return the members' weights, summing to 1; uniform where none are given.
+    """Return the members' weights, summing to 1; uniform where none are given. Arguments as `given_weights`."""
+    found = given_weights(listed, own)
+    return [1 / len(own)] * len(own) if found is None else found
+
+
+def given_weights(listed: Any, own: Sequence[Any]) -> list[float] | None:
+    """Return the members' weights, summing to 1; None where none are given.
 
     Args:
         listed: the value of `weights`: a list, ``0.6+0.4`` inline, one number, or None.
@@ -32,7 +38,7 @@ def parse_weights(listed: Any, own: Sequence[Any]) -> list[float]:
     if listed is not None and any(with_own):
         raise ConfigError("weights and a member's own weight are both given; keep one of the two spellings")
     if listed is None and not any(with_own):
-        return [1 / len(own)] * len(own)
+        return None
     if listed is None and not all(with_own):
         missing = ", ".join(f"members[{i}]" for i, has in enumerate(with_own) if not has)
         raise ConfigError(f"weight is missing for {missing}; give every member a weight, or none")

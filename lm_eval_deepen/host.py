@@ -19,6 +19,7 @@ from lm_eval_deepen.caches import claim
 from lm_eval_deepen.config import EnsembleConfig, parse_config
 from lm_eval_deepen.distributed import Ranks, shared
 from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.checks import examine
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import option_classes
@@ -95,6 +96,7 @@ class DeepenLM(Answering):
         self.adopt(ensemble)
         self.ranks = ranks
         self.traces = [ensemble.trace]  # of all processes
+        self.findings: dict[str, Any] | None = None  # of the self-check
         self._device = ensemble.device
         self.pool = None
         if ensemble.config.pooling is not None:
@@ -120,7 +122,10 @@ class DeepenLM(Answering):
     def get_model_info(self) -> dict[str, Any]:
         """Return what ``hf`` reports of the main member, and everything about the ensemble under ``deepen``."""
         counts = Trace.total(self.traces).summary()
-        return {**self._main.get_model_info(), "deepen": {**self.ensemble.describe(), **counts}}
+        described = {**self.ensemble.describe(), **counts, "self_check": self.findings}
+        if self.ensemble_config.evidence:
+            described["evidence"] = self.ensemble_config.to_dict()["evidence"]
+        return {**self._main.get_model_info(), "deepen": described}
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Tie a response cache to this ensemble: its keys hold the request alone.
@@ -152,6 +157,7 @@ class DeepenLM(Answering):
 
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         """Return the answers; each goes into the response cache as soon as it is there."""
+        self._check_once()
         answers: list[Any] = [None] * len(requests)
         quiet = disable_tqdm or self.ranks.index != 0
         source = self if self.pool is None else self.pool
@@ -161,6 +167,14 @@ class DeepenLM(Answering):
                 self.cache_hook.add_partial(kind, requests[index].args, answer)
                 progress.update()
         return answers
+
+    def _check_once(self) -> None:
+        """Measure the ensemble on the text that ships, before the first request, and say what its user should know."""
+        if self.findings is not None or not self.ensemble_config.self_check or self.ranks.index != 0:
+            return
+        self.findings = examine(self.ensemble)
+        for warning in self.findings.get("warnings", ()):
+            log.warning("%s: %s", warning["code"], warning["message"])
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
         """Score token requests of the main member; the harness calls this through `loglikelihood` only."""

@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How a member's tokenizer spells a continuation that begins anywhere.
+
+    Attributes:
+        encode: returns the canonical token ids of some bytes; None, or VocabularyError, where it cannot spell them.
+        fingerprint: a digest of the tokenizer; two with the same vocabulary may merge differently.
+    """
+
+    encode: Callable[[bytes], Sequence[int] | None]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class MemberView:
     """What a fusion method may know of a member.
 
@@ -28,12 +41,18 @@ class MemberView:
         vocabulary: its pieces as bytes, one per logit [V].
         load_embeddings: returns the input embedding rows [V, d] (any float dtype, any device).
         load_fingerprint: returns a hex digest of the embedding rows; computed on demand.
+        load_output_embeddings: returns the rows of the output head [V, d'], read-only; None says that the head
+            is tied to the input embeddings.
+        spelling: the member's tokenizer on bytes; None where there is none, and the longest piece that some
+            bytes begin with stands for their first token.
     """
 
     name: str
     vocabulary: ByteVocab
     load_embeddings: Callable[[], Tensor]
     load_fingerprint: Callable[[], str]
+    load_output_embeddings: Callable[[], Tensor] | None = None
+    spelling: Spelling | None = None
 
 
 @dataclass(frozen=True)

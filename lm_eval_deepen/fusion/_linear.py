@@ -1,0 +1,147 @@
+"""Methods that map each member's distribution to common pieces by a fixed sparse matrix, and average there.
+
+GaC, MinED and EVA are one formula, p = sum_m w_m p_m T_m, with T_m [V_m, K] of their own making.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.fusion._rows import (
+    TINY,
+    Kept,
+    Roles,
+    finish,
+    keep,
+    left_alone,
+    roles_of,
+    shares_of,
+    within_groups,
+)
+from lm_eval_deepen.fusion.seam import Fused
+from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.support import sit_out
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
+
+
+class LinearFuser:
+    """Averages the members' mapped distributions.
+
+    A member's row is taken given text or end of text. End of text is one event, and so are pieces with the same
+    bytes: their fused mass goes to the main member's ids in proportion to its own. Where a map loses mass
+    (a piece without a counterpart) the result is renormalised.
+
+    Attributes:
+        out_vocab: the K pieces of the result, the main member's V_0 first.
+        facts: what the maps are, for the diagnostics of a run.
+    """
+
+    def __init__(
+        self,
+        out_vocab: ByteVocab,
+        vocabularies: Sequence[ByteVocab],
+        maps: Sequence[SparseMatrix],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Take the members' vocabularies and the maps [V_m, K] of all but the main one; nothing is computed."""
+        self.out_vocab, self.facts = out_vocab, facts or {}
+        with_end = bool(vocabularies[0].eos)
+        roles = tuple(roles_of(vocabulary, with_end=with_end) for vocabulary in vocabularies)
+        self._placed = {torch.device("cpu"): (roles, tuple(maps))}
+
+    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return rows [B] in which no other member takes part."""
+        return left_alone(tuple(logp), weights)
+
+    def shares(self, mapped: Sequence[Tensor], shares: Tensor) -> Tensor:
+        """Return the members' shares [B, M] of the average, given their mapped distributions [B, K]."""
+        return shares
+
+    @torch.no_grad()
+    def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
+        """Fuse rows; see the seam for shapes.
+
+        Stats: ``end_mass`` of the result; ``unmapped_mass``, the weighted mass of pieces without a counterpart;
+        ``dropped_control_mass``, the weighted mass of the other members' control pieces and unused ids.
+        """
+        device = logp[0].device
+        roles, maps = self._on(device)
+        width = len(self.out_vocab) + sum(rows.shape[1] for rows in logp)
+        step = max(1, CHUNK_BYTES // (16 * width))
+        parts = []
+        for start in range(0, max(1, len(weights)), step):
+            chunk = slice(start, start + step)
+            rows = [member[chunk].to(device) for member in logp]
+            parts.append(self._fuse(rows, weights[chunk].to(device), roles, maps))
+        stats = {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats}
+        return Fused(torch.cat([part.logp for part in parts]), stats)
+
+    def _on(self, device: torch.device) -> tuple[tuple[Roles, ...], tuple[SparseMatrix, ...]]:
+        if device not in self._placed:
+            roles, maps = self._placed[torch.device("cpu")]
+            self._placed[device] = tuple(r.to(device) for r in roles), tuple(m.to(device) for m in maps)
+        return self._placed[device]
+
+    def _fuse(
+        self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]
+    ) -> Fused:
+        main, size, active = logp[0], logp[0].shape[1], weights > 0
+        parts = [keep(main, roles[0])]
+        parts += [keep(sit_out(logp[m], active[:, m]), roles[m]) for m in range(1, len(logp))]
+        own = parts[0].logp
+        mapped = [torch.nn.functional.pad(own.exp(), (0, len(self.out_vocab) - size))]
+        for part, matrix in zip(parts[1:], maps, strict=True):
+            mapped.append(spread(matrix.full().project(part.logp.exp()), own, roles[0]))
+        shares = self.shares(mapped, shares_of(weights, parts))
+        total = mapped[0] * shares[:, :1]
+        for m in range(1, len(mapped)):
+            total.add_(mapped[m] * shares[:, m, None])
+        mass = total.sum(1)
+        usable = parts[0].valid & (mass > TINY)
+        scale = torch.where(usable, mass, 1.0).log()
+        out = total.log_().sub_(scale[:, None])
+        # what underflows as a probability still has a logarithm
+        floor = own + (shares[:, 0].log() - scale)[:, None]
+        torch.maximum(out[:, :size], floor, out=out[:, :size])
+        out = finish(out, main, parts[0], roles[0], usable)
+        return Fused(out, self._stats(out, parts, mapped, shares, weights))
+
+    def _stats(
+        self, out: Tensor, parts: Sequence[Kept], mapped: Sequence[Tensor], shares: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        eos = sorted(set(self.out_vocab.eos))
+        lost = torch.stack([(1 - rows.sum(1)).clamp(0, 1) for rows in mapped[1:]], dim=1)
+        dropped = torch.stack([part.dropped for part in parts[1:]], dim=1)
+        return {
+            "end_mass": out[:, eos].exp().sum(1),
+            "unmapped_mass": (shares[:, 1:] * lost).sum(1),
+            "dropped_control_mass": (weights[:, 1:] * dropped).sum(1),
+        }
+
+
+def spread(mapped: Tensor, own: Tensor, roles: Roles) -> Tensor:
+    """Share the mass that arrived at the leader of a group among the group's ids, in place.
+
+    Args:
+        mapped: another member's mass on common pieces [B, K]; all of a group's at its leader.
+        own: the main member's log-probabilities [B, V_0], which give the proportions.
+        roles: the main member's ids by role.
+    """
+    if len(roles.groups):
+        given = within_groups(own, roles).exp() * mapped[:, roles.leaders, None]
+        mapped[:, roles.groups[roles.in_group]] = given[:, roles.in_group]
+    return mapped
+
+
+def one_to_one(targets: Tensor, columns: int) -> SparseMatrix:
+    """Return the map [V_m, K] that sends every piece to the column `targets` [V_m], and -1 nowhere."""
+    found = targets >= 0
+    lost = (~found).to(torch.float32)
+    return SparseMatrix(found.to(torch.float32)[:, None], targets.clamp(min=0).to(torch.int32)[:, None], columns, lost)
+

@@ -1,0 +1,100 @@
+"""Maps between vocabularies that take long to make: made once, kept in the folder of the relative matrices.
+
+They have the file format of a sparse relative matrix: an identity that is checked, a checksum, one write.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.errors import MatrixError, VocabularyError
+from lm_eval_deepen.fusion.seam import MemberView, Spelling
+from lm_eval_deepen.relative.files import identity_hash, locked, read_matrix, write_matrix
+from lm_eval_deepen.relative.matrix import SparseMatrix
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.relative.store import MatrixStore
+
+FORMAT = "lm-eval-deepen-map-1"
+HASH_LENGTH = 12  # hex digits of the identity in a file name; the whole identity is checked on load
+
+
+def stored_map(
+    store: MatrixStore, member: MemberView, kind: str, identity: Mapping[str, Any], build: Callable[[], SparseMatrix]
+) -> tuple[SparseMatrix, dict[str, Any]]:
+    """Return a map [V_m, K] and its facts; where its file is missing, build it while other processes wait.
+
+    Args:
+        store: gives the folder.
+        member: whose map it is, for the file name and messages.
+        kind: what the map is, for the file name.
+        identity: everything that decides its content.
+        build: makes it.
+
+    Raises:
+        MatrixError: a damaged file, or a folder that cannot be written.
+    """
+    identity = {"format": FORMAT, "kind": kind, **identity}
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
+    short = identity_hash(identity)[:HASH_LENGTH]
+    # a map does not depend on the member's name: one that was made under another name is used
+    path = next(iter(sorted(store.folder.glob(f"*-{short}.safetensors"))), None)
+    if path is None:
+        path = store.folder / f"{kind}-{slug[:80]}-{short}.safetensors"
+        _build(path, identity, build)
+    matrix = read_matrix(path, identity, member.name)
+    if not isinstance(matrix, SparseMatrix):
+        raise MatrixError(f"Map file {path} holds a dense matrix. Delete it; it is built anew on the next use.")
+    return matrix, {"member": member.name, "file": path.name, "bytes": path.stat().st_size}
+
+
+def _build(path: Path, identity: Mapping[str, Any], build: Callable[[], SparseMatrix]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have built it while this one waited
+                started = time.monotonic()
+                matrix = build()
+                write_matrix(path, matrix, [], identity, time.monotonic() - started)
+    except OSError as error:
+        raise MatrixError(
+            f"Matrix folder {path.parent} cannot be used ({error}). Give a folder that can be written, with "
+            "matrix_dir or XDG_CACHE_HOME."
+        ) from error
+
+
+def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:
+    """Return the id of the first token that a member spells each of some pieces with, -1 for none [n].
+
+    By its tokenizer; for a member without one it is the longest piece that the bytes begin with.
+    """
+    vocabulary = member.vocabulary
+    found = torch.full((len(pieces),), -1, dtype=torch.int64)
+    longest = max(map(len, vocabulary.ids_of), default=0)
+    for n, piece in enumerate(pieces):
+        if member.spelling is not None:
+            found[n] = _first_token(member.spelling, piece)
+            continue
+        beginnings = (piece[:end] for end in range(min(len(piece), longest), 0, -1))
+        found[n] = next((vocabulary.ids_of[part][0] for part in beginnings if part in vocabulary.ids_of), -1)
+    return found
+
+
+def _first_token(spelling: Spelling, piece: bytes) -> int:
+    try:
+        ids = spelling.encode(piece)
+    except VocabularyError:  # some tokenizers drop characters that they have no piece for: as good as None
+        return -1
+    return ids[0] if ids else -1
+
+
+def spelling_fingerprint(member: MemberView) -> str:
+    """Return what decides `first_pieces` beside the pieces."""
+    return member.vocabulary.fingerprint + (f":{member.spelling.fingerprint}" if member.spelling else ":longest")

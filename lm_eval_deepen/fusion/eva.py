@@ -1,0 +1,221 @@
+"""EVA: align vocabularies by their output embeddings, and average over the main one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lm_eval_deepen.errors import ConfigError, MatrixError
+from lm_eval_deepen.fusion._linear import LinearFuser
+from lm_eval_deepen.fusion._maps import stored_map
+from lm_eval_deepen.fusion._rows import text_ids
+from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.topk import largest
+from lm_eval_deepen.vocabulary.anchors import AnchorSet, find_anchors
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.relative.store import MatrixStore
+
+BLOCK_BYTES = 64 << 20  # cosines of one block of rows, fp32
+HASH_ROWS = 8192
+
+
+@fusion("eva", paper="arXiv:2404.09492")
+@dataclass(frozen=True)
+class Eva:
+    """Options of ``method: eva``, ensemble via vocabulary alignment.
+
+    An orthogonal projection that takes the output embeddings of the common pieces of one member closest to those of
+    the main member (Procrustes; section 3.1) makes all pieces comparable. A piece goes to its most similar main
+    pieces in proportion to the cosines, which are taken of rows of length 1, centred, again of length 1. The
+    published code leaves the rows unnormalised, which lowers a member's weight where its cosines are low, and takes
+    ids 0 to 2 for the control pieces of any model; here rows sum to 1, and roles come from the tokenizer. It ranks
+    by a cosine corrected for hubs (CSLS), and cuts distributions to their top 320 first; neither is done here.
+
+    Attributes:
+        neighbours: main pieces that a piece goes to.
+        similarity_floor: cosine below which a main piece is no neighbour; a piece without any is dropped, and
+            what is left renormalised.
+        filter_top: leave a member out of a step where its most likely piece is not among this many most likely
+            pieces of any other member (section 3.3); where that leaves out all, none is. Off by default.
+    """
+
+    neighbours: int = 10
+    similarity_floor: float = 0.2
+    filter_top: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("neighbours", "filter_top"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and not (name == "filter_top" and value is None):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not (isinstance(self.similarity_floor, int | float) and 0 <= self.similarity_floor < 1):
+            raise ConfigError(
+                f"similarity_floor must be a cosine of at least 0 and below 1, got {self.similarity_floor!r}."
+            )
+
+    def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> list[AnchorSet]:
+        """Return the pieces that each other member has in common with the main one.
+
+        Raises:
+            VocabularyError: too few of them.
+        """
+        return [
+            find_anchors([vocabulary, vocabularies[0]], names=[name, names[0]])
+            for vocabulary, name in zip(vocabularies[1:], names[1:], strict=True)
+        ]
+
+    def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
+        """Map every vocabulary to the main one; the maps are kept in the store's folder.
+
+        Raises:
+            VocabularyError: a member without enough common pieces.
+            MatrixError: unusable embeddings, a folder that cannot be written, or a damaged file.
+        """
+        main = members[0]
+        common = self.check([member.vocabulary for member in members], [member.name for member in members])
+        maps, facts = [], []
+        for member, anchors in zip(members[1:], common, strict=True):
+            identity = {
+                "tokenizer": member.vocabulary.fingerprint,
+                "main": main.vocabulary.fingerprint,
+                "embedding": _fingerprint(member),
+                "main_embedding": _fingerprint(main),
+                "neighbours": self.neighbours,
+                "similarity_floor": float(self.similarity_floor),
+            }
+
+            def build(member: MemberView = member, anchors: AnchorSet = anchors) -> SparseMatrix:
+                return align(member, main, anchors, self.neighbours, self.similarity_floor, store.progress)
+
+            found, fact = stored_map(store, member, "eva", identity, build)
+            maps.append(found)
+            facts.append({**fact, "common_pieces": len(anchors)})
+        vocabularies = [member.vocabulary for member in members]
+        return EvaFuser(self.filter_top, main.vocabulary, vocabularies, maps, {"maps": facts})
+
+
+def _output_rows(member: MemberView) -> Tensor:
+    rows = (member.load_output_embeddings or member.load_embeddings)()
+    size = len(member.vocabulary)
+    if rows.ndim != 2 or len(rows) < size or not all(bool(x.isfinite().all()) for x in rows.split(HASH_ROWS)):
+        raise MatrixError(
+            f"Member {member.name!r} has output embeddings of shape {tuple(rows.shape)} for {size} pieces: one finite "
+            "row per piece is needed. Its weights are damaged, or its model and tokenizer do not belong together."
+        )
+    return rows[:size]
+
+
+def _fingerprint(member: MemberView) -> str:
+    """Return a digest of the output embeddings; tied ones have that of the input embeddings."""
+    if member.load_output_embeddings is None:
+        return member.load_fingerprint()
+    rows = member.load_output_embeddings()
+    if rows.data_ptr() == member.load_embeddings().data_ptr():
+        return member.load_fingerprint()
+    digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
+    for part in rows.split(HASH_ROWS):
+        digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-12)
+
+
+def _normalised(rows: Tensor, ids: Tensor) -> Tensor:
+    """Return rows `ids` [n, d] of length 1 about their mean, fp32; a zero row stays one."""
+    found = _unit(rows[ids.to(rows.device)].to(torch.float32))
+    return _unit(found - found.mean(0))
+
+
+def procrustes(source: Tensor, target: Tensor) -> Tensor:
+    """Return W [d, d'] with orthonormal rows or columns that brings source W closest to `target` [n, d']."""
+    u, _, v = torch.linalg.svd(source.double().T @ target.double(), full_matrices=False)
+    return (u @ v).to(torch.float32)
+
+
+def chosen_ids(vocabulary: ByteVocab) -> dict[bytes, int]:
+    """Return the id whose embedding stands for a piece: as for anchors, rather no ``<0xNN>`` piece."""
+    return {
+        piece: next((i for i in ids if i not in vocabulary.byte_fallback), ids[0])
+        for piece, ids in text_ids(vocabulary).items()
+    }
+
+
+@torch.no_grad()
+def align(
+    member: MemberView, main: MemberView, common: AnchorSet, neighbours: int, floor: float, progress: bool = False
+) -> SparseMatrix:
+    """Return the map of a member's pieces to their neighbours among the main member's [V_m, V_0]."""
+    own, theirs = chosen_ids(member.vocabulary), chosen_ids(main.vocabulary)
+    rows, targets = _output_rows(member), _output_rows(main)
+    ids, others = torch.tensor(list(own.values())), torch.tensor(list(theirs.values()))
+    source, target = _normalised(rows, ids), _normalised(targets, others).to(rows.device)
+    place = {piece: n for n, piece in enumerate(own)}
+    other_place = {piece: n for n, piece in enumerate(theirs)}
+    shared = [place[piece] for piece in common.pieces], [other_place[piece] for piece in common.pieces]
+    source = _unit(source @ procrustes(source[shared[0]], target[shared[1]]))
+
+    leaders = torch.tensor([group[0] for group in text_ids(main.vocabulary).values()])  # in the order of `theirs`
+    width, block = min(neighbours, len(leaders)), max(16, BLOCK_BYTES // (4 * len(target)))
+    parts = []
+    with tqdm(total=len(source), unit="row", desc=f"alignment of {member.name}", disable=not progress) as bar:
+        for start in range(0, len(source), block):
+            cosines, found = largest(source[start : start + block] @ target.T, width)
+            parts.append((torch.where(cosines >= max(floor, 1e-6), cosines, 0.0).cpu(), leaders[found.cpu()].int()))
+            bar.update(len(found))
+    groups = list(text_ids(member.vocabulary).values())  # in the order of `own`: equal bytes have equal rows
+    rows_of = torch.tensor([n for n, group in enumerate(groups) for _ in group])
+    every_id = torch.tensor([i for group in groups for i in group])
+    values = torch.zeros(len(member.vocabulary), width)
+    indices = torch.zeros(len(member.vocabulary), width, dtype=torch.int32)
+    values[every_id] = torch.cat([part[0] for part in parts])[rows_of]
+    indices[every_id] = torch.cat([part[1] for part in parts])[rows_of]
+    if main.vocabulary.eos:
+        for i in set(member.vocabulary.eos):
+            values[i] = torch.tensor([1.0] + [0.0] * (width - 1))
+            indices[i] = min(main.vocabulary.eos)
+    return SparseMatrix(values.half(), indices, len(main.vocabulary), (values.sum(1) == 0).float())
+
+
+class EvaFuser(LinearFuser):
+    """Averages over the main vocabulary, without the members that no other agrees with."""
+
+    def __init__(
+        self,
+        filter_top: int | None,
+        out_vocab: ByteVocab,
+        vocabularies: Sequence[ByteVocab],
+        maps: Sequence[SparseMatrix],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Take the option and what a `LinearFuser` takes."""
+        super().__init__(out_vocab, vocabularies, maps, facts)
+        self.filter_top = filter_top
+
+    def shares(self, mapped: Sequence[Tensor], shares: Tensor) -> Tensor:
+        """Return the shares [B, M] of the members that pass the filter; all where none does."""
+        if self.filter_top is None:
+            return shares
+        best = torch.stack([rows.argmax(1) for rows in mapped], dim=1)  # [B, M]
+        top = [largest(rows, min(self.filter_top, rows.shape[1]))[1] for rows in mapped]
+        passed = torch.zeros_like(shares, dtype=torch.bool)
+        for m in range(len(mapped)):
+            for other in range(len(mapped)):
+                if other != m:
+                    agrees = (top[other] == best[:, m, None]).any(1) & (shares[:, other] > 0)
+                    passed[:, m] |= agrees & (shares[:, m] > 0)
+        left = torch.where(passed.any(1, keepdim=True), shares * passed, shares)
+        return left / left.sum(1, keepdim=True).clamp(min=math.ulp(0.0))

@@ -1,0 +1,73 @@
+"""GaC: average the members' distributions over the union of their vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
+from lm_eval_deepen.fusion._union import unite_vocabularies
+from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.relative.store import MatrixStore
+
+
+@fusion("gac", paper="arXiv:2406.12585")
+@dataclass(frozen=True)
+class Gac:
+    """Options of ``method: gac``, "token generation as classification" over the union vocabulary.
+
+    A piece's fused probability is the weighted sum of its members' probabilities, 0 in a member that lacks it
+    (section 3.2). Pieces are compared as bytes; the published code compares strings, so it loses non-ASCII pieces
+    of unlike tokenizers, and gives a string that several ids share to one of them only. Here the ids of one
+    byte string have one mass. A score is a lower bound: union-only pieces share the normaliser.
+
+    Attributes:
+        threshold: fuse only where the main member's highest probability is below this (section 3.4, "gate
+            model"); by default every row is fused.
+    """
+
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ConfigError(f"threshold must be a probability above 0 and at most 1, got {self.threshold!r}.")
+
+    def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
+        """Map every vocabulary to the union; nothing is stored."""
+        vocabularies = [member.vocabulary for member in members]
+        union = unite_vocabularies(vocabularies)
+        maps = [one_to_one(columns, len(union.vocabulary)) for columns in union.columns[1:]]
+        facts = {"union_pieces": len(union.vocabulary)}
+        return GacFuser(self.threshold, union.vocabulary, vocabularies, maps, facts)
+
+
+class GacFuser(LinearFuser):
+    """Averages over the union vocabulary, where the main member is unsure."""
+
+    def __init__(
+        self,
+        threshold: float | None,
+        out_vocab: ByteVocab,
+        vocabularies: Sequence[ByteVocab],
+        maps: Sequence[SparseMatrix],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Take the threshold and what a `LinearFuser` takes."""
+        super().__init__(out_vocab, vocabularies, maps, facts)
+        self.threshold = threshold
+
+    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return rows [B] without another member, or in which the main member is sure."""
+        left = super().skip(logp, weights)
+        if self.threshold is not None:
+            left |= logp[0].float().amax(1).exp() >= self.threshold
+        return left

@@ -1,0 +1,82 @@
+"""Minimum Bayes risk: the answer that is most like the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
+
+ORDERS = range(1, 7)  # chrF: character n-grams of 1 to 6, recall counting twice as much as precision
+BETA_SQUARED = 4.0
+
+
+@pooling("mbr", paper="arXiv:2005.10283")
+@dataclass(frozen=True)
+class Mbr:
+    """Options of ``pooling: mbr``: the text of highest expected utility, with all texts as references.
+
+    A text's expected utility is the weighted mean of its utility against every answerer's text, its own among
+    them. A tie goes to the fused ensemble's answer, else to the earliest member's.
+
+    Attributes:
+        with_fused: the step-fused ensemble answers as well, with the weight of an average member (DeePEn, arXiv
+            2404.12715, combined with MBR).
+        utility: ``chrf`` (character n-grams, Popović 2015) or ``f1`` (words).
+    """
+
+    with_fused: bool = False
+    utility: Literal["chrf", "f1"] = "chrf"
+    REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        if self.utility not in ("chrf", "f1"):
+            raise ConfigError(f"utility must be 'chrf' or 'f1', got {self.utility!r}.")
+
+    def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
+        """Combine texts; see the seam. Stats: ``expected_utility`` of the winner, in [0, 1]."""
+        shares = ballots(len(answers), weights)
+        utility = chrf if self.utility == "chrf" else word_f1
+        total = sum(shares)
+        scores = [
+            sum(share * utility(text, other) for share, other in zip(shares, answers, strict=True)) / total
+            for text in answers
+        ]
+        winner = best(scores, len(weights))
+        return Pooled(answers[winner], {"expected_utility": scores[winner]})
+
+
+def chrf(text: str, reference: str) -> float:
+    """Return the character n-gram F-score of a text, in [0, 1]; white space does not count, equal texts have 1."""
+    text, reference = "".join(text.split()), "".join(reference.split())
+    if text == reference:
+        return 1.0
+    scores = []
+    for n in ORDERS:
+        mine, theirs = _ngrams(text, n), _ngrams(reference, n)
+        if not mine and not theirs:
+            continue
+        common = (mine & theirs).total()
+        if not common:
+            scores.append(0.0)
+            continue
+        precision, recall = common / mine.total(), common / theirs.total()
+        scores.append((1 + BETA_SQUARED) * precision * recall / (BETA_SQUARED * precision + recall))
+    return sum(scores) / len(scores)
+
+
+def _ngrams(text: str, n: int) -> Counter[str]:
+    return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+
+def word_f1(text: str, reference: str) -> float:
+    """Return the F1 of a text's words, in [0, 1], without regard to case; equal texts have 1."""
+    mine, theirs = Counter(text.casefold().split()), Counter(reference.casefold().split())
+    if mine == theirs:
+        return 1.0
+    common = (mine & theirs).total()
+    return 2 * common / (mine.total() + theirs.total())

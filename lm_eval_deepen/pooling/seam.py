@@ -1,0 +1,128 @@
+"""The seam of pooling: every member answers a request by itself, and the answers are combined.
+
+A method is one file in this folder: a frozen dataclass of options, decorated with
+``@pooling(name, paper=...)``. An ensemble uses one so::
+
+    check_request(name, method, "generate_until")      # an error where the method cannot combine such answers
+    answers = [answer of each member, as an ensemble of that member alone gives it]
+    if fused_takes_part(method):                       # deepen + vote, deepen + mbr
+        answers.append(answer of the step-fused ensemble)
+    pooled = method.combine(answers, weights)          # weights: the members' [M], also where M + 1 answer
+
+With a method that leaves the fused ensemble out, no fuser is built and no relative matrix is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from lm_eval_deepen.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer to a loglikelihood or loglikelihood_rolling request.
+
+    Attributes:
+        logp: natural log-probability of the continuation, or of the whole text, by the answerer's own tokens.
+        greedy: whether the continuation is what the answerer would have generated; False for rolling requests.
+    """
+
+    logp: float
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What the ensemble answers.
+
+    Attributes:
+        answer: a `Scored`, or a text that ends as the request asked.
+        stats: diagnostics of the request, each a number; their means over requests go to the results file.
+    """
+
+    answer: Any
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class PoolingMethod(Protocol):
+    """The options of a method: a frozen dataclass with a ``combine``.
+
+    A field ``with_fused: bool`` says whether the step-fused ensemble answers as well.
+
+    Attributes:
+        REQUESTS: the request types whose answers it combines.
+    """
+
+    REQUESTS: ClassVar[frozenset[str]]
+
+    def combine(self, answers: Sequence[Any], weights: Sequence[float]) -> Pooled:
+        """Combine the answers to one request.
+
+        Args:
+            answers: a `Scored` each, or a text each: one per member, the main member's first; the fused ensemble's
+                last, where it takes part.
+            weights: the members' weights, which sum to 1.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PoolingEntry:
+    """A registered method: its name, options class and source."""
+
+    name: str
+    options: type[Any]
+    paper: str
+
+
+REGISTRY: dict[str, PoolingEntry] = {}
+C = TypeVar("C", bound=type)
+
+
+def pooling(name: str, *, paper: str) -> Callable[[C], C]:
+    """Register a dataclass of options as the pooling method `name`."""
+
+    def register(cls: C) -> C:
+        if name in REGISTRY and REGISTRY[name].options is not cls:
+            raise ValueError(f"pooling method {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
+        REGISTRY[name] = PoolingEntry(name, cls, paper)
+        return cls
+
+    return register
+
+
+def fused_takes_part(method: PoolingMethod) -> bool:
+    """Return whether the step-fused ensemble answers beside the members."""
+    return bool(getattr(method, "with_fused", False))
+
+
+def check_request(name: str, method: PoolingMethod, request: str) -> None:
+    """Raise RequestError where a method cannot combine the answers to a type of request."""
+    if request not in method.REQUESTS:
+        raise RequestError(
+            f"pooling={name} combines answers to {' and '.join(sorted(method.REQUESTS))} requests, and the task has "
+            f"{request} requests. Choose tasks of the former type, or another pooling method."
+        )
+
+
+def ballots(count: int, weights: Sequence[float]) -> list[float]:
+    """Return the weight of each of `count` answers; the fused ensemble's counts like an average member's.
+
+    Raises:
+        ValueError: neither one answer per member nor one more.
+    """
+    if count == len(weights):
+        return list(weights)
+    if count == len(weights) + 1:
+        return [*weights, sum(weights) / len(weights)]
+    raise ValueError(f"{count} answers for {len(weights)} members: one per member, and at most the fused one beside")
+
+
+def best(scores: Sequence[float], members: int) -> int:
+    """Return the index of the highest score; among equals (within 1e-9) the fused answer, else the first."""
+    top = max(scores)
+    tied = [n for n, score in enumerate(scores) if score >= top - 1e-9]
+    return tied[-1] if tied[-1] >= members else tied[0]

@@ -1,0 +1,69 @@
+"""The answer that most of the weight agrees on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
+
+
+@pooling("vote", paper="arXiv:2203.11171")
+@dataclass(frozen=True)
+class Vote:
+    """Options of ``pooling: vote``: a weighted majority over generated texts.
+
+    Texts agree when their answers are the same up to case and white space. The text given is that of the first
+    member that holds the winning answer, or the fused ensemble's where that holds it. A tie goes to the fused
+    ensemble's answer, else to the earliest member's.
+
+    Attributes:
+        with_fused: the step-fused ensemble votes as well, with the weight of an average member (DeePEn, arXiv
+            2404.12715, combined with voting).
+        answer_pattern: regular expression of the answer within a text, whose last match counts (its first group,
+            where it has one); a text without one abstains. By default the whole text is the answer.
+    """
+
+    with_fused: bool = False
+    answer_pattern: str | None = None
+    REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"answer_pattern {self.answer_pattern!r} is no regular expression ({error}); correct it"
+                ) from error
+
+    def answer(self, text: str) -> str | None:
+        """Return the answer within a text, normalised; None where it has none."""
+        if self.answer_pattern is not None:
+            found = list(re.finditer(self.answer_pattern, text))
+            if not found:
+                return None
+            text = found[-1].group(1 if found[-1].re.groups else 0) or ""
+        return " ".join(text.casefold().split())
+
+    def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
+        """Combine texts; see the seam.
+
+        Stats: ``share``, the winner's share of all weight; ``abstained``, texts without an answer.
+        """
+        shares = ballots(len(answers), weights)
+        keys = [self.answer(text) for text in answers]
+        abstained = float(sum(key is None for key in keys))
+        if abstained == len(keys):
+            keys = ["" for _ in keys]  # nobody has an answer: the tie decides between the texts
+        scores = [
+            sum(share for share, other in zip(shares, keys, strict=True) if other == key) if key is not None else -1.0
+            for key in keys
+        ]
+        winner = best(scores, len(weights))
+        first = next(n for n, key in enumerate(keys) if key == keys[winner]) if winner < len(weights) else winner
+        return Pooled(answers[first], {"share": scores[winner] / sum(shares), "abstained": abstained})

@@ -1,0 +1,65 @@
+"""Weights of a step from how sure each member is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.weighting.seam import PromptLoss, weighting
+
+
+@weighting("confidence", paper="none")
+@dataclass(frozen=True)
+class Confidence:
+    """Options of ``weighting: confidence``: w_m(x) is proportional to w_m exp(-H(p_m(. | x)) / temperature).
+
+    H is the entropy of the member's whole next-token distribution, in nats. The configured weights are the prior.
+
+    Attributes:
+        entropy_temperature: divides the entropies; large values approach the configured weights.
+    """
+
+    entropy_temperature: float = 1.0
+    TAKES_WEIGHTS: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        if not self.entropy_temperature > 0:
+            raise ConfigError(f"entropy_temperature must be a number above 0, got {self.entropy_temperature!r}.")
+
+    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
+        """Return the weights given, or equal ones."""
+        return [1 / count] * count if given is None else list(given)
+
+    def build(self) -> ConfidenceWeigher:
+        """Return the weigher."""
+        return ConfidenceWeigher(self)
+
+
+class ConfidenceWeigher:
+    """Weighs rows by the members' entropies."""
+
+    reads_prompts, reads_steps = False, True
+
+    def __init__(self, options: Confidence) -> None:
+        """Take the options."""
+        self.options = options
+
+    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
+        """Return the configured weights for every request [R, M]."""
+        return configured.expand(len(losses), -1)
+
+    @torch.no_grad()
+    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return the weights [B, M]; see the seam."""
+        entropies = []
+        for m, rows in enumerate(logp):
+            rows = torch.where(base[:, m, None] > 0, rows.float(), 0.0)  # whatever is in a row that is not used
+            entropies.append(-torch.where(rows == -torch.inf, 0.0, rows.exp() * rows).sum(1))
+        logits = base.log() - torch.stack(entropies, dim=1).to(base) / self.options.entropy_temperature
+        return torch.softmax(torch.where(base > 0, logits, -torch.inf), dim=1)

@@ -1,0 +1,34 @@
+"""Weights as they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.weighting.seam import weighting
+
+
+@weighting("explicit", paper="none")
+@dataclass(frozen=True)
+class Explicit:
+    """``weighting: explicit``: the weights given, and they must be given; it has no options."""
+
+    TAKES_WEIGHTS: ClassVar[bool] = True
+
+    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
+        """Return the weights given.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if given is None:
+            raise ConfigError(
+                f"weighting=explicit needs weights for {count} members, and none are given; give weights=..., or "
+                "use weighting=uniform"
+            )
+        return list(given)
+
+    def build(self) -> None:
+        """Return None: the weights are constant."""

@@ -1,0 +1,126 @@
+"""The seam of weighting: where the members' weights come from, orthogonal to how distributions are fused.
+
+A weighting is one file in this folder: a frozen dataclass of options, decorated with
+``@weighting(name, paper=...)``. It has weights to begin with (``start``, known before anything is loaded) and, where
+these change while a run goes on, a `Weigher`. An ensemble uses one so::
+
+    weigher = options.build()                        # None: the configured weights [M] hold throughout
+    # once per request, before any of its rows is fused
+    base = configured.expand(R, -1)                  # [R, M]
+    if weigher and weigher.reads_prompts:
+        base = weigher.prepare(losses, configured)   # losses[r][m] is a PromptLoss
+    # for every chunk of rows, each of some request
+    weights = base[request_of_row] * present         # a member that sits out has weight 0; then rows sum to 1
+    if weigher and weigher.reads_steps:
+        weights = weigher.weights(logp, weights)     # logp as given to Fuser.fuse: [B, V_m] per member
+    fused = fuser.fuse(logp, weights)
+
+A distribution that is shared by requests with different prompts is fused once per prompt: with a weigher that reads
+prompts, the weights belong to what makes a row distinct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptLoss:
+    """What one member makes of one request's prompt.
+
+    The prompt is what comes before the first scored or generated token: of a loglikelihood request the context,
+    never the continuation. Control tokens (BOS, chat markers) are conditioned on, not counted; a window of
+    loglikelihood_rolling has no prompt, and so has a request with an empty context.
+
+    Attributes:
+        nats: minus the sum of the natural log-probabilities of the prompt's text tokens.
+        tokens: how many these are, in this member's tokenisation; 0 for no prompt.
+        num_bytes: their length as text.
+    """
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+
+@runtime_checkable
+class Weigher(Protocol):
+    """Weights that depend on what the members see. No I/O, no model, no state."""
+
+    reads_prompts: bool  # whether `prepare` is called, which needs every member's loss on every prompt
+    reads_steps: bool  # whether `weights` is called for every fused row
+
+    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
+        """Return the weights [R, M] of R requests.
+
+        Args:
+            losses: of every request, one per member.
+            configured: the ensemble's weights [M]; a request without a prompt keeps them.
+        """
+        ...
+
+    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return the weights [B, M] of rows; they sum to 1, and where `base` is 0 they are 0.
+
+        Args:
+            logp: the members' natural log-probabilities [B, V_m]; a row of a member with weight 0 may hold
+                anything.
+            base: the weights so far [B, M], of the request and without the members that sit out.
+        """
+        ...
+
+
+class Weighting(Protocol):
+    """The options of a weighting: a frozen dataclass.
+
+    Attributes:
+        TAKES_WEIGHTS: whether `weights` or members' own weights may be given beside it.
+    """
+
+    TAKES_WEIGHTS: ClassVar[bool]
+
+    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
+        """Return the ensemble's weights, summing to 1; for a weigher what it starts from.
+
+        Args:
+            given: the weights in the configuration, None where there are none; always None for a weighting that
+                takes none.
+            count: number of members.
+
+        Raises:
+            ConfigError: weights that are missing, or options that do not fit so many members.
+        """
+        ...
+
+    def build(self) -> Weigher | None:
+        """Return what changes the weights, or None where they are constant."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightingEntry:
+    """A registered weighting: its name, options class and source."""
+
+    name: str
+    options: type[Any]
+    paper: str
+
+
+REGISTRY: dict[str, WeightingEntry] = {}
+C = TypeVar("C", bound=type)
+
+
+def weighting(name: str, *, paper: str) -> Callable[[C], C]:
+    """Register a dataclass of options as the weighting `name`."""
+
+    def register(cls: C) -> C:
+        if name in REGISTRY and REGISTRY[name].options is not cls:
+            raise ValueError(f"weighting {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
+        REGISTRY[name] = WeightingEntry(name, cls, paper)
+        return cls
+
+    return register

@@ -1,0 +1,201 @@
+"""Configuration: weightings and pooling methods, their options, and where they are meaningless."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from config_helpers import LOADING, METHODS, PAIR, Beta, write
+
+from lm_eval_deepen import pooling, weighting
+from lm_eval_deepen.config import EnsembleConfig, parse_config
+from lm_eval_deepen.errors import ConfigError
+
+WEIGHTINGS, POOLINGS = weighting.option_classes(), pooling.option_classes()
+
+
+def parse(raw: dict | None = None, /, **keys: Any) -> EnsembleConfig:
+    return parse_config(
+        {**(raw or {}), **keys}, loading_keys=LOADING, methods=METHODS, weightings=WEIGHTINGS, poolings=POOLINGS
+    )
+
+
+def refuse(match: str, raw: dict | None = None, /, **keys: Any) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(raw, **keys)
+
+
+# ---- weighting
+
+
+def test_without_a_weighting_weights_are_given_or_equal() -> None:
+    config = parse(PAIR, weights=[0.6, 0.4])
+    assert (config.weighting, config.weights_change, config.weights) == (None, False, (0.6, 0.4))
+    assert "weighting" not in config.to_dict()
+
+
+def test_weightings_give_the_members_weights() -> None:
+    assert parse(PAIR, weighting="uniform").weights == (0.5, 0.5)
+    assert parse(PAIR, weighting="explicit", weights="0.7+0.3").weights == (0.7, 0.3)
+    assert parse(PAIR, weighting="adaptive", dev_scores=[0.2, 0.6]).weights == pytest.approx((0.25, 0.75))
+    assert parse(PAIR, weighting="adaptive", dev_scores="0.2+0.6").weights == pytest.approx((0.25, 0.75))
+    assert parse(PAIR, weighting="perplexity").weights == (0.5, 0.5)
+    config = parse(PAIR, weighting="confidence", weights=[0.7, 0.3], entropy_temperature=2)
+    assert config.weights == (0.7, 0.3) and config.weighting_options["entropy_temperature"] == 2.0
+    assert config.weights_change and not parse(PAIR, weighting="uniform").weights_change
+
+
+def test_unknown_weightings_and_options() -> None:
+    refuse("weighting 'perplex' is unknown. Did you mean 'perplexity'.? Weightings: ad", PAIR, weighting="perplex")
+    refuse("weighting 3 is unknown", PAIR, weighting=3)
+    refuse("unknown key 'weightin'. Did you mean 'weighting'", PAIR, weightin="uniform")
+    refuse("unknown key 'dev_score'. Did you mean 'dev_scores'", PAIR, weighting="adaptive", dev_score=[1, 1])
+    refuse(
+        "dev_scores is an option of weighting adaptive, not of 'perplexity', which has: loss_temperature, loss_per",
+        PAIR,
+        weighting="perplexity",
+        dev_scores=[1, 1],
+    )
+    refuse(
+        "loss_per is an option of weighting perplexity, and no weighting is given; remove loss_per, or give "
+        "weighting=perplexity",
+        PAIR,
+        loss_per="byte",
+    )
+    refuse("loss_per must be 'token' or 'byte'; got 'bite'. Did", PAIR, weighting="perplexity", loss_per="bite")
+    refuse("weighting 'adaptive' needs the option 'dev_scores'", PAIR, weighting="adaptive")
+    for bad in ("a+b", [0.5, "x"], [], True, {"a": 1}, [float("nan"), 1]):
+        refuse("dev_scores must be a list of finite numbers", PAIR, weighting="adaptive", dev_scores=bad)
+    refuse("dev_scores has 3 values for 2 members", PAIR, weighting="adaptive", dev_scores=[1, 2, 3])
+    member = {"pretrained": "B", "loss_per": "byte"}
+    refuse("loss_per is an option of weighting 'perplexity'; give it beside", members=["A", member])
+    refuse(r"members\[0\] \(B\): weighting belongs beside", members=[{"pretrained": "B", "weighting": "uniform"}])
+
+
+@pytest.mark.parametrize("name", ["uniform", "perplexity"])
+def test_weights_beside_a_weighting_that_computes_them_are_refused(name: str) -> None:
+    match = f"weights are given, but weighting={name} computes them; remove the weights, or remove weighting"
+    refuse(match, PAIR, weighting=name, weights=[0.5, 0.5])
+    members = [{"pretrained": "A", "weight": 0.4}, {"pretrained": "B", "weight": 0.6}]
+    refuse(match, members=members, weighting=name)
+
+
+def test_weightings_that_have_nothing_to_weigh_are_refused() -> None:
+    refuse("weighting=explicit needs weights for 2 members, and none are given", PAIR, weighting="explicit")
+    for name in ("perplexity", "confidence"):
+        refuse(f"weighting={name} has nothing to weigh: there is one member", pretrained="A", weighting=name)
+    assert parse(pretrained="A", weighting="uniform").weights == (1.0,)
+
+
+def test_the_fingerprint_knows_what_changes_weights() -> None:
+    plain = parse(PAIR).fingerprint()
+    assert parse(PAIR, weighting="uniform").fingerprint() == plain  # the weights say all
+    assert parse(PAIR, weighting="adaptive", dev_scores=[2, 2]).fingerprint() == plain
+    assert parse(PAIR, weighting="adaptive", dev_scores=[1, 2]).fingerprint() != plain
+    changing = [
+        parse(PAIR, weighting="perplexity"),
+        parse(PAIR, weighting="perplexity", loss_per="byte"),
+        parse(PAIR, weighting="confidence"),
+        parse(PAIR, weighting="confidence", weights=[0.7, 0.3]),
+    ]
+    assert len({plain, *(config.fingerprint() for config in changing)}) == 5
+
+
+# ---- pooling
+
+
+def test_a_pooling_method_and_its_options() -> None:
+    config = parse(PAIR, pooling="vote", answer_pattern=r"\d+", weights=[0.7, 0.3])
+    assert config.pooling == "vote" and not config.fuses_steps and config.weights == (0.7, 0.3)
+    assert config.pooling_options == {"answer_pattern": r"\d+", "with_fused": False}
+    assert parse(PAIR).fuses_steps and parse(PAIR, pooling="mbr", with_fused=True).fuses_steps
+    assert parse(PAIR, pooling="logp-mean").pooling_options == {}
+
+
+def test_unknown_pooling_methods_and_options() -> None:
+    refuse("pooling 'votes' is unknown. Did you mean 'vote'.? Poolings: logp-mean, mbr, vote", PAIR, pooling="votes")
+    refuse("utility is an option of pooling mbr, not of 'vote', which has: ", PAIR, pooling="vote", utility="f1")
+    refuse("with_fused is an option of pooling mbr and vote, and no pooling is given", PAIR, with_fused=True)
+    other = "with_fused is an option of pooling mbr and vote, not of 'logp-mean', which has: none"
+    refuse(other, PAIR, pooling="logp-mean", with_fused=True)
+    refuse(r"answer_pattern '\(' is no regular expression", PAIR, pooling="vote", answer_pattern="(")
+
+
+def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
+    refuse(
+        "method='gac' is about fusing steps, and pooling=vote combines the members' own answers; give "
+        "with_fused=true to let the fused ensemble answer too, or remove method",
+        PAIR,
+        pooling="vote",
+        method="gac",
+    )
+    refuse("steps=3 is about fusing steps.*own answers; remove steps", PAIR, pooling="logp-mean", steps=3)
+    refuse("compat='reference' is about fusing steps", PAIR, pooling="mbr", compat="reference")
+    config = parse(PAIR, pooling="vote", with_fused=True, method="gac", threshold=0.5)
+    assert (config.method, config.options["threshold"]) == ("gac", 0.5)
+    refuse("weighting=confidence weighs fused steps, and pooling=vote", PAIR, pooling="vote", weighting="confidence")
+    assert parse(PAIR, pooling="vote", weighting="adaptive", dev_scores=[1, 3]).weights == (0.25, 0.75)
+    refuse("pooling=vote has nothing to combine: there is one member", pretrained="A", pooling="vote")
+
+
+def test_the_fingerprint_knows_the_pooling() -> None:
+    configs = [
+        parse(PAIR),
+        parse(PAIR, pooling="vote"),
+        parse(PAIR, pooling="vote", with_fused=True),
+        parse(PAIR, pooling="mbr"),
+        parse(PAIR, pooling="logp-mean"),
+    ]
+    assert len({config.fingerprint() for config in configs}) == 5
+
+
+# ---- both
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"weighting": "uniform"},
+        {"weighting": "explicit", "weights": [0.7, 0.3]},
+        {"weighting": "adaptive", "dev_scores": [0.2, 0.7]},
+        {"weighting": "perplexity", "loss_per": "byte", "loss_temperature": 0.5},
+        {"weighting": "confidence", "weights": [0.9, 0.1]},
+        {"pooling": "vote", "answer_pattern": "x", "weights": [0.9, 0.1]},
+        {"pooling": "logp-mean", "weighting": "adaptive", "dev_scores": [0.2, 0.7]},
+        {"pooling": "mbr", "with_fused": True, "method": "gac", "threshold": 0.25},
+    ],
+)
+def test_the_json_form_parses_to_an_equal_configuration(keys: dict, tmp_path) -> None:
+    config = parse(PAIR, **keys)
+    shown = json.loads(json.dumps(config.to_dict()))
+    assert parse(shown) == config and parse(shown).fingerprint() == config.fingerprint()
+    hash(config)
+    file = write(tmp_path / "ensemble.yaml", json.dumps(shown))
+    assert parse(pretrained=str(file)) == config
+
+
+def test_options_of_different_seams_may_not_share_a_name() -> None:
+    @dataclass(frozen=True)
+    class Clash:
+        threshold: float = 1.0
+
+    arguments = {"loading_keys": LOADING, "methods": {"deepen": Beta}}
+    with pytest.raises(TypeError, match="weighting 'x': option 'threshold' is one of a method as well; rename it"):
+        parse_config({"pretrained": "A"}, weightings={"x": Clash}, **arguments)
+
+    @dataclass(frozen=True)
+    class Seed:
+        seed: int = 1
+
+    with pytest.raises(TypeError, match="pooling 'x': options .'seed'. are keys of the ensemble"):
+        parse_config({"pretrained": "A"}, poolings={"x": Seed}, **arguments)
+
+
+def test_the_host_knows_all_of_them() -> None:
+    from lm_eval_deepen.host import configure
+
+    assert configure({**PAIR, "weighting": "confidence", "method": "unite", "top_k": 5}).options["top_k"] == 5
+    with pytest.raises(ConfigError, match="Poolings: logp-mean, mbr, vote"):
+        configure({**PAIR, "pooling": "none"})

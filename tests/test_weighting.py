@@ -1,0 +1,193 @@
+"""Weightings against slow references, and the contract that every registered one keeps."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import is_dataclass
+
+import pytest
+import torch
+
+import lm_eval_deepen.weighting as package
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.weighting import option_classes, weightings
+from lm_eval_deepen.weighting.adaptive import Adaptive
+from lm_eval_deepen.weighting.confidence import Confidence
+from lm_eval_deepen.weighting.explicit import Explicit
+from lm_eval_deepen.weighting.perplexity import Perplexity
+from lm_eval_deepen.weighting.seam import REGISTRY, PromptLoss, Weigher
+
+NAMES = sorted(weightings())
+REQUIRED = {"adaptive": {"dev_scores": (0.2, 0.6, 0.2)}}
+CONFIGURED = torch.tensor([0.5, 0.3, 0.2])
+
+
+def logps(count: int = 4, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.log_softmax(3 * torch.randn(count, size, generator=generator), 1) for size in (20, 50, 9)]
+
+
+LOSSES = [
+    [PromptLoss(12.0, 6, 30), PromptLoss(9.0, 5, 30), PromptLoss(30.0, 10, 30)],
+    [PromptLoss(800.0, 100, 500), PromptLoss(790.0, 90, 500), PromptLoss(100.0, 100, 500)],
+    [PromptLoss(0.0, 0, 0), PromptLoss(9.0, 5, 30), PromptLoss(30.0, 10, 30)],
+]
+BASE = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.0, 0.4], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+
+
+@pytest.fixture(params=NAMES)
+def options(request):
+    return weightings()[request.param].options(**REQUIRED.get(request.param, {}))
+
+
+def test_the_issues_weightings_are_there() -> None:
+    assert {"explicit", "uniform", "adaptive", "perplexity", "confidence"} <= set(NAMES)
+
+
+def test_they_are_frozen_dataclasses_with_a_source(options) -> None:
+    entry = next(entry for entry in weightings().values() if entry.options is type(options))
+    assert is_dataclass(options) and type(options).__dataclass_params__.frozen
+    assert entry.paper and type(options).__doc__ and option_classes()[entry.name] is type(options)
+
+
+def test_they_start_from_a_distribution(options) -> None:
+    given = [0.5, 0.3, 0.2] if options.TAKES_WEIGHTS else None
+    start = options.start(given, 3)
+    assert len(start) == 3 and math.fsum(start) == pytest.approx(1) and min(start) >= 0
+    assert given is None or start == given
+
+
+def test_weights_are_distributions_and_who_sits_out_stays_out(options) -> None:
+    weigher = options.build()
+    if weigher is None:
+        return
+    assert isinstance(weigher, Weigher) and (weigher.reads_prompts or weigher.reads_steps)
+    requests = weigher.prepare(LOSSES, CONFIGURED)
+    assert requests.shape == (3, 3) and requests.dtype == CONFIGURED.dtype
+    rows = weigher.weights(logps(), BASE)
+    assert rows.shape == BASE.shape and torch.equal(rows[BASE == 0], torch.zeros(int((BASE == 0).sum())))
+    for found in (requests, rows):
+        torch.testing.assert_close(found.sum(1), torch.ones(len(found)), atol=1e-6, rtol=0)
+        assert (found >= 0).all()
+
+
+def test_a_row_depends_on_itself_alone(options) -> None:
+    weigher = options.build()
+    if weigher is None:
+        return
+    whole, logp = weigher.weights(logps(), BASE), logps()
+    requests = weigher.prepare(LOSSES, CONFIGURED)
+    for n in range(4):
+        one = weigher.weights([rows[n : n + 1] for rows in logp], BASE[n : n + 1])
+        torch.testing.assert_close(one[0], whole[n], atol=1e-6, rtol=0)
+    for n in range(3):
+        assert torch.equal(weigher.prepare(LOSSES[n : n + 1], CONFIGURED)[0], requests[n])
+    assert weigher.prepare([], CONFIGURED).shape == (0, 3)
+
+
+@pytest.mark.parametrize("filler", [0.0, 3e4, -1e30, float("nan")])
+def test_what_is_in_an_unused_row_does_not_count(options, filler: float) -> None:
+    weigher = options.build()
+    if weigher is None:
+        return
+    logp, other = logps(), logps()
+    other[1][1], other[1][2], other[2][2] = filler, filler, filler
+    assert torch.equal(weigher.weights(logp, BASE), weigher.weights(other, BASE))
+
+
+# ---- each one
+
+
+def test_adaptive_is_proportional_to_the_scores() -> None:
+    assert Adaptive((0.2, 0.6)).start(None, 2) == pytest.approx([0.25, 0.75])
+    assert Adaptive([1, 0]).dev_scores == (1, 0)
+    with pytest.raises(ConfigError, match="dev_scores has 2 values for 3 members; give one per member"):
+        Adaptive((0.2, 0.6)).start(None, 3)
+
+
+def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
+    found = Perplexity().build().prepare(LOSSES, CONFIGURED)
+    for row, members in zip(found[:2], LOSSES, strict=False):
+        scores = [math.exp(-loss.nats / loss.tokens) for loss in members]
+        assert row.tolist() == pytest.approx([score / sum(scores) for score in scores], abs=1e-6)
+    assert torch.equal(found[2], CONFIGURED)  # a request without a prompt
+    per_byte = Perplexity(loss_per="byte", loss_temperature=0.1).build().prepare(LOSSES[:1], CONFIGURED)[0]
+    scores = [math.exp(-10 * loss.nats / loss.num_bytes) for loss in LOSSES[0]]
+    assert per_byte.tolist() == pytest.approx([score / sum(scores) for score in scores], abs=1e-6)
+
+
+def test_perplexity_stays_finite_on_hopeless_prompts() -> None:
+    losses = [[PromptLoss(1e6, 10, 10), PromptLoss(2e6, 10, 10)]]
+    assert Perplexity().build().prepare(losses, torch.tensor([0.5, 0.5]))[0].tolist() == [1.0, 0.0]
+
+
+def test_confidence_is_a_softmax_of_minus_the_entropy() -> None:
+    logp = logps()
+    logp[0][0, :10] = -torch.inf
+    logp[0][0] = torch.log_softmax(logp[0][0], 0)
+    for temperature in (1.0, 0.2):
+        found = Confidence(temperature).build().weights(logp, BASE)
+        for n in range(4):
+            scores = []
+            for rows, prior in zip(logp, BASE[n].tolist(), strict=True):
+                entropy = -sum(p * math.log(p) for p in rows[n].double().exp().tolist() if p)
+                scores.append(prior * math.exp(-entropy / temperature))
+            assert found[n].tolist() == pytest.approx([score / sum(scores) for score in scores], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Adaptive((0.0, 0.0)), "dev_scores are all zero .*use weighting=uniform"),
+        (lambda: Adaptive((0.5, -0.1)), "dev_scores must be finite numbers, 0 or more; got"),
+        (lambda: Adaptive((0.5, float("nan"))), "dev_scores must be finite"),
+        (lambda: Perplexity(loss_temperature=0.0), "loss_temperature must be a number above 0, got 0.0"),
+        (lambda: Perplexity(loss_per="word"), "loss_per must be 'token' or 'byte', got 'word'"),
+        (lambda: Confidence(-1.0), "entropy_temperature must be a number above 0, got -1.0"),
+        (lambda: Explicit().start(None, 2), "weighting=explicit needs weights for 2 members.*weighting=uniform"),
+    ],
+)
+def test_bad_options_are_named(build, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+NEW = """
+from dataclasses import dataclass
+from typing import ClassVar
+from lm_eval_deepen.weighting.seam import weighting
+
+@weighting("NAME", paper="none")
+@dataclass(frozen=True)
+class New:
+    TAKES_WEIGHTS: ClassVar[bool] = False
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (NEW.replace("NAME", "new"), None),
+        ("import no_such_package", r"Weighting file new_one\.py in .* cannot be imported"),
+        ("x = 1", r"registers no method. Decorate .*@weighting"),
+        (NEW.replace("NAME", "uniform"), "'uniform' is defined twice"),
+    ],
+)
+def test_a_new_file_is_a_new_weighting(tmp_path, monkeypatch, code: str, message: str | None) -> None:
+    registered = dict(REGISTRY)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    (tmp_path / "new_one.py").write_text(code)
+    weightings.cache_clear()
+    try:
+        if message is None:
+            assert set(weightings()) == {*NAMES, "new"}
+        else:
+            with pytest.raises(ConfigError, match=message):
+                weightings()
+    finally:
+        REGISTRY.clear()
+        REGISTRY.update(registered)
+        weightings.cache_clear()
+        sys.modules.pop("lm_eval_deepen.weighting.new_one", None)
+        vars(package).pop("new_one", None)
