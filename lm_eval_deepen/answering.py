@@ -154,7 +154,7 @@ class Answering(MainMemberView):
         ids, end = found.ids, self._main.think_end_token
         if isinstance(end, int) and end in ids:
             ids = ids[len(ids) - ids[::-1].index(end) :]
-        text = self.tok_decode(ids)
+        text = self.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")
         if isinstance(end, int):
             text = text.lstrip()
         return postprocess_generated_text(

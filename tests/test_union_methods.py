@@ -241,7 +241,6 @@ def test_a_real_member_spells_what_it_lacks_with_its_own_tokenizer(pico, store: 
 # ---- pieces the main member lacks, in a run
 # The other member has nearly all the weight, so that its own pieces win.
 
-OWES = "the engine decodes pieces of the main member alone"
 UNION = [("gac", {}), ("unite", {"top_k": 4})]
 CONTEXTS = ["The quick brown", "Sofia", "Question: What is", "def add(", "She was walking", "10 + 20 =", "In 19"]
 STEPS = 6
@@ -288,14 +287,12 @@ def test_the_reference_does_choose_pieces_the_main_member_lacks(model) -> None:
     assert sum(lacking > 0 for _, lacking in found.values()) >= 2
 
 
-@pytest.mark.xfail(strict=True, reason=OWES)
 def test_generation_goes_on_from_a_piece_the_main_member_lacks(model) -> None:
     found = readable(model)
     batch = requests("generate_until", *((context, {"until": [], "max_gen_toks": STEPS}) for context in found))
     assert [text.encode() for text in model.generate_until(batch)] == [data for data, _ in found.values()]
 
 
-@pytest.mark.xfail(strict=True, reason="the results do not say it yet")
 def test_the_results_say_that_scores_are_lower_bounds(model) -> None:
     model.loglikelihood(requests("loglikelihood", ("The quick", " brown fox")))
     assert model.get_model_info()["deepen"]["scores_are_lower_bounds"] is True

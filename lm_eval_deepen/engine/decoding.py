@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.drafting import Drafter
-from lm_eval_deepen.engine.following import Follower, Path, path_of, spell
+from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_of
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.sampling import Sampler
 from lm_eval_deepen.relative.topk import argmax
@@ -50,24 +50,26 @@ class Generation:
     """A finished text.
 
     Attributes:
-        ids: the main member's tokens, the end-of-text token not included.
+        ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
+            are its tokens, others are of the union vocabulary.
+        data: their bytes; none where one member ran alone.
         logp: fused natural-log probability of each piece that was chosen.
         reason: ``eos``, ``stop`` or ``length``.
     """
 
     ids: list[int] = field(default_factory=list)
+    data: bytes = b""
     logp: list[float] = field(default_factory=list)
     reason: str = ""
 
 
 @dataclass
 class Row:
-    """A text in the making: its job, the continuation so far as main tokens and as bytes, and its weights [M]."""
+    """A text in the making: its job, the continuation so far, and its weights [M]."""
 
     index: int
     job: Job
     out: Generation = field(default_factory=Generation)
-    data: bytes = b""
     weights: Tensor | None = None
 
 
@@ -167,10 +169,10 @@ class _Decoder:
 
         A member takes in a draft in one block where its tokens before and after a drafted token begin alike.
         """
-        ids, data = tuple(row.out.ids), row.data
+        ids, data = tuple(row.out.ids), row.out.data
         routes = [self._paths(row, ids, data)]
         for token in draft:
-            ids, data = (*ids, token), data + self._piece(token)
+            ids, data = (*ids, token), data + piece_of(self.ensemble, token)
             paths = self._paths(row, ids, data)
             pairs = list(zip(routes[-1], paths, strict=True))
             if any(a is None or b is None or b[: len(a)] != a for a, b in pairs) or any(
@@ -182,9 +184,6 @@ class _Decoder:
 
     def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
         return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
-
-    def _piece(self, token: int) -> bytes:
-        return self.ensemble.main.codec.vocab.pieces[token] if len(self.ensemble.active) > 1 else b""
 
     def _take(self, row: Row, draft: Sequence[int], fused: Tensor, best: Sequence[int]) -> None:
         """Extend a row by what follows it, and by as much of its draft as is what would have been chosen."""
@@ -206,11 +205,10 @@ def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:
     if token in main.eos_ids:
         row.out.reason = "eos"
         return
-    ids, piece = spell(ensemble, token)
-    row.out.ids += ids
+    row.out.ids.append(token)
     row.out.logp.append(logp)
-    row.data += piece
-    text = main.lm.tok_decode(row.out.ids, skip_special_tokens=False)
+    row.out.data += piece_of(ensemble, token)
+    text = text_of(ensemble, row.out.ids, row.out.data)
     if any(stop in text for stop in row.job.stops):
         row.out.reason = "stop"
     elif len(row.out.ids) >= row.job.max_new:

@@ -113,7 +113,7 @@ class Cheapest(_Adaptive):
         follower = followers[sizes.index(min(sizes))]
         lengths = [self.length(row) for row in rows]
         routes: list[list[Path | None]] = [
-            [path_of(ensemble, follower.m, row.job, tuple(row.out.ids), row.data)] for row in rows
+            [path_of(ensemble, follower.m, row.job, tuple(row.out.ids), row.out.data)] for row in rows
         ]
         lengths = [0 if route[0] is None else length for route, length in zip(routes, lengths, strict=True)]
         while any(length >= len(route) for route, length in zip(routes, lengths, strict=True)):

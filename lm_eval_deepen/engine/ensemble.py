@@ -65,11 +65,18 @@ class Ensemble:
         return cls.assemble(config, tuple(Member.load(member, device, tokenizer) for member, tokenizer in loaded))
 
     @classmethod
-    def assemble(cls, config: EnsembleConfig, members: Sequence[Member]) -> Ensemble:
-        """Build the ensemble around members that are loaded already."""
+    def assemble(cls, config: EnsembleConfig, members: Sequence[Member], fuser: Fuser | None = None) -> Ensemble:
+        """Build the ensemble around members that are loaded already.
+
+        Args:
+            config: what it is.
+            members: the main one first.
+            fuser: one that was built for these members by the same method and options.
+        """
         weights = torch.tensor([member.weight for member in config.members], dtype=torch.float32)
-        fuser = None
-        if fuses(config):
+        if not fuses(config):
+            fuser = None
+        elif fuser is None:
             method = methods()[config.method].options(**config.options_dict())
             fuser = method.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
@@ -102,15 +109,25 @@ class Ensemble:
         Args:
             m: which member.
             prompt: its prompt.
-            main_ids: the continuation as the main member's tokens, which it keeps as they were chosen.
+            main_ids: the continuation as it was chosen, which the main member keeps for as long as all pieces are
+                its own.
             data: the continuation as bytes, which the other members encode canonically.
 
         Returns:
             Token ids, or None where the member cannot spell the bytes and sits out.
         """
-        if m in self.siblings:
+        if m in self.siblings and self.is_own(main_ids):
             return prompt.ids + main_ids
         return self.active[m].codec.follow(prompt, data)
+
+    @property
+    def is_union(self) -> bool:
+        """Whether pieces that the main member lacks share the normaliser, so that scores are lower bounds."""
+        return self.fuser is not None and len(self.fuser.out_vocab) > self.main.vocab_size
+
+    def is_own(self, ids: Sequence[int]) -> bool:
+        """Return whether chosen pieces are all of the main member, not of a union vocabulary."""
+        return self.fuser is None or max(ids, default=0) < self.main.vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -214,6 +231,7 @@ class Ensemble:
             "weighting": self.config.weighting,
             "pooling": self.config.pooling,
             "members": described,
+            **({"scores_are_lower_bounds": True} if self.is_union else {}),
             **facts,
             **self.trace.summary(),
         }

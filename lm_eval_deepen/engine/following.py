@@ -94,17 +94,13 @@ def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Pat
     return ensemble.path(m, job.prompts[m], ids, text)
 
 
-def spell(ensemble: Ensemble, token: int) -> tuple[tuple[int, ...], bytes]:
-    """Return a chosen piece as tokens of the main member, and as bytes (none where one member runs alone)."""
-    if ensemble.fuser is None:
-        return (token,), b""
-    piece = ensemble.fuser.out_vocab.pieces[token]
-    if token < ensemble.main.vocab_size:
-        return (token,), piece
-    ids = ensemble.main.codec.spell(piece)
-    if ids is None:
-        raise RequestError(
-            f"the piece {piece!r} was chosen from the union vocabulary, and member {ensemble.main.name!r}, the main "
-            "one, cannot spell it. Make a member with byte pieces the first one."
-        )
-    return ids, piece
+def piece_of(ensemble: Ensemble, token: int) -> bytes:
+    """Return the bytes of a chosen piece; none where one member runs alone, which needs no bytes."""
+    return b"" if ensemble.fuser is None else ensemble.fuser.out_vocab.pieces[token]
+
+
+def text_of(ensemble: Ensemble, ids: Sequence[int], data: bytes) -> str:
+    """Return a text so far as the main member decodes its tokens; from bytes where a piece is not one of its own."""
+    if ensemble.is_own(ids):
+        return ensemble.main.lm.tok_decode(ids, skip_special_tokens=False)
+    return data.decode(errors="replace")

@@ -249,13 +249,6 @@ class TextCodec:
             ids = self.encode(text) + ids
         return prompt.head + ids
 
-    def spell(self, data: bytes) -> tuple[int, ...] | None:
-        """Return tokens for bytes on their own, None where this vocabulary cannot spell them."""
-        try:
-            return self.encode(data.decode())
-        except UnicodeDecodeError:
-            return self._spell(data)
-
     def _begin_character(self, text: str, tail: bytes) -> tuple[int, ...] | None:
         """Return the tokens that reach exactly the end of `tail` when it is completed to a character."""
         character = complete_character(tail)
