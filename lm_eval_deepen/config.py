@@ -35,11 +35,14 @@ from lm_eval_deepen.config_types import (
     DEFAULT_CHAT_FALLBACK,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_SEED,
+    DEFAULT_SKIP_ABOVE,
+    DEFAULT_SKIP_WHEN,
     DEFAULT_SPECULATE,
     ChatFallback,
     EnsembleConfig,
     FrozenDict,
     MemberConfig,
+    SkipWhen,
     Speculate,
 )
 from lm_eval_deepen.errors import ConfigError
@@ -48,7 +51,7 @@ __all__ = ["FROM_PRETRAINED_KEYS", "EnsembleConfig", "FrozenDict", "MemberConfig
 
 ENSEMBLE_KEYS = frozenset(
     "members weights method weighting pooling compat seed chat_fallback matrix_dir batch_size max_batch_size "
-    "speculate self_check evidence".split()
+    "speculate skip_when skip_above skip_check self_check evidence".split()
 )
 
 
@@ -126,6 +129,9 @@ def _parse(keys: Mapping[str, Any], loading_keys: Collection[str], catalogue: Ca
         batch_size=parse_batch_size(keys.get("batch_size", DEFAULT_BATCH_SIZE)),
         max_batch_size=_positive(keys.get("max_batch_size", DEFAULT_MAX_BATCH_SIZE), "max_batch_size"),
         speculate=parse_speculate(keys.get("speculate", DEFAULT_SPECULATE)),
+        skip_when=coerce(keys.get("skip_when", DEFAULT_SKIP_WHEN), SkipWhen, "skip_when"),
+        skip_above=parse_probability(keys.get("skip_above", DEFAULT_SKIP_ABOVE), "skip_above"),
+        skip_check=coerce(keys.get("skip_check", False), bool, "skip_check"),
         self_check=coerce(keys.get("self_check", True), bool, "self_check"),
         evidence=parse_evidence(keys.get("evidence", {})),
     )
@@ -143,6 +149,14 @@ def parse_evidence(value: Any) -> FrozenDict:
     if not isinstance(value, Mapping):
         raise ConfigError(f"evidence must be a mapping, as `lm-eval-deepen tune` writes it; got {value!r}. Remove it.")
     return FrozenDict(value)
+
+
+def parse_probability(value: Any, key: str) -> float:
+    """Return a probability above 0 and at most 1."""
+    number = coerce(value, float, key)
+    if not 0 < number <= 1:
+        raise ConfigError(f"{key} must be a probability above 0 and at most 1; got {value!r}")
+    return number
 
 
 def parse_speculate(value: Any) -> Speculate:

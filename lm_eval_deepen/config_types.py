@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lm_eval_deepen.errors import ConfigError
 
 ChatFallback = Literal["error", "plain"]
+SkipWhen = Literal["never", "agree", "confident"]
 Speculate = Literal["off", "lookup", "draft"]
 
 DEFAULT_METHOD = "deepen"
@@ -19,6 +20,8 @@ DEFAULT_SEED = 0
 DEFAULT_CHAT_FALLBACK: ChatFallback = "error"
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_BATCH_SIZE = 1  # as `--model hf`
+DEFAULT_SKIP_WHEN: SkipWhen = "never"
+DEFAULT_SKIP_ABOVE = 0.9
 DEFAULT_SPECULATE: Speculate = "off"
 DEFAULT_MAX_BATCH_SIZE = 64  # as `--model hf`
 
@@ -154,6 +157,10 @@ class EnsembleConfig:
         batch_size: a positive number, ``auto`` or ``auto:N``.
         max_batch_size: limit of ``auto``.
         speculate: where drafts of greedy texts come from: ``off``, ``lookup`` or ``draft``; changes no text.
+        skip_when: which steps are left to the main member: where all members ``agree`` on the most likely piece,
+            or where it is ``confident``.
+        skip_above: the probability from which the main member is confident.
+        skip_check: whether skipped steps are fused all the same, to count what skipping changes; changes no result.
         self_check: whether an evaluation measures the ensemble on a small text first; changes no result.
         evidence: what a search for these options measured, for the results file.
     """
@@ -174,6 +181,9 @@ class EnsembleConfig:
     batch_size: int | str = DEFAULT_BATCH_SIZE
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     speculate: Speculate = DEFAULT_SPECULATE
+    skip_when: SkipWhen = DEFAULT_SKIP_WHEN
+    skip_above: float = DEFAULT_SKIP_ABOVE
+    skip_check: bool = False
     self_check: bool = True
     evidence: FrozenDict = field(default_factory=FrozenDict)
 
@@ -205,7 +215,7 @@ class EnsembleConfig:
             }
             for member in self.members
         ]
-        facts = {
+        facts: dict[str, Any] = {
             "members": members,
             "method": self.method,
             "options": self.options_dict(),
@@ -215,6 +225,8 @@ class EnsembleConfig:
         }
         if self.weights_change:  # else the members' weights say all
             facts["weighting"] = {"name": self.weighting, **thaw(self.weighting_options)}
+        if self.skip_when != DEFAULT_SKIP_WHEN:
+            facts["skip"] = [self.skip_when, self.skip_above if self.skip_when == "confident" else None]
         if self.pooling is not None:
             facts["pooling"] = {"name": self.pooling, **thaw(self.pooling_options)}
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -236,6 +248,9 @@ class EnsembleConfig:
             "batch_size": self.batch_size,
             "max_batch_size": self.max_batch_size,
             "speculate": self.speculate,
+            "skip_when": self.skip_when,
+            "skip_above": self.skip_above,
+            "skip_check": self.skip_check,
             "self_check": self.self_check,
         }
         for key in ("weighting", "pooling", "compat"):

@@ -69,7 +69,7 @@ def test_auto_finds_a_batch_from_memory(model, monkeypatch):
     needed = memory.row_bytes(ensemble, 100)
     assert set(needed) == {torch.device("cpu")}
     expected = sum(
-        2 * 100 * memory.kv_bytes(member) + 28 * member.vocab_size for member in ensemble.active
+        150 * memory.kv_bytes(member) + 28 * member.vocab_size for member in ensemble.active
     )
     assert needed[torch.device("cpu")] == expected
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * expected)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.drafting import Drafter
 from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_of
 from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.sampling import Sampler
 from lm_eval_deepen.relative.topk import argmax
 
@@ -112,8 +113,8 @@ class _Decoder:
         free = [at for at, row in enumerate(self.rows) if row.out.reason]
         free += range(len(self.rows), self.size)
         while free and (self.ready or self.waiting):
-            if not self.ready:  # many at once: a short forward pass costs nearly as much as a long one
-                self._prefill(min(self.size, len(self.waiting)))
+            if not self.ready:
+                self._prefill()
             places, free = free[: len(self.ready)], free[len(self.ready) :]
             for at in places:
                 self.rows[at : at + 1] = [self.ready.popleft()]
@@ -126,9 +127,18 @@ class _Decoder:
                 follower.keep(keep)
         return bool(self.rows)
 
-    def _prefill(self, count: int) -> None:
-        """Take in the prompts of waiting texts, and find their weights where these depend on prompts."""
-        self.ready.extend(self.waiting.popleft() for _ in range(count))
+    def _prefill(self) -> None:
+        """Take in the prompts of waiting texts, and find their weights where these depend on prompts.
+
+        Several at once, since a short forward pass costs nearly as much as a long one; not more than fill one, since
+        their keys and values wait beside those of the rows.
+        """
+        tokens = 0
+        while self.waiting and len(self.ready) < self.size:
+            tokens += len(self.waiting[0].job.prompts[0].ids)
+            if self.ready and tokens > NODES_PER_FORWARD:
+                break
+            self.ready.append(self.waiting.popleft())
         by_prompt = self.ensemble.reads_prompts
         losses = [
             follower.prefill([row.job.prompts[follower.m] for row in self.ready], losses=by_prompt)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion import methods
@@ -20,6 +21,7 @@ from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting import weightings
 from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
 
@@ -37,6 +39,7 @@ class Ensemble:
         weights: one weight per member [M], fp32, sum 1.
         trace: what was counted while it ran.
         weigher: what changes the weights by request or by step, None where they are constant.
+        selective: which steps are left to the main member by choice, None where all are fused.
     """
 
     config: EnsembleConfig
@@ -45,6 +48,7 @@ class Ensemble:
     weights: Tensor
     trace: Trace
     weigher: Weigher | None = None
+    selective: Selective | None = None
 
     @classmethod
     def load(cls, config: EnsembleConfig, device: str | None = None) -> Ensemble:
@@ -83,7 +87,10 @@ class Ensemble:
         weigher = None
         if fuser and config.weighting is not None:
             weigher = weightings()[config.weighting].options(**config.weighting_options).build()
-        return cls(config, tuple(members), fuser, weights, Trace(names), weigher)
+        selective = None
+        if fuser and config.skip_when != "never":
+            selective = Selective(config.skip_when, config.skip_above, config.skip_check)
+        return cls(config, tuple(members), fuser, weights, Trace(names), weigher, selective)
 
     @property
     def main(self) -> Member:
@@ -174,6 +181,8 @@ class Ensemble:
 
     def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
+        if self.selective is not None:
+            left |= self._selected(self.selective, fuser, logp, weights, ~left)
         skipped = int(left.sum())
         self.trace.record_skipped(skipped)
         if not skipped:
@@ -183,6 +192,21 @@ class Ensemble:
         if skipped < len(left):
             out[~left] = self._fused(fuser, [member[~left] for member in logp], weights[~left])
         return out
+
+    def _selected(
+        self, selective: Selective, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, fused: Tensor
+    ) -> Tensor:
+        """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
+        vocabs = [member.codec.vocab for member in self.members]
+        chosen = selective.rows(logp, weights, vocabs) & fused
+        checked = changed = 0
+        if selective.check and bool(chosen.any()):
+            own = [rows[chosen] for rows in logp]
+            after = argmax(fuser.fuse(own, weights[chosen]).logp).tolist()
+            pairs = zip(argmax(own[0]).tolist(), after, strict=True)
+            checked, changed = len(after), sum(not self.same_piece(before, now) for before, now in pairs)
+        self.trace.record_selected(int(chosen.sum()), checked, changed)
+        return chosen
 
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         fused = fuser.fuse(logp, weights)

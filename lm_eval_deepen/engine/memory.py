@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
 
 SHARE = 0.5  # of the free memory; the rest is left to forward passes and to other processes
-COPIES = 2  # rows being decoded, and as many that are prefilled and wait
+ROOM = 1.5  # columns grow by a quarter, and a layer is copied when they do
 FUSION_COPIES = 6  # fp32 copies of a row's logits that fusion holds at once
 NODES_ON_ACCELERATOR = 8_192
 
@@ -43,7 +43,7 @@ def row_bytes(ensemble: Ensemble, longest: int) -> dict[torch.device, int]:
     drafted = 1 if ensemble.config.speculate == "off" else 1 + LONGEST
     for member in ensemble.active:
         device = member.runner.device
-        needed[device] += COPIES * kv_bytes(member) * longest
+        needed[device] += int(ROOM * kv_bytes(member) * longest)
         needed[device] += 4 * member.vocab_size * drafted
         needed[ensemble.device] += 4 * FUSION_COPIES * member.vocab_size * drafted
     return dict(needed)

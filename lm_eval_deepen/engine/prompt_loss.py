@@ -11,7 +11,7 @@ from torch import Tensor
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.weighting.seam import PromptLoss
 
-LOGITS_PER_CHUNK = 24_000_000  # computed at once, over all members; fusion needs a few times this in fp32
+LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of the demo pair, which fill its heads
 
 Path = tuple[int, ...]
 

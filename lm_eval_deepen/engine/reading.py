@@ -131,8 +131,13 @@ class Reading:
         """Return the log-probability of every scored token under every variant [variants, n], in nats."""
         found: list[list[Tensor]] = [[] for _ in variants]
         for rows, raw, present, target in self._chunks():
+            cool: dict[tuple[int, float], Tensor] = {}  # by member and temperature: most variants share them
             for variant, parts in zip(variants, found, strict=True):
-                logp = [cooled(x, t) for x, t in zip(raw, variant.temperatures, strict=True)]
+                wanted = list(enumerate(variant.temperatures))
+                for m, t in wanted:
+                    if (m, t) not in cool:
+                        cool[m, t] = cooled(raw[m], t)
+                logp = [cool[key] for key in wanted]
                 fused = variant.ensemble.fuse(logp, present)
                 parts.append(fused[torch.arange(rows, device=fused.device), target].cpu())
         return torch.stack([torch.cat(parts) for parts in found])

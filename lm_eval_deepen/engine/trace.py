@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.selective import identity
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.vocabulary import ByteVocab
 
@@ -28,6 +29,7 @@ class Trace:
         self.drafts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
         self.pooled: Counter[str] = Counter()
+        self.selected: Counter[str] = Counter()
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
@@ -37,6 +39,10 @@ class Trace:
         """Count the steps, blocks, drafted and accepted tokens of a call, and steps that rounding may decide."""
         self.drafts.update(counts)
         self.near_ties.extend(near_ties)
+
+    def record_selected(self, skipped: int, checked: int, changed: int) -> None:
+        """Count rows skipped by choice, those that were fused to check, and where that changes the likeliest piece."""
+        self.selected.update(skipped=skipped, checked=checked, changed=changed)
 
     def record_pooled(self, stats: dict[str, float]) -> None:
         """Count a request whose answers were combined."""
@@ -60,8 +66,8 @@ class Trace:
         chosen = argmax(fused).tolist()
         self.rows["fused"] += len(chosen)
         for row, best in enumerate(chosen):
-            pieces = [_identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
-            self.rows["argmax_changed"] += _identity(out, best) != pieces[0]
+            pieces = [identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
+            self.rows["argmax_changed"] += identity(out, best) != pieces[0]
             self.rows["members_agree"] += len(set(pieces)) == 1
         sums = torch.stack(list(stats.values())).double().sum(1).tolist() if stats else []
         for key, value in zip(stats, sums, strict=True):
@@ -76,6 +82,7 @@ class Trace:
             total.sat_out.update(trace.sat_out)
             total.record_drafts(trace.drafts, trace.near_ties)
             total.pooled.update(trace.pooled)
+            total.selected.update(trace.selected)
             for key, value in trace.sums.items():
                 total.sums[key] += value
         return total
@@ -90,9 +97,11 @@ class Trace:
         count = self.pooled["requests"]
         means = {f"mean_{key}": self.pooled[key] / count for key in self.pooled if key != "requests"} if count else {}
         pooled = {"pooled": {"requests": int(count), **means}} if count else {}
+        selected = {"selective": dict(self.selected)} if self.selected else {}
         return {
             **drafts,
             **pooled,
+            **selected,
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},
@@ -100,8 +109,3 @@ class Trace:
             "members_agree": share["members_agree"],
             **{f"mean_{key}": total / fused for key, total in sorted(self.sums.items()) if fused},
         }
-
-
-def _identity(vocab: ByteVocab, token: int) -> bytes | str:
-    """Return what a token stands for in every vocabulary: its bytes, or its role."""
-    return "end of text" if token in vocab.eos else vocab.pieces[token] or f"control {token}"
