@@ -16,7 +16,8 @@ TASK_CONFIGS = Path(__file__).resolve().parents[1] / "task_configs"
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 VARIABLE = "LM_EVAL_DEEPEN_DATA"
 DEMO_TASKS = {"deepen_demo_choice", "deepen_demo_short"}
-SAMPLE_TASKS = {f"deepen_sample_{name}" for name in ("arc", "piqa", "nq", "gsm8k", "rolling")}
+SAMPLE_TASKS = {f"deepen_sample_{name}" for name in ("arc", "piqa", "nq", "gsm8k", "rolling", "mmlu")}
+PAPER_TASKS = {path.stem for path in (TASK_CONFIGS / "deepen_paper").rglob("deepen_*.yaml")}  # see test_paper_tasks.py
 CATEGORIES = {"geography", "science", "history", "nature", "language", "everyday", "maths", "arts"}
 
 
@@ -78,6 +79,12 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sums = [
             {"question": f"{split}: {n} + 1?", "answer": f"Add.\nThe answer is {n + 1}\n"} for n in numbers
         ]
+        for domain in ("logic", "law"):
+            letters = [
+                {**row, "D": "four", "domain": domain, "question": f"{domain} {row['question']}"} for row in arc
+            ]
+            (folder / "mmlu").mkdir(exist_ok=True)
+            write_jsonl(folder / "mmlu" / domain / f"{split}.jsonl", letters)
         write_jsonl(folder / "arc_challenge" / f"{split}.jsonl", arc)
         write_jsonl(folder / "piqa" / f"{split}.jsonl", piqa)
         write_jsonl(folder / "nq" / f"{split}.jsonl", qa)
@@ -139,7 +146,7 @@ def test_fewshots_cover_the_number_of_shots() -> None:
 
 def test_all_tasks_and_tags_are_found() -> None:
     tasks = manager()
-    assert set(tasks.all_subtasks) == DEMO_TASKS | SAMPLE_TASKS
+    assert set(tasks.all_subtasks) - PAPER_TASKS == DEMO_TASKS | SAMPLE_TASKS
     assert set(tasks.all_tags) == {"deepen_demo", "deepen_samples"}
 
 
@@ -166,8 +173,9 @@ def test_samples_load_from_another_working_directory(
     monkeypatch.chdir(elsewhere)
     loaded = manager(folder, data_dir=str(tiny_data)).load("deepen_samples")["tasks"]
     assert set(loaded) == SAMPLE_TASKS
-    for task in loaded.values():
-        assert len(task.test_docs()) == len(task.validation_docs()) == 5
+    for name, task in loaded.items():
+        count = 10 if name == "deepen_sample_mmlu" else 5  # two subjects of five rows each
+        assert len(task.test_docs()) == len(task.validation_docs()) == count
         assert task.eval_docs == task.test_docs()
 
 
@@ -232,6 +240,24 @@ def test_sample_choice_prompts(tiny_data: Path) -> None:
     assert arc == [("Question: test 0?\nAnswer:", f" {option}") for option in ("one", "two", "three")]
     piqa = requests("deepen_sample_piqa", data_dir=str(tiny_data))
     assert piqa == [("Question: test 0\nAnswer:", f" {option}") for option in ("do this", "do that")]
+
+
+def test_published_letter_prompt_with_the_subjects_own_examples(tiny_data: Path) -> None:
+    found = requests("deepen_sample_mmlu", data_dir=str(tiny_data))
+
+    def asked(split: str, n: int) -> str:
+        return (
+            "There is a single choice question about law. Answer the question by replying A, B, C or D.\n"
+            f"Question: law {split} {n}?\nA. one\nB. two \nC. three\nD. four\nAnswer:"
+        )
+
+    context = "".join(f"{asked('fewshot', n)} B\n\n" for n in range(5)) + asked("test", 0)
+    assert found == [(context, f" {letter}") for letter in "ABCD"]
+    docs = load_sample("deepen_sample_mmlu", tiny_data).eval_docs
+    assert ["law" in doc["prompt"] for doc in docs][:4] == [True, False, True, False]  # subjects take turns
+    (tiny_data / "mmlu" / "law" / "test.jsonl").write_text('{"question": "q", "A": "x", "answer": "A"}\n')
+    with pytest.raises(ValueError, match="law: options A to D and a letter among them are needed"):
+        load_sample("deepen_sample_mmlu", tiny_data)
 
 
 def test_rolling_document_is_problem_and_solution(tiny_data: Path) -> None:

@@ -33,7 +33,7 @@ print("heavy:", [m for m in ("torch", "transformers", "lm_eval") if m in sys.mod
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in cli.COMMANDS:
-        assert f"    {name} " in done.stdout
+        assert f"\n    {name}" in done.stdout
     assert "heavy: []" in done.stdout
 
 

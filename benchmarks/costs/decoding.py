@@ -157,27 +157,37 @@ def _unequal_figure(
 def measure_fusion(bench: Bench) -> list[Figure]:
     """Measure the share of a decoding step that is not spent in members' bodies and heads.
 
-    The prompt's forward pass is taken out: a run of one token is subtracted from a longer one.
+    Once with a truncated support, which is the goal's, and once with the default. The prompt's forward pass is taken
+    out: a run of one token is subtracted from a longer one.
     """
+    which = tuple(range(len(bench.settings.models)))
+    truncated = bench.ensemble(which, support=512, inverse="em")
+    return [
+        _fusion(bench, truncated, "fusion", "support of 512 pieces", 5.0),
+        _fusion(bench, bench.pair, "fusion_default", "default options", None),
+    ]
+
+
+def _fusion(bench: Bench, model: DeepenLM, name: str, what: str, goal: float | None) -> Figure:
     scale = bench.scale
     texts = prompts(bench.source, scale.prompts)
     shares, steps, inside = [], [], []
-    with endless(_all_models(bench)):
+    with endless(_all_models(bench, model)):
         for _ in range(max(3, scale.repeats)):
             walls, forwards = [], []
             for tokens in (1, 1 + scale.new_tokens):
                 timers = Timers(bench.settle)
-                with timers.forwards(members_of(bench.pair)):
+                with timers.forwards(members_of(model)):
                     asked = generation(texts, [tokens] * len(texts))
-                    walls.append(_checked(bench, bench.pair, asked, exact=False)[0])
+                    walls.append(_checked(bench, model, asked, exact=False)[0])
                 forwards.append(timers.inside("body", "head"))
             wall, forward = walls[1] - walls[0], forwards[1] - forwards[0]
             shares.append(100 * (wall - forward) / wall)
             steps.append(1000 * wall / scale.new_tokens)
             inside.append(1000 * forward / scale.new_tokens)
     details = {"step_ms": steps, "forward_ms": inside, "rows": len(texts)}
-    label = f"share of a decoding step that is no member's forward pass, batch {len(texts)}"
-    return [Figure("fusion", label, unit="%", goal=5.0, details=details, **spread(shares))]
+    label = f"share of a decoding step that is no member's forward pass, batch {len(texts)}, {what}"
+    return Figure(name, label, unit="%", goal=goal, details=details, **spread(shares))
 
 
 def measure_third(bench: Bench) -> list[Figure]:

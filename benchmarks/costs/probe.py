@@ -74,7 +74,7 @@ def matrices(settings: Any) -> dict[str, Any]:
     from lm_eval_deepen.tools import build
 
     with tempfile.TemporaryDirectory() as folder:
-        ensemble = json.dumps(settings.arguments(range(len(settings.models))))
+        ensemble = json.dumps(settings.arguments(range(len(settings.models)), rows="embedding"))
         start = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             build.run(argparse.Namespace(ensemble=ensemble, device=settings.device, matrix_dir=folder))

@@ -55,7 +55,7 @@ def measure_matrices(settings: Settings) -> list[Figure]:
         ("size on disk", "MB", found["disk"] / MB, 130.0),
     )
     return [
-        Figure(f"matrices_{what.split()[0]}", f"full matrices of the pair, built once: {what}", value, unit=unit,
+        Figure(f"matrices_{what.split()[0]}", f"full matrices from embeddings, built once: {what}", value, unit=unit,
                goal=goal)
         for what, unit, value, goal in rows
     ]

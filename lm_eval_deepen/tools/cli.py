@@ -29,11 +29,15 @@ class Subcommand(Protocol):
 # The summaries stand here, not in the modules, so that `--help` imports none of them.
 COMMANDS = {
     "demo": ("lm_eval_deepen.tools.demo", "evaluate two small models alone and as an ensemble"),
+    "bpb": ("lm_eval_deepen.tools.bpb", "bits per byte of a text under members, ensemble and controls"),
     "build": ("lm_eval_deepen.tools.build", "build the relative matrices of an ensemble"),
     "compare": ("lm_eval_deepen.tools.compare", "result folders side by side, paired by document, with tests"),
     "gate": ("lm_eval_deepen.tools.gate", "CI check: is a candidate's evaluation worse than its baseline's?"),
+    "inspect": ("lm_eval_deepen.tools.inspect_recipe", "pre-flight report of a recipe, before any weight is loaded"),
+    "leaderboard": ("lm_eval_deepen.tools.leaderboard", "members, ensembles and methods on tasks, in one table"),
     "methods": ("lm_eval_deepen.tools.methods", "list fusion methods, weightings and pooling methods"),
     "path": ("lm_eval_deepen.tools.paths", "print the folder of the shipped tasks or recipes"),
+    "tune": ("lm_eval_deepen.tools.tune", "choose an ensemble's options on unlabelled text"),
     "run": ("lm_eval_deepen.tools.run", "`lm_eval run` with the model `deepen` registered in any case"),
 }
 

@@ -36,8 +36,17 @@ svg .hollow { fill: var(--paper); stroke: var(--mark); stroke-width: 2; }
 """
 
 
-def html(rows: Sequence[Row], alpha: float, notes: Sequence[str] = (), title: str = "Comparison") -> str:
-    """Return the page: for every task and metric two charts with error bars, and the table that says the same."""
+def html(
+    rows: Sequence[Row],
+    alpha: float,
+    notes: Sequence[str] = (),
+    title: str = "Comparison",
+    before: Sequence[str] = (),
+) -> str:
+    """Return the page: for every task and metric two charts with error bars, and the table that says the same.
+
+    `before` is HTML that comes first.
+    """
     names = extras(rows)
     blocks = [_section(i, group, alpha, names) for i, group in enumerate(columns(rows).values(), 1)]
     told = " ".join([f"Significance at {alpha:g}.", *reading(rows)])
@@ -55,6 +64,7 @@ def html(rows: Sequence[Row], alpha: float, notes: Sequence[str] = (), title: st
             "<body>",
             "<main>",
             f"<h1>{escape(title)}</h1>",
+            *before,
             *blocks,
             f'<p class="reading">{escape(told)}</p>',
             f"<h2>Notes</h2>\n<ul>{remarks}</ul>" if notes else "",

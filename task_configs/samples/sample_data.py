@@ -5,6 +5,7 @@ environment variable LM_EVAL_DEEPEN_DATA. Expected files, one JSON object a line
 
     arc_challenge/{dev,test}.jsonl      question, A, B, ... (option texts), answer (letter)
     piqa/{dev,test}.jsonl               question, A, B, answer (letter)
+    mmlu/SUBJECT/{fewshot,dev,test}.jsonl  question, A, B, C, D, answer (letter), domain
     nq/{fewshot,dev,test}.jsonl         question, answer (string or list of strings)
     gsm8k/{fewshot,dev,test}.jsonl      question, answer (reasoning that ends in the result)
 """
@@ -131,6 +132,45 @@ def load_arc(data_dir: str | None = None, **_harness_metadata: Any) -> dict[str,
 def load_piqa(data_dir: str | None = None, **_harness_metadata: Any) -> dict[str, Dataset]:
     """PIQA, splits dev and test: `question`, `choices`, `answer` (index)."""
     return _splits("piqa", ("dev", "test"), data_dir, _choices)
+
+
+def load_mmlu(data_dir: str | None = None, **_harness_metadata: Any) -> dict[str, Dataset]:
+    """MMLU, splits dev and test: `prompt` with the subject's own five examples, `answer` (index).
+
+    Subjects take turns, so that a limit cuts all of them alike.
+    """
+    folder = _data_folder(data_dir) / "mmlu"
+    subjects = sorted(path for path in folder.glob("*") if path.is_dir())
+    if not subjects:
+        raise FileNotFoundError(f"data_dir: {folder} has no folder of a subject; {_REMEDY}")
+    found = {}
+    for split in ("dev", "test"):
+        columns = [_letter_rows(subject, split) for subject in subjects]
+        longest = max(map(len, columns))
+        rows = [column[i] for i in range(longest) for column in columns if i < len(column)]
+        found[split] = _dataset(rows, folder)
+    return found
+
+
+def _letter_rows(subject: Path, split: str) -> list[Row]:
+    """Documents of one MMLU subject, in the published prompt."""
+    shots = _read(subject / "fewshot.jsonl")
+    rows = [*shots, *_read(subject / f"{split}.jsonl")]
+    if odd := [row for row in rows if row["answer"] not in _LETTERS[:4] or not all(map(row.get, "ABCD"))]:
+        raise ValueError(f"{subject}: options A to D and a letter among them are needed, got {odd[0]!r}")
+    examples = "".join(f"{_letter_prompt(shot)} {shot['answer']}\n\n" for shot in shots)
+    return [
+        {"prompt": examples + _letter_prompt(row), "answer": _LETTERS.index(row["answer"])}
+        for row in rows[len(shots) :]
+    ]
+
+
+def _letter_prompt(row: Row) -> str:
+    options = "\n".join(f"{letter}. {row[letter]}" for letter in "ABCD")
+    return (
+        f"There is a single choice question about {row['domain']}. Answer the question by replying A, B, C or D.\n"
+        f"Question: {row['question']}\n{options}\nAnswer:"
+    )
 
 
 def load_nq(data_dir: str | None = None, **_harness_metadata: Any) -> dict[str, Dataset]:

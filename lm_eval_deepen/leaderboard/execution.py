@@ -1,0 +1,233 @@
+"""Runs what is missing of a leaderboard, cell by cell, around members that are loaded once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from filelock import FileLock, Timeout
+from lm_eval.loggers import EvaluationTracker
+
+from lm_eval_deepen import pooling
+from lm_eval_deepen.config import EnsembleConfig, FrozenDict
+from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
+from lm_eval_deepen.fusion.seam import Fuser
+from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
+from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
+from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.rows import Row
+from lm_eval_deepen.leaderboard.tasks import LoadedTask
+from lm_eval_deepen.leaderboard.tuned import refuse_overlap
+from lm_eval_deepen.member import Member
+from lm_eval_deepen.pooling.seam import check_request
+
+Key = tuple[str, str]  # row, task
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        recipe: what was asked for.
+        tasks: its tasks, loaded.
+        out: where cells lie.
+        finished: cells that are there.
+        meaningless: why a row has no answer to a task.
+        missing: cells to evaluate.
+    """
+
+    recipe: Recipe
+    tasks: Sequence[LoadedTask]
+    out: Path
+    finished: dict[Key, Cell]
+    meaningless: Mapping[Key, str]
+    missing: Sequence[Key]
+
+
+def plan(recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False) -> Plan:
+    """Find out which cells are there; no model is loaded.
+
+    Raises:
+        ResultError: a cell is of another evaluation.
+        ConfigError: a row was tuned on documents of a task.
+    """
+    finished: dict[Key, Cell] = {}
+    meaningless: dict[Key, str] = {}
+    missing: list[Key] = []
+    for row in recipe.rows:
+        for task in tasks:
+            key = (row.name, task.name)
+            if reason := no_answer(row, task):
+                meaningless[key] = reason
+                continue
+            if row.tuned is not None:
+                for name, hashes in task.documents.items():
+                    refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
+            cell = read_cell(mark_of(out, row, task), identity(row, task, recipe.seeds), redo)
+            if cell is None:
+                missing.append(key)
+            else:
+                finished[key] = cell
+    return Plan(recipe, tasks, out, finished, meaningless, missing)
+
+
+def no_answer(row: Row, task: LoadedTask) -> str | None:
+    """Return why a row cannot answer a task's requests; None where it can."""
+    if row.config.pooling is None:
+        return None
+    method = pooling.poolings()[row.config.pooling].options(**row.config.pooling_options)
+    for kind in task.request_types:
+        try:
+            check_request(row.config.pooling, method, kind)
+        except RequestError:
+            return f"{row.config.pooling} combines answers to {' and '.join(sorted(method.REQUESTS))}, not to {kind}"
+    return None
+
+
+def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
+    """Evaluate the missing cells; each is on disk as soon as it is finished.
+
+    Returns:
+        All cells.
+
+    Raises:
+        DeepenError: by row and task; what is finished is kept.
+    """
+    if not todo.missing:
+        return todo.finished
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a leaderboard runs in one process; start it without torchrun or accelerate launch")
+    todo.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(todo.out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ResultError(f"{todo.out}: another process writes this leaderboard; wait for it, or kill it") from error
+    with lock:
+        return _Execution(todo, device, say).run()
+
+
+class _Execution:
+    """One run: the loaded members, the models built around them so far."""
+
+    def __init__(self, todo: Plan, device: str | None, say: Say) -> None:
+        self.todo, self.say = todo, say
+        self.cells = dict(todo.finished)
+        rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
+        used = {name for row in rows for name in row.members}
+        say(f"loading {', '.join(member.name for member in todo.recipe.members if member.name in used)}")
+        self.members: dict[str, Member] = load_members(
+            [member for member in todo.recipe.members if member.name in used],
+            [(row.config, row.members) for row in rows],
+            device,
+        )
+        self.rows = rows
+        self.fusers: dict[tuple, Fuser] = {}
+        self.alone = {row.name: self._model(row) for row in todo.recipe.alone if row.members[0] in used}
+        self.by_fingerprint: dict[str, RowModel] = {}
+
+    def run(self) -> dict[Key, Cell]:
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        for order in dict.fromkeys(row.members for row in self.rows):
+            group = [row for row in self.rows if row.members == order]
+            self._run_group(group)
+        return self.cells
+
+    def _run_group(self, group: Sequence[Row]) -> None:
+        """Evaluate the rows with the same members in the same order, task by task, then forget their models."""
+        models: dict[str, RowModel] = {}
+        self.fusers.clear()
+        for row in group:
+            with _blamed(f"row {row.name!r}"):
+                models[row.name] = self.alone[row.name] if row.alone and row.name in self.alone else self._model(row)
+        self.by_fingerprint = {
+            row.config.fingerprint(): models[row.name] for row in group if row.config.pooling is None
+        }
+        for row in group:
+            if row.config.pooling is not None:
+                self._pool(row, models[row.name])
+        for task in self.todo.tasks:
+            here = [row for row in group if (row.name, task.name) in self.todo.missing]
+            steps = [row for row in here if row.config.pooling is None]
+            for row in steps:
+                models[row.name].begin(task.name)
+            share_by_members([models[row.name] for row in steps])
+            for row in [*steps, *(row for row in here if row not in steps)]:
+                if row not in steps:
+                    models[row.name].begin(task.name)
+                self._run_cell(row, task, models[row.name])
+
+    def _model(self, row: Row) -> RowModel:
+        return RowModel.build(row.config, [self.members[name] for name in row.members], self.fusers)
+
+    def _pool(self, row: Row, model: RowModel) -> None:
+        """Let a pooled row take the answers of the members' own rows, and of the step-fused row it contains."""
+        sources: list[RowModel] = [self.alone[name] for name in row.members]
+        if row.config.fuses_steps:
+            sources.append(self.by_fingerprint.get(_steps(row).fingerprint(), model))
+        model.pool_from(sources)
+
+    def _run_cell(self, row: Row, task: LoadedTask, model: RowModel) -> None:
+        done = len(self.cells) - len(self.todo.finished) + 1
+        self.say(f"[{done}/{len(self.todo.missing)}] {row.name}: {task.name}")
+        with _blamed(f"row {row.name!r}, task {task.name!r}"):
+            tracker = EvaluationTracker()
+            found = evaluate(model, task, self.todo.recipe.seeds, tracker)
+            found["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
+            wanted = identity(row, task, self.todo.recipe.seeds)
+            cell = write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, model.cost(task.name))
+        self.cells[row.name, task.name] = cell
+
+
+def _steps(row: Row) -> EnsembleConfig:
+    """Return the step-fused ensemble that a pooled row contains."""
+    return replace(row.config, pooling=None, pooling_options=FrozenDict())
+
+
+def evaluate(
+    model: RowModel, task: LoadedTask, seeds: Sequence[int], tracker: EvaluationTracker | None = None
+) -> dict[str, Any]:
+    """Return what ``simple_evaluate`` returns for a model and a task of a recipe."""
+    spec = task.spec
+    a, b, c, d = seeds
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(task.objects),
+        num_fewshot=spec.num_fewshot,
+        batch_size=model.batch_size,
+        limit=spec.limit,
+        apply_chat_template=spec.apply_chat_template,
+        system_instruction=spec.system_instruction,
+        fewshot_as_multiturn=spec.fewshot_as_multiturn,
+        gen_kwargs=dict(spec.gen_kwargs) or None,
+        log_samples=True,
+        evaluation_tracker=tracker,
+        task_manager=task.manager,
+        random_seed=a,
+        numpy_random_seed=b,
+        torch_random_seed=c,
+        fewshot_random_seed=d,
+    )
+    assert found is not None  # there is one process
+    return dict(found)
+
+
+class _blamed:
+    """Puts where it happened before the message of an error."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, DeepenError):
+            raise type(error)(f"{self.where}: {error}") from error

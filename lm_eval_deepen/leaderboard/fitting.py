@@ -1,0 +1,175 @@
+"""Fitting an ensemble's weights and learning rate to scores on documents that are not evaluated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.fusion.seam import Fuser
+from lm_eval_deepen.host import configure
+from lm_eval_deepen.leaderboard.execution import evaluate
+from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
+from lm_eval_deepen.leaderboard.recipe import DEFAULT_SEEDS
+from lm_eval_deepen.leaderboard.tasks import LoadedTask
+from lm_eval_deepen.member import Member
+from lm_eval_deepen.pooled import alone
+
+RATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+_TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An ensemble that was scored on the development split.
+
+    Attributes:
+        what: how it differs from the others.
+        config: the ensemble.
+        scores: by task; higher is better.
+    """
+
+    what: str
+    config: EnsembleConfig
+    scores: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """What is maximised: the mean over tasks."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
+class Search:
+    """Staged: weights first, then the learning rate under the best ones; members are loaded once.
+
+    Attributes:
+        log: every candidate that was scored, in order.
+        alone: the members' own scores by task.
+    """
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        tasks: Sequence[LoadedTask],
+        metric: str | None,
+        device: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Load the members."""
+        self.config, self.tasks, self.metric, self.say = config, tasks, metric, say
+        names = [member.name for member in config.members]
+        loaded = load_members(config.members, [(config, names)], device)
+        self.members: list[Member] = [loaded[name] for name in names]
+        self.fusers: dict[tuple, Fuser] = {}
+        self.log: list[Candidate] = []
+        self.columns: dict[str, str] = {}
+
+    def run(self, weights: str, step: float, rates: Sequence[float] | None) -> Candidate:
+        """Return the best candidate.
+
+        Raises:
+            ConfigError: a step that makes no grid, learning rates that nothing takes.
+        """
+        single = [
+            self._score([(config.members[0].name, config)], [member])[0]
+            for config, member in zip(alone(self.config), self.members, strict=True)
+        ]
+        self.alone = {one.what: one.scores for one in single}
+        best = self._best(self._weighted(weights, step))
+        tried = self._rated(best, rates)
+        return self._best([*tried], first=best) if tried else best
+
+    def _weighted(self, weights: str, step: float) -> list[tuple[str, EnsembleConfig]]:
+        found = [("as given", self.config)]
+        if weights in ("both", "adaptive"):
+            found.append(("adaptive weights", self._with_weights(self._adaptive())))
+        if weights in ("both", "grid"):
+            for point in simplex(len(self.members), step):
+                found.append((f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point)))
+        return found
+
+    def _adaptive(self) -> list[float]:
+        """Return w_m = s_m / sum of s, of mean scores (DeePEn-Adapt, arXiv 2404.12715, section 3.2)."""
+        means = [sum(scores.values()) / len(scores) for scores in self.alone.values()]
+        if min(means) < 0 or not any(means):
+            raise ConfigError(
+                f"--weights adaptive needs scores of which higher is better, one above 0; the members have {means}. "
+                "Use --weights grid"
+            )
+        return [mean / sum(means) for mean in means]
+
+    def _with_weights(self, weights: Sequence[float]) -> EnsembleConfig:
+        members = zip(self.config.members, weights, strict=True)
+        return replace(self.config, members=tuple(replace(member, weight=weight) for member, weight in members))
+
+    def _rated(self, best: Candidate, rates: Sequence[float] | None) -> list[tuple[str, EnsembleConfig]]:
+        """Return the best weights with other learning rates, where the method takes one."""
+        found = []
+        for rate in rates or RATES:
+            try:
+                config = configure({**best.config.to_dict(), "learning_rate": rate})
+            except ConfigError:
+                if rates:
+                    raise
+                return []
+            found.append((f"{best.what}, learning rate {rate:g}", config))
+        return found
+
+    def _best(self, tried: Sequence[tuple[str, EnsembleConfig]], first: Candidate | None = None) -> Candidate:
+        """Score candidates, print them, and return the best; of equals the one with the most even weights."""
+        scored = self._score(tried, self.members)
+        self.log += scored
+        for one in scored:
+            told = "  ".join(f"{task} {score:.4f}" for task, score in one.scores.items())
+            self.say(f"{one.what:40} {one.mean:.4f}  {told}")
+        scored = [first, *scored] if first is not None else scored
+        top = max(one.mean for one in scored)
+        equals = [one for one in scored if one.mean >= top - _TIE]
+        return min(equals, key=lambda one: sum(weight**2 for weight in one.config.weights))
+
+    def _score(self, tried: Sequence[tuple[str, EnsembleConfig]], members: Sequence[Member]) -> list[Candidate]:
+        """Score candidates, which share the members' passes."""
+        models = [RowModel.build(replace(config, self_check=False), members, self.fusers) for _, config in tried]
+        share_by_members(models)
+        scores: list[dict[str, float]] = [{} for _ in models]
+        for task in self.tasks:
+            for model, found in zip(models, scores, strict=True):
+                found.update(self._evaluate(model, task))
+        return [Candidate(what, config, found) for (what, config), found in zip(tried, scores, strict=True)]
+
+    def _evaluate(self, model: RowModel, task: LoadedTask) -> dict[str, float]:
+        """Return the score of every task of a column, negative where lower is better."""
+        model.begin(task.name)
+        results = evaluate(model, task, DEFAULT_SEEDS)
+        found = {}
+        for name in task.leaves:
+            column = self._column(results["results"][name], name)
+            self.columns[name] = column
+            higher = results["higher_is_better"][name].get(column.partition(",")[0])
+            found[name] = float(results["results"][name][column]) * (-1 if higher is False else 1)
+        return found
+
+    def _column(self, values: Mapping[str, Any], task: str) -> str:
+        columns = [key for key in values if "," in key and not key.partition(",")[0].endswith("_stderr")]
+        if self.metric is None:
+            return columns[0]
+        for column in columns:
+            if self.metric in (column, column.partition(",")[0]):
+                return column
+        raise ConfigError(f"--metric {self.metric}: task {task!r} has {', '.join(columns)}")
+
+
+def simplex(count: int, step: float) -> list[tuple[float, ...]]:
+    """Return the points with `count` positive coordinates, multiples of `step`, that sum to 1.
+
+    Raises:
+        ConfigError: a step that does not divide 1, or that leaves no point.
+    """
+    parts = round(1 / step) if step > 0 else 0
+    if parts < count or abs(parts * step - 1) > _TIE:
+        raise ConfigError(f"--weight-step must divide 1 into at least {count} parts; got {step}")
+    points = itertools.product(range(1, parts), repeat=count - 1)
+    return [(*(k / parts for k in point), 1 - sum(point) / parts) for point in points if sum(point) < parts]

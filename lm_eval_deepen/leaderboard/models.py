@@ -1,0 +1,228 @@
+"""The rows of a leaderboard as models around the same loaded members, and what each of them costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
+
+from lm_eval_deepen.answering import Answering, share_passes
+from lm_eval_deepen.config import EnsembleConfig, MemberConfig
+from lm_eval_deepen.distributed import Ranks
+from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.fusion.seam import Fuser
+from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.main_member import MainMemberView
+from lm_eval_deepen.member import Member
+from lm_eval_deepen.member.arguments import check_loading
+from lm_eval_deepen.member.preflight import load_tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the answers to one task's requests took.
+
+    Attributes:
+        seconds: as if the row had run alone: of a shared pass, its time less the other rows' fusing.
+        fusing: of these, in the row's own fusing.
+        tokens: that the members forwarded, padding excluded.
+        shared_by: how many rows shared the pass; 1: it ran alone.
+    """
+
+    seconds: float = 0.0
+    fusing: float = 0.0
+    tokens: int = 0
+    shared_by: int = 1
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return the sum; `shared_by` is the larger one."""
+        return Cost(
+            self.seconds + other.seconds,
+            self.fusing + other.fusing,
+            self.tokens + other.tokens,
+            max(self.shared_by, other.shared_by),
+        )
+
+
+@dataclass(eq=False)
+class TimedEnsemble(Ensemble):
+    """An ensemble that adds up the seconds of its fusing."""
+
+    fusing: float = 0.0
+
+    @classmethod
+    def of(cls, ensemble: Ensemble) -> TimedEnsemble:
+        """Return the same ensemble, timed."""
+        return cls(**{field.name: getattr(ensemble, field.name) for field in fields(Ensemble)})
+
+    def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
+        """Fuse rows; see `Ensemble.fuse`."""
+        start = self._now()
+        found = super().fuse(logp, present, base)
+        self.fusing += self._now() - start
+        return found
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else the members' pending work would count as fusing
+        return time.perf_counter()
+
+
+class RowModel(DeepenLM):
+    """The model of a row: remembers its answers for rows that pool them, and counts what they took.
+
+    Attributes:
+        task: name of the task at hand.
+        costs: by task.
+    """
+
+    ensemble: TimedEnsemble
+
+    @classmethod
+    def build(cls, config: EnsembleConfig, members: Sequence[Member], fusers: dict[tuple, Fuser]) -> RowModel:
+        """Return the model of a row.
+
+        Args:
+            config: the row's.
+            members: the loaded members, the main one first.
+            fusers: those built so far, by members, method and options: rows that differ in weights alone share one.
+        """
+        key = (*map(id, members), config.method, config.options, config.matrix_dir)
+        model = cls.__new__(cls)
+        MainMemberView.__init__(model)
+        ensemble = Ensemble.assemble(config, members, fusers.get(key))
+        if ensemble.fuser is not None:
+            fusers[key] = ensemble.fuser
+        model._adopt(ensemble, Ranks())
+        return model
+
+    def adopt(self, ensemble: Ensemble) -> None:
+        """Answer by this ensemble."""
+        super().adopt(TimedEnsemble.of(ensemble))
+        self.task = ""
+        self.costs: dict[str, Cost] = {}
+        self._remembered: dict[tuple[str, str] | None, Any] = {}
+
+    @property
+    def answerers(self) -> list[RowModel]:
+        """The models whose answers this row gives: itself, or those that it pools."""
+        return [self] if self.pool is None else [model for model in self.pool.answerers if isinstance(model, RowModel)]
+
+    def begin(self, task: str) -> None:
+        """Take up a task: what is counted from here on is of this one."""
+        for model in {id(model): model for model in (self, *self.answerers)}.values():
+            model.task = task
+            model.ensemble.trace = Trace(model.ensemble.trace.names)
+            model.traces = [model.ensemble.trace]
+        if self.pool is not None:
+            self.pool.trace = self.ensemble.trace
+
+    def pool_from(self, models: Sequence[RowModel]) -> None:
+        """Pool the answers of these models, one per answerer, rather than of models of our own."""
+        assert self.pool is not None and len(models) == len(self.pool.answerers)
+        self.pool.answerers = list(models)
+
+    def cost(self, task: str) -> Cost:
+        """Return what the answers to a task took, those of the models that are pooled included."""
+        return sum((model.costs.get(task, Cost()) for model in self.answerers), Cost())
+
+    def answers(self, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
+        """Yield the index of every request and its answer; what was answered before is remembered."""
+        left = []
+        for index, request in enumerate(requests):
+            key = self._key(kind, request)
+            if key in self._remembered:
+                yield index, self._remembered[key]
+            else:
+                left.append(index)
+        if not left:
+            return
+        before = self._readings()
+        for at, answer in super().answers(kind, [requests[index] for index in left]):
+            key = self._key(kind, requests[left[at]])
+            if key is not None:
+                self._remembered[key] = answer
+            yield left[at], answer
+        self._charge(kind, before)
+
+    def _key(self, kind: str, request: Instance) -> tuple[str, str] | None:
+        """Return what identifies a request; None for one whose answer is drawn at random."""
+        *texts, last = request.args
+        if kind == "generate_until":
+            if normalize_gen_kwargs(last, self.max_gen_toks).get("do_sample"):
+                return None
+            last = json.dumps(last, sort_keys=True)
+        return kind, json.dumps([*texts, last])
+
+    def _readings(self) -> tuple[float, int, dict[int, float]]:
+        tokens = sum(member.runner.forwarded for member in self.ensemble.active)
+        return time.perf_counter(), tokens, {id(peer): _fusing(peer) for peer in self.peers}
+
+    def _charge(self, kind: str, before: tuple[float, int, dict[int, float]]) -> None:
+        """Add what was spent since `before` to the costs of every row that it gave answers."""
+        now = self._readings()
+        seconds, tokens = now[0] - before[0], now[1] - before[1]
+        fusing = {key: value - before[2][key] for key, value in now[2].items()}
+        sharing: Sequence[Answering] = self.peers if kind != "generate_until" and tokens else [self]
+        total = sum(fusing[id(peer)] for peer in sharing)
+        for peer in sharing:
+            assert isinstance(peer, RowModel)
+            own = fusing[id(peer)]
+            spent = Cost(seconds - total + own, own, tokens, len(sharing))
+            peer.costs[self.task] = peer.costs.get(self.task, Cost()) + spent
+
+
+def _fusing(model: Answering) -> float:
+    return model.ensemble.fusing if isinstance(model.ensemble, TimedEnsemble) else 0.0
+
+
+def load_members(
+    members: Sequence[MemberConfig],
+    ensembles: Sequence[tuple[EnsembleConfig, Sequence[str]]],
+    device: str | None,
+) -> dict[str, Member]:
+    """Load each member once, by name, after what can be refused without weights was checked.
+
+    Args:
+        members: the recipe's.
+        ensembles: configurations that will be built around them, each with the names of its members.
+        device: where members load that name no device of their own.
+
+    Raises:
+        DeepenError: a member that cannot be loaded, or vocabularies that a row's method cannot use.
+    """
+    check_loading(tuple(members), device)
+    tokenizers = {member.name: load_tokenizer(member) for member in members}
+    for config, names in ensembles:
+        if fuses(config):
+            check_vocabularies(config, [tokenizers[name] for name in names])
+    return {member.name: Member.load(member, device, tokenizers[member.name]) for member in members}
+
+
+def share_by_members(models: Sequence[RowModel]) -> None:
+    """Let models of step fusion that run the same members in the same order score in one pass.
+
+    Those whose weights depend on prompts share one of their own: they need the head at every position of a prompt,
+    which may take longer than all the rest, and what a row costs would be lost in it.
+    """
+    groups: dict[tuple, list[RowModel]] = {}
+    for model in models:
+        if model.pool is None:
+            ensemble = model.ensemble
+            key = (*map(id, ensemble.active), model.ensemble_config.chat_fallback, ensemble.reads_prompts)
+            groups.setdefault(key, []).append(model)
+        else:
+            share_passes([model])
+    for group in groups.values():
+        share_passes(group)

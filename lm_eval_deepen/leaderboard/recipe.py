@@ -1,0 +1,282 @@
+"""The recipe of a leaderboard: members, rows and tasks, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_deepen.config import EnsembleConfig, MemberConfig
+from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.config_parse import PATH_KEYS, member_names
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.host import configure
+from lm_eval_deepen.leaderboard.rows import Row, expand, member_row
+
+DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
+_RECIPE_KEYS = frozenset("title members common rows grid tasks include_path metadata seed alpha resamples".split())
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is asked of one task, or group of tasks, in the words of ``lm_eval run``.
+
+    Attributes:
+        task: its name.
+        limit: the first so many documents, or that share of them where it is below 1.
+        num_fewshot: few-shots instead of the task's own number.
+        metric: metrics that are shown, as ``acc`` or ``exact_match,strict-match``; all where empty.
+        apply_chat_template: whether prompts are rendered by every member's own chat template.
+        system_instruction: put before every prompt.
+        fewshot_as_multiturn: whether few-shots are turns of the conversation.
+        gen_kwargs: generation arguments over the task's own.
+        split: ``validation`` evaluates the development split where the task also has a test split.
+    """
+
+    task: str
+    limit: int | float | None = None
+    num_fewshot: int | None = None
+    metric: tuple[str, ...] = ()
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
+    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    split: str | None = None
+
+
+_TASK_KEYS = frozenset(f.name for f in fields(TaskSpec))
+_SHARED_KEYS = _TASK_KEYS - {"task", "split"}  # may stand beside `tasks`, for all of them
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A leaderboard as it was asked for.
+
+    Attributes:
+        source: the file, for messages.
+        title: heading of the table.
+        members: each is loaded once, and is a row of its own.
+        rows: the members alone, then the ensembles.
+        tasks: columns.
+        include_path: folders with task configurations.
+        metadata: handed to the tasks.
+        seeds: of random, numpy, torch and few-shots.
+        alpha: level of significance.
+        resamples: of bootstrap and permutation test; None for the usual number.
+        notes: combinations of the grid that mean nothing, and why.
+    """
+
+    source: str
+    title: str
+    members: tuple[MemberConfig, ...]
+    rows: tuple[Row, ...]
+    tasks: tuple[TaskSpec, ...]
+    include_path: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, int, int, int] = DEFAULT_SEEDS
+    alpha: float = 0.05
+    resamples: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> tuple[Row, ...]:
+        """The rows of the members alone."""
+        return self.rows[: len(self.members)]
+
+
+def read_recipe(path: Path, elsewhere: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe; every row is configured, nothing is loaded.
+
+    Args:
+        path: the YAML file.
+        elsewhere: what is loaded for a member instead of what the recipe says, by name: a folder, a hub name.
+
+    Raises:
+        ConfigError: whatever cannot be honoured: by file, and by row or task where it is about one.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}); give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
+    try:
+        return parse_recipe(raw, path, elsewhere)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = None) -> Recipe:
+    """Return the recipe that parsed YAML spells; relative paths are read beside `path`.
+
+    Raises:
+        ConfigError: as `read_recipe`.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a recipe holds members, rows or grid, and tasks; got {type(raw).__name__}")
+    known = _RECIPE_KEYS | _SHARED_KEYS
+    _check_keys(raw, known, "", "Keys of ensembles that hold for every row go into common")
+    folder = path.parent
+    common = {"self_check": False, **_mapping(raw.get("common"), "common")}  # the members are measured beside
+    for key in ("pretrained", "members", "name", "weight"):
+        if key in common:
+            raise ConfigError(f"common holds {key}, which is a member's own; common is what all rows have alike")
+    entries = [_member(entry, folder, i) for i, entry in enumerate(_listed(raw.get("members"), "members"))]
+    by_name = _named(entries, dict(elsewhere or {}))
+    _configure(list(by_name.values()), common, "members")
+    alone = [member_row(name, entry, common) for name, entry in by_name.items()]
+    notes: list[str] = []
+    rows = alone + expand(raw.get("rows"), raw.get("grid"), by_name, common, folder, notes)
+    _check_names(rows)
+    shared = {key: raw[key] for key in _SHARED_KEYS & raw.keys()}
+    tasks = [_task(entry, shared, i) for i, entry in enumerate(_listed(raw.get("tasks"), "tasks"))]
+    _check_tasks(tasks)
+    return Recipe(
+        source=str(path),
+        title=coerce(raw.get("title", f"Leaderboard of {' and '.join(by_name)}"), str, "title"),
+        members=tuple(row.config.members[0] for row in alone),
+        rows=tuple(rows),
+        tasks=tuple(tasks),
+        include_path=_folders(raw.get("include_path"), folder),
+        metadata=_mapping(raw.get("metadata"), "metadata"),
+        seeds=_seeds(raw.get("seed")),
+        alpha=_share(raw.get("alpha", 0.05)),
+        resamples=_count(raw.get("resamples"), "resamples"),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _check_keys(raw: Mapping[str, Any], known: frozenset[str], where: str, hint: str = "") -> None:
+    for key in raw:
+        if key not in known:
+            near = did_you_mean(str(key), sorted(known))
+            raise ConfigError(f"{where}unknown key {key!r}.{near} Keys: {', '.join(sorted(known))}. {hint}".rstrip())
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, (Mapping, type(None))):
+        raise ConfigError(f"{key} must be a mapping; got {value!r}")
+    return dict(value or {})
+
+
+def _listed(value: Any, key: str) -> Sequence[Any]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{key} must be a list with at least one entry; got {value!r}")
+    return value
+
+
+def _member(entry: Any, folder: Path, i: int) -> dict[str, Any]:
+    """Return a member's keys; relative paths of model folders are read beside the recipe."""
+    found = {"pretrained": entry} if isinstance(entry, str) else entry
+    if not isinstance(found, Mapping) or not isinstance(found.get("pretrained"), str):
+        raise ConfigError(f"members[{i}] must be a model's name, or a mapping with pretrained; got {entry!r}")
+    if "weight" in found:
+        raise ConfigError(f"members[{i}] ({found['pretrained']}): a weight belongs to a row, as weights")
+    resolved = dict(found)
+    for key in PATH_KEYS:
+        value = found.get(key)
+        if isinstance(value, str) and value and not os.path.isabs(value) and (folder / value).exists():
+            resolved[key] = os.path.normpath(folder / value)
+    return resolved
+
+
+def _named(entries: Sequence[dict[str, Any]], elsewhere: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the members' keys by name, and where they are loaded from elsewhere, from there."""
+    names = member_names(entries)
+    for name in elsewhere:
+        if name not in names:
+            raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
+    return {
+        name: {**entry, "name": name, "pretrained": elsewhere.get(name, entry["pretrained"])}
+        for name, entry in zip(names, entries, strict=True)
+    }
+
+
+def _configure(entries: Sequence[Mapping[str, Any]], common: Mapping[str, Any], where: str) -> EnsembleConfig:
+    try:
+        return configure({**common, "pretrained": entries[0]["pretrained"], "members": list(entries)})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _task(entry: Any, shared: Mapping[str, Any], i: int) -> TaskSpec:
+    given = {"task": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, Mapping) or not isinstance(given.get("task"), str):
+        raise ConfigError(f"tasks[{i}] must be a task's name, or a mapping with task; got {entry!r}")
+    where = f"task {given['task']!r}: "
+    _check_keys(given, _TASK_KEYS, where)
+    values = {key: value for key, value in {**shared, **given}.items() if value is not None}
+    hints = {"num_fewshot": int, "limit": int | float, "system_instruction": str, "apply_chat_template": bool | str}
+    hints |= {"fewshot_as_multiturn": bool, "split": str}
+    try:
+        for key, hint in hints.items():
+            if key in values:
+                values[key] = coerce(values[key], hint, key)
+        metric = values.get("metric", ())
+        values["metric"] = tuple([metric] if isinstance(metric, str) else metric)
+        values["gen_kwargs"] = _mapping(values.get("gen_kwargs"), "gen_kwargs")
+        spec = TaskSpec(**values)
+        if spec.limit is not None and (spec.limit <= 0 or (spec.limit > 1 and spec.limit % 1)):
+            raise ConfigError(f"limit must be a number of documents, or a share below 1; got {spec.limit!r}")
+        if spec.split not in (None, "test", "validation"):
+            raise ConfigError(f"split must be test or validation; got {spec.split!r}")
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error
+    return spec
+
+
+def _check_tasks(tasks: Sequence[TaskSpec]) -> None:
+    names = [spec.task for spec in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"task {name!r} is listed twice; a row has one cell for each task")
+
+
+def _check_names(rows: Sequence[Row]) -> None:
+    seen: dict[str, Row] = {}
+    for row in rows:
+        other = seen.setdefault(row.slug.casefold(), row)
+        if other is not row:
+            raise ConfigError(
+                f"rows {other.name!r} and {row.name!r} have one name, or the same folder ({row.slug}); "
+                "give one of them a `name` of its own"
+            )
+
+
+def _folders(value: Any, folder: Path) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else list(value or ())
+    found = []
+    for name in listed:
+        place = folder / Path(str(name)).expanduser()
+        if not place.is_dir():
+            raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
+        found.append(str(place))
+    return tuple(found)
+
+
+def _seeds(value: Any) -> tuple[int, int, int, int]:
+    if value is None:
+        return DEFAULT_SEEDS
+    listed = list(value) if isinstance(value, (list, tuple)) else [value] * 4
+    if len(listed) != 4:
+        raise ConfigError(f"seed must be one number, or four: random, numpy, torch, few-shots; got {value!r}")
+    a, b, c, d = (coerce(seed, int, "seed") for seed in listed)
+    return a, b, c, d
+
+
+def _share(value: Any) -> float:
+    found = coerce(value, float, "alpha")
+    if not 0 < found < 1:
+        raise ConfigError(f"alpha must lie between 0 and 1; got {value!r}")
+    return found
+
+
+def _count(value: Any, key: str) -> int | None:
+    found = None if value is None else coerce(value, int, key)
+    if found is not None and found < 1:
+        raise ConfigError(f"{key} must be at least 1; got {value!r}")
+    return found

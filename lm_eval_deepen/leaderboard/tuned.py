@@ -1,0 +1,96 @@
+"""What a tuned ensemble file says of the documents it was fitted on, and the refusal to be evaluated on these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.errors import ConfigError
+
+KEY = "evidence"  # of an ensemble file: what speaks for its options
+_PREFIX = 16  # hexadecimal digits kept of a document's hash: 64 bits
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The record in a tuned ensemble file.
+
+    Attributes:
+        source: the file, for messages.
+        fingerprint: of the ensemble that was tuned, as it was written.
+        documents: the first 16 digits of the harness's ``doc_hash`` of every document it was fitted on.
+        about: what else was written down: objective, tasks, split, scores.
+    """
+
+    source: str
+    fingerprint: str
+    documents: frozenset[str]
+    about: Mapping[str, Any]
+
+
+def record(config: EnsembleConfig, hashes: Iterable[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of the key `evidence` for an ensemble file.
+
+    Args:
+        config: the ensemble as the file gives it.
+        hashes: the harness's ``doc_hash`` of the documents it was fitted on.
+        about: objective, tasks, split and scores, as plain data.
+    """
+    kept = sorted({digest[:_PREFIX] for digest in hashes})
+    return {
+        **about,
+        "fingerprint": config.fingerprint(),
+        "documents_digest": _digest(kept),
+        "document_hashes": kept,
+    }
+
+
+def read_tuned(path: Path, config: EnsembleConfig) -> Tuned | None:
+    """Return what an ensemble file records of its tuning; None where it was not tuned on documents of tasks.
+
+    Raises:
+        ConfigError: a damaged record, or one of another ensemble: the file was edited after it was tuned.
+    """
+    raw = yaml.safe_load(path.read_text("utf-8"))
+    found = raw.get(KEY) if isinstance(raw, Mapping) else None
+    if not isinstance(found, Mapping) or not {"document_hashes", "documents_digest"} & found.keys():
+        return None
+    documents = found.get("document_hashes")
+    if not isinstance(documents, list) or _digest(documents) != found.get("documents_digest"):
+        raise ConfigError(
+            f"{path}: its record `{KEY}` is damaged: the documents it lists are not those of documents_digest, so that "
+            "nobody can say which documents it was fitted on; tune it again"
+        )
+    if found.get("fingerprint") != config.fingerprint():
+        raise ConfigError(
+            f"{path}: its record `{KEY}` is of another ensemble (fingerprint {str(found.get('fingerprint'))[:12]}, "
+            f"this one has {config.fingerprint()[:12]}): members or options changed since; tune it again, or "
+            f"remove `{KEY}`"
+        )
+    about = {key: value for key, value in found.items() if key not in ("document_hashes", "documents_digest")}
+    return Tuned(str(path), found["fingerprint"], frozenset(documents), about)
+
+
+def _digest(documents: Sequence[Any]) -> str:
+    return hashlib.sha256("\n".join(map(str, documents)).encode()).hexdigest()
+
+
+def shared_documents(tuned: Iterable[str], evaluated: Iterable[str]) -> int:
+    """Return how many of the evaluated documents are among those of the tuning, by hash."""
+    known = {digest[:_PREFIX] for digest in tuned}
+    return sum(digest[:_PREFIX] in known for digest in evaluated)
+
+
+def refuse_overlap(what: str, tuned: Iterable[str], task: str, evaluated: Sequence[str]) -> None:
+    """Raise ConfigError where an ensemble would be evaluated on documents it was fitted on."""
+    if count := shared_documents(tuned, evaluated):
+        raise ConfigError(
+            f"{what} was fitted on {count} of the {len(evaluated)} documents of task {task!r}: a score on them says "
+            "nothing about others. Tune on another split, or evaluate other documents"
+        )

@@ -1,0 +1,108 @@
+"""``lm-eval-deepen leaderboard RECIPE``: members, ensembles, methods and weightings on tasks of one's choice."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.leaderboard.recipe import Recipe
+
+HELP = (
+    "Evaluate the rows of a recipe (members alone, ensembles in every order, methods, weightings, poolings) on its "
+    "tasks, cell by cell: finished cells are kept, and rows of the same members share their passes. Prints one table "
+    "with paired differences to the best single member, corrected over the table."
+)
+FORMATS = ("text", "md", "json", "html")
+FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboard.html"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed (default: %(default)s)")
+    parser.add_argument("--redo", action="store_true", help="evaluate cells again that are of another evaluation")
+    parser.add_argument("--limit", type=float, metavar="N", help="so many documents of every task, for a trial")
+    parser.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks, over the recipe's")
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
+    )
+    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what is missing, then print and write the table."""
+    # Before torch and the hub client are imported, which read them once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lm_eval_deepen.leaderboard.execution import execute, plan
+    from lm_eval_deepen.leaderboard.tasks import load_tasks
+    from lm_eval_deepen.tools import leaderboard_table
+
+    recipe = adjusted(args)
+    if args.into is not None:
+        leaderboard_table.check_markers(args.into)
+    out = args.out or Path("results") / args.recipe.stem
+    tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
+    todo = plan(recipe, tasks, out, args.redo)
+    if args.dry_run:
+        print(leaderboard_table.listing(todo))
+        return 0
+    cells = execute(todo, args.device or default_device(), say)
+    table = leaderboard_table.measure(todo, cells)
+    for kind, name in FILES.items():
+        (out / name).write_text(leaderboard_table.rendered(table, kind) + "\n", "utf-8")
+    if args.into is not None:
+        leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
+    print(leaderboard_table.rendered(table, args.format))
+    say(f"cells, {', '.join(FILES.values())}: {out}")
+    return 0
+
+
+def adjusted(args: argparse.Namespace) -> Recipe:
+    """Return the recipe with what the command line changes."""
+    from lm_eval_deepen.leaderboard.recipe import read_recipe
+
+    pairs = [given.partition("=") for given in args.member]
+    if wrong := [given for given, (name, _, where) in zip(args.member, pairs, strict=True) if not (name and where)]:
+        raise ConfigError(f"--member takes NAME=WHERE; got {wrong[0]!r}")
+    recipe = read_recipe(args.recipe, {name: where for name, _, where in pairs})
+    if args.limit is not None:
+        if args.limit <= 0 or (args.limit > 1 and args.limit % 1):
+            raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
+        limit = args.limit if args.limit < 1 else int(args.limit)
+        tasks = tuple(dataclasses.replace(spec, limit=limit) for spec in recipe.tasks)
+        recipe = dataclasses.replace(recipe, tasks=tasks)
+    if args.metadata is not None:
+        try:
+            given: Any = json.loads(args.metadata)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--metadata is not JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f"--metadata must be a JSON object; got {args.metadata}")
+        recipe = dataclasses.replace(recipe, metadata={**recipe.metadata, **given})
+    return recipe
+
+
+def default_device() -> str:
+    """Return the first GPU where there is one, else the CPU."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def say(text: str) -> None:
+    """Tell the user how far it is."""
+    print(text, file=sys.stderr, flush=True)

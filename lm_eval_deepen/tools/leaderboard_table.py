@@ -1,0 +1,216 @@
+"""The table of a leaderboard: every row against the best single member, paired by document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.leaderboard.cells import Cell
+from lm_eval_deepen.leaderboard.execution import Key, Plan
+from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.tasks import LoadedTask
+from lm_eval_deepen.runs import Row, Run, corrected, rows_of
+from lm_eval_deepen.statistics.paired import RESAMPLES
+from lm_eval_deepen.tools import report
+from lm_eval_deepen.tools.compare import groups
+from lm_eval_deepen.tools.compare import measure as paired
+from lm_eval_deepen.tools.gate import wanted_columns
+from lm_eval_deepen.tools.report_html import html
+
+BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
+SECONDS, FUSING, TOKENS = "s/doc", "fusing s/doc", "tokens/doc"
+READING = (
+    "A member alone is an ensemble of one, which gives what `--model hf` gives.",
+    "The reference of every column is the best single member on these documents; a row that is not marked better is "
+    "not significantly better than it.",
+    f"{SECONDS}: seconds per document as if the row had run alone; rows of the same members in the same order share "
+    "their forward passes in scoring tasks (those weighted by prompts among themselves), and of a shared pass a row is "
+    f"charged everything but the other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all "
+    "members together forwarded.",
+    "A row that pools answers is charged what the pooled rows took, whose answers it shares.",
+)
+_MARKS = {"better": " ▲", "worse": " ▼", "not significant": "", None: " (ref)"}
+_KEY = "▲, ▼: significantly better, worse than the best single member (ref) after Holm's correction at {alpha:g}."
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measured leaderboard.
+
+    Attributes:
+        recipe: what was asked for.
+        rows: a line per system and column, corrected over all of them.
+        meaningless: reasons, by system and column.
+        notes: what else is to be said.
+    """
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    meaningless: Mapping[tuple[str, str], str]
+    notes: Sequence[str]
+
+
+def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
+    """Return the table of finished cells.
+
+    Raises:
+        ResultError: files that cannot be read, or a metric that no task has.
+    """
+    recipe = plan.recipe
+    rows: list[Row] = []
+    meaningless: dict[tuple[str, str], str] = {}
+    notes = list(recipe.notes)
+    for task in plan.tasks:
+        runs = [
+            Run(row.name, cells[row.name, task.name].mark.parent, cells[row.name, task.name].runs())
+            for row in recipe.rows
+            if (row.name, task.name) in cells
+        ]
+        found = _columns(plan, task, runs, cells, notes)
+        notes += groups(runs)
+        rows += found
+        for row in recipe.rows:
+            if reason := plan.meaningless.get((row.name, task.name)):
+                meaningless |= {(row.name, line.column): reason for line in found}
+    if not rows:
+        raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
+    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)))
+
+
+def _columns(
+    plan: Plan, task: LoadedTask, runs: Sequence[Run], cells: Mapping[Key, Cell], notes: list[str]
+) -> list[Row]:
+    recipe = plan.recipe
+    alone = [row.name for row in recipe.alone]
+    rows: list[Row] = []
+    for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
+        try:
+            measured = paired(runs, *column, notes)
+        except ResultError as error:
+            if task.spec.metric:
+                raise
+            notes.append(f"not compared: {error}")
+            continue
+        extra = {run.label: _costs(cells[run.label, task.name]) for run in runs}
+        measured = type(measured)(
+            measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
+        )
+        rows += rows_of(measured, alone, alone, resamples=recipe.resamples or RESAMPLES)
+    return rows
+
+
+def _costs(cell: Cell) -> dict[str, float | None]:
+    count = max(1, cell.documents)
+    cost = cell.cost
+    return {SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count}
+
+
+def listing(plan: Plan) -> str:
+    """Return the rows and what is to do, for a look before a long run."""
+    lines = [["row", *(task.name for task in plan.tasks), "fingerprint"]]
+    for row in plan.recipe.rows:
+        states = []
+        for task in plan.tasks:
+            key = (row.name, task.name)
+            states.append("n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do")
+        lines.append([row.name, *states, row.config.fingerprint()[:12]])
+    told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
+    reasons = dict.fromkeys(f"n/a: {reason}" for reason in plan.meaningless.values())
+    return "\n".join([report.aligned(lines), "", *told, *reasons])
+
+
+def summary(table: Table) -> list[list[str]]:
+    """Return one line per row of the recipe, one column per task and metric, as text."""
+    columns = report.columns(table.rows)
+    found = {(line.system, name): line for name, lines in columns.items() for line in lines}
+    reasons = _reasons(table)
+    text = [["system", *columns]]
+    for row in table.recipe.rows:
+        line = [row.name]
+        for column in columns:
+            if (row.name, column) in found:
+                line.append(_short(found[row.name, column], table.recipe.alpha))
+            else:
+                line.append(f"n/a ({reasons.index(table.meaningless[row.name, column]) + 1})")
+        text.append(line)
+    return text
+
+
+def _short(row: Row, alpha: float) -> str:
+    error = "" if row.stderr is None else f" ± {row.stderr:.3f}"
+    return f"{row.score:.3f}{error}{_MARKS[row.verdict(alpha)]}"
+
+
+def _reasons(table: Table) -> list[str]:
+    return list(dict.fromkeys(table.meaningless.values()))
+
+
+def remarks(table: Table) -> list[str]:
+    """Return the notes: why some cells are empty, what the table does not show."""
+    numbered = [f"n/a ({i}): {reason}" for i, reason in enumerate(_reasons(table), 1)]
+    return [*numbered, *READING, *table.notes]
+
+
+def conclusion(table: Table) -> str:
+    """Return in a sentence which ensembles are better than their best member."""
+    alpha = table.recipe.alpha
+    compared = [row for row in table.rows if row.comparison and row.system not in _members(table)]
+    better = [row for row in compared if row.verdict(alpha) == "better"]
+    told = f"Of {len(compared)} comparisons of ensembles with the best single member, {len(better)} are significantly"
+    listed = ": " + "; ".join(f"{row.system} on {row.column}" for row in better) if better else ""
+    worse = sum(row.verdict(alpha) == "worse" for row in compared)
+    return f"{told} better{listed}. {worse} are significantly worse."
+
+
+def _members(table: Table) -> set[str]:
+    return {row.name for row in table.recipe.alone}
+
+
+def rendered(table: Table, fmt: str) -> str:
+    """Return the leaderboard as ``text``, ``md``, ``json`` or ``html``."""
+    alpha = table.recipe.alpha
+    told = [_KEY.format(alpha=alpha), conclusion(table)]
+    if fmt == "json":
+        data = report.to_dict(table.rows, alpha, table.notes)
+        empty = [{"system": s, "column": c, "reason": r} for (s, c), r in table.meaningless.items()]
+        return json.dumps({"title": table.recipe.title, **data, "not_applicable": empty}, indent=2, ensure_ascii=False)
+    if fmt == "html":
+        return html(table.rows, alpha, remarks(table), table.recipe.title, [_html_summary(table), *map(_p, told)])
+    if fmt == "md":
+        parts = [f"### {table.recipe.title}", report.markdown_table(summary(table)), "\n".join(told)]
+        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table))])
+    parts = [table.recipe.title, report.aligned(summary(table)), "\n".join(told)]
+    return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
+
+
+def _p(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _html_summary(table: Table) -> str:
+    top, *lines = summary(table)
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in top)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        for first, *rest in lines
+    )
+    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def check_markers(path: Path) -> None:
+    """Raise ConfigError where a Markdown file lacks the markers, before anything is evaluated."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"--into {path}: the table goes between {BEGIN} and {END}, once each, in an existing file")
+
+
+def write_into(path: Path, table: str) -> None:
+    """Replace what lies between the markers of a Markdown file."""
+    check_markers(path)
+    text = path.read_text("utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}", "utf-8")

@@ -1,0 +1,153 @@
+"""The objective ``score`` of ``lm-eval-deepen tune``: weights and learning rate from a development split of tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.config import EnsembleConfig
+    from lm_eval_deepen.leaderboard.fitting import Candidate, Search
+    from lm_eval_deepen.leaderboard.tasks import LoadedTask
+
+WEIGHTS = ("both", "grid", "adaptive", "keep")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the objective takes beside the ensemble, --limit, --output and --device."""
+    group = parser.add_argument_group("--objective score")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks with a development (validation) split")
+    group.add_argument(
+        "--evaluated", nargs="+", metavar="TASK",
+        help="tasks the ensemble will be evaluated on, which must share no document (default: --tasks)",
+    )  # fmt: skip
+    group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")
+    group.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks")
+    group.add_argument("--num-fewshot", "--num_fewshot", type=int, metavar="N", help="instead of the tasks' own")
+    group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
+    group.add_argument(
+        "--weights", choices=WEIGHTS, default="both",
+        help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt); keep: as they "
+        "are (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--weight-step", type=float, default=0.1, metavar="W", help="of the grid (default: %(default)s)")
+    group.add_argument(
+        "--learning-rates", nargs="+", type=float, metavar="LR",
+        help="to try, where the inverse takes one (default: 0.05 to 0.3)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, report and write the ensemble file: what ``tune --objective score`` does."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import yaml
+
+    from lm_eval_deepen.leaderboard.fitting import Search
+    from lm_eval_deepen.leaderboard.tasks import load_tasks
+    from lm_eval_deepen.tools.build import parse_ensemble
+
+    arguments = parse_ensemble(args.ensemble)
+    config = checked(arguments)
+    metadata = _metadata(args.metadata)
+    if not args.tasks:
+        raise ConfigError("--objective score needs --tasks: what is scored on the development split")
+    development = load_tasks([_spec(args, name, "validation") for name in args.tasks], args.include_path, metadata)
+    refuse_evaluated(development, load_tasks(_evaluated(args), args.include_path, metadata))
+    search = Search(config, development, args.metric, args.device, print)
+    found = search.run(args.weights, args.weight_step, args.learning_rates)
+    written = tuned_file(config, found, search, args)
+    Path(args.output).write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), "utf-8")
+    print(f"\n{found.what} written to {args.output}")
+    return 0
+
+
+def checked(arguments: Mapping[str, Any]) -> EnsembleConfig:
+    """Return the configuration to tune.
+
+    Raises:
+        ConfigError: one without weights to fit.
+    """
+    from lm_eval_deepen.host import configure
+
+    config = configure(dict(arguments))
+    if len(config.members) < 2:
+        raise ConfigError("tune: a member alone has no weights to fit; give an ensemble of two or more")
+    if config.pooling is not None and not config.fuses_steps:
+        raise ConfigError(f"tune: pooling={config.pooling} alone fuses no steps; remove it, tune, and put it back")
+    if config.weights_change:
+        raise ConfigError(f"tune: weighting={config.weighting} makes the weights; remove it to fit constant ones")
+    return replace(config, weighting=None, weighting_options=type(config.weighting_options)(), weights_computed=False)
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--metadata is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--metadata must be a JSON object; got {text}")
+    return found
+
+
+def _spec(args: argparse.Namespace, task: str, split: str | None) -> Any:
+    from lm_eval_deepen.leaderboard.recipe import TaskSpec
+
+    limit = args.limit if split else None  # whatever is evaluated must be disjoint, all of it
+    return TaskSpec(task, limit=limit, num_fewshot=args.num_fewshot, split=split)
+
+
+def _evaluated(args: argparse.Namespace) -> list[Any]:
+    return [_spec(args, name, None) for name in args.evaluated or args.tasks]
+
+
+def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[LoadedTask]) -> None:
+    """Raise ConfigError where the development documents are among those that will be evaluated."""
+    from lm_eval_deepen.leaderboard.tuned import refuse_overlap
+
+    hashes = [digest for task in development for found in task.documents.values() for digest in found]
+    for task in evaluated:
+        for name, found in task.documents.items():
+            refuse_overlap("an ensemble tuned on these development splits", hashes, name, found)
+
+
+def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of the ensemble file: the best candidate, and as `evidence` how it was found and on what."""
+    import lm_eval_deepen
+    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.leaderboard.tuned import record
+
+    keys = found.config.to_dict()
+    keys.pop("evidence", None)
+    keys["members"] = [{**member, "pretrained": _place(member["pretrained"])} for member in keys["members"]]
+    keys["pretrained"] = keys["members"][0]["pretrained"]
+    hashes = [digest for task in search.tasks for own in task.documents.values() for digest in own]
+    about = {
+        "objective": "score",
+        "version": lm_eval_deepen.__version__,
+        "split": "validation",
+        "tasks": {
+            name: {"metric": search.columns[name], "documents": len(own), "score": round(found.scores[name], 6)}
+            for task in search.tasks
+            for name, own in task.documents.items()
+        },
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "members": {name: {task: round(score, 6) for task, score in own.items()} for name, own in search.alone.items()},
+        "search": [f"{one.what}: {one.mean:.6f}" for one in search.log],
+    }
+    return {**keys, "evidence": record(configure(keys), hashes, about)}
+
+
+def _place(pretrained: str) -> str:
+    """Return a model's name; a folder that is relative to here by its whole path."""
+    place = Path(pretrained).expanduser()
+    return str(place.absolute()) if place.exists() else pretrained

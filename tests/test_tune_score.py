@@ -1,0 +1,176 @@
+"""Weights and learning rate from a development split, and the refusal of documents that are evaluated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+import yaml
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.leaderboard import fitting
+from lm_eval_deepen.leaderboard.recipe import TaskSpec, read_recipe
+from lm_eval_deepen.leaderboard.tasks import load_tasks
+from lm_eval_deepen.leaderboard.tuned import read_tuned, shared_documents
+from lm_eval_deepen.tools import tune_score
+
+OPTIONS = ["one", "two fish", "the fox", "nothing at all"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without the list of installed packages that the harness makes for every results file, by a subprocess."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder whose development and test splits of two benchmarks are disjoint."""
+    folder = tmp_path / "data"
+    for name, letters in (("arc_challenge", "ABCD"), ("piqa", "AB")):
+        (folder / name).mkdir(parents=True)
+        for split in ("dev", "test"):
+            rows = [
+                {"question": f"{split} {n}?", **dict(zip(letters, OPTIONS, strict=False)), "answer": letters[n % 2]}
+                for n in range(8)
+            ]
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def tune(pico, data, tmp_path):
+    """Runs the objective; returns the file's keys."""
+
+    def tune(*arguments: str, **options):
+        ensemble = tmp_path / "ensemble.yaml"
+        members = [str(pico["bytelevel"]), str(pico["metaspace"])]
+        ensemble.write_text(yaml.safe_dump({"members": members, "matrix_dir": str(tmp_path / "m"), **options}))
+        parser = argparse.ArgumentParser()
+        parser.add_argument("ensemble")
+        parser.add_argument("--limit", type=int)
+        parser.add_argument("--output")
+        parser.add_argument("--device")
+        tune_score.add_arguments(parser)
+        output = tmp_path / "tuned.yaml"
+        where = ["--metadata", json.dumps({"data_dir": str(data)}), "--output", str(output), "--device", "cpu"]
+        assert tune_score.run(parser.parse_args([str(ensemble), *where, *arguments])) == 0
+        return yaml.safe_load(output.read_text())
+
+    return tune
+
+
+def development(data: Path, task: str):
+    [loaded] = load_tasks([TaskSpec(task, split="validation")], (), {"data_dir": str(data)})
+    return loaded
+
+
+def test_the_best_weights_of_the_development_split_are_written(tune, data, tmp_path):
+    written = tune("--tasks", "deepen_sample_arc", "deepen_sample_piqa", "--weight-step", "0.25")
+    evidence = written["evidence"]
+    tried = {line.rpartition(": ")[0]: float(line.rpartition(": ")[2]) for line in evidence["search"]}
+    assert list(tried) == ["as given", "adaptive weights", *(f"weights {a:g}/{1 - a:g}" for a in (0.25, 0.5, 0.75))]
+    weights = [member["weight"] for member in written["members"]]
+    chosen = sum(task["score"] for task in evidence["tasks"].values()) / 2
+    assert chosen == pytest.approx(max(tried.values()), abs=1e-6) and sum(weights) == pytest.approx(1)
+    # An evaluation of the file on the development documents, by the harness alone, gives that score.
+    model = DeepenLM(pretrained=str(tmp_path / "tuned.yaml"), device="cpu")
+    for name, told in evidence["tasks"].items():
+        task = development(data, name)
+        found = lm_eval.simple_evaluate(model=model, tasks=task.objects, task_manager=task.manager, bootstrap_iters=0)
+        assert found["results"][name][told["metric"]] == pytest.approx(told["score"], abs=1e-6)
+        assert told["documents"] == 8
+        assert shared_documents(evidence["document_hashes"], task.documents[name]) == 8
+
+
+def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune):
+    evidence = tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")["evidence"]
+    own = [scores["deepen_sample_piqa"] for scores in evidence["members"].values()]
+    assert len(evidence["search"]) == 2 and len(own) == 2
+    search = fitting.Search.__new__(fitting.Search)
+    search.alone = {"a": {"t": 0.6, "u": 0.2}, "b": {"t": 0.1, "u": 0.1}}
+    assert search._adaptive() == pytest.approx([0.8, 0.2])
+    search.alone = {"a": {"t": -1.0}, "b": {"t": 0.5}}
+    with pytest.raises(ConfigError, match="--weights adaptive needs scores of which higher is better"):
+        search._adaptive()
+
+
+def test_learning_rates_are_tried_under_the_best_weights(tune):
+    written = tune(
+        "--tasks", "deepen_sample_piqa", "--weights", "keep", "--learning-rates", "0.05", "0.3", inverse="adamw",
+        rows="embedding",
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in written["evidence"]["search"]] == [
+        "as given", "as given, learning rate 0.05", "as given, learning rate 0.3",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="learning_rate"):
+        tune("--tasks", "deepen_sample_piqa", "--weights", "keep", "--learning-rates", "0.1", inverse="em")
+
+
+def test_documents_that_are_evaluated_are_refused(tune, data):
+    dev = data / "piqa" / "dev.jsonl"
+    test = (data / "piqa" / "test.jsonl").read_text().splitlines()
+    dev.write_text(dev.read_text() + "\n".join(test[:3]) + "\n")
+    with pytest.raises(ConfigError, match="was fitted on 3 of the 8 documents of task 'deepen_sample_piqa'"):
+        tune("--tasks", "deepen_sample_piqa")
+    written = tune("--tasks", "deepen_sample_piqa", "--evaluated", "deepen_sample_arc", "--weights", "adaptive")
+    assert written["evidence"]["tasks"]["deepen_sample_piqa"]["documents"] == 11
+
+
+def test_the_leaderboard_takes_the_file_on_the_test_split_alone(tune, data, tmp_path, pico):
+    tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
+    raw = {
+        "members": [str(pico["bytelevel"]), str(pico["metaspace"])],
+        "rows": [{"ensemble": "tuned.yaml"}],
+        "metadata": {"data_dir": str(data)},
+        "tasks": ["deepen_sample_piqa"],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    row = read_recipe(tmp_path / "recipe.yaml").rows[-1]
+    assert row.tuned is not None and len(row.tuned.documents) == 8
+    from lm_eval_deepen.leaderboard.execution import plan
+
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert plan(recipe, load_tasks(recipe.tasks, (), recipe.metadata), tmp_path / "out").missing
+    raw["tasks"] = [{"task": "deepen_sample_piqa", "split": "validation"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="row 'tuned' .* was fitted on 8 of the 8 documents"):
+        plan(recipe, load_tasks(recipe.tasks, (), recipe.metadata), tmp_path / "out")
+
+
+def test_an_edited_file_is_told(tune, tmp_path):
+    written = tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
+    path = tmp_path / "tuned.yaml"
+    assert read_tuned(path, configure({"pretrained": str(path)})).about["split"] == "validation"
+    written["members"][0]["temperature"] = 1.5
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(ConfigError, match="is of another ensemble .*members or options changed since"):
+        read_tuned(path, configure({"pretrained": str(path)}))
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, [], "--objective score needs --tasks"),
+        ({"weighting": "perplexity"}, ["--tasks", "t"], "weighting=perplexity makes the weights; remove it"),
+        ({"pooling": "vote"}, ["--tasks", "t"], "pooling=vote alone fuses no steps"),
+        ({"members": None, "pretrained": "m"}, ["--tasks", "t"], "a member alone has no weights to fit"),
+    ],
+)
+def test_nothing_to_fit_is_an_error(tune, options, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        tune(*arguments, **options)
+
+
+def test_the_grid_of_weights():
+    assert fitting.simplex(2, 0.25) == [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
+    assert len(fitting.simplex(3, 0.1)) == 36
+    assert all(sum(point) == pytest.approx(1) and min(point) > 0 for point in fitting.simplex(3, 0.1))
+    for step in (0, -1, 0.3, 1, 0.7):
+        with pytest.raises(ConfigError, match="--weight-step must divide 1"):
+            fitting.simplex(2, step)
