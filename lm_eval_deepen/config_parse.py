@@ -32,6 +32,8 @@ FROM_PRETRAINED_KEYS: tuple[str, ...] = (
 )
 MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"})
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
+# What a recipe says besides the ensemble itself: read by `lm-eval-deepen inspect`, without effect on an evaluation.
+RECIPE_KEYS = frozenset({"title", "task", "harness", "expected", "source", "note"})
 PATH_KEYS = ("pretrained", "tokenizer", "peft", "delta")  # arguments that may name a local folder
 
 
@@ -69,7 +71,7 @@ def read_ensemble_file(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}"
         )
-    found = given(_beside(raw, path.parent))
+    found = given(_beside({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, path.parent))
     if is_ensemble_file(found.get("pretrained")):
         raise ConfigError(
             f"ensemble file {path}: pretrained={found['pretrained']} is an ensemble file too; "

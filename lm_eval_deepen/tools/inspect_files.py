@@ -1,0 +1,227 @@
+"""A model's files before it is loaded: its configuration, and the headers of its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import MemberError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+                "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+_ALIASES = {
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers", "decoder_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "decoder_attention_heads"),
+    "intermediate_size": ("n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+    "num_local_experts": ("num_experts", "n_routed_experts"),
+    "dtype": ("torch_dtype",),
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor: type as stored, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is known of a model without its weights.
+
+    Attributes:
+        folder: where its files are, None where they are on the hub only.
+        config: config.json; its text part where the model has several.
+        generation: generation_config.json, empty where there is none.
+        tensors: headers of its weights by name; empty where no safetensors file could be looked at.
+        why_not: why there are no headers.
+    """
+
+    folder: Path | None
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, TensorHeader] = field(default_factory=dict)
+    why_not: str = ""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value of the configuration, by any of the names that models give it."""
+        names = (key, *_ALIASES.get(key, ()))
+        return next((self.config[name] for name in names if self.config.get(name) is not None), default)
+
+    @property
+    def embedding(self) -> str | None:
+        """The name of the input embedding among `tensors`: one row per logit, or more."""
+        rows, width = self.get("vocab_size", 0), self.get("hidden_size", 0)
+        found = [name for name, header in self.tensors.items()
+                 if len(header.shape) == 2 and header.shape[0] >= rows and header.shape[1] == width]  # fmt: skip
+        named = [name for name in found if _is_embedding(name)]
+        return min(named, key=len) if named else None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its weights, as its configuration says, else as its first tensor is stored."""
+        first = next((header.dtype for header in self.tensors.values() if header.dtype in STORED_DTYPES), "F32")
+        return str(self.get("dtype") or STORED_DTYPES[first])
+
+    def load_embedding(self) -> Tensor | None:
+        """Return the input embedding rows [>= V, d] alone, None where they are not on this machine."""
+        if self.folder is None or self.embedding is None:
+            return None
+        from safetensors import safe_open
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if self.embedding in read_header(path):
+                with safe_open(path, framework="pt") as file:
+                    return file.get_tensor(self.embedding)
+        return None
+
+
+def _is_embedding(name: str) -> bool:
+    """Tell whether a tensor is called like an input embedding, and not like a head or a table of positions."""
+    module = name.split(".")[-2] if "." in name else name
+    other = any(word in module for word in ("out", "head", "pos"))
+    return not other and any(word in module for word in ("emb", "wte", "shared"))
+
+
+class HubUnreachable(MemberError):
+    """There is no way to the hub, and its cache lacks the model."""
+
+
+def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
+    """Return what a member's files say; of a model on the hub, configuration and headers alone are fetched.
+
+    Args:
+        member: the member.
+        offline: do not ask the hub, look into its cache alone.
+
+    Raises:
+        HubUnreachable: as it says.
+        MemberError: there is no configuration, or no way to the hub.
+    """
+    given = member.loading_dict()
+    folder = Path(member.pretrained).expanduser()
+    local = folder.is_dir()
+    if local:
+        folder = folder / str(given.get("subfolder") or "")
+        config = _read(folder / "config.json", member)
+    else:
+        path = _fetch(member, "config.json", offline=offline)
+        assert path is not None  # a missing one is an error there
+        folder, config = path.parent, _read(path, member)
+    name = "generation_config.json"
+    generation = folder / name if local else _fetch(member, name, needed=False, offline=offline)
+    here = sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, TensorHeader] = {}
+    why_not = ""
+    if here:
+        for file in here:
+            tensors |= read_header(file)
+    elif local:
+        why_not = f"{folder} has no safetensors file"
+    else:
+        tensors, why_not = _remote_headers(member)
+    return ModelFiles(
+        folder=folder if here else None,
+        config=config.get("text_config") or config,
+        generation=_read(generation, member) if generation is not None and generation.is_file() else {},
+        tensors=tensors,
+        why_not=why_not,
+    )
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Return the headers of a safetensors file, by tensor.
+
+    Raises:
+        MemberError: it is none, or was cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > os.path.getsize(path):
+                raise ValueError(f"a header of {length} bytes in a shorter file")
+            header = json.loads(file.read(length))
+        return {
+            name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise MemberError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
+
+
+def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MemberError(
+            f"member {member.name!r}: {path} cannot be read ({error}). Give a folder with a model, or a hub name."
+        ) from error
+    if not isinstance(found, dict):
+        raise MemberError(f"member {member.name!r}: {path} holds no JSON object; it is no model's configuration.")
+    return found
+
+
+def _hub_arguments(member: MemberConfig) -> dict[str, Any]:
+    given = {**member.loading_dict(), **member.hf_kwargs_dict()}
+    return {key: given[key] for key in ("revision", "token") if given.get(key) is not None}
+
+
+def _fetch(member: MemberConfig, name: str, needed: bool = True, offline: bool = False) -> Path | None:
+    """Return a small file of a hub model from the hub or its cache; None for one that it need not have."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    given = {**member.loading_dict(), **member.hf_kwargs_dict()}
+    extra = {key: given[key] for key in ("cache_dir", "local_files_only", "subfolder") if given.get(key)}
+    extra |= {"local_files_only": True} if offline else {}
+    try:
+        return Path(hf_hub_download(member.pretrained, name, **_hub_arguments(member), **extra))
+    except Exception as error:
+        if not needed and isinstance(error, (EntryNotFoundError, LocalEntryNotFoundError)):
+            return None
+        kind = HubUnreachable if isinstance(error, LocalEntryNotFoundError) else MemberError
+        raise kind(
+            f"member {member.name!r}: {name} of {member.pretrained!r} cannot be had from the hub: {first_line(error)} "
+            f"Check the name and your access, or give a folder: --member {member.name}=FOLDER."
+        ) from error
+
+
+def _remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]:
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        found = get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
+    except Exception as error:  # no safetensors files, no access: the configuration still gives an estimate
+        return {}, f"no safetensors header of {member.pretrained!r}: {first_line(error)}"
+    return {
+        name: TensorHeader(info.dtype, tuple(info.shape))
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }, ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its message, which libraries wrap over many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

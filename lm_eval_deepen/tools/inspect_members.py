@@ -1,0 +1,231 @@
+"""What a member of a recipe is, as far as it can be known before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.tools.inspect_files import DTYPE_BYTES, STORED_BYTES, HubUnreachable, ModelFiles, look_up
+from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.member.text import TextCodec
+
+SPREAD = "all GPUs"
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One member.
+
+    Attributes:
+        config: how it would be loaded.
+        device: where.
+        files: what its files say; None where they could not be had.
+        codec: its tokenizer as bytes; None where that could not be had.
+        eos: ids that end a text.
+        chat_template: whether it can render a conversation; None where that is unknown.
+        labels: how its tokenizer spells the control tokens at both ends of a text.
+    """
+
+    config: MemberConfig
+    device: str
+    files: ModelFiles | None = None
+    codec: TextCodec | None = None
+    eos: tuple[int, ...] = ()
+    chat_template: bool | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The member's name."""
+        return self.config.name
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters, from the headers of its weights, else estimated from its configuration."""
+        if self.files is None:
+            return None
+        if self.files.tensors:
+            return sum(header.count for header in self.files.tensors.values())
+        return estimate_parameters(self.files)
+
+    @property
+    def active(self) -> int | None:
+        """Parameters that one token passes through: fewer than all in a mixture of experts."""
+        total, files = self.parameters, self.files
+        if total is None or files is None:
+            return None
+        experts, used = files.get("num_local_experts"), files.get("num_experts_per_tok")
+        if not experts or not used:
+            return total
+        return total - round(_experts(files) * (1 - used / experts))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype it would be loaded in."""
+        asked = self.config.loading_dict().get("dtype")
+        if asked not in (None, "auto"):
+            return str(asked).removeprefix("torch.")
+        return self.files.dtype if self.files else "float32"
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of its weights when loaded."""
+        if self.parameters is None or self.files is None:
+            return None
+        given = {**self.config.loading_dict(), **self.config.hf_kwargs_dict()}
+        if given.get("load_in_4bit") or given.get("load_in_8bit"):
+            return self.parameters // (2 if given.get("load_in_4bit") else 1)
+        if self.dtype in DTYPE_BYTES:
+            return self.parameters * DTYPE_BYTES[self.dtype]
+        return sum(header.count * STORED_BYTES.get(header.dtype, 4) for header in self.files.tensors.values())
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of keys and values that one token takes up."""
+        if self.files is None:
+            return None
+        files, heads = self.files, self.files.get("num_attention_heads", 1)
+        width = files.get("head_dim") or files.get("hidden_size", 0) // heads
+        kv_heads = files.get("num_key_value_heads") or heads
+        return 2 * files.get("num_hidden_layers", 0) * kv_heads * width * DTYPE_BYTES.get(self.dtype, 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON data."""
+        codec, files = self.codec, self.files
+        found: dict[str, Any] = {
+            "name": self.name,
+            "pretrained": self.config.pretrained,
+            "weight": self.config.weight,
+            "device": self.device,
+            "parameters": self.parameters,
+            "active_parameters": self.active,
+            "parameters_from": None if files is None else "weights" if files.tensors else "configuration",
+            "dtype": self.dtype,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes,
+            "context": files.get("max_position_embeddings") if files else None,
+            "chat_template": self.chat_template,
+        }
+        if codec is not None:
+            found["vocabulary"] = {
+                "logits": len(codec.vocab),
+                "pieces": len(codec.vocab.ids_of),
+                "control": len(codec.vocab.control),
+                "unused": len(codec.vocab.unused),
+            }
+            found["eos"] = {str(i): self.labels[i] for i in self.eos}
+            found["bos"] = {str(i): self.labels[i] for i in codec.opening.control}
+            found["dummy_space"] = codec.opening.dummy
+            found["round_trip_texts"] = len(SAMPLE_TEXTS)
+        return found
+
+
+def inspect_members(
+    configs: Sequence[MemberConfig], device: str, problems: list[str], notes: list[str]
+) -> list[Inspected]:
+    """Return what can be known of members; what goes wrong is added to `problems`, what to know to `notes`."""
+    found, offline = [], False
+    for config in configs:
+        try:
+            found.append(_inspect(config, device, problems, notes, offline))
+        except HubUnreachable as error:  # every further try would take as long
+            offline = True
+            problems.append(str(error))
+            found.append(Inspected(config, device))
+    return found
+
+
+def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
+    given = config.loading_dict()
+    if given.get("parallelize") or given.get("device_map"):
+        device = SPREAD
+    device = str(given.get("device") or device)
+    if given.get("gguf_file"):
+        notes.append(f"member {config.name!r} is a GGUF file: only loading it tells its size and tokenizer.")
+        return Inspected(config, device)
+    try:
+        files = look_up(config, offline)
+    except HubUnreachable:
+        raise
+    except DeepenError as error:
+        problems.append(str(error))
+        return Inspected(config, device)
+    if files.why_not:
+        notes.append(f"member {config.name!r}: its size is estimated from its configuration ({files.why_not}).")
+    if files.get("is_encoder_decoder") and given.get("backend") != "seq2seq":
+        notes.append(f"member {config.name!r} is an encoder-decoder model.")
+    try:
+        return _with_tokenizer(Inspected(config, device, files), files)
+    except DeepenError as error:
+        problems.append(" ".join(str(error).split()))
+        return Inspected(config, device, files)
+
+
+def _with_tokenizer(found: Inspected, files: ModelFiles) -> Inspected:
+    """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
+    from lm_eval_deepen.member.preflight import load_tokenizer
+    from lm_eval_deepen.member.text import TextCodec
+
+    tokenizer: Any = load_tokenizer(found.config)
+    eos = _eos_ids(files, tokenizer)
+    given = found.config.loading_dict()
+    asked = given.get("prefix_token_id")
+    prefix = next((i for i in (asked, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    codec = TextCodec.build(
+        tokenizer,
+        size=_logits(files, len(tokenizer)),
+        eos=eos,
+        prefix_id=prefix,
+        add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
+        name=found.name,
+    )
+    template = getattr(tokenizer, "chat_template", None) is not None
+    labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control)}
+    return Inspected(found.config, found.device, files, codec, eos, template, labels)
+
+
+def _logits(files: ModelFiles, default: int) -> int:
+    """Return the number of logits: rows of the embedding where its header is known."""
+    if files.embedding is not None:
+        return files.tensors[files.embedding].shape[0]
+    return int(files.get("vocab_size", default))
+
+
+def _eos_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
+    """Return every id that ends a text, in the order in which a loaded member has them."""
+    sources = (files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
+    found: list[int] = []
+    for ids in sources:
+        found += [] if ids is None else ids if isinstance(ids, Sequence) else [ids]
+    return tuple(dict.fromkeys(found))
+
+
+def estimate_parameters(files: ModelFiles) -> int | None:
+    """Return the parameters of a decoder with gated feed-forward layers; None where its configuration says too little.
+
+    Embedding and head, and per layer query, key, value, output and three feed-forward matrices (per expert); norms and
+    biases are left out, below 0.1 %.
+    """
+    width, layers, vocabulary = files.get("hidden_size"), files.get("num_hidden_layers"), files.get("vocab_size")
+    inner = files.get("intermediate_size")
+    if not (width and layers and vocabulary and inner):
+        return None
+    heads = files.get("num_attention_heads", 1)
+    head = files.get("head_dim") or width // heads
+    kv = (files.get("num_key_value_heads") or heads) * head
+    attention = 2 * width * heads * head + 2 * width * kv
+    tables = 1 if files.get("tie_word_embeddings") else 2
+    feed_forward = 3 * width * inner * (files.get("num_local_experts") or 1)
+    return tables * vocabulary * width + layers * (attention + feed_forward)
+
+
+def _experts(files: ModelFiles) -> int:
+    """Return the parameters of all experts."""
+    inner = files.get("moe_intermediate_size") or files.get("intermediate_size", 0)
+    layers, width = files.get("num_hidden_layers", 0), files.get("hidden_size", 0)
+    return layers * files.get("num_local_experts") * 3 * width * inner

@@ -1,0 +1,322 @@
+"""``lm-eval-deepen inspect``: what it reports is what loading finds, and what would fail is numbered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.memory import kv_bytes
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.host import configure
+from lm_eval_deepen.tools import inspect_cost, inspect_files
+from lm_eval_deepen.tools.cli import main
+from lm_eval_deepen.tools.inspect_files import ModelFiles, TensorHeader, look_up, read_header
+from lm_eval_deepen.tools.inspect_members import Inspected, estimate_parameters
+
+LLAMA_13B = {
+    "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+    "num_attention_heads": 40, "num_key_value_heads": 40, "tie_word_embeddings": False, "torch_dtype": "float16",
+}  # fmt: skip
+MIXTRAL = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def recipe(tmp_path: Path, pico: dict[str, Path], *names: str, **keys: Any) -> Path:
+    path = tmp_path / "recipe.yaml"
+    content = {"members": [{"pretrained": str(pico[name])} for name in names], **keys}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def report(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, dict[str, Any]]:
+    status = main(["inspect", *argv, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def text(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str]:
+    status = main(["inspect", *argv])
+    return status, capsys.readouterr().out.rstrip()
+
+
+# --- what it says is what loading finds
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rows": "embedding", "top_m": 0},
+        {"rows": "embedding", "normalization": "cosine"},
+        {"rows": "exact", "top_m": 0, "row_entropy": 2.0},
+        {},
+    ],
+)
+def test_the_report_agrees_with_the_loaded_ensemble(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture, options: dict[str, Any]
+) -> None:
+    names = ("bytelevel", "metaspace", "padded")
+    status, found = report(capsys, str(recipe(tmp_path, pico, *names, **options)), "--no-tasks")
+    assert status == 0 and found["ready"], found["problems"]
+    arguments = {"pretrained": str(pico[names[0]]), "members": [str(pico[name]) for name in names], **options}
+    ensemble = Ensemble.load(configure({**arguments, "matrix_dir": str(tmp_path / "matrices")}), "cpu")
+    for fact, member in zip(found["members"], ensemble.members, strict=True):
+        assert fact["parameters"] == sum(p.numel() for p in member.lm.model.parameters())
+        assert fact["vocabulary"]["logits"] == member.vocab_size
+        assert fact["vocabulary"]["pieces"] == len(member.codec.vocab.ids_of)
+        assert fact["kv_bytes_per_token"] == kv_bytes(member)
+        assert fact["eos"].keys() == {str(i) for i in member.eos_ids}
+        assert fact["bos"].keys() == {str(i) for i in member.codec.automatic_prefix}
+        assert fact["dummy_space"] == member.codec.dummy
+        assert fact["dtype"] == "float32" and fact["weight_bytes"] == 4 * fact["parameters"]
+        assert fact["context"] == member.max_length
+    facts = ensemble.fuser.facts
+    assert found["anchors"] == facts["anchors"]
+    for plan, matrix in zip(found["matrices"], facts["matrices"], strict=True):
+        assert plan["file_bytes"] == pytest.approx(matrix["bytes"], rel=0.2, abs=4000)
+        if options and options["rows"] == "embedding":
+            assert plan["entropy_share"] == pytest.approx(matrix["row_entropy_share"], abs=0.02)
+            assert plan["dropped_mass"] == pytest.approx(matrix["mean_dropped_mass"], abs=0.01)
+
+
+def test_overlaps_are_counted_by_hand(tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    _, found = report(capsys, str(recipe(tmp_path, pico, "bytelevel", "metaspace", "padded")), "--no-tasks")
+    assert [tuple(entry["members"]) for entry in found["overlaps"]] == [
+        ("bytelevel", "metaspace", "padded"),
+        ("bytelevel", "metaspace"),
+        ("bytelevel", "padded"),
+        ("metaspace", "padded"),
+    ]
+    assert found["overlaps"][0]["common"] == found["anchors"]
+    for entry in found["overlaps"]:
+        for name, share in zip(entry["members"], entry["shares"], strict=True):
+            (pieces,) = [m["vocabulary"]["pieces"] for m in found["members"] if m["name"] == name]
+            assert entry["common"] == pytest.approx(share * pieces)
+
+
+def test_text_ends_in_ready(tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    status, shown = text(capsys, str(recipe(tmp_path, pico, "bytelevel", "metaspace", title="Two")), "--no-tasks")
+    assert status == 0
+    assert shown.startswith("Two\n  method deepen\n") and shown.endswith("\n\nready")
+    for expected in ("(<|endoftext|>)", "in front 2 (<bos>)", "one role anchor", "sample texts come back byte for byte",
+                     "relative matrices", "2 forward passes per token", "common pieces"):  # fmt: skip
+        assert expected in shown
+    assert "problems" not in shown
+
+
+def test_nearly_flat_rows_are_a_note(tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", rows="embedding", relative_temperature=0.01, top_m=0)
+    status, found = report(capsys, str(path), "--no-tasks")
+    assert status == 0
+    assert [plan["entropy_share"] > 0.99 for plan in found["matrices"]] == [True, True]
+    assert len([note for note in found["notes"] if "entropy of flat ones" in note]) == 2
+
+
+# --- problems
+
+
+def test_no_way_to_the_hub_is_a_numbered_problem(capsys: pytest.CaptureFixture) -> None:
+    status, shown = text(capsys, "pretrained=org/no-such-model,members=org/no-such-model+org/another")
+    assert status == 1
+    assert "  1. member 'no-such-model': config.json of 'org/no-such-model' cannot be had from the hub: " in shown
+    assert "\n  2. member 'another': config.json of 'org/another'" in shown
+    assert "--member another=FOLDER" in shown and "Traceback" not in shown
+    assert not shown.endswith("ready")
+
+
+def test_an_unreachable_hub_is_tried_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    tried = []
+
+    def unreachable(repo: str, name: str, **arguments: Any) -> str:
+        tried.append((repo, arguments.get("local_files_only", False)))
+        raise LocalEntryNotFoundError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    status, found = report(capsys, "pretrained=org/a,members=org/a+org/b+org/c")
+    assert status == 1 and len(found["problems"]) == 3
+    assert tried == [("org/a", False), ("org/b", True), ("org/c", True)]
+    assert "LocalEntryNotFoundError: no connection Check the name" in found["problems"][0]
+
+
+def test_a_recipe_that_cannot_be_read_is_a_numbered_problem(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("members: [a, b]\nmetod: deepen\n")
+    status, shown = text(capsys, str(path))
+    assert status == 1 and shown.startswith("problems\n  1. recipe ") and "Did you mean 'method'?" in shown
+
+
+def test_members_from_elsewhere_make_a_recipe_ready(pico: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    """As the demo's models stand for hub names on a machine without a hub; the tasks are those that ship."""
+    pair = [f"SmolLM2-135M-Instruct={pico['bytelevel']}", f"gemma-3-270m={pico['metaspace']}"]
+    status, found = report(capsys, "smollm2_gemma3", "--member", *pair)
+    assert status == 0, found["problems"]
+    costs = {cost["task"]: cost for cost in found["tasks"]}
+    assert set(costs) == {"deepen_demo_choice", "deepen_demo_short"}
+    assert costs["deepen_demo_short"]["written_tokens"] == 12 * costs["deepen_demo_short"]["documents"]
+    assert costs["deepen_demo_choice"]["written_tokens"] == 0
+    assert found["hours_estimated"] is None  # bandwidth and arithmetic of a GPU say nothing of a CPU
+
+
+def test_a_member_without_a_chat_template_is_a_problem_where_one_is_applied(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    keys: dict[str, Any] = {"harness": {"apply_chat_template": True}}
+    status, found = report(capsys, str(recipe(tmp_path, pico, "bytelevel", "metaspace", **keys)), "--no-tasks")
+    assert status == 1
+    (problem,) = found["problems"]
+    assert "member 'metaspace' has no chat template" in problem and "chat_fallback: plain" in problem
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", chat_fallback="plain", **keys)
+    assert report(capsys, str(path), "--no-tasks")[0] == 0
+
+
+def test_too_few_anchors_and_too_little_memory_are_problems(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", min_anchors=10_000)
+    status, found = report(capsys, str(path), "--no-tasks", "--memory", "0.0001")
+    assert status == 1
+    assert "at least 10000 anchors are needed" in found["problems"][0]
+    assert "device cpu would hold" in found["problems"][1] or "device cuda:0 would hold" in found["problems"][1]
+
+
+def test_a_dense_matrix_over_the_limit_is_a_problem_with_the_number_that_fits(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval_deepen.relative.build.DENSE_LIMIT_BYTES", 400 * 4 * 100)
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", compat="reference")
+    status, found = report(capsys, str(path), "--no-tasks")
+    assert status == 1
+    assert "member 'bytelevel': its dense relative matrix (400 pieces" in found["problems"][0]
+    assert "Set max_anchors to at most 100." in found["problems"][0]
+
+
+def test_rows_that_lose_too_much_are_a_problem(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", rows="embedding", relative_temperature=0.5, top_m=8)
+    status, found = report(capsys, str(path), "--no-tasks")
+    assert status == 1 and "of their mass to top_m=8" in found["problems"][0]
+
+
+def test_a_device_that_this_machine_lacks_is_a_problem_unless_another_machine_is_planned_for(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    path = str(recipe(tmp_path, pico, "bytelevel", "metaspace"))
+    status, found = report(capsys, path, "--no-tasks", "--device", "cuda:77")
+    assert status == 1 and "does not exist on this machine" in found["problems"][0]
+    status, found = report(capsys, path, "--no-tasks", "--device", "cuda:77", "--memory", "80")
+    assert status == 0 and found["devices"][0]["device"] == "cuda:77"
+    assert found["devices"][0]["available"] == 80e9
+
+
+def test_tasks_without_data_are_a_problem(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LM_EVAL_DEEPEN_DATA", str(tmp_path / "nowhere"))
+    path = recipe(tmp_path, pico, "bytelevel", "metaspace", task="deepen_nq")
+    status, found = report(capsys, str(path))
+    assert status == 1
+    assert "tasks deepen_nq cannot be loaded: FileNotFoundError: LM_EVAL_DEEPEN_DATA" in found["problems"][0]
+
+
+@pytest.mark.parametrize(("argv", "message"), [(["--member", "a"], "NAME=WHERE"), (["--tflops", "0"], "positive")])
+def test_bad_arguments_of_the_command_are_user_errors(
+    capsys: pytest.CaptureFixture, argv: list[str], message: str
+) -> None:
+    assert main(["inspect", "org/a", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_weight_file_is_a_problem(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pico["bytelevel"], broken)
+    (broken / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(MemberError, match="no complete safetensors file"):
+        read_header(broken / "model.safetensors")
+    path = recipe(tmp_path, {**pico, "broken": broken}, "broken", "metaspace")
+    status, found = report(capsys, str(path), "--no-tasks")
+    assert status == 1 and "no complete safetensors file" in found["problems"][0]
+
+
+# --- sizes and hours
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active", "kv"), [(LLAMA_13B, 13.0, 13.0, 819_200), (MIXTRAL, 46.7, 12.9, 131_072)]
+)
+def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: float, active: float, kv: int) -> None:
+    """The models' own names and cards: 13.0B; 46.7B, of which 12.9B act on a token."""
+    member = Inspected(MemberConfig("m", "org/m", 1.0), "cpu", ModelFiles(None, config))
+    assert member.parameters / 1e9 == pytest.approx(billions, abs=0.06)
+    assert member.active / 1e9 == pytest.approx(active, abs=0.06)
+    assert member.weight_bytes == 2 * member.parameters
+    assert member.kv_bytes == kv
+
+
+def test_an_estimate_is_close_to_the_headers(pico: dict[str, Path]) -> None:
+    for name in ("bytelevel", "metaspace"):  # gated feed-forward layers
+        files = look_up(MemberConfig(name, str(pico[name]), 1.0))
+        tied = {"tie_word_embeddings": name == "metaspace"}
+        exact = sum(header.count for header in files.tensors.values())
+        assert estimate_parameters(ModelFiles(None, {**files.config, **tied})) == pytest.approx(exact, rel=0.02)
+    assert estimate_parameters(ModelFiles(None, {"hidden_size": 8})) is None
+
+
+def test_dtype_and_quantisation_change_the_bytes() -> None:
+    files = ModelFiles(None, {}, tensors={"w": TensorHeader("BF16", (10, 10))})
+    assert ModelFiles(None, {"torch_dtype": "float16"}, tensors=files.tensors).dtype == "float16"
+    for loading, expected in (({"dtype": "float32"}, 400), ({"dtype": "bfloat16"}, 200), ({"load_in_8bit": True}, 100),
+                              ({"load_in_4bit": True}, 50), ({}, 200)):  # fmt: skip
+        config = configure({"pretrained": "org/m", **loading}).members[0]
+        assert Inspected(config, "cpu", files).weight_bytes == expected
+
+
+def test_only_the_embedding_is_read(pico: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name, folder in pico.items():
+        files = look_up(MemberConfig(name, str(folder), 1.0))
+        expected = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+        assert torch.equal(files.load_embedding(), expected), files.embedding
+
+
+def test_hours_are_reading_by_arithmetic_and_writing_by_bandwidth() -> None:
+    files = ModelFiles(None, {}, tensors={"w": TensorHeader("F32", (1000, 1000))})
+    members = [Inspected(MemberConfig(name, "org/m", 0.5), "cuda:0", files) for name in "ab"]
+    costs = [inspect_cost.TaskCost("t", 10, 5_000, 800, 600)]
+    machine = inspect_cost.Machine(bandwidth=4e6, flops=1e9)
+    # reading: 2 x 2 members x 1e6 x 5,000 / 1e9 = 20 s; writing: 8 MB x 800 / 4 / 4e6 = 400 s
+    assert inspect_cost.hours(costs, members, 4, machine) == pytest.approx(420 / 3600)
+    assert inspect_cost.hours(costs, [*members, Inspected(MemberConfig("c", "c", 0.0), "cpu")], 4, machine) is None
+
+
+def test_headers_of_a_hub_model_are_asked_for_and_an_estimate_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    member = MemberConfig("m", "org/m", 1.0)
+    found, why_not = inspect_files._remote_headers(member)
+    assert found == {} and "no safetensors header of 'org/m'" in why_not
+
+
+@pytest.mark.real
+def test_the_demo_pair_is_ready_and_its_published_space_is_flat(capsys: pytest.CaptureFixture) -> None:
+    from lm_eval_deepen.tools.demo_models import DEMO_MODELS, is_available, prepare
+
+    if not all(map(is_available, DEMO_MODELS)):
+        pytest.skip("the models of the extra `demo` are not there")
+    pair = [f"{model.name}={prepare(model)}" for model in DEMO_MODELS]
+    status, found = report(capsys, "smollm2_gemma3", "--no-tasks", "--member", *pair)
+    assert status == 0 and 40_000 < found["anchors"] < 50_000
+    assert [member["vocabulary"]["logits"] for member in found["members"]] == [49_152, 262_144]
