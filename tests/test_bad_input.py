@@ -95,7 +95,7 @@ def test_a_folder_without_a_tokenizer(pico, tmp_path, no_weights):
 
 def test_rows_that_drop_too_much(pico, tmp_path):
     with pytest.raises(MatrixError, match="metaspace.*top_m"):
-        DeepenLM(**two(pico, matrix_dir=str(tmp_path), normalization="reference", top_m=1))
+        DeepenLM(**two(pico, matrix_dir=str(tmp_path), rows="embedding", normalization="reference", top_m=1))
     left = {path.name.split("-")[0] for path in tmp_path.iterdir() if path.suffix != ".lock"}
     assert left <= {"bytelevel"}, "a failed build leaves no partial file"
 
@@ -119,7 +119,7 @@ def test_a_matrix_built_for_another_revision_is_not_used(pico, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    DeepenLM(**two(pico, matrix_dir=str(tmp_path / "m")))
+    DeepenLM(**two(pico, matrix_dir=str(tmp_path / "m"), rows="embedding"))
     before = {path.name for path in (tmp_path / "m").glob("*.safetensors")}
     folder = tmp_path / "metaspace"
     shutil.copytree(pico["metaspace"], folder)
@@ -127,7 +127,8 @@ def test_a_matrix_built_for_another_revision_is_not_used(pico, tmp_path):
     with torch.no_grad():
         model.get_input_embeddings().weight[7] += 1
     model.save_pretrained(folder)
-    changed = two(pico, matrix_dir=str(tmp_path / "m")) | {"members": [str(pico["bytelevel"]), str(folder)]}
+    members = [str(pico["bytelevel"]), str(folder)]
+    changed = two(pico, matrix_dir=str(tmp_path / "m"), rows="embedding") | {"members": members}
     DeepenLM(**changed)
     after = {path.name for path in (tmp_path / "m").glob("*.safetensors")}
     (new,) = after - before

@@ -14,6 +14,7 @@ from lm_eval_deepen.vocabulary.anchors import find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 NEG_INF = float("-inf")
+PAPER = {"rows": "embedding", "average": "linear"}
 MEMBERS = trio()
 WEIGHTS = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [0.0, 0.5, 0.5]])
 
@@ -60,7 +61,16 @@ def slow_fuse(members, logp, weights, relative, steps: int = 5) -> np.ndarray:
     return np.log(np.maximum(out, 1e-300))
 
 
-@pytest.mark.parametrize("options", [{"support": "full"}, {"support": 10_000}, {"support": "full", "top_m": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**PAPER, "support": "full"},
+        {**PAPER, "support": 10_000},
+        {**PAPER, "support": "full", "top_m": 0},
+        {**PAPER, "rows": "exact", "support": "full", "top_m": 0},
+        {**PAPER, "rows": "prefix"},
+    ],
+)
 def test_it_is_the_slow_reference(store: MatrixStore, options: dict) -> None:
     method = Deepen(**options)
     fuser, logp = method.build(MEMBERS, store), rows(MEMBERS, 4)
@@ -79,8 +89,8 @@ def test_it_is_the_slow_reference(store: MatrixStore, options: dict) -> None:
 @pytest.mark.parametrize("inverse", ["em", "adamw"])
 def test_a_support_of_everything_is_the_full_support(store: MatrixStore, inverse: str) -> None:
     logp = rows(MEMBERS, 4)
-    full = Deepen(inverse=inverse, support="full").build(MEMBERS, store).fuse(logp, WEIGHTS)
-    cut = Deepen(inverse=inverse, support=500).build(MEMBERS, store).fuse(logp, WEIGHTS)
+    full = Deepen(rows="embedding", inverse=inverse, support="full").build(MEMBERS, store).fuse(logp, WEIGHTS)
+    cut = Deepen(rows="embedding", inverse=inverse, support=500).build(MEMBERS, store).fuse(logp, WEIGHTS)
     torch.testing.assert_close(cut.logp, full.logp, atol=1e-3 if inverse == "adamw" else 1e-5, rtol=1e-5)
     torch.testing.assert_close(cut.stats["truncated_mass"], torch.zeros(4), atol=1e-5, rtol=0)
 
@@ -88,7 +98,7 @@ def test_a_support_of_everything_is_the_full_support(store: MatrixStore, inverse
 def test_a_truncated_support_leaves_the_rest_to_the_main_member(store: MatrixStore) -> None:
     logp = rows(MEMBERS, 4)
     logp[0] = renormalised(logp[0], MEMBERS[0].vocabulary)
-    fused = Deepen(support=12).build(MEMBERS, store).fuse(logp, WEIGHTS)
+    fused = Deepen(**PAPER, support=12).build(MEMBERS, store).fuse(logp, WEIGHTS)
     text = torch.tensor([bool(piece) for piece in MEMBERS[0].vocabulary.pieces])
     for i in range(4):
         given_text = [torch.where(text, x[i], NEG_INF).log_softmax(0) for x in (fused.logp, logp[0])]
@@ -152,24 +162,25 @@ def stopping(members, shares) -> list[torch.Tensor]:
 @pytest.mark.parametrize("support", [5, "full"])
 def test_end_mass_is_the_weighted_mean_in_the_main_members_proportions(store: MatrixStore, support) -> None:
     members = two((1, 2), (0,))
-    fused = Deepen(support=support).build(members, store).fuse(stopping(members, (0.3, 0.8)), HALF)
+    fused = Deepen(average="linear", support=support).build(members, store).fuse(stopping(members, (0.3, 0.8)), HALF)
     torch.testing.assert_close(fused.stats["end_mass"], torch.tensor([0.55]), atol=1e-5, rtol=0)
     share = fused.logp[0, [1, 2]].exp()
     torch.testing.assert_close(share, torch.tensor([0.55 / 3, 1.1 / 3]), atol=1e-5, rtol=0)
     torch.testing.assert_close(fused.logp[0, 3:].exp().sum(), torch.tensor(0.45), atol=1e-5, rtol=0)
 
 
-def test_members_that_all_want_to_stop_stop(store: MatrixStore) -> None:
-    members = two((1,), (2,))
-    fused = Deepen().build(members, store).fuse(stopping(members, (0.97, 0.98)), HALF).logp
-    assert fused.argmax(1).item() == 1 and fused[0, 1].exp() == pytest.approx(0.975, abs=1e-4)
-    certain = Deepen().build(members, store).fuse(stopping(members, (1.0, 1.0)), HALF).logp
+@pytest.mark.parametrize(("average", "expected"), [("linear", 0.975), ("geometric", 0.97549)])
+def test_members_that_all_want_to_stop_stop(store: MatrixStore, average: str, expected: float) -> None:
+    members = two((1,), (2,))  # odds of 0.97 and 0.98: 32.3 and 49, whose geometric mean is 39.8
+    fused = Deepen(average=average).build(members, store).fuse(stopping(members, (0.97, 0.98)), HALF).logp
+    assert fused.argmax(1).item() == 1 and fused[0, 1].exp() == pytest.approx(expected, abs=1e-4)
+    certain = Deepen(average=average).build(members, store).fuse(stopping(members, (1.0, 1.0)), HALF).logp
     assert not certain.isnan().any() and certain[0, 1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_main_member_that_never_stops_gets_the_others_end_mass_evenly(store: MatrixStore) -> None:
     members = two((1, 2), (0,))
-    fused = Deepen().build(members, store).fuse(stopping(members, (0.0, 0.8)), HALF).logp
+    fused = Deepen(average="linear").build(members, store).fuse(stopping(members, (0.0, 0.8)), HALF).logp
     torch.testing.assert_close(fused[0, [1, 2]].exp(), torch.tensor([0.2, 0.2]), atol=1e-5, rtol=0)
 
 
@@ -220,7 +231,7 @@ def test_reference_policy_leaves_rows_that_want_to_stop(store: MatrixStore) -> N
 def test_chunks_of_rows_change_nothing(store: MatrixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     fuser, logp = Deepen(support=12).build(MEMBERS, store), rows(MEMBERS, 4)
     whole = fuser.fuse(logp, WEIGHTS)
-    monkeypatch.setattr("lm_eval_deepen.fusion.deepen.CHUNK_BYTES", 1)
+    monkeypatch.setattr("lm_eval_deepen.fusion._deepen_step.CHUNK_BYTES", 1)
     parts = fuser.fuse(logp, WEIGHTS)
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=2e-6)
     assert parts.stats.keys() == whole.stats.keys()

@@ -14,7 +14,16 @@ from lm_eval_deepen.relative.build import MatrixSpec
     [
         ({"inverse": "adam"}, "inverse: unknown value 'adam'. Did you mean 'adamw'"),
         ({"normalization": "cosines"}, "normalization: unknown value 'cosines'. Did you mean 'cosine'"),
-        ({"learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
+        ({"learning_rate": 0.1}, "learning_rate: inverse 'exact' takes none, got 0.1"),
+        ({"support": 8, "learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
+        ({"inverse": "exact", "rows": "embedding"}, "inverse 'exact' needs one-hot rows .*got rows 'embedding"),
+        ({"inverse": "exact", "support": 8}, "inverse 'exact' needs one-hot rows and a full support, got .*support 8"),
+        ({"normalization": "cosine"}, "normalization is of rows from embeddings, got 'cosine' with rows 'canonical'"),
+        ({"rows": "prefix", "top_m": 8}, "top_m is of rows from embeddings, got 8 with rows 'prefix'"),
+        ({"rows": "canon"}, "rows: unknown value 'canon'. Did you mean 'canonical'"),
+        ({"average": "geo"}, "average must be linear or geometric, got 'geo'. Did you mean 'geometric'"),
+        ({"trust_region": 0}, "trust_region must be a positive number of nats, got 0"),
+        ({"row_entropy": -1.0}, "row_entropy must be a positive number of nats, got -1.0"),
         (
             {"inverse": "adamw", "learning_rate": -0.1},
             "learning_rate must be a number of at least 0, got -0.1",

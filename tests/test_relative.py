@@ -11,6 +11,7 @@ from tensor_worlds import trio, view, vocabulary
 import lm_eval_deepen.relative.build as build
 from lm_eval_deepen.errors import ConfigError, MatrixError
 from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows
+from lm_eval_deepen.relative.flatness import row_entropy_share
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix, _ChunkedOperator
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
 from lm_eval_deepen.relative.topk import largest
@@ -29,8 +30,11 @@ def make(spec: MatrixSpec, index: int = 0, member=None):
 def plain_row(member, w: int, normalization: str, temperature: float = 100.0):
     """One relative row, one anchor at a time."""
     rows = member.load_embeddings().double()
-    if normalization == "centered":
+    if normalization in ("centered", "decorrelated"):
         rows = rows - rows[described_rows(member.vocabulary)].mean(0)
+    if normalization == "decorrelated":  # 1 % of 12 to 24 dimensions, at least one
+        top = torch.linalg.svd(rows[described_rows(member.vocabulary)]).Vh[0]
+        rows = rows - (rows @ top)[:, None] * top
     ids = anchor_ids(member.vocabulary, ANCHORS)
     w = ids[ANCHORS.pieces.index(member.vocabulary.pieces[w])] if member.vocabulary.pieces[w] in ANCHORS.pieces else w
     cosines = torch.stack([torch.cosine_similarity(rows[w], rows[a], dim=0) for a in ids])
@@ -74,7 +78,7 @@ def test_a_zero_norm_row_has_no_nan() -> None:
     for normalization in NORMALIZATIONS:
         matrix = make(MatrixSpec(normalization, top_m=0), member=view("zeros", member.vocabulary, rows))
         assert matrix.relative.isfinite().all()
-        if normalization != "centered":
+        if normalization not in ("centered", "decorrelated"):
             torch.testing.assert_close(matrix.relative[100], torch.full((60,), 1 / 60))
 
 
@@ -203,3 +207,34 @@ def test_described_rows_leave_out_pieces_without_bytes() -> None:
     vocab = vocabulary(5, tag="x", padded=2)
     assert described_rows(vocab).tolist() == [False] * 3 + [True] * 67 + [False] * 2
     assert described_rows(vocab, "all").tolist() == [True] * 70 + [False] * 2
+
+
+def test_exact_rows_are_one_hot_for_anchors_alone() -> None:
+    member = MEMBERS[0]
+    ids, twins = anchor_ids(member.vocabulary, ANCHORS), duplicates(member.vocabulary, ANCHORS)
+    plain, exact = make(MatrixSpec(top_m=0)), make(MatrixSpec(top_m=0, pieces="exact"))
+    torch.testing.assert_close(exact.relative[ids], torch.eye(len(ANCHORS)))
+    for other, anchor in twins.items():
+        torch.testing.assert_close(exact.relative[other], torch.eye(len(ANCHORS))[anchor])
+    rest = described_rows(member.vocabulary)
+    rest[[*ids, *twins]] = False
+    torch.testing.assert_close(exact.relative[rest], plain.relative[rest])
+
+
+@pytest.mark.parametrize("pieces", ["embedding", "exact"])
+def test_row_entropy_chooses_each_members_temperature(pieces: str) -> None:
+    for index in (0, 1, 2):
+        vocab = MEMBERS[index].vocabulary
+        rows = make(MatrixSpec(top_m=0, pieces=pieces, entropy=1.5), index).relative
+        found = -torch.xlogy(rows, rows).sum(1)
+        described = described_rows(vocab)
+        if pieces == "exact":
+            described[[*anchor_ids(vocab, ANCHORS), *duplicates(vocab, ANCHORS)]] = False
+        assert found[described].mean() == pytest.approx(1.5, abs=1e-3)
+
+
+def test_flatness_tells_flat_rows_from_one_hot_ones() -> None:
+    assert row_entropy_share(make(MatrixSpec("reference", temperature=1.0, top_m=0, rows="all"))) > 0.99
+    assert row_entropy_share(DenseMatrix(torch.full((9, 40), 1 / 40))) == pytest.approx(1)
+    assert row_entropy_share(DenseMatrix(torch.eye(40))) == 0
+    assert 0 < row_entropy_share(make(MatrixSpec(top_m=20))) < 0.5

@@ -33,7 +33,7 @@ def gradient(logits: Tensor, r: Tensor, op: Operator) -> Tensor:
     reached = op.project(p)
     known = reached > 0
     ratio = torch.where(known, r / torch.where(known, reached, 1.0), 0.0)
-    return (p / r.shape[-1]) * (r.sum(-1, keepdim=True) - op.back(ratio))
+    return (p / op.num_anchors) * (r.sum(-1, keepdim=True) - op.back(ratio))
 
 
 @torch.no_grad()

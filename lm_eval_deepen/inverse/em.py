@@ -13,7 +13,7 @@ SMALLEST = 1e-30
 
 
 @torch.no_grad()
-def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int) -> Inverted:
+def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int, reached: Tensor | None = None) -> Inverted:
     """Decrease KL(r || p R) over the simplex by p <- p * (R (r / (p R))), starting from p0.
 
     Every step is one of expectation maximisation for the proportions of a mixture whose components are the
@@ -25,11 +25,12 @@ def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int) -> Inverted:
         r: target [B, A], sum 1.
         op: R restricted to the K pieces.
         steps: number of iterations.
+        reached: p0 R [B, A], where it is known.
     """
     gain = torch.zeros_like(logp0)  # log(p / p0): pieces whose p underflows keep a finite logp
     target = r + SMALLEST
     for _ in range(steps):
-        reached = op.project((logp0 + gain).exp()).add_(SMALLEST)  # [B, A]
-        ratio = torch.div(target, reached, out=reached)
-        gain += op.back(ratio).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        reached = op.project((logp0 + gain).exp()) if reached is None else reached
+        gain += op.back(target / (reached + SMALLEST)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        reached = None
     return inverted(logp0 + gain, r, op)

@@ -32,6 +32,7 @@ def inverted(logp: Tensor, r: Tensor, op: Operator) -> Inverted:
     smallest = torch.finfo(torch.float32).tiny
     target = r * (reached > 0)  # not normalised: sum_a (t/m) log((t/m) / q) = sum_a t log(t/q) / m - log m
     total, mass = r.sum(-1), target.sum(-1).clamp(min=smallest)
-    residual = torch.xlogy(target, target / reached.clamp_(min=smallest)).sum(-1) / mass - mass.log()
+    ratio = target.clamp(min=smallest).div_(reached.clamp_(min=smallest)).log_()  # finite: times t = 0 it is 0
+    residual = target.mul_(ratio).sum(-1) / mass - mass.log()
     lost = 1 - mass / total.clamp(min=smallest)
     return Inverted(logp, {"residual_kl": residual.clamp(min=0), "lost_mass": lost.clamp(min=0)})

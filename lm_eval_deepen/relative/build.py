@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lm_eval_deepen.errors import ConfigError, MatrixError
+from lm_eval_deepen.errors import ConfigError, MatrixError, did_you_mean
 from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, get_normalization, unit_rows
+from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, Shift, get_normalization, unit_rows
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -19,6 +20,13 @@ MAX_DROPPED_MASS = 0.05  # mean over rows; a sparse matrix that drops more does 
 DENSE_LIMIT_BYTES = 5 << 30
 BLOCK_BYTES = 64 << 20  # logits of one block of rows, fp32
 SAMPLE_ROWS = 256  # rows tried before a long build, to refuse a hopeless one at once
+PIECE_ROWS = {  # what stands for a piece, by the value of the option ``rows``
+    "embedding": "every piece by its embedding (the paper)",
+    "exact": "an anchor by itself, another piece by its embedding",
+    "prefix": "an anchor by itself, another piece by the longest anchor that it begins with",
+    "canonical": "an anchor by itself, another piece by the anchor that the other members' tokenizers begin it with",
+}
+BYTE_ROWS = ("prefix", "canonical")  # one-hot, from bytes alone: neither embeddings nor a temperature
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,17 @@ class MatrixSpec:
         top_m: entries kept per row; 0 keeps all (dense).
         rows: ``text`` leaves rows of control pieces at zero, ``all`` treats them as the published code does;
             rows of unused ids are zero in both.
+        pieces: a name of `PIECE_ROWS`.
+        entropy: where given, the temperature of every member is chosen so that its rows have this mean entropy
+            in nats, and `temperature` is not used.
     """
 
     normalization: str = "centered"
     temperature: float = 100.0
     top_m: int = 64
     rows: str = "text"
+    pieces: str = "embedding"
+    entropy: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -46,7 +59,19 @@ class MatrixSpec:
         if self.top_m < 0:
             raise ConfigError(f"top_m must be 0 (dense) or the number of entries kept per row, got {self.top_m}.")
         if self.rows not in ("text", "all"):
-            raise ConfigError(f"rows must be 'text' or 'all', got {self.rows!r}.")
+            raise ConfigError(f"described rows must be 'text' or 'all', got {self.rows!r}.")
+        if self.pieces not in PIECE_ROWS:
+            raise ConfigError(
+                f"rows: unknown value {self.pieces!r}.{did_you_mean(str(self.pieces), PIECE_ROWS)}"
+                f" Known: {', '.join(PIECE_ROWS)}."
+            )
+        if self.entropy is not None and not (0 < self.entropy < float("inf")):
+            raise ConfigError(f"row_entropy must be a positive number of nats, got {self.entropy!r}.")
+
+    @property
+    def from_bytes(self) -> bool:
+        """Whether rows come from bytes alone."""
+        return self.pieces in BYTE_ROWS
 
 
 def described_rows(vocabulary: ByteVocab, rows: str = "text") -> Tensor:
@@ -64,13 +89,30 @@ class _Job:
     embeddings: Tensor  # [V, d]
     source: Tensor  # [V] the embedding row an id is described by: its own, or that of the anchor it duplicates
     anchors: Tensor  # [A, d] unit rows
-    shift: Tensor | None
+    shift: Shift | None
     space: Normalization
     spec: MatrixSpec
+    anchor_of: Tensor  # [V] the anchor an id is, where rows of anchors are exact, else -1
 
     def logits(self, ids: Tensor) -> Tensor:
         block = unit_rows(self.embeddings[self.source[ids]], self.shift)
-        return self.space.logits(block, self.anchors, self.spec.temperature)
+        logits = self.space.logits(block, self.anchors, self.spec.temperature)
+        exact = (self.anchor_of[ids] >= 0).nonzero()[:, 0]
+        logits[exact] = float("-inf")
+        logits[exact, self.anchor_of[ids[exact]]] = 0.0
+        return logits
+
+    def with_entropy(self, ids: Tensor, entropy: float) -> _Job:
+        """Return the job at the temperature where a sample of `ids` has this mean row entropy, by bisection."""
+        sample = ids[:: max(1, len(ids) // SAMPLE_ROWS)]
+        cosines = replace(self, spec=replace(self.spec, temperature=1.0)).logits(sample)
+        low, high = -7.0, 14.0  # log of the temperature; entropy falls as it rises
+        for _ in range(40):
+            middle = (low + high) / 2
+            logp = torch.log_softmax(cosines * math.exp(middle), dim=1)
+            found = float(-torch.xlogy(p := logp.exp(), p).sum(1).mean())
+            low, high = (middle, high) if found > entropy else (low, middle)
+        return replace(self, spec=replace(self.spec, temperature=math.exp((low + high) / 2)))
 
     def top(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return kept entries [b, m] (sum 1), their anchors [b, m] and the dropped mass [b] of ids [b]."""
@@ -120,12 +162,20 @@ def build_matrix(
     anchor_rows = torch.tensor(list(anchor_ids), dtype=torch.int64)
     for other, anchor in twins.items():
         source[other] = anchor_rows[anchor]
+    anchor_of = torch.full((len(vocabulary),), -1)
+    if spec.pieces == "exact":
+        anchor_of[anchor_rows] = torch.arange(len(anchor_rows))
+        for other, anchor in twins.items():
+            anchor_of[other] = anchor
     space = get_normalization(spec.normalization)
     shift = space.shift(embeddings[: len(vocabulary)], mask.to(device))
     anchors = unit_rows(embeddings[anchor_rows.to(device)], shift)
-    job = _Job(embeddings, source.to(device), anchors, shift, space, spec)
+    job = _Job(embeddings, source.to(device), anchors, shift, space, spec, anchor_of.to(device))
     ids = mask.nonzero()[:, 0].to(device)
     with torch.no_grad():
+        if spec.entropy is not None:
+            described = ids[job.anchor_of[ids] < 0] if spec.pieces == "exact" else ids
+            job = job.with_entropy(described, spec.entropy)
         return _dense(member, job, ids, progress) if spec.top_m == 0 else _sparse(member, job, ids, progress)
 
 

@@ -15,12 +15,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.relative.gathered import Entries
+
 _ROW_SUM_TOLERANCE = 1e-6
 _CHUNK_ROWS = 4096  # vocabulary rows per step where no CSR kernel exists; 4096 x 64 floats stay in cache
 
 
 class Operator(Protocol):
-    """R restricted to K rows per distribution: project [B, K] -> [B, A], back [B, A] -> [B, K]."""
+    """R restricted to K rows per distribution: project [B, K] -> [B, A], back [B, A] -> [B, K].
+
+    After `share_columns`, A stands for the columns that are left; ``num_anchors`` is always that of R.
+    """
+
+    @property
+    def num_anchors(self) -> int:
+        """Return A."""
+        ...
 
     def project(self, p: Tensor) -> Tensor:
         """Return p R, [B, A]."""
@@ -72,6 +82,10 @@ class _MatmulOperator:
 
     relative: Tensor  # [V, A]
 
+    @property
+    def num_anchors(self) -> int:
+        return self.relative.shape[1]
+
     def project(self, p: Tensor) -> Tensor:
         return p @ self.relative
 
@@ -85,31 +99,15 @@ class _BatchedOperator:
 
     rows: Tensor  # [B, K, A]
 
+    @property
+    def num_anchors(self) -> int:
+        return self.rows.shape[2]
+
     def project(self, p: Tensor) -> Tensor:
         return torch.bmm(p[:, None, :], self.rows)[:, 0]
 
     def back(self, q: Tensor) -> Tensor:
         return torch.bmm(self.rows, q[:, :, None])[..., 0]
-
-
-class _GatheredOperator:
-    """Some rows of a sparse matrix, others for each distribution: one gather, then scatter-adds."""
-
-    def __init__(self, values: Tensor, indices: Tensor, num_anchors: int) -> None:
-        self.values = values  # [B, K, m]
-        self.num_anchors = num_anchors
-        offset = torch.arange(len(values), device=values.device) * num_anchors
-        self.flat = (indices + offset[:, None, None]).flatten()  # int64 positions in a flat [B * A]
-        self.scratch = torch.empty_like(values)  # reused: a fresh 2 MB block per product costs more than the product
-
-    def project(self, p: Tensor) -> Tensor:
-        out = torch.zeros(len(p) * self.num_anchors, dtype=torch.float32, device=p.device)
-        torch.mul(p[..., None], self.values, out=self.scratch)
-        return out.scatter_add_(0, self.flat, self.scratch.view(-1)).view(len(p), self.num_anchors)
-
-    def back(self, q: Tensor) -> Tensor:
-        torch.index_select(q.reshape(-1), 0, self.flat, out=self.scratch.view(-1))
-        return self.scratch.mul_(self.values).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +116,10 @@ class _CsrOperator:
 
     csr: Tensor  # [V, A]
     transposed: Tensor  # [A, V], also CSR: a product with a transposed CSR matrix has no kernel
+
+    @property
+    def num_anchors(self) -> int:
+        return self.csr.shape[1]
 
     def project(self, p: Tensor) -> Tensor:
         return (self.transposed @ p.T.contiguous()).T.contiguous()
@@ -134,22 +136,34 @@ class _ChunkedOperator:
     indices: Tensor  # [V, m]
     num_anchors: int
 
-    def _chunk(self, start: int, batch: int) -> _GatheredOperator:
-        part = slice(start, start + _CHUNK_ROWS)
-        shape = (batch, *self.values[part].shape)
-        return _GatheredOperator(
-            self.values[part].expand(shape).contiguous(), self.indices[part].expand(shape), self.num_anchors
-        )
-
     def project(self, p: Tensor) -> Tensor:
         out = torch.zeros(len(p), self.num_anchors, dtype=torch.float32, device=p.device)
         for start in range(0, len(self.values), _CHUNK_ROWS):
-            out += self._chunk(start, len(p)).project(p[:, start : start + _CHUNK_ROWS])
+            part = slice(start, start + _CHUNK_ROWS)
+            weighted = (p[:, part, None] * self.values[part]).flatten(1)
+            out.index_add_(1, self.indices[part].flatten(), weighted)
         return out
 
     def back(self, q: Tensor) -> Tensor:
-        parts = range(0, len(self.values), _CHUNK_ROWS)
-        return torch.cat([self._chunk(start, len(q)).back(q) for start in parts], dim=1)
+        parts = [slice(start, start + _CHUNK_ROWS) for start in range(0, len(self.values), _CHUNK_ROWS)]
+        return torch.cat([(q[:, self.indices[part]] * self.values[part]).sum(-1) for part in parts], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class OneHotOperator:
+    """All rows of a matrix with a single 1 in every row, or nothing."""
+
+    classes: Tensor  # [V], the column of the 1; A for an empty row
+    num_anchors: int
+
+    def project(self, p: Tensor) -> Tensor:
+        """Return p R, [B, A]."""
+        out = torch.zeros(len(p), self.num_anchors + 1, dtype=torch.float32, device=p.device)
+        return out.index_add_(1, self.classes, p)[:, :-1]
+
+    def back(self, q: Tensor) -> Tensor:
+        """Return R q, [B, V]."""
+        return torch.nn.functional.pad(q, (0, 1)).index_select(1, self.classes)
 
 
 class DenseMatrix:
@@ -207,34 +221,45 @@ class SparseMatrix:
         return self.values.shape[0], self.num_anchors
 
     @cached_property
+    def _entries(self) -> Entries:
+        return Entries.pack(self.values, self.indices, self.num_anchors)
+
+    @cached_property
     def _csr(self) -> _CsrOperator:
-        num_rows, width = self.values.shape
-        starts = torch.arange(0, num_rows * width + 1, width, dtype=torch.int64, device=self.values.device)
-        columns, values = self.indices.flatten(), self.values.flatten()
+        starts, columns, values = self._entries.starts, self._entries.columns[:-1], self._entries.values[:-1]
+        num_rows = len(starts) - 1
         order = torch.argsort(columns, stable=True)
         counts = torch.bincount(columns, minlength=self.num_anchors)
         column_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        rows = torch.div(order, width, rounding_mode="floor")
+        rows = torch.repeat_interleave(starts.diff())[order]
         return _CsrOperator(
             _csr_tensor(starts, columns, values, (num_rows, self.num_anchors)),
             _csr_tensor(column_starts, rows, values[order], (self.num_anchors, num_rows)),
         )
 
+    @cached_property
+    def _one_hot(self) -> OneHotOperator | None:
+        if self.values.shape[1] != 1:
+            return None
+        described = self.values[:, 0] > 0
+        return OneHotOperator(torch.where(described, self.indices[:, 0].long(), self.num_anchors), self.num_anchors)
+
     def full(self) -> Operator:
         """Return the operator of all rows; its index is built once."""
+        if self._one_hot is not None:
+            return self._one_hot
         if self.values.device.type != "cpu" or torch.backends.mkl.is_available():
             return self._csr
         return _ChunkedOperator(self.values, self.indices, self.num_anchors)
 
     def at(self, ids: Tensor) -> Operator:
         """Return the operator of the rows ids [B, K] of each distribution."""
-        flat, shape = ids.flatten(), (*ids.shape, self.values.shape[1])
-        values = self.values.index_select(0, flat).view(shape)
-        return _GatheredOperator(values, self.indices.index_select(0, flat).view(shape), self.num_anchors)
+        return self._entries.at(ids)
 
     def at_bytes(self, width: int) -> int:
         """Return the bytes that ``at`` of one distribution with `width` ids occupies."""
-        return width * self.values.shape[1] * 20  # values and scratch fp32, positions int64, indices int32
+        entries = -(-len(self._entries.values) // len(self.values))  # on average, in a row
+        return width * entries * 48  # three int64 and two fp32 each, and what they are made from
 
     def to(self, device: torch.device | str) -> SparseMatrix:
         """Return the same matrix on `device`."""

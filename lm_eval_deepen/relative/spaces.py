@@ -2,7 +2,7 @@
 
 A relative row is ``softmax_a(temperature * n(cos(E[w], E[a])))`` over the anchors ``a`` (DeePEn,
 arXiv 2404.12715, section 3.2). A normalization chooses what is done to the embedding rows before the
-cosine (`Normalization.center`) and to the cosines after it (`Normalization.rescale`).
+cosine (`Normalization.shift`) and to the cosines after it (`Normalization.rescale`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,24 @@ BLOCK_ROWS = 8192  # rows converted to fp32 at once where a whole vocabulary is 
 
 
 @dataclass(frozen=True)
+class Shift:
+    """What is taken from every embedding row before the cosines.
+
+    Attributes:
+        mean: subtracted [d], fp32.
+        directions: orthonormal rows [D, d] that are projected out after that; D may be 0.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Return rows [b, d] without the mean and the directions."""
+        block = block - self.mean
+        return block - (block @ self.directions.T) @ self.directions if len(self.directions) else block
+
+
+@dataclass(frozen=True)
 class Normalization:
     """A named way from embedding rows to the logits of relative rows.
 
@@ -27,33 +45,45 @@ class Normalization:
         formula: the logits of row w over anchors a, for ``--help`` and the docs.
         center: whether the mean of the member's text rows is subtracted from every row first.
         rescale: n(.) above, in place on the cosines [b, A].
+        remove: principal directions that are projected out after centring, as a share of d.
     """
 
     name: str
     formula: str
     center: bool
     rescale: Callable[[Tensor], Tensor]
+    remove: float = 0.0
 
-    def shift(self, embeddings: Tensor, rows: Tensor) -> Tensor | None:
-        """Return what is subtracted from every row, [d] fp32, from the rows [V] (bool) in use; or None."""
+    def shift(self, embeddings: Tensor, rows: Tensor) -> Shift | None:
+        """Return what is taken from every row, from the rows [V] (bool) in use; None for nothing."""
         if not self.center:
             return None
-        total = torch.zeros(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
+        width = embeddings.shape[1]
+        total = torch.zeros(width, dtype=torch.float64, device=embeddings.device)
+        second = torch.zeros(width, width, dtype=torch.float64, device=embeddings.device)
         for start in range(0, len(embeddings), BLOCK_ROWS):
-            block = embeddings[start : start + BLOCK_ROWS][rows[start : start + BLOCK_ROWS]]
+            block = embeddings[start : start + BLOCK_ROWS][rows[start : start + BLOCK_ROWS]].to(torch.float32)
             total += block.to(torch.float64).sum(0)
-        return (total / rows.sum().clamp(min=1)).to(torch.float32)
+            if self.remove:
+                second += (block.T @ block).to(torch.float64)
+        count = rows.sum().clamp(min=1)
+        mean = total / count
+        directions = second[:0]
+        if self.remove:
+            spread = torch.linalg.eigh(second / count - mean[:, None] * mean)  # eigenvalues ascending
+            directions = spread.eigenvectors.T[width - max(1, round(self.remove * width)) :]
+        return Shift(mean.to(torch.float32), directions.to(torch.float32))
 
     def logits(self, block: Tensor, anchors: Tensor, temperature: float) -> Tensor:
         """Return logits of relative rows [b, A] from `unit_rows` of a block [b, d] and of anchors [A, d]."""
         return self.rescale(block @ anchors.T).mul_(temperature)
 
 
-def unit_rows(block: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return embedding rows [b, d] less `shift` [d], scaled to L2 norm 1, fp32; a zero row stays zero."""
+def unit_rows(block: Tensor, shift: Shift | None = None) -> Tensor:
+    """Return embedding rows [b, d] after `shift`, scaled to L2 norm 1, fp32; a zero row stays zero."""
     block = block.to(torch.float32)
     if shift is not None:
-        block = block - shift
+        block = shift(block)
     return torch.nn.functional.normalize(block, dim=-1, eps=1e-12)
 
 
@@ -72,6 +102,8 @@ NORMALIZATIONS: dict[str, Normalization] = {
         Normalization("reference", "T * cos(E[w], E[a]) / ||cos(E[w], E[.])||_2", False, _row_unit),
         Normalization("cosine", "T * cos(E[w], E[a])", False, _same),
         Normalization("centered", "T * cos(E[w] - mean(E), E[a] - mean(E))", True, _same),
+        # All-but-the-top (Mu and Viswanath, arXiv 1702.01417, section 3): the first d/100 directions carry frequency.
+        Normalization("decorrelated", "T * cos(Q E[w], Q E[a]), Q: less mean and top directions", True, _same, 0.01),
     )
 }
 

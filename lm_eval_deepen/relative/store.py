@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError
 
 from lm_eval_deepen.errors import MatrixError
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix
+from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows
 from lm_eval_deepen.relative.files import (
     FORMAT,
     MatrixInfo,
@@ -25,6 +25,7 @@ from lm_eval_deepen.relative.files import (
     write_matrix,
 )
 from lm_eval_deepen.relative.matrix import RelativeMatrix
+from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
 
 if TYPE_CHECKING:
@@ -57,67 +58,102 @@ class MatrixStore:
         # Fusers that differ only in their solver share one matrix while any of them lives.
         self._loaded: WeakValueDictionary[Path, RelativeMatrix] = WeakValueDictionary()
 
-    def identity(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> dict[str, Any]:
+    def identity(
+        self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
+    ) -> dict[str, Any]:
         """Return everything that decides the content of a matrix."""
-        return {
+        common = {
             "format": FORMAT,
             "tokenizer": member.vocabulary.fingerprint,
-            "embedding": member.load_fingerprint(),
             "anchors": anchors.fingerprint,
-            "normalization": spec.normalization,
-            "temperature": float(spec.temperature),
-            "top_m": spec.top_m,
             "rows": spec.rows,
+        }
+        if spec.from_bytes:
+            spelt = {"tokenizers": list(tokenizers.fingerprints)} if spec.pieces == "canonical" else {}
+            return {**common, "pieces": spec.pieces, "dtype": "float16", **spelt}
+        temperature = {"temperature": float(spec.temperature)} if spec.entropy is None else {"entropy": spec.entropy}
+        return {
+            **common,
+            "embedding": member.load_fingerprint(),
+            "normalization": spec.normalization,
+            **temperature,
+            "top_m": spec.top_m,
             "dtype": "float16" if spec.top_m else "float32",
+            **({} if spec.pieces == "embedding" else {"pieces": spec.pieces}),
         }
 
-    def path(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> Path:
+    def path(
+        self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
+    ) -> Path:
         """Return the file of a matrix, whether or not it exists.
 
         A matrix does not depend on the member's name: one that was built under another name is used.
         """
-        short = identity_hash(self.identity(member, anchors, spec))[:HASH_LENGTH]
+        short = identity_hash(self.identity(member, anchors, spec, tokenizers))[:HASH_LENGTH]
         existing = sorted(self.folder.glob(f"*-{short}.safetensors"))
         if existing:
             return existing[0]
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
         return self.folder / f"{slug[:80]}-{short}.safetensors"
 
-    def get(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> RelativeMatrix:
+    def get(
+        self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
+    ) -> RelativeMatrix:
         """Return a matrix; where its file is missing, build it while other processes wait for it.
+
+        Args:
+            member: whose matrix.
+            anchors: its columns.
+            spec: how it is made.
+            tokenizers: of all members, where rows are canonical.
 
         Raises:
             MatrixError: a file that is damaged or was built for something else, a matrix that cannot be
                 built, or a folder that cannot be written.
         """
-        path, identity = self.path(member, anchors, spec), self.identity(member, anchors, spec)
+        path, identity = self.path(member, anchors, spec, tokenizers), self.identity(member, anchors, spec, tokenizers)
         matrix = self._loaded.get(path)
         if matrix is None:
             if not path.exists():
-                self._build(path, identity, member, anchors, spec)
-                path = self.path(member, anchors, spec)
+                self._build(path, identity, member, anchors, spec, tokenizers)
+                path = self.path(member, anchors, spec, tokenizers)
             matrix = read_matrix(path, identity, member.name)
             self._loaded[path] = matrix
         return matrix
 
-    def info(self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec) -> MatrixInfo:
+    def info(
+        self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
+    ) -> MatrixInfo:
         """Return what the file of a built matrix says of itself: size, dropped mass, build time, checksum."""
-        return describe(self.path(member, anchors, spec))
+        return describe(self.path(member, anchors, spec, tokenizers))
 
     def _build(
-        self, path: Path, identity: dict[str, Any], member: MemberView, anchors: AnchorSet, spec: MatrixSpec
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        member: MemberView,
+        anchors: AnchorSet,
+        spec: MatrixSpec,
+        tokenizers: Tokenizers,
     ) -> None:
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             with self._explained():
                 stack.enter_context(locked(self.folder / f"{identity_hash(identity)[:HASH_LENGTH]}.lock"))
-            if self.path(member, anchors, spec).exists():  # another process built it while this one waited
+            if self.path(member, anchors, spec, tokenizers).exists():  # another process built it while this one waited
                 return
             started = time.monotonic()
-            vocabulary, embeddings = member.vocabulary, member.load_embeddings()
+            vocabulary = member.vocabulary
             ids, twins = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
-            matrix = build_matrix(member.name, vocabulary, embeddings, ids, twins, spec, progress=self.progress)
+            matrix: RelativeMatrix
+            if spec.from_bytes:
+                spellers = tokenizers if spec.pieces == "canonical" else NO_TOKENIZERS
+                classes = anchor_classes(vocabulary, anchors, spellers)
+                matrix = class_matrix(classes, described_rows(vocabulary, spec.rows), len(anchors))
+            else:
+                rows = member.load_embeddings()
+                matrix = build_matrix(member.name, vocabulary, rows, ids, twins, spec, progress=self.progress)
             with self._explained():
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.relative.build import described_rows
+from lm_eval_deepen.relative.gathered import look_up
 from lm_eval_deepen.relative.matrix import RelativeMatrix
-from lm_eval_deepen.relative.topk import largest
+from lm_eval_deepen.relative.topk import NEG_INF, largest, logsumexp
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +32,7 @@ class Side:
         eos: ids that end a text.
         control: ids of the other control pieces (and of pieces without bytes).
         unused: ids without a token.
+        mask: 0 for text and ``-inf`` for ids outside [V], fp32.
     """
 
     matrix: RelativeMatrix
@@ -42,6 +42,7 @@ class Side:
     eos: Tensor
     control: Tensor
     unused: Tensor
+    mask: Tensor
 
     def to(self, device: torch.device) -> Side:
         """Return the same side on `device`."""
@@ -65,24 +66,27 @@ def make_side(
     if rows == "text":
         eos[sorted(set(vocabulary.eos))] = True
     ids = {"outside": ~text, "eos": eos, "control": ~text & ~eos & ~unused, "unused": unused}
-    return Side(matrix, anchors, anchor_of, **{name: mask.nonzero()[:, 0] for name, mask in ids.items()})
+    found = {name: mask.nonzero()[:, 0] for name, mask in ids.items()}
+    return Side(matrix, anchors, anchor_of, mask=torch.where(text, 0.0, NEG_INF), **found)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of a batch of rows, in natural logs.
+    """The parts of every member's rows, in natural logs.
 
     Attributes:
-        text: text pieces given that the next piece is text [B, V]; ``-inf`` elsewhere.
-        log_text: log mass of text given text or end [B].
-        log_end: log mass of end given text or end [B].
-        log_kept: log mass of text and end given anything but unused ids [B].
-        log_total: log mass of everything but unused ids, as given [B].
-        dropped: mass of control pieces and unused ids [B].
-        valid: rows [B] (bool) with any mass on text or end.
+        texts: log-probabilities of text pieces as given, per member [B, V_m] in fp32; ``-inf`` elsewhere.
+        log_sum: log mass of text as given [B, M], 0 where there is none.
+        log_text: log mass of text given text or end [B, M].
+        log_end: log mass of end given text or end [B, M].
+        log_kept: log mass of text and end given anything but unused ids [B, M].
+        log_total: log mass of everything but unused ids, as given [B, M].
+        dropped: mass of control pieces and unused ids [B, M].
+        valid: whether there is any mass on text or end [B, M] (bool).
     """
 
-    text: Tensor
+    texts: tuple[Tensor, ...]
+    log_sum: Tensor
     log_text: Tensor
     log_end: Tensor
     log_kept: Tensor
@@ -91,33 +95,48 @@ class Split:
     valid: Tensor
 
 
-def split(logp: Tensor, side: Side, *, with_end: bool) -> Split:
-    """Split rows [B, V]; without an end, end of text counts as a dropped control piece."""
-    text = logp.to(torch.float32, copy=True).index_fill_(1, side.outside, NEG_INF)
-    mass = torch.logsumexp(text, dim=1)
-    end, control = _log_mass(logp, side.eos), _log_mass(logp, side.control)
-    unused = _log_mass(logp, side.unused)
+def split(logp: Sequence[Tensor], sides: Sequence[Side], *, with_end: bool, out: Tensor | None = None) -> Split:
+    """Split every member's rows [B, V_m].
+
+    Args:
+        logp: log-probabilities per member.
+        sides: the members.
+        with_end: whether there is an end of text; otherwise it counts as a dropped control piece.
+        out: where the main member's text goes [B, V_0].
+    """
+    main = torch.add(logp[0], sides[0].mask, out=out)
+    texts = (main, *(rows + side.mask for rows, side in zip(logp[1:], sides[1:], strict=True)))
+    mass = torch.stack([logsumexp(text) for text in texts], dim=1)
+    end, control, unused = (
+        torch.stack([_log_mass(rows, getattr(side, role)) for rows, side in zip(logp, sides, strict=True)], dim=1)
+        for role in ("eos", "control", "unused")
+    )
     if not with_end:
         end, control = torch.full_like(mass, NEG_INF), torch.logaddexp(control, end)
     kept = torch.logaddexp(mass, end)
-    valid = kept > NEG_INF
-    base = torch.where(valid, kept, 0.0)
     total = torch.logaddexp(kept, control)
-    everything = torch.logaddexp(total, unused)
-    text -= torch.where(mass > NEG_INF, mass, 0.0)[:, None]
+    base = _or_zero(kept)
     return Split(
-        text=text,
+        texts=texts,
+        log_sum=_or_zero(mass),
         log_text=mass - base,
         log_end=end - base,
-        log_kept=kept - torch.where(total > NEG_INF, total, 0.0),
+        log_kept=kept - _or_zero(total),
         log_total=total,
-        dropped=1 - (kept - torch.where(everything > NEG_INF, everything, 0.0)).exp(),
-        valid=valid,
+        dropped=1 - (kept - _or_zero(torch.logaddexp(total, unused))).exp(),
+        valid=kept > NEG_INF,
     )
+
+
+def _or_zero(log_mass: Tensor) -> Tensor:
+    """Replace the log of no mass by 0, so that it can be subtracted."""
+    return log_mass.masked_fill(log_mass == NEG_INF, 0.0)
 
 
 def _log_mass(logp: Tensor, ids: Tensor) -> Tensor:
     """Return the log of the mass [B] of some ids; ``-inf`` for none."""
+    if not len(ids):
+        return logp.new_full((len(logp),), NEG_INF, dtype=torch.float32)
     return torch.logsumexp(logp.index_select(1, ids).to(torch.float32), dim=1)
 
 
@@ -128,7 +147,7 @@ class Support:
     Attributes:
         ids: [B, K], ascending; a masked place repeats the first id of its row.
         logp: log-probabilities given the support [B, K]; ``-inf`` where masked.
-        log_mass: log of the text mass the support holds [B].
+        log_mass: log of the mass the support holds, as given [B], 0 where there is none.
         mask: places in use [B, K].
     """
 
@@ -137,10 +156,9 @@ class Support:
     log_mass: Tensor
     mask: Tensor
 
-    def scatter(self, text: Tensor, logp: Tensor) -> Tensor:
-        """Write `logp` [B, K], given the support, into rows `text` [B, V] in place; the rest stays."""
-        logp = logp + self.log_mass[:, None]
-        return text.scatter_(1, self.ids, torch.where(self.mask, logp, logp[:, :1]))
+    def scatter(self, rows: Tensor, logp: Tensor) -> Tensor:
+        """Write `logp` [B, K] into `rows` [B, V] in place; the rest stays."""
+        return rows.scatter_(1, self.ids, torch.where(self.mask, logp, logp[:, :1]))
 
 
 def supports(texts: Sequence[Tensor], sides: Sequence[Side], active: Tensor, k: int) -> list[Support]:
@@ -149,7 +167,7 @@ def supports(texts: Sequence[Tensor], sides: Sequence[Side], active: Tensor, k: 
     The union is symmetric, so that identical members have identical supports.
 
     Args:
-        texts: ``Split.text`` of every member [B, V_m].
+        texts: ``Split.texts``, one of every member [B, V_m].
         sides: the members.
         active: members that take part [B, M] (bool).
         k: pieces taken from every member.
@@ -157,37 +175,37 @@ def supports(texts: Sequence[Tensor], sides: Sequence[Side], active: Tensor, k: 
     tops, anchors = [], []
     for member, (text, side) in enumerate(zip(texts, sides, strict=True)):
         values, ids = largest(text, min(k, text.shape[1] - len(side.outside)))
-        used = (values > NEG_INF) & active[:, member, None]
-        tops.append((ids, values > NEG_INF))
-        anchors.append(torch.where(used, side.anchor_of[ids], -1))
+        known = values > NEG_INF
+        tops.append(torch.where(known, ids, text.shape[1]))
+        anchors.append(torch.where(known & active[:, member, None], look_up(side.anchor_of, ids), -1))
     found = []
     for member, (text, side) in enumerate(zip(texts, sides, strict=True)):
-        size = text.shape[1]
-        ids, known = tops[member]
-        candidates = [torch.where(known, ids, size)]
+        candidates = [tops[member]]
         for other, theirs in enumerate(anchors):
             if other != member:
-                candidates.append(torch.where(theirs >= 0, side.anchor_ids[theirs.clamp(min=0)], size))
-        found.append(_restrict(text, _distinct(torch.cat(candidates, dim=1), size)))
+                own = look_up(side.anchor_ids, theirs.clamp(min=0))
+                candidates.append(own.masked_fill_(theirs < 0, text.shape[1]))
+        found.append(_restrict(text, _distinct(torch.cat(candidates, dim=1), text.shape[1])))
     return found
 
 
 def _distinct(ids: Tensor, size: int) -> Tensor:
-    """Sort ids [B, n], replace repetitions by `size` and cut columns that no row needs."""
+    """Return the distinct ids below `size` of each row [B, n], ascending, filled up with `size` [B, K]."""
     ids = ids.sort(dim=1).values
-    ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1].clone(), size)
-    ids = ids.sort(dim=1).values
-    used = (ids < size).sum(1)
-    return ids[:, : max(1, int(used.max()) if len(used) else 1)]
+    new = ids < size
+    new[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    count = new.cumsum(1)
+    width = max(1, int(count[:, -1].max()) if len(ids) else 1)
+    out = ids.new_full((len(ids), width + 1), size)  # what is not new goes to a column that is cut off
+    return out.scatter_(1, torch.where(new, count - 1, width), ids)[:, :width]
 
 
 def _restrict(text: Tensor, ids: Tensor) -> Support:
     mask = ids < text.shape[1]
     ids = torch.where(mask, ids, torch.where(mask[:, :1], ids[:, :1], 0))
-    logp = torch.where(mask, text.gather(1, ids), NEG_INF)
-    mass = torch.logsumexp(logp, dim=1)
-    logp = logp - torch.where(mass > NEG_INF, mass, 0.0)[:, None]
-    return Support(ids, logp, mass, mask)
+    logp = text.gather(1, ids).masked_fill_(~mask, NEG_INF)
+    mass = _or_zero(torch.logsumexp(logp, dim=1))
+    return Support(ids, logp.sub_(mass[:, None]), mass, mask)
 
 
 def sit_out(logp: Tensor, active: Tensor) -> Tensor:

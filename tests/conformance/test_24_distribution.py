@@ -69,7 +69,7 @@ def matrices(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(paths, matrices):
-    return deepen(*paths, batch_size=2, matrix_dir=matrices)
+    return deepen(*paths, batch_size=2, rows="embedding", matrix_dir=matrices)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def killed(paths, single, matrices, task_folder, tmp_path_factory):
     """A run of two ranks with a response cache, one of which was killed at a random forward pass."""
     folder = tmp_path_factory.mktemp("killed")
     steps = [["run", "evaluate", {**FULL, "use_cache": str(folder / "responses")}]]
-    job = job_of(folder, paths, task_folder, steps, matrix_dir=matrices)
+    job = job_of(folder, paths, task_folder, steps, rows="embedding", matrix_dir=matrices)
     job["die_at_forward"] = {"1": random.Random(3).randrange(10, 30)}
     return SimpleNamespace(job=job, ended=run_worker(job, ranks=2), answered=log_of(job, "run"))
 
@@ -104,7 +104,7 @@ def ranks(paths, killed, task_folder, tmp_path_factory):
         ["device", "load", [device]],
         ["after", "ask", ["generate_until", [ONE, ONE]]],
     ]
-    job = job_of(folder, paths, task_folder, steps, matrix_dir=str(folder / "matrices"))
+    job = job_of(folder, paths, task_folder, steps, rows="embedding", matrix_dir=str(folder / "matrices"))
     ended = run_worker(job, ranks=2)
     return SimpleNamespace(job=job, ended=ended, reports=reports(folder, ended), folder=folder)
 
@@ -256,7 +256,7 @@ def test_a_member_is_spread_as_by_hf(paths, single, matrices, tmp_path, monkeypa
     assert alone.generate_until(texts) == theirs.generate_until(texts)
     members = [{"name": "m0", "pretrained": str(paths[0]), **arguments}, {"name": "m1", "pretrained": str(paths[1])}]
     own = str(tmp_path / "matrices")
-    both = DeepenLM(str(paths[0]), members=members, device="cpu", matrix_dir=own)
+    both = DeepenLM(str(paths[0]), members=members, device="cpu", rows="embedding", matrix_dir=own)
     for got, expected in zip(both.loglikelihood(batch), single.loglikelihood(batch), strict=True):
         assert got == pytest.approx(expected, abs=1e-4)
     assert both.generate_until(texts) == single.generate_until(texts)
@@ -302,7 +302,7 @@ def test_accelerate_launch_num_processes_2_gives_the_single_result(
     paths, single, matrices, evaluate, task_folder, tmp_path, read_results
 ):
     members = [{"name": f"m{index}", "pretrained": str(path)} for index, path in enumerate(paths)]
-    model_args = {"pretrained": str(paths[0]), "members": members, "matrix_dir": matrices, "batch_size": 2}
+    model_args = {"pretrained": str(paths[0]), "members": members, "rows": "embedding", "matrix_dir": matrices, "batch_size": 2}
     home = tmp_path / "home"
     (home / "accelerate").mkdir(parents=True)
     (home / "accelerate" / "default_config.yaml").write_text(ACCELERATE_CONFIG)

@@ -1,0 +1,31 @@
+"""The inverse where rows are one-hot, in closed form, ``inverse: exact``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.inverse.em import SMALLEST
+from lm_eval_deepen.inverse.residual import Inverted
+from lm_eval_deepen.relative.matrix import Operator
+
+
+@torch.no_grad()
+def exact(logp0: Tensor, r: Tensor, op: Operator, *, reached: Tensor | None = None) -> Inverted:
+    """Return p'(w) = p0(w) r_a / (p0 R)_a, a being the one anchor of w: p' R = r, and nothing changes within an anchor.
+
+    It is what one step of `em` gives on such rows, without a search and without measuring what it left.
+
+    Args:
+        logp0: log p0 [B, K], natural log; ``-inf`` = excluded.
+        r: target [B, A], sum 1.
+        op: R, each row with a single 1.
+        reached: p0 R [B, A], where it is known.
+    """
+    if reached is None:
+        reached = op.project(logp0.exp())
+    ratio = (r + SMALLEST) / (reached + SMALLEST)
+    mass = (ratio * reached).sum(1).clamp(min=SMALLEST)  # of r on anchors that p0 reaches
+    lost = (1 - mass / r.sum(1).clamp(min=SMALLEST)).clamp(min=0)
+    gain = op.back(ratio.div_(mass[:, None]).log_())
+    return Inverted(logp0 + gain, {"residual_kl": torch.zeros_like(lost), "lost_mass": lost})

@@ -1,0 +1,79 @@
+"""Averages of the members' relative vectors, and of their masses of text and of end of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.relative.support import Split
+from lm_eval_deepen.relative.topk import NEG_INF
+
+AVERAGES = ("linear", "geometric")
+FLOOR = 1e-12  # what the geometric average takes for a zero: an anchor that a member cannot reach is not excluded
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the members agree on.
+
+    Attributes:
+        r: the average given text [B, A], sum 1 where the members' vectors have that.
+        log_text: log mass of text given text or end [B].
+        log_end: log mass of end given text or end [B].
+        blend: the members' weights given that the next piece is text [B, M].
+        usable: rows [B] (bool) where the main member and the average have text; the others are not fused.
+    """
+
+    r: Tensor
+    log_text: Tensor
+    log_end: Tensor
+    blend: Tensor
+    usable: Tensor
+
+
+def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
+    """Return sum_m w_m q_m (DeePEn, section 3.2); w_m is a member's weight times its mass of text.
+
+    Args:
+        reached: the main member's relative vector q_0 [B, A].
+        others: the other members' [B, A]; overwritten.
+        share: the members' weights [B, M], rows sum to 1.
+        parts: the members' masses.
+        with_end: not needed: a member without an end of text has no mass there.
+    """
+    logs = share.log()
+    end = torch.logsumexp(logs + parts.log_end, dim=1)
+    text = logs + parts.log_text
+    mass = torch.logsumexp(text, dim=1)
+    usable = (parts.log_text[:, 0] > NEG_INF) & (mass > NEG_INF)
+    blend = (text - mass.masked_fill(~usable, 0.0)[:, None]).exp()
+    r = blend[:, :1] * reached
+    for i, vector in enumerate(others, start=1):
+        r.addcmul_(blend[:, i, None], vector)
+    return Agreed(r, mass, end, blend, usable)
+
+
+def geometric(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
+    """Return prod_m q_m ** w_m over anchors, normalised, and the same of text against end of text.
+
+    Whether to stop is decided apart from how to go on: pooled together, an end would gain from every disagreement
+    about the text. Arguments as `linear`; without an end (`with_end`) there is text alone.
+    """
+    r = reached.masked_fill(reached == 0, FLOOR).log_().mul_(share[:, :1])
+    for i, vector in enumerate(others, start=1):
+        r.addcmul_(share[:, i, None], vector.masked_fill_(vector == 0, FLOOR).log_())
+    r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
+    text = _mean(share, parts.log_text)
+    end = _mean(share, parts.log_end) if with_end else torch.full_like(text, NEG_INF)
+    total = torch.logaddexp(text, end)
+    usable = parts.log_text[:, 0] > NEG_INF
+    return Agreed(r, text - total, end - total, share, usable)
+
+
+def _mean(share: Tensor, log_mass: Tensor) -> Tensor:
+    """Return the weighted mean [B] of log masses [B, M]."""
+    return (share * log_mass.masked_fill(log_mass == NEG_INF, math.log(FLOOR))).sum(1)

@@ -1,0 +1,98 @@
+"""``lm-eval-deepen bpb ENSEMBLE --text FILES``: how well an ensemble predicts text, against its members."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.reading import Document
+    from lm_eval_deepen.tools.bits_table import Line
+
+HELP = (
+    "Bits per byte of a text under each member (also at a temperature fitted on other text, the fair opponent), under "
+    "the ensemble with each member as the main one, and under mixtures taken only where all tokenisations end. "
+    "Intervals are paired bootstraps over documents. Control tokens are never scored."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument(
+        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
+    )
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE",
+        help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dev", nargs="+", metavar="FILE",
+        help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the table."""
+    from lm_eval_deepen.engine.texts import default_text, digest, load_documents
+    from lm_eval_deepen.tools.bits_table import facts, table
+
+    documents = load_documents(args.text or [default_text()], args.limit)
+    dev = load_documents(args.dev, args.limit) if args.dev else None
+    lines = measure(load(args.ensemble, args.device), documents, dev)
+    num_bytes = sum(document.num_bytes for document in documents)
+    reference = opponent(lines)
+    print(f"{len(documents)} documents, {num_bytes} bytes\n")
+    print(table(lines, reference, num_bytes))
+    if args.json:
+        found: dict[str, Any] = {
+            "documents": len(documents),
+            "bytes": num_bytes,
+            "text_sha256": digest(documents),
+            "reference": reference.system,
+            "systems": [facts(line, reference, num_bytes) for line in lines],
+        }
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def load(spelt: str, device: str) -> Ensemble:
+    """Return the ensemble that a command line names."""
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.tools.build import parse_ensemble
+
+    return Ensemble.load(configure(parse_ensemble(spelt)), device)
+
+
+def measure(ensemble: Ensemble, documents: Sequence[Document], dev: Sequence[Document] | None) -> list[Line]:
+    """Return one line per system: members, members with a fitted temperature, ensembles, controls."""
+    from lm_eval_deepen.tools.bits import controls, fused_bits, orders, own, read_orders
+    from lm_eval_deepen.tools.bits_table import Line
+
+    ensembles = orders(ensemble)
+    elsewhere = [own(reading) for reading in read_orders(ensembles, dev, members=1)] if dev else [None] * len(ensembles)
+    readings = read_orders(ensembles, documents)
+    alone = [own(reading) for reading in readings]
+    lines = [Line(f"{found.name} alone", found.bits) for found in alone]
+    for found, other in zip(alone, elsewhere, strict=True):
+        bits, chosen = found.fitted(other)
+        note = "temperature " + " and ".join(f"{t:.2f}" for t in dict.fromkeys(chosen))
+        lines.append(Line(f"{found.name} alone, fitted", bits, note))
+    for reading in readings:
+        lines.append(Line(f"ensemble, {reading.ensemble.main.name} main", fused_bits(reading)))
+    shared = controls(readings)
+    lines.append(Line("linear where all tokenisations end", shared["linear"], "control"))
+    lines.append(Line("geometric where all tokenisations end", shared["geometric"], "control, not normalised"))
+    return lines
+
+
+def opponent(lines: Sequence[Line]) -> Line:
+    """Return the best member at its fitted temperature."""
+    return min((line for line in lines if line.system.endswith("fitted")), key=lambda line: float(line.bits.sum()))

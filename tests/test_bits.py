@@ -1,0 +1,241 @@
+"""Bits per byte: against plain forward passes and loglikelihood, controls, search, and what evaluation warns of."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from harness import deepen, requests
+from naive import member_logp, score_span
+
+from lm_eval_deepen.engine import texts
+from lm_eval_deepen.engine.checks import examine, flat_spaces, judge
+from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.reading import Document, Reading, Variant
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.host import configure
+from lm_eval_deepen.tools import cli
+from lm_eval_deepen.tools.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
+from lm_eval_deepen.tools.bits_table import Line, compare, table
+from lm_eval_deepen.tools.search import search
+
+DOCUMENTS = (
+    Document("Paris is the capital of France."),
+    Document(" the largest planet, 中国 café 🙂.", "Question: What is Jupiter?\nAnswer:"),
+    Document("ing in the rain; nothing was said", "She was walk"),
+)
+
+
+@pytest.fixture(scope="module")
+def pair(pico):
+    return deepen(pico["metaspace"], pico["bytelevel"], weights=[0.6, 0.4]).ensemble
+
+
+@pytest.fixture(scope="module")
+def reading(pair) -> Reading:
+    return Reading.of(pair, DOCUMENTS)
+
+
+def test_weight_one_on_the_main_member_is_exactly_its_own_figure(pair, reading) -> None:
+    one = replace(Variant.of(pair).ensemble, weights=torch.tensor([1.0, 0.0]))
+    (through,) = reading.logp([Variant(one, (1.0, 1.0))])
+    assert torch.equal(through, reading.own_logp([1.0])[0])
+    (cooler,) = reading.logp([Variant(one, (0.8, 1.3))])
+    assert torch.equal(cooler, reading.own_logp([0.8])[0])
+
+
+def test_own_figures_are_a_plain_forward_pass_over_text_tokens_alone(pair, reading) -> None:
+    main = pair.main
+    for index, document in enumerate(DOCUMENTS[:1]):
+        prefix, ids = main.codec.prefix_ids, main.codec.encode(document.text)
+        for temperature in (1.0, 1.4):
+            logits = member_logp
+            expected = sum(
+                float(torch.log_softmax(logits(main, (*prefix, *ids[:at])) / temperature, dim=-1)[0, token])
+                for at, token in enumerate(ids)
+            )
+            bits = reading.bits(reading.own_logp([temperature]))[0, index]
+            assert float(bits) == pytest.approx(-expected / math.log(2), rel=1e-5)
+    assert not set(position.target for position in reading.positions) & main.codec.vocab.control
+
+
+def test_fused_bits_are_those_of_scoring(pair, reading) -> None:
+    bits = fused_bits(reading)
+    model = deepen(*(m.config.pretrained for m in pair.members), weights=[0.6, 0.4])
+    rolling = model.loglikelihood_rolling(requests("loglikelihood_rolling", (DOCUMENTS[0].text,)), True)[0]
+    assert float(bits[0]) == pytest.approx(-rolling / math.log(2), rel=1e-5)
+    for index in (1, 2):
+        context, text = DOCUMENTS[index].context, DOCUMENTS[index].text
+        ((score, _),) = model.loglikelihood(requests("loglikelihood", (context, text)), True)
+        assert float(bits[index]) == pytest.approx(-score / math.log(2), rel=1e-5)
+        slow = score_span(pair, Prompter(pair).span(context, text))
+        assert float(bits[index]) == pytest.approx(-sum(slow) / math.log(2), rel=1e-5)
+
+
+def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:
+    before = pair.trace.summary()
+    fused_bits(Reading.of(pair, DOCUMENTS[:1]))
+    assert pair.trace.summary() == before
+
+
+def test_every_byte_of_a_document_is_counted_once(reading) -> None:
+    for index, document in enumerate(DOCUMENTS):
+        lefts = [position.left for position in reading.positions if position.document == index]
+        assert lefts == sorted(lefts, reverse=True) and lefts[-1] == 0 and lefts[0] < document.num_bytes + 2
+
+
+def test_variants_share_a_pass_and_do_not_influence_each_other(pair, reading) -> None:
+    variants = [Variant(replace(Variant.of(pair).ensemble, weights=torch.tensor(w)), t) for w, t in
+                (([0.5, 0.5], (1.0, 1.0)), ([0.1, 0.9], (1.2, 0.9)))]  # fmt: skip
+    together = reading.logp(variants)
+    for variant, row in zip(variants, together, strict=True):
+        assert torch.equal(reading.logp([variant])[0], row)
+
+
+def test_controls_of_two_equal_members_are_that_member(pico) -> None:
+    twins = deepen(pico["bytelevel"], pico["bytelevel"], weights=[0.3, 0.7]).ensemble
+    readings = read_orders(orders(twins), DOCUMENTS)
+    alone = own(readings[0]).bits
+    for bits in controls(readings).values():
+        torch.testing.assert_close(bits, alone, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(fused_bits(readings[0]), alone, atol=1e-4, rtol=1e-6)
+
+
+def test_controls_against_sums_between_common_ends(pair) -> None:
+    readings = read_orders(orders(pair), DOCUMENTS)
+    assert [r.ensemble.main.name for r in readings] == ["m0", "m1"]
+    expected = {"linear": 0.0, "geometric": 0.0}
+    tokens = []
+    for r in readings:
+        values = r.own_logp([1.0])[0].double().tolist()
+        tokens.append([(p.left, v) for p, v in zip(r.positions, values, strict=True) if p.document == 1])
+    common = sorted({left for left, _ in tokens[0]} & {left for left, _ in tokens[1]}, reverse=True)
+    start = float("inf")
+    for end in common:
+        a, b = (sum(v for left, v in own_tokens if end <= left < start) for own_tokens in tokens)
+        expected["linear"] -= math.log2(0.6 * math.exp(a) + 0.4 * math.exp(b))
+        expected["geometric"] -= (0.6 * a + 0.4 * b) / math.log(2)
+        start = end
+    assert len(common) > 3
+    for name, bits in controls(readings).items():
+        assert float(bits[1]) == pytest.approx(expected[name], rel=1e-9)
+
+
+def test_a_fitted_temperature_is_never_fitted_on_what_it_scores() -> None:
+    grid = torch.full((len(TEMPERATURES), 4), 9.0)
+    grid[2, [0, 2]], grid[5, [1, 3]] = 1.0, 1.0  # each half has its own best temperature
+    bits, chosen = Own("m", grid[0], grid).fitted()
+    assert bits.tolist() == [9.0] * 4 and sorted(chosen) == sorted([TEMPERATURES[5], TEMPERATURES[2]])
+    other = Own("m", grid[0], grid.roll(1, 0))
+    other.by_temperature[:, [1, 3]] = 9.0
+    bits, chosen = Own("m", grid[0], grid).fitted(other)
+    assert chosen == [TEMPERATURES[3]] and bits.tolist() == grid[3].tolist()
+
+
+def test_comparisons_are_paired_and_repeatable() -> None:
+    b = torch.rand(40, generator=torch.Generator().manual_seed(0)).double() * 100 + 1
+    change = compare(0.98 * b, b)
+    assert change.share == pytest.approx(-0.02) and change.low == pytest.approx(-0.02) and change.better
+    noisy = compare(b.roll(1), b)
+    assert noisy.low < 0 < noisy.high and not noisy.better and not noisy.worse
+    assert compare(b.roll(1), b) == noisy
+    assert compare(b[:1], b[:1]).high == math.inf
+    line = Line("a alone", b)
+    assert "-2.00 % [-2.00, -2.00]" in table([line, Line("mixed", 0.98 * b)], line, 1000)
+
+
+def test_texts_are_read_or_refused_with_their_place(tmp_path) -> None:
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("one\nline\n\n \n two \n")
+    lines.write_text('{"text": " x", "context": "c"}\n\n{"text": "y"}\n')
+    found = texts.load_documents([plain, lines])
+    assert found == [Document("one\nline"), Document("two"), Document(" x", "c"), Document("y")]
+    assert texts.load_documents([plain, lines], 1) == [found[0], found[2]]
+    assert texts.digest(found) != texts.digest(found[::-1])
+    for content, message in (("[1]", "line 1: expected"), ("{", "line 1, is not JSON"), ('{"text": ""}', "expected")):
+        lines.write_text(content)
+        with pytest.raises(RequestError, match=message):
+            texts.load_documents([lines])
+    plain.write_text("\n")
+    with pytest.raises(RequestError, match="holds no document"):
+        texts.load_documents([plain])
+    with pytest.raises(RequestError, match="cannot be read"):
+        texts.load_documents([tmp_path / "missing.txt"])
+
+
+def test_one_member_has_nothing_to_compare(pico) -> None:
+    with pytest.raises(RequestError, match="at least two members"):
+        Reading.of(deepen(pico["bytelevel"]).ensemble, DOCUMENTS)
+    by_prompt = deepen(pico["bytelevel"], pico["metaspace"], weighting="perplexity").ensemble
+    with pytest.raises(RequestError, match="'perplexity' depends on each request's prompt"):
+        Reading.of(by_prompt, DOCUMENTS)
+
+
+def test_the_search_finds_weights_that_the_text_speaks_for(pico) -> None:
+    ensemble = deepen(pico["bytelevel"], pico["metaspace"]).ensemble
+    documents = texts.load_documents([texts.default_text()], 4)
+    chosen = search(ensemble, documents)
+    assert float(chosen.after(documents).sum()) < float(chosen.before(documents).sum())
+    assert [line.split(":")[0] for line in chosen.log][:3] == ["space and weights", "weights", "common temperature"]
+    assert sum(chosen.best.weights) == pytest.approx(1, abs=1e-4)
+    assert configure(chosen.config.to_dict()).fingerprint() == chosen.config.fingerprint()
+
+
+def test_bpb_and_tune_from_the_command_line(pico, tmp_path, capsys) -> None:
+    text, figures, tuned = tmp_path / "t.jsonl", tmp_path / "f.json", tmp_path / "tuned.yaml"
+    text.write_text("".join(json.dumps({"text": d.text, "context": d.context}) + "\n" for d in DOCUMENTS))
+    spelt = json.dumps({"pretrained": str(pico["bytelevel"]), "matrix_dir": str(tmp_path),
+                        "members": [str(pico["bytelevel"]), str(pico["metaspace"])]})  # fmt: skip
+    assert cli.main(["bpb", spelt, "--text", str(text), "--dev", str(text), "--json", str(figures)]) == 0
+    systems = json.loads(figures.read_text())["systems"]
+    names = ["bytelevel", "metaspace"]
+    assert [s["system"] for s in systems][:6] == [
+        *(f"{n} alone" for n in names), *(f"{n} alone, fitted" for n in names), *(f"ensemble, {n} main" for n in names)
+    ]  # fmt: skip
+    assert all(s["system"] in capsys.readouterr().out for s in systems[:1])
+    assert cli.main(["tune", spelt, "--text", str(text), "--output", str(tuned)]) == 0
+    written = yaml.safe_load(tuned.read_text())
+    assert written["evidence"]["documents"] == {"chosen_on": 2, "reported_on": 1}
+    config = configure({"pretrained": str(tuned)})
+    assert config.options_dict()["rows"] in ("canonical", "prefix") and config.evidence["objective"] == "bpb"
+
+
+def codes(warnings) -> list[str]:
+    return [warning.code for warning in warnings]
+
+
+def test_warnings_follow_the_figures() -> None:
+    equal = {"ensemble": 0.99, "a": 1.0, "b": 1.1}
+    assert judge(equal, {"a": 0.5, "b": 0.5}) == []
+    worse = judge({**equal, "ensemble": 1.05}, {"a": 0.5, "b": 0.5})
+    assert codes(worse) == ["worse_than_best_member"] and "5.0 % more than member 'a'" in worse[0].message
+    unequal = {"ensemble": 0.99, "a": 1.0, "b": 1.3}
+    assert codes(judge(unequal, {"a": 0.5, "b": 0.5})) == ["unequal_members", "weights_ignore_quality"]
+    assert codes(judge(unequal, {"a": 0.8, "b": 0.2})) == ["unequal_members"]
+    assert codes(judge(unequal, {})) == ["unequal_members"]
+    facts = {"matrices": [{"member": "a", "row_entropy_share": 0.99}, {"member": "b", "row_entropy_share": 0.1}]}
+    assert codes(flat_spaces(facts)) == ["flat_space"] and "'a' have 0.990" in flat_spaces(facts)[0].message
+
+
+def test_evaluation_reports_its_self_check_in_the_log_and_the_results(pico, caplog) -> None:
+    model = deepen(pico["bytelevel"], pico["metaspace"], self_check=True, evidence={"objective": "bpb"})
+    assert model.get_model_info()["deepen"]["self_check"] is None  # nothing was asked yet
+    model.loglikelihood(requests("loglikelihood", ("a", " b")), True)
+    found = model.get_model_info()["deepen"]
+    assert set(found["self_check"]["bits_per_byte"]) == {"ensemble", "m0", "m1"}
+    expected = examine(model.ensemble)
+    assert found["self_check"] == expected and found["evidence"] == {"objective": "bpb"}
+    for warning in expected["warnings"]:
+        assert warning["code"] in caplog.text
+    assert json.dumps(found["self_check"])
+
+
+def test_no_self_check_without_fusion_or_where_it_is_switched_off(pico) -> None:
+    assert examine(deepen(pico["bytelevel"]).ensemble) == {}
+    off = deepen(pico["bytelevel"], pico["metaspace"])
+    off.loglikelihood(requests("loglikelihood", ("a", " b")), True)
+    assert off.get_model_info()["deepen"]["self_check"] is None
