@@ -302,7 +302,8 @@ def test_accelerate_launch_num_processes_2_gives_the_single_result(
     paths, single, matrices, evaluate, task_folder, tmp_path, read_results
 ):
     members = [{"name": f"m{index}", "pretrained": str(path)} for index, path in enumerate(paths)]
-    model_args = {"pretrained": str(paths[0]), "members": members, "rows": "embedding", "matrix_dir": matrices, "batch_size": 2}
+    model_args = {"pretrained": str(paths[0]), "members": members, "batch_size": 2}
+    model_args |= {"rows": "embedding", "matrix_dir": matrices}
     home = tmp_path / "home"
     (home / "accelerate").mkdir(parents=True)
     (home / "accelerate" / "default_config.yaml").write_text(ACCELERATE_CONFIG)
