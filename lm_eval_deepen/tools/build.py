@@ -1,4 +1,4 @@
-"""``lm-eval-deepen build ENSEMBLE``: build an ensemble's relative matrices ahead of its evaluation."""
+"""``lm-eval-deepen build ENSEMBLE``: build an ensemble's relative matrices or maps ahead of its evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval_deepen.errors import ConfigError
 
-HELP = "Build the relative matrices that an ensemble needs. Evaluation builds missing ones on first use."
+HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build what is missing and print one line per matrix."""
+    """Build what is missing and print one line per file."""
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.host import configure
     from lm_eval_deepen.relative.store import MatrixStore
@@ -32,14 +32,16 @@ def run(args: argparse.Namespace) -> int:
     config = configure(arguments)
     ensemble = Ensemble.load(config, args.device)
     facts: dict[str, Any] = getattr(ensemble.fuser, "facts", {})
-    if not facts.get("matrices"):
-        print("nothing to build: this ensemble uses no relative matrix")
-        return 0
-    print(f"{facts['anchors']} anchors common to {len(ensemble.members)} members, matrices in "
-          f"{MatrixStore(config.matrix_dir).folder}")
-    for matrix in facts["matrices"]:
-        size, dropped = matrix["bytes"] / 1e6, matrix["mean_dropped_mass"]
-        print(f"  {matrix['member']}: {size:.1f} MB, mean dropped mass {dropped:.4f}, {matrix['file']}")
+    folder = MatrixStore(config.matrix_dir).folder
+    if facts.get("matrices"):
+        print(f"{facts['anchors']} anchors common to {len(ensemble.members)} members, matrices in {folder}")
+    elif facts.get("maps"):
+        print(f"maps between {len(ensemble.members)} vocabularies, in {folder}")
+    else:
+        print(f"nothing to build: method {config.method} keeps no file for these members")
+    for made in (*facts.get("matrices", ()), *facts.get("maps", ())):
+        dropped = f", mean dropped mass {made['mean_dropped_mass']:.4f}" if "mean_dropped_mass" in made else ""
+        print(f"  {made['member']}: {made['bytes'] / 1e6:.1f} MB{dropped}, {made['file']}")
     return 0
 
 
