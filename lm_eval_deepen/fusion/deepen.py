@@ -37,7 +37,7 @@ class Deepen:
     Attributes:
         rows: what stands for a piece: ``canonical`` or ``prefix`` anchors, both from bytes alone, its ``embedding``
             (published), or the latter with ``exact`` anchors.
-        average: of the members' relative vectors: ``geometric`` or ``linear`` (published).
+        average: of the members' relative vectors: ``linear`` (published) or ``geometric``.
         inverse: solver of the inverse: ``exact`` where rows come from bytes and the support is full, ``em``, ``mirror``
             or ``adamw`` (the published search); by default exact where that is possible, else em.
         steps: its iterations; 5 by default.
@@ -58,7 +58,7 @@ class Deepen:
     """
 
     rows: str = "canonical"
-    average: str = "geometric"
+    average: str = "linear"
     inverse: str | None = None
     steps: int | None = None
     learning_rate: float | None = None
