@@ -3,7 +3,7 @@
 Run one part after another; every line printed is one JSON object, and a part skips what its file holds already.
 
     python benchmarks/spaces.py read --models A B --data DATA --out DIR
-    python benchmarks/spaces.py {tuned,spaces,solvers,anchors} --models A B --out DIR
+    python benchmarks/spaces.py {defaults,tuned,spaces,solvers} --models A B --out DIR
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ DENSE = {**EMBEDDING, "normalization": "reference", "top_m": 0, "max_anchors": 1
 SPACES: dict[str, dict[str, Any]] = {
     "canonical, geometric": {"rows": "canonical", "average": "geometric"},
     "canonical, linear": {"rows": "canonical", "average": "linear"},
+    "canonical, linear, mirror": {"rows": "canonical", "average": "linear", "inverse": "mirror"},
+    "canonical, linear, adamw": {"rows": "canonical", "average": "linear", "inverse": "adamw"},
     "prefix, geometric": {"rows": "prefix", "average": "geometric"},
     "prefix, linear": {"rows": "prefix", "average": "linear"},
     "centered, linear": EMBEDDING,
@@ -151,6 +153,8 @@ def tuned(ensembles, args) -> Iterator[dict[str, Any]]:
         readings = [load(e, args.out, kind, "test", k) for k, e in enumerate(ensembles)]
         mixed = controls(readings)
         for k, ensemble in enumerate(ensembles):
+            if (kind, ensemble.main.name) in args.found:
+                continue
             started, test = time.process_time(), readings[k]
             dev = load(ensemble, args.out, kind, "dev", k)
             chosen = stages.search_reading(take(dev, 2))
@@ -165,15 +169,34 @@ def tuned(ensembles, args) -> Iterator[dict[str, Any]]:
                    "seconds": time.process_time() - started}  # fmt: skip
 
 
+def defaults(ensembles, args) -> Iterator[dict[str, Any]]:
+    """Nothing tuned: both averages with equal weights and temperatures 1, on test."""
+    for kind in args.kinds:
+        alone = fitted(ensembles, args.out, kind)
+        best = min(alone, key=lambda name: float(alone[name].sum()))
+        for k, ensemble in enumerate(ensembles):
+            if (kind, ensemble.main.name) in args.found:
+                continue
+            fusers, test = stages.Fusers(ensemble), load(ensemble, args.out, kind, "test", k)
+            found = {}
+            for average in ("linear", "geometric"):
+                options = stages.FrozenDict({**ensemble.config.options, "average": average})
+                variant = fusers.variant(stages.Candidate(options, (0.5, 0.5), (1.0, 1.0)))
+                found[average] = str(compare(test.bits(test.logp([variant]))[0], alone[best]))
+            yield {"kind": kind, "main": ensemble.main.name, "best_member": best, **found}
+
+
 def spaces(ensembles, args) -> Iterator[dict[str, Any]]:
-    """Every space with weights chosen on a quarter of dev, reported on half of test; one pass for all of them."""
+    """Every space with weights chosen on an eighth of dev, reported on a quarter of test; one pass for all of them."""
     for kind in args.kinds:
         alone = fitted(ensembles, args.out, kind)
         best = min(alone.values(), key=lambda bits: float(bits.sum()))
         for k, ensemble in enumerate(ensembles):
+            if (kind, ensemble.main.name) in args.found:
+                continue
             fusers, config = stages.Fusers(ensemble), ensemble.config
-            dev = take(load(ensemble, args.out, kind, "dev", k), 4)
-            test = take(load(ensemble, args.out, kind, "test", k), 2)
+            dev = take(load(ensemble, args.out, kind, "dev", k), 8)
+            test = take(load(ensemble, args.out, kind, "test", k), 4)
             points = {}
             for name, options in SPACES.items():
                 at = stages.FrozenDict({**config.options, **stages.FREE, **options})
@@ -188,8 +211,8 @@ def spaces(ensembles, args) -> Iterator[dict[str, Any]]:
             for name in SPACES:
                 yield {
                     "kind": kind, "main": ensemble.main.name, "space": name, "weights": chosen[name].weights,
-                    "uniform": str(compare(found[uniform[name]], best[::2])),
-                    "chosen": str(compare(found[chosen[name]], best[::2])),
+                    "uniform": str(compare(found[uniform[name]], best[::4])),
+                    "chosen": str(compare(found[chosen[name]], best[::4])),
                 }  # fmt: skip
 
 
@@ -217,7 +240,7 @@ def solvers(ensembles, args) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"read": read, "tuned": tuned, "spaces": spaces, "solvers": solvers}
+    parts = {"read": read, "defaults": defaults, "tuned": tuned, "spaces": spaces, "solvers": solvers}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--models", nargs=2, required=True)
     parser.add_argument("--data", type=Path, help="folder of the samples")
@@ -227,7 +250,10 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     first = Ensemble.load(configure({"pretrained": args.models[0], "members": list(args.models)}), "cpu")
-    with (args.out / f"{args.part}.jsonl").open("a") as file:
+    path = args.out / f"{args.part}.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    args.found = {(line.get("kind"), line["main"]) for line in before}
+    with path.open("a") as file:
         for line in parts[args.part](orders(first), args):
             print(json.dumps(line), file=file, flush=True)
             print(json.dumps({key: value for key, value in line.items() if key not in ("bits", "log")}), flush=True)
