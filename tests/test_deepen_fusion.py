@@ -98,7 +98,7 @@ def test_a_support_of_everything_is_the_full_support(store: MatrixStore, inverse
 def test_a_truncated_support_leaves_the_rest_to_the_main_member(store: MatrixStore) -> None:
     logp = rows(MEMBERS, 4)
     logp[0] = renormalised(logp[0], MEMBERS[0].vocabulary)
-    fused = Deepen(**PAPER, support=12).build(MEMBERS, store).fuse(logp, WEIGHTS)
+    fused = Deepen(**PAPER, support=12, max_truncated=1).build(MEMBERS, store).fuse(logp, WEIGHTS)
     text = torch.tensor([bool(piece) for piece in MEMBERS[0].vocabulary.pieces])
     for i in range(4):
         given_text = [torch.where(text, x[i], NEG_INF).log_softmax(0) for x in (fused.logp, logp[0])]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lm_eval_deepen.config_options import build_options
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import MatrixSpec
+from lm_eval_deepen.relative.tops import Rule
 
 
 @pytest.mark.parametrize(
@@ -15,9 +17,8 @@ from lm_eval_deepen.relative.build import MatrixSpec
         ({"inverse": "adam"}, "inverse: unknown value 'adam'. Did you mean 'adamw'"),
         ({"normalization": "cosines"}, "normalization: unknown value 'cosines'. Did you mean 'cosine'"),
         ({"learning_rate": 0.1}, "learning_rate: inverse 'exact' takes none, got 0.1"),
-        ({"support": 8, "learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
-        ({"inverse": "exact", "rows": "embedding"}, "inverse 'exact' needs one-hot rows .*got rows 'embedding"),
-        ({"inverse": "exact", "support": 8}, "inverse 'exact' needs one-hot rows and a full support, got .*support 8"),
+        ({"rows": "embedding", "learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
+        ({"inverse": "exact", "rows": "embedding"}, "inverse 'exact' needs one-hot rows, got rows 'embedding'"),
         ({"normalization": "cosine"}, "normalization is of rows from embeddings, got 'cosine' with rows 'canonical'"),
         ({"rows": "prefix", "top_m": 8}, "top_m is of rows from embeddings, got 8 with rows 'prefix'"),
         ({"rows": "canon"}, "rows: unknown value 'canon'. Did you mean 'canonical'"),
@@ -33,7 +34,14 @@ from lm_eval_deepen.relative.build import MatrixSpec
         ({"steps": 2.5}, "steps must be"),
         ({"top_m": -1}, "top_m must be a whole number of at least 0"),
         ({"max_anchors": 8}, "max_anchors 8 is less than min_anchors 16"),
-        ({"support": 0}, "support must be 'full' or a whole number of at least 1, got 0"),
+        ({"support": 0}, "support must be 'full', a whole number of at least 1 or a share between 0 and 1, got 0"),
+        ({"support": 1.0}, "support must be 'full', .* got 1.0"),
+        ({"support": 12.5}, "support must be 'full', .* got 12.5"),
+        ({"support": 12, "max_support": 9}, "max_support is for a support given as a share, .* got max_support 9 with"),
+        ({"support": 0.9, "max_support": 0}, "max_support must be a whole number of at least 1, got 0"),
+        ({"support": 0.9, "max_truncated": 0}, "max_truncated must be a share above 0 and up to 1, got 0"),
+        ({"support": 0.9, "max_truncated": 1.5}, "max_truncated must be a share above 0 and up to 1, got 1.5"),
+        ({"max_truncated": 0.1}, "max_truncated is for a truncated support, got 0.1 with a full one"),
         ({"support": "all"}, "support must be 'full'"),
         ({"support": True}, "support must be 'full'"),
         ({"eos": "both"}, "eos must be 'anchor' or 'reference', got 'both'"),
@@ -49,3 +57,23 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 def test_compat_reference_is_a_valid_set_of_options() -> None:
     method = Deepen(**Deepen.COMPAT["reference"])
     assert method.matrix_spec() == MatrixSpec("reference", 100.0, 0, "all")
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({}, None),
+        ({"support": "full"}, None),
+        ({"support": 64}, Rule(64, None, 0.1)),
+        ({"support": 64.0}, Rule(64, None, 0.1)),
+        ({"rows": "embedding"}, Rule(512, None, 0.1)),
+        ({"support": 0.999}, Rule(None, 0.999, 0.1)),
+        ({"support": "0.999", "max_support": "512", "max_truncated": "1e-2"}, Rule(512, 0.999, 0.01)),
+        ({"support": "64", "max_truncated": 1}, Rule(64, None, 1.0)),
+    ],
+)
+def test_a_support_is_everything_a_number_or_a_share(given: dict, rule: Rule | None) -> None:
+    """As YAML and the command line give it."""
+    built = Deepen(**build_options("deepen", Deepen, given, None))
+    assert built.support_rule() == rule
+    assert built.solver == ("em" if "rows" in given else "exact")

@@ -9,13 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensor_worlds import member, rows, trio, vocabulary
 
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.fusion._deepen_step import support_bytes
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.inverse import SOLVERS
 from lm_eval_deepen.relative.gathered import GatheredOperator, share_columns
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side, split, supports
-from lm_eval_deepen.relative.topk import argmax, largest, logsumexp
+from lm_eval_deepen.relative.topk import argmax, largest, scan
+from lm_eval_deepen.relative.tops import WIDER, Rule, tops
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
 
 NEG_INF = float("-inf")
@@ -52,22 +55,34 @@ def test_argmax_is_the_first(width: int, seed: int, coarse: bool, where: float) 
     assert argmax(torch.full((2, width), NEG_INF)).tolist() == [0, 0]
 
 
-@settings(max_examples=30, deadline=None)
-@given(WIDTHS, st.integers(0, 9), st.floats(-200, 50))
-def test_logsumexp_is_torchs_in_double_precision(width: int, seed: int, shift: float) -> None:
-    long = noise(seed, width) + shift
-    expected = torch.logsumexp(long.double(), dim=1)
-    torch.testing.assert_close(logsumexp(long).double(), expected, atol=2e-6, rtol=2e-7)
+@settings(max_examples=40, deadline=None)
+@given(WIDTHS, st.integers(0, 9), st.floats(-200, 50), st.integers(30, 50))
+def test_a_scan_finds_what_torch_finds_in_double_precision(width: int, seed: int, shift: float, anchors: int) -> None:
+    long, generator = noise(seed, width) + shift, torch.Generator().manual_seed(seed)
+    mask = torch.where(torch.rand(width, generator=generator) < 0.1, NEG_INF, 0.0)
+    classes = torch.randint(anchors + 1, (width,), generator=generator)
+    found = scan(long, mask, grouped=True, classes=classes, num_classes=anchors)
+    masked = (long + mask).double()
+    expected = torch.logsumexp(masked, dim=1)
+    torch.testing.assert_close(found.log_mass.double(), expected, atol=2e-6, rtol=2e-7)
+    p = torch.where(expected[:, None] > NEG_INF, (masked - expected[:, None]).exp(), 0.0)
+    one_hot = torch.nn.functional.one_hot(classes, anchors + 1)[:, :-1].double()
+    torch.testing.assert_close(found.classes.double(), p @ one_hot, atol=1e-6, rtol=2e-5)
+    for k in {1, min(width, 300)}:
+        values, ids = largest(long, k, mask=mask, maxima=found.maxima)
+        assert torch.equal(values.sort(dim=1, descending=True).values, (long + mask).topk(k, dim=1).values)
+        assert torch.equal((long + mask).gather(1, ids), values)
 
 
-def test_logsumexp_of_nothing_of_a_large_vocabulary_and_of_nan() -> None:
+def test_a_scan_of_nothing_of_a_large_vocabulary_and_of_nan() -> None:
     long = torch.full((3, 262_144), -9.0)
     long[0] = NEG_INF
     long[1, 7] = 3.0
     long[2, 5] = float("nan")
-    got = logsumexp(long)
-    assert got[0] == NEG_INF and got[2].isnan()
-    assert got[1].item() == pytest.approx(torch.logsumexp(long[1].double(), 0).item(), abs=2e-6)
+    classes = torch.zeros(262_144, dtype=torch.int64)
+    found = scan(long, torch.zeros(262_144), classes=classes, num_classes=1)
+    assert found.log_mass[0] == NEG_INF and found.log_mass[2].isnan() and found.classes[0] == 0
+    assert found.log_mass[1].item() == pytest.approx(torch.logsumexp(long[1].double(), 0).item(), abs=2e-6)
 
 
 def sparse(seed: int, num_rows: int = 60, anchors: int = 40, width: int = 6) -> tuple[SparseMatrix, torch.Tensor]:
@@ -188,46 +203,100 @@ def test_splitting_is_adding_up(world) -> None:
             got = [part[i, m] for part in (parts.log_sum, parts.log_text, parts.log_end, parts.log_kept)]
             np.testing.assert_allclose(torch.stack(got).numpy(), np.log(expected), atol=2e-6, rtol=3e-7)
             assert parts.dropped[i, m].item() == pytest.approx(1 - (text + end) / p.sum(), abs=1e-6)
-            assert torch.equal(parts.texts[m][i], torch.where(torch.tensor(is_text), x[i], NEG_INF))
+            assert torch.equal(world[0][m].mask == 0, torch.tensor(is_text))
 
 
-def slow_supports(logp: list[np.ndarray], used: list[bool], k: int) -> list[list[int]]:
+def slow_top(p: np.ndarray, m, rule: Rule) -> tuple[list[int], bool]:
+    """One member's own pieces of one row, likeliest first, and whether the bound asked for more than the rule."""
+    text = [i for i, piece in enumerate(m.vocabulary.pieces) if piece]
+    order = sorted(text, key=lambda i: -p[i])
+    held = np.cumsum(p[order]) / p[text].sum()
+    asked = len(text) if rule.mass is None else int((held < rule.mass).sum()) + 1
+    asked = min(asked, rule.pieces or len(text), len(text))
+    needed = min(int((held < 1 - rule.max_truncated).sum()) + 1, len(text))
+    return order[: max(asked, needed)], needed > asked
+
+
+def slow_supports(logp: list[np.ndarray], used: list[bool], rule: Rule) -> list[list[int]]:
     """The supports of one row, as sets of ids."""
-    tops = []
-    for p, m in zip(logp, LONG, strict=True):
-        text = [i for i, piece in enumerate(m.vocabulary.pieces) if piece]
-        tops.append(sorted(text, key=lambda i, p=p: -p[i])[:k])
+    own = [slow_top(np.exp(x.astype(np.float64)), m, rule)[0] for x, m in zip(logp, LONG, strict=True)]
     anchors = find_anchors([m.vocabulary for m in LONG], names=list("abcd"))
     ids = [anchor_ids(m.vocabulary, anchors) for m in LONG]
     found = []
     for m in range(len(LONG)):
-        mine = set(tops[m])
+        mine = set(own[m])
         for other in range(len(LONG)):
             if other != m and used[other]:
-                wanted = {LONG[other].vocabulary.pieces[i] for i in tops[other]}
+                wanted = {LONG[other].vocabulary.pieces[i] for i in own[other]}
                 mine |= {i for i, piece in zip(ids[m], anchors.pieces, strict=True) if piece in wanted}
         found.append(sorted(mine))
     return found
 
 
-@pytest.mark.parametrize("k", [1, 30, 400])
-def test_supports_are_unions_of_sets(world, k: int) -> None:
-    logp, used = logp_of(), WEIGHTS > 0
-    found = supports(split(logp, world[0], with_end=True).texts, world[0], used, k)
+RULES = [
+    Rule(1, None, 1.0), Rule(30, None, 1.0), Rule(400, None, 1.0), Rule(30, None, 0.2), Rule(None, 0.5, 1.0),
+    Rule(None, 0.9, 1.0), Rule(25, 0.9, 1.0), Rule(25, 0.7, 0.1),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_supports_are_unions_of_sets(world, rule: Rule) -> None:
+    logp, used = logp_of(), torch.cat([torch.ones(4, 1, dtype=torch.bool), WEIGHTS[:, 1:] > 0], dim=1)
+    parts = split(logp, world[0], with_end=True, grouped=True)
+    own = [
+        tops(parts, m, side, torch.arange(4), used[:, m], rule, 3_000)
+        for m, side in enumerate(world[0])
+    ]
+    for m, one in enumerate(LONG):
+        for i in used[:, m].nonzero()[:, 0].tolist():
+            expected, widened = slow_top(logp[m][i].double().exp().numpy(), one, rule)
+            assert sorted(own[m].ids[i][own[m].ids[i] < len(one.vocabulary)].tolist()) == sorted(expected)
+            assert bool(own[m].widened[i]) == widened
+    found = supports(logp, torch.arange(4), world[0], used, [top.ids for top in own])
     for i in range(4):
-        expected = slow_supports([x[i].numpy() for x in logp], used[i].tolist(), k)
-        for support, ids, x in zip(found, expected, logp, strict=True):
+        expected = slow_supports([x[i].numpy() for x in logp], used[i].tolist(), rule)
+        for m, (support, ids, x) in enumerate(zip(found, expected, logp, strict=True)):
+            if not used[i, m]:
+                continue  # what is left of a member that sits out has no weight
             assert support.ids[i][support.mask[i]].tolist() == ids
             assert support.log_mass[i].item() == pytest.approx(torch.logsumexp(x[i, ids].double(), 0).item(), abs=5e-6)
 
 
-def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.ndarray], k: int) -> np.ndarray:
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.floats(0.5, 12), st.floats(0.02, 0.999), st.floats(0.001, 1.0), st.integers(1, 700))
+def test_no_more_pieces_than_it_takes(seed: int, scale: float, mass: float, bound: float, most: int) -> None:
+    """Whatever the row: the mass that is asked for is held, the bound kept, and one piece fewer would not do."""
+    vocab = vocabulary(9_000, tag="a", padded=3)
+    side = make_side(vocab, None, [], {}, "text")
+    x = torch.log_softmax(scale * torch.randn(2, len(vocab), generator=torch.Generator().manual_seed(seed)), dim=1)
+    parts = split([x], [side], with_end=True, grouped=True)
+    here = torch.tensor([True, True])
+    text = (x + side.mask).double().log_softmax(1).exp()
+    order = text.sort(dim=1, descending=True).values.cumsum(1)
+    for rule in (Rule(None, mass, bound), Rule(most, mass, bound), Rule(most, None, bound)):
+        found = tops(parts, 0, side, torch.arange(2), here, rule, len(vocab))
+        early = tops(parts, 0, side, torch.arange(2), here, rule, rule.first)
+        assert found.enough.all()
+        for i in range(2):
+            ids = found.ids[i][found.ids[i] < len(vocab)]
+            count, held = len(ids), text[i, ids].sum().item()
+            assert held == pytest.approx(order[i, count - 1].item(), abs=1e-9)  # they are the likeliest
+            assert 1 - held <= bound + 1e-5
+            asked = most if rule.mass is None else min(rule.pieces or 9_999, int((order[i] < mass).sum()) + 1)
+            assert count >= asked or held >= mass - 1e-5
+            before = order[i, count - 2].item() if count > 1 else 0.0
+            assert count <= asked or before < max(1 - bound, rule.mass or 0.0) + 1e-5
+            if early.enough[i]:
+                assert set(early.ids[i].tolist()) - {len(vocab)} == set(ids.tolist())
+
+
+def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.ndarray], rule: Rule) -> np.ndarray:
     """One fused row with truncated supports, in double precision."""
     probabilities = [np.exp(x) for x in logp]
     masses = [slow_masses(p, m) for p, m in zip(probabilities, LONG, strict=True)]
     given = [(text / (text + end), end / (text + end)) for _, text, end, _ in masses]
     text_mass, end_mass = (sum(w * part[j] for w, part in zip(weights, given, strict=True)) for j in (0, 1))
-    ids = slow_supports(logp, [True, *(w > 0 for w in weights[1:])], k)
+    ids = slow_supports(logp, [True, *(w > 0 for w in weights[1:])], rule)
     inside = [p[at] / p[at].sum() for p, at in zip(probabilities, ids, strict=True)]
     r = sum(
         w * part[0] / text_mass * p @ matrix[at]
@@ -250,13 +319,116 @@ def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.nda
         return np.log(out)
 
 
-@pytest.mark.parametrize("k", [5, 60])
-def test_a_truncated_step_is_the_slow_one(store: MatrixStore, world, k: int) -> None:
+EVERYTHING = Rule(1_000_000, None, 1.0)
+
+
+def is_too_wide(longest: int, rule: Rule) -> bool:
+    """Whether a row with that many pieces of a member is fused in full: a look at fewer did not do."""
+    width = rule.first
+    while width < longest:
+        width *= WIDER
+    return width > rule.first and any(4 * width > len(m.vocabulary) for m in LONG)
+
+
+TRUNCATED = [
+    {"support": 5, "max_truncated": 1}, {"support": 60, "max_truncated": 1}, {"support": 0.6, "max_truncated": 1},
+    {"support": 0.8, "max_support": 40, "max_truncated": 1}, {"support": 12, "max_truncated": 0.4}, {"support": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", TRUNCATED, ids=str)
+def test_a_truncated_step_is_the_slow_one(store: MatrixStore, world, options: dict) -> None:
     logp = logp_of()
-    fuser = Deepen(rows="embedding", average="linear", support=k).build(LONG, store)
-    fused = fuser.fuse(logp, WEIGHTS).logp
+    method = Deepen(rows="embedding", average="linear", **options)
+    fuser, rule = method.build(LONG, store), method.support_rule()
+    fused = fuser.fuse(logp, WEIGHTS)
     for i, weights in enumerate(WEIGHTS.tolist()):
-        expected = slow_row([x[i].double().numpy() for x in logp], weights, world[1], k)
-        np.testing.assert_allclose(fused[i].double().numpy(), expected, atol=1e-4, rtol=1e-6)
-        alone = fuser.fuse([x[i : i + 1] for x in logp], WEIGHTS[i : i + 1]).logp[0]
-        torch.testing.assert_close(alone, fused[i], atol=2e-6, rtol=1e-6)
+        row = [x[i].double().numpy() for x in logp]
+        used = [True, *(w > 0 for w in weights[1:])]
+        tops_of = [slow_top(np.exp(x), m, rule) for x, m in zip(row, LONG, strict=True)]
+        longest = max(len(ids) for (ids, _), here in zip(tops_of, used, strict=True) if here)
+        expected = slow_row(row, weights, world[1], EVERYTHING if is_too_wide(longest, rule) else rule)
+        np.testing.assert_allclose(fused.logp[i].double().numpy(), expected, atol=1e-4, rtol=1e-6)
+        alone = fuser.fuse([x[i : i + 1] for x in logp], WEIGHTS[i : i + 1])
+        torch.testing.assert_close(alone.logp[0], fused.logp[i], atol=2e-6, rtol=1e-6)
+        widened = [more for (_, more), here in zip(tops_of, used, strict=True) if here]
+        assert fused.stats["rows_widened"][i] == (any(widened) or is_too_wide(longest, rule))
+        for (ids, _), x, here, m in zip(tops_of, row, used, LONG, strict=True):
+            assert not here or np.exp(x[ids]).sum() >= (1 - rule.max_truncated) * slow_masses(np.exp(x), m)[1] - 1e-5
+        assert fused.stats["truncated_mass"][i] <= rule.max_truncated + 1e-5
+    torch.testing.assert_close(fused.stats["max_truncated_mass"], fused.stats["truncated_mass"])
+
+
+@pytest.mark.parametrize("rows_from", ["canonical", "embedding"])
+@pytest.mark.parametrize("inverse", ["em", "adamw", "mirror"])
+def test_rows_that_need_most_of_a_vocabulary_are_fused_in_full(store: MatrixStore, rows_from: str, inverse: str):
+    """Flat rows: next to nothing may be left out, so that all pieces take part."""
+    logp = [torch.log_softmax(0.1 * x, dim=1) for x in logp_of()]
+    peaked = [x.clone() for x in logp_of()]
+    for x in peaked:
+        x[:, 10] += 60.0
+    logp = [torch.cat([a, torch.log_softmax(b, dim=1)]) for a, b in zip(logp, peaked, strict=True)]
+    weights, common = torch.cat([WEIGHTS, WEIGHTS]), {"rows": rows_from, "inverse": inverse, "average": "linear"}
+    narrow = Deepen(**common, support=8, max_truncated=1e-4).build(LONG, store).fuse(logp, weights)
+    full = Deepen(**common, support="full").build(LONG, store).fuse(logp, weights)
+    assert narrow.stats["rows_widened"].tolist() == [1.0] * 4 + [0.0] * 4
+    assert (narrow.stats["truncated_mass"][:4] == 0).all()
+    torch.testing.assert_close(narrow.logp[:4], full.logp[:4], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(narrow.logp.exp(), full.logp.exp(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(narrow.logp.exp().sum(1), torch.ones(8), atol=2e-5, rtol=0)
+
+
+def test_wide_rows_are_taken_in_turns(store: MatrixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuser = Deepen(rows="embedding", support=4, max_truncated=0.3).build(LONG, store)
+    logp = [torch.log_softmax(1.5 * x, dim=1) for x in logp_of()]
+    whole = fuser.fuse(logp, WEIGHTS)
+    assert 0 < whole.stats["rows_widened"].sum()
+    sides = fuser._sides(torch.device("cpu"))
+    monkeypatch.setattr("lm_eval_deepen.fusion._deepen_step.CHUNK_BYTES", support_bytes(sides, 4 * WIDER**3))
+    parts = fuser.fuse(logp, WEIGHTS)
+    torch.testing.assert_close(parts.logp, whole.logp, atol=2e-5, rtol=2e-6)
+    assert torch.equal(parts.stats["rows_widened"], whole.stats["rows_widened"])
+
+
+@pytest.mark.parametrize("average", ["linear", "geometric"])
+@pytest.mark.parametrize("form", ["canonical", "prefix"])
+def test_sums_by_class_are_products_with_the_matrix(store: MatrixStore, average: str, form: str) -> None:
+    """One-hot rows with everything in them: the short way is em's, which knows rows of any kind."""
+    logp = logp_of()
+    short = Deepen(rows=form, average=average).build(LONG, store).fuse(logp, WEIGHTS)
+    slow = Deepen(rows=form, average=average, inverse="em", steps=1).build(LONG, store)
+    for side in slow._sides(torch.device("cpu")):
+        side.matrix.__dict__["_one_hot"] = None
+    expected = slow.fuse(logp, WEIGHTS)
+    torch.testing.assert_close(short.logp, expected.logp, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(short.stats["lost_mass"], expected.stats["lost_mass"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("average", ["linear", "geometric"])
+@pytest.mark.parametrize("form", ["canonical", "prefix"])
+@pytest.mark.parametrize("support", [20, 0.5])
+def test_a_truncated_step_with_one_hot_rows_is_ems(store: MatrixStore, average: str, form: str, support) -> None:
+    """In supports, too, one exact step is where em ends."""
+    logp, common = logp_of(), {"rows": form, "average": average, "support": support, "max_truncated": 0.9}
+    found = Deepen(**common).build(LONG, store).fuse(logp, WEIGHTS)
+    expected = Deepen(**common, inverse="em", steps=20).build(LONG, store).fuse(logp, WEIGHTS)
+    torch.testing.assert_close(found.logp, expected.logp, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(found.stats["rows_widened"], expected.stats["rows_widened"])
+    full = Deepen(rows=form, average=average).build(LONG, store).fuse(logp, WEIGHTS)
+    wide = found.stats["rows_widened"] > 0
+    torch.testing.assert_close(found.logp[wide], full.logp[wide], atol=2e-5, rtol=1e-6)
+
+
+def test_results_have_means_maxima_and_counts_over_all_processes() -> None:
+    """`truncated_mass` is averaged, `max_...` the largest of any row, `rows_...` counted."""
+    logp, vocabs = logp_of(), [m.vocabulary for m in LONG]
+    traces = [Trace(["a", "b", "c", "d"]) for _ in range(2)]
+    for trace, values in zip(traces, ([0.1, 0.3, 0.0, 0.0], [0.05, 0.05, 0.08, 0.02]), strict=True):
+        share = torch.tensor(values)
+        stats = {"truncated_mass": share, "max_truncated_mass": share, "rows_widened": (share > 0.06).float()}
+        trace.record_fused(logp, vocabs, logp[0], vocabs[0], stats)
+        trace.record_fused([x[:0] for x in logp], vocabs, logp[0][:0], vocabs[0], {k: v[:0] for k, v in stats.items()})
+    found = Trace.total(traces).summary()
+    assert found["steps_fused"] == 8 and found["rows_widened"] == 3
+    assert found["max_truncated_mass"] == pytest.approx(0.3) and found["mean_truncated_mass"] == pytest.approx(0.075)
+    assert "mean_rows_widened" not in found and "mean_max_truncated_mass" not in found

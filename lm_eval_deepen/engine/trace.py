@@ -13,6 +13,9 @@ from lm_eval_deepen.engine.selective import identity
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.vocabulary import ByteVocab
 
+# How a statistic of a fusion method is put together over rows, by the beginning of its name; others are averaged.
+MAXIMUM, COUNT = "max_", "rows_"
+
 
 class Trace:
     """Sums over the fused rows of a run.
@@ -26,6 +29,7 @@ class Trace:
         self.rows: Counter[str] = Counter()
         self.sat_out: Counter[str] = Counter()
         self.sums: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
         self.drafts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
         self.pooled: Counter[str] = Counter()
@@ -69,9 +73,14 @@ class Trace:
             pieces = [identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
             self.rows["argmax_changed"] += identity(out, best) != pieces[0]
             self.rows["members_agree"] += len(set(pieces)) == 1
-        sums = torch.stack(list(stats.values())).double().sum(1).tolist() if stats else []
-        for key, value in zip(stats, sums, strict=True):
-            self.sums[key] += value
+        if not stats or not chosen:
+            return
+        values = torch.stack(list(stats.values())).double()
+        for key, total, most in zip(stats, values.sum(1).tolist(), values.amax(1).tolist(), strict=True):
+            if key.startswith(MAXIMUM):
+                self.maxima[key] = max(most, self.maxima.get(key, most))
+            else:
+                self.sums[key] += total
 
     @classmethod
     def total(cls, traces: Sequence[Trace]) -> Trace:
@@ -85,6 +94,8 @@ class Trace:
             total.selected.update(trace.selected)
             for key, value in trace.sums.items():
                 total.sums[key] += value
+            for key, value in trace.maxima.items():
+                total.maxima[key] = max(value, total.maxima.get(key, value))
         return total
 
     def summary(self) -> dict[str, Any]:
@@ -107,5 +118,10 @@ class Trace:
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},
             "argmax_differs_from_main": share["argmax_changed"],
             "members_agree": share["members_agree"],
-            **{f"mean_{key}": total / fused for key, total in sorted(self.sums.items()) if fused},
+            **dict(sorted(self.maxima.items())),
+            **dict(self._summed(key, self.sums[key], fused) for key in sorted(self.sums) if fused),
         }
+
+    @staticmethod
+    def _summed(key: str, total: float, rows: int) -> tuple[str, float]:
+        return (key, int(total)) if key.startswith(COUNT) else (f"mean_{key}", total / rows)

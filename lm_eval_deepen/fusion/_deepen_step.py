@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
 from lm_eval_deepen.fusion.seam import Fused
 from lm_eval_deepen.inverse import Solver, get_solver
+from lm_eval_deepen.inverse.exact import exact_gain
 from lm_eval_deepen.inverse.trust import within
 from lm_eval_deepen.relative.average import geometric, linear
 from lm_eval_deepen.relative.gathered import share_columns
-from lm_eval_deepen.relative.support import Side, Split, Support, sit_out, split, supports
+from lm_eval_deepen.relative.matrix import OneHotOperator
+from lm_eval_deepen.relative.support import Side, Support, sit_out, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
+from lm_eval_deepen.relative.tops import WIDER, tops
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 << 20  # working memory of the rows that are fused at once; twice as much is slower on a CPU
 ACCELERATOR = 8  # times as much elsewhere
-DEFAULT_SUPPORT = 512  # pieces per member, where rows come from embeddings
+LARGEST_SHARE = 4  # a row that needs more than a quarter of a vocabulary is fused in full
 
 
 class Alone:
@@ -55,9 +59,10 @@ class DeepenFuser:
         self.out_vocab, self.options, self.facts = out_vocab, options, facts
         self.solver: Solver = get_solver(options.solver)
         self.steps = options.steps or self.solver.steps
-        self.full, self.support = options.full, 0 if options.full else int(options.support or DEFAULT_SUPPORT)
+        self.rule = options.support_rule()  # None: everything
         rate = self.solver.learning_rate if options.learning_rate is None else options.learning_rate
         self.learning_rate = 0.0 if rate is None else float(rate)
+        self.average = geometric if options.average == "geometric" else linear
         self._eos_ids = sorted(set(out_vocab.eos))
         self._placed: dict[torch.device, tuple[Side, ...]] = {torch.device("cpu"): tuple(sides)}
 
@@ -77,12 +82,13 @@ class DeepenFuser:
 
         Stats: ``end_mass`` of the result; ``residual_kl`` and ``lost_mass`` of the inverse; ``held_back``, the share
         of the change that the trust region took back;
-        ``truncated_mass``, the members' weighted text mass outside the support; ``dropped_control_mass``, the
-        weighted mass of the other members' control pieces, which have no counterpart, and of unused ids.
+        ``truncated_mass``, the members' weighted text mass outside the support, and its maximum; ``rows_widened``,
+        rows whose support is larger than asked for, since that left out more than ``max_truncated``;
+        ``dropped_control_mass``, the weighted mass of the other members' control pieces, which have no counterpart,
+        and of unused ids.
         """
         device, sides = logp[0].device, self._sides(logp[0].device)
-        size = CHUNK_BYTES * (1 if device.type == "cpu" else ACCELERATOR)
-        rows = max(1, size // self._row_bytes(sides, sum(x.shape[1] for x in logp)))
+        rows = max(1, chunk_bytes(device) // self._row_bytes(sides, sum(x.shape[1] for x in logp)))
         out = torch.empty(logp[0].shape, dtype=torch.float32, device=device)
         parts = []
         for start in range(0, max(1, len(weights)), rows):
@@ -97,10 +103,19 @@ class DeepenFuser:
 
     def _row_bytes(self, sides: Sequence[Side], width: int) -> int:
         anchors = sides[0].matrix.shape[1]
-        if self.full:
+        if self.rule is None:
             return 16 * (width + 2 * anchors)
-        taken = self.support * len(sides)
-        return 8 * (width + anchors) + sum(side.matrix.at_bytes(taken) for side in sides)
+        return 8 * (width + anchors) + support_bytes(sides, self.rule.first)
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Return the working memory of the rows that are fused at once."""
+    return CHUNK_BYTES * (1 if device.type == "cpu" else ACCELERATOR)
+
+
+def support_bytes(sides: Sequence[Side], width: int) -> int:
+    """Return what the rows of all matrices take in a step with `width` pieces per member, for one distribution."""
+    return sum(side.matrix.at_bytes(width * len(sides)) for side in sides)
 
 
 def _fuse(
@@ -111,21 +126,27 @@ def _fuse(
     weights = weights.to(device)
     active = weights > 0
     with_end = len(side.eos) > 0 or fuser.options.eos == "reference"
-    rows = [main, *(sit_out(logp[i].to(device), active[:, i]) for i in range(1, len(logp)))]
-    parts = split(rows, sides, with_end=with_end, out=out)
-
+    given = [main, *(sit_out(logp[i].to(device), active[:, i]) for i in range(1, len(logp)))]
+    full = fuser.rule is None
+    parts = split(given, sides, with_end=with_end, grouped=not full, one_hot=_one_hot(sides) if full else None)
     share = weights * parts.valid  # [B, M]
     share = share / share.sum(1, keepdim=True).clamp(min=1e-30)
     kept, total = parts.log_kept[:, 0], parts.log_total[:, 0]
-    text_mass, end, usable, stats = _invert(fuser, parts, sides, share, active, with_end=with_end)
+    taking_part = torch.cat([torch.ones_like(active[:, :1]), active[:, 1:]], dim=1)
+    rows = Rows(parts, share, taking_part, out, with_end)
+    found = _invert_full(fuser, rows, sides) if full else _invert_truncated(fuser, rows, sides)
     if len(side.eos):
-        out.index_copy_(1, side.eos, _end_logp(main, side.eos) + (kept + end)[:, None])
+        out.index_copy_(1, side.eos, _end_logp(main, side.eos) + (kept + found.log_end)[:, None])
     out.index_copy_(1, side.control, main.index_select(1, side.control).float() - total[:, None])
+    out.index_fill_(1, side.unused, NEG_INF)
+    usable, stats = found.usable, found.stats
     if not bool(usable.all()):
         own = main.to(torch.float32, copy=True).index_fill_(1, side.unused, NEG_INF)
         out.copy_(torch.where(usable[:, None], out, own - total[:, None]))
     stats = {name: value.masked_fill(~usable, 0.0) for name, value in stats.items()}
-    stats["end_mass"] = (torch.where(usable, end, parts.log_end[:, 0]) + kept).exp()
+    if not full:
+        stats["max_truncated_mass"] = stats["truncated_mass"]
+    stats["end_mass"] = (torch.where(usable, found.log_end, parts.log_end[:, 0]) + kept).exp()
     stats["dropped_control_mass"] = (weights[:, 1:] * parts.dropped[:, 1:]).sum(1)
     return stats
 
@@ -136,39 +157,115 @@ def _end_logp(main: Tensor, eos: Tensor) -> Tensor:
     return own.masked_fill(own.isnan(), -math.log(len(eos)))
 
 
-def _invert(
-    fuser: DeepenFuser, parts: Split, sides: Sequence[Side], share: Tensor, active: Tensor, *, with_end: bool
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Turn the main member's text pieces [B, V_0] into the fused ones, in place.
+def _one_hot(sides: Sequence[Side]) -> list[OneHotOperator] | None:
+    """Return the members' matrices where every row is one-hot."""
+    found = [op for op in (side.matrix.full() for side in sides) if isinstance(op, OneHotOperator)]
+    return found if len(found) == len(sides) else None
 
-    Returns:
-        The log mass of text and of end given text or end [B], the rows that could be fused [B], and statistics.
-    """
-    full, text = fuser.full, parts.texts[0]
-    found: list[Support] = []
-    held = torch.zeros_like(share)
-    if full:
-        logps = [text - parts.log_sum[:, i, None] for i, text in enumerate(parts.texts)]
-        operators = [side.matrix.full() for side in sides]
+
+def _invert_full(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> Found:
+    """Write the fused text pieces to ``rows.out`` [B, V_0], from all pieces of all members."""
+    parts, op = rows.parts, sides[0].matrix.full()
+    own = None  # the main member's log-probabilities given text [B, V_0]
+    if parts.classes[0] is None:
+        texts = [_given_text(rows, side, i) for i, side in enumerate(sides)]
+        own = texts[0]
+        projected = [side.matrix.full().project(text.exp()) for side, text in zip(sides, texts, strict=True)]
     else:
-        taking_part = torch.cat([torch.ones_like(active[:, :1]), active[:, 1:]], dim=1)
-        found = supports(parts.texts, sides, taking_part, fuser.support)
-        logps = [support.logp for support in found]
-        operators = share_columns([side.matrix.at(at.ids) for side, at in zip(sides, found, strict=True)])
-        held = torch.stack([support.log_mass for support in found], dim=1) - parts.log_sum
-    reached = operators[0].project(logps[0].exp())
-    others = (op.project(logp.exp()) for op, logp in zip(operators[1:], logps[1:], strict=True))
-    average = geometric if fuser.options.average == "geometric" else linear
-    agreed = average(reached, others, share, parts, with_end=with_end)
-    solved = fuser.solver.run(logps[0], agreed.r, operators[0], fuser.steps, fuser.learning_rate, reached)
-    stats = {**solved.stats, "truncated_mass": (agreed.blend * (1 - held.exp()).clamp(min=0)).sum(1)}
-    logp = solved.logp
-    if fuser.options.trust_region is not None:
-        logp, stats["held_back"] = within(logps[0], logp, fuser.options.trust_region)
+        projected = [found for found in parts.classes if found is not None]
+    agreed = fuser.average(projected[0], projected[1:], rows.share, parts, with_end=rows.with_end)
     mass = parts.log_kept[:, 0] + agreed.log_text
-    if full:
-        torch.add(logp, mass[:, None], out=text)
-    else:
-        scale = (mass - parts.log_sum[:, 0])[:, None]
-        found[0].scatter(text.add_(scale), logp + (scale + found[0].log_mass[:, None]))
-    return agreed.log_text, agreed.log_end, agreed.usable, stats
+    nothing = torch.zeros_like(mass)
+    stats = {"truncated_mass": nothing}
+    if fuser.rule is not None:
+        stats["rows_widened"] = torch.ones_like(mass)
+    if fuser.solver.name == "exact" and fuser.options.trust_region is None and isinstance(op, OneHotOperator):
+        gain, lost = exact_gain(agreed.r, projected[0])
+        moved = (mass - parts.log_sum[:, 0])[:, None]
+        op.gather(gain.add_(moved), moved, out=rows.out).add_(parts.rows[0])
+        return Found.of(agreed, {"residual_kl": nothing, "lost_mass": lost, **stats})
+    if own is None:
+        own = _given_text(rows, sides[0], 0)
+    solved = fuser.solver.run(own, agreed.r, op, fuser.steps, fuser.learning_rate, projected[0])
+    logp, stats = _held_back(fuser, own, solved.logp, {**solved.stats, **stats})
+    torch.add(logp, mass[:, None], out=rows.out)
+    return Found.of(agreed, stats)
+
+
+def _given_text(rows: Rows, side: Side, member: int) -> Tensor:
+    """Return a member's log-probabilities given text [B, V]; ``-inf`` for what is not text."""
+    return (rows.parts.rows[member] + side.mask).sub_(rows.parts.log_sum[:, member, None])
+
+
+def _invert_truncated(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> Found:
+    """Write the fused text pieces to ``rows.out`` [B, V_0], from supports of every row's own size."""
+    groups, rest = _groups(fuser, rows, sides)
+    moved = [_invert_group(fuser, rows, sides, group) for group in groups]
+    found = [(group.index, found) for group, (found, _, _) in zip(groups, moved, strict=True)]
+    whole = None
+    if len(rest):
+        again = split([x[rest] for x in rows.parts.rows], sides, with_end=rows.with_end, one_hot=_one_hot(sides))
+        whole = rows.at(rest, again)
+        found.append((rest, _invert_full(fuser, whole, sides)))
+    together = found[0][1] if len(found) == 1 else Found.together(found)
+    scale = (rows.parts.log_kept[:, 0] + together.log_text - rows.parts.log_sum[:, 0])[:, None]
+    torch.add(rows.parts.rows[0], scale, out=rows.out)
+    for group, (_, support, logp) in zip(groups, moved, strict=True):
+        support.scatter(rows.out, logp + (scale[group.index] + support.log_mass[:, None]))
+    if whole is not None:
+        rows.out[rest] = whole.out
+    return together
+
+
+def _groups(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> tuple[list[Group], Tensor]:
+    """Return rows of similar supports together, and the rows that are to be fused in full.
+
+    A wide row would make all others of its group as wide. Where rows are one-hot, everything costs less than many.
+    """
+    rule, parts, device = fuser.rule, rows.parts, rows.out.device
+    assert rule is not None
+    groups: list[Group] = []
+    rest, width = torch.arange(len(rows.share), device=device), rule.first
+    while True:
+        room = chunk_bytes(device) // max(1, support_bytes(sides, width))
+        too_wide = not room or any(LARGEST_SHARE * width > len(side.anchor_of) for side in sides)
+        if width > rule.first and (too_wide or fuser.options.from_bytes):
+            return groups, rest
+        active = rows.active[rest]
+        own = [tops(parts, m, side, rest, active[:, m], rule, width) for m, side in enumerate(sides)]
+        enough = torch.stack([top.enough for top in own], dim=1).all(1)
+        for at in enough.nonzero()[:, 0].split(max(1, room if width > rule.first else len(enough))):
+            groups.append(Group(rest[at], [top.at(at) for top in own]))
+        rest, width = rest[~enough], width * WIDER
+        if not len(rest):
+            return groups or [Group(rest, own)], rest
+
+
+def _invert_group(
+    fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: Group
+) -> tuple[Found, Support, Tensor]:
+    """Find the log-probabilities [b, K] given the main member's support, from own pieces and their counterparts."""
+    index = group.index
+    parts, share, active = rows.parts.masses(index), rows.share[index], rows.active[index]
+    found = supports(rows.parts.rows, index, sides, active, [top.ids for top in group.tops])
+    operators = share_columns([side.matrix.at(at.ids) for side, at in zip(sides, found, strict=True)])
+    held = torch.stack([support.log_mass for support in found], dim=1) - parts.log_sum
+    projected = [op.project(support.logp.exp()) for op, support in zip(operators, found, strict=True)]
+    agreed = fuser.average(projected[0], projected[1:], share, parts, with_end=rows.with_end)
+    logp0 = found[0].logp
+    solved = fuser.solver.run(logp0, agreed.r, operators[0], fuser.steps, fuser.learning_rate, projected[0])
+    widened = torch.stack([top.widened for top in group.tops], dim=1).any(1).float()
+    truncated = (agreed.blend * (1 - held.exp()).clamp(min=0)).sum(1)
+    stats = {**solved.stats, "truncated_mass": truncated, "rows_widened": widened}
+    logp, stats = _held_back(fuser, logp0, solved.logp, stats)
+    return Found.of(agreed, stats), found[0], logp
+
+
+def _held_back(
+    fuser: DeepenFuser, logp0: Tensor, logp: Tensor, stats: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Keep a result within the trust region, if there is one."""
+    if fuser.options.trust_region is None:
+        return logp, stats
+    logp, held_back = within(logp0, logp, fuser.options.trust_region)
+    return logp, {**stats, "held_back": held_back}

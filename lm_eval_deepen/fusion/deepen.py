@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.fusion._deepen_step import Alone, DeepenFuser
@@ -16,6 +16,7 @@ from lm_eval_deepen.relative.build import BYTE_ROWS, MatrixSpec
 from lm_eval_deepen.relative.flatness import row_entropy_share
 from lm_eval_deepen.relative.pieces import Tokenizers
 from lm_eval_deepen.relative.support import make_side
+from lm_eval_deepen.relative.tops import Rule
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -27,6 +28,8 @@ __all__ = ["Deepen", "DeepenFuser"]
 DEFAULT_NORMALIZATION = "centered"
 DEFAULT_TEMPERATURE = 100.0
 DEFAULT_TOP_M = 64
+DEFAULT_SUPPORT = 512  # pieces per member, where rows come from embeddings
+DEFAULT_MAX_TRUNCATED = 0.1
 
 
 @fusion("deepen", paper="arXiv:2404.12715")
@@ -38,8 +41,8 @@ class Deepen:
         rows: what stands for a piece: ``canonical`` or ``prefix`` anchors, both from bytes alone, its ``embedding``
             (published), or the latter with ``exact`` anchors.
         average: of the members' relative vectors: ``linear`` (published) or ``geometric``.
-        inverse: solver of the inverse: ``exact`` where rows come from bytes and the support is full, ``em``, ``mirror``
-            or ``adamw`` (the published search); by default exact where that is possible, else em.
+        inverse: solver of the inverse: ``exact`` where rows come from bytes, ``em``, ``mirror`` or ``adamw`` (the
+            published search); by default exact where that is possible, else em.
         steps: its iterations; 5 by default.
         learning_rate: of adamw (0.15 by default) or mirror (1.7).
         trust_region: largest KL divergence from the main member's distribution, in nats.
@@ -50,8 +53,12 @@ class Deepen:
         top_m: entries kept per row from embeddings, 64 by default; 0 keeps all (dense).
         max_anchors: use a seeded subset of this many anchors.
         min_anchors: fewer common anchors than this are an error.
-        support: text pieces per member that a step redistributes, or ``full`` (exact); by default full where rows
-            come from bytes, and 512 elsewhere.
+        support: text pieces per member that a step redistributes: their number, the share of the member's text that
+            they hold (a number between 0 and 1), or ``full`` (exact); by default full where rows come from bytes,
+            and 512 elsewhere.
+        max_support: with a share, this many pieces per member at most.
+        max_truncated: the largest share of a member's text outside the support, 0.1 by default; rows that would
+            leave out more get a larger support, up to the full one. 1 bounds nothing.
         anchor_seed: which subset, with max_anchors.
         eos: ``anchor`` gives end of text a role anchor of its own; ``reference`` treats EOS pieces as
             ordinary pieces and leaves rows whose main argmax is one, or learning rate 0, to the main member.
@@ -69,7 +76,9 @@ class Deepen:
     top_m: int | None = None
     max_anchors: int | None = None
     min_anchors: int = 16
-    support: int | str | None = None
+    support: int | float | Literal["full"] | None = None
+    max_support: int | None = None
+    max_truncated: float | None = None
     anchor_seed: int = 0
     eos: str = "anchor"
 
@@ -102,14 +111,14 @@ class Deepen:
             ("steps", 1, True),
             ("top_m", 0, True),
             ("max_anchors", 1, True),
+            ("max_support", 1, True),
             ("min_anchors", 1, False),
             ("anchor_seed", 0, False),
         ):
             value = getattr(self, name)
             if not _whole(value, least) and not (optional and value is None):
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-        if self.support not in (None, "full") and not _whole(self.support, 1):
-            raise ConfigError(f"support must be 'full' or a whole number of at least 1, got {self.support!r}.")
+        self._check_support()
         if self.eos not in ("anchor", "reference"):
             raise ConfigError(f"eos must be 'anchor' or 'reference', got {self.eos!r}.")
         if self.average not in AVERAGES:
@@ -121,10 +130,10 @@ class Deepen:
             raise ConfigError(f"max_anchors {self.max_anchors} is less than min_anchors {self.min_anchors}.")
         if self.relative_temperature is not None and not _positive(self.relative_temperature):
             raise ConfigError(f"relative_temperature must be a positive number, got {self.relative_temperature!r}.")
-        if self.inverse == "exact" and not (self.from_bytes and self.full):
+        if self.inverse == "exact" and not self.from_bytes:
             raise ConfigError(
-                f"inverse 'exact' needs one-hot rows and a full support, got rows {self.rows!r} and support "
-                f"{self.support!r}. Use rows canonical or prefix with support full, or another inverse."
+                f"inverse 'exact' needs one-hot rows, got rows {self.rows!r}. Use rows canonical or prefix, or another "
+                "inverse."
             )
         self.matrix_spec()
         for name in ("normalization", "relative_temperature", "row_entropy", "top_m"):
@@ -133,6 +142,31 @@ class Deepen:
                     f"{name} is of rows from embeddings, got {getattr(self, name)!r} with rows {self.rows!r}. "
                     "Remove it, or give rows: embedding (or exact)."
                 )
+
+    def _check_support(self) -> None:
+        """Check how large the support is and what bounds it."""
+        if isinstance(self.support, float) and self.support > 1 and self.support.is_integer():
+            object.__setattr__(self, "support", int(self.support))  # the command line may write 512 as 512.0
+        share = isinstance(self.support, float) and 0 < self.support < 1
+        if self.support not in (None, "full") and not share and not _whole(self.support, 1):
+            raise ConfigError(
+                "support must be 'full', a whole number of at least 1 or a share between 0 and 1, "
+                f"got {self.support!r}."
+            )
+        if self.max_support is not None and not share:
+            raise ConfigError(
+                f"max_support is for a support given as a share, such as 0.99, got max_support {self.max_support!r} "
+                f"with support {self.support!r}. Remove it."
+            )
+        if self.max_truncated is None:
+            return
+        if not (_positive(self.max_truncated) and self.max_truncated <= 1):
+            raise ConfigError(f"max_truncated must be a share above 0 and up to 1, got {self.max_truncated!r}.")
+        if self.full:
+            raise ConfigError(
+                f"max_truncated is for a truncated support, got {self.max_truncated!r} with a full one. "
+                "Remove it, or give support as a number or a share."
+            )
 
     @property
     def from_bytes(self) -> bool:
@@ -149,7 +183,17 @@ class Deepen:
         """The solver's name."""
         if self.inverse is not None:
             return self.inverse
-        return "exact" if self.from_bytes and self.full else "em"
+        return "exact" if self.from_bytes else "em"
+
+    def support_rule(self) -> Rule | None:
+        """Return which pieces a member brings to a row's support, None for all of them."""
+        if self.full:
+            return None
+        bound = DEFAULT_MAX_TRUNCATED if self.max_truncated is None else float(self.max_truncated)
+        if isinstance(self.support, float):
+            return Rule(self.max_support, self.support, bound)
+        assert not isinstance(self.support, str)
+        return Rule(DEFAULT_SUPPORT if self.support is None else self.support, None, bound)
 
     def matrix_spec(self) -> MatrixSpec:
         """Return how the relative matrices are made."""

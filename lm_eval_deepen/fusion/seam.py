@@ -61,7 +61,8 @@ class Fused:
 
     Attributes:
         logp: natural-log probabilities [B, K], fp32, rows normalised, ``-inf`` = excluded.
-        stats: per-row diagnostics, each a float tensor [B].
+        stats: per-row diagnostics, each a float tensor [B]; results have their means, but the sum of one called
+            ``rows_...`` and the maximum of one called ``max_...``.
     """
 
     logp: Tensor

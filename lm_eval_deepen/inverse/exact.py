@@ -22,10 +22,18 @@ def exact(logp0: Tensor, r: Tensor, op: Operator, *, reached: Tensor | None = No
         op: R, each row with a single 1.
         reached: p0 R [B, A], where it is known.
     """
-    if reached is None:
-        reached = op.project(logp0.exp())
-    ratio = (r + SMALLEST) / (reached + SMALLEST)
+    gain, lost = exact_gain(r, op.project(logp0.exp()) if reached is None else reached)
+    return Inverted(logp0 + op.back(gain), {"residual_kl": torch.zeros_like(lost), "lost_mass": lost})
+
+
+def exact_gain(r: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(r / p0 R) of every anchor [B, A], normalised over those that p0 reaches, and the mass of r elsewhere.
+
+    Args:
+        r: target [B, A], sum 1.
+        reached: p0 R [B, A].
+    """
+    ratio = (r + SMALLEST).div_(reached + SMALLEST)
     mass = (ratio * reached).sum(1).clamp(min=SMALLEST)  # of r on anchors that p0 reaches
     lost = (1 - mass / r.sum(1).clamp(min=SMALLEST)).clamp(min=0)
-    gain = op.back(ratio.div_(mass[:, None]).log_())
-    return Inverted(logp0 + gain, {"residual_kl": torch.zeros_like(lost), "lost_mass": lost})
+    return ratio.div_(mass[:, None]).log_(), lost

@@ -201,7 +201,7 @@ def speed_up_few_rows(head: nn.Module | None) -> None:
         few = 1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == linear.weight.dtype == torch.float32
         if not few:
             return nn.functional.linear(x, linear.weight, linear.bias)
-        y = (linear.weight @ x.reshape(rows, -1).T).T  # [rows, V]
+        y = torch.stack((linear.weight @ x.reshape(rows, -1).T).unbind(1))  # [rows, V]; faster than contiguous()
         return (y if linear.bias is None else y + linear.bias).reshape(*x.shape[:-1], -1)
 
     linear.forward = forward  # type: ignore[assignment, method-assign]

@@ -163,7 +163,16 @@ class OneHotOperator:
 
     def back(self, q: Tensor) -> Tensor:
         """Return R q, [B, V]."""
-        return torch.nn.functional.pad(q, (0, 1)).index_select(1, self.classes)
+        return self.gather(q, torch.zeros_like(q[:, :1]), out=q.new_empty(len(q), len(self.classes)))
+
+    def gather(self, q: Tensor, empty: Tensor, *, out: Tensor) -> Tensor:
+        """Write R q to `out` [B, V], with the values `empty` [B, 1] for empty rows, and return it."""
+        padded = torch.cat([q, empty], dim=1)
+        if out.device.type != "cpu":
+            return torch.index_select(padded, 1, self.classes, out=out)
+        for row, target in zip(padded, out, strict=True):  # of one row, the entries are gathered faster
+            torch.index_select(row, 0, self.classes, out=target)
+        return out
 
 
 class DenseMatrix:

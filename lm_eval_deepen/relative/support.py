@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.gathered import look_up
-from lm_eval_deepen.relative.matrix import RelativeMatrix
-from lm_eval_deepen.relative.topk import NEG_INF, largest, logsumexp
+from lm_eval_deepen.relative.matrix import OneHotOperator, RelativeMatrix
+from lm_eval_deepen.relative.topk import NEG_INF, scan
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 
@@ -75,7 +75,9 @@ class Split:
     """The parts of every member's rows, in natural logs.
 
     Attributes:
-        texts: log-probabilities of text pieces as given, per member [B, V_m] in fp32; ``-inf`` elsewhere.
+        rows: log-probabilities as given, per member [B, V_m].
+        maxima: ``Scan.maxima`` of their text pieces, per member.
+        classes: ``Scan.classes`` of their text pieces, per member: p R where rows of R are one-hot.
         log_sum: log mass of text as given [B, M], 0 where there is none.
         log_text: log mass of text given text or end [B, M].
         log_end: log mass of end given text or end [B, M].
@@ -85,7 +87,9 @@ class Split:
         valid: whether there is any mass on text or end [B, M] (bool).
     """
 
-    texts: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
+    maxima: tuple[Tensor | None, ...]
+    classes: tuple[Tensor | None, ...]
     log_sum: Tensor
     log_text: Tensor
     log_end: Tensor
@@ -94,19 +98,36 @@ class Split:
     dropped: Tensor
     valid: Tensor
 
+    def masses(self, index: Tensor) -> Split:
+        """Return the masses alone of some rows."""
+        kept = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Split(rows=(), maxima=(), classes=(), **kept)
 
-def split(logp: Sequence[Tensor], sides: Sequence[Side], *, with_end: bool, out: Tensor | None = None) -> Split:
+
+def split(
+    logp: Sequence[Tensor],
+    sides: Sequence[Side],
+    *,
+    with_end: bool,
+    grouped: bool = False,
+    one_hot: Sequence[OneHotOperator] | None = None,
+) -> Split:
     """Split every member's rows [B, V_m].
 
     Args:
         logp: log-probabilities per member.
         sides: the members.
         with_end: whether there is an end of text; otherwise it counts as a dropped control piece.
-        out: where the main member's text goes [B, V_0].
+        grouped: whether the largest entries are asked for next.
+        one_hot: the members' matrices, where products with them are to be found in passing.
     """
-    main = torch.add(logp[0], sides[0].mask, out=out)
-    texts = (main, *(rows + side.mask for rows, side in zip(logp[1:], sides[1:], strict=True)))
-    mass = torch.stack([logsumexp(text) for text in texts], dim=1)
+    scans = [
+        scan(rows, side.mask, grouped=grouped)
+        if one_hot is None
+        else scan(rows, side.mask, grouped=grouped, classes=one_hot[i].classes, num_classes=one_hot[i].num_anchors)
+        for i, (rows, side) in enumerate(zip(logp, sides, strict=True))
+    ]
+    mass = torch.stack([found.log_mass for found in scans], dim=1)
     end, control, unused = (
         torch.stack([_log_mass(rows, getattr(side, role)) for rows, side in zip(logp, sides, strict=True)], dim=1)
         for role in ("eos", "control", "unused")
@@ -117,7 +138,9 @@ def split(logp: Sequence[Tensor], sides: Sequence[Side], *, with_end: bool, out:
     total = torch.logaddexp(kept, control)
     base = _or_zero(kept)
     return Split(
-        texts=texts,
+        rows=tuple(logp),
+        maxima=tuple(found.maxima for found in scans),
+        classes=tuple(found.classes for found in scans),
         log_sum=_or_zero(mass),
         log_text=mass - base,
         log_end=end - base,
@@ -145,47 +168,52 @@ class Support:
     """A member's pieces that a step works on.
 
     Attributes:
-        ids: [B, K], ascending; a masked place repeats the first id of its row.
-        logp: log-probabilities given the support [B, K]; ``-inf`` where masked.
-        log_mass: log of the mass the support holds, as given [B], 0 where there is none.
-        mask: places in use [B, K].
+        places: where its pieces are in all rows [B, V], flattened [b, K].
+        ids: [b, K], ascending; a masked place repeats the first id of its row.
+        logp: log-probabilities given the support [b, K]; ``-inf`` where masked.
+        log_mass: log of the mass the support holds, as given [b], 0 where there is none.
+        mask: places in use [b, K].
     """
 
+    places: Tensor
     ids: Tensor
     logp: Tensor
     log_mass: Tensor
     mask: Tensor
 
-    def scatter(self, rows: Tensor, logp: Tensor) -> Tensor:
-        """Write `logp` [B, K] into `rows` [B, V] in place; the rest stays."""
-        return rows.scatter_(1, self.ids, torch.where(self.mask, logp, logp[:, :1]))
+    def scatter(self, rows: Tensor, logp: Tensor) -> None:
+        """Write `logp` [b, K] into contiguous `rows` [B, V] in place; the rest stays."""
+        values = torch.where(self.mask, logp, logp[:, :1])
+        rows.view(-1).scatter_(0, self.places.flatten(), values.flatten())
 
 
-def supports(texts: Sequence[Tensor], sides: Sequence[Side], active: Tensor, k: int) -> list[Support]:
-    """Return each member's support: its top k text pieces and its anchors in another active member's top k.
+def supports(
+    rows: Sequence[Tensor], index: Tensor, sides: Sequence[Side], active: Tensor, tops: Sequence[Tensor]
+) -> list[Support]:
+    """Return each member's support: its own pieces and its anchors among another active member's.
 
     The union is symmetric, so that identical members have identical supports.
 
     Args:
-        texts: ``Split.texts``, one of every member [B, V_m].
+        rows: log-probabilities as given, one of every member [B, V_m].
+        index: which of these rows [b].
         sides: the members.
-        active: members that take part [B, M] (bool).
-        k: pieces taken from every member.
+        active: members that take part [b, M] (bool).
+        tops: every member's own pieces [b, n]; V_m in a place that is not used.
     """
-    tops, anchors = [], []
-    for member, (text, side) in enumerate(zip(texts, sides, strict=True)):
-        values, ids = largest(text, min(k, text.shape[1] - len(side.outside)))
-        known = values > NEG_INF
-        tops.append(torch.where(known, ids, text.shape[1]))
-        anchors.append(torch.where(known & active[:, member, None], look_up(side.anchor_of, ids), -1))
+    anchors = []
+    for member, (own, side) in enumerate(zip(tops, sides, strict=True)):
+        size = len(side.anchor_of)
+        known = (own < size) & active[:, member, None]
+        anchors.append(torch.where(known, look_up(side.anchor_of, own.clamp(max=size - 1)), -1))
     found = []
-    for member, (text, side) in enumerate(zip(texts, sides, strict=True)):
+    for member, (row, side) in enumerate(zip(rows, sides, strict=True)):
         candidates = [tops[member]]
         for other, theirs in enumerate(anchors):
             if other != member:
                 own = look_up(side.anchor_ids, theirs.clamp(min=0))
-                candidates.append(own.masked_fill_(theirs < 0, text.shape[1]))
-        found.append(_restrict(text, _distinct(torch.cat(candidates, dim=1), text.shape[1])))
+                candidates.append(own.masked_fill_(theirs < 0, row.shape[1]))
+        found.append(_restrict(row, index, _distinct(torch.cat(candidates, dim=1), row.shape[1])))
     return found
 
 
@@ -200,12 +228,13 @@ def _distinct(ids: Tensor, size: int) -> Tensor:
     return out.scatter_(1, torch.where(new, count - 1, width), ids)[:, :width]
 
 
-def _restrict(text: Tensor, ids: Tensor) -> Support:
-    mask = ids < text.shape[1]
+def _restrict(rows: Tensor, index: Tensor, ids: Tensor) -> Support:
+    mask = ids < rows.shape[1]
     ids = torch.where(mask, ids, torch.where(mask[:, :1], ids[:, :1], 0))
-    logp = text.gather(1, ids).masked_fill_(~mask, NEG_INF)
+    places = ids + rows.shape[1] * index[:, None]
+    logp = look_up(rows.reshape(-1), places).to(torch.float32).masked_fill(~mask, NEG_INF)
     mass = _or_zero(torch.logsumexp(logp, dim=1))
-    return Support(ids, logp.sub_(mass[:, None]), mass, mask)
+    return Support(places, ids, logp.sub_(mass[:, None]), mass, mask)
 
 
 def sit_out(logp: Tensor, active: Tensor) -> Tensor:
