@@ -36,7 +36,7 @@ from lm_eval_deepen.relative.support import make_side
 from lm_eval_deepen.tools.bits import orders
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 
-FEW = (16_384, 4_096, 1_000)  # anchors, spread over the common pieces
+FEW = (4_096, 1_000)  # anchors, spread over the common pieces
 
 
 def pieces_of(path: Path) -> set[bytes]:
@@ -64,7 +64,7 @@ def anchor_sets(ensemble: Ensemble, further: dict[str, set[bytes]]) -> dict[str,
 
 
 def fusers(ensemble: Ensemble, anchors: AnchorSet) -> Iterator[tuple[str, Fuser]]:
-    """The byte spaces over these anchors, with both averages."""
+    """The byte spaces over these anchors."""
     views = [view(member) for member in ensemble.members]
     for rows in ("canonical", "prefix"):
         tokenizers = [Tokenizers.of(views)] if rows == "canonical" else []
@@ -76,10 +76,8 @@ def fusers(ensemble: Ensemble, anchors: AnchorSet) -> Iterator[tuple[str, Fuser]
             sides.append(
                 make_side(vocabulary, matrix, anchor_ids(vocabulary, anchors), duplicates(vocabulary, anchors), "text")
             )
-        for average in ("linear", "geometric"):
-            yield f"{rows}, {average}", DeepenFuser(
-                views[0].vocabulary, sides, Deepen(rows=rows, average=average), {}
-            )
+        options = Deepen(rows=rows, average="linear")
+        yield f"{rows}, linear", DeepenFuser(views[0].vocabulary, sides, options, {})
 
 
 def bits(reading: Reading, fuser: Fuser, weight: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
     python benchmarks/cost.py                                    # the demo pair on the CPU, fp32
     python benchmarks/cost.py --device cuda --dtype bfloat16     # the same on a GPU
     python benchmarks/cost.py --only arc_zero,fusion             # single measures
+    python benchmarks/cost.py --out cost                         # keeps finished parts; run again, it goes on
     python benchmarks/cost.py --quick --models A B               # a small run, to see that it works
 
 Prints a table, and one JSON line last. Progress goes to stderr.
@@ -17,13 +18,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import platform  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from dataclasses import replace  # noqa: E402
+from dataclasses import asdict, replace  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -31,6 +33,7 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 from costs.decoding import measure_fusion, measure_generation, measure_third, measure_unequal  # noqa: E402
 from costs.figures import Figure, plain, rounded  # noqa: E402
+from costs.parts import Parts  # noqa: E402
 from costs.resources import measure_matrices, measure_memory  # noqa: E402
 from costs.scoring import measure_nodes, measure_shape  # noqa: E402
 from costs.sides import Bench, Settings, cores, head_share, parameters  # noqa: E402
@@ -75,6 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--full", action="store_true", help="time hf on all documents, nothing scaled (CUDA: always)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep every finished part there; what is there "
+                        "already, from the same settings, machine and code, is not measured again")
     parser.add_argument("--repeats", type=int, help="of every timed comparison")
     args = parser.parse_args(argv)
     args.only = args.only.split(",") if args.only else list(MEASURES)
@@ -115,22 +120,54 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(settings: Settings, only: Sequence[str]) -> tuple[Bench, list[Figure]]:
-    """Take the measures, those that need a process of their own before anything is loaded here."""
-    bench, figures, warm = Bench(settings), [], False
+def versions() -> dict[str, str]:
+    """Return what software a run uses."""
+    packages = ("torch", "transformers", "lm_eval", "lm_eval_deepen")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def sources() -> str:
+    """Return a digest of the package's and the benchmark's own files."""
+    import lm_eval_deepen
+
+    files = [*Path(lm_eval_deepen.__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def run(settings: Settings, only: Sequence[str], kept: Parts) -> tuple[Bench, list[Figure], float]:
+    """Take the measures, those that need a process of their own before anything is loaded here.
+
+    Returns:
+        What was run, the figures, and the seconds that they took, those of earlier runs included.
+    """
+    bench, figures, warm, start, earlier = Bench(settings), [], False, time.perf_counter(), 0.0
     for name in sorted(only, key=list(MEASURES).index):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        if name not in OWN_PROCESS and not warm:
-            bench.warm_up()
-            warm = True
-        start = time.perf_counter()
-        found = MEASURES[name](bench)
-        taken = time.perf_counter() - start
-        for figure in found:
-            goal = figure.goal if settings.judged else None
-            figures.append(replace(figure, seconds=taken / len(found), goal=goal))
-        print(f"  {taken:.0f} s: " + ", ".join(f"{f.name} {f.value}" for f in found), file=sys.stderr, flush=True)
-    return bench, figures
+        found = kept.read(name)
+        if found is not None:
+            earlier += sum(figure.seconds for figure in found)
+            say(start, f"{name}: measured before")
+        else:
+            say(start, f"{name} ...")
+            if name not in OWN_PROCESS and not warm:
+                bench.warm_up()
+                warm = True
+            begin = time.perf_counter()
+            measured = MEASURES[name](bench)
+            taken = time.perf_counter() - begin
+            found = [
+                replace(figure, seconds=taken / len(measured), goal=figure.goal if settings.judged else None)
+                for figure in measured
+            ]
+            kept.write(name, found)
+            say(start, f"{name}, {taken:.0f} s: " + ", ".join(f"{f.name} {f.value}" for f in found))
+        figures += found
+    return bench, figures, earlier + time.perf_counter() - start
+
+
+def say(start: float, text: str) -> None:
+    """Print progress with the time since `start`."""
+    passed = round(time.perf_counter() - start)
+    print(f"[{passed // 60:2d}:{passed % 60:02d}] {text}", file=sys.stderr, flush=True)
 
 
 def document(bench: Bench, figures: Sequence[Figure], seconds: float, load: float) -> dict[str, Any]:
@@ -151,10 +188,9 @@ def document(bench: Bench, figures: Sequence[Figure], seconds: float, load: floa
         }
         for name, member in zip(settings.names, bench.pair.ensemble.members if loaded else (), strict=loaded)
     ]
-    packages = ("torch", "transformers", "lm_eval", "lm_eval_deepen")
     return rounded({
         "benchmark": "cost", "machine": {**machine(), "load_average_before": load},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
         "device": settings.device, "dtype": settings.dtype, "batch_size": settings.batch_size,
         "hf_batch_sizes": "the faster of 1 and 8", "members": members or list(settings.names),
         "data": bench.source.kind, "scale": vars(settings.scale), "seconds": seconds,
@@ -167,11 +203,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    start, load = time.perf_counter(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     if load > QUIET_LOAD:
         print(f"load average {load:.1f}: others are using this machine, ratios of times will be wrong", file=sys.stderr)
-    bench, figures = run(settings_of(args), args.only)
-    found = document(bench, figures, time.perf_counter() - start, load)
+    settings = settings_of(args)
+    about = {**asdict(settings), "data": str(settings.data), "machine": machine(), "versions": versions(),
+             "code": sources()}
+    bench, figures, seconds = run(settings, args.only, Parts(args.out, rounded(about)))
+    found = document(bench, figures, seconds, load)
     print(plain(found["figures"]))
     print(json.dumps(found))
     return found

@@ -30,9 +30,10 @@ from lm_eval_deepen.tools.bits_table import compare
 KINDS = ("piqa", "arc", "gsm8k", "nq", "prose")
 POSITIONS = 1_500  # at most, per kind, split and main member
 TEMPERATURES = (1.1, 1.1)  # of both members where spaces are compared: what dev texts ask for, by and large
-EMBEDDING = {"rows": "embedding", "average": "linear", "inverse": "em", "support": 512}
+EMBEDDING = {"rows": "embedding", "average": "linear", "inverse": "em", "support": 512, "max_truncated": 1.0}
 FEWER = {**EMBEDDING, "max_anchors": 4096}  # what takes minutes to build for all anchors, and hours on a busy machine
-DENSE = {**EMBEDDING, "normalization": "reference", "top_m": 0, "max_anchors": 1000, "support": "full"}
+FULL = {"support": "full", "max_truncated": None}
+DENSE = {**EMBEDDING, **FULL, "normalization": "reference", "top_m": 0, "max_anchors": 1000}
 SPACES: dict[str, dict[str, Any]] = {
     "canonical, geometric": {"rows": "canonical", "average": "geometric"},
     "canonical, linear": {"rows": "canonical", "average": "linear"},
@@ -45,7 +46,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "centered, linear, mirror": {**EMBEDDING, "inverse": "mirror"},
     "centered, linear, adamw": {**EMBEDDING, "inverse": "adamw"},
     "centered, linear, trust region 0.05": {**EMBEDDING, "trust_region": 0.05},
-    "4,096: prefix, linear": {**FEWER, "rows": "prefix", "support": "full", "inverse": None},
+    "4,096: prefix, linear": {**FEWER, "rows": "prefix", "inverse": None, **FULL},
     "4,096: exact + centered, linear": {**FEWER, "rows": "exact"},
     "4,096: exact + centered, geometric": {**FEWER, "rows": "exact", "average": "geometric"},
     "4,096: centered, linear": FEWER,
@@ -123,12 +124,15 @@ def size(reading: Reading) -> int:
 
 
 def fitted(ensembles, out: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Bits per test document of every member at the temperature that its dev text asks for."""
-    found = {}
-    for k, ensemble in enumerate(ensembles):
-        dev, test = (own(load(ensemble, out, kind, split, k)) for split in ("dev", "test"))
-        found[ensemble.main.name] = test.fitted(dev)[0]
-    return found
+    """Bits per test document of every member at the temperature that its dev text asks for; kept in a file."""
+    path = out / f"{kind}.fitted.pt"
+    if not path.exists():
+        found = {}
+        for k, ensemble in enumerate(ensembles):
+            dev, test = (own(load(ensemble, out, kind, split, k)) for split in ("dev", "test"))
+            found[ensemble.main.name] = test.fitted(dev)[0]
+        torch.save(found, path)
+    return torch.load(path)
 
 
 def read(ensembles, args) -> Iterator[dict[str, Any]]:
@@ -178,11 +182,11 @@ def defaults(ensembles, args) -> Iterator[dict[str, Any]]:
             if (kind, ensemble.main.name) in args.found:
                 continue
             fusers, test = stages.Fusers(ensemble), load(ensemble, args.out, kind, "test", k)
-            found = {}
-            for average in ("linear", "geometric"):
-                options = stages.FrozenDict({**ensemble.config.options, "average": average})
-                variant = fusers.variant(stages.Candidate(options, (0.5, 0.5), (1.0, 1.0)))
-                found[average] = str(compare(test.bits(test.logp([variant]))[0], alone[best]))
+            averages = ("linear", "geometric")
+            points = [stages.FrozenDict({**ensemble.config.options, "average": average}) for average in averages]
+            variants = [fusers.variant(stages.Candidate(point, (0.5, 0.5), (1.0, 1.0))) for point in points]
+            bits = zip(averages, test.bits(test.logp(variants)), strict=True)
+            found = {average: str(compare(each, alone[best])) for average, each in bits}
             yield {"kind": kind, "main": ensemble.main.name, "best_member": best, **found}
 
 

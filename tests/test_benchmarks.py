@@ -51,6 +51,32 @@ def test_every_measure_gives_its_figures(run):
     assert run["machine"]["torch_threads"] == 1
 
 
+def test_a_stopped_run_goes_on(options, tmp_path, monkeypatch, capsys):
+    """Parts that were finished are read, not measured again; those of other settings are not."""
+    names = ["--only", "nodes,fusion", "--out", str(tmp_path / "parts"), "--repeats", "1"]
+    calls = []
+    fusion = cost.MEASURES["fusion"]
+
+    def stopped(bench):
+        calls.append("fusion")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cost.MEASURES, "fusion", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cost.main([*options, *names])
+    nodes = cost.MEASURES["nodes"]
+    monkeypatch.setitem(cost.MEASURES, "nodes", lambda bench: calls.append("nodes") or nodes(bench))
+    monkeypatch.setitem(cost.MEASURES, "fusion", fusion)
+    found = cost.main([*options, *names])
+    assert calls == ["fusion"]
+    assert [figure["name"] for figure in found["figures"]] == ["nodes", "fusion", "fusion_default"]
+    assert found["seconds"] >= sum(figure["seconds"] for figure in found["figures"]) - 0.1
+    assert cost.main([*options, *names])["figures"] == found["figures"]
+    cost.main([*options, *names[:2], *names[2:4], "--repeats", "2"])
+    assert calls == ["fusion", "nodes"]
+    assert "nodes: measured before" in capsys.readouterr().err
+
+
 def test_every_distinct_prefix_is_forwarded_once(run):
     (figure,) = (figure for figure in run["figures"] if figure["name"] == "nodes")
     counts = {where: count for where, count in figure["details"].items() if "padding" not in where}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 WORKS = ("scoring", "generation", "matrices")
+FEW_TOKENS = 4  # of a text: its memory is that of its prompt
 
 
 def peak_bytes(device: str) -> int:
@@ -49,15 +50,17 @@ def memory(settings: Any, work: str) -> dict[str, Any]:
     )
     loaded = peak_bytes(settings.device)
     draw, source = random.Random(0), bench.source
-    room = bench.scale.long_context - bench.scale.new_tokens
-    items = source.arc[: settings.batch_size]
+    scale, texts = bench.scale, work == "generation"
+    new_tokens = min(scale.new_tokens, FEW_TOKENS)
+    room = scale.long_context - scale.new_tokens
+    items = source.arc[: settings.batch_size if texts else scale.long_documents]
     contexts = [fill(source, bench.length, room - bench.length(i.prompt), draw) + i.prompt for i in items]
-    if work == "scoring":
+    if not texts:
         choices = [tuple(f" {choice}" for choice in item.choices) for item in items]
         asked = scoring([Document(*pair) for pair in zip(contexts, choices, strict=True)])
         bench.pair.loglikelihood(asked, disable_tqdm=True)
     else:
-        asked = generation(contexts, [bench.scale.new_tokens] * len(contexts))
+        asked = generation(contexts, [new_tokens] * len(contexts))
         bench.pair.generate_until(asked, disable_tqdm=True)
     return {
         "weights": weights,

@@ -29,8 +29,12 @@ class Scale:
         prompts, new_tokens: texts to generate at once, and tokens of each.
         unequal, longest: texts of unequal length, and the longest of them in tokens.
         hf_unequal: texts of these that `hf` is timed on.
+        hf_single: texts of equal length that `hf` is timed on one by one, to find its faster batch size.
         third: documents and new tokens with a third member.
+        steps: decoding steps whose parts are timed.
+        drafted: repeats of generation with speculation, and of `hf` on unequal texts as if it could batch them.
         long_context: tokens of a context whose memory is measured.
+        long_documents: contexts of this length that are scored; as many texts as the batch size are generated.
     """
 
     repeats: int = 3
@@ -39,29 +43,34 @@ class Scale:
     fixed: int = 30
     zero: int = 60
     piqa: int = 60
-    hf_differing: int = 2
-    hf_fixed: int = 2
-    hf_zero: int = 12
-    hf_piqa: int = 16
+    hf_differing: int = 1
+    hf_fixed: int = 1
+    hf_zero: int = 8
+    hf_piqa: int = 8
     prompts: int = 8
     new_tokens: int = 32
     unequal: int = 32
     longest: int = 64
-    hf_unequal: int = 8
-    third: int = 16
+    hf_unequal: int = 4
+    hf_single: int = 2
+    third: int = 8
+    steps: int = 16
+    drafted: int = 1
     long_context: int = 2048
+    long_documents: int = 2
 
     def full(self) -> Scale:
         """Return the same with `hf` timed on everything."""
         return replace(
             self, hf_differing=self.differing, hf_fixed=self.fixed, hf_zero=self.zero, hf_piqa=self.piqa,
-            hf_unequal=self.unequal,
+            hf_unequal=self.unequal, hf_single=self.prompts,
         )
 
 
 QUICK = Scale(
     repeats=2, context=120, differing=2, fixed=3, zero=3, piqa=3, hf_differing=1, hf_fixed=2, hf_zero=2, hf_piqa=2,
-    prompts=2, new_tokens=4, unequal=4, longest=8, hf_unequal=2, third=2, long_context=200,
+    prompts=2, new_tokens=4, unequal=4, longest=8, hf_unequal=2, third=2, steps=2,
+    long_context=200,
 )
 
 
