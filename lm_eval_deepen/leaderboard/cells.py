@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Cell:
         samples: names of its samples files, by task.
         cost: what it took.
         documents: how many were evaluated.
+        facts: of the models: parameters, tokens they were trained on as far as that is known.
     """
 
     mark: Path
@@ -44,6 +45,7 @@ class Cell:
     samples: Mapping[str, str]
     cost: Cost
     documents: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def runs(self) -> dict[str, TaskRun]:
         """Return the cell's tasks, read from the harness's files.
@@ -64,9 +66,19 @@ class Cell:
         return found
 
 
-def identity(row: Row, task: LoadedTask, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return what decides a cell's results: the ensemble, the task, how it is asked."""
-    return {"ensemble": row.config.fingerprint(), "seeds": list(seeds), **task.identity}
+def identity(
+    row: Row, task: LoadedTask, seeds: tuple[int, ...], built: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return what decides a cell's results: the ensemble, the task, how it is asked.
+
+    Args:
+        row: the row.
+        task: the column.
+        seeds: of the evaluation.
+        built: identities of the row's models that are built, by name.
+    """
+    found = {"ensemble": row.config.fingerprint(), "seeds": list(seeds), **task.identity}
+    return {**found, "built": dict(built)} if built else found
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -95,8 +107,9 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool) -> Cell | None:
     try:
         raw = json.loads(mark.read_text("utf-8"))
         cell = Cell(
-            mark, raw["identity"], raw["results"], raw["samples"], Cost(**raw["cost"]), int(raw["documents"])
-        )
+            mark, raw["identity"], raw["results"], raw["samples"], Cost(**raw["cost"]), int(raw["documents"]),
+            raw.get("facts", {}),
+        )  # fmt: skip
         if json.loads(json.dumps(wanted)) == cell.identity:
             cell.runs()
             return cell
@@ -132,6 +145,7 @@ def write_cell(
     found: dict[str, Any],
     wanted: Mapping[str, Any],
     cost: Cost,
+    facts: Mapping[str, Any],
 ) -> Cell:
     """Write what ``simple_evaluate`` returned by the harness's own tracker; the mark comes last.
 
@@ -159,7 +173,7 @@ def write_cell(
                 raise ResultError(f"{mark.parent / name}: the harness could not write it; is the disk full?")
             shutil.move(written / name, mark.parent / name)
     before = _names(mark)
-    cell = Cell(mark, wanted, results, names, cost, count)
+    cell = Cell(mark, wanted, results, names, cost, count, facts)
     _write(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)})
     for name in before:
         (mark.parent / name).unlink(missing_ok=True)

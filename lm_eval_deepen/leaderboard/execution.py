@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,10 @@ from filelock import FileLock, Timeout
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen import pooling
-from lm_eval_deepen.config import EnsembleConfig, FrozenDict
+from lm_eval_deepen.config import EnsembleConfig, FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion.seam import Fuser
+from lm_eval_deepen.leaderboard.builds import facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.recipe import Recipe
@@ -41,6 +43,7 @@ class Plan:
         finished: cells that are there.
         meaningless: why a row has no answer to a task.
         missing: cells to evaluate.
+        built: where models that the leaderboard builds are kept.
     """
 
     recipe: Recipe
@@ -49,33 +52,54 @@ class Plan:
     finished: dict[Key, Cell]
     meaningless: Mapping[Key, str]
     missing: Sequence[Key]
+    built: Path
+
+    def identity(self, row: Row, task: LoadedTask) -> dict[str, Any]:
+        """Return what decides a cell's results."""
+        return _identity(self.recipe, row, task)
 
 
-def plan(recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False) -> Plan:
+def _identity(recipe: Recipe, row: Row, task: LoadedTask) -> dict[str, Any]:
+    built = {name: recipe.builds.identity(name) for name in row.members if name in recipe.builds.recipes}
+    return identity(row, task, recipe.seeds, built)
+
+
+def plan(
+    recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None
+) -> Plan:
     """Find out which cells are there; no model is loaded.
+
+    Args:
+        recipe: what was asked for.
+        tasks: its tasks.
+        out: where cells lie.
+        redo: evaluate cells of other evaluations again.
+        built: where built models are kept; None: below `out`.
 
     Raises:
         ResultError: a cell is of another evaluation.
-        ConfigError: a row was tuned on documents of a task.
+        ConfigError: a row was tuned, or its model trained, on documents of a task.
     """
     finished: dict[Key, Cell] = {}
     meaningless: dict[Key, str] = {}
     missing: list[Key] = []
     for row in recipe.rows:
+        different = recipe.builds.incompatible(row.members)
         for task in tasks:
             key = (row.name, task.name)
-            if reason := no_answer(row, task):
+            if reason := different or no_answer(row, task):
                 meaningless[key] = reason
                 continue
             if row.tuned is not None:
                 for name, hashes in task.documents.items():
                     refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
-            cell = read_cell(mark_of(out, row, task), identity(row, task, recipe.seeds), redo)
+            refuse_trained(recipe.builds, row.members, task)
+            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo)
             if cell is None:
                 missing.append(key)
             else:
                 finished[key] = cell
-    return Plan(recipe, tasks, out, finished, meaningless, missing)
+    return Plan(recipe, tasks, out, finished, meaningless, missing, built or out / "built")
 
 
 def no_answer(row: Row, task: LoadedTask) -> str | None:
@@ -121,23 +145,35 @@ class _Execution:
         self.todo, self.say = todo, say
         self.cells = dict(todo.finished)
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
-        used = {name for row in rows for name in row.members}
-        say(f"loading {', '.join(member.name for member in todo.recipe.members if member.name in used)}")
-        self.members: dict[str, Member] = load_members(
-            [member for member in todo.recipe.members if member.name in used],
-            [(row.config, row.members) for row in rows],
-            device,
-        )
+        used = list(dict.fromkeys(name for row in rows for name in row.members))
+        self.places = todo.recipe.builds.make(used, todo.built, say)
+        self.device = device
+        members = [member for member in todo.recipe.members if member.name in used]
+        say(f"loading {', '.join(member.name for member in members) or 'nothing yet'}")
+        here = {member.name for member in members}
+        self.members: dict[str, Member] = self._load(members, [row for row in rows if here.issuperset(row.members)])
         self.rows = rows
         self.fusers: dict[tuple, Fuser] = {}
         self.alone = {row.name: self._model(row) for row in todo.recipe.alone if row.members[0] in used}
         self.by_fingerprint: dict[str, RowModel] = {}
 
+    def _load(self, members: Sequence[MemberConfig], rows: Sequence[Row]) -> dict[str, Member]:
+        """Load members; those that were built, from where they are now."""
+        placed = [replace(m, pretrained=str(self.places.get(m.name, m.pretrained))) for m in members]
+        return load_members(placed, [(row.config, row.members) for row in rows], self.device)
+
     def run(self) -> dict[Key, Cell]:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         for order in dict.fromkeys(row.members for row in self.rows):
             group = [row for row in self.rows if row.members == order]
+            passing = [row.config.members[0] for row in group if row.members[0] not in self.members]
+            self.members |= self._load(passing, group) if passing else {}
             self._run_group(group)
+            if passing:  # a built model is a row alone: the next one takes its memory
+                del self.members[order[0]]
+                self.by_fingerprint = {}
+                self.fusers.clear()
+                gc.collect()
         return self.cells
 
     def _run_group(self, group: Sequence[Row]) -> None:
@@ -181,8 +217,11 @@ class _Execution:
             tracker = EvaluationTracker()
             found = evaluate(model, task, self.todo.recipe.seeds, tracker)
             found["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
-            wanted = identity(row, task, self.todo.recipe.seeds)
-            cell = write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, model.cost(task.name))
+            facts = facts_of([self.members[name] for name in row.members])
+            if built := facts.pop("built"):
+                found["config"]["built"] = built
+            wanted, cost = self.todo.identity(row, task), model.cost(task.name)
+            cell = write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, cost, facts)
         self.cells[row.name, task.name] = cell
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.config_parse import PATH_KEYS, member_names
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.host import configure
-from lm_eval_deepen.leaderboard.rows import Row, expand, member_row
+from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
+from lm_eval_deepen.leaderboard.rows import Row, built_row, expand, member_row
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
 _RECIPE_KEYS = frozenset("title members common rows grid tasks include_path metadata seed alpha resamples".split())
@@ -68,6 +70,7 @@ class Recipe:
         alpha: level of significance.
         resamples: of bootstrap and permutation test; None for the usual number.
         notes: combinations of the grid that mean nothing, and why.
+        builds: models that are built before they are evaluated.
     """
 
     source: str
@@ -81,6 +84,7 @@ class Recipe:
     alpha: float = 0.05
     resamples: int | None = None
     notes: tuple[str, ...] = ()
+    builds: Builds = field(default_factory=Builds)
 
     @property
     def alone(self) -> tuple[Row, ...]:
@@ -125,12 +129,20 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
     for key in ("pretrained", "members", "name", "weight"):
         if key in common:
             raise ConfigError(f"common holds {key}, which is a member's own; common is what all rows have alike")
-    entries = [_member(entry, folder, i) for i, entry in enumerate(_listed(raw.get("members"), "members"))]
-    by_name = _named(entries, dict(elsewhere or {}))
+    built: dict[str, BuildRecipe] = {}
+    listed = take_members(_listed(raw.get("members"), "members"), folder, built)
+    by_name = _named([_member(entry, folder, i) for i, entry in enumerate(listed)], dict(elsewhere or {}))
+    built = {name: recipe for name, recipe in built.items() if name not in (elsewhere or {})}
+    built_rows, others = take_rows(raw.get("rows"), folder, built)
+    places = {name: entry["pretrained"] for name, entry in by_name.items() if name not in built}
+    builds = Builds(built, places)
     _configure(list(by_name.values()), common, "members")
     alone = [member_row(name, entry, common) for name, entry in by_name.items()]
     notes: list[str] = []
-    rows = alone + expand(raw.get("rows"), raw.get("grid"), by_name, common, folder, notes)
+    rows = alone + [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
+    if raw.get("grid") is not None or others or not built_rows:
+        rows += expand(others, raw.get("grid"), by_name, common, folder, notes)
+    builds.needed(built)
     _check_names(rows)
     shared = {key: raw[key] for key in _SHARED_KEYS & raw.keys()}
     tasks = [_task(entry, shared, i) for i, entry in enumerate(_listed(raw.get("tasks"), "tasks"))]
@@ -147,6 +159,7 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
         alpha=_share(raw.get("alpha", 0.05)),
         resamples=_count(raw.get("resamples"), "resamples"),
         notes=tuple(dict.fromkeys(notes)),
+        builds=builds,
     )
 
 
@@ -173,7 +186,7 @@ def _member(entry: Any, folder: Path, i: int) -> dict[str, Any]:
     """Return a member's keys; relative paths of model folders are read beside the recipe."""
     found = {"pretrained": entry} if isinstance(entry, str) else entry
     if not isinstance(found, Mapping) or not isinstance(found.get("pretrained"), str):
-        raise ConfigError(f"members[{i}] must be a model's name, or a mapping with pretrained; got {entry!r}")
+        raise ConfigError(f"members[{i}] must be a model's name, or a mapping with pretrained or build; got {entry!r}")
     if "weight" in found:
         raise ConfigError(f"members[{i}] ({found['pretrained']}): a weight belongs to a row, as weights")
     resolved = dict(found)
@@ -245,6 +258,9 @@ def _check_names(rows: Sequence[Row]) -> None:
                 f"rows {other.name!r} and {row.name!r} have one name, or the same folder ({row.slug}); "
                 "give one of them a `name` of its own"
             )
+    for row in rows:
+        if row.group != row.name and any(row.group == other.name for other in rows):
+            raise ConfigError(f"two rows have the name {row.group!r}; give one of them a `name` of its own")
 
 
 def _folders(value: Any, folder: Path) -> tuple[str, ...]:

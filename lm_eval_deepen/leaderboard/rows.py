@@ -14,6 +14,7 @@ from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config_types import PLACEMENT_KEYS
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.host import configure
+from lm_eval_deepen.leaderboard.builds import BuiltRow
 from lm_eval_deepen.leaderboard.tuned import Tuned, read_tuned
 
 GRID_KEYS = ("orders", "methods", "weightings", "poolings")
@@ -31,12 +32,19 @@ class Row:
         config: what is evaluated.
         members: names of the loaded members, the main one first; one name for a member alone.
         tuned: what a tuned ensemble file says of the documents it was fitted on, or None.
+        repeats: the row of the table that it is one of several seeds of; None for a row of its own.
     """
 
     name: str
     config: EnsembleConfig
     members: tuple[str, ...]
     tuned: Tuned | None = None
+    repeats: str | None = None
+
+    @property
+    def group(self) -> str:
+        """The name of its row in the table."""
+        return self.repeats or self.name
 
     @property
     def slug(self) -> str:
@@ -45,13 +53,19 @@ class Row:
 
     @property
     def alone(self) -> bool:
-        """Whether it is a member alone."""
+        """Whether it is a member alone, or a built model."""
         return len(self.members) == 1
 
 
 def member_row(name: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> Row:
     """Return the row of a member alone, an ensemble of one: what ``--model hf`` gives."""
     return Row(name, _configured(name, {**common, "pretrained": entry["pretrained"], "members": [entry]}), (name,))
+
+
+def built_row(built: BuiltRow, pretrained: str, common: Mapping[str, Any]) -> Row:
+    """Return the row of a model that is built from others."""
+    row = member_row(built.name, {"name": built.name, "pretrained": pretrained}, common)
+    return replace(row, repeats=built.group if built.group != built.name else None)
 
 
 def expand(

@@ -35,6 +35,7 @@ COMMANDS = {
     "gate": ("lm_eval_deepen.tools.gate", "CI check: is a candidate's evaluation worse than its baseline's?"),
     "inspect": ("lm_eval_deepen.tools.inspect_recipe", "pre-flight report of a recipe, before any weight is loaded"),
     "leaderboard": ("lm_eval_deepen.tools.leaderboard", "members, ensembles and methods on tasks, in one table"),
+    "make": ("lm_eval_deepen.tools.make", "build a model: weights merged, or models distilled into one"),
     "methods": ("lm_eval_deepen.tools.methods", "list fusion methods, weightings and pooling methods"),
     "path": ("lm_eval_deepen.tools.paths", "print the folder of the shipped tasks or recipes"),
     "tune": ("lm_eval_deepen.tools.tune", "choose an ensemble's options on unlabelled text"),

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
     )
+    parser.add_argument(
+        "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
+    )
     parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         leaderboard_table.check_markers(args.into)
     out = args.out or Path("results") / args.recipe.stem
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
-    todo = plan(recipe, tasks, out, args.redo)
+    todo = plan(recipe, tasks, out, args.redo, args.built)
     if args.dry_run:
         print(leaderboard_table.listing(todo))
         return 0

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from lm_eval_deepen.building.architecture import DIFFERENCES
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
 from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.runs import Row, Run, corrected, rows_of
 from lm_eval_deepen.statistics.paired import RESAMPLES
@@ -23,6 +25,14 @@ from lm_eval_deepen.tools.report_html import html
 
 BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
 SECONDS, FUSING, TOKENS = "s/doc", "fusing s/doc", "tokens/doc"
+PARAMETERS, SPEED, TRAINED = "parameters (M)", "tokens/s", "training tokens (k)"
+READING_BUILDS = (
+    f"{PARAMETERS}: of all the models that a row runs, in millions. {SPEED}: tokens forwarded per model and second. "
+    f"{TRAINED}: thousands of tokens that its models, and what they were made from, were trained on by recipes here, "
+    "each training once; what they were trained on before is not counted.",
+    f"{SEEDS}: a row that is repeated over seeds shows the mean over them, of every document; {SPREAD} is the standard "
+    "deviation of their scores (n - 1), which ± (over documents) does not contain.",
+)
 READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
     "The reference of every column is the best single member on these documents; a row that is not marked better is "
@@ -75,7 +85,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         rows += found
         for row in recipe.rows:
             if reason := plan.meaningless.get((row.name, task.name)):
-                meaningless |= {(row.name, line.column): reason for line in found}
+                meaningless |= {(row.group, line.column): reason for line in found}
     if not rows:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
     return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)))
@@ -86,6 +96,7 @@ def _columns(
 ) -> list[Row]:
     recipe = plan.recipe
     alone = [row.name for row in recipe.alone]
+    grouped = _groups(recipe)
     rows: list[Row] = []
     for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
         try:
@@ -95,18 +106,37 @@ def _columns(
                 raise
             notes.append(f"not compared: {error}")
             continue
-        extra = {run.label: _costs(cells[run.label, task.name]) for run in runs}
+        extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in runs}
+        for name, built in recipe.builds.recipes.items():
+            if name in extra and not built.is_merge:
+                extra[name][SEEDS] = 1.0
         measured = type(measured)(
             measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
         )
+        measured = averaged(measured, grouped)
         rows += rows_of(measured, alone, alone, resamples=recipe.resamples or RESAMPLES)
     return rows
 
 
-def _costs(cell: Cell) -> dict[str, float | None]:
+def _groups(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the rows of every line of the table: several where a row is repeated over seeds."""
+    found: dict[str, list[str]] = {}
+    for row in recipe.rows:
+        found.setdefault(row.group, []).append(row.name)
+    return found
+
+
+def _costs(cell: Cell, with_models: bool) -> dict[str, float | None]:
     count = max(1, cell.documents)
-    cost = cell.cost
-    return {SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count}
+    cost, facts = cell.cost, cell.facts
+    found: dict[str, float | None] = {
+        SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count,
+    }  # fmt: skip
+    if with_models and facts:
+        found[PARAMETERS] = facts["parameters"] / 1e6
+        found[SPEED] = cost.tokens / facts["models"] / cost.seconds if cost.seconds else None
+        found[TRAINED] = facts["training_tokens"] / 1e3
+    return found
 
 
 def listing(plan: Plan) -> str:
@@ -119,8 +149,16 @@ def listing(plan: Plan) -> str:
             states.append("n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do")
         lines.append([row.name, *states, row.config.fingerprint()[:12]])
     told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
+    builds = plan.recipe.builds
+    wanted = builds.needed(name for row in plan.recipe.rows for name in row.members if _is_missing(plan, row.name))
+    if absent := [name for name in wanted if not builds.folder(name, plan.built).is_dir()]:
+        told.insert(1, f"to build in {plan.built}: {', '.join(absent)}")
     reasons = dict.fromkeys(f"n/a: {reason}" for reason in plan.meaningless.values())
     return "\n".join([report.aligned(lines), "", *told, *reasons])
+
+
+def _is_missing(plan: Plan, row: str) -> bool:
+    return any(row == name for name, _ in plan.missing)
 
 
 def summary(table: Table) -> list[list[str]]:
@@ -129,15 +167,21 @@ def summary(table: Table) -> list[list[str]]:
     found = {(line.system, name): line for name, lines in columns.items() for line in lines}
     reasons = _reasons(table)
     text = [["system", *columns]]
-    for row in table.recipe.rows:
-        line = [row.name]
+    for name in _groups(table.recipe):
+        line = [name]
         for column in columns:
-            if (row.name, column) in found:
-                line.append(_short(found[row.name, column], table.recipe.alpha))
+            if (name, column) in found:
+                line.append(_short(found[name, column], table.recipe.alpha))
             else:
-                line.append(f"n/a ({reasons.index(table.meaningless[row.name, column]) + 1})")
+                line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
         text.append(line)
     return text
+
+
+def _tag(reason: str, reasons: Sequence[str]) -> str:
+    """Return what stands for a reason in a cell: what differs between models, else the number of the note."""
+    label = reason.partition(": ")[0]
+    return label if label in DIFFERENCES else str(reasons.index(reason) + 1)
 
 
 def _short(row: Row, alpha: float) -> str:
@@ -151,8 +195,10 @@ def _reasons(table: Table) -> list[str]:
 
 def remarks(table: Table) -> list[str]:
     """Return the notes: why some cells are empty, what the table does not show."""
-    numbered = [f"n/a ({i}): {reason}" for i, reason in enumerate(_reasons(table), 1)]
-    return [*numbered, *READING, *table.notes]
+    reasons = _reasons(table)
+    told = [f"n/a ({tag}): {reason}" if (tag := _tag(reason, reasons)).isdigit() else reason for reason in reasons]
+    reading = [*READING, *(READING_BUILDS if table.recipe.builds.recipes else ())]
+    return [*told, *reading, *table.notes]
 
 
 def conclusion(table: Table) -> str:
@@ -160,7 +206,8 @@ def conclusion(table: Table) -> str:
     alpha = table.recipe.alpha
     compared = [row for row in table.rows if row.comparison and row.system not in _members(table)]
     better = [row for row in compared if row.verdict(alpha) == "better"]
-    told = f"Of {len(compared)} comparisons of ensembles with the best single member, {len(better)} are significantly"
+    what = "ensembles and built models" if table.recipe.builds.recipes else "ensembles"
+    told = f"Of {len(compared)} comparisons of {what} with the best single member, {len(better)} are significantly"
     listed = ": " + "; ".join(f"{row.system} on {row.column}" for row in better) if better else ""
     worse = sum(row.verdict(alpha) == "worse" for row in compared)
     return f"{told} better{listed}. {worse} are significantly worse."

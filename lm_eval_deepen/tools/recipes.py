@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
 
 HARNESS_KEYS = frozenset({"apply_chat_template", "fewshot_as_multiturn", "num_fewshot", "limit", "gen_kwargs"})
+OTHER_RECIPES = ("leaderboard", "merge_", "clm_", "fusellm_")  # what their files begin with
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class Recipe:
 
 
 def recipe_files() -> list[Path]:
-    """Return the shipped recipes of ensembles, sorted; leaderboards have recipes of their own."""
+    """Return the shipped recipes of ensembles, sorted; leaderboards and built models have recipes of their own."""
     folder = data_folder("recipes")
-    return sorted(path for path in folder.glob("*.yaml") if not path.name.startswith("leaderboard"))
+    return sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(OTHER_RECIPES))
 
 
 def find_recipe(text: str) -> Recipe:

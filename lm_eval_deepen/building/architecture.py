@@ -1,0 +1,123 @@
+"""Whether models can be merged, from their configurations and tokenizers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+
+DIFFERENCES = ("architectures differ", "vocabularies differ")
+# What decides the tensors of a model, by the names that configurations have for it.
+_SHAPE = (
+    "architectures model_type hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+    "num_local_experts num_experts n_embd n_head n_inner tie_word_embeddings"
+).split()
+_DEPTH = ("num_hidden_layers", "n_layer")
+_VOCABULARY = ("vocab_size",)
+
+
+class IncompatibleError(ConfigError):
+    """Models that no merge can be made of.
+
+    Attributes:
+        label: what differs, one of `DIFFERENCES`.
+    """
+
+    def __init__(self, label: str, detail: str) -> None:
+        """Keep what differs beside the message."""
+        super().__init__(f"{label}: {detail}")
+        self.label = label
+
+
+def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool) -> None:
+    """Refuse models that cannot be merged, before any weight is loaded.
+
+    Args:
+        places: name -> folder or hub name; the first is what the others are compared with.
+        same_depth: whether they need as many layers.
+        own_tokenizer: whether their vocabularies stay as they are: rows of embeddings are then merged by id.
+
+    Raises:
+        IncompatibleError: they differ; names both, and what differs.
+        ConfigError: a configuration that cannot be read.
+    """
+    keys = [*_SHAPE, *(_DEPTH if same_depth else ())]
+    first, *others = places
+    config = read_config(first, places[first])
+    for other in others:
+        there = read_config(other, places[other])
+        if found := [key for key in keys if config.get(key) != there.get(key)]:
+            raise IncompatibleError(
+                DIFFERENCES[0],
+                "; ".join(f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}" for key in found[:4])
+                + ". Weights can be merged only of models with the same tensors: siblings of one base. For these, "
+                "evaluate an ensemble, or distil one into the other (method: fusellm)",
+            )
+        if own_tokenizer:
+            _check_vocabularies(first, config, places[first], other, there, places[other])
+
+
+def _check_vocabularies(
+    first: str, config: Mapping[str, Any], place: str, other: str, there: Mapping[str, Any], elsewhere: str
+) -> None:
+    hint = (
+        "Rows of their embeddings would be merged that stand for different pieces; give mergekit's tokenizer_source, "
+        "which permutes them"
+    )
+    for key in _VOCABULARY:
+        if config.get(key) != there.get(key):
+            raise IncompatibleError(
+                DIFFERENCES[1], f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}. {hint}"
+            )
+    pieces, others = _pieces(place), _pieces(elsewhere)
+    if pieces and others and pieces != others:
+        odd = next(piece for piece in [*pieces, *others] if pieces.get(piece) != others.get(piece))
+        raise IncompatibleError(
+            DIFFERENCES[1],
+            f"{odd!r} has the id {pieces.get(odd)} in {first} and {others.get(odd)} in {other}. {hint}",
+        )
+
+
+def read_config(name: str, place: str) -> dict[str, Any]:
+    """Return the configuration of a model in a folder or on the hub.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    path = _fetched(name, place, "config.json")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {name!r}: {path} cannot be read ({error}); give a folder with a model, or a hub name"
+        ) from error
+    return {**found, **found.get("text_config", {})} | {"architectures": found.get("architectures")}
+
+
+def _pieces(place: str) -> dict[str, int]:
+    """Return piece -> id of a folder's tokenizer; empty where the folder has no tokenizer.json."""
+    path = Path(place) / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    raw = json.loads(path.read_text("utf-8"))
+    vocab = raw["model"].get("vocab", {})
+    listed = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+    return {**dict(listed), **{added["content"]: added["id"] for added in raw.get("added_tokens", ())}}
+
+
+def _fetched(name: str, place: str, file: str) -> Path:
+    if Path(place).is_dir():
+        return Path(place) / file
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = place.partition("+")[0].partition("@")
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:
+        raise ConfigError(
+            f"model {name!r}: {file} of {place!r} cannot be had from the hub: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]} Check the name and your access, or give a folder: --member {name}=FOLDER"
+        ) from error

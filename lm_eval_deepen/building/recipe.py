@@ -1,0 +1,253 @@
+"""The recipe of one built model: read, checked as far as files alone allow, and identified."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_deepen.building import texts
+from lm_eval_deepen.building.weights import weights_sha256
+from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+
+MERGE_KEY = "merge_method"
+TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
+RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # merges that draw at random
+OWN_KEYS = frozenset({"title", "note", "seed"})
+_PLACEMENT = frozenset({"models", "device", "store", "checkpoint_steps"})  # of a training: decide no weight
+_TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source that are no model
+
+
+@dataclass(frozen=True)
+class BuildRecipe:
+    """One model to build.
+
+    Attributes:
+        source: the file it was read from, or where it stands, for messages.
+        folder: where relative paths are read.
+        content: what the method takes, as it was written: for a merge a configuration of mergekit, verbatim.
+        seed: of whatever is drawn at random.
+        title: one line.
+        note: what else to know.
+    """
+
+    source: str
+    folder: Path
+    content: Mapping[str, Any]
+    seed: int = 0
+    title: str = ""
+    note: str = ""
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether weights are merged; else a model is trained."""
+        return MERGE_KEY in self.content
+
+    @property
+    def method(self) -> str:
+        """Name of the method, of mergekit or of ours."""
+        return str(self.content[MERGE_KEY if self.is_merge else "method"])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a merge depends on its seed."""
+        return self.is_merge and self.method in RANDOM
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models it is made from, as they are spelt, in the order in which they stand there."""
+        found: dict[str, None] = {}
+
+        def keep(name: str) -> str:
+            found[name] = None
+            return name
+
+        self._visit(keep)
+        return tuple(found)
+
+    @property
+    def architecture_of(self) -> str:
+        """The model whose architecture the built one has."""
+        first = self.content.get("base_model") if self.is_merge else self.content.get("target")
+        return str(first) if first in self.models else self.models[0]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a model is trained on, as it is spelt; empty for a merge, and for the default text."""
+        given = None if self.is_merge else self.content.get("text")
+        return (given,) if isinstance(given, str) else tuple(map(str, given or ()))
+
+    def with_seed(self, seed: int) -> BuildRecipe:
+        """Return the recipe with another seed."""
+        return replace(self, seed=seed)
+
+    def located(self, members: Mapping[str, str]) -> dict[str, Any]:
+        """Return the configuration of a merge with every model's name replaced by its place."""
+        return self._visit(lambda name: self.place(name, members))
+
+    def text_files(self) -> list[Path]:
+        """Return the files that a model is trained on; none where the recipe names none."""
+        return texts.files(list(self.texts), self.folder, f"{self.source}: text") if self.texts else []
+
+    def places(self, members: Mapping[str, str]) -> dict[str, str]:
+        """Return where every model is that it is made from, by the name it is spelt with.
+
+        Args:
+            members: name -> folder or hub name. Next come the recipe's own `models` (of a trained model), folders
+                beside the recipe, and the hub.
+        """
+        return {name: self.place(name, members) for name in self.models}
+
+    def place(self, name: str, members: Mapping[str, str]) -> str:
+        """Return where a model is: a folder, or a hub name.
+
+        Raises:
+            ConfigError: a name that looks like a folder, and is none, or like a misspelt member.
+        """
+        known = {**self._own_models, **members}
+        place = known.get(name, name)
+        for folder in (Path(place).expanduser(), self.folder / Path(place).expanduser()):
+            if folder.is_dir():
+                return os.path.normpath(folder)
+        if name not in known and (place.startswith((".", "/", "~")) or "/" not in place):
+            listed = f" Members: {', '.join(known)}." if known else ""
+            raise ConfigError(
+                f"{self.source}: model {name!r} is no member, and no folder in {self.folder.absolute()}."
+                f"{did_you_mean(name, known)}{listed} Say where it is with --member {name}=FOLDER, or give a hub name "
+                "as ORGANISATION/MODEL"
+            )
+        return place
+
+    @property
+    def _own_models(self) -> Mapping[str, str]:
+        found: Any = {} if self.is_merge else self.content.get("models") or {}
+        if not isinstance(found, Mapping) or not all(isinstance(place, str) for place in found.values()):
+            raise ConfigError(f"{self.source}: models must map names to folders or hub names; got {found!r}")
+        return found
+
+    def identity(self, members: Mapping[str, str], digests: Mapping[str, str] | None = None) -> str:
+        """Return the SHA-256 hex digest of what decides the built weights.
+
+        Args:
+            members: name -> place, as for `places`.
+            digests: identities of models that are not built yet, by name.
+
+        Models in folders count by their weights, texts by their content, models of the hub by their name.
+        """
+        known = digests or {}
+        facts = {
+            "recipe": self._deciding,
+            "seed": self.seed,
+            "models": {name: known.get(name) or _model_digest(self.place(name, members)) for name in self.models},
+            "texts": [texts.sha256(path) for path in self.text_files()],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 hex digest of the recipe alone."""
+        facts = {"recipe": self._deciding, "seed": self.seed}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _deciding(self) -> dict[str, Any]:
+        """The keys that decide the weights, beside the seed and what the names stand for."""
+        return {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
+
+    def _visit(self, change: Callable[[str], str]) -> dict[str, Any]:
+        """Return a copy of the content with every spelt model replaced by what `change` returns."""
+        names_model = _names_merged if self.is_merge else _names_trained
+
+        def visit(value: Any, key: str, inside: str) -> Any:
+            if isinstance(value, str):
+                return change(value) if names_model(key, inside, value) else value
+            if isinstance(value, list):
+                return [visit(item, key, inside) for item in value]
+            if isinstance(value, Mapping):
+                return {name: visit(item, name, key) for name, item in value.items()}
+            return value
+
+        return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
+
+
+def _names_trained(key: str, inside: str, value: str) -> bool:
+    return key in ("target", "sources") and not inside
+
+
+def _names_merged(key: str, inside: str, value: str) -> bool:
+    """Tell whether a text of mergekit's configuration is a model's name."""
+    tokenizer = key == "tokenizer_source" or (key == "source" and inside == "tokenizer")
+    return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
+
+
+def _model_digest(place: str) -> str:
+    return weights_sha256(Path(place)) if os.path.isdir(place) else place
+
+
+def read_build(path: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
+    """Read the recipe of a built model.
+
+    Args:
+        path: the YAML file.
+        changes: keys that stand for those of the file.
+
+    Raises:
+        ConfigError: what is no recipe, by file and key.
+    """
+    if not path.is_file():
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.yaml")])
+        raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}).{near} Give a YAML file's path")
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
+    return parse_build(raw, str(path), path.parent, changes)
+
+
+def parse_build(
+    raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None
+) -> BuildRecipe:
+    """Return the recipe that parsed YAML spells.
+
+    Raises:
+        ConfigError: it says neither how to merge nor how to train, or says both.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source}: a recipe holds {MERGE_KEY}, or method; got {type(raw).__name__}")
+    keys = {**raw, **(changes or {})}
+    if (MERGE_KEY in keys) == ("method" in keys):
+        raise ConfigError(
+            f"{source}: give {MERGE_KEY}: linear, slerp, ties, ... (weights are merged), or method: "
+            f"{' or '.join(TRAINED)} (a model is trained), and not both; got the keys "
+            f"{', '.join(map(str, keys)) or 'none'}"
+        )
+    if "method" in keys and keys["method"] not in TRAINED:
+        near = did_you_mean(str(keys["method"]), TRAINED)
+        raise ConfigError(
+            f"{source}: method {keys['method']!r} is unknown.{near} Methods: {', '.join(TRAINED)}; merges are named "
+            f"by {MERGE_KEY}"
+        )
+    try:
+        found = BuildRecipe(
+            source=source,
+            folder=folder,
+            content={key: value for key, value in keys.items() if key not in OWN_KEYS},
+            seed=coerce(keys.get("seed", 0), int, "seed"),
+            title=coerce(keys.get("title", ""), str, "title"),
+            note=coerce(keys.get("note", ""), str, "note"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    if found.is_merge:
+        from lm_eval_deepen.building.merging import check
+
+        check(found)
+    return found

@@ -1,0 +1,114 @@
+"""Texts to train on, by name: files, or the training or validation split of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+
+TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
+
+
+def files(value: Any, folder: Path, where: str) -> list[Path]:
+    """Return the files of a list of texts, made first where they are no files.
+
+    Args:
+        value: a name or a list of names: a file (relative ones are read beside the recipe, environment variables are
+            filled in), or ``task:NAME``.
+        folder: where relative paths are read.
+        where: the recipe and its key, for messages.
+
+    Raises:
+        ConfigError: a text that is not there.
+    """
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
+        raise ConfigError(
+            f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
+            f"{value!r}"
+        )
+    return [_file(name, folder, where) for name in listed]
+
+
+def _file(name: str, folder: Path, where: str) -> Path:
+    if name.startswith(TASK):
+        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK)))
+    path = folder / Path(os.path.expandvars(name)).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {path} is no file; relative paths are read beside the recipe. Give a file, or "
+            f"{TASK}NAME for a task's training split"
+        )
+    return path.absolute()
+
+
+def _kept(name: str, documents: Sequence[str]) -> Path:
+    """Return a file with these documents in the user's cache, written if need be; its name holds their digest."""
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents if text.strip())
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(base) / "lm_eval_deepen" / "texts" / f"{name}-{digest[:12]}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(content, "utf-8")
+        os.replace(partial, path)
+    return path
+
+
+def task_texts(name: str) -> list[str]:
+    """Return what a task asks, each with its answer, from the split that may be trained on; never its test split.
+
+    Raises:
+        ConfigError: an unknown task, one with several tasks in it, or one without such a split.
+    """
+    return [text for text, _ in _examples(name)]
+
+
+@lru_cache(maxsize=16)
+def task_hashes(name: str) -> tuple[str, ...]:
+    """Return the harness's ``doc_hash`` of the documents of `task_texts`."""
+    from lm_eval_deepen.leaderboard.tasks import doc_hashes
+
+    return tuple(doc_hashes([document for _, document in _examples(name)]))
+
+
+def _examples(name: str) -> list[tuple[str, Any]]:
+    from lm_eval_deepen.leaderboard.recipe import TaskSpec
+    from lm_eval_deepen.leaderboard.tasks import load_tasks
+
+    [loaded] = load_tasks([TaskSpec(name)])
+    if list(loaded.leaves) != [name]:
+        raise ConfigError(f"text {TASK}{name} is a group; name one of its tasks: {', '.join(loaded.leaves)}")
+    task = loaded.leaves[name]
+    if task.has_training_docs():
+        documents = list(task.training_docs())
+    elif task.has_validation_docs() and task.has_test_docs():
+        documents = list(task.validation_docs())
+    else:
+        raise ConfigError(
+            f"text {TASK}{name}: the task has no training split, nor a validation split beside its test split, so that "
+            "a model trained on it would have seen what it is evaluated on; choose another text"
+        )
+    return [(_spelt(task, document), document) for document in documents]
+
+
+def _spelt(task: Any, document: Any) -> str:
+    """Return a document as a task's few-shots spell it: what is asked, and the answer."""
+    asked, answer = task.doc_to_text(document), task.doc_to_target(document)
+    if isinstance(answer, list):
+        answer = answer[0]
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        answer = task.doc_to_choice(document)[answer]
+    return f"{asked}{task.config.target_delimiter}{answer}"
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,287 @@
+"""Models that a leaderboard builds from others: merges and distillations, as members or as rows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.building.architecture import IncompatibleError
+from lm_eval_deepen.building.making import build
+from lm_eval_deepen.building.merging import check_inputs, require
+from lm_eval_deepen.building.provenance import lineage, read_provenance, tasks_of
+from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
+from lm_eval_deepen.building.texts import TASK, task_hashes
+from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
+from lm_eval_deepen.leaderboard.tuned import refuse_overlap
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.leaderboard.tasks import LoadedTask
+    from lm_eval_deepen.member import Member
+
+PREFIX = "built:"  # of `pretrained`, where a model is yet to be built
+SEEDS = (0, 1, 2)  # of rows that draw at random
+_ROW_KEYS = ("build", "name", "seeds")
+
+
+@dataclass(frozen=True)
+class BuiltRow:
+    """A row of a built model.
+
+    Attributes:
+        name: of the row; of one of several seeds, with the seed.
+        group: the row of the table, which is the mean over seeds.
+        recipe: how the model is built.
+    """
+
+    name: str
+    group: str
+    recipe: BuildRecipe
+
+
+@dataclass(frozen=True, eq=False)
+class Builds:
+    """What a leaderboard builds.
+
+    Attributes:
+        recipes: by the name of the member or row.
+        places: where the other members are, by name.
+    """
+
+    recipes: Mapping[str, BuildRecipe] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    _identities: dict[str, str] = field(default_factory=dict)
+
+    def pretrained(self, name: str) -> str:
+        """Return what stands for a model until it is built: the same wherever the leaderboard is kept."""
+        return f"{PREFIX}{self.recipes[name].sha256[:16]}"
+
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """Return the built models among `names`, after those that they are made from.
+
+        Raises:
+            ConfigError: a model that is made from itself.
+        """
+        found: list[str] = []
+
+        def visit(name: str, path: tuple[str, ...]) -> None:
+            if name in path:
+                ring = " <- ".join([*path, name])
+                raise ConfigError(f"built models are made from each other: {ring}; break the ring")
+            if name not in self.recipes or name in found:
+                return
+            for source in self.recipes[name].models:
+                visit(source, (*path, name))
+            found.append(name)
+
+        for name in names:
+            visit(name, ())
+        return found
+
+    def identity(self, name: str) -> str:
+        """Return the digest of what decides a built model's weights, before it is built."""
+        for each in self.needed([name]):
+            if each not in self._identities:
+                recipe = self.recipes[each]
+                self._identities[each] = recipe.identity({**self.places, **self._unbuilt()}, self._identities)
+        return self._identities[name]
+
+    def incompatible(self, names: Iterable[str]) -> str | None:
+        """Return why one of these models cannot be merged; None where all can, or are none of ours.
+
+        Raises:
+            ConfigError: a configuration that cannot be read.
+        """
+        for name in self.needed(names):
+            recipe = self.recipes[name]
+            if recipe.is_merge:
+                try:
+                    check_inputs(recipe, {each: self._origin(each, recipe) for each in recipe.models})
+                except IncompatibleError as error:
+                    return str(error)
+        return None
+
+    def make(self, names: Iterable[str], folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
+        """Build what is missing among `names` and what they are made from; return the folders.
+
+        Raises:
+            DeepenError: a model that cannot be built, by its name; what is built is kept.
+        """
+        order = self.needed(names)
+        for name in order:
+            if self.recipes[name].is_merge:
+                require(f"{self.recipes[name].source}: ")  # before hours of training
+        found: dict[str, Path] = {}
+        for name in order:
+            identity = self.identity(name)
+            out = self.folder(name, folder)
+            members = {**self.places, **{built: str(place) for built, place in found.items()}}
+            try:
+                build(self.recipes[name], out, members, identity=identity, say=say)
+            except DeepenError as error:
+                raise ConfigError(f"{name!r}: {error}") from error
+            found[name] = out
+        return found
+
+    def folder(self, name: str, root: Path) -> Path:
+        """Return where a built model is kept below a folder."""
+        return root / f"{_slug(name)}-{self.identity(name)[:12]}"
+
+    def trained_on(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return the tasks on whose documents models were trained, or what they are made from, by model."""
+        found: dict[str, list[str]] = {}
+        built = self.needed(names)
+        for name in dict.fromkeys([*names, *built, *(each for one in built for each in self.recipes[one].models)]):
+            if name in self.recipes:
+                tasks = [text.removeprefix(TASK) for text in self.recipes[name].texts if text.startswith(TASK)]
+            else:
+                tasks = tasks_of(self.places.get(name, name))
+            found |= {name: tasks} if tasks else {}
+        return found
+
+    def _unbuilt(self) -> dict[str, str]:
+        return {name: self.pretrained(name) for name in self.recipes}
+
+    def _origin(self, name: str, recipe: BuildRecipe) -> str:
+        """Return the place of a model with the architecture of `name`."""
+        while name in self.recipes:
+            recipe = self.recipes[name]
+            name = recipe.architecture_of
+        return recipe.place(name, self.places)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.+=-]+", "_", name).strip("_.") or "model"
+
+
+def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:
+    """Return the recipe that a `build` names: a file, a mapping with `recipe` and changes, or a recipe itself.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if isinstance(value, str):
+        return read_build(folder / Path(value).expanduser())
+    if isinstance(value, Mapping) and "recipe" in value:
+        changes = {key: item for key, item in value.items() if key != "recipe"}
+        return read_build(folder / Path(coerce(value["recipe"], str, f"{where}: recipe")).expanduser(), changes)
+    if isinstance(value, Mapping):
+        return parse_build(value, where, folder)
+    raise ConfigError(
+        f"{where}: build must be a recipe's file, a mapping with `recipe` and the keys that differ, or a recipe; got "
+        f"{value!r}"
+    )
+
+
+def name_of(entry: Mapping[str, Any], where: str) -> str:
+    """Return the name of a built member or row; by default that of the recipe's file."""
+    value = entry["build"]
+    file = value.get("recipe") if isinstance(value, Mapping) else value
+    name = entry.get("name") or (Path(file).stem if isinstance(file, str) else None)
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{where}: what is built from a recipe in place needs a name; got {entry!r}")
+    return name
+
+
+def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltRow]:
+    """Return the rows of a built model, one for each seed.
+
+    Raises:
+        ConfigError: an unknown key, or too few seeds for what draws at random.
+    """
+    for key in spec:
+        if key not in _ROW_KEYS:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}.{did_you_mean(str(key), _ROW_KEYS)} A row that is built has "
+                f"{', '.join(_ROW_KEYS)}; what belongs to the model goes into build, loading arguments into common"
+            )
+    group, recipe = name_of(spec, where), take_build(spec["build"], folder, where)
+    seeds = _seeds(spec.get("seeds"), recipe, f"row {group!r}")
+    if len(seeds) == 1:
+        return [BuiltRow(group, group, recipe.with_seed(seeds[0]))]
+    return [BuiltRow(f"{group}, seed {seed}", group, recipe.with_seed(seed)) for seed in seeds]
+
+
+def _seeds(value: Any, recipe: BuildRecipe, where: str) -> Sequence[int]:
+    if value is None:
+        return SEEDS if recipe.is_random else (recipe.seed,)
+    listed = value if isinstance(value, list) else [value]
+    found = [coerce(seed, int, f"{where}: seeds") for seed in listed]
+    if len(set(found)) < len(found) or not found:
+        raise ConfigError(f"{where}: seeds must be different numbers, one or more; got {value!r}")
+    if recipe.is_random and len(found) < len(SEEDS):
+        raise ConfigError(
+            f"{where}: {recipe.method} draws at random, and one draw says little: give at least {len(SEEDS)} seeds; "
+            f"got {value!r}"
+        )
+    if recipe.is_merge and not recipe.is_random and len(found) > 1:
+        raise ConfigError(f"{where}: {recipe.method} draws nothing, so that all seeds give one model; leave seeds out")
+    return found
+
+
+def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> None:
+    """Refuse to evaluate a row on documents that one of its models was trained on.
+
+    Raises:
+        ConfigError: naming the model and the task.
+    """
+    for name, trained in builds.trained_on(names).items():
+        for other in trained:
+            for leaf, hashes in task.documents.items():
+                refuse_overlap(f"model {name!r}, trained on {TASK}{other},", task_hashes(other), leaf, hashes)
+
+
+def facts_of(members: Sequence[Member]) -> dict[str, Any]:
+    """Return what a row's models are: parameters of all of them, and the trainings known of them."""
+    trained: dict[str, int] = {}
+    said: dict[str, Any] = {}
+    for member in members:
+        place = member.config.pretrained
+        trained |= lineage(place)
+        provenance = read_provenance(Path(place)) if os.path.isdir(place) else None
+        said |= {member.name: provenance} if provenance else {}
+    count = sum(tensor.numel() for member in members for tensor in member.lm.model.parameters())
+    return {"parameters": count, "training_tokens": sum(trained.values()), "models": len(members), "built": said}
+
+
+def take_members(listed: Sequence[Any], folder: Path, recipes: dict[str, BuildRecipe]) -> list[Any]:
+    """Return the members' entries with `build` replaced by what stands for the model; recipes are added by name.
+
+    Raises:
+        ConfigError: a recipe that cannot be read, by the member.
+    """
+    found = []
+    for i, entry in enumerate(listed):
+        if not (isinstance(entry, Mapping) and "build" in entry):
+            found.append(entry)
+            continue
+        if "pretrained" in entry:
+            raise ConfigError(f"members[{i}]: give pretrained or build, not both; got {dict(entry)!r}")
+        name = name_of(entry, f"members[{i}]")
+        recipes[name] = take_build(entry["build"], folder, f"member {name!r}")
+        rest = {key: value for key, value in entry.items() if key != "build"}
+        found.append({**rest, "name": name, "pretrained": Builds(recipes).pretrained(name)})
+    return found
+
+
+def take_rows(listed: Any, folder: Path, recipes: dict[str, BuildRecipe]) -> tuple[list[BuiltRow], Any]:
+    """Return the rows that are built, and the other ones; recipes are added by name.
+
+    Raises:
+        ConfigError: a recipe that cannot be read, or two models of one name.
+    """
+    if not isinstance(listed, list):
+        return [], listed
+    found: list[BuiltRow] = []
+    for i, spec in enumerate(listed):
+        if isinstance(spec, Mapping) and "build" in spec:
+            for row in built_rows(spec, folder, f"rows[{i}]"):
+                if row.name in recipes:
+                    raise ConfigError(f"rows[{i}]: two models are built by the name {row.name!r}; give one another")
+                recipes[row.name] = row.recipe
+                found.append(row)
+    return found, [spec for spec in listed if not (isinstance(spec, Mapping) and "build" in spec)]

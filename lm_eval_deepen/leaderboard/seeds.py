@@ -1,0 +1,58 @@
+"""Rows that are repeated over seeds: one line of the table, the mean over them and how much they scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lm_eval_deepen.runs import Measured, Scores
+
+SEEDS, SPREAD = "seeds", "sd over seeds"
+
+
+def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measured:
+    """Return the metric with the rows of every group replaced by one, which has the group's name.
+
+    Its value of a document is the mean of the seeds' values, its further figures are means, and beside them stand
+    the number of seeds and the standard deviation (n - 1) of the seeds' scores. The standard error of such a row is
+    over documents alone.
+
+    Args:
+        measured: one metric of one task, by row.
+        groups: rows by group; those of one row are left alone.
+    """
+    of_row = {name: group for group, names in groups.items() if len(names) > 1 for name in names}
+    scores: dict[str, Scores] = {}
+    extra: dict[str, Mapping[str, float | None]] = {}
+    for name in measured.scores:
+        group = of_row.get(name)
+        if group is None:
+            scores[name], extra[name] = measured.scores[name], measured.extra.get(name, {})
+        elif group not in scores:
+            rows = [row for row in groups[group] if row in measured.scores]
+            scores[group] = _mean([measured.scores[row] for row in rows])
+            extra[group] = {
+                **_means([measured.extra.get(row, {}) for row in rows]),
+                SEEDS: float(len(rows)),
+                SPREAD: spread([measured.scores[row].score for row in rows]),
+            }
+    return replace(measured, scores=scores, extra=extra)
+
+
+def spread(scores: Sequence[float]) -> float | None:
+    """Return the standard deviation (n - 1); None of one score."""
+    return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+
+
+def _mean(scores: Sequence[Scores]) -> Scores:
+    return replace(scores[0], values=np.mean([one.values for one in scores], axis=0))
+
+
+def _means(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key in figures[0]:
+        known = [value for one in figures if (value := one.get(key)) is not None]
+        found[key] = float(np.mean(known)) if known else None
+    return found

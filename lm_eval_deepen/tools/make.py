@@ -1,0 +1,69 @@
+"""``lm-eval-deepen make RECIPE OUT``: an ordinary model folder, merged or distilled from other models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+
+HELP = (
+    "Build a model from other models, as a recipe says: merge weights (merge_method: a configuration of mergekit), "
+    "continue training (method: clm) or distil several models into one (method: fusellm). Writes a model folder, "
+    "which `--model hf --model_args pretrained=OUT` evaluates, and provenance.json in it."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    parser.add_argument("out", type=Path, help="the model's folder")
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE",
+        help="where a model is that the recipe names: a folder, a hub name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
+        help="keys that stand for the recipe's, values as in YAML: --set seed=1 'shard=[0, 3]'",
+    )  # fmt: skip
+    parser.add_argument("--redo", action="store_true", help="build again what OUT holds, or what was begun there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the model and say what it is."""
+    from lm_eval_deepen.building import build, read_build
+
+    changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE")}
+    recipe = read_build(args.recipe, changes)
+    members = dict(pairs(args.member, "--member", "NAME=WHERE"))
+    found = build(recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True))
+    tokens = sum(found["trained"].values())
+    print(f"{args.out}: {found['method']} of {', '.join(found['models'])}, seed {found['seed']}")
+    print(f"  weights {found['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
+    print(f"  {found['bits_per_byte']['value']:.4f} bits per byte of {found['bits_per_byte']['text']}")
+    return 0
+
+
+def pairs(given: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:
+    """Return names and values of arguments like ``NAME=WHERE``.
+
+    Raises:
+        ConfigError: one of another form.
+    """
+    found = [text.partition("=") for text in given]
+    for text, (name, _, value) in zip(given, found, strict=True):
+        if not (name and value):
+            raise ConfigError(f"{option} takes {form}; got {text!r}")
+    return [(name, value) for name, _, value in found]
+
+
+def _value(key: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is no value of YAML: {error}") from error

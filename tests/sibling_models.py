@@ -1,0 +1,52 @@
+"""Siblings of a pico model: its weights with noise, its tokenizer as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MERGES = {
+    "linear": {"weight": 1.0},
+    "slerp": {"t": 0.5},
+    "task_arithmetic": {"weight": 0.5},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write_sibling(base: Path, folder: Path, seed: int, scale: float = 0.05) -> Path:
+    """Copy a model folder, its weights changed by seeded noise."""
+    shutil.copytree(base, folder)
+    generator = torch.Generator().manual_seed(seed)
+    changed = {
+        name: value + scale * torch.randn(value.shape, generator=generator) for name, value in tensors(base).items()
+    }
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def configured(folder: Path, target: Path, **changes: object) -> Path:
+    """Copy a model folder, its configuration changed."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def merge_of(method: str, models: list[str], base: str | None = "base", **parameters: object) -> dict[str, object]:
+    """Return a configuration of mergekit; parameters of methods other than slerp stand beside every model."""
+    given = parameters or MERGES[method]
+    raw: dict[str, object] = {"merge_method": method, "dtype": "float32"}
+    raw["models"] = [{"model": name, **({} if method == "slerp" else {"parameters": given})} for name in models]
+    if method == "slerp":
+        raw["parameters"] = given
+    return raw | ({"base_model": base} if base else {})

@@ -1,0 +1,284 @@
+"""Built models: dispatch, provenance, what is kept of an interrupted build, texts, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from pico import CORPUS
+from run_files import local_tasks
+from sibling_models import merge_of, tensors, write_sibling
+
+import lm_eval_deepen
+from lm_eval_deepen import distill
+from lm_eval_deepen.building import build, making, merging, parse_build, read_build, texts
+from lm_eval_deepen.building.provenance import lineage
+from lm_eval_deepen.building.weights import weights_sha256
+from lm_eval_deepen.engine.texts import load_documents
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.tools import cli
+
+CLM = {"method": "clm", "target": "base", "train_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def family(pico, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    base = pico["bytelevel"]
+    return {"base": str(base), **{f"s{i}": str(write_sibling(base, folder / f"s{i}", i)) for i in (1, 2)}}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """In place of training: copies the target, notes what it was called with."""
+    calls = []
+
+    def fake(recipe, out, members):
+        calls.append((dict(recipe), dict(members)))
+        write_sibling(Path(members[recipe["target"]]), out / "model", recipe["seed"])
+        for path in (out / "model").iterdir():
+            shutil.move(path, out / path.name)
+        (out / "model").rmdir()
+        return {"tokens_trained": recipe["train_tokens"], "held_out": {"bits_per_byte": 1.5}, "versions": {"x": "1"},
+                "recipe": {"method": "clm", "warmup": 0.1}}  # fmt: skip
+
+    monkeypatch.setattr(distill, "build", fake)
+    return calls
+
+
+@pytest.fixture
+def averaged(monkeypatch):
+    """In place of mergekit: the first model as it is."""
+
+    def fake(recipe, out, members):
+        merging.check_inputs(recipe, recipe.places(members))
+        shutil.copytree(next(iter(recipe.places(members).values())), out, dirs_exist_ok=True)
+        return {"tokens_trained": 0}
+
+    monkeypatch.setattr(merging, "merge", fake)
+
+
+def parsed(raw, folder):
+    return parse_build(raw, "recipe.yaml", folder)
+
+
+def test_a_trained_model_is_what_distill_makes_of_the_recipe(family, tmp_path, trained):
+    (tmp_path / "text.txt").write_text("one\n\ntwo\n")
+    raw = {**CLM, "title": "t", "note": "n", "seed": 5, "text": "text.txt", "models": {"base": "org/other"}}
+    found = build(parsed(raw, tmp_path), tmp_path / "out", {"base": family["base"], "s1": family["s1"]})
+    [(recipe, members)] = trained
+    assert recipe == {**CLM, "seed": 5, "text": [str(tmp_path / "text.txt")], "models": {"base": "org/other"}}
+    assert members == {"base": family["base"]}  # --member stands above the recipe's own models
+    assert found == json.loads((tmp_path / "out" / "provenance.json").read_text())
+    weights = weights_sha256(tmp_path / "out")
+    assert found["weights_sha256"] == weights and found["seed"] == 5 and found["method"] == "clm"
+    assert found["trained"] == {weights: 100} and found["tokens_trained"] == 100
+    assert found["held_out"] == {"bits_per_byte": 1.5} and found["settings"] == {"method": "clm", "warmup": 0.1}
+    assert found["versions"]["lm_eval_deepen"] == lm_eval_deepen.__version__
+    assert {"x", "torch", "transformers", "python"} <= found["versions"].keys()
+    assert found["models"] == {"base": {"weights_sha256": weights_sha256(Path(family["base"]))}}
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_bits_per_byte_are_those_of_the_model(family, tmp_path, averaged):
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.reading import Reading
+    from lm_eval_deepen.engine.texts import default_text
+    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.tools.bits import own
+
+    found = build(parsed(merge_of("linear", ["s1", "s2"], base=None), tmp_path), tmp_path / "out", family)
+    documents = load_documents([default_text()])
+    pair = configure({"pretrained": family["s1"], "members": [family["s1"], family["s2"]], "method": "gac"})
+    bits = float(own(Reading.of(Ensemble.load(pair, "cpu"), documents, 1)).bits.sum())
+    num_bytes = sum(document.num_bytes for document in documents)
+    assert found["bits_per_byte"]["value"] == pytest.approx(bits / num_bytes, rel=1e-5)
+    assert found["bits_per_byte"]["bytes"] == num_bytes
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(making, "_bits_per_byte", lambda folder: {"value": 2.0, "text": "t"})
+
+
+def test_every_training_is_counted_once(family, tmp_path, trained, averaged, quick):
+    members = dict(family)
+    for i in (0, 1):
+        build(parsed({**CLM, "seed": i}, tmp_path), tmp_path / f"c{i}", members)
+        members[f"c{i}"] = str(tmp_path / f"c{i}")
+    build(parsed(merge_of("linear", ["c0", "c1"], base=None), tmp_path), tmp_path / "m", members)
+    members["m"] = str(tmp_path / "m")
+    found = build(parsed({**CLM, "target": "m", "train_tokens": 7}, tmp_path), tmp_path / "last", members)
+    assert sum(lineage(members["m"]).values()) == 200
+    assert sum(found["trained"].values()) == 207
+    again = build(parsed(merge_of("linear", ["m", "c0"], base=None), tmp_path), tmp_path / "again", members)
+    assert sum(again["trained"].values()) == 200 and again["tokens_trained"] == 0
+    assert lineage(family["base"]) == lineage("org/model") == {}
+
+
+def test_what_is_there_is_kept_and_what_is_other_is_refused(family, tmp_path, trained, quick):
+    out = tmp_path / "out"
+    first = build(parsed(CLM, tmp_path), out, family)
+    assert build(parsed({**CLM, "title": "another title"}, tmp_path), out, family) == first and len(trained) == 1
+    for raw, members in (
+        ({**CLM, "seed": 1}, family),
+        ({**CLM, "train_tokens": 101}, family),
+        (CLM, {**family, "base": family["s1"]}),  # other weights by the same name
+    ):
+        with pytest.raises(ConfigError, match=r"out holds another model: clm of base, identity \w+, \w+ wanted"):
+            build(parsed(raw, tmp_path), out, members)
+    assert build(parsed({**CLM, "seed": 1}, tmp_path), out, family, redo=True)["seed"] == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="full is not empty, and holds no built model"):
+        build(parsed(CLM, tmp_path), tmp_path / "full", family)
+    assert {path.name for path in tmp_path.iterdir() if "partial" in path.name} == set()
+
+
+def test_the_same_weights_elsewhere_are_the_same_model(family, tmp_path, pico):
+    recipe = parsed(CLM, tmp_path)
+    moved = shutil.copytree(pico["bytelevel"], tmp_path / "moved")
+    assert recipe.identity(family) == recipe.identity({"base": str(moved)})
+    assert recipe.identity(family) != recipe.identity({"base": "org/model"})
+    elsewhere = parsed({**CLM, "models": {"base": "x/y"}, "device": "cpu"}, tmp_path)
+    assert elsewhere.identity(family) == recipe.identity(family)
+    (tmp_path / "a.txt").write_text("one\n")
+    texts_ = parsed({**CLM, "text": "a.txt"}, tmp_path)
+    before = texts_.identity(family)
+    (tmp_path / "a.txt").write_text("two\n")
+    assert texts_.identity(family) != before
+
+
+def test_an_interrupted_training_is_taken_up_and_a_failed_merge_leaves_nothing(family, tmp_path, monkeypatch, quick):
+    seen = []
+
+    def killed(recipe, out, members):
+        seen.append(sorted(path.name for path in out.iterdir() if not path.name.startswith(".")))
+        (out / "checkpoint-1").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "build", killed)
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            build(parsed(CLM, tmp_path), out, family)
+    assert seen == [[], ["checkpoint-1"]] and not out.exists()
+    with pytest.raises(ConfigError, match="holds an unfinished training by another recipe .*--redo discards it"):
+        build(parsed({**CLM, "seed": 1}, tmp_path), out, family)
+    with pytest.raises(KeyboardInterrupt):
+        build(parsed({**CLM, "seed": 1}, tmp_path), out, family, redo=True)
+    assert seen[-1] == []
+
+    def refused(recipe, out, members):
+        (out / "model.safetensors").touch()
+        raise ConfigError("no")
+
+    monkeypatch.setattr(merging, "merge", refused)
+    with pytest.raises(ConfigError, match="no"):
+        build(parsed(merge_of("linear", ["s1", "s2"]), tmp_path), tmp_path / "merged", family)
+    assert not list(tmp_path.glob(".merged.partial*"))
+
+
+def test_two_processes_do_not_build_one_model(family, tmp_path, trained):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(ConfigError, match="out: another process builds this model"):
+        build(parsed(CLM, tmp_path), tmp_path / "out", family)
+
+
+def test_recipes_of_files(tmp_path):
+    (tmp_path / "clm_a.yaml").write_text(yaml.safe_dump({**CLM, "seed": 3}))
+    found = read_build(tmp_path / "clm_a.yaml", {"shard": [1, 3], "seed": 4})
+    assert found.content["shard"] == [1, 3] and found.seed == 4 and found.models == ("base",)
+    with pytest.raises(ConfigError, match="clm_b.yaml: no such recipe .* Did you mean 'clm_a.yaml'"):
+        read_build(tmp_path / "clm_b.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    with pytest.raises(ConfigError, match="broken.yaml is not valid YAML"):
+        read_build(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="models must map names to folders or hub names; got"):
+        parsed({**CLM, "models": ["base"]}, tmp_path).places({})
+
+
+@pytest.mark.parametrize("method", ["clm", "fusellm"])
+def test_what_distill_really_makes_is_taken(family, pico, tmp_path, method):
+    (tmp_path / "text.txt").write_text("\n\n".join(line for line in CORPUS.splitlines() if line.strip()))
+    raw = {"method": method, "target": "base", "text": "text.txt", "train_tokens": 60, "context_length": 32, "seed": 1,
+           "batch_size": 2, "held_out": 0.3, "device": "cpu"}  # fmt: skip
+    raw |= {"sources": ["other"], "store": str(tmp_path / "store")} if method == "fusellm" else {}
+    found = build(parsed(raw, tmp_path), tmp_path / "out", {**family, "other": str(pico["metaspace"])})
+    assert found["tokens_trained"] >= 60 and found["held_out"]["bits_per_byte"] > 0
+    assert found["trained"] == {weights_sha256(tmp_path / "out"): found["tokens_trained"]}
+    assert tensors(tmp_path / "out").keys() == tensors(Path(family["base"])).keys()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == [".out.lock"]
+
+
+# --- texts
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """The conformance tasks as tasks of the installation, one with its own validation split."""
+    local_tasks(tmp_path)
+    monkeypatch.setattr("lm_eval_deepen.leaderboard.tasks.data_folder", lambda kind: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_texts_that_are_not_there_are_told(tmp_path):
+    for value, message in (
+        ("none.txt", r"recipe.yaml: text: .*none.txt is no file; relative paths are read beside the recipe"),
+        ([], r"must be a text or a list of texts, each a file, or task:NAME"),
+        ([3], r"got \[3\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            texts.files(value, tmp_path, "recipe.yaml: text")
+
+
+def test_a_file_may_be_named_by_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert texts.files("$HERE/a.txt", Path("elsewhere"), "w") == [tmp_path / "a.txt"]
+
+
+def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, trained, monkeypatch):
+    rows = (tasks / "choice.jsonl").read_text().splitlines()[:2]
+    (tasks / "dev.jsonl").write_text("\n".join(rows) + "\n")
+    loader = tasks / "loader.py"
+    more = '\ndef split(**_):\n    return {"test": rows("choice.jsonl"), "dev": rows("dev.jsonl")}\n'
+    loader.write_text(loader.read_text() + more)
+    own = (tasks / "conf_choice.yaml").read_text().replace("conf_choice", "split_choice")
+    own = own.replace("loader.choice", "loader.split").replace("fewshot_split: fewshot", "validation_split: dev")
+    (tasks / "split_choice.yaml").write_text(own)
+    [path] = texts.files("task:split_choice", tmp_path, "w")
+    found = [document.text for document in load_documents([path])]
+    assert len(found) == 2 == len(texts.task_hashes("split_choice"))
+    assert found[0] == "Question: What is the capital of France?\nAnswer: Paris"
+    assert found[1] == "Question: How many days are there in a week?\nAnswer: 7"
+    monkeypatch.setattr(making, "_bits_per_byte", lambda folder: {})
+    build(parsed({**CLM, "text": "task:split_choice"}, tmp_path), tmp_path / "c", family)
+    again = build(parsed({**CLM, "target": "c"}, tmp_path), tmp_path / "d", {"c": str(tmp_path / "c")})
+    assert again["trained_on_tasks"] == ["split_choice"]
+    with pytest.raises(ConfigError, match="task:conf_choice: the task has no training split, nor a validation split"):
+        texts.files("task:conf_choice", tmp_path, "w")
+
+
+# --- the command
+
+
+def test_the_command_builds_and_says_what(family, tmp_path, capsys, trained):
+    (tmp_path / "clm.yaml").write_text(yaml.safe_dump(CLM))
+    out = tmp_path / "out"
+    command = ["make", str(tmp_path / "clm.yaml"), str(out), "--member", f"base={family['base']}"]
+    assert cli.main([*command, "--set", "seed=2", "shard=[0, 2]"]) == 0
+    told = capsys.readouterr()
+    assert "clm of base, seed 2" in told.out and "100 tokens trained on" in told.out and "bits per byte" in told.out
+    assert trained[0][0]["shard"] == [0, 2] and tensors(out)
+    assert cli.main([*command, "--set", "seed=3"]) == 2
+    assert "holds another model" in capsys.readouterr().err
+    assert cli.main([*command, "--set", "seed"]) == 2
+    assert "--set takes KEY=VALUE; got 'seed'" in capsys.readouterr().err
+    assert cli.main([*command, "--set", "seed=[1"]) == 2
+    assert "--set seed: '[1' is no value of YAML" in capsys.readouterr().err
