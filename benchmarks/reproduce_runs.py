@@ -23,8 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from lm_eval_deepen.statistics import paired_bootstrap
+from lm_eval_deepen.statistics.bootstrap import standard_error
 from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.tools.leaderboard_table import check_markers, write_into
 
@@ -108,17 +111,36 @@ def evaluate(task: str, args: argparse.Namespace) -> dict[str, Any]:
     file.write_text(yaml.safe_dump(recipe(task, scores, args), sort_keys=False), "utf-8")
     places = [f"{name}={prepare(model)}" for name, (model, _) in MEMBERS.items()]
     run("leaderboard", str(file), "--out", str(folder / "board"), "--member", *places)
-    board = json.loads((folder / "board" / "leaderboard.json").read_text("utf-8"))
     board_s = time.perf_counter() - start - tuned_s
-    return {"task": task, "dev_scores": scores, "tune_s": tuned_s, "board_s": board_s, "rows": rows_of(board)}
+    rows = rows_of(folder / "board")
+    return {"task": task, "dev_scores": scores, "tune_s": tuned_s, "board_s": board_s, "rows": rows}
 
 
-def rows_of(board: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the benchmark itself: of a group its total, where the table has one."""
-    columns = list(dict.fromkeys(row["task"] for row in board["rows"]))
-    if board["title"] not in columns and len(columns) > 1:
-        raise SystemExit(f"the leaderboard has no row of the whole of {board['title']}, only {', '.join(columns)}")
-    return [row for row in board["rows"] if row["task"] == (board["title"] if len(columns) > 1 else columns[0])]
+def rows_of(board: Path) -> list[dict[str, Any]]:
+    """Return what every system of a leaderboard scored over all documents, from its samples; MMLU's subjects together.
+
+    The reference is the best member alone, the first of equals.
+    """
+    values, seconds = {}, {}
+    for mark in sorted(board.glob("*/*.cell.json")):
+        cell = json.loads(mark.read_text("utf-8"))
+        samples = [mark.parent / cell["samples"][name] for name in sorted(cell["samples"])]
+        values[cell["row"]] = np.array([[score] for file in samples for score in scores_of(file)])
+        seconds[cell["row"]] = cell["cost"]["seconds"] / cell["documents"]
+    reference = max(MEMBERS, key=lambda name: values[name].mean())
+    found = []
+    for name, own in values.items():
+        row = {"system": name, "documents": len(own), "score": float(own.mean()), "stderr": standard_error(own)}
+        interval = None if name == reference else paired_bootstrap(values[reference], own)
+        difference = interval and {"difference": interval.estimate, "low": interval.low, "high": interval.high}
+        found.append({**row, "comparison": difference, "seconds": seconds[name]})
+    return found
+
+
+def scores_of(samples: Path) -> list[float]:
+    """Return the scores in a file of samples, in the order of the documents."""
+    rows = [json.loads(line) for line in samples.read_text("utf-8").split("\n") if line.strip()]
+    return [float(row[METRIC]) for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
 # --- the table
@@ -150,8 +172,8 @@ def table(found: list[dict[str, Any]], args: argparse.Namespace) -> str:
         shares.append(f"{one['task']} {' / '.join(f'{100 * score:.1f}' for score in scores.values())}{weight}")
     costs = [["benchmark", *names], ["---"] * (len(names) + 1)]
     for one in found:
-        seconds = {row["system"]: row["extra"].get("s/doc") for row in one["rows"]}
-        costs.append([one["task"], *(f"{seconds[name]:.2f}" if seconds.get(name) else "" for name in names)])
+        seconds = {row["system"]: row["seconds"] for row in one["rows"]}
+        costs.append([one["task"], *(f"{seconds[name]:.2f}" if name in seconds else "" for name in names)])
     told = (
         "Per cent ± one standard error; in brackets the difference to the best member, paired by document, with its "
         "95 % interval (bootstrap, not corrected over the table). The first documents of the test splits"

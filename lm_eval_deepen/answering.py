@@ -16,6 +16,7 @@ from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompting import Prompter, Span
 from lm_eval_deepen.engine.rolling import rolling_spans
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
+from lm_eval_deepen.engine.specialists import require_scoring
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member.sampling import Sampler, row_generator
 
@@ -44,6 +45,8 @@ class Answering(MainMemberView):
 
     def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
         """Yield the index of every request and its answer, as soon as it is there."""
+        if kind != "generate_until":
+            require_scoring(self.ensemble)
         left = []
         for index, request in enumerate(requests):
             if kind != "generate_until" and (kind, request.args) in self.known:
@@ -133,7 +136,7 @@ class Answering(MainMemberView):
         max_new = kwargs.pop("max_gen_toks")
         prompts = self._prompter.prompts(context, max_new)
         if "max_length" in kwargs:
-            max_new = kwargs.pop("max_length") - len(prompts[0].ids)
+            max_new = kwargs.pop("max_length") - self.ensemble.main.length(prompts[0].ids)
         sampler = Sampler.parse(kwargs, self._sampling_defaults())
         generator = None
         if sampler.do_sample:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lm_eval_deepen.config_source import SOURCE_KEYS, parse_source
 from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
 from lm_eval_deepen.config_weights import given_weights, parse_temperature
 from lm_eval_deepen.errors import ConfigError, did_you_mean
@@ -30,7 +31,7 @@ FROM_PRETRAINED_KEYS: tuple[str, ...] = (
     "use_safetensors",
     "variant",
 )
-MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"})
+MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"}) | SOURCE_KEYS
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 # What a recipe says besides the ensemble itself: read by `lm-eval-deepen inspect`, without effect on an evaluation.
 RECIPE_KEYS = frozenset({"title", "task", "harness", "expected", "source", "note"})
@@ -159,8 +160,9 @@ def parse_members(
             temperature=parse_temperature(entry.get("temperature", DEFAULT_TEMPERATURE), name),
             loading=FrozenDict({k: v for k, v in entry.items() if k not in MEMBER_KEYS}),
             hf_kwargs=FrozenDict(entry.get("hf_kwargs", {})),
+            source=parse_source(entry, i),
         )
-        for name, entry, share in zip(names, full, shares, strict=True)
+        for i, (name, entry, share) in enumerate(zip(names, full, shares, strict=True))
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lm_eval_deepen.config_source import SourceConfig
 from lm_eval_deepen.errors import ConfigError
 
 ChatFallback = Literal["error", "plain"]
@@ -110,6 +111,7 @@ class MemberConfig:
         temperature: > 0; divides the member's logits before fusion.
         loading: further arguments of the harness's ``HFLM`` and of ``from_pretrained``.
         hf_kwargs: arguments handed to ``from_pretrained`` unchecked.
+        source: what an encoder-decoder member reads.
     """
 
     name: str
@@ -118,6 +120,7 @@ class MemberConfig:
     temperature: float = DEFAULT_TEMPERATURE
     loading: FrozenDict = field(default_factory=FrozenDict)
     hf_kwargs: FrozenDict = field(default_factory=FrozenDict)
+    source: SourceConfig = SourceConfig()
 
     def loading_dict(self) -> dict[str, Any]:
         """Return the loading arguments as plain data, without `pretrained` and `hf_kwargs`."""
@@ -131,7 +134,7 @@ class MemberConfig:
         """Return the member as the configuration spells it; access tokens are left out."""
         shown: dict[str, Any] = {"name": self.name, "pretrained": self.pretrained}
         shown |= {"weight": self.weight} if with_weight else {}
-        shown |= {"temperature": self.temperature} | _without(self.loading, SECRET_KEYS)
+        shown |= {"temperature": self.temperature} | self.source.to_dict() | _without(self.loading, SECRET_KEYS)
         hidden = _without(self.hf_kwargs, SECRET_KEYS)
         return shown | ({"hf_kwargs": hidden} if hidden else {})
 
@@ -212,6 +215,7 @@ class EnsembleConfig:
                 "weight": member.weight,
                 "temperature": member.temperature,
                 "loading": _without({**member.loading, **member.hf_kwargs}, PLACEMENT_KEYS),
+                **member.source.to_dict(),
             }
             for member in self.members
         ]

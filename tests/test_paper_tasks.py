@@ -306,6 +306,54 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_variable(monkey
         load("deepen_nq")
 
 
+# --- translation
+
+
+def pairs(split: str, count: int) -> list[dict[str, str]]:
+    return [{"source": f"{split} {n}.", "target": f"{split.upper()} number {n} of some."} for n in range(count)]
+
+
+def test_translation_asks_after_four_examples_that_are_not_in_the_development_split(data: Path) -> None:
+    folder = data / "flores" / "eng_Latn-deu_Latn"
+    folder.mkdir(parents=True)
+    for split, count in (("dev", 6), ("test", 2)):
+        write_jsonl(folder / f"{split}.jsonl", pairs(split, count))
+    task = load("deepen_flores_en_de")
+    assert [doc["source"] for doc in task.validation_docs()] == ["dev 4.", "dev 5."]
+    context, arguments = asked("deepen_flores_en_de")
+    examples = "".join(f"English: dev {n}.\nGerman: DEV number {n} of some.\n\n" for n in range(4))
+    assert context == f"{examples}English: test 0.\nGerman:"
+    assert arguments["until"] == ["\n"]
+    found = task.process_results(task.eval_docs[0], ["TEST number 0 of some."])
+    assert task.aggregation()["bleu"]([found["bleu"]]) == pytest.approx(100)
+    write_jsonl(folder / "dev.jsonl", pairs("dev", 4))
+    with pytest.raises(ValueError, match="4 pairs in dev and 2 in test; dev needs more than 4"):
+        load("deepen_flores_en_de")
+    write_jsonl(folder / "dev.jsonl", [{"source": "a"}])
+    with pytest.raises(ValueError, match=r"dev\.jsonl: fields source and target are needed"):
+        load("deepen_flores_en_de")
+    (folder / "dev.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"dev\.jsonl does not exist.*{VARIABLE}"):
+        load("deepen_flores_en_de")
+
+
+def test_translation_pairs_the_hubs_sentences_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        ("facebook/flores", language, split): [{"id": n, "sentence": f"{language} {split} {n}"} for n in order]
+        for language, order in (("eng_Latn", range(6)), ("deu_Latn", range(5, -1, -1)))
+        for split in ("dev", "devtest")
+    }
+    flores_data = sys.modules[load_yaml(FOLDER / "deepen_flores_en_de.yaml")["custom_dataset"].__module__]
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(flores_data.datasets, "load_dataset", fake_hub(rows))
+    task = load("deepen_flores_en_de")
+    assert task.eval_docs[5] == {"source": "eng_Latn devtest 5", "target": "deu_Latn devtest 5"}
+    assert len(task.validation_docs()) == 2
+    monkeypatch.setattr(flores_data.datasets, "load_dataset", fake_hub({}))
+    with pytest.raises(RuntimeError, match=rf"facebook/flores \(eng_Latn, dev\) cannot be loaded.*set {VARIABLE}"):
+        load("deepen_flores_en_de")
+
+
 # --- bad input
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import lm_eval
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_deepen.config_parse import RECIPE_KEYS, read_ensemble_file
 from lm_eval_deepen.errors import ConfigError
@@ -21,7 +23,7 @@ PAPER = [path for path in FILES if path.name.startswith("deepen_")]
 PAPER_MEMBERS = {
     "meta-llama/Llama-2-13b-hf", "mistralai/Mistral-7B-v0.1", "internlm/internlm-20b", "Skywork/Skywork-13B-base",
     "TigerResearch/tigerbot-13b-base-v2", "01-ai/Yi-6B", "Nanbeige/Nanbeige-16B-Base", "mistralai/Mixtral-8x7B-v0.1",
-    "NousResearch/Llama-2-70b-hf",
+    "NousResearch/Llama-2-70b-hf", "facebook/nllb-200-distilled-600M",
 }  # fmt: skip
 GOOD = {
     "title": "a pair",
@@ -76,7 +78,7 @@ def test_the_papers_recipes_run_its_procedure_on_its_models(path: Path) -> None:
 
 def test_the_papers_tables_are_all_there() -> None:
     counts = Counter(path.stem.split("_")[1] for path in PAPER)
-    assert counts == {"mmlu": 8, "piqa": 8, "nq": 8, "arc": 2, "gsm8k": 2, "triviaqa": 2, "llama2": 1}
+    assert counts == {"mmlu": 8, "piqa": 8, "nq": 8, "arc": 2, "gsm8k": 2, "triviaqa": 2, "llama2": 2}
 
 
 def test_a_larger_ensemble_of_the_figure_adds_one_member() -> None:
@@ -84,6 +86,18 @@ def test_a_larger_ensemble_of_the_figure_adds_one_member() -> None:
         configs = [find_recipe(f"deepen_{name}_{n}").configure() for n in range(2, 10)]
         lists = [[member.pretrained for member in config.members] for config in configs]
         assert all(longer[:-1] == shorter for shorter, longer in zip(lists, lists[1:], strict=False))
+
+
+def test_the_translator_reads_the_sentence_that_its_task_asks_about() -> None:
+    """The recipe's pattern finds the last sentence of the task's prompt, examples or not."""
+    recipe = find_recipe("deepen_llama2_13b_nllb")
+    source = recipe.configure().members[1].source
+    assert source.source_pattern is not None
+    prompt = "English: A dog.\nGerman: Ein Hund.\n\nEnglish: A cat, a bird.\nGerman:"
+    assert re.findall(source.source_pattern, prompt)[-1] == "A cat, a bird."
+    text = load_yaml(ROOT / "task_configs" / "deepen_paper" / f"{recipe.tasks[0]}.yaml")["doc_to_text"]
+    assert re.findall(source.source_pattern, text.replace("{{source}}", "A cat.")) == ["A cat."]
+    assert (source.source_language, source.target_language) == ("eng_Latn", "deu_Latn")
 
 
 # --- reading them

@@ -174,3 +174,13 @@ def test_the_grid_of_weights():
     for step in (0, -1, 0.3, 1, 0.7):
         with pytest.raises(ConfigError, match="--weight-step must divide 1"):
             fitting.simplex(2, step)
+
+
+def test_generation_arguments_reach_the_tasks_and_the_record(tune):
+    written = tune("--tasks", "deepen_piqa", "--weights", "keep", "--gen-kwargs", "max_gen_toks=2")
+    assert written["evidence"]["gen_kwargs"] == "max_gen_toks=2"
+    parser = argparse.ArgumentParser()
+    tune_score.add_arguments(parser)
+    args = parser.parse_args(["--gen-kwargs", "max_gen_toks=2"])
+    args.limit = None
+    assert tune_score._spec(args, "deepen_piqa", "validation").gen_kwargs == {"max_gen_toks": 2}

@@ -102,9 +102,10 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
 def examine(ensemble: Ensemble) -> dict[str, Any]:
     """Return what an evaluation should say of an ensemble: figures on the text that ships, and warnings.
 
-    Empty where there is nothing to compare (no fusion of steps), or weights that depend on prompts.
+    Empty where there is nothing to compare (no fusion of steps), weights that depend on prompts, or a member that
+    generates only.
     """
-    if ensemble.fuser is None or ensemble.reads_prompts:
+    if ensemble.fuser is None or ensemble.reads_prompts or any(m.generates_only for m in ensemble.members):
         return {}
     warned = flat_spaces(getattr(ensemble.fuser, "facts", {}))
     documents = load_documents([default_text()], DOCUMENTS)

@@ -186,7 +186,8 @@ class _Decoder:
             paths = self._paths(row, ids, data)
             pairs = list(zip(routes[-1], paths, strict=True))
             if any(a is None or b is None or b[: len(a)] != a for a, b in pairs) or any(
-                len(path or ()) > member.max_length for path, member in zip(paths, self.ensemble.active, strict=True)
+                member.length(path or ()) > member.max_length
+                for path, member in zip(paths, self.ensemble.active, strict=True)
             ):
                 break
             routes.append(paths)
@@ -201,7 +202,8 @@ class _Decoder:
         for at, logp in enumerate(fused):
             token = best[at]
             if not sampler.plain_greedy:
-                token = sampler.choose(logp, (*row.job.prompts[0].ids, *row.out.ids), row.job.generator)
+                before = [token for token in row.job.prompts[0].ids if token >= 0]  # a source's tokens are negative
+                token = sampler.choose(logp, [*before, *row.out.ids], row.job.generator)
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
             if row.out.reason or at == len(draft) or token != draft[at]:

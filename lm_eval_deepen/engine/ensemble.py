@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.selective import Selective
+from lm_eval_deepen.engine.specialists import check_specialists
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion import methods
@@ -87,6 +88,7 @@ class Ensemble:
         weigher = None
         if fuser and config.weighting is not None:
             weigher = weightings()[config.weighting].options(**config.weighting_options).build()
+        check_specialists(config, members, weigher is not None and weigher.reads_prompts)
         selective = None
         if fuser and config.skip_when != "never":
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)

@@ -74,7 +74,7 @@ class Follower:
         return self.member.logp(self.states(routes)).to(self.ensemble.device)
 
     def _checked(self, tokens: Path) -> Path:
-        if len(tokens) > self.member.max_length:
+        if self.member.length(tokens) > self.member.max_length:
             raise RequestError(
                 f"a generated text needs more than the {self.member.max_length} tokens of member "
                 f"{self.member.name!r}. Lower max_gen_toks, or raise the member's max_length."

@@ -163,6 +163,8 @@ class Prompter:
                     f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens "
                     f"of member {member.name!r}. Lower max_gen_toks or raise max_length."
                 )
+        if self.main.generates_only:
+            return self._whole(context, reserve)
         room = self.main.max_length - reserve
         if self.solo:
             lm = self.main.lm
@@ -173,6 +175,21 @@ class Prompter:
         context, bos = self.main.codec.strip_bos(context)
         head = self.main.codec.encode_prompt(context, bos) if context or bos else self.main.codec.prefix_ids
         return self._fit(context, head, room, reserve=reserve)
+
+    def _whole(self, context: str, reserve: int) -> tuple[Prompt, ...]:
+        """Return prompts of an uncut text: the tokens of an encoder-decoder main member are no place to cut at."""
+        if isinstance(context, ChatPrompt):
+            prompts = tuple(m.conversation(context, self.ensemble.config.chat_fallback) for m in self.members)
+        else:
+            prompts = tuple(m.prompt(context) for m in self.members)
+        for member, prompt in zip(self.members, prompts, strict=True):
+            if (size := member.length(prompt.ids) + reserve) > member.max_length:
+                raise RequestError(
+                    f"a prompt and its text of {size} tokens do not fit into the context of {member.max_length} tokens "
+                    f"of member {member.name!r}, and prompts are not cut for the encoder-decoder main member "
+                    f"{self.main.name!r}. Use fewer few-shots, a shorter max_gen_toks or another main member."
+                )
+        return prompts
 
     def _fit(
         self,
@@ -202,7 +219,8 @@ class Prompter:
         while True:
             prompts = self._same_text(context, head[:controls], text, kept)
             paths = Span(prompts, (*following, -1), skip).paths(self.ensemble, len(following))
-            lengths = [len(path or ()) - member.max_length for member, path in zip(self.members, paths, strict=True)]
+            pairs = zip(self.members, paths, strict=True)
+            lengths = [member.length(path or ()) - member.max_length for member, path in pairs]
             excess = max(lengths) + reserve
             if excess <= 0 and len(prompts[0].ids) <= room:
                 return prompts
@@ -241,5 +259,5 @@ class Prompter:
         words = seen.decode()
         return (
             frozen(controls + text or codec.prefix_ids),
-            *(m.codec.prompt(words) for m in self.members[1:]),
+            *(m.prompt(context if m.generates_only else words) for m in self.members[1:]),
         )

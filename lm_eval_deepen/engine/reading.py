@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
 from lm_eval_deepen.engine.prompting import Prompter, Span
 from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.specialists import require_scoring
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import RequestError
 
@@ -108,6 +109,7 @@ class Reading:
             RequestError: an ensemble that does not fuse steps, weights that depend on prompts, or a document
                 without text.
         """
+        require_scoring(ensemble)
         if len(ensemble.active) < 2:
             raise RequestError(
                 "bits per byte compare members with their ensemble: give at least two members, not all weight on "

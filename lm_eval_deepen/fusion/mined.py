@@ -27,8 +27,10 @@ class Mined:
     """``method: mined``, the minimum-edit-distance alignment of FuseLLM (section 3.2); it has no options.
 
     A piece goes to the main member's piece with the same bytes where there is one, else to the nearest one by
-    edit distance over bytes; at equal distances to the lowest id, as published. The published code replaces the
-    mark of at most one leading space and compares characters of two spellings ("Ġ" and "▁"); bytes need neither.
+    edit distance over bytes; at equal distances to the lowest id. Code that follows the published one takes the first
+    in the order of the vocabulary, and compares characters, with one spelling's mark of spaces ("Ġ" or "▁") replaced by
+    the other's; bytes need neither. FuseLLM aligns the tokens of a text by dynamic time warping, too, before it maps
+    distributions; members here stand at the same byte.
     """
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:

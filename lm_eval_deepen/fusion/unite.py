@@ -43,11 +43,15 @@ CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
 class Unite:
     """Options of ``method: unite``, union top-k ensembling.
 
-    The candidates of a step are the members' ``top_k`` most likely pieces (section 4.2). In a member that lacks a
-    candidate, its probability is that of the first token the member spells it with. Each member's
+    The candidates of a step are the members' ``top_k`` most likely pieces (10 in the released code). In a member that
+    lacks a candidate, its probability is that of the first token the member spells it with. Each member's
     probabilities are normalised over the candidates, then averaged. Pieces are compared as bytes, with their
     leading space. The main member's candidates always take part. A score is a lower bound: union-only pieces
     share the normaliser.
+
+    The released code differs in three ways: it compares strings; it goes on from the main member's first token of a
+    candidate that the main member lacks, not from all of its bytes; and in members with byte-level BPE it gives a
+    candidate whose first token is a candidate already the logit 0.
 
     Attributes:
         top_k: pieces taken from every member.

@@ -1,4 +1,4 @@
-"""One member: a causal language model with its tokenizer and KV cache.
+"""One member: a causal language model with its tokenizer and KV cache, or an encoder-decoder that generates only.
 
 The only layer that knows ``transformers``; models load through the harness's own ``HFLM``.
 """

@@ -7,20 +7,21 @@ import inspect
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import DeepenError, MemberError
+from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError
 from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.preflight import reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)
+Codec = TypeVar("Codec", bound=TextCodec)
 
 
 def loading_keys() -> frozenset[str]:
@@ -38,14 +39,20 @@ class Member:
         config: how it was loaded.
         lm: the harness's ``HFLM`` around the model; gives tokenisation and chat templates.
         runner: the forward passes.
+        generates_only: whether it takes part in generation, and can score no given text.
     """
+
+    generates_only = False
+    BACKENDS: ClassVar[frozenset[str]] = frozenset({"causal"})  # as ``HFLM`` calls them
 
     def __init__(self, config: MemberConfig, lm: Any) -> None:
         """Wrap a loaded ``HFLM``."""
-        if lm.backend != "causal":
-            raise MemberError(
-                f"member {config.name!r}: backend {lm.backend!r} is not supported; "
-                "members are causal language models."
+        if lm.backend not in self.BACKENDS:
+            raise MemberError(f"member {config.name!r}: a {lm.backend!r} model is no {type(self).__name__}.")
+        if config.source and not self.generates_only:
+            raise ConfigError(
+                f"member {config.name!r}: {', '.join(config.source.to_dict())} belong to encoder-decoder members, and "
+                f"{config.pretrained!r} is a causal language model. Leave them out."
             )
         self.config, self.lm = config, lm
         self.runner: TreeRunner | PlainRunner = self._runner()
@@ -65,12 +72,15 @@ class Member:
         """
         from lm_eval.models.huggingface import HFLM
 
+        from lm_eval_deepen.member.specialist import Specialist  # it needs this module
+
         arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
         arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
         if reusable(tokenizer):
             arguments["tokenizer"] = tokenizer
         try:
-            return cls(config, HFLM(pretrained=config.pretrained, **arguments))
+            lm = HFLM(pretrained=config.pretrained, **arguments)
+            return next(kind for kind in (Specialist, cls) if lm.backend in kind.BACKENDS)(config, lm)
         except DeepenError:
             raise
         except Exception as error:
@@ -122,8 +132,11 @@ class Member:
     @cached_property
     def codec(self) -> TextCodec:
         """The byte view of the tokenizer; built on first use, since one member alone needs none."""
+        return self._codec(TextCodec)
+
+    def _codec(self, kind: type[Codec]) -> Codec:
         add_special = True if self.lm.add_bos_token is None else bool(self.lm.add_bos_token)
-        return TextCodec.build(
+        return kind.build(
             self.lm.tokenizer,
             size=self.vocab_size,
             eos=self.eos_ids,
@@ -157,6 +170,14 @@ class Member:
             "one (member argument tokenizer=...), give the ensemble chat_fallback=plain for plain text, or "
             "evaluate without chat templates."
         )
+
+    def prompt(self, text: str) -> Prompt:
+        """Return the prompt for plain text."""
+        return self.codec.prompt(text)
+
+    def length(self, path: Sequence[int]) -> int:
+        """Return how many tokens of a path count against `max_length`."""
+        return len(path)
 
     def rendered_prompt(self, text: str) -> Prompt:
         """Return the prompt for a rendered conversation: a template's control tokens parsed, and one BOS."""

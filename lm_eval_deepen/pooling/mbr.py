@@ -19,8 +19,9 @@ BETA_SQUARED = 4.0
 class Mbr:
     """Options of ``pooling: mbr``: the text of highest expected utility, with all texts as references.
 
-    A text's expected utility is the weighted mean of its utility against every answerer's text, its own among
-    them. A tie goes to the fused ensemble's answer, else to the earliest member's.
+    Minimum Bayes risk over samples of one model (Eikema and Aziz, arXiv 2005.10283), here over members. A text's
+    expected utility is the weighted mean of its utility against every answerer's text, its own among them. A tie goes
+    to the fused ensemble's answer, else to the earliest member's.
 
     Attributes:
         with_fused: the step-fused ensemble answers as well, with the weight of an average member (DeePEn, arXiv

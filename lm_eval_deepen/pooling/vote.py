@@ -16,6 +16,8 @@ from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
 class Vote:
     """Options of ``pooling: vote``: a weighted majority over generated texts.
 
+    The majority over sampled reasoning paths of self-consistency (arXiv 2203.11171), here over members.
+
     Texts agree when their answers are the same up to case and white space. The text given is that of the first
     member that holds the winning answer, or the fused ensemble's where that holds it. A tie goes to the fused
     ensemble's answer, else to the earliest member's.

@@ -30,6 +30,7 @@ class TaskCost:
         read_tokens: that are read, prompts with their few-shots; text that documents share counts every time.
         written_tokens: that are generated at most.
         longest: tokens of the longest document of the sample, with what is generated.
+        scores: whether it asks for the probability of given texts.
     """
 
     task: str
@@ -37,6 +38,7 @@ class TaskCost:
     read_tokens: int
     written_tokens: int
     longest: int
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def _cost(name: str, task: Any, codec: TextCodec, recipe: Recipe) -> TaskCost:
         read, written, longest = read + tokens, written + new, max(longest, tokens + new)
     limit = recipe.harness.get("limit")
     documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
-    return TaskCost(
-        name, documents, round(read * documents / len(sample)), round(written * documents / len(sample)), longest
-    )
+    scores = any(request.request_type != "generate_until" for request in task.instances)
+    read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))
+    return TaskCost(name, documents, read, written, longest, scores)
 
 
 def _text(request: Any) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import MemberConfig
@@ -29,6 +29,7 @@ class Inspected:
         eos: ids that end a text.
         chat_template: whether it can render a conversation; None where that is unknown.
         labels: how its tokenizer spells the control tokens at both ends of a text.
+        generates_only: whether it is an encoder-decoder model, which scores no text.
     """
 
     config: MemberConfig
@@ -38,6 +39,7 @@ class Inspected:
     eos: tuple[int, ...] = ()
     chat_template: bool | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
+    generates_only: bool = False
 
     @property
     def name(self) -> str:
@@ -94,6 +96,16 @@ class Inspected:
         kv_heads = files.get("num_key_value_heads") or heads
         return 2 * files.get("num_hidden_layers", 0) * kv_heads * width * DTYPE_BYTES.get(self.dtype, 2)
 
+    @property
+    def spelt(self) -> int:
+        """How many of the sample texts its tokenizer spells exactly."""
+        assert self.codec is not None
+        if not self.generates_only:
+            return len(SAMPLE_TEXTS)  # else `codec` could not be built
+        from lm_eval_deepen.member.text import Prompt
+
+        return sum(self.codec.follow(Prompt((), "", ()), text.encode()) is not None for text in SAMPLE_TEXTS)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as JSON data."""
         codec, files = self.codec, self.files
@@ -121,7 +133,7 @@ class Inspected:
             found["eos"] = {str(i): self.labels[i] for i in self.eos}
             found["bos"] = {str(i): self.labels[i] for i in codec.opening.control}
             found["dummy_space"] = codec.opening.dummy
-            found["round_trip_texts"] = len(SAMPLE_TEXTS)
+            found["round_trip_texts"] = self.spelt
         return found
 
 
@@ -157,10 +169,20 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
         return Inspected(config, device)
     if files.why_not:
         notes.append(f"member {config.name!r}: its size is estimated from its configuration ({files.why_not}).")
-    if files.get("is_encoder_decoder") and given.get("backend") != "seq2seq":
-        notes.append(f"member {config.name!r} is an encoder-decoder model.")
+    generates_only = given.get("backend", "default") == "seq2seq" or bool(files.get("is_encoder_decoder"))
+    if generates_only:
+        notes.append(
+            f"member {config.name!r} is an encoder-decoder model: it reads "
+            f"{'the whole prompt' if config.source.source_pattern is None else 'what source_pattern finds'}, and takes "
+            "part in generation only. Of the sample texts it spells some; where it cannot spell a text, it sits out."
+        )
+    elif config.source:
+        problems.append(
+            f"member {config.name!r}: {', '.join(config.source.to_dict())} belong to encoder-decoder members. Leave "
+            "them out."
+        )
     try:
-        return _with_tokenizer(Inspected(config, device, files), files)
+        return _with_tokenizer(Inspected(config, device, files, generates_only=generates_only), files)
     except DeepenError as error:
         problems.append(" ".join(str(error).split()))
         return Inspected(config, device, files)
@@ -169,14 +191,17 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
 def _with_tokenizer(found: Inspected, files: ModelFiles) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
     from lm_eval_deepen.member.preflight import load_tokenizer
+    from lm_eval_deepen.member.specialist import DecoderCodec, check_languages
     from lm_eval_deepen.member.text import TextCodec
 
     tokenizer: Any = load_tokenizer(found.config)
+    if found.generates_only:
+        check_languages(found.config, tokenizer)
     eos = _eos_ids(files, tokenizer)
     given = found.config.loading_dict()
     asked = given.get("prefix_token_id")
     prefix = next((i for i in (asked, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    codec = TextCodec.build(
+    codec = (DecoderCodec if found.generates_only else TextCodec).build(
         tokenizer,
         size=_logits(files, len(tokenizer)),
         eos=eos,
@@ -186,7 +211,7 @@ def _with_tokenizer(found: Inspected, files: ModelFiles) -> Inspected:
     )
     template = getattr(tokenizer, "chat_template", None) is not None
     labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control)}
-    return Inspected(found.config, found.device, files, codec, eos, template, labels)
+    return replace(found, codec=codec, eos=eos, chat_template=template, labels=labels)
 
 
 def _logits(files: ModelFiles, default: int) -> int:

@@ -173,8 +173,16 @@ def _demands(report: Report, config: EnsembleConfig, recipe: Recipe, args: argpa
     main = report.members[0]
     given = args.batch_size or config.batch_size
     report.batch = given if isinstance(given, int) else 1
-    if main.codec is not None and not args.no_tasks:
-        report.tasks = inspect_cost.task_costs(recipe, main.codec, report.problems)
+    readers = [member for member in report.members if member.codec is not None and not member.generates_only]
+    if readers and readers[0].codec is not None and not args.no_tasks:
+        report.tasks = inspect_cost.task_costs(recipe, readers[0].codec, report.problems)
+    scored = [cost.task for cost in report.tasks if cost.scores]
+    for member in report.members:
+        if member.generates_only and scored:
+            report.problems.append(
+                f"member {member.name!r} is an encoder-decoder model, which takes part in generation only, and "
+                f"{', '.join(scored)} asks for loglikelihoods. Take tasks that generate, or leave the member out."
+            )
     longest = max((cost.longest for cost in report.tasks), default=DEFAULT_TOKENS)
     available = _available(report.members, args.memory)
     report.devices = device_needs(report.members, report.matrices, report.batch, longest, available)

@@ -98,7 +98,13 @@ def _edges(report: Report) -> str:
     options = report.config.options_dict() if report.config else {}
     if options.get("eos") == "anchor" and main.eos and len(known) > 1:
         lines.append(f"  all ends are one role anchor, whose mass goes to {main.name}'s {_ids(main, main.eos)}")
-    lines.append(f"  round trip: {len(SAMPLE_TEXTS)} sample texts come back byte for byte from these tokenizers")
+    if any(not member.generates_only for member in known):
+        lines.append(f"  round trip: {len(SAMPLE_TEXTS)} sample texts come back byte for byte from these tokenizers")
+    lines += [
+        f"  {member.name}: spells {member.spelt} of {len(SAMPLE_TEXTS)} sample texts exactly, and sits out for others"
+        for member in known
+        if member.generates_only
+    ]
     return "\n".join(lines)
 
 

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")
     group.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks")
     group.add_argument("--num-fewshot", "--num_fewshot", type=int, metavar="N", help="instead of the tasks' own")
+    group.add_argument(
+        "--gen-kwargs", "--gen_kwargs", metavar="KEY=VALUE,...", help="generation arguments over the tasks' own"
+    )
     group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
     group.add_argument(
         "--weights", choices=WEIGHTS, default="both",
@@ -99,10 +102,13 @@ def _metadata(text: str | None) -> dict[str, Any]:
 
 
 def _spec(args: argparse.Namespace, task: str, split: str | None) -> Any:
+    from lm_eval.utils import simple_parse_args_string
+
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
 
+    given = simple_parse_args_string(args.gen_kwargs)
     limit = args.limit if split else None  # whatever is evaluated must be disjoint, all of it
-    return TaskSpec(task, limit=limit, num_fewshot=args.num_fewshot, split=split)
+    return TaskSpec(task, limit=limit, num_fewshot=args.num_fewshot, gen_kwargs=given, split=split)
 
 
 def _evaluated(args: argparse.Namespace) -> list[Any]:
@@ -141,6 +147,7 @@ def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: a
         },
         "limit": args.limit,
         "num_fewshot": args.num_fewshot,
+        "gen_kwargs": args.gen_kwargs,
         "members": {name: {task: round(score, 6) for task, score in own.items()} for name, own in search.alone.items()},
         "search": [f"{one.what}: {one.mean:.6f}" for one in search.log],
     }

@@ -14,7 +14,10 @@ from lm_eval_deepen.weighting.seam import weighting
 @weighting("adaptive", paper="arXiv:2404.12715")
 @dataclass(frozen=True)
 class Adaptive:
-    """Options of ``weighting: adaptive``, DeePEn-Adapt: w_m = s_m / sum of s (section 3.2, "collaboration weight").
+    """Options of ``weighting: adaptive``, DeePEn-Adapt: w_m = s_m / sum of s.
+
+    The paper sets these weights by the members' performance on a development set. That they are in proportion to it is
+    a reading: its formula could not be checked, and the released code takes weights from its command line.
 
     Attributes:
         dev_scores: each member's score on a development set, 0 or more, higher is better; in the order of the

@@ -1,0 +1,183 @@
+"""A member that is an encoder-decoder model: it reads a source text and takes part in generation only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lm_eval_deepen.chat import ChatPrompt, plain_rendering
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import ConfigError, MemberError, RequestError, VocabularyError, did_you_mean
+from lm_eval_deepen.member.member import Member
+from lm_eval_deepen.member.seq2seq import Seq2SeqRunner, as_source, divide
+from lm_eval_deepen.member.text import Prompt, TextCodec
+
+BACKEND = "seq2seq"  # as the harness's `HFLM` calls them
+
+
+@dataclass(eq=False)
+class DecoderCodec(TextCodec):
+    """Maps a decoder's continuations to tokens, as far as its tokenizer can spell them.
+
+    Translators' tokenizers normalise text and have no byte pieces. A continuation that this one does not spell exactly
+    has no tokens (`follow` returns None): the member sits out, which is counted, and no text is ever altered.
+
+    Attributes:
+        start: the decoder's first tokens: its start token, and the language to be written.
+        encode_source: the tokens of a source text as the encoder expects them.
+    """
+
+    start: tuple[int, ...] = field(default=(), init=False)
+    encode_source: Any = field(default=None, init=False)
+    CHECKED = False
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of `text` on its own; raises VocabularyError where they do not spell it."""
+        return self._segment(text)
+
+    def source_prompt(self, text: str) -> Prompt:
+        """Return the prompt whose source is a text."""
+        head = as_source(self.encode_source(text)) + self.start
+        return Prompt(head, " " if self.dummy else "", head)
+
+    def follow(self, prompt: Prompt, continuation: bytes) -> tuple[int, ...] | None:
+        """Return the tokens of a prompt and the continuation's bytes after it, None where it cannot spell them.
+
+        The space before the first word is the continuation's own where it has one.
+        """
+        if not continuation:
+            return prompt.ids
+        tail = "" if continuation.startswith(b" ") else prompt.tail
+        try:
+            return prompt.head + self.encode(tail + continuation.decode())
+        except (UnicodeDecodeError, VocabularyError):
+            return None
+
+
+def check_languages(config: MemberConfig, tokenizer: Any) -> None:
+    """Check a member's languages against its tokenizer.
+
+    Raises:
+        ConfigError: one that the tokenizer has no token for, or a source language that it cannot be told.
+    """
+    source = config.source
+    if source.source_language is not None and not hasattr(tokenizer, "src_lang"):
+        raise ConfigError(
+            f"member {config.name!r}: source_language={source.source_language!r}, but its tokenizer "
+            f"({type(tokenizer).__name__}) has no source language. Leave it out."
+        )
+    for key in ("source_language", "target_language"):
+        language = getattr(source, key)
+        if language is None:
+            continue
+        token = tokenizer.convert_tokens_to_ids(language)
+        if token is None or token == tokenizer.unk_token_id:
+            near = did_you_mean(language, map(str, tokenizer.all_special_tokens))
+            raise ConfigError(
+                f"member {config.name!r}: {key}={language!r} is no token of its tokenizer.{near} Give the code as the "
+                "model's card spells it."
+            )
+
+
+class Specialist(Member):
+    """An encoder-decoder model, such as a translator, with its tokenizer.
+
+    Its own prompt is a source text, cut out of the request's, for the encoder; the shared continuation goes to the
+    decoder.
+    """
+
+    generates_only = True
+    BACKENDS = frozenset({BACKEND})
+    runner: Seq2SeqRunner
+
+    def __init__(self, config: MemberConfig, lm: Any) -> None:
+        """Wrap a loaded ``HFLM`` and check that it can be given a source and languages.
+
+        Raises:
+            ConfigError: a language that the tokenizer does not know.
+            MemberError: a model that does not say how its decoder starts.
+        """
+        super().__init__(config, lm)
+        check_languages(config, lm.tokenizer)
+        self.start = self._start()
+        if config.source.source_language is not None:
+            lm.tokenizer.src_lang = config.source.source_language
+
+    def _runner(self) -> Seq2SeqRunner:
+        return Seq2SeqRunner(self.lm.model, self.lm.mixed_precision_dtype)
+
+    def _start(self) -> tuple[int, ...]:
+        """Return the decoder's first tokens."""
+        start, forced = (self._setting(key) for key in ("decoder_start_token_id", "forced_bos_token_id"))
+        if start is None:
+            raise MemberError(
+                f"member {self.name!r}: neither its generation config nor its config has decoder_start_token_id, so "
+                "its decoder cannot be started. Add it to the model's generation_config.json."
+            )
+        if self.config.source.target_language is not None:
+            forced = self.lm.tokenizer.convert_tokens_to_ids(self.config.source.target_language)
+        return (start,) if forced is None else (start, forced)
+
+    def _setting(self, key: str) -> int | None:
+        sources = (getattr(self.lm.model, "generation_config", None), self.lm.model.config)
+        return next((value for source in sources if (value := getattr(source, key, None)) is not None), None)
+
+    @cached_property
+    def codec(self) -> DecoderCodec:
+        """The byte view of the tokenizer."""
+        codec = self._codec(DecoderCodec)
+        codec.start = self.start
+        codec.encode_source = lambda text: self.lm.tokenizer(text)["input_ids"]
+        return codec
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it renders conversations: it reads a source cut out of their plain text."""
+        return False
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, fallback: str) -> str:
+        """Return a conversation as plain text; a source is cut out of it."""
+        return plain_rendering(messages, add_generation_prompt)
+
+    def conversation(self, chat: ChatPrompt, fallback: str) -> Prompt:
+        """Return the prompt of a conversation; arguments as `render`."""
+        return self.prompt(chat.rendered(self.render(chat.messages, chat.add_generation_prompt, fallback)))
+
+    def source(self, text: str) -> str:
+        """Return the source text within a prompt.
+
+        Raises:
+            RequestError: the pattern does not match.
+        """
+        pattern = self.config.source.source_pattern
+        if pattern is None:
+            return text
+        found = list(re.finditer(pattern, text))
+        if not found or found[-1][1] is None:
+            raise RequestError(
+                f"member {self.name!r}: source_pattern {pattern!r} finds no source text in the prompt that ends in "
+                f"{text[-80:]!r}. Correct the pattern, or evaluate tasks with such prompts."
+            )
+        return found[-1][1]
+
+    def prompt(self, text: str) -> Prompt:
+        """Return the prompt whose source is cut out of a text.
+
+        Raises:
+            RequestError: there is no source, or it does not fit into the encoder's context.
+        """
+        prompt = self.codec.source_prompt(self.source(text))
+        size = len(divide(prompt.ids)[0])
+        if size > self.max_length:
+            raise RequestError(
+                f"a source of {size} tokens does not fit into the context of {self.max_length} tokens of member "
+                f"{self.name!r}. Leave the document out, or narrow source_pattern."
+            )
+        return prompt
+
+    def length(self, path: Sequence[int]) -> int:
+        """Return how many tokens of a path count against `max_length`: the decoder's; `prompt` checks the source."""
+        return len(divide(path)[1])
