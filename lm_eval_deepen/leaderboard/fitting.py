@@ -92,7 +92,7 @@ class Search:
         return found
 
     def _adaptive(self) -> list[float]:
-        """Return w_m = s_m / sum of s, of mean scores (DeePEn-Adapt, arXiv 2404.12715, section 3.2)."""
+        """Return w_m = s_m / sum of s, of mean scores: DeePEn-Adapt (arXiv 2404.12715) as read here."""
         means = [sum(scores.values()) / len(scores) for scores in self.alone.values()]
         if min(means) < 0 or not any(means):
             raise ConfigError(
