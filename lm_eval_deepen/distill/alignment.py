@@ -1,0 +1,83 @@
+"""Which distribution of a source belongs to which token of the target.
+
+Position i of a block is where token i is predicted: a model has read the tokens before it. A source's distribution
+belongs to a position of the target if both have read the same text, which is so exactly where as many bytes have been
+read. Dynamic time warping compares tokens instead, as FuseLLM does (arXiv 2401.10491, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_deepen.fusion._edit import distance
+
+Positions = NDArray[np.int64]
+
+
+def by_bytes(target: Positions, source: Positions) -> Positions:
+    """Return the source's position for every position of the target, -1 where it has none [T].
+
+    Args:
+        target: bytes read at each position of the target, ascending [T].
+        source: bytes read at each position of the source, ascending [S].
+    """
+    if not len(source):
+        return np.full(len(target), -1, dtype=np.int64)
+    at = np.searchsorted(source, target).clip(max=len(source) - 1)
+    return np.where(source[at] == target, at, -1).astype(np.int64)
+
+
+def by_dtw(
+    target: Sequence[bytes], source: Sequence[bytes], equal: Sequence[Sequence[bool]] | None = None
+) -> Positions:
+    """Return the source's position for every position of the target, -1 where it has none [T].
+
+    Tokens are warped onto each other at the least sum of edit distances (over bytes). The position after a token of
+    the target gets the distribution after the only token it is warped onto, provided that the two are equal; the first
+    position, where nothing has been read, gets the first.
+
+    The published code gives every other position the one-hot "distribution" of the token that it has just read: it
+    trains the model to repeat it. Here these positions have none.
+
+    Args:
+        target: the target's tokens as bytes [T].
+        source: the source's tokens [S].
+        equal: whether a token of the target and one of the source stand for each other [T][S]; None: equal bytes.
+    """
+    positions = np.full(len(target), -1, dtype=np.int64)
+    if not target or not source:
+        return positions
+    positions[0] = 0
+    for i, partners in enumerate(warp(target, source)[:-1]):
+        if len(partners) == 1 and partners[0] + 1 < len(source):
+            j = partners[0]
+            if target[i] == source[j] if equal is None else equal[i][j]:
+                positions[i + 1] = j + 1
+    return positions
+
+
+def warp(target: Sequence[bytes], source: Sequence[bytes]) -> list[list[int]]:
+    """Return, for every token of the target, the tokens of the source that it is warped onto, ascending.
+
+    Of equal ways, the last step goes along both if it can, else along the source, else along the target.
+    """
+    cost = lru_cache(None)(lambda a, b: 0 if a == b else distance(a, b) if a else len(b))
+    infinite = float("inf")
+    table = [[infinite] * (len(source) + 1) for _ in range(len(target) + 1)]
+    table[0][0] = 0
+    for i, a in enumerate(target):
+        above, row = table[i], table[i + 1]
+        for j, b in enumerate(source):
+            row[j + 1] = cost(a, b) + min(above[j], above[j + 1], row[j])
+    partners: list[list[int]] = [[] for _ in target]
+    i, j = len(target), len(source)
+    while i and j:
+        partners[i - 1].append(j - 1)
+        ways = (table[i - 1][j - 1], table[i][j - 1], table[i - 1][j])
+        step = ways.index(min(ways))
+        i, j = i - (step != 1), j - (step != 2)
+    return [found[::-1] for found in partners]

@@ -1,0 +1,72 @@
+"""The loss of FuseLLM: lambda * CLM + (1 - lambda) * fusion (arXiv 2401.10491, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+SMALLEST = 1e-7  # of the mass that the model leaves to the rest: rounding may make it negative
+
+
+@dataclass(frozen=True, eq=False)
+class FusedBatch:
+    """What the target learns from its sources.
+
+    Attributes:
+        ids: ids with a probability [B, T, K].
+        p: their probabilities, 0 for padding [B, T, K].
+        rest: mass of all other ids together [B, T]; where it is 0 the event does not count.
+        covered: positions with a distribution [B, T] (bool).
+    """
+
+    ids: Tensor
+    p: Tensor
+    rest: Tensor
+    covered: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """The loss of a batch and its two parts, in nats; `fusion` is None where it has no weight."""
+
+    total: Tensor
+    clm: Tensor
+    fusion: Tensor | None
+
+
+def distillation_loss(logits: Tensor, labels: Tensor, clm_weight: float, fused: FusedBatch | None) -> Loss:
+    """Return the loss of a batch.
+
+    Both parts are means over their positions: those with a label, and those with a distribution. The fusion part is
+    the cross-entropy of the events that the distribution knows: each of its ids, and all other ids together.
+
+    Args:
+        logits: of the target [B, T, V]; those at position i predict label i.
+        labels: ids [B, T], `IGNORED` where there is none.
+        clm_weight: lambda.
+        fused: what the sources say; None only where lambda is 1.
+
+    Raises:
+        ValueError: lambda below 1 without `fused`.
+    """
+    labelled = labels != IGNORED
+    flat = logits[labelled].float()  # [n, V]
+    log_total = torch.logsumexp(flat, dim=1)
+    clm = (log_total - flat.gather(1, labels[labelled][:, None])[:, 0]).mean()
+    if clm_weight == 1:
+        return Loss(clm, clm, None)
+    if fused is None:
+        raise ValueError(f"clm_weight {clm_weight} leaves weight for a fusion loss, but no distributions are given")
+    fusion = _fusion_loss(flat, log_total, FusedBatch(*(part[labelled] for part in vars(fused).values())))
+    return Loss(clm_weight * clm + (1 - clm_weight) * fusion, clm, fusion)
+
+
+def _fusion_loss(flat: Tensor, log_total: Tensor, fused: FusedBatch) -> Tensor:
+    """Return the mean cross-entropy of the covered rows of logits [n, V]; 0 where none is."""
+    logq = flat.gather(1, fused.ids) - log_total[:, None]  # [n, K]
+    q_rest = 1 - torch.where(fused.p > 0, logq.exp(), 0.0).sum(1)
+    row = -(fused.p * logq).sum(1) - fused.rest * q_rest.clamp(min=SMALLEST).log()
+    return torch.where(fused.covered, row, 0.0).sum() / fused.covered.sum().clamp(min=1)

@@ -1,0 +1,135 @@
+"""The distributions of one source on a list of blocks, on disk: the k largest entries of each, six bytes an entry.
+
+Blocks are written in groups, each file in one step, so that a run that was killed goes on with the next group. A folder
+belongs to one source, text and number of entries; its name says which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.relative.files import CHECKSUM, content_hash, identity_hash
+
+FORMAT = "lm-eval-deepen-distributions-1"
+GROUP = 8  # blocks per file
+HASH_LENGTH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRows:
+    """A source's distributions at the S positions of a block.
+
+    Attributes:
+        ids: the most likely ids, the likeliest first [S, k] (int32).
+        logp: their natural log-probabilities [S, k] (float16).
+        nats: what the source needs to predict the whole block.
+    """
+
+    ids: NDArray[np.int32]
+    logp: NDArray[np.float16]
+    nats: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the entries."""
+        return self.ids.nbytes + self.logp.nbytes
+
+
+class DistributionStore:
+    """The folder of one source's distributions."""
+
+    def __init__(self, root: Path, name: str, identity: Mapping[str, Any], blocks: int) -> None:
+        """Open the folder for a source, or make it.
+
+        Args:
+            root: where such folders are.
+            name: the source's, for the folder's name.
+            identity: everything that decides the content.
+            blocks: how many there are.
+
+        Raises:
+            MatrixError: a folder that cannot be written.
+        """
+        self.identity = {"format": FORMAT, "group": GROUP, **identity}
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "source"
+        self.folder = root / f"{slug[:60]}-{identity_hash(self.identity)[:HASH_LENGTH]}"
+        self.blocks = blocks
+        self._held: tuple[int, list[BlockRows]] = (-1, [])
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "identity.json").write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise MatrixError(
+                f"folder {self.folder} cannot be written ({error}). Give another with store: or XDG_CACHE_HOME."
+            ) from error
+
+    def missing(self) -> list[list[int]]:
+        """Return the groups of blocks without a file, each as indices of blocks."""
+        groups = range(-(-self.blocks // GROUP))
+        members = ([*range(g * GROUP, min((g + 1) * GROUP, self.blocks))] for g in groups)
+        return [group for group in members if not self._path(group[0] // GROUP).exists()]
+
+    def write(self, group: Sequence[int], rows: Sequence[BlockRows]) -> None:
+        """Write the blocks of a group in one step."""
+        tensors = {
+            "ids": torch.from_numpy(np.concatenate([block.ids for block in rows])),
+            "logp": torch.from_numpy(np.concatenate([block.logp for block in rows])),
+            "counts": torch.tensor([len(block.ids) for block in rows]),
+            "nats": torch.tensor([block.nats for block in rows], dtype=torch.float64),
+        }
+        path = self._path(group[0] // GROUP)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata={CHECKSUM: content_hash(tensors, self.identity)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def block(self, index: int) -> BlockRows:
+        """Return the distributions of one block.
+
+        Raises:
+            MatrixError: a file that is missing or damaged.
+        """
+        number = index // GROUP
+        if self._held[0] != number:
+            self._held = (number, self._read(number))
+        return self._held[1][index % GROUP]
+
+    def occurring(self) -> list[int]:
+        """Return every id that occurs, ascending."""
+        found: set[int] = set()
+        for index in range(self.blocks):
+            found.update(np.unique(self.block(index).ids).tolist())
+        return sorted(found)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def _read(self, number: int) -> list[BlockRows]:
+        path = self._path(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                checksum = (file.metadata() or {}).get(CHECKSUM)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise MatrixError(f"{path} cannot be read ({error}). Delete it; the next build makes it anew.") from error
+        if content_hash(tensors, self.identity) != checksum:
+            raise MatrixError(f"{path} is damaged: its checksum differs. Delete it; the next build makes it anew.")
+        edges = np.concatenate([[0], np.cumsum(tensors["counts"].numpy())])
+        ids, logp, nats = (tensors[key].numpy() for key in ("ids", "logp", "nats"))
+        pairs = zip(edges, edges[1:], nats, strict=False)
+        return [BlockRows(ids[start:end], logp[start:end], float(own)) for start, end, own in pairs]
