@@ -52,6 +52,8 @@ def measure_generation(bench: Bench) -> list[Figure]:
             theirs[m].append(taken[sizes[m]])
 
     with endless(_all_models(bench, *modes.values())):
+        for model in modes.values():  # first runs of this size are up to twice as slow: memory grows
+            bench.generate(model, generation(prompts(bench.source, scale.prompts), [8] * scale.prompts))
         alternate(bench, "generation", [hf, *(lambda mode=mode: generate(mode) for mode in modes)])
     sums = [sum(times) for times in zip(*theirs, strict=True)]
     named = dict(zip(bench.settings.names, theirs, strict=True))
@@ -182,6 +184,7 @@ def _fusion(bench: Bench, model: DeepenLM, name: str, what: str, goal: float | N
     texts = prompts(bench.source, scale.prompts)
     shares, steps, inside = [], [], []
     with endless(_all_models(bench, model)):
+        bench.generate(model, generation(texts, [8] * len(texts)))
         for _ in range(max(3, scale.repeats)):
             walls, forwards = [], []
             for tokens in (1, 1 + scale.steps):

@@ -43,7 +43,7 @@ class Scale:
     fixed: int = 30
     zero: int = 60
     piqa: int = 60
-    hf_differing: int = 1
+    hf_differing: int = 2
     hf_fixed: int = 1
     hf_zero: int = 8
     hf_piqa: int = 8
@@ -55,7 +55,7 @@ class Scale:
     hf_single: int = 2
     third: int = 8
     steps: int = 16
-    drafted: int = 1
+    drafted: int = 2
     long_context: int = 2048
     long_documents: int = 2
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
+from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.seam import Fused
 from lm_eval_deepen.inverse import Solver, get_solver
 from lm_eval_deepen.inverse.exact import exact_gain
@@ -90,10 +91,10 @@ class DeepenFuser:
         device, sides = logp[0].device, self._sides(logp[0].device)
         rows = max(1, chunk_bytes(device) // self._row_bytes(sides, sum(x.shape[1] for x in logp)))
         out = torch.empty(logp[0].shape, dtype=torch.float32, device=device)
-        parts = []
-        for start in range(0, max(1, len(weights)), rows):
-            chunk = slice(start, start + rows)
-            parts.append(_fuse(self, [x[chunk] for x in logp], weights[chunk], sides, out[chunk]))
+        parts = in_parts(
+            len(weights), rows, device,
+            lambda part: _fuse(self, [x[part] for x in logp], weights[part], sides, out[part]),
+        )  # fmt: skip
         return Fused(out, {name: torch.cat([stats[name] for stats in parts]) for name in parts[0]})
 
     def _sides(self, device: torch.device) -> tuple[Side, ...]:

@@ -1,0 +1,53 @@
+"""Rows of a step on several cores: torch does not spread operations that scatter or gather over its threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_state = threading.local()
+
+
+def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slice], Result]) -> list[Result]:
+    """Return what `work` gives for consecutive parts of some rows, in their order.
+
+    On a CPU as many parts run at once as torch has threads, each of them on one. Rows do not depend on each other, so
+    the parts make no difference beyond the last bit.
+
+    Args:
+        rows: their number; none are one empty part.
+        largest: rows of a part, at most.
+        device: where the work is done.
+        work: called with a part, in a thread of its own if there are several.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = max(1, min(largest, -(-rows // threads)))
+    parts = [slice(start, start + size) for start in range(0, max(1, rows), size)]
+    if threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    inference = torch.is_inference_mode_enabled()
+    found = list(_pool(os.getpid(), threads).map(lambda part: _alone(part, work, inference), parts))
+    torch.set_num_threads(threads)  # what a worker set for itself also is what threads made later begin with
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the workers of a process; a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="fuse")
+
+
+def _alone(part: slice, work: Callable[[slice], Result], inference: bool) -> Result:
+    if not getattr(_state, "single", False):
+        torch.set_num_threads(1)
+        _state.single = True
+    with torch.inference_mode(inference), torch.no_grad():
+        return work(part)
