@@ -72,7 +72,7 @@ def read_ensemble_file(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}"
         )
-    found = given(_beside({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, path.parent))
+    found = given(beside({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, path.parent))
     if is_ensemble_file(found.get("pretrained")):
         raise ConfigError(
             f"ensemble file {path}: pretrained={found['pretrained']} is an ensemble file too; "
@@ -82,7 +82,7 @@ def read_ensemble_file(name: str) -> dict[str, Any]:
     if isinstance(members, str):
         found["members"] = members = _split(members)
     if isinstance(members, (list, tuple)):
-        found["members"] = [_beside(member, path.parent) for member in members]
+        found["members"] = [beside(member, path.parent) for member in members]
     return found
 
 
@@ -102,10 +102,10 @@ def merge_file(name: str, inline: Mapping[str, Any]) -> dict[str, Any]:
     return found | {key: value for key, value in inline.items() if key != "pretrained"}
 
 
-def _beside(member: Any, folder: Path) -> Any:
+def beside(member: Any, folder: Path) -> Any:
     """Return a member (or a file's top level) whose relative paths reach folders beside the file."""
     if isinstance(member, str):
-        return _beside({"pretrained": member}, folder)["pretrained"]
+        return beside({"pretrained": member}, folder)["pretrained"]
     if not isinstance(member, Mapping):
         return member
     resolved = dict(member)

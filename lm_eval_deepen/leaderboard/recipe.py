@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config_options import coerce
-from lm_eval_deepen.config_parse import PATH_KEYS, member_names
+from lm_eval_deepen.config_parse import beside, member_names
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
@@ -189,12 +188,7 @@ def _member(entry: Any, folder: Path, i: int) -> dict[str, Any]:
         raise ConfigError(f"members[{i}] must be a model's name, or a mapping with pretrained or build; got {entry!r}")
     if "weight" in found:
         raise ConfigError(f"members[{i}] ({found['pretrained']}): a weight belongs to a row, as weights")
-    resolved = dict(found)
-    for key in PATH_KEYS:
-        value = found.get(key)
-        if isinstance(value, str) and value and not os.path.isabs(value) and (folder / value).exists():
-            resolved[key] = os.path.normpath(folder / value)
-    return resolved
+    return beside(found, folder)
 
 
 def _named(entries: Sequence[dict[str, Any]], elsewhere: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.tools.build import add_ensemble
+
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.reading import Document
@@ -22,9 +24,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    parser.add_argument(
-        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
-    )
+    add_ensemble(parser)
     parser.add_argument(
         "--text", nargs="+", metavar="FILE",
         help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",

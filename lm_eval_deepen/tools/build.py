@@ -13,11 +13,16 @@ HELP = "Build the relative matrices or maps of vocabularies that an ensemble nee
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add_ensemble(parser)
+    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
+
+
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that `parse_ensemble` reads."""
     parser.add_argument(
         "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
     )
-    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
-    parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
 
 
 def run(args: argparse.Namespace) -> int:

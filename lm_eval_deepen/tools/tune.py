@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.tools import tune_score
+from lm_eval_deepen.tools.build import add_ensemble
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
@@ -22,9 +23,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    parser.add_argument(
-        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
-    )
+    add_ensemble(parser)
     parser.add_argument(
         "--objective", choices=["bpb", "score"], default="bpb",
         help="bits per byte of text, or the score of a dev split (default: %(default)s)",
