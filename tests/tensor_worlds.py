@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,17 @@ def member(name: str, vocab: ByteVocab, dim: int, seed: int) -> MemberView:
 
 def view(name: str, vocab: ByteVocab, embeddings: Tensor) -> MemberView:
     """A member with these embedding rows."""
-    return MemberView(name, vocab, lambda: embeddings, lambda: hashlib.sha256(embeddings.numpy().tobytes()).hexdigest())
+    return MemberView(name, vocab, lambda: embeddings, lambda: digest(embeddings))
+
+
+def with_output_rows(member: MemberView, rows: Tensor) -> MemberView:
+    """The member with a head of these rows [V, d]."""
+    return replace(member, load_output_embeddings=lambda: rows, load_output_fingerprint=lambda: digest(rows))
+
+
+def digest(rows: Tensor) -> str:
+    """A hex digest of some rows."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def trio() -> list[MemberView]:

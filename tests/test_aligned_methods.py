@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensor_worlds import renormalised, rows, trio, view
+from tensor_worlds import renormalised, rows, trio, view, with_output_rows
 
 from lm_eval_deepen.errors import ConfigError, MatrixError, VocabularyError
 from lm_eval_deepen.fusion import _edit
@@ -258,21 +258,21 @@ def test_eva_uses_output_embeddings_and_its_maps_belong_to_them(store: MatrixSto
     main, other = twins()
     logp, weights = rows([main, other], 2), torch.full((2, 2), 0.5)
     tied = Eva().build([main, other], store).fuse(logp, weights).logp
-    same = replace(other, load_output_embeddings=other.load_embeddings)
+    same = with_output_rows(other, other.load_embeddings())
     assert torch.equal(Eva().build([main, same], store).fuse(logp, weights).logp, tied)
     assert len(list(store.folder.glob("eva-*.safetensors"))) == 1  # tied: one identity
     shuffled = other.load_embeddings().roll(7, 0)
-    untied = replace(other, load_output_embeddings=lambda: shuffled)
+    untied = with_output_rows(other, shuffled)
     assert not torch.allclose(Eva().build([main, untied], store).fuse(logp, weights).logp, tied, atol=1e-3)
     assert len(list(store.folder.glob("eva-*.safetensors"))) == 2
 
 
 def test_eva_refuses_what_it_cannot_align(store: MatrixStore) -> None:
     main, other = twins()
-    short = replace(other, load_output_embeddings=lambda: torch.zeros(5, 4))
+    short = with_output_rows(other, torch.zeros(5, 4))
     with pytest.raises(MatrixError, match=r"'b' has output embeddings of shape \(5, 4\) for 51 pieces"):
         Eva().build([main, short], store)
-    nan = replace(other, load_output_embeddings=lambda: torch.full((51, 4), float("nan")))
+    nan = with_output_rows(other, torch.full((51, 4), float("nan")))
     with pytest.raises(MatrixError, match="one finite row per piece"):
         Eva().build([main, nan], store)
     with pytest.raises(VocabularyError, match="have 3 pieces in common"):

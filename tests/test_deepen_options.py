@@ -21,6 +21,8 @@ from lm_eval_deepen.relative.tops import Rule
         ({"inverse": "exact", "rows": "embedding"}, "inverse 'exact' needs one-hot rows, got rows 'embedding'"),
         ({"normalization": "cosine"}, "normalization is of rows from embeddings, got 'cosine' with rows 'canonical'"),
         ({"rows": "prefix", "top_m": 8}, "top_m is of rows from embeddings, got 8 with rows 'prefix'"),
+        ({"embeddings": "output"}, "embeddings is of rows from embeddings, got 'output' with rows 'canonical'"),
+        ({"rows": "exact", "embeddings": "head"}, "embeddings must be input or output, got 'head'"),
         ({"rows": "canon"}, "rows: unknown value 'canon'. Did you mean 'canonical'"),
         ({"average": "geo"}, "average must be linear or geometric, got 'geo'. Did you mean 'geometric'"),
         ({"trust_region": 0}, "trust_region must be a positive number of nats, got 0"),

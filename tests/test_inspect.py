@@ -57,6 +57,7 @@ def text(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str]:
     [
         {"rows": "embedding", "top_m": 0},
         {"rows": "embedding", "normalization": "cosine"},
+        {"rows": "embedding", "embeddings": "output", "top_m": 0},
         {"rows": "exact", "top_m": 0, "row_entropy": 2.0},
         {},
     ],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tensor_worlds import member, trio, vocabulary
+from tensor_worlds import member, trio, vocabulary, with_output_rows
 
 import lm_eval_deepen.relative.files as files
 import lm_eval_deepen.relative.store as store_module
@@ -99,6 +99,42 @@ def test_another_tokenizer_revision_anchor_set_or_spec_has_another_file() -> Non
     for change in ({"normalization": "centered"}, {"temperature": 50.0}, {"top_m": 21}, {"rows": "all"}):
         paths.append(store.path(base, ANCHORS, replace(SPARSE, **change)))
     assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("pieces", ["embedding", "exact"])
+@pytest.mark.parametrize("top_m", [0, 20])
+def test_rows_of_the_head_are_those_of_a_member_with_them_as_input(tmp_path: Path, pieces: str, top_m: int) -> None:
+    store = MatrixStore(tmp_path, progress=False)
+    spec = MatrixSpec("centered", top_m=top_m, pieces=pieces)
+    head = replace(spec, embeddings="output")
+    rows = MEMBERS[0].load_embeddings().roll(7, 0)
+    untied, tied = with_output_rows(MEMBERS[0], rows), with_output_rows(MEMBERS[0], rows.roll(-7, 0))
+    assert (untied.tied, tied.tied, MEMBERS[0].tied) == (False, True, True)
+    own = store.get(untied, ANCHORS, spec)
+    found = store.get(untied, ANCHORS, head)
+    assert not torch.allclose(product(found), product(own), atol=1e-3)
+    # the obvious way: a member whose input embeddings are those rows, without a store between
+    copied = replace(MEMBERS[0], load_embeddings=lambda: rows, load_fingerprint=lambda: "copied")
+    expected = MatrixStore(tmp_path / "other", progress=False).get(copied, ANCHORS, spec)
+    assert torch.equal(product(found), product(expected))
+    assert store.path(untied, ANCHORS, head) != store.path(untied, ANCHORS, spec)
+    # one file where the rows are the same ones
+    assert store.get(tied, ANCHORS, head) is store.get(MEMBERS[0], ANCHORS, head) is own
+
+
+def test_damaged_rows_of_the_head_are_named(tmp_path: Path) -> None:
+    store, head = MatrixStore(tmp_path, progress=False), replace(SPARSE, embeddings="output")
+    short = with_output_rows(MEMBERS[0], torch.zeros(5, 4))
+    with pytest.raises(MatrixError, match=r"'main' has output embeddings of shape \(5, 4\)"):
+        store.get(short, ANCHORS, head)
+    nan = with_output_rows(MEMBERS[0], torch.full((len(MEMBERS[0].vocabulary), 4), float("nan")))
+    with pytest.raises(MatrixError, match="'main' has output embeddings that are not finite"):
+        store.get(nan, ANCHORS, head)
+
+
+def test_rows_of_a_head_need_their_digest() -> None:
+    with pytest.raises(ValueError, match="belong together"):
+        replace(MEMBERS[0], load_output_embeddings=MEMBERS[0].load_embeddings)
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "embedding"])

@@ -290,5 +290,6 @@ def view(member: Member) -> MemberView:
         load_embeddings=member.embeddings,
         load_fingerprint=lambda: member.embedding_fingerprint,
         load_output_embeddings=member.output_embeddings,
+        load_output_fingerprint=lambda: member.output_fingerprint,
         spelling=spelling,
     )

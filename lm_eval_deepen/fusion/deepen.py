@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Deepen", "DeepenFuser"]
 
+log = logging.getLogger(__name__)
+
 DEFAULT_NORMALIZATION = "centered"
 DEFAULT_TEMPERATURE = 100.0
 DEFAULT_TOP_M = 64
@@ -40,6 +43,8 @@ class Deepen:
     Attributes:
         rows: what stands for a piece: ``canonical`` or ``prefix`` anchors, both from bytes alone, its ``embedding``
             (published), or the latter with ``exact`` anchors.
+        embeddings: which embedding that is: of the ``input`` (published, the default), or of the ``output`` head,
+            whose rows are the same where a member ties them.
         average: of the members' relative vectors: ``linear`` (published) or ``geometric``.
         inverse: solver of the inverse: ``exact`` where rows come from bytes, ``em``, ``mirror`` or ``adamw`` (the
             published search); by default exact where that is possible, else em.
@@ -65,6 +70,7 @@ class Deepen:
     """
 
     rows: str = "canonical"
+    embeddings: str | None = None
     average: str = "linear"
     inverse: str | None = None
     steps: int | None = None
@@ -85,6 +91,7 @@ class Deepen:
     COMPAT: ClassVar[dict[str, dict[str, Any]]] = {
         "reference": {
             "rows": "embedding",
+            "embeddings": "input",
             "average": "linear",
             "inverse": "adamw",
             "steps": 5,
@@ -136,7 +143,7 @@ class Deepen:
                 "inverse."
             )
         self.matrix_spec()
-        for name in ("normalization", "relative_temperature", "row_entropy", "top_m"):
+        for name in ("embeddings", "normalization", "relative_temperature", "row_entropy", "top_m"):
             if self.from_bytes and getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name} is of rows from embeddings, got {getattr(self, name)!r} with rows {self.rows!r}. "
@@ -201,7 +208,8 @@ class Deepen:
         temperature = DEFAULT_TEMPERATURE if self.relative_temperature is None else float(self.relative_temperature)
         top_m = DEFAULT_TOP_M if self.top_m is None else self.top_m
         normalization = self.normalization or DEFAULT_NORMALIZATION
-        return MatrixSpec(normalization, temperature, top_m, described, self.rows, self.row_entropy)
+        which = "input" if self.embeddings is None else self.embeddings
+        return MatrixSpec(normalization, temperature, top_m, described, self.rows, self.row_entropy, which)
 
     def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> AnchorSet:
         """Return the members' anchors.
@@ -234,9 +242,11 @@ class Deepen:
             ids, twins = anchor_ids(vocabulary, anchors), duplicates(vocabulary, anchors)
             sides.append(make_side(vocabulary, matrix, ids, twins, spec.rows))
             info = store.info(member, anchors, spec, tokenizers)
+            which = {} if spec.from_bytes else {"embeddings": _said(member, spec.embeddings)}
             matrices.append(
                 {
                     "member": member.name,
+                    **which,
                     "file": info.path.name,
                     "bytes": info.num_bytes,
                     "content_sha256": info.content_sha256,
@@ -244,8 +254,18 @@ class Deepen:
                     "row_entropy_share": row_entropy_share(matrix),
                 }
             )
+        if spec.embeddings == "output" and all(member.tied for member in members):
+            log.warning(
+                "embeddings: output changes nothing here: the output head of every member (%s) is tied to its input "
+                "embeddings.",
+                ", ".join(member.name for member in members),
+            )
         facts = {"anchors": len(anchors.pieces), "anchors_sha256": anchors.fingerprint, "matrices": matrices}
         return DeepenFuser(members[0].vocabulary, sides, self, facts)
+
+
+def _said(member: MemberView, which: str) -> str:
+    return "output, tied to the input" if which == "output" and member.tied else which
 
 
 def _whole(value: object, least: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.relative.store import MatrixStore
 
 BLOCK_BYTES = 64 << 20  # cosines of one block of rows, fp32
-HASH_ROWS = 8192
+CHECK_ROWS = 8192
 
 
 @fusion("eva", paper="arXiv:2404.09492")
@@ -90,8 +89,8 @@ class Eva:
             identity = {
                 "tokenizer": member.vocabulary.fingerprint,
                 "main": main.vocabulary.fingerprint,
-                "embedding": _fingerprint(member),
-                "main_embedding": _fingerprint(main),
+                "embedding": member.fingerprint("output"),
+                "main_embedding": main.fingerprint("output"),
                 "neighbours": self.neighbours,
                 "similarity_floor": float(self.similarity_floor),
             }
@@ -107,27 +106,14 @@ class Eva:
 
 
 def _output_rows(member: MemberView) -> Tensor:
-    rows = (member.load_output_embeddings or member.load_embeddings)()
+    rows = member.load_rows("output")
     size = len(member.vocabulary)
-    if rows.ndim != 2 or len(rows) < size or not all(bool(x.isfinite().all()) for x in rows.split(HASH_ROWS)):
+    if rows.ndim != 2 or len(rows) < size or not all(bool(x.isfinite().all()) for x in rows.split(CHECK_ROWS)):
         raise MatrixError(
             f"Member {member.name!r} has output embeddings of shape {tuple(rows.shape)} for {size} pieces: one finite "
             "row per piece is needed. Its weights are damaged, or its model and tokenizer do not belong together."
         )
     return rows[:size]
-
-
-def _fingerprint(member: MemberView) -> str:
-    """Return a digest of the output embeddings; tied ones have that of the input embeddings."""
-    if member.load_output_embeddings is None:
-        return member.load_fingerprint()
-    rows = member.load_output_embeddings()
-    if rows.data_ptr() == member.load_embeddings().data_ptr():
-        return member.load_fingerprint()
-    digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
-    for part in rows.split(HASH_ROWS):
-        digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ class MemberView:
         load_fingerprint: returns a hex digest of the embedding rows; computed on demand.
         load_output_embeddings: returns the rows of the output head [V, d'], read-only; None says that the head
             is tied to the input embeddings.
+        load_output_fingerprint: returns a hex digest of those rows, the one of `load_fingerprint` where they are the
+            same rows; given where `load_output_embeddings` is.
         spelling: the member's tokenizer on bytes; None where there is none, and the longest piece that some
             bytes begin with stands for their first token.
     """
@@ -52,7 +54,28 @@ class MemberView:
     load_embeddings: Callable[[], Tensor]
     load_fingerprint: Callable[[], str]
     load_output_embeddings: Callable[[], Tensor] | None = None
+    load_output_fingerprint: Callable[[], str] | None = None
     spelling: Spelling | None = None
+
+    def __post_init__(self) -> None:
+        """Check that rows of a head come with their digest."""
+        if (self.load_output_embeddings is None) != (self.load_output_fingerprint is None):
+            raise ValueError("load_output_embeddings and load_output_fingerprint belong together")
+
+    def load_rows(self, which: str) -> Tensor:
+        """Return the ``input`` or ``output`` embedding rows [V, d]; those of a tied head are the same."""
+        output = self.load_output_embeddings if which == "output" else None
+        return (output or self.load_embeddings)()
+
+    def fingerprint(self, which: str) -> str:
+        """Return a hex digest of the ``input`` or ``output`` embedding rows."""
+        output = self.load_output_fingerprint if which == "output" else None
+        return (output or self.load_fingerprint)()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head's rows are the input embeddings."""
+        return self.fingerprint("output") == self.fingerprint("input")
 
 
 @dataclass(frozen=True)

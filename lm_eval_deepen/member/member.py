@@ -213,10 +213,13 @@ class Member:
     @cached_property
     def embedding_fingerprint(self) -> str:
         """A hex digest of the embedding rows, their shape and dtype."""
-        rows = self.embeddings().contiguous().cpu()
-        digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
-        digest.update(rows.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return _digest(self.embeddings())
+
+    @cached_property
+    def output_fingerprint(self) -> str:
+        """A hex digest of the rows of the output head; that of the embedding rows where they are the same."""
+        rows = self.output_embeddings()
+        return self.embedding_fingerprint if rows.data_ptr() == self.embeddings().data_ptr() else _digest(rows)
 
     def states_at(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Return what `logp` needs for the end of every token path [n, ...]."""
@@ -225,3 +228,11 @@ class Member:
     def logp(self, states: Tensor) -> Tensor:
         """Return next-token log-probabilities [n, V] (natural log, fp32, this member's temperature)."""
         return self.runner.logp(states, self.config.temperature)
+
+
+def _digest(rows: Tensor) -> str:
+    """Return a hex digest of some rows, their shape and dtype."""
+    rows = rows.contiguous().cpu()
+    digest = hashlib.blake2b(f"{tuple(rows.shape)} {rows.dtype}".encode(), digest_size=32)
+    digest.update(rows.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -26,6 +26,7 @@ PIECE_ROWS = {  # what stands for a piece, by the value of the option ``rows``
     "prefix": "an anchor by itself, another piece by the longest anchor that it begins with",
     "canonical": "an anchor by itself, another piece by the anchor that the other members' tokenizers begin it with",
 }
+EMBEDDINGS = ("input", "output")  # whose rows stand for pieces: of the input embeddings (the paper), of the head
 BYTE_ROWS = ("prefix", "canonical")  # one-hot, from bytes alone: neither embeddings nor a temperature
 
 
@@ -42,6 +43,7 @@ class MatrixSpec:
         pieces: a name of `PIECE_ROWS`.
         entropy: where given, the temperature of every member is chosen so that its rows have this mean entropy
             in nats, and `temperature` is not used.
+        embeddings: a name of `EMBEDDINGS`.
     """
 
     normalization: str = "centered"
@@ -50,6 +52,7 @@ class MatrixSpec:
     rows: str = "text"
     pieces: str = "embedding"
     entropy: float | None = None
+    embeddings: str = "input"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -67,6 +70,8 @@ class MatrixSpec:
             )
         if self.entropy is not None and not (0 < self.entropy < float("inf")):
             raise ConfigError(f"row_entropy must be a positive number of nats, got {self.entropy!r}.")
+        if self.embeddings not in EMBEDDINGS:
+            raise ConfigError(f"embeddings must be {' or '.join(EMBEDDINGS)}, got {self.embeddings!r}.")
 
     @property
     def from_bytes(self) -> bool:
@@ -142,7 +147,7 @@ def build_matrix(
     Args:
         member: its name, for messages.
         vocabulary: its pieces [V].
-        embeddings: its input embedding rows [>= V, d], any float dtype.
+        embeddings: its embedding rows [>= V, d], those that ``spec.embeddings`` names, any float dtype.
         anchor_ids: its id of every anchor [A].
         twins: other ids with an anchor's bytes -> that anchor's index; they get the anchor's row.
         spec: how rows are made and stored.
@@ -155,7 +160,7 @@ def build_matrix(
         MatrixError: unusable embeddings, a dense matrix beyond `DENSE_LIMIT_BYTES`, or a mean dropped mass
             above `MAX_DROPPED_MASS`.
     """
-    _check_embeddings(member, vocabulary, embeddings)
+    _check_embeddings(member, vocabulary, embeddings, spec.embeddings)
     mask = described_rows(vocabulary, spec.rows)
     device = embeddings.device
     source = torch.arange(len(vocabulary))
@@ -234,12 +239,12 @@ def _dropped_too_much(member: str, mean: float, spec: MatrixSpec, anchors: int, 
     )
 
 
-def _check_embeddings(member: str, vocabulary: ByteVocab, embeddings: Tensor) -> None:
+def _check_embeddings(member: str, vocabulary: ByteVocab, embeddings: Tensor, which: str) -> None:
     if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
         raise MatrixError(
-            f"Member {member!r} has input embeddings of shape {tuple(embeddings.shape)} for "
+            f"Member {member!r} has {which} embeddings of shape {tuple(embeddings.shape)} for "
             f"{len(vocabulary)} pieces: one row per piece is needed. Its model and tokenizer do not belong "
             "together."
         )
     if not all(bool(part.isfinite().all()) for part in embeddings.split(8192)):
-        raise MatrixError(f"Member {member!r} has input embeddings that are not finite: its weights are damaged.")
+        raise MatrixError(f"Member {member!r} has {which} embeddings that are not finite: its weights are damaged.")

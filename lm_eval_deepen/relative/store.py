@@ -74,7 +74,7 @@ class MatrixStore:
         temperature = {"temperature": float(spec.temperature)} if spec.entropy is None else {"entropy": spec.entropy}
         return {
             **common,
-            "embedding": member.load_fingerprint(),
+            "embedding": member.fingerprint(spec.embeddings),
             "normalization": spec.normalization,
             **temperature,
             "top_m": spec.top_m,
@@ -152,7 +152,7 @@ class MatrixStore:
                 classes = anchor_classes(vocabulary, anchors, spellers)
                 matrix = class_matrix(classes, described_rows(vocabulary, spec.rows), len(anchors))
             else:
-                rows = member.load_embeddings()
+                rows = member.load_rows(spec.embeddings)
                 matrix = build_matrix(member.name, vocabulary, rows, ids, twins, spec, progress=self.progress)
             with self._explained():
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)

@@ -159,7 +159,7 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
     from lm_eval_deepen.relative.spaces import get_normalization, unit_rows
     from lm_eval_deepen.vocabulary import anchor_ids
 
-    embeddings = member.files.load_embedding() if member.files else None
+    embeddings = member.files.load_embedding(spec.embeddings) if member.files else None
     if embeddings is None or member.codec is None or len(anchors) < 2:
         return None
     vocabulary = member.codec.vocab

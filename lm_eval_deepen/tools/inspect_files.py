@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +71,18 @@ class ModelFiles:
     @property
     def embedding(self) -> str | None:
         """The name of the input embedding among `tensors`: one row per logit, or more."""
+        return self._table(_is_embedding)
+
+    @property
+    def output_embedding(self) -> str | None:
+        """The name of the output head among `tensors`; of the input embedding where the head is tied to it."""
+        return (None if self.get("tie_word_embeddings") else self._table(_is_head)) or self.embedding
+
+    def _table(self, called: Callable[[str], bool]) -> str | None:
         rows, width = self.get("vocab_size", 0), self.get("hidden_size", 0)
         found = [name for name, header in self.tensors.items()
                  if len(header.shape) == 2 and header.shape[0] >= rows and header.shape[1] == width]  # fmt: skip
-        named = [name for name in found if _is_embedding(name)]
+        named = [name for name in found if called(name)]
         return min(named, key=len) if named else None
 
     @property
@@ -83,16 +91,17 @@ class ModelFiles:
         first = next((header.dtype for header in self.tensors.values() if header.dtype in STORED_DTYPES), "F32")
         return str(self.get("dtype") or STORED_DTYPES[first])
 
-    def load_embedding(self) -> Tensor | None:
-        """Return the input embedding rows [>= V, d] alone, None where they are not on this machine."""
-        if self.folder is None or self.embedding is None:
+    def load_embedding(self, which: str = "input") -> Tensor | None:
+        """Return the ``input`` or ``output`` embedding rows [>= V, d] alone, None where they are not here."""
+        name = self.output_embedding if which == "output" else self.embedding
+        if self.folder is None or name is None:
             return None
         from safetensors import safe_open
 
         for path in sorted(self.folder.glob("*.safetensors")):
-            if self.embedding in read_header(path):
+            if name in read_header(path):
                 with safe_open(path, framework="pt") as file:
-                    return file.get_tensor(self.embedding)
+                    return file.get_tensor(name)
         return None
 
 
@@ -101,6 +110,11 @@ def _is_embedding(name: str) -> bool:
     module = name.split(".")[-2] if "." in name else name
     other = any(word in module for word in ("out", "head", "pos"))
     return not other and any(word in module for word in ("emb", "wte", "shared"))
+
+
+def _is_head(name: str) -> bool:
+    module = name.split(".")[-2] if "." in name else name
+    return any(word in module for word in ("lm_head", "embed_out", "output"))
 
 
 class HubUnreachable(MemberError):

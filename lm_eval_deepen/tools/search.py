@@ -31,9 +31,10 @@ EMBEDDING_SPACES = tuple(
     for normalization in ("centered", "decorrelated", "cosine")
     for average in ("geometric", "linear")
 )
+OUTPUT_SPACES = tuple({**space, "embeddings": "output"} for space in EMBEDDING_SPACES)  # where a head is not tied
 SOLVERS = ({"inverse": "em"}, {"inverse": "mirror"}, {"inverse": "adamw"})
 FREE = dict.fromkeys(  # each space has its own defaults
-    "inverse steps learning_rate support normalization relative_temperature row_entropy top_m".split()
+    "inverse steps learning_rate support embeddings normalization relative_temperature row_entropy top_m".split()
 )
 
 
@@ -123,12 +124,13 @@ def search_reading(reading: Reading, *, everything: bool = False) -> Chosen:
         FrozenDict(config.options_dict()), config.weights, tuple(member.temperature for member in config.members)
     )
     num_bytes, log = sum(document.num_bytes for document in documents), []
+    spaces = _spaces_of(ensemble, everything)
     for name, stage in (
-        ("space and weights", lambda at: _with_weights(_spaces(at, config.method, everything))),
+        ("space and weights", lambda at: _with_weights(_spaces(at, spaces))),
         ("weights", _weights),
         ("common temperature", _common_temperature),
         ("temperatures", _temperatures),
-        ("space again", lambda at: _spaces(at, config.method, everything)),
+        ("space again", lambda at: _spaces(at, spaces)),
         ("weights, finer", _finer_weights),
         ("solver", lambda at: _solvers(at, config.method)),
     ):
@@ -154,10 +156,17 @@ def _say(at: Candidate, first: Candidate) -> str:
     return f"{options}weights {weights}, temperatures {temperatures}"
 
 
-def _spaces(at: Candidate, method: str, everything: bool) -> Iterator[Candidate]:
-    if method == "deepen":
-        for changes in (*BYTE_SPACES, *(EMBEDDING_SPACES if everything else ())):
-            yield replace(at, options=FrozenDict({**at.options, **FREE, **changes}))
+def _spaces_of(ensemble: Ensemble, everything: bool) -> Sequence[dict[str, str]]:
+    """Return the spaces to try: those of output embeddings where any member's differ from its input embeddings."""
+    if ensemble.config.method != "deepen":
+        return ()
+    untied = everything and not all(view(member).tied for member in ensemble.members)
+    return (*BYTE_SPACES, *(EMBEDDING_SPACES if everything else ()), *(OUTPUT_SPACES if untied else ()))
+
+
+def _spaces(at: Candidate, spaces: Sequence[dict[str, str]]) -> Iterator[Candidate]:
+    for changes in spaces:
+        yield replace(at, options=FrozenDict({**at.options, **FREE, **changes}))
 
 
 def _with_weights(spaces: Iterator[Candidate]) -> Iterator[Candidate]:
