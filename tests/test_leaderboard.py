@@ -372,6 +372,24 @@ def test_meaningless_cells_are_not_run_and_say_why(write, tmp_path):
     assert {entry["column"] for entry in told} == {"conf_choice acc", "conf_choice acc_norm"}
 
 
+def test_an_encoder_decoder_member_scores_no_text(write, pico, tmp_path):
+    import pico_seq2seq
+
+    translator = pico_seq2seq.build(tmp_path / "models")["translator"]
+    languages = {"source_language": "eng_Latn", "target_language": "deu_Latn"}
+    members = [{"name": "A", "pretrained": str(pico["bytelevel"])},
+               {"name": "T", "pretrained": str(translator), **languages}]  # fmt: skip
+    path = write(members=members, grid=None, rows=[{"members": ["A", "T"]}], tasks=[CHOICE, "conf_answer"])
+    assert {(row, task) for row, task in planned(path, tmp_path / "out").missing} == {
+        ("A", "conf_choice"), ("A", "conf_answer"), ("T", "conf_answer"), ("A+T", "conf_answer"),
+    }  # fmt: skip
+    table = measured(path, tmp_path / "out")
+    reason = "T is an encoder-decoder model, which takes part in generation only"
+    assert table.meaningless["A+T", "conf_choice acc"] == table.meaningless["T", "conf_choice acc"] == reason
+    assert {system for system, column in scores(table) if column.startswith("conf_answer")} == {"A", "T", "A+T"}
+    assert reason in leaderboard_table.rendered(table, "text")
+
+
 # --- the table
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from filelock import FileLock, Timeout
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen import pooling
+from lm_eval_deepen.building.architecture import read_config
 from lm_eval_deepen.config import EnsembleConfig, FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion.seam import Fuser
-from lm_eval_deepen.leaderboard.builds import facts_of, refuse_trained
+from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.recipe import Recipe
@@ -26,6 +28,7 @@ from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
+from lm_eval_deepen.member.specialist import BACKEND
 from lm_eval_deepen.pooling.seam import check_request
 
 Key = tuple[str, str]  # row, task
@@ -104,6 +107,10 @@ def plan(
 
 def no_answer(row: Row, task: LoadedTask) -> str | None:
     """Return why a row cannot answer a task's requests; None where it can."""
+    if any(kind.startswith("loglikelihood") for kind in task.request_types):
+        for member in row.config.members:
+            if generates_only(member):
+                return f"{member.name} is an encoder-decoder model, which takes part in generation only"
     if row.config.pooling is None:
         return None
     method = pooling.poolings()[row.config.pooling].options(**row.config.pooling_options)
@@ -113,6 +120,18 @@ def no_answer(row: Row, task: LoadedTask) -> str | None:
         except RequestError:
             return f"{row.config.pooling} combines answers to {' and '.join(sorted(method.REQUESTS))}, not to {kind}"
     return None
+
+
+@cache
+def generates_only(member: MemberConfig) -> bool:
+    """Tell whether a member is an encoder-decoder model, from its configuration alone."""
+    if member.pretrained.startswith(PREFIX):  # what is built here is a causal language model
+        return False
+    backend = member.loading_dict().get("backend", "default")
+    try:
+        return backend == BACKEND or bool(read_config(member.name, member.pretrained).get("is_encoder_decoder"))
+    except ConfigError:
+        return False  # loading it says what is wrong
 
 
 def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:

@@ -80,6 +80,10 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             for row in recipe.rows
             if (row.name, task.name) in cells
         ]
+        if not runs:  # encoder-decoder members alone, and a task that scores given texts
+            reasons = {plan.meaningless[row.name, task.name] for row in recipe.rows}
+            notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
+            continue
         found = _columns(plan, task, runs, cells, notes)
         notes += groups(runs)
         rows += found
@@ -95,7 +99,7 @@ def _columns(
     plan: Plan, task: LoadedTask, runs: Sequence[Run], cells: Mapping[Key, Cell], notes: list[str]
 ) -> list[Row]:
     recipe = plan.recipe
-    alone = [row.name for row in recipe.alone]
+    alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
     grouped = _groups(recipe)
     rows: list[Row] = []
     for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
