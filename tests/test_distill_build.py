@@ -72,7 +72,7 @@ def test_a_build_is_an_ordinary_model_folder_that_says_what_it_is(world, plain) 
     assert plain["parameters"] == sum(p.numel() for p in base.parameters())
     assert 300 <= plain["tokens_trained"] < 332 and plain["seed"] == 3
     assert (
-        plain["weights_sha256"] != plain["target"]["weights_sha256"] == plain["sources"]["bytelevel"]["weights_sha256"]
+        plain["tensors_sha256"] != plain["target"]["tensors_sha256"] == plain["sources"]["bytelevel"]["tensors_sha256"]
     )
     assert set(plain["versions"]) >= {"torch", "transformers", "accelerate", "lm_eval_deepen", "python"}
     assert json.loads((out / builder.RESULT).read_text())["result"] == {k: v for k, v in plain.items() if k != "out"}
@@ -110,16 +110,16 @@ def test_bits_per_byte_before_and_after_are_those_of_plain_forward_passes(world,
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, plain, tmp_path) -> None:
     recipe, members = world
     again = distill.build(fusellm(recipe, device=None), tmp_path / "again", members)
-    assert again["weights_sha256"] == plain["weights_sha256"]
+    assert again["tensors_sha256"] == plain["tensors_sha256"]
     other = distill.build(fusellm(recipe, seed=4), tmp_path / "other", members)
-    assert other["weights_sha256"] != plain["weights_sha256"]
+    assert other["tensors_sha256"] != plain["tensors_sha256"]
 
 
 def test_lambda_1_is_the_control_bit_by_bit_and_learns_the_text(world, plain, tmp_path) -> None:
     recipe, members = world
     control = distill.build({**recipe, "method": "clm"}, tmp_path / "clm", members)
     same = distill.build(fusellm(recipe, clm_weight=1), tmp_path / "same", members)
-    assert same["weights_sha256"] == control["weights_sha256"] != plain["weights_sha256"]
+    assert same["tensors_sha256"] == control["tensors_sha256"] != plain["tensors_sha256"]
     assert control["tokens_trained"] == plain["tokens_trained"] and control["text_sha256"] == plain["text_sha256"]
     assert control["sources"] == {} and control["covered"] is None
     assert control["held_out"]["bits_per_byte"] < control["held_out"]["base_bits_per_byte"]
@@ -130,7 +130,7 @@ def test_lambda_1_is_the_control_bit_by_bit_and_learns_the_text(world, plain, tm
 def test_every_option_makes_another_model(world, plain, tmp_path, changes: dict[str, Any]) -> None:
     recipe, members = world
     found = distill.build(fusellm(recipe, **changes), tmp_path / "out", members)
-    assert found["weights_sha256"] != plain["weights_sha256"]
+    assert found["tensors_sha256"] != plain["tensors_sha256"]
     assert found["recipe"] == {**plain["recipe"], **changes}
     assert found["covered"] == 1 if changes == {"fusion": "avgce"} else found["covered"] > 0.2
 
@@ -159,7 +159,7 @@ def test_an_interrupted_build_goes_on_and_ends_up_the_same(world, plain, tmp_pat
         patch.setattr(training.FusionTrainer, "compute_loss", trained := Counted(loss))
         found = distill.build(recipe, out, members)
     assert counted.calls == 0 and trained.calls == plain["steps"] - FIRST_STEPS
-    assert found["weights_sha256"] == plain["weights_sha256"]
+    assert found["tensors_sha256"] == plain["tensors_sha256"]
     assert found["held_out"] == plain["held_out"] and found["sources"] == plain["sources"]
     assert not partial.exists()
 
@@ -190,7 +190,7 @@ def test_a_finished_build_is_not_made_again_and_one_cut_off_while_it_was_moved_i
         distill.build(fusellm(recipe), out, members)
     assert (out / "config.json").exists()
     found = distill.build(fusellm(recipe), out, members)
-    assert found["weights_sha256"] == plain["weights_sha256"]
+    assert found["tensors_sha256"] == plain["tensors_sha256"]
     with monkeypatch.context() as patch:
         patch.setattr(builder, "load", killed)
         assert distill.build(fusellm(recipe), out, members) == found

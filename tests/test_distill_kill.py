@@ -47,5 +47,5 @@ def test_a_killed_process_loses_nothing_but_time(pico: dict[str, Path], tmp_path
 
     found = distill.build(recipe, out, members)
     expected = distill.build(recipe, tmp_path / "whole", members)
-    assert found["weights_sha256"] == expected["weights_sha256"]
+    assert found["tensors_sha256"] == expected["tensors_sha256"]
     assert found["held_out"] == expected["held_out"]

@@ -140,7 +140,7 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
         )
     text = cut(config, corpus, target.codec)
     root = Path(config.store).expanduser() if config.store else default_folder().parent / "distributions"
-    weights = weights_hash(target)
+    weights = tensors_hash(target)
     bits = _base_bits(root, weights, target, text)
     clock.lap("held out, base")
     return Read(
@@ -160,7 +160,7 @@ def _facts(config: DistillRecipe, read: Read, learnt: Learnt | None) -> dict[str
     return {
         "method": config.method,
         "recipe": config.to_dict(),
-        "target": {"name": config.target, "weights_sha256": read.weights},
+        "target": {"name": config.target, "tensors_sha256": read.weights},
         "sources": source_facts(read.sources, learnt, read.used) if learnt else {},
         "covered": learnt.covered if learnt else None,
         "versions": versions(),
@@ -183,7 +183,7 @@ def _evaluated(config: DistillRecipe, read: Read, folder: Path) -> dict[str, Any
     bits = evaluation.bits_of(result, _held_out(result, read.text))
     facts = evaluation.facts(read.bits, bits, read.text.sizes)
     return {
-        "weights_sha256": weights_hash(result),
+        "tensors_sha256": tensors_hash(result),
         "parameters": sum(p.numel() for p in result.lm.model.parameters()),
         "held_out": {**facts, "text_sha256": read.text.held_out_digest},
     }
@@ -201,8 +201,8 @@ def load(name: str, pretrained: str, device: str | None) -> Member:
     return member
 
 
-def weights_hash(member: Member) -> str:
-    """Return the hex SHA-256 of a model's weights: names, shapes, dtypes and content."""
+def tensors_hash(member: Member) -> str:
+    """Return the hex SHA-256 of a loaded model's tensors: names, shapes, dtypes, content. Not of files."""
     return content_hash(member.lm.model.state_dict(), {})
 
 
@@ -275,7 +275,7 @@ def _read_sources(
     found = []
     for name in config.sources:
         member = target if name == config.target else load(name, members[name], config.device)
-        own = weights if member is target else weights_hash(member)
+        own = weights if member is target else tensors_hash(member)
         found.append(read_source(member, own, texts, config.top_k, root))
         if member is not target:
             del member

@@ -145,7 +145,7 @@ def source_facts(sources: Sequence[Source], learnt: Learnt, blocks: Sequence[Tok
         num_bytes = sum(int(block.ends[-1]) + len(source.codec.vocab.pieces[block.ids[-1]]) for block in source.tokens)
         total = sum(learnt.mass[m].values()) or 1.0
         found[source.name] = {
-            "weights_sha256": source.weights,
+            "tensors_sha256": source.weights,
             "bits_per_byte": sum(block.nats for block in rows) / math.log(2) / num_bytes,
             "coverage": learnt.aligned[m] / positions,
             "blocks_chosen": learnt.chosen.count(m),
