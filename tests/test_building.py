@@ -243,7 +243,8 @@ def test_a_file_may_be_named_by_the_environment(tmp_path, monkeypatch):
     assert texts.files("$HERE/a.txt", Path("elsewhere"), "w") == [tmp_path / "a.txt"]
 
 
-def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, trained, monkeypatch):
+def with_a_split(tasks):
+    """Adds `split_choice`, which has a validation split of its own."""
     rows = (tasks / "choice.jsonl").read_text().splitlines()[:2]
     (tasks / "dev.jsonl").write_text("\n".join(rows) + "\n")
     loader = tasks / "loader.py"
@@ -252,6 +253,24 @@ def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, traine
     own = (tasks / "conf_choice.yaml").read_text().replace("conf_choice", "split_choice")
     own = own.replace("loader.choice", "loader.split").replace("fewshot_split: fewshot", "validation_split: dev")
     (tasks / "split_choice.yaml").write_text(own)
+
+
+def test_a_task_of_the_users_own_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    local_tasks(tmp_path / "mine")
+    with_a_split(tmp_path / "mine")
+    [path] = parsed({**CLM, "text": "task:split_choice", "include_path": "mine"}, tmp_path).text_files()
+    assert "Answer: Paris" in path.read_text("utf-8")
+    assert len(texts.task_hashes("split_choice", (str(tmp_path / "mine"),))) == 2
+    with pytest.raises(ConfigError, match=r"include_path: .*none is not a folder"):
+        parsed({**CLM, "include_path": ["none"]}, tmp_path)
+    plain, here = parsed(CLM, tmp_path), parsed({**CLM, "include_path": "mine"}, tmp_path)
+    assert plain.sha256 == here.sha256  # where a task is found is no part of what is built; its text is
+
+
+def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, trained, monkeypatch):
+    with_a_split(tasks)
     [path] = texts.files("task:split_choice", tmp_path, "w")
     found = [document.text for document in load_documents([path])]
     assert len(found) == 2 == len(texts.task_hashes("split_choice"))

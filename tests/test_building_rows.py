@@ -207,10 +207,12 @@ def test_training_on_what_is_evaluated_is_refused(write, tmp_path, builders, mon
     recipe = read_recipe(write())
     [task] = load_tasks(recipe.tasks, recipe.include_path)
     monkeypatch.setattr(
-        "lm_eval_deepen.leaderboard.builds.task_hashes", lambda name: task.documents["conf_choice"][:2]
+        "lm_eval_deepen.leaderboard.builds.task_hashes", lambda name, _: task.documents["conf_choice"][:2]
     )
     members = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["members"]
     members[1] = {"name": "s0", "build": {"recipe": "clm.yaml", "text": "task:conf_choice"}}
+    builds = read_recipe(write(members=members)).builds
+    assert builds.include_path == builds.recipes["s0"].include_path == (str(tasks),)
     monkeypatch.setattr("lm_eval_deepen.building.texts.files", lambda *_: [])
     told = r"model 's0', trained on task:conf_choice, was fitted on 2 of the 5 documents of task 'conf_choice'"
     with pytest.raises(ConfigError, match=told):

@@ -21,7 +21,7 @@ from lm_eval_deepen.errors import ConfigError, did_you_mean
 MERGE_KEY = "merge_method"
 TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
 RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # merges that draw at random
-OWN_KEYS = frozenset({"title", "note", "seed"})
+OWN_KEYS = frozenset({"title", "note", "seed", "include_path"})
 _PLACEMENT = frozenset({"models", "device", "store", "checkpoint_steps"})  # of a training: decide no weight
 _TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source that are no model
 
@@ -37,6 +37,7 @@ class BuildRecipe:
         seed: of whatever is drawn at random.
         title: one line.
         note: what else to know.
+        include_path: folders with tasks whose texts it may name.
     """
 
     source: str
@@ -45,6 +46,7 @@ class BuildRecipe:
     seed: int = 0
     title: str = ""
     note: str = ""
+    include_path: tuple[str, ...] = ()
 
     @property
     def is_merge(self) -> bool:
@@ -95,7 +97,8 @@ class BuildRecipe:
 
     def text_files(self) -> list[Path]:
         """Return the files that a model is trained on; none where the recipe names none."""
-        return texts.files(list(self.texts), self.folder, f"{self.source}: text") if self.texts else []
+        where = f"{self.source}: text"
+        return texts.files(list(self.texts), self.folder, where, self.include_path) if self.texts else []
 
     def places(self, members: Mapping[str, str]) -> dict[str, str]:
         """Return where every model is that it is made from, by the name it is spelt with.
@@ -243,6 +246,7 @@ def parse_build(
             seed=coerce(keys.get("seed", 0), int, "seed"),
             title=coerce(keys.get("title", ""), str, "title"),
             note=coerce(keys.get("note", ""), str, "note"),
+            include_path=texts.task_folders(keys.get("include_path"), folder),
         )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error

@@ -15,7 +15,7 @@ from lm_eval_deepen.errors import ConfigError
 TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
 
 
-def files(value: Any, folder: Path, where: str) -> list[Path]:
+def files(value: Any, folder: Path, where: str, include_path: Sequence[str] = ()) -> list[Path]:
     """Return the files of a list of texts, made first where they are no files.
 
     Args:
@@ -23,6 +23,7 @@ def files(value: Any, folder: Path, where: str) -> list[Path]:
             filled in), or ``task:NAME``.
         folder: where relative paths are read.
         where: the recipe and its key, for messages.
+        include_path: folders with tasks of the user's own.
 
     Raises:
         ConfigError: a text that is not there.
@@ -33,12 +34,27 @@ def files(value: Any, folder: Path, where: str) -> list[Path]:
             f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
             f"{value!r}"
         )
-    return [_file(name, folder, where) for name in listed]
+    return [_file(name, folder, where, tuple(include_path)) for name in listed]
 
 
-def _file(name: str, folder: Path, where: str) -> Path:
+def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
+    """Return the folders of a recipe's ``include_path``, a folder or a list; relative ones are beside the recipe.
+
+    Raises:
+        ConfigError: what is no folder.
+    """
+    found = []
+    for name in [value] if isinstance(value, str) else list(value or ()):
+        place = folder / Path(str(name)).expanduser()
+        if not place.is_dir():
+            raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
+        found.append(str(place))
+    return tuple(found)
+
+
+def _file(name: str, folder: Path, where: str, include_path: tuple[str, ...]) -> Path:
     if name.startswith(TASK):
-        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK)))
+        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), include_path))
     path = folder / Path(os.path.expandvars(name)).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -62,28 +78,32 @@ def _kept(name: str, documents: Sequence[str]) -> Path:
     return path
 
 
-def task_texts(name: str) -> list[str]:
+def task_texts(name: str, include_path: tuple[str, ...] = ()) -> list[str]:
     """Return what a task asks, each with its answer, from the split that may be trained on; never its test split.
+
+    Args:
+        name: the task.
+        include_path: folders with tasks, beside the harness's and ours.
 
     Raises:
         ConfigError: an unknown task, one with several tasks in it, or one without such a split.
     """
-    return [text for text, _ in _examples(name)]
+    return [text for text, _ in _examples(name, include_path)]
 
 
 @lru_cache(maxsize=16)
-def task_hashes(name: str) -> tuple[str, ...]:
+def task_hashes(name: str, include_path: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the harness's ``doc_hash`` of the documents of `task_texts`."""
     from lm_eval_deepen.leaderboard.tasks import doc_hashes
 
-    return tuple(doc_hashes([document for _, document in _examples(name)]))
+    return tuple(doc_hashes([document for _, document in _examples(name, include_path)]))
 
 
-def _examples(name: str) -> list[tuple[str, Any]]:
+def _examples(name: str, include_path: tuple[str, ...]) -> list[tuple[str, Any]]:
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
     from lm_eval_deepen.leaderboard.tasks import load_tasks
 
-    [loaded] = load_tasks([TaskSpec(name)])
+    [loaded] = load_tasks([TaskSpec(name)], include_path)
     if list(loaded.leaves) != [name]:
         raise ConfigError(f"text {TASK}{name} is a group; name one of its tasks: {', '.join(loaded.leaves)}")
     task = loaded.leaves[name]

@@ -50,10 +50,12 @@ class Builds:
     Attributes:
         recipes: by the name of the member or row.
         places: where the other members are, by name.
+        include_path: folders with tasks, of the leaderboard; recipes may name more.
     """
 
     recipes: Mapping[str, BuildRecipe] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
+    include_path: tuple[str, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
 
     def pretrained(self, name: str) -> str:
@@ -229,10 +231,13 @@ def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> No
     Raises:
         ConfigError: naming the model and the task.
     """
+    folders = [*builds.include_path, *(place for recipe in builds.recipes.values() for place in recipe.include_path)]
+    include_path = tuple(dict.fromkeys(folders))
     for name, trained in builds.trained_on(names).items():
         for other in trained:
             for leaf, hashes in task.documents.items():
-                refuse_overlap(f"model {name!r}, trained on {TASK}{other},", task_hashes(other), leaf, hashes)
+                own = task_hashes(other, include_path)
+                refuse_overlap(f"model {name!r}, trained on {TASK}{other},", own, leaf, hashes)
 
 
 def facts_of(members: Sequence[Member]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lm_eval_deepen.building import BuildRecipe
+from lm_eval_deepen.building.texts import task_folders
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.config_parse import beside, member_names
@@ -134,7 +135,9 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
     built = {name: recipe for name, recipe in built.items() if name not in (elsewhere or {})}
     built_rows, others = take_rows(raw.get("rows"), folder, built)
     places = {name: entry["pretrained"] for name, entry in by_name.items() if name not in built}
-    builds = Builds(built, places)
+    include_path = task_folders(raw.get("include_path"), folder)
+    built = {name: replace(one, include_path=(*one.include_path, *include_path)) for name, one in built.items()}
+    builds = Builds(built, places, include_path)
     _configure(list(by_name.values()), common, "members")
     alone = [member_row(name, entry, common) for name, entry in by_name.items()]
     notes: list[str] = []
@@ -152,7 +155,7 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
         members=tuple(row.config.members[0] for row in alone),
         rows=tuple(rows),
         tasks=tuple(tasks),
-        include_path=_folders(raw.get("include_path"), folder),
+        include_path=include_path,
         metadata=_mapping(raw.get("metadata"), "metadata"),
         seeds=_seeds(raw.get("seed")),
         alpha=_share(raw.get("alpha", 0.05)),
@@ -255,17 +258,6 @@ def _check_names(rows: Sequence[Row]) -> None:
     for row in rows:
         if row.group != row.name and any(row.group == other.name for other in rows):
             raise ConfigError(f"two rows have the name {row.group!r}; give one of them a `name` of its own")
-
-
-def _folders(value: Any, folder: Path) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else list(value or ())
-    found = []
-    for name in listed:
-        place = folder / Path(str(name)).expanduser()
-        if not place.is_dir():
-            raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
-        found.append(str(place))
-    return tuple(found)
 
 
 def _seeds(value: Any) -> tuple[int, int, int, int]:
