@@ -135,7 +135,63 @@ def test_what_is_there_is_kept_and_what_is_other_is_refused(family, tmp_path, tr
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(ConfigError, match="full is not empty, and holds no built model"):
         build(parsed(CLM, tmp_path), tmp_path / "full", family)
+    with pytest.raises(ConfigError, match="full is not empty, and holds no built model"):
+        build(parsed(CLM, tmp_path), tmp_path / "full", family, redo=True)
+    assert (tmp_path / "full" / "thesis.txt").exists()
     assert {path.name for path in tmp_path.iterdir() if "partial" in path.name} == set()
+
+
+def test_a_model_never_replaces_what_it_is_made_from(family, tmp_path, trained, quick, monkeypatch):
+    base = shutil.copytree(family["base"], tmp_path / "base")
+    for redo in (False, True):
+        with pytest.raises(ConfigError, match="base is the model 'base' that the recipe is made from"):
+            build(parsed(CLM, tmp_path), base, {"base": str(base)}, redo=redo)
+    assert tensors(base)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is the current folder, which the model would replace"):
+        build(parsed(CLM, tmp_path), Path("."), family)
+    build(parsed(CLM, tmp_path), Path("here"), family)
+    assert (tmp_path / "here" / "provenance.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"method": "fusellm", "target": "x", "sources": ["y"], "fusoin": "avgce"}, "unknown key 'fusoin'.*'fusion'"),
+        ({"method": "clm", "target": "x", "learning_rate": "fast"}, "learning_rate must be a number"),
+        ({"method": "clm"}, "method clm needs 'target'"),
+        ({"method": "clm", "target": "x", "sources": ["y"]}, "'sources' is given"),
+        ({"method": "clm", "target": "x", "metadata": 3}, "metadata must be a mapping"),
+    ],
+)
+def test_a_training_is_checked_when_its_recipe_is_read(tmp_path, raw, message):
+    with pytest.raises(ConfigError, match=f"recipe.yaml: .*{message}"):
+        parsed(raw, tmp_path)
+
+
+def test_models_of_the_hub_count_by_their_commit(tmp_path, monkeypatch):
+    from lm_eval_deepen.building import provenance, recipe
+
+    first = parsed({**CLM, "target": "org/model"}, tmp_path)
+    unknown = first.identity({})  # there is no hub here
+    monkeypatch.setattr(recipe, "commit_of", lambda place: "abc")
+    known = first.identity({})
+    monkeypatch.setattr(recipe, "commit_of", lambda place: "abd")
+    assert len({unknown, known, first.identity({})}) == 3
+    folder = tmp_path / "abd"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(provenance, "snapshot_of", lambda place: folder)
+    said = provenance._named("m", "org/model")
+    assert said == {"pretrained": "org/model", "revision": "abd", "weights_sha256": weights_sha256(folder)}
+
+
+def test_the_default_text_is_part_of_what_is_built(family, tmp_path, monkeypatch):
+    from lm_eval_deepen.distill import corpus
+
+    first = parsed(CLM, tmp_path).identity(family)
+    monkeypatch.setattr(corpus, "neutral_documents", lambda: ["another Python's documentation"])
+    assert parsed(CLM, tmp_path).identity(family) != first
 
 
 def test_the_same_weights_elsewhere_are_the_same_model(family, tmp_path, pico):
@@ -262,7 +318,7 @@ def test_a_task_of_the_users_own_is_found(tmp_path, monkeypatch):
     with_a_split(tmp_path / "mine")
     [path] = parsed({**CLM, "text": "task:split_choice", "include_path": "mine"}, tmp_path).text_files()
     assert "Answer: Paris" in path.read_text("utf-8")
-    assert len(texts.task_hashes("split_choice", (str(tmp_path / "mine"),))) == 2
+    assert len(texts.task_hashes("split_choice", texts.TaskSource((str(tmp_path / "mine"),)))) == 2
     with pytest.raises(ConfigError, match=r"include_path: .*none is not a folder"):
         parsed({**CLM, "include_path": ["none"]}, tmp_path)
     plain, here = parsed(CLM, tmp_path), parsed({**CLM, "include_path": "mine"}, tmp_path)

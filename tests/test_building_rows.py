@@ -14,6 +14,7 @@ from sibling_models import merge_of, write_sibling
 
 from lm_eval_deepen import distill
 from lm_eval_deepen.building import merging
+from lm_eval_deepen.building.texts import TaskSource
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard.execution import execute, plan
@@ -211,8 +212,8 @@ def test_training_on_what_is_evaluated_is_refused(write, tmp_path, builders, mon
     )
     members = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["members"]
     members[1] = {"name": "s0", "build": {"recipe": "clm.yaml", "text": "task:conf_choice"}}
-    builds = read_recipe(write(members=members)).builds
-    assert builds.include_path == builds.recipes["s0"].include_path == (str(tasks),)
+    builds = read_recipe(write(members=members, metadata={"a": 1}), metadata={"b": 2}).builds
+    assert builds.tasks == builds.recipes["s0"].tasks == TaskSource((str(tasks),), '{"a": 1, "b": 2}')
     monkeypatch.setattr("lm_eval_deepen.building.texts.files", lambda *_: [])
     told = r"model 's0', trained on task:conf_choice, was fitted on 2 of the 5 documents of task 'conf_choice'"
     with pytest.raises(ConfigError, match=told):
@@ -257,6 +258,57 @@ def test_rows_that_draw_at_random_have_three_seeds_by_default(write):
     assert [row.name for row in recipe.rows[4:]] == [f"merge_dare, seed {n}" for n in (0, 1, 2)]
 
 
+FUSED = {"method": "fusellm", "target": "base", "sources": ["other"], "train_tokens": 1000}
+
+
+def test_a_distilled_row_has_its_control_beside_it(write, tmp_path, builders):
+    table = measured(write(rows=[{"name": "fused", "build": FUSED, "seeds": [0, 1]}]), tmp_path / "out")
+    assert [row.group for row in table.recipe.rows][4:] == ["fused"] * 2 + ["fused, control"] * 2
+    for seed in (0, 1):
+        control = table.recipe.builds.recipes[f"fused, control, seed {seed}"]
+        assert (control.seed, control.method) == (seed, "clm")
+        assert control.content == {"method": "clm", "target": "base", "train_tokens": 1000}
+    assert builders.count(("clm", None)) == 4  # two seeds, two controls
+    told = leaderboard_table.rendered(table, "text")
+    assert "fused, control: added to the rows, the training of fused on its text alone" in told
+    found = {row.system: row.score for row in table.rows}
+    difference = found["fused"] - found["fused, control"]
+    assert f"conf_choice acc: fused against its control, fused, control: {difference:+.4f} [" in told
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "same"),
+    [
+        ({}, {}, True),
+        ({}, {"note": "said otherwise", "learning_rate": 1.0e-5, "clm_weight": None}, True),  # a default, spelt out
+        ({}, {"train_tokens": 2000}, False),
+        ({}, {"seed": 1}, False),
+        ({"seed": 1}, {"seed": 1}, True),
+        ({}, {"shard": [0, 2]}, False),
+        ({}, {"target": "other"}, False),
+    ],
+)
+def test_a_control_is_the_same_training_without_sources(write, row, other, same):
+    control = {"name": "alone", "build": {**CLM, **other}}
+    recipe = read_recipe(write(rows=[{"name": "fused", "build": {**FUSED, **row}}, control]))
+    assert recipe.builds.controls == {"fused": "alone" if same else "fused, control"}
+    assert [one.name for one in recipe.rows][4:] == ["fused", "alone", *([] if same else ["fused, control"])]
+
+
+def test_a_member_that_is_distilled_has_a_control_too(write, pico):
+    members = [{"name": "base", "pretrained": str(pico["bytelevel"])}, {"name": "other", "pretrained": "x/y"},
+               {"name": "m", "build": FUSED}]  # fmt: skip
+    recipe = read_recipe(write(members=members, rows=[{"members": ["base", "m"]}]))
+    assert recipe.builds.controls == {"m": "m, control"}
+
+
+def test_a_random_merge_is_no_member(write, pico):
+    members = [{"name": "base", "pretrained": str(pico["bytelevel"])},
+               {"name": "d", "build": merge_of("dare_linear", ["base", "x/y"], base="base")}]  # fmt: skip
+    with pytest.raises(ConfigError, match="member 'd': dare_linear draws at random"):
+        read_recipe(write(members=members, rows=None))
+
+
 @pytest.mark.parametrize("name", ["leaderboard_siblings", "leaderboard_merge_and_distil"])
 def test_the_shipped_leaderboards_have_every_merge(name):
     recipe = read_recipe(ROOT / "matrices" / f"{name}.yaml")
@@ -266,3 +318,5 @@ def test_the_shipped_leaderboards_have_every_merge(name):
     assert [recipe.builds.recipes[name].content["shard"] for name in siblings] == [[i, 3] for i in range(3)]
     assert tuple(siblings) in {row.members for row in recipe.rows}
     assert all(row.group == row.name for row in recipe.rows if "dare" not in row.name and "seed" not in row.name)
+    fused = {"FuseLLM MinCE": "CLM control", "FuseLLM AvgCE": "CLM control"}
+    assert recipe.builds.controls == (fused if "distil" in name else {})

@@ -135,3 +135,9 @@ def test_short_sequences_have_no_way_or_a_trivial_one(tokens: list[bytes]) -> No
     assert by_dtw(tokens, [b"a"]).tolist() == [0] * len(tokens)
     assert by_dtw(tokens, []).tolist() == [-1] * len(tokens)
     assert by_bytes(starts(tokens), starts([])).tolist() == [-1] * len(tokens)
+
+
+def test_two_tokens_warped_onto_one_have_no_distribution_after_them() -> None:
+    target, source = [b"a", b"a", b"b", b"c"], [b"a", b"b", b"c"]
+    assert warp(target, source) == [[0], [0], [1], [2]]
+    assert by_dtw(target, source).tolist() == [0, -1, -1, 2]

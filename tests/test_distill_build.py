@@ -58,6 +58,16 @@ def plain(world, tmp_path_factory) -> dict[str, Any]:
     return {**distill.build(fusellm(recipe), out, members), "out": out}
 
 
+def test_models_are_read_in_the_precision_that_is_trained_in(world, tmp_path) -> None:
+    recipe, members = world
+    half = AutoModelForCausalLM.from_pretrained(members["bytelevel"]).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(members["bytelevel"]).save_pretrained(tmp_path / "half")
+    still = {**recipe, "method": "clm", "learning_rate": 1e-30}
+    found = distill.build(still, tmp_path / "out", {**members, "bytelevel": str(tmp_path / "half")})
+    assert found["held_out"]["change"] == 0.0  # nothing was learnt, and nothing was rounded away
+
+
 def test_a_build_is_an_ordinary_model_folder_that_says_what_it_is(world, plain) -> None:
     recipe, members = world
     out = plain["out"]

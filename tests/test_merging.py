@@ -13,7 +13,7 @@ import torch
 from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
 
 from lm_eval_deepen.building import build, parse_build, read_build
-from lm_eval_deepen.building.architecture import IncompatibleError
+from lm_eval_deepen.building.architecture import IncompatibleError, check_alike
 from lm_eval_deepen.building.merging import METHODS
 from lm_eval_deepen.building.weights import weights_sha256
 from lm_eval_deepen.errors import ConfigError
@@ -173,6 +173,38 @@ def test_recipes_that_mean_something_else_are_refused(tmp_path, raw, message):
         parsed(raw, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "density",
+    [
+        [1.0, {"filter": "mlp", "value": 0.5}],  # the first entry takes all
+        [{"filter": "mlp", "value": 0.5}],  # mergekit's default, 1, takes the rest
+        [{"filter": "mlp", "value": [1.0, 1.0]}, {"value": 1.0}, {"value": 0.5}],
+        [],
+    ],
+)
+def test_a_density_that_no_tensor_gets_is_none(tmp_path, density):
+    with pytest.raises(ConfigError, match="density above 0 and below 1"):
+        parsed(merge_of("dare_ties", ["a"], density=density, **DARE), tmp_path)
+
+
+def test_dropping_needs_a_model_beside_the_base(tmp_path):
+    with pytest.raises(ConfigError, match="dare_ties merges differences to base_model, and no other model is listed"):
+        parsed(merge_of("dare_ties", ["base"], density=0.5, **DARE), tmp_path)
+
+
+def test_a_key_that_an_older_file_lacks_is_no_difference(pico, tmp_path):
+    old = configured(pico["bytelevel"], tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    assert config["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
+    for key in ("head_dim", "tie_word_embeddings"):
+        config.pop(key, None)
+    (old / "config.json").write_text(json.dumps(config))
+    check_alike({"old": str(old), "new": str(pico["bytelevel"])}, True, True)
+    other = configured(pico["bytelevel"], tmp_path / "other", head_dim=2)
+    with pytest.raises(IncompatibleError, match="head_dim is 2 in other and [0-9]+ in old"):
+        check_alike({"other": str(other), "old": str(old)}, True, True)
+
+
 def test_a_density_may_stand_anywhere(tmp_path):
     raw = merge_of("dare_ties", ["base", "a"], **DARE)  # the base has no difference, and needs no density
     with pytest.raises(ConfigError, match="for a"):
@@ -191,6 +223,8 @@ def test_normalising_dare_is_warned_of(tmp_path):
     raw = merge_of("dare_linear", ["a", "b"])
     with pytest.warns(UserWarning, match="recipe.yaml: parameters: normalize: true with dare_linear divides"):
         parsed({**raw, "parameters": {"normalize": True}}, tmp_path)
+    with pytest.warns(UserWarning, match="normalize: true with dare_linear"):
+        parsed({**raw, "parameters": {"normalize": "true"}}, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parsed({**raw, "parameters": {"normalize": False}}, tmp_path)

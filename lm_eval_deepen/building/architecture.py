@@ -46,9 +46,9 @@ def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool
     """
     keys = [*_SHAPE, *(_DEPTH if same_depth else ())]
     first, *others = places
-    config = read_config(first, places[first])
+    config = spelt_out(read_config(first, places[first]))
     for other in others:
-        there = read_config(other, places[other])
+        there = spelt_out(read_config(other, places[other]))
         if found := [key for key in keys if config.get(key) != there.get(key)]:
             raise IncompatibleError(
                 DIFFERENCES[0],
@@ -95,6 +95,16 @@ def read_config(name: str, place: str) -> dict[str, Any]:
             f"model {name!r}: {path} cannot be read ({error}); give a folder with a model, or a hub name"
         ) from error
     return {**found, **found.get("text_config", {})} | {"architectures": found.get("architectures")}
+
+
+def spelt_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the values that it leaves to its model type: older files lack keys of newer ones."""
+    from lm_eval_deepen.member.configuration import completed
+
+    if (full := completed(config)) is None:
+        return dict(config)
+    keys = [key for key in (*_SHAPE, *_DEPTH, *_VOCABULARY) if key != "architectures"]
+    return {**config, **{key: getattr(full, key, config.get(key)) for key in keys}}
 
 
 def _pieces(place: str) -> dict[str, int]:

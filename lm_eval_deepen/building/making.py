@@ -22,11 +22,11 @@ Say = Callable[[str], None]
 _MARK = ".building.json"
 
 
-def is_built(out: Path, identity: str) -> bool:
-    """Return whether a folder holds the model of that identity.
+def is_built(out: Path, identity: str, redo: bool = False) -> bool:
+    """Return whether a folder holds the model of that identity, and it is not to be built again.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it holds something else; with `redo`, something that was not built.
     """
     found = read_provenance(out)
     if found is None:
@@ -34,6 +34,8 @@ def is_built(out: Path, identity: str) -> bool:
             raise ConfigError(f"{out} is not empty, and holds no built model; give another folder, or empty it")
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; give a folder for the model")
+        return False
+    if redo:
         return False
     if found.get("identity") != identity:
         raise ConfigError(
@@ -69,9 +71,14 @@ def build(
     Raises:
         DeepenError: a recipe that cannot be built; nothing is left at `out`.
     """
-    members = dict(members or {})
+    members, out = dict(members or {}), Path(os.path.abspath(out))
+    if out == Path.cwd():
+        raise ConfigError(f"{out} is the current folder, which the model would replace; give a folder in it")
+    for name, place in recipe.places(members).items():
+        if Path(place).is_dir() and out.resolve() == Path(place).resolve():
+            raise ConfigError(f"{out} is the model {name!r} that the recipe is made from; give another folder")
     identity = identity or recipe.identity(members)
-    if not redo and is_built(out, identity):
+    if is_built(out, identity, redo):
         say(f"{out}: is built already")
         found = read_provenance(out)
         assert found is not None  # is_built has read it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,17 +119,21 @@ def _check_models(recipe: BuildRecipe, where: str) -> None:
 
 def _check_density(content: Mapping[str, Any], method: str, where: str) -> None:
     """Refuse a merge that drops nothing; warn where it is scaled twice."""
-    for model, density in _densities(content):
-        values = [1.0] if density is None else list(_numbers(density))
-        if not values or not all(0 < value <= 1 for value in values) or min(values) >= 1:
+    densities = list(_densities(content))
+    if not densities:
+        raise ConfigError(f"{where}{method} merges differences to base_model, and no other model is listed; list one")
+    for model, density in densities:
+        reached = _reached(density)
+        values = list(_numbers(reached))
+        if None in reached or not all(0 < value <= 1 for value in values) or min(values) >= 1:
             got = "none, which is 1 to mergekit" if density is None else repr(density)
             raise ConfigError(
                 f"{where}{method} drops differences at random, and needs a density above 0 and below 1: the share that "
                 f"is kept; got {got} for {model}. With 1 nothing is dropped, and it is task arithmetic. Give density, "
-                "as 0.5, under the model's parameters"
+                "as 0.5, under the model's parameters; after values with a filter, one without"
             )
     for parameters, at in _settings(content):
-        if any(value is True for value in _leaves(parameters.get("normalize"))):
+        if any(_true(value) for value in _leaves(parameters.get("normalize"))):
             warnings.warn(
                 f"{where}{at}: normalize: true with {method} divides by the weights of what was kept, on top of the "
                 "rescaling that stands for what was dropped: the published method has normalize: false",
@@ -155,6 +159,27 @@ def _densities(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(entry.get("model")), found[0] if found else None
 
 
+def _reached(setting: Any) -> list[Any]:
+    """Return the values that tensors get, None being mergekit's default; the first filter that fits counts."""
+    entries = setting if isinstance(setting, list) else [setting]
+    if not entries or setting is None:
+        return [None]
+    if not any(isinstance(entry, Mapping) for entry in entries):
+        return list(entries)  # one value, or a gradient over layers
+    found: list[Any] = []
+    for entry in entries:
+        within = entry.get("value") if isinstance(entry, Mapping) else entry
+        found += _reached(within)
+        if not isinstance(entry, Mapping) or entry.get("filter") in (None, "*"):
+            return found
+    return [*found, None]
+
+
+def _true(value: Any) -> bool:
+    """Tell whether mergekit takes a value for true."""
+    return value is True or value == 1 or str(value).strip().lower() in ("true", "yes", "on", "t", "y")
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield the values of a setting: a scalar, a gradient over layers, or values by filter."""
     if isinstance(value, list):
@@ -166,10 +191,10 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    for leaf in _leaves(value):
+def _numbers(values: Sequence[Any]) -> Iterator[float]:
+    for value in values:
         try:
-            yield float(leaf)
+            yield float(value)
         except (TypeError, ValueError):
             yield float("nan")  # no density at all: refused with the rest
 

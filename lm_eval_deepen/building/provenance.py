@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from typing import Any
 import lm_eval_deepen
 from lm_eval_deepen.building.recipe import BuildRecipe
 from lm_eval_deepen.building.texts import TASK
-from lm_eval_deepen.building.weights import weights_sha256
+from lm_eval_deepen.building.weights import snapshot_of, weights_sha256
 from lm_eval_deepen.errors import ConfigError
 
 FILE = "provenance.json"
@@ -80,7 +81,12 @@ def provenance(
 def _named(name: str, place: str) -> dict[str, str]:
     if Path(place).is_dir():
         return {"weights_sha256": weights_sha256(Path(place))}
-    return {"pretrained": place}
+    found, folder = {"pretrained": place}, snapshot_of(place)
+    if folder is not None:
+        found["revision"] = folder.name
+        with contextlib.suppress(ConfigError):  # the builder may keep its weights elsewhere
+            found["weights_sha256"] = weights_sha256(folder)
+    return found
 
 
 def lineage(place: str) -> dict[str, int]:

@@ -14,14 +14,14 @@ from typing import Any
 import yaml
 
 from lm_eval_deepen.building import texts
-from lm_eval_deepen.building.weights import weights_sha256
+from lm_eval_deepen.building.weights import commit_of, weights_sha256
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 MERGE_KEY = "merge_method"
 TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
 RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # merges that draw at random
-OWN_KEYS = frozenset({"title", "note", "seed", "include_path"})
+OWN_KEYS = frozenset({"title", "note", "seed", "include_path", "metadata"})
 _PLACEMENT = frozenset({"models", "device", "store", "checkpoint_steps"})  # of a training: decide no weight
 _TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source that are no model
 
@@ -37,7 +37,7 @@ class BuildRecipe:
         seed: of whatever is drawn at random.
         title: one line.
         note: what else to know.
-        include_path: folders with tasks whose texts it may name.
+        tasks: where the tasks are whose texts it may name.
     """
 
     source: str
@@ -46,7 +46,7 @@ class BuildRecipe:
     seed: int = 0
     title: str = ""
     note: str = ""
-    include_path: tuple[str, ...] = ()
+    tasks: texts.TaskSource = texts.ANYWHERE
 
     @property
     def is_merge(self) -> bool:
@@ -98,7 +98,7 @@ class BuildRecipe:
     def text_files(self) -> list[Path]:
         """Return the files that a model is trained on; none where the recipe names none."""
         where = f"{self.source}: text"
-        return texts.files(list(self.texts), self.folder, where, self.include_path) if self.texts else []
+        return texts.files(list(self.texts), self.folder, where, self.tasks) if self.texts else []
 
     def places(self, members: Mapping[str, str]) -> dict[str, str]:
         """Return where every model is that it is made from, by the name it is spelt with.
@@ -150,9 +150,16 @@ class BuildRecipe:
             "recipe": self._deciding,
             "seed": self.seed,
             "models": {name: known.get(name) or _model_digest(self.place(name, members)) for name in self.models},
-            "texts": [texts.sha256(path) for path in self.text_files()],
+            "texts": [texts.sha256(path) for path in self.text_files()] or self._default_text(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _default_text(self) -> list[str]:
+        if self.is_merge:
+            return []
+        from lm_eval_deepen.distill.corpus import neutral_documents, text_digest
+
+        return [text_digest(neutral_documents())]  # it comes with Python, and differs between versions
 
     @property
     def sha256(self) -> str:
@@ -181,6 +188,13 @@ class BuildRecipe:
         return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
 
 
+def _metadata(keys: Mapping[str, Any]) -> str:
+    given = keys.get("metadata") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"metadata must be a mapping, which tasks are told; got {given!r}")
+    return json.dumps(dict(given), sort_keys=True)
+
+
 def _names_trained(key: str, inside: str, value: str) -> bool:
     return key in ("target", "sources") and not inside
 
@@ -192,7 +206,7 @@ def _names_merged(key: str, inside: str, value: str) -> bool:
 
 
 def _model_digest(place: str) -> str:
-    return weights_sha256(Path(place)) if os.path.isdir(place) else place
+    return weights_sha256(Path(place)) if os.path.isdir(place) else f"{place}@{commit_of(place) or 'unknown'}"
 
 
 def read_build(path: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
@@ -246,7 +260,7 @@ def parse_build(
             seed=coerce(keys.get("seed", 0), int, "seed"),
             title=coerce(keys.get("title", ""), str, "title"),
             note=coerce(keys.get("note", ""), str, "note"),
-            include_path=texts.task_folders(keys.get("include_path"), folder),
+            tasks=texts.TaskSource(texts.task_folders(keys.get("include_path"), folder), _metadata(keys)),
         )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -254,4 +268,18 @@ def parse_build(
         from lm_eval_deepen.building.merging import check
 
         check(found)
+    else:
+        _check_training(found)
     return found
+
+
+def _check_training(recipe: BuildRecipe) -> None:
+    """Refuse what no training can be made of; its models and texts are looked for later."""
+    from lm_eval_deepen.distill import DistillRecipe
+
+    content = {**recipe.content, "seed": recipe.seed, "text": None}
+    named = [content.get("target"), *texts.listed(content.get("sources"))]
+    try:
+        DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.source}: {error}") from error

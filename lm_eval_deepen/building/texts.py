@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,30 @@ from lm_eval_deepen.errors import ConfigError
 TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
 
 
-def files(value: Any, folder: Path, where: str, include_path: Sequence[str] = ()) -> list[Path]:
+@dataclass(frozen=True)
+class TaskSource:
+    """Where tasks are found beside the harness's and ours, and what they are told.
+
+    Attributes:
+        include_path: folders.
+        metadata: a JSON object, as ``--metadata`` of the harness.
+    """
+
+    include_path: tuple[str, ...] = ()
+    metadata: str = "{}"
+
+    def under(self, other: TaskSource) -> TaskSource:
+        """Return this source with what another one has beside it; what both say, this one decides."""
+        return TaskSource(
+            tuple(dict.fromkeys((*self.include_path, *other.include_path))),
+            json.dumps({**json.loads(other.metadata), **json.loads(self.metadata)}, sort_keys=True),
+        )
+
+
+ANYWHERE = TaskSource()
+
+
+def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) -> list[Path]:
     """Return the files of a list of texts, made first where they are no files.
 
     Args:
@@ -23,7 +47,7 @@ def files(value: Any, folder: Path, where: str, include_path: Sequence[str] = ()
             filled in), or ``task:NAME``.
         folder: where relative paths are read.
         where: the recipe and its key, for messages.
-        include_path: folders with tasks of the user's own.
+        tasks: where tasks are found.
 
     Raises:
         ConfigError: a text that is not there.
@@ -34,7 +58,12 @@ def files(value: Any, folder: Path, where: str, include_path: Sequence[str] = ()
             f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
             f"{value!r}"
         )
-    return [_file(name, folder, where, tuple(include_path)) for name in listed]
+    return [_file(name, folder, where, tasks) for name in listed]
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a recipe's list, or a single value as one."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
@@ -52,9 +81,9 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _file(name: str, folder: Path, where: str, include_path: tuple[str, ...]) -> Path:
+def _file(name: str, folder: Path, where: str, tasks: TaskSource) -> Path:
     if name.startswith(TASK):
-        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), include_path))
+        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks))
     path = folder / Path(os.path.expandvars(name)).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -78,32 +107,32 @@ def _kept(name: str, documents: Sequence[str]) -> Path:
     return path
 
 
-def task_texts(name: str, include_path: tuple[str, ...] = ()) -> list[str]:
+def task_texts(name: str, tasks: TaskSource = ANYWHERE) -> list[str]:
     """Return what a task asks, each with its answer, from the split that may be trained on; never its test split.
 
     Args:
         name: the task.
-        include_path: folders with tasks, beside the harness's and ours.
+        tasks: where tasks are found.
 
     Raises:
         ConfigError: an unknown task, one with several tasks in it, or one without such a split.
     """
-    return [text for text, _ in _examples(name, include_path)]
+    return [text for text, _ in _examples(name, tasks)]
 
 
 @lru_cache(maxsize=16)
-def task_hashes(name: str, include_path: tuple[str, ...] = ()) -> tuple[str, ...]:
+def task_hashes(name: str, tasks: TaskSource = ANYWHERE) -> tuple[str, ...]:
     """Return the harness's ``doc_hash`` of the documents of `task_texts`."""
     from lm_eval_deepen.leaderboard.tasks import doc_hashes
 
-    return tuple(doc_hashes([document for _, document in _examples(name, include_path)]))
+    return tuple(doc_hashes([document for _, document in _examples(name, tasks)]))
 
 
-def _examples(name: str, include_path: tuple[str, ...]) -> list[tuple[str, Any]]:
+def _examples(name: str, tasks: TaskSource) -> list[tuple[str, Any]]:
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
     from lm_eval_deepen.leaderboard.tasks import load_tasks
 
-    [loaded] = load_tasks([TaskSpec(name)], include_path)
+    [loaded] = load_tasks([TaskSpec(name)], tasks.include_path, json.loads(tasks.metadata))
     if list(loaded.leaves) != [name]:
         raise ConfigError(f"text {TASK}{name} is a group; name one of its tasks: {', '.join(loaded.leaves)}")
     task = loaded.leaves[name]

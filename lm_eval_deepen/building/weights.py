@@ -28,6 +28,27 @@ def weights_sha256(folder: Path) -> str:
 
 
 @lru_cache(maxsize=256)
+def snapshot_of(place: str) -> Path | None:
+    """Return the folder in the hub's cache with a model's configuration; None where it cannot be had.
+
+    Its name is the commit.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = place.partition("+")[0].partition("@")
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+    except Exception:  # loading the model says what is wrong; who only asks what there is to do needs no hub
+        return None
+
+
+def commit_of(place: str) -> str | None:
+    """Return the commit of a model on the hub; None where it cannot be had."""
+    folder = snapshot_of(place)
+    return None if folder is None else folder.name
+
+
+@lru_cache(maxsize=256)
 def _file_sha256(path: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

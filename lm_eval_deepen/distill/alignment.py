@@ -7,6 +7,7 @@ read. Dynamic time warping compares tokens instead, as FuseLLM does (arXiv 2401.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -37,8 +38,8 @@ def by_dtw(
     """Return the source's position for every position of the target, -1 where it has none [T].
 
     Tokens are warped onto each other at the least sum of edit distances (over bytes). The position after a token of
-    the target gets the distribution after the only token it is warped onto, provided that the two are equal; the first
-    position, where nothing has been read, gets the first.
+    the target gets the distribution after the only token it is warped onto, provided that no other token of the target
+    is, too, and that the two are equal; the first position, where nothing has been read, gets the first.
 
     The published code gives every other position the one-hot "distribution" of the token that it has just read: it
     trains the model to repeat it. Here these positions have none.
@@ -52,8 +53,10 @@ def by_dtw(
     if not target or not source:
         return positions
     positions[0] = 0
-    for i, partners in enumerate(warp(target, source)[:-1]):
-        if len(partners) == 1 and partners[0] + 1 < len(source):
+    warped = warp(target, source)
+    takers = Counter(j for partners in warped for j in partners)
+    for i, partners in enumerate(warped[:-1]):
+        if len(partners) == 1 and takers[partners[0]] == 1 and partners[0] + 1 < len(source):
             j = partners[0]
             if target[i] == source[j] if equal is None else equal[i][j]:
                 positions[i + 1] = j + 1

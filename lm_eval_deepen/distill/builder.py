@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.config_types import MemberConfig
+from lm_eval_deepen.config_types import FrozenDict, MemberConfig
 from lm_eval_deepen.distill import evaluation
 from lm_eval_deepen.distill.corpus import Corpus, Text, Tokens, cut, read_corpus, text_digest
 from lm_eval_deepen.distill.recipe import DistillRecipe
@@ -195,7 +195,8 @@ def load(name: str, pretrained: str, device: str | None) -> Member:
     Raises:
         ConfigError: a model that generates, but gives no distribution for given text.
     """
-    member = Member.load(MemberConfig(name, pretrained, 1.0), device)
+    loading = FrozenDict({"dtype": "float32"})  # as it is trained, whatever its weights are stored in
+    member = Member.load(MemberConfig(name, pretrained, 1.0, loading=loading), device)
     if member.generates_only:
         raise ConfigError(f"recipe: model {name!r} cannot score given text; use a causal language model")
     return member

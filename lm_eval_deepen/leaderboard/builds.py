@@ -14,7 +14,7 @@ from lm_eval_deepen.building.making import build
 from lm_eval_deepen.building.merging import check_inputs, require
 from lm_eval_deepen.building.provenance import lineage, read_provenance, tasks_of
 from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
-from lm_eval_deepen.building.texts import TASK, task_hashes
+from lm_eval_deepen.building.texts import ANYWHERE, TASK, TaskSource, task_hashes
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
@@ -50,12 +50,14 @@ class Builds:
     Attributes:
         recipes: by the name of the member or row.
         places: where the other members are, by name.
-        include_path: folders with tasks, of the leaderboard; recipes may name more.
+        tasks: where the leaderboard's tasks are; recipes may have further ones.
+        controls: the row that is the control of a distilled one, by the names that the table has.
     """
 
     recipes: Mapping[str, BuildRecipe] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
-    include_path: tuple[str, ...] = ()
+    tasks: TaskSource = ANYWHERE
+    controls: Mapping[str, str] = field(default_factory=dict)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def pretrained(self, name: str) -> str:
@@ -231,12 +233,10 @@ def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> No
     Raises:
         ConfigError: naming the model and the task.
     """
-    folders = [*builds.include_path, *(place for recipe in builds.recipes.values() for place in recipe.include_path)]
-    include_path = tuple(dict.fromkeys(folders))
     for name, trained in builds.trained_on(names).items():
         for other in trained:
             for leaf, hashes in task.documents.items():
-                own = task_hashes(other, include_path)
+                own = task_hashes(other, builds.recipes[name].tasks if name in builds.recipes else builds.tasks)
                 refuse_overlap(f"model {name!r}, trained on {TASK}{other},", own, leaf, hashes)
 
 
@@ -268,6 +268,11 @@ def take_members(listed: Sequence[Any], folder: Path, recipes: dict[str, BuildRe
             raise ConfigError(f"members[{i}]: give pretrained or build, not both; got {dict(entry)!r}")
         name = name_of(entry, f"members[{i}]")
         recipes[name] = take_build(entry["build"], folder, f"member {name!r}")
+        if recipes[name].is_random:
+            raise ConfigError(
+                f"member {name!r}: {recipes[name].method} draws at random, and one draw says little; make it a row, "
+                "with seeds"
+            )
         rest = {key: value for key, value in entry.items() if key != "build"}
         found.append({**rest, "name": name, "pretrained": Builds(recipes).pretrained(name)})
     return found

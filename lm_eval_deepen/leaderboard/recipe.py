@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import yaml
 
 from lm_eval_deepen.building import BuildRecipe
-from lm_eval_deepen.building.texts import task_folders
+from lm_eval_deepen.building.texts import TaskSource, task_folders
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.config_parse import beside, member_names
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
+from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.rows import Row, built_row, expand, member_row
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
@@ -92,12 +94,15 @@ class Recipe:
         return self.rows[: len(self.members)]
 
 
-def read_recipe(path: Path, elsewhere: Mapping[str, str] | None = None) -> Recipe:
+def read_recipe(
+    path: Path, elsewhere: Mapping[str, str] | None = None, metadata: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a recipe; every row is configured, nothing is loaded.
 
     Args:
         path: the YAML file.
         elsewhere: what is loaded for a member instead of what the recipe says, by name: a folder, a hub name.
+        metadata: what tasks are told over what the recipe says.
 
     Raises:
         ConfigError: whatever cannot be honoured: by file, and by row or task where it is about one.
@@ -109,6 +114,8 @@ def read_recipe(path: Path, elsewhere: Mapping[str, str] | None = None) -> Recip
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
     try:
+        if metadata and isinstance(raw, Mapping):
+            raw = {**raw, "metadata": {**_mapping(raw.get("metadata"), "metadata"), **metadata}}
         return parse_recipe(raw, path, elsewhere)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -134,13 +141,17 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
     by_name = _named([_member(entry, folder, i) for i, entry in enumerate(listed)], dict(elsewhere or {}))
     built = {name: recipe for name, recipe in built.items() if name not in (elsewhere or {})}
     built_rows, others = take_rows(raw.get("rows"), folder, built)
+    notes: list[str] = []
+    controls, added = with_controls(built, built_rows, notes)
+    built_rows += added
     places = {name: entry["pretrained"] for name, entry in by_name.items() if name not in built}
     include_path = task_folders(raw.get("include_path"), folder)
-    built = {name: replace(one, include_path=(*one.include_path, *include_path)) for name, one in built.items()}
-    builds = Builds(built, places, include_path)
+    metadata = _mapping(raw.get("metadata"), "metadata")
+    source = TaskSource(include_path, json.dumps(metadata, sort_keys=True))
+    built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
+    builds = Builds(built, places, source, controls)
     _configure(list(by_name.values()), common, "members")
     alone = [member_row(name, entry, common) for name, entry in by_name.items()]
-    notes: list[str] = []
     rows = alone + [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
     if raw.get("grid") is not None or others or not built_rows:
         rows += expand(others, raw.get("grid"), by_name, common, folder, notes)
@@ -156,7 +167,7 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
         rows=tuple(rows),
         tasks=tuple(tasks),
         include_path=include_path,
-        metadata=_mapping(raw.get("metadata"), "metadata"),
+        metadata=metadata,
         seeds=_seeds(raw.get("seed")),
         alpha=_share(raw.get("alpha", 0.05)),
         resamples=_count(raw.get("resamples"), "resamples"),

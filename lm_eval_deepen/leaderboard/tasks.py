@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
 from lm_eval_deepen.leaderboard.recipe import TaskSpec
 from lm_eval_deepen.tools.paths import data_folder
 
@@ -123,15 +123,23 @@ def load_tasks(
     found: list[LoadedTask] = []
     owners: dict[str, str] = {}
     for spec in specs:
-        loaded = manager.load([spec.task])
-        leaves = loaded["tasks"]
-        objects = [loaded["groups"][spec.task]] if spec.task in loaded["groups"] else list(leaves.values())
-        for name, leaf in leaves.items():
-            if owners.setdefault(name, spec.task) != spec.task:
-                raise ConfigError(f"task {name!r} is in {owners[name]!r} and in {spec.task!r}; keep one of them")
-            if spec.split == "validation":
-                _on_validation(name, leaf)
-        found.append(LoadedTask(spec, objects, leaves, manager).freeze())
+        try:
+            loaded = manager.load([spec.task])
+            leaves = loaded["tasks"]
+            objects = [loaded["groups"][spec.task]] if spec.task in loaded["groups"] else list(leaves.values())
+            for name, leaf in leaves.items():
+                if owners.setdefault(name, spec.task) != spec.task:
+                    raise ConfigError(f"task {name!r} is in {owners[name]!r} and in {spec.task!r}; keep one of them")
+                if spec.split == "validation":
+                    _on_validation(name, leaf)
+            found.append(LoadedTask(spec, objects, leaves, manager).freeze())
+        except DeepenError:
+            raise
+        except Exception as error:  # whatever a task's own code raises, or the hub
+            raise ConfigError(
+                f"task {spec.task!r} cannot be loaded: {type(error).__name__}: {error}. What a task is told stands "
+                "under metadata, in a recipe as on the command line"
+            ) from error
     return found
 
 

@@ -81,22 +81,24 @@ def adjusted(args: argparse.Namespace) -> Recipe:
     pairs = [given.partition("=") for given in args.member]
     if wrong := [given for given, (name, _, where) in zip(args.member, pairs, strict=True) if not (name and where)]:
         raise ConfigError(f"--member takes NAME=WHERE; got {wrong[0]!r}")
-    recipe = read_recipe(args.recipe, {name: where for name, _, where in pairs})
+    recipe = read_recipe(args.recipe, {name: where for name, _, where in pairs}, _metadata(args.metadata))
     if args.limit is not None:
         if args.limit <= 0 or (args.limit > 1 and args.limit % 1):
             raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
         limit = args.limit if args.limit < 1 else int(args.limit)
         tasks = tuple(dataclasses.replace(spec, limit=limit) for spec in recipe.tasks)
         recipe = dataclasses.replace(recipe, tasks=tasks)
-    if args.metadata is not None:
-        try:
-            given: Any = json.loads(args.metadata)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--metadata is not JSON: {error}") from error
-        if not isinstance(given, dict):
-            raise ConfigError(f"--metadata must be a JSON object; got {args.metadata}")
-        recipe = dataclasses.replace(recipe, metadata={**recipe.metadata, **given})
     return recipe
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    try:
+        given: Any = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--metadata is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"--metadata must be a JSON object; got {text}")
+    return given
 
 
 def default_device() -> str:

@@ -15,7 +15,8 @@ from lm_eval_deepen.leaderboard.execution import Key, Plan
 from lm_eval_deepen.leaderboard.recipe import Recipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.leaderboard.tasks import LoadedTask
-from lm_eval_deepen.runs import Row, Run, corrected, rows_of
+from lm_eval_deepen.runs import Measured, Row, Run, corrected, rows_of
+from lm_eval_deepen.runs.rows import compare
 from lm_eval_deepen.statistics.paired import RESAMPLES
 from lm_eval_deepen.tools import report
 from lm_eval_deepen.tools.compare import groups
@@ -118,8 +119,26 @@ def _columns(
             measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
         )
         measured = averaged(measured, grouped)
+        notes += against_controls(measured, recipe)
         rows += rows_of(measured, alone, alone, resamples=recipe.resamples or RESAMPLES)
     return rows
+
+
+def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
+    """Return how distilled models differ from their controls: the same training on the text alone."""
+    found = []
+    for name, control in recipe.builds.controls.items():
+        if name not in measured.scores or control not in measured.scores:
+            continue
+        first, second = measured.scores[control], measured.scores[name]
+        line = compare(control, first, second, recipe.resamples or RESAMPLES)
+        interval = "" if line.low is None else f" [{line.low:+.4f}, {line.high:+.4f}]"
+        column = f"{measured.task} {measured.metric}"
+        found.append(
+            f"{column}: {name} against its control, {control}: {line.difference:+.4f}{interval}, p {line.p:.3f} "
+            "(paired by document, not corrected)"
+        )
+    return found
 
 
 def _groups(recipe: Recipe) -> dict[str, list[str]]:

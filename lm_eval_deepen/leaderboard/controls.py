@@ -1,0 +1,74 @@
+"""The control of a distilled model: the same training on the text alone, always a row beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lm_eval_deepen.building.recipe import BuildRecipe
+from lm_eval_deepen.distill.recipe import FUSELLM_KEYS, DistillRecipe
+from lm_eval_deepen.leaderboard.builds import BuiltRow
+
+DISTILLED, CONTROL = "fusellm", "clm"
+
+
+def with_controls(
+    recipes: dict[str, BuildRecipe], rows: Sequence[BuiltRow], notes: list[str]
+) -> tuple[dict[str, str], list[BuiltRow]]:
+    """Return which rows are the controls of distilled models, and the rows to add where there is none.
+
+    Continued training on a text gains most of what distilling on it gains over the base, so that a distilled model
+    says little without its control.
+
+    Args:
+        recipes: of members and rows, by name; those of added rows are added.
+        rows: that are built.
+        notes: told what is added.
+
+    Returns:
+        The control by the distilled model, both by the name of their row in the table (of several seeds, one row),
+        and the added rows.
+    """
+    groups: dict[str, list[str]] = {}
+    of_row = {row.name: row.group for row in rows}
+    for name in recipes:
+        groups.setdefault(of_row.get(name, name), []).append(name)
+    controls: dict[str, str] = {}
+    added: list[BuiltRow] = []
+    for group, names in list(groups.items()):
+        if recipes[names[0]].is_merge or recipes[names[0]].method != DISTILLED:
+            continue
+        wanted = {name: control_of(recipes[name]) for name in names}
+        found = next((other for other, rows in groups.items() if _are([recipes[row] for row in rows], wanted)), None)
+        if found is None:
+            found = f"{group}, control"
+            notes.append(f"{found}: added to the rows, the training of {group} on its text alone (method: clm)")
+            for name, recipe in wanted.items():
+                seed = name.removeprefix(group)  # ", seed 1"
+                recipes[found + seed] = recipe
+                added.append(BuiltRow(found + seed, found, recipe))
+            groups[found] = [found + name.removeprefix(group) for name in names]
+        controls[group] = found
+    return controls, added
+
+
+def control_of(recipe: BuildRecipe) -> BuildRecipe:
+    """Return the recipe of the same training without sources."""
+    content = {key: value for key, value in recipe.content.items() if key not in FUSELLM_KEYS}
+    return replace(recipe, content={**content, "method": CONTROL}, title=f"The control of {recipe.title}", note="")
+
+
+def _are(recipes: Sequence[BuildRecipe], wanted: dict[str, BuildRecipe]) -> bool:
+    """Tell whether some rows are these trainings, seed by seed."""
+    if any(recipe.is_merge or recipe.method != CONTROL for recipe in recipes):
+        return False
+    return sorted(map(_training, recipes), key=repr) == sorted(map(_training, wanted.values()), key=repr)
+
+
+def _training(recipe: BuildRecipe) -> dict[str, Any]:
+    """Return what decides a training, defaults spelt out."""
+    content = {**recipe.content, "seed": recipe.seed, "text": None}
+    config = DistillRecipe.parse(content, dict.fromkeys(recipe.models, ""))
+    place = recipe.content.get("models", {}).get(config.target, config.target)
+    return {**config.identity(), "target": place, "text": [str(recipe.folder / text) for text in recipe.texts]}
