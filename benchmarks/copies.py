@@ -5,8 +5,9 @@
     python benchmarks/copies.py permute --model DIR --data DIR
 
 `perturb` writes two copies of a model, noise added to every matrix but the embeddings, in proportion to its standard
-deviation. `measure` takes any two models; equal weights, both averages, half of the test documents of `spaces.py`;
-the opponent is the better member at its own temperature, fitted to these documents, which favours it. `permute`
+deviation. `measure` takes any two models with equal weights, both averages, on half of the test documents of
+`spaces.py`: as they are, and with the temperatures of the ensemble and of the better member fitted, for each half of
+the documents on the other. `permute`
 fuses a model with itself under permuted ids, which must change nothing. Every line printed is one JSON object.
 """
 
@@ -31,7 +32,7 @@ from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.fusion.seam import MemberView, Spelling
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tools.bits import orders, own
+from lm_eval_deepen.tools.bits import TEMPERATURES, Own, orders, own
 from lm_eval_deepen.tools.bits_table import compare
 from lm_eval_deepen.tools.search import Candidate, Fusers
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
@@ -64,17 +65,19 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         reading = Reading.of(first, found)
         alone = [own(reading if k == 0 else Reading.of(both[1], found, members=1)) for k in range(2)]
         fitted = [one.fitted()[0] for one in alone]
-        best, fusers, num_bytes = min(fitted, key=lambda bits: float(bits.sum())), Fusers(first), size(reading)
+        best, num_bytes = int(torch.stack(fitted).sum(1).argmin()), size(reading)
+        fusers = Fusers(first)
         yield {"kind": kind, "documents": len(found), "bytes": num_bytes,
                "alone": [float(one.bits.sum()) / num_bytes for one in alone],
                "fitted": [float(bits.sum()) / num_bytes for bits in fitted]}  # fmt: skip
         for average in AVERAGES:
             options = FrozenDict({**first.config.options_dict(), "average": average})
-            variant = fusers.variant(Candidate(options, (0.5, 0.5), (1.0, 1.0)))
-            bits = reading.bits(reading.logp([variant]))[0]
-            change = compare(bits, best)
-            yield {"kind": kind, "average": average, "bits_per_byte": float(bits.sum()) / num_bytes,
-                   "change": change.share, "low": change.low, "high": change.high}  # fmt: skip
+            variants = [fusers.variant(Candidate(options, (0.5, 0.5), (t, t))) for t in TEMPERATURES]
+            bits = reading.bits(reading.logp(variants))  # [T, D]
+            ensemble = Own("ensemble", bits[TEMPERATURES.index(1)], bits)
+            yield {"kind": kind, "average": average, "as it is": str(compare(ensemble.bits, alone[best].bits)),
+                   "fitted": str(compare(ensemble.fitted()[0], fitted[best])),
+                   "bits_per_byte": float(ensemble.fitted()[0].sum()) / num_bytes}  # fmt: skip
 
 
 def permute(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

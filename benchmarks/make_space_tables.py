@@ -47,11 +47,11 @@ def tuned(found: Found) -> list[str]:
             yield (
                 f"{row['kind']} ({row['bytes']:,})", short(main) + (" (better)" if main == best else ""),
                 f"{short(best)} {row['alone_fitted'][best]:.4f}", plain["linear"], plain["geometric"], row["tuned"],
-                row["chosen"], row["controls"]["linear"],
+                row["chosen"], row["controls"]["linear"], row["controls"]["geometric"],
             )  # fmt: skip
 
     head = ("text (test bytes)", "main member", "better member, fitted", "default", "geometric", "tuned",
-            "chosen on dev", "control: linear mixture")  # fmt: skip
+            "chosen on dev", "control: linear mixture", "control: geometric mixture")  # fmt: skip
     return table(head, rows())
 
 
