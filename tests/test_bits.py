@@ -16,12 +16,13 @@ from lm_eval_deepen.engine import texts
 from lm_eval_deepen.engine.checks import examine, flat_spaces, judge
 from lm_eval_deepen.engine.prompting import Prompter
 from lm_eval_deepen.engine.reading import Document, Reading, Variant
-from lm_eval_deepen.errors import RequestError
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.errors import ConfigError, RequestError
+from lm_eval_deepen.host import DeepenLM, configure
 from lm_eval_deepen.tools import cli
 from lm_eval_deepen.tools.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
 from lm_eval_deepen.tools.bits_table import Line, compare, table
 from lm_eval_deepen.tools.search import search
+from lm_eval_deepen.tools.tune_score import placed
 
 DOCUMENTS = (
     Document("Paris is the capital of France."),
@@ -185,6 +186,76 @@ def test_the_search_finds_weights_that_the_text_speaks_for(pico) -> None:
     assert configure(chosen.config.to_dict()).fingerprint() == chosen.config.fingerprint()
 
 
+@pytest.fixture
+def few_stages(monkeypatch):
+    """A search of one stage, which chooses weights alone."""
+    stages = {"_spaces": lambda at, spaces: (), "_common_temperature": lambda at: (), "_temperatures": lambda at: (),
+              "_finer_weights": lambda at: ()}  # fmt: skip
+    for name, stage in stages.items():
+        monkeypatch.setattr(f"lm_eval_deepen.tools.search.{name}", stage)
+
+
+@pytest.mark.parametrize("keys", [{"weighting": "adaptive", "dev_scores": [0.3, 0.2]}, {"weighting": "uniform"}])
+def test_chosen_weights_outlive_a_weighting_that_made_the_first_ones(pico, few_stages, keys) -> None:
+    ensemble = deepen(pico["bytelevel"], pico["metaspace"], **keys).ensemble
+    chosen = search(ensemble, DOCUMENTS[:1])
+    assert chosen.first.weights == ensemble.config.weights
+    chosen = replace(chosen, best=replace(chosen.best, weights=(0.45, 0.55)))
+    again = configure(chosen.config.to_dict())
+    assert again.weights == (0.45, 0.55) and again.weighting is None
+    assert again.fingerprint() == chosen.config.fingerprint()
+
+
+@pytest.mark.parametrize("weighting", ["perplexity", "confidence"])
+def test_weights_that_are_made_anew_cannot_be_tuned(pico, tmp_path, capsys, weighting) -> None:
+    spelt = {"members": [str(pico["bytelevel"]), str(pico["metaspace"])], "weighting": weighting}
+    assert cli.main(["tune", json.dumps(spelt), "--output", str(tmp_path / "tuned.yaml")]) == 2
+    assert f"weighting={weighting} makes the weights by request or step" in capsys.readouterr().err
+    assert not (tmp_path / "tuned.yaml").exists()
+    by_step = deepen(pico["bytelevel"], pico["metaspace"], weighting="confidence").ensemble
+    with pytest.raises(ConfigError, match="weighting=confidence makes the weights by request or step"):
+        search(by_step, DOCUMENTS)
+
+
+def test_a_tuned_file_is_read_from_anywhere(pico, tmp_path, monkeypatch, few_stages) -> None:
+    """Folders as they were found from one place, the file in another, read from a third."""
+    here, away = tmp_path / "here", tmp_path / "away"
+    (here / "out").mkdir(parents=True)
+    away.mkdir()
+    for name in ("bytelevel", "metaspace"):
+        (here / name).symlink_to(pico[name])
+    monkeypatch.chdir(here)
+    members = [{"pretrained": "bytelevel"}, {"pretrained": "metaspace", "tokenizer": "metaspace"}]
+    (here / "pair.yaml").write_text(yaml.safe_dump({"members": members, "matrix_dir": "matrices"}))
+    (here / "text.txt").write_text("one fox\n\ntwo dogs\n\nthree")
+    tuned = here / "out" / "tuned.yaml"
+    assert cli.main(["tune", "pair.yaml", "--text", "text.txt", "--output", "out/tuned.yaml"]) == 0
+    monkeypatch.chdir(away)
+    config = configure({"pretrained": str(tuned)})
+    assert [member.pretrained for member in config.members] == [str(here / "bytelevel"), str(here / "metaspace")]
+    assert config.members[1].loading_dict()["tokenizer"] == str(here / "metaspace")
+    assert config.matrix_dir == str(here / "matrices")
+    assert DeepenLM(pretrained=str(tuned), device="cpu").ensemble.fuser is not None
+
+
+def test_paths_of_a_file_are_those_of_folders_that_exist(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir()
+    here = {"pretrained": "model", "peft": "adapter", "add_bos_token": True}
+    members = [here, {"pretrained": "org/model", "peft": "org/a"}]
+    found = placed({"pretrained": "model", "members": members, "matrix_dir": "not/yet", "seed": 1})
+    assert found == {
+        "pretrained": str(tmp_path / "model"),
+        "members": [
+            {"pretrained": str(tmp_path / "model"), "peft": str(tmp_path / "adapter"), "add_bos_token": True},
+            {"pretrained": "org/model", "peft": "org/a"},
+        ],
+        "matrix_dir": str(tmp_path / "not" / "yet"),
+        "seed": 1,
+    }
+
+
 def test_bpb_and_tune_from_the_command_line(pico, tmp_path, capsys) -> None:
     text, figures, tuned = tmp_path / "t.jsonl", tmp_path / "f.json", tmp_path / "tuned.yaml"
     text.write_text("".join(json.dumps({"text": d.text, "context": d.context}) + "\n" for d in DOCUMENTS))
@@ -232,6 +303,15 @@ def test_evaluation_reports_its_self_check_in_the_log_and_the_results(pico, capl
     for warning in expected["warnings"]:
         assert warning["code"] in caplog.text
     assert json.dumps(found["self_check"])
+
+
+def test_flat_rows_are_told_where_no_text_can_be_scored(pico, tmp_path) -> None:
+    flat = {"rows": "embedding", "relative_temperature": 0.01, "top_m": 0, "matrix_dir": str(tmp_path)}
+    pair = [pico["bytelevel"], pico["metaspace"]]
+    by_prompt = deepen(*pair, weighting="perplexity", **flat).ensemble
+    warned = [{"code": found.code, "message": found.message} for found in flat_spaces(by_prompt.fuser.facts)]
+    assert len(warned) == 2 and examine(by_prompt) == {"warnings": warned}
+    assert examine(deepen(*pair, weighting="perplexity").ensemble) == {}
 
 
 def test_no_self_check_without_fusion_or_where_it_is_switched_off(pico) -> None:

@@ -222,6 +222,19 @@ def test_a_device_that_this_machine_lacks_is_a_problem_unless_another_machine_is
     assert found["devices"][0]["available"] == 80e9
 
 
+def test_a_member_is_spread_by_parallelize_alone_as_the_harness_has_it(
+    tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    """The harness's model drops `device_map` without `parallelize`, and with it the device that is named."""
+    path = tmp_path / "recipe.yaml"
+    spread = [{"parallelize": True, "device": "cpu"}, {"device_map": "auto"}]
+    pair = zip(("bytelevel", "metaspace"), spread, strict=True)
+    members = [{"pretrained": str(pico[name]), **keys} for name, keys in pair]
+    path.write_text(yaml.safe_dump({"members": members}))
+    _, found = report(capsys, str(path), "--no-tasks", "--device", "cpu")
+    assert [member["device"] for member in found["members"]] == ["all GPUs", "cpu"]
+
+
 def test_tasks_without_data_are_a_problem(
     tmp_path: Path, pico: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

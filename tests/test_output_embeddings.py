@@ -9,11 +9,21 @@ import torch
 from harness import deepen
 
 from lm_eval_deepen.engine.ensemble import view
+from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.spaces import unit_rows
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tools.search import BYTE_SPACES, EMBEDDING_SPACES, OUTPUT_SPACES, _spaces_of
+from lm_eval_deepen.tools.search import (
+    BYTE_SPACES,
+    EMBEDDING_SPACES,
+    OUTPUT_SPACES,
+    Candidate,
+    FrozenDict,
+    Fusers,
+    _spaces,
+    _spaces_of,
+)
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, find_anchors
 
 DENSE = {"rows": "embedding", "top_m": 0, "support": "full"}
@@ -76,3 +86,21 @@ def test_the_search_tries_them_where_a_head_is_not_tied(load) -> None:
     assert _spaces_of(load("metaspace", "metaspace"), everything=True) == every
     assert _spaces_of(load("metaspace", "bytelevel"), everything=True) == (*every, *OUTPUT_SPACES)
     assert _spaces_of(load("metaspace", "bytelevel"), everything=False) == BYTE_SPACES
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_truncated": 0.2},
+        {"support": 0.99, "max_support": 64, "max_truncated": 0.2},
+        {"inverse": "adamw", "steps": 2, "learning_rate": 0.1, "top_m": 0, "support": "full", "embeddings": "output"},
+    ],
+)
+def test_options_of_one_space_leave_no_other_space_out(load, given) -> None:
+    ensemble = load("metaspace", "bytelevel", rows="embedding", **given)
+    at = Candidate(FrozenDict(ensemble.config.options_dict()), (0.5, 0.5), (1.0, 1.0))
+    found = list(_spaces(at, _spaces_of(ensemble, everything=True)))
+    assert len(found) == len(BYTE_SPACES) + len(EMBEDDING_SPACES) + len(OUTPUT_SPACES)
+    for candidate in found:
+        methods()["deepen"].options(**candidate.options)  # raises where an option does not fit the space
+    Fusers(ensemble).variant(found[0])

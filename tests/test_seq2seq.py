@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,29 @@ def test_the_first_word_has_one_space_however_it_is_written(ensemble: Any) -> No
     assert divide(prompt.ids)[1] == (2, member.lm.tokenizer.convert_tokens_to_ids("deu_Latn"))
 
 
+@pytest.mark.parametrize("name", ["translator", "t5"])
+def test_literal_control_text_in_a_source_is_text(ensemble: Any, name: str) -> None:
+    member = ensemble(name).ensemble.main
+    tokenizer = member.lm.tokenizer
+
+    def source(text: str) -> tuple[int, ...]:
+        return divide(member.codec.source_prompt(text).ids)[0]
+
+    for text in ("The fox walked away.", " dog  and\ncat ", *SAMPLE_TEXTS):
+        if not any(literal in text for literal in tokenizer.all_special_tokens):
+            assert source(text) == tuple(tokenizer(text)["input_ids"])
+    template = source("The")
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    expected = [token for token in template if token in control]
+    assert tokenizer.eos_token_id in expected and tokenizer.eos_token_id in tokenizer("ab </s> cd")["input_ids"][1:-1]
+    for literal in tokenizer.all_special_tokens:
+        for text in (f"ab {literal} cd", f"ab{literal}cd", literal, f"{literal} dog"):
+            found = source(text)
+            assert [token for token in found if token in control] == expected
+            assert found[0] == template[0] or template[0] not in control
+            assert found[-1] == template[-1] == tokenizer.eos_token_id and len(found) > len(template)
+
+
 def test_a_conversation_gives_it_a_source_from_plain_text(ensemble: Any) -> None:
     for names in (("bytelevel", "translator"), ("translator", "bytelevel")):
         model = ensemble(*names)
@@ -287,10 +311,15 @@ def test_with_all_weight_on_a_causal_main_member_scoring_works(ensemble: Any) ->
     assert total < 0
 
 
-def test_the_self_check_leaves_such_ensembles_out(ensemble: Any) -> None:
+def test_the_self_check_scores_nothing_of_such_ensembles(ensemble: Any) -> None:
     model = ensemble("bytelevel", "translator", self_check=True)
     texts(model, PROMPTS[:1])
     assert model.findings == {}
+    flat = {"rows": "embedding", "relative_temperature": 0.01, "top_m": 0, "self_check": True}
+    model = ensemble("bytelevel", "translator", **flat)
+    texts(model, PROMPTS[:1])
+    assert set(model.findings) == {"warnings"}
+    assert [warning["code"] for warning in model.findings["warnings"]] == ["flat_space"] * 2
 
 
 @pytest.mark.parametrize(
@@ -358,7 +387,47 @@ def test_inspect_reports_such_a_member_as_it_is_when_loaded(
     assert 0 < fact["round_trip_texts"] == sum(spelt) < len(SAMPLE_TEXTS)
     assert any("takes part in generation only" in note for note in found["notes"])
     assert cli.main(["inspect", str(tmp_path / "recipe.yaml"), "--no-tasks"]) == 0
-    assert f"{name}: spells {sum(spelt)} of {len(SAMPLE_TEXTS)} sample texts" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{name}: spells {sum(spelt)} of {len(SAMPLE_TEXTS)} sample texts" in shown
+    assert [int(i) for i in fact["source_prefix"]] == list(member.codec.opening.control) and "bos" not in fact
+    assert [int(i) for i in fact["decoder_start"]] == list(member.start)
+    if name == "t5":
+        assert "t5: of the source nothing in front, then a space; its decoder starts with 0 (<pad>); ends" in shown
+    else:
+        assert "translator: of the source in front 301 (eng_Latn), then a space; its decoder" in shown
+        assert "; its decoder starts with 2 (</s>), 302 (deu_Latn); ends with" in shown
+
+
+def test_inspect_shows_the_source_language_that_is_given(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    path = recipe(tmp_path, folders, "bytelevel", "translator", change={"source_language": "fra_Latn"})
+    _, found = inspected(capsys, path)
+    assert found["members"][1]["source_prefix"] == {"303": "fra_Latn"}
+
+
+@pytest.mark.parametrize("name", ["translator", "t5"])
+def test_a_decoder_that_cannot_be_started_is_a_numbered_problem(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """Where no file says how, the configuration's class may: M2M100's does, T5's does not."""
+    silent = tmp_path / name
+    shutil.copytree(folders[name], silent)
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((silent / file).read_text())
+        content.pop("decoder_start_token_id", None)
+        (silent / file).write_text(json.dumps(content))
+    path = recipe(tmp_path, {**folders, name: silent}, "bytelevel", name)
+    status, found = inspected(capsys, path)
+    if name == "translator":
+        assert status == 0, found["problems"]
+        assert found["members"][1]["decoder_start"] == {"2": "</s>", "302": "deu_Latn"}
+        DeepenLM(pretrained=str(path), device="cpu", matrix_dir=str(tmp_path))
+        return
+    assert status == 1 and found["members"][1]["decoder_start"] == {}
+    with pytest.raises(MemberError) as raised:
+        DeepenLM(pretrained=str(path), device="cpu", matrix_dir=str(tmp_path))
+    assert found["problems"] == [str(raised.value)] and "its decoder cannot be started" in found["problems"][0]
 
 
 @pytest.mark.parametrize(

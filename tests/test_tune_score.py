@@ -87,16 +87,41 @@ def test_the_best_weights_of_the_development_split_are_written(tune, data, tmp_p
         assert shared_documents(evidence["document_hashes"], task.documents[name]) == 8
 
 
-def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune):
-    evidence = tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")["evidence"]
-    own = [scores["deepen_sample_piqa"] for scores in evidence["members"].values()]
-    assert len(evidence["search"]) == 2 and len(own) == 2
+def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune, tmp_path, monkeypatch):
+    evaluate = fitting.Search._evaluate
+    own = iter([0.75, 0.25])  # of the members; of the ensemble whatever it gets
+
+    def score(self, model, task):
+        return {name: next(own, found) for name, found in evaluate(self, model, task).items()}
+
+    monkeypatch.setattr(fitting.Search, "_evaluate", score)
+    written = tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
+    assert list(written["evidence"]["members"].values()) == [{"deepen_sample_piqa": s} for s in (0.75, 0.25)]
+    assert [line.partition(":")[0] for line in written["evidence"]["search"]] == ["adaptive weights"]
+    assert configure({"pretrained": str(tmp_path / "tuned.yaml")}).weights == pytest.approx((0.75, 0.25))
+    own = iter([0.0, 0.0])
+    with pytest.raises(ConfigError, match="needs scores of which higher is better, one above 0; the members have"):
+        tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
     search = fitting.Search.__new__(fitting.Search)
     search.alone = {"a": {"t": 0.6, "u": 0.2}, "b": {"t": 0.1, "u": 0.1}}
     assert search._adaptive() == pytest.approx([0.8, 0.2])
     search.alone = {"a": {"t": -1.0}, "b": {"t": 0.5}}
     with pytest.raises(ConfigError, match="--weights adaptive needs scores of which higher is better"):
         search._adaptive()
+
+
+def test_adaptive_weights_of_published_options_keep_them(tune, tmp_path):
+    """As documented for the paper's recipes: then only the learning rate is chosen."""
+    written = tune(
+        "--tasks", "deepen_sample_piqa", "--weights", "adaptive", "--learning-rates", "0.15", "0.3", compat="reference"
+    )
+    own = [scores["deepen_sample_piqa"] for scores in written["evidence"]["members"].values()]
+    config = configure({"pretrained": str(tmp_path / "tuned.yaml")})
+    assert config.weights == pytest.approx([score / sum(own) for score in own], abs=1e-6)
+    assert config.compat == "reference" and config.options_dict()["learning_rate"] in (None, 0.15, 0.3)
+    assert [line.partition(":")[0] for line in written["evidence"]["search"]] == [
+        "adaptive weights", "adaptive weights, learning rate 0.15", "adaptive weights, learning rate 0.3",
+    ]  # fmt: skip
 
 
 def test_learning_rates_are_tried_under_the_best_weights(tune):
@@ -157,7 +182,8 @@ def test_an_edited_file_is_told(tune, tmp_path):
     ("options", "arguments", "message"),
     [
         ({}, [], "--objective score needs --tasks"),
-        ({"weighting": "perplexity"}, ["--tasks", "t"], "weighting=perplexity makes the weights; remove it"),
+        ({"weighting": "perplexity"}, ["--tasks", "t"], "weighting=perplexity makes the weights by request or step"),
+        ({"weighting": "confidence"}, ["--tasks", "t"], "weighting=confidence makes the weights by request or step"),
         ({"pooling": "vote"}, ["--tasks", "t"], "pooling=vote alone fuses no steps"),
         ({"members": None, "pretrained": "m"}, ["--tasks", "t"], "a member alone has no weights to fit"),
     ],

@@ -102,12 +102,14 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
 def examine(ensemble: Ensemble) -> dict[str, Any]:
     """Return what an evaluation should say of an ensemble: figures on the text that ships, and warnings.
 
-    Empty where there is nothing to compare (no fusion of steps), weights that depend on prompts, or a member that
-    generates only.
+    Without figures where no text can be scored: weights that depend on prompts, or a member that generates only. Empty
+    where there is nothing to say then, or nothing to compare (no fusion of steps).
     """
-    if ensemble.fuser is None or ensemble.reads_prompts or any(m.generates_only for m in ensemble.members):
+    if ensemble.fuser is None:
         return {}
     warned = flat_spaces(getattr(ensemble.fuser, "facts", {}))
+    if ensemble.reads_prompts or any(member.generates_only for member in ensemble.members):
+        return {"warnings": [asdict(warning) for warning in warned]} if warned else {}
     documents = load_documents([default_text()], DOCUMENTS)
     bits = measure(ensemble, documents)
     constant = ensemble.weigher is None

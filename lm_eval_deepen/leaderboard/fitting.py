@@ -68,7 +68,7 @@ class Search:
         self.columns: dict[str, str] = {}
 
     def run(self, weights: str, step: float, rates: Sequence[float] | None) -> Candidate:
-        """Return the best candidate.
+        """Return the best candidate; with `adaptive` and `keep`, of the learning rates alone.
 
         Raises:
             ConfigError: a step that makes no grid, learning rates that nothing takes.
@@ -83,7 +83,7 @@ class Search:
         return self._best([*tried], first=best) if tried else best
 
     def _weighted(self, weights: str, step: float) -> list[tuple[str, EnsembleConfig]]:
-        found = [("as given", self.config)]
+        found = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
             found.append(("adaptive weights", self._with_weights(self._adaptive())))
         if weights in ("both", "grid"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import tokenizers
+from transformers import CONFIG_MAPPING
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
@@ -14,6 +18,7 @@ from lm_eval_deepen.errors import ConfigError, MemberError, RequestError, Vocabu
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.seq2seq import Seq2SeqRunner, as_source, divide
 from lm_eval_deepen.member.text import Prompt, TextCodec
+from lm_eval_deepen.vocabulary import text_only_spec
 
 BACKEND = "seq2seq"  # as the harness's `HFLM` calls them
 
@@ -27,7 +32,7 @@ class DecoderCodec(TextCodec):
 
     Attributes:
         start: the decoder's first tokens: its start token, and the language to be written.
-        encode_source: the tokens of a source text as the encoder expects them.
+        encode_source: returns the tokens of a source text as the encoder expects them; see `source_encoder`.
     """
 
     start: tuple[int, ...] = field(default=(), init=False)
@@ -55,6 +60,58 @@ class DecoderCodec(TextCodec):
             return prompt.head + self.encode(tail + continuation.decode())
         except (UnicodeDecodeError, VocabularyError):
             return None
+
+
+def source_encoder(tokenizer: Any, control: Sequence[int], name: str) -> Callable[[str], tuple[int, ...]]:
+    """Return what encodes a source text as a tokenizer does, but never parses the text itself as control.
+
+    The text is normalised and gets the tokenizer's template (a language, an end); its literal ``</s>`` is four
+    characters of text.
+
+    Args:
+        tokenizer: a fast transformers tokenizer, its source language set.
+        control: ids of all control pieces.
+        name: the member's name, for messages.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    pure = text_only_spec(spec, control=control, name=name)
+    added = [
+        {**given, "content": renamed["content"], "special": renamed["special"]}
+        for given, renamed in zip(spec["added_tokens"], pure["added_tokens"], strict=True)
+    ]
+    rewritten = {**spec, "model": pure["model"], "added_tokens": added, "truncation": None, "padding": None}
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
+    encoder.encode_special_tokens = True
+    return lambda text: tuple(encoder.encode(text).ids)
+
+
+def decoder_start(
+    config: MemberConfig, tokenizer: Any, setting: Callable[[str], int | None]
+) -> tuple[int, ...]:
+    """Return the first tokens of a member's decoder: its start token, and the language to be written.
+
+    Args:
+        config: the member.
+        tokenizer: its tokenizer.
+        setting: returns a value of the model's generation config, else of its config, None where neither has it.
+
+    Raises:
+        MemberError: neither says how the decoder starts.
+    """
+    start, forced = setting("decoder_start_token_id"), setting("forced_bos_token_id")
+    if start is None:
+        raise MemberError(
+            f"member {config.name!r}: neither its generation config nor its config has decoder_start_token_id, so "
+            "its decoder cannot be started. Add it to the model's generation_config.json."
+        )
+    if config.source.target_language is not None:
+        forced = tokenizer.convert_tokens_to_ids(config.source.target_language)
+    return (start,) if forced is None else (start, forced)
+
+
+def class_defaults(model_type: str | None) -> Mapping[str, Any]:
+    """Return what a configuration of this type has where its file says nothing; empty for a type of the model's own."""
+    return vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
 
 
 def check_languages(config: MemberConfig, tokenizer: Any) -> None:
@@ -102,24 +159,12 @@ class Specialist(Member):
         """
         super().__init__(config, lm)
         check_languages(config, lm.tokenizer)
-        self.start = self._start()
+        self.start = decoder_start(config, lm.tokenizer, self._setting)
         if config.source.source_language is not None:
             lm.tokenizer.src_lang = config.source.source_language
 
     def _runner(self) -> Seq2SeqRunner:
         return Seq2SeqRunner(self.lm.model, self.lm.mixed_precision_dtype)
-
-    def _start(self) -> tuple[int, ...]:
-        """Return the decoder's first tokens."""
-        start, forced = (self._setting(key) for key in ("decoder_start_token_id", "forced_bos_token_id"))
-        if start is None:
-            raise MemberError(
-                f"member {self.name!r}: neither its generation config nor its config has decoder_start_token_id, so "
-                "its decoder cannot be started. Add it to the model's generation_config.json."
-            )
-        if self.config.source.target_language is not None:
-            forced = self.lm.tokenizer.convert_tokens_to_ids(self.config.source.target_language)
-        return (start,) if forced is None else (start, forced)
 
     def _setting(self, key: str) -> int | None:
         sources = (getattr(self.lm.model, "generation_config", None), self.lm.model.config)
@@ -130,7 +175,8 @@ class Specialist(Member):
         """The byte view of the tokenizer."""
         codec = self._codec(DecoderCodec)
         codec.start = self.start
-        codec.encode_source = lambda text: self.lm.tokenizer(text)["input_ids"]
+        control = [*self.lm.tokenizer.all_special_ids, *self.eos_ids]
+        codec.encode_source = source_encoder(self.lm.tokenizer, control, self.name)
         return codec
 
     @property

@@ -267,7 +267,7 @@ def device_needs(
 
 def too_small(needs: Sequence[DeviceNeed]) -> list[str]:
     """Return a problem for every device that has less than it would hold."""
-    remedy = "Spread members over devices (a member's device, or device_map: auto), or load them in another dtype."
+    remedy = "Spread members over devices (a member's device, or parallelize: true), or load them in another dtype."
     return [
         f"device {need.device} would hold {need.total / 1e9:.1f} GB and has {need.available / 1e9:.1f} GB. {remedy}"
         for need in needs

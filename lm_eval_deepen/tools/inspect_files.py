@@ -68,6 +68,13 @@ class ModelFiles:
         names = (key, *_ALIASES.get(key, ()))
         return next((self.config[name] for name in names if self.config.get(name) is not None), default)
 
+    def setting(self, key: str) -> Any:
+        """Return what the model has when it is loaded: of its generation config, else of its config or its class."""
+        from lm_eval_deepen.member.specialist import class_defaults
+
+        sources = (self.generation, self.config, class_defaults(self.config.get("model_type")))
+        return next((found[key] for found in sources if found.get(key) is not None), None)
+
     @property
     def embedding(self) -> str | None:
         """The name of the input embedding among `tensors`: one row per logit, or more."""

@@ -30,6 +30,7 @@ class Inspected:
         chat_template: whether it can render a conversation; None where that is unknown.
         labels: how its tokenizer spells the control tokens at both ends of a text.
         generates_only: whether it is an encoder-decoder model, which scores no text.
+        start: the first tokens of an encoder-decoder model's decoder; empty where it cannot be started.
     """
 
     config: MemberConfig
@@ -40,6 +41,7 @@ class Inspected:
     chat_template: bool | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
     generates_only: bool = False
+    start: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -131,7 +133,10 @@ class Inspected:
                 "unused": len(codec.vocab.unused),
             }
             found["eos"] = {str(i): self.labels[i] for i in self.eos}
-            found["bos"] = {str(i): self.labels[i] for i in codec.opening.control}
+            edges = {"bos": codec.opening.control}
+            if self.generates_only:
+                edges = {"source_prefix": codec.opening.control, "decoder_start": self.start}
+            found |= {key: {str(i): self.labels[i] for i in ids} for key, ids in edges.items()}
             found["dummy_space"] = codec.opening.dummy
             found["round_trip_texts"] = self.spelt
         return found
@@ -154,9 +159,7 @@ def inspect_members(
 
 def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
     given = config.loading_dict()
-    if given.get("parallelize") or given.get("device_map"):
-        device = SPREAD
-    device = str(given.get("device") or device)
+    device = SPREAD if given.get("parallelize") else str(given.get("device") or device)  # it overrides a device
     if given.get("gguf_file"):
         notes.append(f"member {config.name!r} is a GGUF file: only loading it tells its size and tokenizer.")
         return Inspected(config, device)
@@ -181,22 +184,22 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
             f"member {config.name!r}: {', '.join(config.source.to_dict())} belong to encoder-decoder members. Leave "
             "them out."
         )
+    known = Inspected(config, device, files, generates_only=generates_only)
     try:
-        return _with_tokenizer(Inspected(config, device, files, generates_only=generates_only), files)
+        return _with_tokenizer(known, files, problems)
     except DeepenError as error:
         problems.append(" ".join(str(error).split()))
-        return Inspected(config, device, files)
+        return known
 
 
-def _with_tokenizer(found: Inspected, files: ModelFiles) -> Inspected:
+def _with_tokenizer(found: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
     from lm_eval_deepen.member.preflight import load_tokenizer
-    from lm_eval_deepen.member.specialist import DecoderCodec, check_languages
+    from lm_eval_deepen.member.specialist import DecoderCodec
     from lm_eval_deepen.member.text import TextCodec
 
     tokenizer: Any = load_tokenizer(found.config)
-    if found.generates_only:
-        check_languages(found.config, tokenizer)
+    start = _begin_decoder(found.config, files, tokenizer, problems) if found.generates_only else ()
     eos = _eos_ids(files, tokenizer)
     given = found.config.loading_dict()
     asked = given.get("prefix_token_id")
@@ -210,8 +213,26 @@ def _with_tokenizer(found: Inspected, files: ModelFiles) -> Inspected:
         name=found.name,
     )
     template = getattr(tokenizer, "chat_template", None) is not None
-    labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control)}
-    return replace(found, codec=codec, eos=eos, chat_template=template, labels=labels)
+    labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}
+    return replace(found, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
+
+
+def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, problems: list[str]) -> tuple[int, ...]:
+    """Tell the tokenizer the source's language, and return the decoder's first tokens; empty, and a problem, for none.
+
+    Raises:
+        ConfigError: a language that the tokenizer does not know.
+    """
+    from lm_eval_deepen.member.specialist import check_languages, decoder_start
+
+    check_languages(config, tokenizer)
+    if config.source.source_language is not None:
+        tokenizer.src_lang = config.source.source_language
+    try:
+        return decoder_start(config, tokenizer, files.setting)
+    except DeepenError as error:
+        problems.append(str(error))
+        return ()
 
 
 def _logits(files: ModelFiles, default: int) -> int:

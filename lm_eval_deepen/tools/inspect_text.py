@@ -91,9 +91,12 @@ def _edges(report: Report) -> str:
         codec = member.codec
         assert codec is not None
         begin = "nothing in front" if not codec.opening.control else "in front " + _ids(member, codec.opening.control)
-        space = ", then a space" if codec.opening.dummy else ""
+        begin += ", then a space" if codec.opening.dummy else ""
+        if member.generates_only:
+            starts = _ids(member, member.start) if member.start else "nothing, which is a problem"
+            begin = f"of the source {begin}; its decoder starts with {starts}"
         ends = _ids(member, member.eos) if member.eos else "nothing"
-        lines.append(f"  {member.name}: {begin}{space}; ends with {ends}")
+        lines.append(f"  {member.name}: {begin}; ends with {ends}")
     main = report.members[0]
     options = report.config.options_dict() if report.config else {}
     if options.get("eos") == "anchor" and main.eos and len(known) > 1:

@@ -12,7 +12,7 @@ from lm_eval_deepen.config import EnsembleConfig, FrozenDict
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.engine.reading import Document, Reading, Variant, quiet
-from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.errors import ConfigError, DeepenError
 from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.fusion.seam import Fuser
 from lm_eval_deepen.relative.store import MatrixStore
@@ -34,7 +34,8 @@ EMBEDDING_SPACES = tuple(
 OUTPUT_SPACES = tuple({**space, "embeddings": "output"} for space in EMBEDDING_SPACES)  # where a head is not tied
 SOLVERS = ({"inverse": "em"}, {"inverse": "mirror"}, {"inverse": "adamw"})
 FREE = dict.fromkeys(  # each space has its own defaults
-    "inverse steps learning_rate support embeddings normalization relative_temperature row_entropy top_m".split()
+    "inverse steps learning_rate support max_support max_truncated embeddings normalization relative_temperature "
+    "row_entropy top_m".split()
 )
 
 
@@ -86,8 +87,8 @@ class Chosen:
 
     @property
     def config(self) -> EnsembleConfig:
-        """The configuration of what was chosen."""
-        config = self.fusers.ensemble.config
+        """The configuration of what was chosen; its weights are constant, wherever those given came from."""
+        config = constant(self.fusers.ensemble.config)
         found = zip(config.members, self.best.weights, self.best.temperatures, strict=True)
         members = tuple(replace(member, weight=w, temperature=t) for member, w, t in found)
         return replace(config, members=members, options=self.best.options, compat=None)
@@ -105,6 +106,19 @@ class Chosen:
         return reading.bits(reading.logp([self.fusers.variant(candidate)]))[0]
 
 
+def constant(config: EnsembleConfig) -> EnsembleConfig:
+    """Return a configuration whose members' weights are kept as they are, and written as they are.
+
+    Raises:
+        ConfigError: a weighting that makes the weights anew for every request or step.
+    """
+    if config.weights_change:
+        raise ConfigError(
+            f"tune: weighting={config.weighting} makes the weights by request or step; remove it to fit constant ones"
+        )
+    return replace(config, weighting=None, weighting_options=FrozenDict(), weights_computed=False)
+
+
 def search(ensemble: Ensemble, documents: Sequence[Document], *, everything: bool = False) -> Chosen:
     """Choose options, weights and temperatures by the bits of some documents, stage by stage.
 
@@ -112,6 +126,9 @@ def search(ensemble: Ensemble, documents: Sequence[Document], *, everything: boo
         ensemble: where the search starts; its main member stays the main one.
         documents: what is predicted.
         everything: try spaces made from embeddings, too.
+
+    Raises:
+        ConfigError: a weighting that makes the weights by request or step.
     """
     return search_reading(Reading.of(ensemble, documents), everything=everything)
 
@@ -119,7 +136,7 @@ def search(ensemble: Ensemble, documents: Sequence[Document], *, everything: boo
 def search_reading(reading: Reading, *, everything: bool = False) -> Chosen:
     """Choose as `search` does, on documents that are read already."""
     ensemble, documents = reading.ensemble, reading.documents
-    fusers, config = Fusers(ensemble), ensemble.config
+    fusers, config = Fusers(ensemble), constant(ensemble.config)
     first = best = Candidate(
         FrozenDict(config.options_dict()), config.weights, tuple(member.temperature for member in config.members)
     )

@@ -49,19 +49,22 @@ def run(args: argparse.Namespace) -> int:
         return tune_score.run(args)
     import yaml
 
+    from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.texts import default_text, load_documents
     from lm_eval_deepen.errors import RequestError
-    from lm_eval_deepen.tools.bpb import load
+    from lm_eval_deepen.tools.build import parse_ensemble
     from lm_eval_deepen.tools.search import search
 
+    config = tune_score.checked(parse_ensemble(args.ensemble))
     documents = load_documents(args.text or [default_text()], args.limit)
     if len(documents) < 2:
         raise RequestError("one document cannot be used to choose and to report; give two or more.")
-    ensemble = load(args.ensemble, args.device)
+    ensemble = Ensemble.load(config, args.device)
     chosen = search(ensemble, documents[::2], everything=args.spaces == "all")
     for line in chosen.log:
         print(line)
-    written = {**chosen.config.to_dict(), "evidence": evidence(ensemble, chosen, documents)}
+    keys = tune_score.placed(chosen.config.to_dict())
+    written = {**keys, "evidence": evidence(ensemble, chosen, documents)}
     Path(args.output).write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"\nwritten to {args.output}")
     return 0

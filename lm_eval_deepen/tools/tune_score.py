@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.leaderboard.tasks import LoadedTask
 
 WEIGHTS = ("both", "grid", "adaptive", "keep")
+PLACES = ("pretrained", "tokenizer", "peft", "delta")  # keys of a member that may name a folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
     group.add_argument(
         "--weights", choices=WEIGHTS, default="both",
-        help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt); keep: as they "
-        "are (default: %(default)s)",
+        help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt), nothing else; "
+        "keep: as they are; both: the best of all these (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--weight-step", type=float, default=0.1, metavar="W", help="of the grid (default: %(default)s)")
     group.add_argument(
@@ -72,21 +72,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checked(arguments: Mapping[str, Any]) -> EnsembleConfig:
-    """Return the configuration to tune.
+    """Return the configuration to tune, its weights constant: for either objective.
 
     Raises:
         ConfigError: one without weights to fit.
     """
     from lm_eval_deepen.host import configure
+    from lm_eval_deepen.tools.search import constant
 
     config = configure(dict(arguments))
     if len(config.members) < 2:
         raise ConfigError("tune: a member alone has no weights to fit; give an ensemble of two or more")
     if config.pooling is not None and not config.fuses_steps:
         raise ConfigError(f"tune: pooling={config.pooling} alone fuses no steps; remove it, tune, and put it back")
-    if config.weights_change:
-        raise ConfigError(f"tune: weighting={config.weighting} makes the weights; remove it to fit constant ones")
-    return replace(config, weighting=None, weighting_options=type(config.weighting_options)(), weights_computed=False)
+    return constant(config)
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -131,10 +130,8 @@ def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: a
     from lm_eval_deepen.host import configure
     from lm_eval_deepen.leaderboard.tuned import record
 
-    keys = found.config.to_dict()
+    keys = placed(found.config.to_dict())
     keys.pop("evidence", None)
-    keys["members"] = [{**member, "pretrained": _place(member["pretrained"])} for member in keys["members"]]
-    keys["pretrained"] = keys["members"][0]["pretrained"]
     hashes = [digest for task in search.tasks for own in task.documents.values() for digest in own]
     about = {
         "objective": "score",
@@ -154,7 +151,23 @@ def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: a
     return {**keys, "evidence": record(configure(keys), hashes, about)}
 
 
-def _place(pretrained: str) -> str:
+def placed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an ensemble file that can be read from anywhere: folders by their whole paths.
+
+    What exists here is a folder; anything else is a hub name. `matrix_dir` is a folder in any case, made when needed.
+    """
+    members = [
+        {key: _place(value) if key in PLACES else value for key, value in member.items()} for member in keys["members"]
+    ]
+    found = {**keys, "pretrained": members[0]["pretrained"], "members": members}
+    if "matrix_dir" in keys:
+        found["matrix_dir"] = str(Path(keys["matrix_dir"]).expanduser().absolute())
+    return found
+
+
+def _place(name: Any) -> Any:
     """Return a model's name; a folder that is relative to here by its whole path."""
-    place = Path(pretrained).expanduser()
-    return str(place.absolute()) if place.exists() else pretrained
+    if not isinstance(name, str):
+        return name
+    place = Path(name).expanduser()
+    return str(place.absolute()) if place.exists() else name
