@@ -390,6 +390,13 @@ def test_an_encoder_decoder_member_scores_no_text(write, pico, tmp_path):
     assert reason in leaderboard_table.rendered(table, "text")
 
 
+def test_a_flat_space_is_told_below_the_table(write, tmp_path):
+    flat = {"rows": "embedding", "normalization": "reference", "top_m": 0, "relative_temperature": 0.01}
+    rows = [{"members": ["A", "B"], "name": "flat", "method": "deepen", **flat}, {"members": ["A", "B"], "name": "own"}]
+    told = leaderboard_table.rendered(measured(write(grid=None, rows=rows), tmp_path / "out"), "text")
+    assert "flat: the relative rows of member 'A' have" in told and "own: the relative rows" not in told
+
+
 # --- the table
 
 

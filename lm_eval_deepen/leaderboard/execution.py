@@ -18,6 +18,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval_deepen import pooling
 from lm_eval_deepen.building.architecture import read_config
 from lm_eval_deepen.config import EnsembleConfig, FrozenDict, MemberConfig
+from lm_eval_deepen.engine.checks import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion.seam import Fuser
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
@@ -239,6 +240,9 @@ class _Execution:
             facts = facts_of([self.members[name] for name in row.members])
             if built := facts.pop("built"):
                 found["config"]["built"] = built
+            if model.ensemble.fuser is not None:  # what a single evaluation warns of; the rest stands in the table
+                warned = flat_spaces(getattr(model.ensemble.fuser, "facts", {}))
+                facts |= {"warnings": [warning.message for warning in warned]} if warned else {}
             wanted, cost = self.todo.identity(row, task), model.cost(task.name)
             cell = write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, cost, facts)
         self.cells[row.name, task.name] = cell

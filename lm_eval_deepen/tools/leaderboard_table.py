@@ -87,6 +87,9 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             continue
         found = _columns(plan, task, runs, cells, notes)
         notes += groups(runs)
+        for row in recipe.rows:
+            if (cell := cells.get((row.name, task.name))) is not None:
+                notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
         rows += found
         for row in recipe.rows:
             if reason := plan.meaningless.get((row.name, task.name)):
