@@ -29,7 +29,7 @@ from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.member.specialist import BACKEND
+from lm_eval_deepen.member.configuration import is_encoder_decoder
 from lm_eval_deepen.pooling.seam import check_request
 
 Key = tuple[str, str]  # row, task
@@ -128,9 +128,8 @@ def generates_only(member: MemberConfig) -> bool:
     """Tell whether a member is an encoder-decoder model, from its configuration alone."""
     if member.pretrained.startswith(PREFIX):  # what is built here is a causal language model
         return False
-    backend = member.loading_dict().get("backend", "default")
     try:
-        return backend == BACKEND or bool(read_config(member.name, member.pretrained).get("is_encoder_decoder"))
+        return is_encoder_decoder(member.loading, read_config(member.name, member.pretrained))
     except ConfigError:
         return False  # loading it says what is wrong
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import tokenizers
-from transformers import CONFIG_MAPPING
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError, VocabularyError, did_you_mean
+from lm_eval_deepen.member.configuration import ENCODER_DECODER
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.seq2seq import Seq2SeqRunner, as_source, divide
 from lm_eval_deepen.member.text import Prompt, TextCodec
 from lm_eval_deepen.vocabulary import text_only_spec
-
-BACKEND = "seq2seq"  # as the harness's `HFLM` calls them
 
 
 @dataclass(eq=False)
@@ -109,11 +107,6 @@ def decoder_start(
     return (start,) if forced is None else (start, forced)
 
 
-def class_defaults(model_type: str | None) -> Mapping[str, Any]:
-    """Return what a configuration of this type has where its file says nothing; empty for a type of the model's own."""
-    return vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
-
-
 def check_languages(config: MemberConfig, tokenizer: Any) -> None:
     """Check a member's languages against its tokenizer.
 
@@ -147,7 +140,7 @@ class Specialist(Member):
     """
 
     generates_only = True
-    BACKENDS = frozenset({BACKEND})
+    BACKENDS = frozenset({ENCODER_DECODER})
     runner: Seq2SeqRunner
 
     def __init__(self, config: MemberConfig, lm: Any) -> None:

@@ -70,7 +70,7 @@ class ModelFiles:
 
     def setting(self, key: str) -> Any:
         """Return what the model has when it is loaded: of its generation config, else of its config or its class."""
-        from lm_eval_deepen.member.specialist import class_defaults
+        from lm_eval_deepen.member.configuration import class_defaults
 
         sources = (self.generation, self.config, class_defaults(self.config.get("model_type")))
         return next((found[key] for found in sources if found.get(key) is not None), None)

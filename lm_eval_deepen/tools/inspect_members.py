@@ -158,6 +158,8 @@ def inspect_members(
 
 
 def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
+    from lm_eval_deepen.member.configuration import is_encoder_decoder
+
     given = config.loading_dict()
     device = SPREAD if given.get("parallelize") else str(given.get("device") or device)  # it overrides a device
     if given.get("gguf_file"):
@@ -172,7 +174,7 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
         return Inspected(config, device)
     if files.why_not:
         notes.append(f"member {config.name!r}: its size is estimated from its configuration ({files.why_not}).")
-    generates_only = given.get("backend", "default") == "seq2seq" or bool(files.get("is_encoder_decoder"))
+    generates_only = is_encoder_decoder(given, files.config)
     if generates_only:
         notes.append(
             f"member {config.name!r} is an encoder-decoder model: it reads "
