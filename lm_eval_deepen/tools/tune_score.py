@@ -121,7 +121,13 @@ def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[Load
     hashes = [digest for task in development for found in task.documents.values() for digest in found]
     for task in evaluated:
         for name, found in task.documents.items():
-            refuse_overlap("an ensemble tuned on these development splits", hashes, name, found)
+            try:
+                refuse_overlap("an ensemble tuned on these development splits", hashes, name, found)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"tune: {error}. --tasks takes the task that will be evaluated, whose validation split is scored "
+                    "here; or say with --evaluated what will be"
+                ) from error
 
 
 def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: argparse.Namespace) -> dict[str, Any]:
