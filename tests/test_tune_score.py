@@ -140,7 +140,8 @@ def test_documents_that_are_evaluated_are_refused(tune, data):
     dev = data / "piqa" / "dev.jsonl"
     test = (data / "piqa" / "test.jsonl").read_text().splitlines()
     dev.write_text(dev.read_text() + "\n".join(test[:3]) + "\n")
-    with pytest.raises(ConfigError, match="was fitted on 3 of the 8 documents of task 'deepen_sample_piqa'.*--tasks takes the task that"):
+    told = "was fitted on 3 of the 8 documents of task 'deepen_sample_piqa'.*--tasks takes the task that"
+    with pytest.raises(ConfigError, match=told):
         tune("--tasks", "deepen_sample_piqa")
     written = tune("--tasks", "deepen_sample_piqa", "--evaluated", "deepen_sample_arc", "--weights", "adaptive")
     assert written["evidence"]["tasks"]["deepen_sample_piqa"]["documents"] == 11
