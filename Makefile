@@ -44,6 +44,7 @@ test: $(VENV)/.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/answering.py lm_eval_deepen/pooled.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py
 
 types: $(VENV)/.installed

@@ -105,9 +105,7 @@ def study(ensembles: Sequence[Ensemble], args: argparse.Namespace) -> Iterator[d
                 }  # fmt: skip
 
 
-def candidates(
-    ensemble: Ensemble, further: dict[str, set[bytes]]
-) -> Iterator[tuple[str, int | None, str, Fuser]]:
+def candidates(ensemble: Ensemble, further: dict[str, set[bytes]]) -> Iterator[tuple[str, int | None, str, Fuser]]:
     """The union of the members' pieces, then every anchor set in every byte space; one at a time in memory."""
     views = [view(member) for member in ensemble.members]
     yield "union of pieces", None, "gac", methods()["gac"].options().build(views, MatrixStore(None))

@@ -62,8 +62,12 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that say what is run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="FOLDER", help="members, the main one first (the demo's pair)")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of JSONL samples (%(default)s); without it, "
-                        "questions of the same lengths are made up")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        help="folder of JSONL samples (%(default)s); without it, questions of the same lengths are made up",
+    )
     parser.add_argument("--quick", action="store_true", help="a few short documents: shows that it works, no more")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -78,8 +82,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--full", action="store_true", help="time hf on all documents, nothing scaled (CUDA: always)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep every finished part there; what is there "
-                        "already, from the same settings, machine and code, is not measured again")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="keep every finished part there; what is there "
+        "already, from the same settings, machine and code, is not measured again",
+    )
     parser.add_argument("--repeats", type=int, help="of every timed comparison")
     args = parser.parse_args(argv)
     args.only = args.only.split(",") if args.only else list(MEASURES)
@@ -103,8 +112,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if getattr(args, "repeats", None):
         scale = replace(scale, repeats=args.repeats)
     return Settings(
-        models=tuple(models), device=args.device, dtype=args.dtype, batch_size=args.batch_size, scale=scale,
-        data=args.data.resolve(), matrix_dir=args.matrix_dir, judged=not args.quick,
+        models=tuple(models),
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        scale=scale,
+        data=args.data.resolve(),
+        matrix_dir=args.matrix_dir,
+        judged=not args.quick,
     )
 
 
@@ -115,8 +130,11 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": names[0] if names else platform.processor(), "cores": cores(), "torch_threads": torch.get_num_threads(),
-        "gpu": gpu, "system": platform.system(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": cores(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.system(),
     }
 
 
@@ -183,19 +201,29 @@ def document(bench: Bench, figures: Sequence[Figure], seconds: float, load: floa
     loaded = "hf" in vars(bench)
     members = [
         {
-            "name": name, "parameters": parameters(member.lm.model), "head_share": head_share(member.lm.model),
+            "name": name,
+            "parameters": parameters(member.lm.model),
+            "head_share": head_share(member.lm.model),
             "runner": type(member.runner).__name__,
         }
         for name, member in zip(settings.names, bench.pair.ensemble.members if loaded else (), strict=loaded)
     ]
-    return rounded({
-        "benchmark": "cost", "machine": {**machine(), "load_average_before": load},
-        "versions": versions(),
-        "device": settings.device, "dtype": settings.dtype, "batch_size": settings.batch_size,
-        "hf_batch_sizes": "the faster of 1 and 8", "members": members or list(settings.names),
-        "data": bench.source.kind, "scale": vars(settings.scale), "seconds": seconds,
-        "figures": [figure.as_dict() for figure in figures],
-    })
+    return rounded(
+        {
+            "benchmark": "cost",
+            "machine": {**machine(), "load_average_before": load},
+            "versions": versions(),
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "hf_batch_sizes": "the faster of 1 and 8",
+            "members": members or list(settings.names),
+            "data": bench.source.kind,
+            "scale": vars(settings.scale),
+            "seconds": seconds,
+            "figures": [figure.as_dict() for figure in figures],
+        }
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -207,8 +235,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if load > QUIET_LOAD:
         print(f"load average {load:.1f}: others are using this machine, ratios of times will be wrong", file=sys.stderr)
     settings = settings_of(args)
-    about = {**asdict(settings), "data": str(settings.data), "machine": machine(), "versions": versions(),
-             "code": sources()}
+    about = {
+        **asdict(settings),
+        "data": str(settings.data),
+        "machine": machine(),
+        "versions": versions(),
+        "code": sources(),
+    }
     bench, figures, seconds = run(settings, args.only, Parts(args.out, rounded(about)))
     found = document(bench, figures, seconds, load)
     print(plain(found["figures"]))

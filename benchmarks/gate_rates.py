@@ -121,8 +121,11 @@ def main() -> None:
     pairs = read_pairs(args)
     rule = Rule(alpha=args.alpha, resamples=args.resamples, seed=args.seed)
     report: dict[str, Any] = {"alpha": args.alpha, "repetitions": args.repetitions, "columns": []}
-    false = {"all tests together": rate(alarms(lambda g: swapped(pairs, g), rule, args.repetitions, args.seed),
-                                        args.repetitions)}
+    false = {
+        "all tests together": rate(
+            alarms(lambda g: swapped(pairs, g), rule, args.repetitions, args.seed), args.repetitions
+        )
+    }
     for pair in pairs:
         one = rate(alarms(lambda g, p=pair: swapped([p], g), rule, args.repetitions, args.seed), args.repetitions)
         false[f"{pair.task} {pair.metric} alone"] = one

@@ -26,8 +26,12 @@ def section(found: Mapping[str, Any]) -> str:
     hardware = machine["gpu"] if found["device"].startswith("cuda") else f"{machine['cpu']}, {machine['cores']} cores"
     members = " + ".join(member["name"] if isinstance(member, Mapping) else member for member in found["members"])
     facts = (
-        members, f"{hardware}, {machine['torch_threads']} threads", found["dtype"],
-        f"batch size {found['batch_size']}, `hf` at {found['hf_batch_sizes']}", versions, f"{found['data']} questions",
+        members,
+        f"{hardware}, {machine['torch_threads']} threads",
+        found["dtype"],
+        f"batch size {found['batch_size']}, `hf` at {found['hf_batch_sizes']}",
+        versions,
+        f"{found['data']} questions",
         f"{found['scale']['repeats']} repeats, {number(found['seconds'] / 60)} minutes",
     )
     return f"{'; '.join(facts)}.\n\n{markdown(found['figures'])}"

@@ -24,8 +24,14 @@ def samples(model: str, arguments: dict[str, Any], args: argparse.Namespace) -> 
     """Return every task's responses in order of documents."""
     manager = TaskManager(include_path=str(data_folder("tasks")), metadata={"data_dir": args.data})
     results = lm_eval.simple_evaluate(
-        model=model, model_args=arguments, tasks=args.tasks, limit=args.limit, batch_size=4, device="cpu",
-        bootstrap_iters=0, task_manager=manager,
+        model=model,
+        model_args=arguments,
+        tasks=args.tasks,
+        limit=args.limit,
+        batch_size=4,
+        device="cpu",
+        bootstrap_iters=0,
+        task_manager=manager,
     )
     return {task: [(s["arguments"], s["resps"]) for s in found] for task, found in results["samples"].items()}
 

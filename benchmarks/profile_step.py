@@ -85,10 +85,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             run, missing = profile(bench, model, lambda asked=asked: model.generate_until(asked, disable_tqdm=True))
             runs.append(run)
     report("decoding", f"decoding {args.tokens} steps, batch {len(texts)}", *difference(runs[1], runs[0]))
-    document = rounded({
-        "benchmark": "profile", "machine": machine(), "dtype": args.dtype, "device": args.device, "parts": found,
-        "not_in_this_version": missing,
-    })
+    document = rounded(
+        {
+            "benchmark": "profile",
+            "machine": machine(),
+            "dtype": args.dtype,
+            "device": args.device,
+            "parts": found,
+            "not_in_this_version": missing,
+        }
+    )
     print(json.dumps(document))
     return document
 

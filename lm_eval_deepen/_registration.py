@@ -50,9 +50,7 @@ def register_or_warn() -> None:
         )
 
 
-def spec_that_registers(
-    asking: object, path: Sequence[str] | None, target: ModuleType | None
-) -> ModuleSpec | None:
+def spec_that_registers(asking: object, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
     """Return what the finders other than ``asking`` find for ``lm_eval.models``, set up to register."""
     for finder in sys.meta_path:
         find_spec = getattr(finder, "find_spec", None)

@@ -160,9 +160,7 @@ class Answering(MainMemberView):
         text = self.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")
         if isinstance(end, int):
             text = text.lstrip()
-        return postprocess_generated_text(
-            text, stop=until, think_end_token=end if isinstance(end, str) else None
-        )
+        return postprocess_generated_text(text, stop=until, think_end_token=end if isinstance(end, str) else None)
 
 
 def share_passes(models: Sequence[Answering]) -> None:

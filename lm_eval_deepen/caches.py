@@ -59,7 +59,5 @@ def _level(stored: SqliteDict, ranks: Ranks) -> None:
 
 def rendering_digest(members: Sequence[Member]) -> str:
     """Return a short digest of what decides how members render a conversation, beside their tokenizers' names."""
-    facts = [
-        [getattr(member.lm.tokenizer, "chat_template", None), member.lm.chat_template_args] for member in members
-    ]
+    facts = [[getattr(member.lm.tokenizer, "chat_template", None), member.lm.chat_template_args] for member in members]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]

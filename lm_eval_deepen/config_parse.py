@@ -69,14 +69,11 @@ def read_ensemble_file(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"ensemble file {path} is not valid YAML: {error}; correct it") from error
     if not isinstance(raw, Mapping):
-        raise ConfigError(
-            f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}"
-        )
+        raise ConfigError(f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}")
     found = given(beside({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, path.parent))
     if is_ensemble_file(found.get("pretrained")):
         raise ConfigError(
-            f"ensemble file {path}: pretrained={found['pretrained']} is an ensemble file too; "
-            "name the main model there"
+            f"ensemble file {path}: pretrained={found['pretrained']} is an ensemble file too; name the main model there"
         )
     members = found.get("members")
     if isinstance(members, str):
@@ -94,9 +91,7 @@ def merge_file(name: str, inline: Mapping[str, Any]) -> dict[str, Any]:
     members = found.get("members")
     if "weights" in inline and isinstance(members, list):
         found["members"] = [
-            {key: value for key, value in member.items() if key != "weight"}
-            if isinstance(member, Mapping)
-            else member
+            {key: value for key, value in member.items() if key != "weight"} if isinstance(member, Mapping) else member
             for member in members
         ]
     return found | {key: value for key, value in inline.items() if key != "pretrained"}
@@ -169,17 +164,13 @@ def parse_members(
 def member_entries(raw: Any, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one mapping of given keys per member."""
     if raw is None and "pretrained" not in defaults:
-        raise ConfigError(
-            "no member: give pretrained=MODEL, or members=MODEL+MODEL with the main member first"
-        )
+        raise ConfigError("no member: give pretrained=MODEL, or members=MODEL+MODEL with the main member first")
     if raw is None:
         return [{}]
     if isinstance(raw, str):
         raw = _split(raw) if raw.strip() else []
     if not isinstance(raw, (list, tuple)):
-        raise ConfigError(
-            f"members must be a list of models, or A+B inline; got {type(raw).__name__}: {raw!r}"
-        )
+        raise ConfigError(f"members must be a list of models, or A+B inline; got {type(raw).__name__}: {raw!r}")
     if not raw:
         raise ConfigError("members is empty: name at least one model, the main member first")
     entries = []
@@ -221,9 +212,7 @@ def merge_defaults(entry: Mapping[str, Any], defaults: Mapping[str, Any], i: int
     return merged
 
 
-def check_member_keys(
-    entry: Mapping[str, Any], i: int, accepted: frozenset[str], elsewhere: Mapping[str, str]
-) -> None:
+def check_member_keys(entry: Mapping[str, Any], i: int, accepted: frozenset[str], elsewhere: Mapping[str, str]) -> None:
     """Raise ConfigError for a key that a member does not take, or takes in another place."""
     known = MEMBER_KEYS | accepted
     for key in entry:
@@ -278,9 +267,7 @@ def member_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     for i, entry in enumerate(entries):
         name = entry.get("name", default_name(entry))
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(
-                f"members[{i}]: name must be non-empty text; got {name!r} (quote it if it is a number)"
-            )
+            raise ConfigError(f"members[{i}]: name must be non-empty text; got {name!r} (quote it if it is a number)")
         if name in names:
             raise ConfigError(
                 f"members[{names.index(name)}] and members[{i}] are both named {name!r}; "

@@ -80,9 +80,7 @@ def check_keys(
             _check_owner(key, seam, having, names[seam], catalogue[seam])
 
 
-def _check_owner(
-    key: str, seam: str, having: Sequence[str], chosen: str | None, known: Mapping[str, type]
-) -> None:
+def _check_owner(key: str, seam: str, having: Sequence[str], chosen: str | None, known: Mapping[str, type]) -> None:
     if chosen in having:
         return
     what = f"{key} is an option of {seam} {' and '.join(having)}"
@@ -134,9 +132,7 @@ def weigh(weighting: Chosen, given: list[float] | None, count: int) -> list[floa
     return weighting.built.start(given, count)
 
 
-def check_pooling(
-    keys: Mapping[str, Any], method: Chosen, weighting: Chosen, pooling: Chosen, count: int
-) -> None:
+def check_pooling(keys: Mapping[str, Any], method: Chosen, weighting: Chosen, pooling: Chosen, count: int) -> None:
     """Raise ConfigError where keys beside a pooling method would have no effect."""
     if pooling.built is None:
         return

@@ -51,7 +51,5 @@ def score_last_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[st
     """`process_results` of the arithmetic task: reply and reference end in the same number."""
     expected = last_number(doc["answer"])
     if expected is None:
-        raise ValueError(
-            f"answer: no number in the reference {doc['answer']!r}; every row must end in its result"
-        )
+        raise ValueError(f"answer: no number in the reference {doc['answer']!r}; every row must end in its result")
     return {"exact_match": float(last_number(results[0]) == expected)}

@@ -131,9 +131,7 @@ def train_metaspace() -> PreTrainedTokenizerFast:
     """Gemma's arrangement: spaces replaced, no dummy prefix, BOS from the post-processor."""
     tokenizer = train_byte_fallback([CORPUS, FOREIGN], ["<pad>", "<eos>", "<bos>", "<unk>"], 560)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
     )

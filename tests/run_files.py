@@ -118,7 +118,11 @@ def synthesised(
         "higher_is_better": {task: {m: ways.get(m, True) for m in metrics} for task, metrics in names.items()},
         "n-samples": {task: dict.fromkeys(("original", "effective"), count) for task, count in counts.items()},
         "config": {
-            "model": "hf", "model_args": {"pretrained": "m"}, "limit": None, "fewshot_seed": 1, **(config or {}),
+            "model": "hf",
+            "model_args": {"pretrained": "m"},
+            "limit": None,
+            "fewshot_seed": 1,
+            **(config or {}),
         },  # fmt: skip
         "lm_eval_version": "0.4.13",
         "model_name": folder.name,

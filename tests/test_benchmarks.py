@@ -227,7 +227,10 @@ def test_workloads_have_the_shapes_asked_for(kind, pico):
     scale = workloads.Scale()
     found = workloads.shapes(source, scale, words)
     assert {name: len(shape.documents) for name, shape in found.items()} == {
-        "arc_differing": 6, "arc_fixed": 30, "arc_zero": 60, "piqa": 60,
+        "arc_differing": 6,
+        "arc_fixed": 30,
+        "arc_zero": 60,
+        "piqa": 60,
     }
     for document in found["arc_differing"].documents:
         assert len(document.continuations) == 4 and 480 <= words(document.context) <= 500

@@ -101,9 +101,7 @@ def test_an_ensembles_change_is_named_and_can_be_declared(tmp_path):
 
     a = ensemble("a", "aaaaaaaaaaaaaaaa")
     b = ensemble("b", "bbbbbbbbbbbbbbbb", options={"steps": 9}, members=[{"pretrained": "m", "weight": 0.4}])
-    told = (
-        't: ensemble fingerprint: aaaaaaaaaaaa -> bbbbbbbbbbbb (steps: 5 -> 9; members: [] -> ["m x 0.4"])'
-    )
+    told = 't: ensemble fingerprint: aaaaaaaaaaaa -> bbbbbbbbbbbb (steps: 5 -> 9; members: [] -> ["m x 0.4"])'
     assert objections(a, b, ["t"]).reasons == (told,)
     allowed = objections(a, b, ["t"], allow_config_change=True)
     assert allowed.reasons == () and told in allowed.notes

@@ -159,6 +159,7 @@ def test_errors_name_what_is_wrong(tmp_path, three, capsys):
     fails("the runs have no task in common: a: t; other: u", three[0], other)
     fails("no samples of task 'u'; there are: t.", *three, "--tasks", "u")
     fails("metric 'ac': in none of the tasks t of", *three, "--metric", "ac")
+
     def rename(records):
         for record in records:
             record["doc_hash"] += "moved"

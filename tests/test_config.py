@@ -87,9 +87,7 @@ def test_one_member_from_pretrained_alone():
     config = parse(pretrained="org/A", dtype="float32")
     assert [(m.name, m.pretrained, m.weight) for m in config.members] == [("A", "org/A", 1.0)]
     assert (
-        config
-        == parse(members="org/A", dtype="float32")
-        == parse(members=[{"pretrained": "org/A"}], dtype="float32")
+        config == parse(members="org/A", dtype="float32") == parse(members=[{"pretrained": "org/A"}], dtype="float32")
     )
     assert config.members[0].loading_dict() == {"dtype": "float32"}
     assert parse(pretrained="org/A", weights=1).weights == (1.0,)
@@ -177,9 +175,7 @@ def test_the_fingerprint_covers_what_influences_results():
 
 
 def test_the_fingerprint_is_the_same_in_another_process(tmp_path):
-    file = write(
-        tmp_path / "e.yaml", yaml.safe_dump({**BASE, "hf_kwargs": {"b": 1, "a": [2, {"d": 0, "c": 1}]}})
-    )
+    file = write(tmp_path / "e.yaml", yaml.safe_dump({**BASE, "hf_kwargs": {"b": 1, "a": [2, {"d": 0, "c": 1}]}}))
     code = (
         "import sys; from lm_eval_deepen.config import parse_config; from dataclasses import make_dataclass\n"
         "method = make_dataclass('M', [('steps', int, 5)], frozen=True)\n"

@@ -77,9 +77,7 @@ def test_a_bad_file_is_named(tmp_path, text, match):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    refuse(
-        r"none\.yaml: this ensemble file does not exist \(looked in .*give the path", pretrained="none.yaml"
-    )
+    refuse(r"none\.yaml: this ensemble file does not exist \(looked in .*give the path", pretrained="none.yaml")
     binary = tmp_path / "x.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     refuse("x.yaml is not valid YAML", pretrained=str(binary))

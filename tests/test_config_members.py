@@ -69,9 +69,7 @@ def test_every_key_of_the_harness_loader_is_accepted():
 def test_hf_kwargs_passes_anything_but_arguments_of_their_own():
     config = parse(pretrained="org/A", hf_kwargs={"anything_at_all": 1})
     assert config.members[0].hf_kwargs_dict() == {"anything_at_all": 1}
-    refuse(
-        "hf_kwargs holds 'dtype', an argument of its own; give dtype beside", PAIR, hf_kwargs={"dtype": "x"}
-    )
+    refuse("hf_kwargs holds 'dtype', an argument of its own; give dtype beside", PAIR, hf_kwargs={"dtype": "x"})
     refuse("hf_kwargs holds 'token'", PAIR, hf_kwargs={"token": "x"}, token="y")
     refuse("hf_kwargs must be a mapping; got 'x=1'", PAIR, hf_kwargs="x=1")
     refuse("hf_kwargs must be a mapping", members=[{"pretrained": "A", "hf_kwargs": [1]}])
@@ -226,12 +224,8 @@ def test_bad_weights(weights, match):
 
 def test_weights_are_all_or_none_and_in_one_place():
     half = [{"pretrained": "A", "weight": 0.5}, {"pretrained": "B"}, "C"]
-    refuse(
-        r"weight is missing for members\[1\], members\[2\]; give every member a weight, or none", members=half
-    )
-    refuse(
-        "weights and a member's own weight are both given; keep one", members=half, weights=[0.2, 0.3, 0.5]
-    )
+    refuse(r"weight is missing for members\[1\], members\[2\]; give every member a weight, or none", members=half)
+    refuse("weights and a member's own weight are both given; keep one", members=half, weights=[0.2, 0.3, 0.5])
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "warm", True])

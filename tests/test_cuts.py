@@ -29,9 +29,7 @@ PARTS = st.lists(st.sampled_from([b"\xa9 ", b"\xc3", b"\xa9", b" \xc3", b"\xa9a"
 
 @given(PIECES, PARTS, st.lists(st.text(alphabet="a ,\u00e9", max_size=12), min_size=1, max_size=5))
 @settings(max_examples=300)
-def test_allowed_means_no_token_can_span_a_cut(
-    whole: list[bytes], parts: list[bytes], texts: list[str]
-) -> None:
+def test_allowed_means_no_token_can_span_a_cut(whole: list[bytes], parts: list[bytes], texts: list[str]) -> None:
     pieces = tuple(whole + parts)
     allowed = safe_cut_allowed(ByteVocab(pieces))
     for text in [*texts, *(p.decode() for p in whole), "\u00e9 a"]:

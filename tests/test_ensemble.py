@@ -29,9 +29,7 @@ ORDERS = [
 
 @pytest.fixture(scope="module", params=ORDERS, ids="+".join)
 def model(request, pico, tmp_path_factory):
-    return deepen(
-        *(pico[name] for name in request.param), matrix_dir=str(tmp_path_factory.mktemp("matrices"))
-    )
+    return deepen(*(pico[name] for name in request.param), matrix_dir=str(tmp_path_factory.mktemp("matrices")))
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +168,7 @@ def test_a_generated_text_scores_the_sum_of_its_steps(trio):
 
 
 def test_generation_does_not_depend_on_the_batch(model):
-    batch = requests(
-        "generate_until", *((c, {"until": ["e"], "max_gen_toks": 10}) for c in [*CONTEXTS, LONG])
-    )
+    batch = requests("generate_until", *((c, {"until": ["e"], "max_gen_toks": 10}) for c in [*CONTEXTS, LONG]))
     together = model.generate_until(batch)
     for request, text in zip(batch, together, strict=True):
         assert model.generate_until([request]) == [text]
@@ -208,9 +204,7 @@ def test_identical_members_with_padded_rows_renormalise_without_them(pico, tmp_p
 
 def test_the_other_member_changes_the_result(model):
     logp = model.ensemble.next_logp("The quick brown fox")
-    main = naive.member_logp(
-        model.ensemble.main, Prompter(model.ensemble).prompts("The quick brown fox")[0].ids
-    )[0]
+    main = naive.member_logp(model.ensemble.main, Prompter(model.ensemble).prompts("The quick brown fox")[0].ids)[0]
     assert float((logp.exp() - main.exp()).abs().max()) > 1e-3
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
 

@@ -133,9 +133,9 @@ def test_columns_that_the_main_member_does_not_reach_change_nothing(solver: str,
     found = []
     for ops in (wide, narrow):
         r = 0.4 * ops[0].project(logp[0].exp()) + 0.6 * ops[1].project(logp[1].exp())
-        torch.testing.assert_close(r.sum(1), wide[0].project(logp[0].exp()).sum(1) * 0.4 + 0.6 * (
-            wide[1].project(logp[1].exp()).sum(1)
-        ))
+        torch.testing.assert_close(
+            r.sum(1), wide[0].project(logp[0].exp()).sum(1) * 0.4 + 0.6 * (wide[1].project(logp[1].exp()).sum(1))
+        )
         found.append(SOLVERS[solver].run(logp[0], r, ops[0], 5, 0.15))
         again = SOLVERS[solver].run(logp[0], r, ops[0], 5, 0.15, ops[0].project(logp[0].exp()))
         torch.testing.assert_close(again.logp, found[-1].logp, atol=1e-6, rtol=0)
@@ -234,8 +234,14 @@ def slow_supports(logp: list[np.ndarray], used: list[bool], rule: Rule) -> list[
 
 
 RULES = [
-    Rule(1, None, 1.0), Rule(30, None, 1.0), Rule(400, None, 1.0), Rule(30, None, 0.2), Rule(None, 0.5, 1.0),
-    Rule(None, 0.9, 1.0), Rule(25, 0.9, 1.0), Rule(25, 0.7, 0.1),
+    Rule(1, None, 1.0),
+    Rule(30, None, 1.0),
+    Rule(400, None, 1.0),
+    Rule(30, None, 0.2),
+    Rule(None, 0.5, 1.0),
+    Rule(None, 0.9, 1.0),
+    Rule(25, 0.9, 1.0),
+    Rule(25, 0.7, 0.1),
 ]
 
 
@@ -243,10 +249,7 @@ RULES = [
 def test_supports_are_unions_of_sets(world, rule: Rule) -> None:
     logp, used = logp_of(), torch.cat([torch.ones(4, 1, dtype=torch.bool), WEIGHTS[:, 1:] > 0], dim=1)
     parts = split(logp, world[0], with_end=True, grouped=True)
-    own = [
-        tops(parts, m, side, torch.arange(4), used[:, m], rule, 3_000)
-        for m, side in enumerate(world[0])
-    ]
+    own = [tops(parts, m, side, torch.arange(4), used[:, m], rule, 3_000) for m, side in enumerate(world[0])]
     for m, one in enumerate(LONG):
         for i in used[:, m].nonzero()[:, 0].tolist():
             expected, widened = slow_top(logp[m][i].double().exp().numpy(), one, rule)
@@ -331,8 +334,12 @@ def is_too_wide(longest: int, rule: Rule) -> bool:
 
 
 TRUNCATED = [
-    {"support": 5, "max_truncated": 1}, {"support": 60, "max_truncated": 1}, {"support": 0.6, "max_truncated": 1},
-    {"support": 0.8, "max_support": 40, "max_truncated": 1}, {"support": 12, "max_truncated": 0.4}, {"support": 0.5},
+    {"support": 5, "max_truncated": 1},
+    {"support": 60, "max_truncated": 1},
+    {"support": 0.6, "max_truncated": 1},
+    {"support": 0.8, "max_support": 40, "max_truncated": 1},
+    {"support": 12, "max_truncated": 0.4},
+    {"support": 0.5},
 ]
 
 

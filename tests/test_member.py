@@ -42,8 +42,10 @@ def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, dat
     runner = members[family].runner
     trunk = data.draw(tokens)
     calls = [
-        [trunk[: data.draw(st.integers(1, len(trunk)))] + data.draw(st.lists(st.integers(4, 9), max_size=4))
-         for _ in range(data.draw(st.integers(1, 6)))]
+        [
+            trunk[: data.draw(st.integers(1, len(trunk)))] + data.draw(st.lists(st.integers(4, 9), max_size=4))
+            for _ in range(data.draw(st.integers(1, 6)))
+        ]
         for _ in range(data.draw(st.integers(1, 3)))
     ]
     walker = runner.walker(data.draw(st.sampled_from([1, 3, 7, 100])))
@@ -68,8 +70,7 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
     assert torch.allclose(runner.logp(rows.advance(paths)), plain(runner, paths), atol=2e-4)
     longer = [path + data.draw(st.lists(st.integers(4, 9), max_size=3)) for path in paths]
     reads = [
-        sorted({len(path), len(more), max(len(path), len(more) - 1)})
-        for path, more in zip(paths, longer, strict=True)
+        sorted({len(path), len(more), max(len(path), len(more) - 1)}) for path, more in zip(paths, longer, strict=True)
     ]
     got = runner.logp(rows.advance(longer, reads))
     read = [more[:n] for more, lengths in zip(longer, reads, strict=True) for n in lengths]

@@ -68,9 +68,7 @@ def test_auto_finds_a_batch_from_memory(model, monkeypatch):
     ensemble = model.ensemble
     needed = memory.row_bytes(ensemble, 100)
     assert set(needed) == {torch.device("cpu")}
-    expected = sum(
-        150 * memory.kv_bytes(member) + 28 * member.vocab_size for member in ensemble.active
-    )
+    expected = sum(150 * memory.kv_bytes(member) + 28 * member.vocab_size for member in ensemble.active)
     assert needed[torch.device("cpu")] == expected
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * expected)
     assert memory.safe_batch(ensemble, 100, 64) == 5

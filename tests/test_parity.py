@@ -28,9 +28,7 @@ def close(got, expected, tokens):
 def test_loglikelihood_equals_hf(pico, family):
     ours, theirs = deepen(pico[family], batch_size=4), hf(pico[family])
     batch = requests("loglikelihood", *PAIRS)
-    for pair, got, expected in zip(
-        PAIRS, ours.loglikelihood(batch), theirs.loglikelihood(batch), strict=True
-    ):
+    for pair, got, expected in zip(PAIRS, ours.loglikelihood(batch), theirs.loglikelihood(batch), strict=True):
         close(got[0], expected[0], len(theirs.tok_encode(pair[1])))
         assert got[1] is expected[1]
         assert isinstance(got[0], float) and isinstance(got[1], bool)

@@ -113,7 +113,7 @@ def test_charts_place_values_and_error_bars_on_their_axis():
     assert (float(bar[0]), float(bar[1])) == (at(0.4), at(0.6))
     dots = re.findall(r'<circle class="(\w+)" cx="([\d.]+)"', drawing)
     assert [(look, float(x)) for look, x in dots] == [("dot", at(0.5)), ("hollow", at(0.2))]
-    assert "<desc id=\"cd\">D. a: 0.5; b: 0.2</desc>" in drawing
+    assert '<desc id="cd">D. a: 0.5; b: 0.2</desc>' in drawing
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 1.0), (-3e-7, 2e-7), (12345.0, 99999.0)])

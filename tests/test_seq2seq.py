@@ -185,9 +185,7 @@ def test_every_source_is_encoded_once(ensemble: Any, monkeypatch: pytest.MonkeyP
     assert len(seen) == len(set(seen)) == len(PROMPTS)
 
 
-def test_held_encodings_are_bounded_and_do_not_change_texts(
-    ensemble: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_encodings_are_bounded_and_do_not_change_texts(ensemble: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = texts(ensemble("bytelevel", "translator", batch_size=4))
     monkeypatch.setattr("lm_eval_deepen.member.seq2seq.SOURCES_KEPT", 1)
     monkeypatch.setattr("lm_eval_deepen.member.seq2seq.TOKENS_PER_FORWARD", 8)

@@ -225,7 +225,8 @@ def test_standard_error_is_the_harnesss_for_means_and_bootstrapped_for_the_rest(
     assert standard_error(column([1])) is None
     large = np.random.default_rng(0).normal(2, 0.5, size=(400, 1))
     assert standard_error(large, lambda means: np.exp(-means[..., 0])) == pytest.approx(
-        math.exp(-2) * 0.5 / 20, rel=0.15  # delta method
+        math.exp(-2) * 0.5 / 20,
+        rel=0.15,  # delta method
     )
 
 

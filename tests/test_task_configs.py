@@ -66,23 +66,16 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for split in ("fewshot", "dev", "test"):
         numbers = range(5)
-        arc = [
-            {"question": f"{split} {n}?", "A": "one", "B": "two ", "C": "three", "answer": "B"}
-            for n in numbers
-        ]
+        arc = [{"question": f"{split} {n}?", "A": "one", "B": "two ", "C": "three", "answer": "B"} for n in numbers]
         piqa: list[dict[str, Any]] = [
             {"question": f"{split} {n}", "A": "do this", "B": "do that", "answer": "A"} for n in numbers
         ]
         qa = [{"question": f"{split} {n}", "answer": ["Ada", "Ada Lovelace"]} for n in numbers]
         if split == "fewshot":
             qa = [{**row, "answer": "Ada"} for row in qa]
-        sums = [
-            {"question": f"{split}: {n} + 1?", "answer": f"Add.\nThe answer is {n + 1}\n"} for n in numbers
-        ]
+        sums = [{"question": f"{split}: {n} + 1?", "answer": f"Add.\nThe answer is {n + 1}\n"} for n in numbers]
         for domain in ("logic", "law"):
-            letters = [
-                {**row, "D": "four", "domain": domain, "question": f"{domain} {row['question']}"} for row in arc
-            ]
+            letters = [{**row, "D": "four", "domain": domain, "question": f"{domain} {row['question']}"} for row in arc]
             (folder / "mmlu").mkdir(exist_ok=True)
             write_jsonl(folder / "mmlu" / domain / f"{split}.jsonl", letters)
         write_jsonl(folder / "arc_challenge" / f"{split}.jsonl", arc)
@@ -213,8 +206,7 @@ def test_choice_prompt() -> None:
 def test_short_prompt() -> None:
     ((context, arguments),) = requests("deepen_demo_short")
     shots = "".join(
-        f"Question: {shot['question']}\nAnswer: {shot['answers'][0]}\n\n"
-        for shot in rows("short_fewshot.jsonl")
+        f"Question: {shot['question']}\nAnswer: {shot['answers'][0]}\n\n" for shot in rows("short_fewshot.jsonl")
     )
     assert context == f"{shots}Question: {rows('short.jsonl')[0]['question']}\nAnswer:"
     assert arguments == {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
@@ -261,9 +253,7 @@ def test_published_letter_prompt_with_the_subjects_own_examples(tiny_data: Path)
 
 
 def test_rolling_document_is_problem_and_solution(tiny_data: Path) -> None:
-    assert requests("deepen_sample_rolling", data_dir=str(tiny_data)) == [
-        ("test: 0 + 1?\nAdd.\nThe answer is 1",)
-    ]
+    assert requests("deepen_sample_rolling", data_dir=str(tiny_data)) == [("test: 0 + 1?\nAdd.\nThe answer is 1",)]
 
 
 # --- running in the harness
@@ -290,9 +280,7 @@ def test_samples_run_with_the_folder_in_the_metadata(tiny_data: Path) -> None:
     check_sample_results(evaluate("deepen_samples", data_dir=str(tiny_data)))
 
 
-def test_samples_run_with_the_folder_in_the_environment(
-    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_run_with_the_folder_in_the_environment(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tiny_data))
     check_sample_results(evaluate("deepen_samples"))
 
@@ -315,9 +303,7 @@ def test_every_benchmark_reference_scores_against_itself() -> None:
     assert unreachable == []
 
 
-def test_metadata_takes_precedence_over_the_environment(
-    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metadata_takes_precedence_over_the_environment(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tiny_data / "absent"))
     assert len(load_sample("deepen_sample_arc", tiny_data).eval_docs) == 5
 
@@ -363,16 +349,12 @@ def test_answer_lists_without_text_are_refused(tiny_data: Path, answer: Any) -> 
         load_sample("deepen_sample_nq", tiny_data)
 
 
-def test_rows_with_an_empty_option_are_dropped_and_counted(
-    tiny_data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_with_an_empty_option_are_dropped_and_counted(tiny_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = {"question": "q", "A": "x", "B": "y", "C": "z", "answer": "C"}
     path = tiny_data / "arc_challenge" / "test.jsonl"
     write_jsonl(path, [{**full, "B": " "}, full, {**full, "answer": "1", "A": ""}])
     task = load_sample("deepen_sample_arc", tiny_data)
-    assert [dict(doc) for doc in task.eval_docs] == [
-        {"question": "q", "choices": ["x", "y", "z"], "answer": 2}
-    ]
+    assert [dict(doc) for doc in task.eval_docs] == [{"question": "q", "choices": ["x", "y", "z"], "answer": 2}]
     assert "2 of 3 rows dropped" in caplog.text
     write_jsonl(path, [{**full, "B": ""}])
     with pytest.raises(ValueError, match="no usable row"):

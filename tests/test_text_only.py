@@ -86,9 +86,7 @@ def test_any_text_round_trips(text: str, family: str) -> None:
     assert vocab.decode(EXACT[family](text)) == text.encode()
 
 
-TRAPS = st.lists(
-    st.sampled_from([SPACE, " ", "<0x41>", "<0x0a>", "</s>", "caf\u00e9", "<0", "x0A>", "\n"]), max_size=8
-)
+TRAPS = st.lists(st.sampled_from([SPACE, " ", "<0x41>", "<0x0a>", "</s>", "caf\u00e9", "<0", "x0A>", "\n"]), max_size=8)
 
 
 @given(TRAPS.map("".join), st.sampled_from(sorted(FAMILIES)))
@@ -127,9 +125,7 @@ def test_a_prompt_may_open_with_its_dummy_space_once() -> None:
 def test_a_space_mark_without_byte_pieces_is_an_error() -> None:
     tokenizer = unigram(byte_fallback=False)
     run = exact_encoder(spec_of(tokenizer), *prepare(tokenizer), name="plain")
-    with pytest.raises(
-        VocabularyError, match=r"member 'plain'.*'\u2581' \(U\+2581\).*reads as a space.*Leave"
-    ):
+    with pytest.raises(VocabularyError, match=r"member 'plain'.*'\u2581' \(U\+2581\).*reads as a space.*Leave"):
         run(f"a{SPACE}b")
 
 
@@ -230,11 +226,7 @@ def test_tokens_that_depend_on_a_cut_are_an_error() -> None:
         check_round_trip(vocab, by_position, name="m")
 
 
-@given(
-    st.lists(
-        st.sampled_from(["the", " caf\u00e9", " ", ",", "\n", "  ", "ing", " a", "7", "</s>"]), max_size=12
-    )
-)
+@given(st.lists(st.sampled_from(["the", " caf\u00e9", " ", ",", "\n", "  ", "ing", " a", "7", "</s>"]), max_size=12))
 @settings(max_examples=150, deadline=None)
 def test_cutting_does_not_change_tokens(words: list[str]) -> None:
     text = "".join(words)

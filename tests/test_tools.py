@@ -254,9 +254,7 @@ def test_processes_that_ask_together_convert_once(model: DemoModel, monkeypatch:
     assert contents(model) == ["tiny"]
 
 
-def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(
-    model: DemoModel, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(model: DemoModel, monkeypatch: pytest.MonkeyPatch):
     def fail(source: Path, target: Path) -> None:
         target.mkdir()
         (target / "half").touch()

@@ -20,9 +20,7 @@ from lm_eval_deepen.vocabulary.tokenizer_json import BYTE_ALPHABET
 FAMILIES = families()
 
 
-def vocab_of(
-    tokenizer: Tokenizer, *, size: int | None = None, eos: tuple[int, ...] = (2,), extra=()
-) -> ByteVocab:
+def vocab_of(tokenizer: Tokenizer, *, size: int | None = None, eos: tuple[int, ...] = (2,), extra=()) -> ByteVocab:
     size = size or tokenizer.get_vocab_size()
     return byte_vocab_from_json(spec_of(tokenizer), size=size, eos=eos, extra_control=extra, name="m")
 
@@ -168,9 +166,7 @@ def test_eos_padding_and_unknown_are_control() -> None:
 
 
 def test_an_eos_id_without_a_logit_is_an_error() -> None:
-    with pytest.raises(
-        VocabularyError, match=r"member 'm': end-of-text id 300 has no logit .*300\).*eos_token_id"
-    ):
+    with pytest.raises(VocabularyError, match=r"member 'm': end-of-text id 300 has no logit .*300\).*eos_token_id"):
         vocab_of(FAMILIES["llama"], size=300, eos=(2, 300))
 
 
@@ -228,7 +224,5 @@ def test_the_layer_loads_without_tensors_or_tokenizers() -> None:
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'lm_eval') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=root
-    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

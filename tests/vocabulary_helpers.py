@@ -53,9 +53,7 @@ def sentencepiece_bpe(merges: list[tuple[str, str]], *, dummy: bool = True, **op
     """Llama's arrangement (``dummy``) or Gemma's: space marks, byte fallback, merges by hand."""
     names = ["<unk>", "<s>", "</s>", *BYTE_PIECES, *dict.fromkeys([*ALPHABET, *(a + b for a, b in merges)])]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(names))}
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True, **options)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True, **options))
     replace = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if dummy else replace
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -64,9 +64,12 @@ def measure_generation(bench: Bench) -> list[Figure]:
             figures.append(Figure(name, label, None, goal=goal, details={"reason": "no option `speculate`"}))
             continue
         details = {
-            "ours_seconds": ours[mode], "hf_seconds": named, "hf_batch_sizes": sizes,
+            "ours_seconds": ours[mode],
+            "hf_seconds": named,
+            "hf_batch_sizes": sizes,
             "texts_as_without_speculation": sum(a == b for a, b in zip(texts[mode], texts["off"], strict=True)),
-            "texts": len(lengths), "ratio_of_medians": median(ours[mode]) / median(sums),
+            "texts": len(lengths),
+            "ratio_of_medians": median(ours[mode]) / median(sums),
             "counts": _speculation(modes[mode]),
         }
         ratios = [a / b for a, b in zip(ours[mode], sums, strict=False)]  # speculation has fewer repeats
@@ -131,8 +134,13 @@ def measure_unequal(bench: Bench) -> list[Figure]:
     return [
         _unequal_figure(bench, "unequal", f"{common}: ensemble / sum of both under hf", 0.8, ours, theirs, factor),
         _unequal_figure(
-            bench, "unequal_batched", f"{common}: the same, if hf could batch requests of different lengths", None,
-            ours, together, batched_factor,
+            bench,
+            "unequal_batched",
+            f"{common}: the same, if hf could batch requests of different lengths",
+            None,
+            ours,
+            together,
+            batched_factor,
         ),
     ]
 
@@ -156,13 +164,13 @@ def _unequal_figure(
 ) -> Figure:
     sums = [sum(times) for times in zip(*theirs, strict=True)]
     details = {
-        "ours_seconds": ours, "hf_seconds": dict(zip(bench.settings.names, theirs, strict=True)),
-        "hf_scaled_by": factor, "ratio_of_medians": median(ours) / median(sums),
+        "ours_seconds": ours,
+        "hf_seconds": dict(zip(bench.settings.names, theirs, strict=True)),
+        "hf_scaled_by": factor,
+        "ratio_of_medians": median(ours) / median(sums),
         "hf_batch_size": "8; requests whose arguments differ are never batched by hf",
     }
-    return Figure(
-        name, label, goal=goal, details=details, **spread([a / b for a, b in zip(ours, sums, strict=False)])
-    )
+    return Figure(name, label, goal=goal, details=details, **spread([a / b for a, b in zip(ours, sums, strict=False)]))
 
 
 def measure_fusion(bench: Bench) -> list[Figure]:
@@ -229,7 +237,9 @@ def measure_third(bench: Bench) -> list[Figure]:
             ratios = [(three - two) / one for two, three, one in zip(*times, strict=True)]
             pair, third, own = map(median, times)
             details = {
-                "pair_seconds": times[0], "trio_seconds": times[1], "member_alone_seconds": times[2],
+                "pair_seconds": times[0],
+                "trio_seconds": times[1],
+                "member_alone_seconds": times[2],
                 "ratio_of_medians": (third - pair) / own,
             }
             text = f"a third member, {label}: added time / that member alone"

@@ -40,8 +40,9 @@ def measure_memory(settings: Settings) -> list[Figure]:
         value = (found["peak"] - found["weights"]) / GB
         label = f"peak memory above the weights, {work}, context of {settings.scale.long_context} tokens, batch "
         label += str(settings.batch_size)
-        details = {key: value / GB if key in ("weights", "after_loading", "peak") else value
-                   for key, value in found.items()}
+        details = {
+            key: value / GB if key in ("weights", "after_loading", "peak") else value for key, value in found.items()
+        }
         figures.append(Figure(f"memory_{work}", label, value, unit="GB", goal=2.0, details=details))
     return figures
 
@@ -55,7 +56,12 @@ def measure_matrices(settings: Settings) -> list[Figure]:
         ("size on disk", "MB", found["disk"] / MB, 130.0),
     )
     return [
-        Figure(f"matrices_{what.split()[0]}", f"full matrices from embeddings, built once: {what}", value, unit=unit,
-               goal=goal)
+        Figure(
+            f"matrices_{what.split()[0]}",
+            f"full matrices from embeddings, built once: {what}",
+            value,
+            unit=unit,
+            goal=goal,
+        )
         for what, unit, value, goal in rows
     ]

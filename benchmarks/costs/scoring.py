@@ -74,17 +74,25 @@ def measure_shape(bench: Bench, name: str) -> list[Figure]:
     sums = times.sums()
     figures = [
         Figure(
-            name, f"{label}: ensemble / sum of both under hf", goal=GOALS[name], floor=least / sum(typical),
+            name,
+            f"{label}: ensemble / sum of both under hf",
+            goal=GOALS[name],
+            floor=least / sum(typical),
             floor_by_time=least_by_time / sum(typical),
-            details={**details, "ratio_of_medians": median(times.ours) / median(sums)}, **times.against(sums),
+            details={**details, "ratio_of_medians": median(times.ours) / median(sums)},
+            **times.against(sums),
         )
     ]
     if name == "arc_differing":
         smaller = times.theirs[bench.smaller]
         figures.append(
             Figure(
-                f"{name}_smaller", f"{label}: ensemble / smaller member alone under hf", goal=SMALLER_GOAL,
-                floor=least / median(smaller), floor_by_time=least_by_time / median(smaller), **times.against(smaller),
+                f"{name}_smaller",
+                f"{label}: ensemble / smaller member alone under hf",
+                goal=SMALLER_GOAL,
+                floor=least / median(smaller),
+                floor_by_time=least_by_time / median(smaller),
+                **times.against(smaller),
                 details={
                     "member": bench.settings.names[bench.smaller],
                     "ratio_of_medians": median(times.ours) / median(smaller),
@@ -100,8 +108,11 @@ def _times(bench: Bench, shape: Shape) -> Times:
     members = range(len(bench.hf))
     scale = [hf_tokens(lm, shape.documents) / hf_tokens(lm, shape.timed) for lm in bench.hf]
     times = Times(
-        theirs=[[] for _ in members], theirs_cpu=[[] for _ in members], body_shares=[[] for _ in members],
-        batch_sizes=[0 for _ in members], scale=scale,
+        theirs=[[] for _ in members],
+        theirs_cpu=[[] for _ in members],
+        body_shares=[[] for _ in members],
+        batch_sizes=[0 for _ in members],
+        scale=scale,
     )
 
     def ours() -> None:
@@ -147,7 +158,10 @@ def _details(bench: Bench, shape: Shape, times: Times) -> dict[str, Any]:
         "cpu_time_ratio": median(times.ours_cpu) / median(map(sum, zip(*times.theirs_cpu, strict=True))),
         "hf": {
             name: {
-                "seconds": taken, "batch_size": size, "documents_timed": len(shape.timed), "scaled_by": scale,
+                "seconds": taken,
+                "batch_size": size,
+                "documents_timed": len(shape.timed),
+                "scaled_by": scale,
                 "first_by_batch_size": tried,
             }
             for name, taken, size, scale, tried in zip(

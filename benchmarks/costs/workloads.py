@@ -62,14 +62,34 @@ class Scale:
     def full(self) -> Scale:
         """Return the same with `hf` timed on everything."""
         return replace(
-            self, hf_differing=self.differing, hf_fixed=self.fixed, hf_zero=self.zero, hf_piqa=self.piqa,
-            hf_unequal=self.unequal, hf_single=self.prompts,
+            self,
+            hf_differing=self.differing,
+            hf_fixed=self.fixed,
+            hf_zero=self.zero,
+            hf_piqa=self.piqa,
+            hf_unequal=self.unequal,
+            hf_single=self.prompts,
         )
 
 
 QUICK = Scale(
-    repeats=2, context=120, differing=2, fixed=3, zero=3, piqa=3, hf_differing=1, hf_fixed=2, hf_zero=2, hf_piqa=2,
-    prompts=2, new_tokens=4, unequal=4, longest=8, hf_unequal=2, third=2, steps=2,
+    repeats=2,
+    context=120,
+    differing=2,
+    fixed=3,
+    zero=3,
+    piqa=3,
+    hf_differing=1,
+    hf_fixed=2,
+    hf_zero=2,
+    hf_piqa=2,
+    prompts=2,
+    new_tokens=4,
+    unequal=4,
+    longest=8,
+    hf_unequal=2,
+    third=2,
+    steps=2,
     long_context=200,
 )
 

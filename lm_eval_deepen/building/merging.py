@@ -233,7 +233,7 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
 
         def referenced_models(self) -> list[Any]:
             found = super().referenced_models()
-            return sorted(found, key=lambda model: (order.index(str(model)) if str(model) in order else len(order)))
+            return sorted(found, key=lambda model: order.index(str(model)) if str(model) in order else len(order))
 
     options = engine.MergeOptions(random_seed=recipe.seed, quiet=True, write_model_card=False)
     try:

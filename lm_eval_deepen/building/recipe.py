@@ -229,9 +229,7 @@ def read_build(path: Path, changes: Mapping[str, Any] | None = None) -> BuildRec
     return parse_build(raw, str(path), path.parent, changes)
 
 
-def parse_build(
-    raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None
-) -> BuildRecipe:
+def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
     """Return the recipe that parsed YAML spells.
 
     Raises:

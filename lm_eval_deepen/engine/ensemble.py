@@ -228,9 +228,7 @@ class Ensemble:
         from lm_eval_deepen.engine.prompting import Prompter  # it needs this module
 
         prompts = Prompter(self).prompts(text)
-        logp = [
-            m.logp(m.states_at([p.ids])).to(self.device) for m, p in zip(self.active, prompts, strict=True)
-        ]
+        logp = [m.logp(m.states_at([p.ids])).to(self.device) for m, p in zip(self.active, prompts, strict=True)]
         return self.fuse(logp, torch.ones(1, len(logp), dtype=torch.bool, device=self.device))[0]
 
     def describe(self) -> dict[str, Any]:

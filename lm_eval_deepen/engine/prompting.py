@@ -119,9 +119,7 @@ class Prompter:
         shared = next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(whole))
         return whole[:shared] or (lm.prefix_token_id,), whole[shared:]
 
-    def _split(
-        self, context: str, continuation: str, bos: bool
-    ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    def _split(self, context: str, continuation: str, bos: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Split at the last main-token boundary, and whole character, inside the context.
 
         Returns:
@@ -138,9 +136,7 @@ class Prompter:
             return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], dummy
         return *self._divide(whole, fixed, len(context.encode()) + dummy), 0
 
-    def _divide(
-        self, whole: tuple[int, ...], fixed: int, size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _divide(self, whole: tuple[int, ...], fixed: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the tokens of the first `size` bytes after `fixed` tokens, and the rest."""
         pieces, cut, data = self.main.codec.vocab.pieces, fixed, b""
         for at in range(fixed, len(whole)):

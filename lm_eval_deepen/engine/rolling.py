@@ -65,9 +65,7 @@ def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[
     if start == 0:
         skip = len(codec.vocab.decode(tokens)) - len(text.encode())
         return Span(same_text(ensemble, codec.prefix_ids, ""), tokens[:end], skip)
-    while (
-        begin > 0 and codec.vocab.decode(tokens[begin:start])[:1] and _inside_character(codec, tokens[begin])
-    ):
+    while begin > 0 and codec.vocab.decode(tokens[begin:start])[:1] and _inside_character(codec, tokens[begin]):
         begin -= 1
     seen = codec.vocab.decode(tokens[begin:start])
     lead = seen[len(seen) - incomplete_tail(seen) :]

@@ -101,9 +101,7 @@ class Trace:
     def summary(self) -> dict[str, Any]:
         """Return the counts, and means over the fused rows, for the results file."""
         fused = self.rows["fused"]
-        share = {
-            key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")
-        }
+        share = {key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")}
         drafts = {"speculation": {**self.drafts, "near_ties": self.near_ties}} if self.drafts else {}
         count = self.pooled["requests"]
         means = {f"mean_{key}": self.pooled[key] / count for key in self.pooled if key != "requests"} if count else {}

@@ -242,9 +242,7 @@ def _groups(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> tuple[list
             return groups or [Group(rest, own)], rest
 
 
-def _invert_group(
-    fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: Group
-) -> tuple[Found, Support, Tensor]:
+def _invert_group(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: Group) -> tuple[Found, Support, Tensor]:
     """Find the log-probabilities [b, K] given the main member's support, from own pieces and their counterparts."""
     index = group.index
     parts, share, active = rows.parts.masses(index), rows.share[index], rows.active[index]

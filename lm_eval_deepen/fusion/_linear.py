@@ -88,9 +88,7 @@ class LinearFuser:
             self._placed[device] = tuple(r.to(device) for r in roles), tuple(m.to(device) for m in maps)
         return self._placed[device]
 
-    def _fuse(
-        self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]
-    ) -> Fused:
+    def _fuse(self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]) -> Fused:
         main, size, active = logp[0], logp[0].shape[1], weights > 0
         parts = [keep(main, roles[0])]
         parts += [keep(sit_out(logp[m], active[:, m]), roles[m]) for m in range(1, len(logp))]
@@ -144,4 +142,3 @@ def one_to_one(targets: Tensor, columns: int) -> SparseMatrix:
     found = targets >= 0
     lost = (~found).to(torch.float32)
     return SparseMatrix(found.to(torch.float32)[:, None], targets.clamp(min=0).to(torch.int32)[:, None], columns, lost)
-

@@ -68,9 +68,7 @@ def _identity(recipe: Recipe, row: Row, task: LoadedTask) -> dict[str, Any]:
     return identity(row, task, recipe.seeds, built)
 
 
-def plan(
-    recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None
-) -> Plan:
+def plan(recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None) -> Plan:
     """Find out which cells are there; no model is loaded.
 
     Args:

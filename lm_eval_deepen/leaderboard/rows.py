@@ -125,9 +125,7 @@ def row_of(
     return Row(name, config, tuple(order))
 
 
-def _file_row(
-    name: str, keys: Mapping[str, Any], members: Members, common: Mapping[str, Any], folder: Path
-) -> Row:
+def _file_row(name: str, keys: Mapping[str, Any], members: Members, common: Mapping[str, Any], folder: Path) -> Row:
     """Return the row of an ensemble file, whose members must be members of the recipe."""
     path = folder / Path(str(keys["ensemble"])).expanduser()
     others = {key: value for key, value in keys.items() if key != "ensemble"}

@@ -184,9 +184,7 @@ class Member:
         if not self.has_chat_template:
             return self.codec.prompt(text)
         literals = [str(token) for token in self.lm.tokenizer.all_special_tokens]
-        literals += [
-            str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special
-        ]
+        literals += [str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special]
         bos = self.lm.tokenizer.bos_token
         given = False if bos and text.startswith(bos) else None  # `tok_encode` looks for the prefix token only
         return self.codec.rendered_prompt(text, self.lm.tok_encode(text, add_special_tokens=given), literals)

@@ -40,9 +40,7 @@ class TreeRunner:
         speed_up_few_rows(self.model.get_output_embeddings())
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
-    def body(
-        self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None
-    ) -> Tensor:
+    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None) -> Tensor:
         """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
         mask = self.masks(allowed.to(self.device), distance.to(self.device))
         with torch.inference_mode(), self._autocast():

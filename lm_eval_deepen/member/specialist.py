@@ -83,9 +83,7 @@ def source_encoder(tokenizer: Any, control: Sequence[int], name: str) -> Callabl
     return lambda text: tuple(encoder.encode(text).ids)
 
 
-def decoder_start(
-    config: MemberConfig, tokenizer: Any, setting: Callable[[str], int | None]
-) -> tuple[int, ...]:
+def decoder_start(config: MemberConfig, tokenizer: Any, setting: Callable[[str], int | None]) -> tuple[int, ...]:
     """Return the first tokens of a member's decoder: its start token, and the language to be written.
 
     Args:

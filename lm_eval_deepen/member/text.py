@@ -156,9 +156,7 @@ class TextCodec:
         rewritten = text_only_spec(spec, control=[*control, *eos], name=name)
         text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
         text_only.encode_special_tokens = True
-        pure = exact_encoder(
-            spec, vocab, lambda text: text_only.encode(text, add_special_tokens=False).ids, name=name
-        )
+        pure = exact_encoder(spec, vocab, lambda text: text_only.encode(text, add_special_tokens=False).ids, name=name)
         if cls.CHECKED:
             check_round_trip(vocab, pure, name=name)
         opening = Opening.of(tokenizer, vocab, add_special)

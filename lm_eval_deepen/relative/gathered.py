@@ -108,6 +108,4 @@ def share_columns(operators: Sequence[Operator]) -> list[Operator]:
     names = torch.full((batch, gathered[0].num_anchors), width, dtype=torch.int32, device=device)
     places = torch.arange(width, dtype=torch.int32, device=device).expand(batch, -1)
     names.scatter_(1, gathered[0].columns, places)
-    return [
-        replace(op, columns=names.gather(1, op.columns).to(torch.int64), num_columns=width + 1) for op in gathered
-    ]
+    return [replace(op, columns=names.gather(1, op.columns).to(torch.int64), num_columns=width + 1) for op in gathered]

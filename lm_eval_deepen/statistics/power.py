@@ -14,9 +14,7 @@ _ROUNDING = 1e-9
 _STEPS = 30  # of bisection: far below one document
 
 
-def mcnemar_power(
-    documents: int, discordance: float, drop: float, alpha: float, min_observed: float = 0.0
-) -> float:
+def mcnemar_power(documents: int, discordance: float, drop: float, alpha: float, min_observed: float = 0.0) -> float:
     """Return the chance that the exact one-sided test finds a true drop, computed exactly.
 
     Every document changes with probability `discordance`; of the changes, those for the worse exceed those for the
@@ -91,9 +89,7 @@ def _binomial(total: int, chance: float) -> NDArray[np.float64]:
     if chance >= 1:
         return (k == total).astype(np.float64)
     logs = _log_factorials(1 << total.bit_length())  # few sizes, so that few are computed
-    return np.exp(
-        logs[total] - logs[k] - logs[total - k] + k * math.log(chance) + (total - k) * math.log1p(-chance)
-    )
+    return np.exp(logs[total] - logs[k] - logs[total - k] + k * math.log(chance) + (total - k) * math.log1p(-chance))
 
 
 @lru_cache(maxsize=64)

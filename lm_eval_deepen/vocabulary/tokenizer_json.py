@@ -115,8 +115,7 @@ def read_decoder(spec: Mapping[str, Any], *, name: str) -> PieceDecoder:
 def _unknown_decoder(spec: Mapping[str, Any], found: str, name: str) -> VocabularyError:
     kind = spec["model"].get("type")
     return VocabularyError(
-        f"member {name!r}: the tokenizer ({kind}, {found}) has no known exact mapping of pieces to bytes. "
-        f"{REMEDY}"
+        f"member {name!r}: the tokenizer ({kind}, {found}) has no known exact mapping of pieces to bytes. {REMEDY}"
     )
 
 

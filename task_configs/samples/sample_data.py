@@ -30,9 +30,7 @@ Row = dict[str, Any]
 def _data_folder(data_dir: str | None) -> Path:
     given = data_dir or os.environ.get(ENVIRONMENT_VARIABLE)
     if not given:
-        raise ValueError(
-            f"data_dir: the deepen_sample_* tasks read local files and no folder was given; {_REMEDY}"
-        )
+        raise ValueError(f"data_dir: the deepen_sample_* tasks read local files and no folder was given; {_REMEDY}")
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir: {folder} is not a folder; {_REMEDY}")
@@ -42,9 +40,7 @@ def _data_folder(data_dir: str | None) -> Path:
 def _read(path: Path) -> list[Row]:
     """Rows of a JSONL file; every object needs at least `question` and `answer`."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data_dir: {path} does not exist; {_REMEDY}, laid out as {__file__} describes"
-        )
+        raise FileNotFoundError(f"data_dir: {path} does not exist; {_REMEDY}, laid out as {__file__} describes")
     rows = []
     # Not splitlines(): it would also cut at U+2028, which JSON strings may hold unescaped.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -53,13 +49,9 @@ def _read(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not a JSON object ({error}); correct or remove it"
-            ) from error
+            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); correct or remove it") from error
         if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
-            raise ValueError(
-                f"{path}, line {number}: fields question and answer are needed, got {line[:80]!r}"
-            )
+            raise ValueError(f"{path}, line {number}: fields question and answer are needed, got {line[:80]!r}")
         rows.append(row)
     return rows
 
@@ -96,9 +88,7 @@ def _choices(rows: list[Row], path: Path) -> list[Row]:
             )
         kept.append({"question": row["question"], "choices": options, "answer": letters.index(row["answer"])})
     if len(kept) < len(rows):
-        _log.warning(
-            "%s: %d of %d rows dropped, they have an empty option", path, len(rows) - len(kept), len(rows)
-        )
+        _log.warning("%s: %d of %d rows dropped, they have an empty option", path, len(rows) - len(kept), len(rows))
     return kept
 
 
@@ -108,9 +98,7 @@ def _answer_lists(rows: list[Row], path: Path) -> list[Row]:
     for row in rows:
         answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise ValueError(
-                f"{path}: answer of {row['question']!r} must be texts, at least one, got {answers!r}"
-            )
+            raise ValueError(f"{path}: answer of {row['question']!r} must be texts, at least one, got {answers!r}")
         converted.append({"question": row["question"], "answers": answers})
     return converted
 
