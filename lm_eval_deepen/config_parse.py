@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lm_eval_deepen.config_source import SOURCE_KEYS, parse_source
 from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
 from lm_eval_deepen.config_weights import given_weights, parse_temperature
 from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.yaml_reading import read_yaml
 
 # Arguments of `from_pretrained` that are accepted without `hf_kwargs`.
 FROM_PRETRAINED_KEYS: tuple[str, ...] = (
@@ -64,10 +63,7 @@ def read_ensemble_file(name: str) -> dict[str, Any]:
             f"pretrained={name}: this ensemble file does not exist (looked in {path.absolute().parent}); "
             "give the path of an existing file, or a model"
         )
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"ensemble file {path} is not valid YAML: {error}; correct it") from error
+    raw = read_yaml(path, f"ensemble file {path}")
     if not isinstance(raw, Mapping):
         raise ConfigError(f"ensemble file {path} must hold keys such as members: and method:; got {type(raw).__name__}")
     found = given(beside({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, path.parent))

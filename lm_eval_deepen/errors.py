@@ -38,6 +38,10 @@ class ResultError(DeepenError):
     """Result files that are missing, damaged, or cannot be compared."""
 
 
+class StorageError(DeepenError):
+    """A file or folder that cannot be read, written, moved or locked."""
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)

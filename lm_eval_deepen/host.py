@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
@@ -28,6 +27,7 @@ from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.pooled import Pool
+from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -106,7 +106,7 @@ class DeepenLM(Answering):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> DeepenLM:
         """Create the model from ``key=value,...`` or JSON; arguments named there win over the command line's."""
         if arg_string.lstrip().startswith("{"):
-            return cls.create_from_arg_obj(json.loads(arg_string), additional_config)
+            return cls.create_from_arg_obj(parse_json(arg_string, "--model_args"), additional_config)
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @classmethod

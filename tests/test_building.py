@@ -356,4 +356,4 @@ def test_the_command_builds_and_says_what(family, tmp_path, capsys, trained):
     assert cli.main([*command, "--set", "seed"]) == 2
     assert "--set takes KEY=VALUE; got 'seed'" in capsys.readouterr().err
     assert cli.main([*command, "--set", "seed=[1"]) == 2
-    assert "--set seed: '[1' is no value of YAML" in capsys.readouterr().err
+    assert "--set seed is not valid YAML: line 2, column 1" in capsys.readouterr().err

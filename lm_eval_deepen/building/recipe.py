@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lm_eval_deepen.building import texts
 from lm_eval_deepen.building.weights import commit_of, weights_sha256
 from lm_eval_deepen.config_options import coerce
 from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.yaml_reading import read_yaml
 
 MERGE_KEY = "merge_method"
 TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
@@ -222,11 +221,7 @@ def read_build(path: Path, changes: Mapping[str, Any] | None = None) -> BuildRec
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.yaml")])
         raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}).{near} Give a YAML file's path")
-    try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
-    return parse_build(raw, str(path), path.parent, changes)
+    return parse_build(read_yaml(path), str(path), path.parent, changes)
 
 
 def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:

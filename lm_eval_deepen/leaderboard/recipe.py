@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.building.texts import TaskSource, task_folders
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
@@ -20,6 +18,7 @@ from lm_eval_deepen.host import configure
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.rows import Row, built_row, expand, member_row
+from lm_eval_deepen.yaml_reading import read_yaml
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
 _RECIPE_KEYS = frozenset("title members common rows grid tasks include_path metadata seed alpha resamples".split())
@@ -109,10 +108,7 @@ def read_recipe(
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}); give the path of a YAML file")
-    try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
+    raw = read_yaml(path)
     try:
         if metadata and isinstance(raw, Mapping):
             raw = {**raw, "metadata": {**_mapping(raw.get("metadata"), "metadata"), **metadata}}

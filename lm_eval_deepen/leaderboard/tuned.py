@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.yaml_reading import read_yaml
 
 KEY = "evidence"  # of an ensemble file: what speaks for its options
 _PREFIX = 16  # hexadecimal digits kept of a document's hash: 64 bits
@@ -57,7 +56,7 @@ def read_tuned(path: Path, config: EnsembleConfig) -> Tuned | None:
     Raises:
         ConfigError: a damaged record, or one of another ensemble: the file was edited after it was tuned.
     """
-    raw = yaml.safe_load(path.read_text("utf-8"))
+    raw = read_yaml(path)
     found = raw.get(KEY) if isinstance(raw, Mapping) else None
     if not isinstance(found, Mapping) or not {"document_hashes", "documents_digest"} & found.keys():
         return None

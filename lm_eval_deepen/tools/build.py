@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.yaml_reading import parse_json
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
 
@@ -54,13 +53,10 @@ def parse_ensemble(text: str) -> dict[str, Any]:
     """Return model arguments from a file name, a JSON object or ``key=value,...``.
 
     Raises:
-        ConfigError: JSON that is not an object.
+        ConfigError: JSON that cannot be read.
     """
     if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"the ensemble {text!r} is not a JSON object: {error}.") from error
+        return parse_json(text, "the ensemble")
     if "=" in text:
         from lm_eval.utils import simple_parse_args_string
 

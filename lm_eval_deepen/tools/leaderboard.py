@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
     from lm_eval_deepen.leaderboard.recipe import Recipe
@@ -92,10 +92,7 @@ def adjusted(args: argparse.Namespace) -> Recipe:
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
-    try:
-        given: Any = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--metadata is not JSON: {error}") from error
+    given: Any = {} if text is None else parse_json(text, "--metadata")
     if not isinstance(given, dict):
         raise ConfigError(f"--metadata must be a JSON object; got {text}")
     return given

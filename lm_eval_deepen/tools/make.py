@@ -61,9 +61,6 @@ def pairs(given: Sequence[str], option: str, form: str) -> list[tuple[str, str]]
 
 
 def _value(key: str, text: str) -> Any:
-    import yaml
+    from lm_eval_deepen.yaml_reading import parse_yaml
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {text!r} is no value of YAML: {error}") from error
+    return parse_yaml(text, f"--set {key}")

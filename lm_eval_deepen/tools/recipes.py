@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lm_eval_deepen.config_options import coerce, option_names
 from lm_eval_deepen.config_parse import (
     FROM_PRETRAINED_KEYS,
@@ -25,6 +23,7 @@ from lm_eval_deepen.config_parse import (
 )
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.tools.paths import data_folder
+from lm_eval_deepen.yaml_reading import read_yaml
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
@@ -142,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
         ConfigError: naming the file, the key and the nearest one that is known.
     """
     arguments = read_ensemble_file(str(path))
-    raw = yaml.safe_load(path.read_text("utf-8"))
+    raw = read_yaml(path)
     where = f"recipe {path}: "
     for key in raw:
         if key not in RECIPE_KEYS and key not in ensemble_keys():

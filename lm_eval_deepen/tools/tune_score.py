@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
@@ -91,10 +91,7 @@ def checked(arguments: Mapping[str, Any]) -> EnsembleConfig:
 def _metadata(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--metadata is not JSON: {error}") from error
+    found = parse_json(text, "--metadata")
     if not isinstance(found, dict):
         raise ConfigError(f"--metadata must be a JSON object; got {text}")
     return found

@@ -1,0 +1,455 @@
+"""The one place that writes, replaces and removes files: a reader sees the old content or the new, never a part.
+
+A file is written beside its place, brought to the disk and moved there; a folder is replaced in two moves, of which
+either can be lost. What a killed process leaves behind is cleared away by the next one that holds the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lm_eval_deepen.errors import DeepenError, StorageError
+
+_SHOWN = 40  # characters of a file's name in that of its temporary one: names have an end, too
+_UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # file systems that bring nothing to a disk
+_DESCRIPTORS = ("/dev/std", "/dev/fd/", "/proc/")
+_REMEDIES = {
+    errno.ENOSPC: "Free space on the disk, or give another place",
+    errno.EDQUOT: "Free space in your quota, or give another place",
+    errno.EACCES: "Give a place that you may use",
+    errno.EPERM: "Give a place that you may use",
+    errno.EROFS: "Give a place that can be written",
+    errno.EXDEV: "Give a place that is no mount point",
+    errno.EBUSY: "Give a place that is no mount point",
+    errno.ENAMETOOLONG: "Give a shorter name",
+}
+
+
+def cache_folder() -> Path:
+    """Return this project's folder in the user's cache: ``$XDG_CACHE_HOME`` or ``~/.cache``, ours below.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    if root:
+        return Path(root) / "lm_eval_deepen"
+    try:
+        return Path.home() / ".cache" / "lm_eval_deepen"
+    except RuntimeError as error:
+        raise StorageError(
+            f"there is no home folder for the cache ({error}); set XDG_CACHE_HOME to a folder"
+        ) from error
+
+
+# Reading ---------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        StorageError: it cannot be read, or is not UTF-8; by file and line.
+    """
+    with _explained(path, "read"):
+        raw = path.read_bytes()
+    return decoded(raw, str(path))
+
+
+def decoded(raw: bytes, where: str, first_line: int = 1) -> str:
+    """Return the text that bytes spell.
+
+    Args:
+        raw: the bytes.
+        where: the file, for messages.
+        first_line: number of the line at which they begin.
+
+    Raises:
+        StorageError: they are not UTF-8; by file and line.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise StorageError(
+            f"{where}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; the file is damaged, or no text"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file of JSON holds.
+
+    Raises:
+        StorageError: it cannot be read, or is no JSON; by file and line.
+    """
+    return parsed(read_text(path), str(path))
+
+
+def parsed(text: str, where: str) -> Any:
+    """Return what a text of JSON holds, of our own or the harness's files: configurations are stricter.
+
+    Raises:
+        StorageError: it is no JSON; by file and line.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StorageError(
+            f"{where}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); the file is damaged or was cut "
+            "off"
+        ) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads
+        raise StorageError(f"{where}: not JSON that can be read ({error}); the file is damaged") from error
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, UTF-8, in one step. What UTF-8 cannot spell, half of a surrogate pair, is written as its escape.
+
+    Raises:
+        StorageError: it cannot be written; what was there is there still.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
+    """Write data as JSON, in one step.
+
+    Raises:
+        StorageError: as `write_text`.
+    """
+    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes in one step; its folder is made if need be. A device or a pipe is written as it is.
+
+    Raises:
+        StorageError: as `write_text`.
+    """
+    with _explained(path, "written"):
+        if _is_stream(path):
+            with open(path, "ab", buffering=0) as stream:
+                _write_all(stream.fileno(), data)
+            return
+    with replacing(path) as temporary, _explained(path, "written"), open(temporary, "wb") as file:
+        file.write(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], sole: bool = False) -> None:
+    """Write a safetensors file in one step.
+
+    Args:
+        path: the file.
+        tensors: of torch by name, contiguous and on the CPU.
+        metadata: of the file's header.
+        sole: whether a lock says that nobody else writes it, as for `replacing`.
+
+    Raises:
+        StorageError: as `write_text`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path, sole) as temporary, _explained(path, "written"):
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # what the system said is in its text
+            raise StorageError(f"{path} cannot be written ({error}). Is the disk full? Give another place") from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append a text to a file that others append to as well, such as a job's summary; all of it or nothing.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    make_folder(path.parent)
+    with _explained(path, "written"), open(path, "ab", buffering=0) as file:
+        end = None if _is_stream(path) else os.fstat(file.fileno()).st_size
+        try:
+            _write_all(file.fileno(), text.encode("utf-8", "backslashreplace"))
+        except BaseException:
+            if end is not None:
+                os.ftruncate(file.fileno(), end)
+            raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
+    """Give a temporary file to be filled, which replaces `path` where nothing is raised, and is removed where it is.
+
+    The new file has the mode of the old one. Of a link it is the file behind it that is replaced.
+
+    Args:
+        path: the file; its folder is made if need be.
+        sole: whether a lock says that nobody else writes it: what killed writers left is removed then.
+
+    Raises:
+        StorageError: it cannot be written; what was there is there still.
+    """
+    target = Path(os.path.realpath(path))
+    start = f".{target.name[:_SHOWN]}-{zlib.crc32(os.fsencode(target.name)):08x}."  # of no other file in the folder
+    with _explained(path, "written"):
+        if target.is_symlink():  # what leads to itself
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EISDIR if target.is_dir() else errno.EINVAL, "it is no ordinary file", str(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if sole:
+            for stale in target.parent.glob(f"{glob.escape(start)}*.tmp"):
+                stale.unlink(missing_ok=True)
+    temporary = target.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with _explained(path, "written"):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with _explained(path, "written"):
+            if target.exists():
+                _copy_owner(target, temporary)
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with _explained(path, "removed"):
+        path.unlink(missing_ok=True)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Move a file to another name on the same disk, in one step.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    with _explained(target, "written"):
+        _sync(source)
+        os.replace(source, target)
+
+
+# Folders ---------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with _explained(path, "used"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with what is in it; a link to one is removed alone.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with _explained(path, "removed"):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def working_folder(parent: Path, prefix: str, sole: bool = False) -> Iterator[Path]:
+    """Give an empty folder that is removed at the end, whatever happens.
+
+    Args:
+        parent: where it is made.
+        prefix: how its name begins.
+        sole: whether a lock says that nobody else works there: what killed processes left is removed then.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_folder(parent)
+    with _explained(parent, "used"):
+        if sole:
+            for leftover in parent.glob(f"{glob.escape(prefix)}*"):
+                shutil.rmtree(leftover)
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
+def publish_folder(new: Path, place: Path) -> None:
+    """Replace the folder at `place`, if there is one, by a finished one beside it.
+
+    The old one is moved away, the new one in, then the old one is removed. A process that is killed in between leaves
+    both, and `recover_folder` puts the old one back.
+
+    Raises:
+        StorageError: it cannot be moved; the old one is where it was.
+    """
+    recover_folder(place)
+    with _explained(place, "replaced"):
+        for path in new.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        old = _old(place)
+        if place.exists():
+            os.rename(place, old)
+        try:
+            os.rename(new, place)
+        except BaseException:
+            if old.exists() and not place.exists():
+                os.rename(old, place)
+            raise
+        _sync(place.parent)
+    recover_folder(place)
+
+
+def recover_folder(place: Path) -> None:
+    """Put back the folder that a killed `publish_folder` had moved away, or remove it where the new one is there.
+
+    Whoever replaces a folder calls it first, under the lock of the folder.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    old = _old(place)
+    with _explained(place, "replaced"):
+        if old.exists() and not place.exists():
+            os.rename(old, place)
+        elif old.exists():  # under another name first: half of a folder must not be taken for the old one
+            os.rename(old, place.with_name(f"{_hidden(place)}.{secrets.token_hex(4)}.trash"))
+    for trash in place.parent.glob(f"{glob.escape(_hidden(place))}.*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)  # the new one is there; the next time tries again
+
+
+def _hidden(place: Path) -> str:
+    return f".{place.name}"
+
+
+def _old(place: Path) -> Path:
+    return place.with_name(f"{_hidden(place)}.old")
+
+
+# Locks -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: DeepenError | None = None) -> Iterator[None]:
+    """Hold the lock file `path` against other processes; the system releases it when its holder dies.
+
+    The file stays: removing it would let two processes hold locks of one name.
+
+    Args:
+        path: the lock file; its folder is made if need be.
+        busy: raised where another process holds it; None waits.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_folder(path.parent)
+    lock = FileLock(path)
+    with _explained(path, "locked"):
+        try:
+            lock.acquire(timeout=-1 if busy is None else 0)
+        except Timeout as error:
+            assert busy is not None  # else it waits
+            raise busy from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# What the others share -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Turn what the system refuses into an error that names the file."""
+    try:
+        yield
+    except DeepenError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be {what} ({reason(error)}). {remedy(error)}") from error
+    except ValueError as error:  # a NUL in a name
+        raise StorageError(f"{str(path)!r} cannot be {what} ({error}). Correct the name") from error
+
+
+def reason(error: OSError) -> str:
+    """Return what the system says, without the name of a temporary file."""
+    return error.strerror or str(error)
+
+
+def remedy(error: OSError) -> str:
+    """Return what helps against an error of the system."""
+    return _REMEDIES.get(error.errno or 0, "Correct the path, or give another")
+
+
+def _is_stream(path: Path) -> bool:
+    """Tell whether it is a device or a pipe, which is written as it is: nothing may take its place."""
+    if os.path.abspath(path).startswith(_DESCRIPTORS):  # may lead to an ordinary file that is open already
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    for stream in (sys.stdout, sys.stderr):  # it may be one of these
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _copy_owner(target: Path, temporary: Path) -> None:
+    """Give the new file mode and owner of the old one, as far as that is allowed."""
+    found = target.stat()
+    with contextlib.suppress(OSError, AttributeError):
+        if (found.st_uid, found.st_gid) != (os.getuid(), os.getgid()):
+            os.chown(temporary, found.st_uid, found.st_gid)
+    with contextlib.suppress(OSError):
+        os.chmod(temporary, stat.S_IMODE(found.st_mode))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder to the disk: a full disk may say so here only."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # a folder that may be written, not read; a system that opens no folders
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+"""Files are written whole or not at all, whatever fails in between; folders and locks likewise."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lm_eval_deepen import storage
+from lm_eval_deepen.errors import ConfigError, StorageError
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return everything below a folder: what is left behind shows."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def failing(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "text": lambda path: storage.write_text(path, "new ± \ud800\n"),
+    "bytes": lambda path: storage.write_bytes(path, b"new"),
+    "json": lambda path: storage.write_json(path, {"new": "±"}),
+    "tensors": lambda path: storage.write_tensors(path, {"new": torch.arange(3)}, {"a": "b"}, sole=True),
+    "append": lambda path: storage.append_text(path, "new\n"),
+}
+
+
+STEPS = ("open", "write", "fsync", "replace", "interrupt")
+CASES = [(w, s) for w in WRITERS for s in STEPS if w != "append" or s not in ("fsync", "replace")]  # it does neither
+
+
+@pytest.mark.parametrize(("writer", "step"), CASES)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_write_that_fails_at_any_step_leaves_what_was_there_and_nothing_else(
+    writer, step, there, tmp_path, monkeypatch
+):
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    if there:
+        path.write_bytes(b"old\n")
+    before = contents(tmp_path)
+    error = KeyboardInterrupt() if step == "interrupt" else FULL
+    if step == "open":
+        monkeypatch.setattr(os, "open", failing(error))
+        monkeypatch.setattr("builtins.open", failing(error))
+    elif step in ("write", "interrupt"):
+        monkeypatch.setattr(os, "write", failing(error))
+        monkeypatch.setattr("builtins.open", _open_that_fills_up(error))
+        monkeypatch.setattr("safetensors.torch.save_file", _half_saved(error))
+    else:
+        monkeypatch.setattr(os, step, failing(error))
+    with pytest.raises(KeyboardInterrupt if step == "interrupt" else StorageError) as found:
+        WRITERS[writer](path)
+    monkeypatch.undo()
+    if step == "open" and writer == "append" and not there:
+        before = contents(tmp_path)
+    assert contents(tmp_path) in (before, before | ({"folder/file": b""} if writer == "append" else {}))
+    if step != "interrupt":
+        assert str(found.value).startswith(f"{path} cannot be written (No space left on device)")
+        assert "Free space on the disk" in str(found.value)
+
+
+def _open_that_fills_up(error):
+    """Return an `open` whose files take half of what is written, then raise."""
+    real = open
+
+    def opened(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        if "w" not in mode:
+            return file
+
+        class Half:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                file.close()
+
+            def write(self, data):
+                file.write(data[: len(data) // 2])
+                raise error
+
+        return Half()
+
+    return opened
+
+
+def _half_saved(error):
+    def save(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    return save
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    for name, writer in WRITERS.items():
+        writer(tmp_path / "a" / "b" / name)  # folders are made
+    assert (tmp_path / "a/b/text").read_text("utf-8") == "new ± \\ud800\n"
+    assert storage.read_json(tmp_path / "a/b/json") == {"new": "±"}
+    assert load_file(tmp_path / "a/b/tensors")["new"].tolist() == [0, 1, 2]
+    storage.append_text(tmp_path / "a/b/append", "more")
+    assert storage.read_text(tmp_path / "a/b/append") == "new\nmore"
+    storage.write_json(tmp_path / "half", {"name": "\udc80"})
+    assert json.loads((tmp_path / "half").read_text("utf-8")) == {"name": "\udc80"}
+
+
+def test_mode_and_links_stay(tmp_path):
+    plain, umask = tmp_path / "new", os.umask(0o027)
+    try:
+        storage.write_text(plain, "x")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(plain.stat().st_mode) == 0o640
+    plain.chmod(0o604)
+    link, ring = tmp_path / "link", tmp_path / "ring"
+    (tmp_path / "far").mkdir()
+    link.symlink_to("new")
+    storage.write_text(link, "y")
+    assert link.is_symlink() and plain.read_text() == "y" and stat.S_IMODE(plain.stat().st_mode) == 0o604
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to("far/target")
+    storage.write_text(dangling, "z")
+    assert dangling.is_symlink() and (tmp_path / "far/target").read_text() == "z"
+    ring.symlink_to("ring")
+    with pytest.raises(StorageError, match="ring cannot be written"):
+        storage.write_text(ring, "z")
+
+
+def test_what_is_no_file_is_refused_or_written_as_it_is(tmp_path, capfd):
+    with pytest.raises(StorageError, match=r"cannot be written .*no ordinary file"):
+        storage.write_text(tmp_path, "x")
+    with pytest.raises(StorageError, match="cannot be written .*null"):
+        storage.write_text(tmp_path / "a\0b", "x")
+    with pytest.raises(StorageError, match=r"cannot be written .File name too long.. Give a shorter name"):
+        storage.write_text(tmp_path / ("x" * 300), "x")
+    with pytest.raises(StorageError, match="Not a directory|File exists"):
+        storage.write_text(Path(__file__) / "x", "x")
+    storage.write_text(tmp_path / ("ü" * 120), "x")  # 240 bytes: the temporary name must be no longer
+    storage.write_text(Path("/dev/stdout"), "shown\n")
+    storage.write_text(Path("/dev/null"), "x")
+    storage.append_text(Path("/dev/stderr"), "told\n")
+    assert capfd.readouterr() == ("shown\n", "told\n") and not Path("/dev/null").is_file()
+    with pytest.raises(StorageError, match="/dev/full cannot be written .No space left"):
+        storage.write_text(Path("/dev/full"), "x")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+
+
+def test_whoever_writes_alone_clears_what_killed_writers_left(tmp_path):
+    long = "x" * 60
+    for name in ("a.json", f"{long}-1", f"{long}-2"):
+        with storage.replacing(tmp_path / name) as temporary:
+            os.link(temporary, tmp_path / f"kept-{name}")
+            os.rename(tmp_path / f"kept-{name}", temporary.with_name(temporary.name.replace(".tmp", "9.tmp")))
+    left = {path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")}
+    assert len(left) == 3
+    with storage.replacing(tmp_path / f"{long}-1", sole=True):
+        pass
+    assert len({path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")}) == 2  # of that file alone
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ok\n\n\xff", r"f:3: byte 0xff is not UTF-8"),
+        (b'{"a":\n{', r"f:2: not JSON \(.* at column 2\); the file is damaged or was cut off"),
+        (b"", "f:1: not JSON"),
+        (b"[" * 100_000, "f: not JSON that can be read"),
+        (b"9" * 5000, "f: not JSON that can be read"),
+    ],
+)
+def test_what_is_no_json_is_named_by_line(content, message, tmp_path):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(StorageError, match=message):
+        storage.read_json(tmp_path / "f")
+
+
+def test_the_cache_is_in_one_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert storage.cache_folder() == tmp_path / "lm_eval_deepen"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert storage.cache_folder() == Path.home() / ".cache" / "lm_eval_deepen"
+    monkeypatch.setattr(Path, "home", failing(RuntimeError("no home")))
+    with pytest.raises(StorageError, match="no home.; set XDG_CACHE_HOME"):
+        storage.cache_folder()
+
+
+# Folders ---------------------------------------------------------------------------------------------
+
+
+def folder(place: Path, content: str) -> Path:
+    place.mkdir()
+    (place / "model").write_text(content)
+    (place / "more").write_text(content)
+    return place
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that is below may handle it."""
+
+
+@pytest.mark.parametrize("kill", range(9))
+def test_a_folder_that_is_replaced_is_never_lost(kill, tmp_path, monkeypatch):
+    """A kill before any of the system calls: old and new are there after the recovery, or the new one alone."""
+    new, place = folder(tmp_path / "new", "new"), folder(tmp_path / "place", "old")
+    calls = iter(range(1000))
+
+    def counted(real, dead=lambda: None):
+        def call(*args, **kwargs):
+            if next(calls) >= kill:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    killed = False
+    try:
+        storage.publish_folder(new, place)
+    except Killed:
+        killed = True
+    monkeypatch.undo()
+    storage.recover_folder(place)
+    found = contents(tmp_path)
+    old = {"place/model": b"old", "place/more": b"old", "new/model": b"new", "new/more": b"new"}
+    assert found in (old, {"place/model": b"new", "place/more": b"new"})
+    assert killed == (kill < 6) and (found == old) == (kill < 2)  # two moves, one aside, then it is removed
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch):
+    new, place = folder(tmp_path / "new", "new"), folder(tmp_path / "place", "old")
+    before, real = contents(tmp_path), os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: failing(FULL)() if Path(a) == new else real(a, b))
+    with pytest.raises(StorageError, match="place cannot be replaced .No space left"):
+        storage.publish_folder(new, place)
+    assert contents(tmp_path) == before
+    monkeypatch.undo()
+    storage.publish_folder(new, place)
+    storage.publish_folder(folder(tmp_path / "new", "first"), tmp_path / "other")
+    assert contents(tmp_path)["other/model"] == b"first"
+
+
+def test_a_working_folder_is_gone_at_the_end(tmp_path):
+    (tmp_path / ".work-left").mkdir()
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), storage.working_folder(tmp_path / "in", ".work-") as work:
+            (work / "file").write_text("x")
+            raise error
+    with storage.working_folder(tmp_path, ".work-", sole=True):
+        assert not (tmp_path / ".work-left").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not list((tmp_path / "in").iterdir())
+
+
+def test_removing_takes_links_alone_and_what_is_not_there(tmp_path):
+    folder(tmp_path / "real", "kept")
+    (tmp_path / "link").symlink_to("real")
+    storage.remove_folder(tmp_path / "link")
+    storage.remove_folder(tmp_path / "gone")
+    storage.remove_file(tmp_path / "gone")
+    with pytest.raises(StorageError, match="real cannot be removed"):
+        storage.remove_file(tmp_path / "real")
+    assert contents(tmp_path)["real/model"] == b"kept"
+
+
+# Locks -----------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lm_eval_deepen import storage
+with storage.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
+    path, busy = tmp_path / "in" / "x.lock", ConfigError("busy")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="busy"), storage.locked(path, busy=busy):
+            pass
+        process.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    with storage.locked(path), pytest.raises(ConfigError, match="busy"), storage.locked(path, busy=busy):
+        pass
+    with pytest.raises(KeyError), storage.locked(path):
+        raise KeyError  # whatever the body raises is its own
+    with storage.locked(path, busy=busy):
+        assert time.monotonic() - began < 5
+    with pytest.raises(StorageError, match="Not a directory|File exists"), storage.locked(Path(__file__) / "x.lock"):
+        pass
