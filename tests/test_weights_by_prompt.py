@@ -29,18 +29,26 @@ def pair(request, pico, tmp_path_factory):
     return make
 
 
+def places(member, ids):
+    """Return, for each text token that something precedes, its place and how many bytes are left from its start on."""
+    vocab = member.codec.vocab
+    return {len(vocab.decode(ids[at:])): at for at, token in enumerate(ids) if at and token not in vocab.control}
+
+
 def prompt_weights(model, prompts):
-    """Return softmax(-mean loss) of the prompt's text tokens, one plain forward pass per token."""
-    means = []
-    for member, prompt in zip(model.ensemble.members, prompts, strict=True):
-        values = [
-            float(naive.member_logp(member, prompt.ids[:at])[0, token])
-            for at, token in enumerate(prompt.ids)
-            if at and token not in member.codec.vocab.control
-        ]
-        means.append(sum(values) / len(values) if values else None)
-    if None in means:
+    """Return softmax(-mean loss) over the longest end of the prompt that all members' tokens begin with."""
+    members = model.ensemble.members
+    found = [places(member, prompt.ids) for member, prompt in zip(members, prompts, strict=True)]
+    common = set.intersection(*map(set, found))
+    if not common:
         return model.ensemble.weights
+    means = []
+    for member, prompt, own in zip(members, prompts, found, strict=True):
+        first = own[max(common)]
+        values = [
+            float(naive.member_logp(member, prompt.ids[:at])[0, prompt.ids[at]]) for at in range(first, len(prompt.ids))
+        ]
+        means.append(sum(values) / len(values))
     return torch.softmax(torch.tensor(means), dim=0)
 
 

@@ -56,7 +56,7 @@ def match(
         used = [i for i in range(len(source)) if i not in source.unused]
         to[used], kind[used] = used, BYTES
         return VocabularyMap(to, kind)
-    places = {piece: _preferred(target, ids) for piece, ids in target.ids_of.items()}
+    places = {piece: target.preferred(ids) for piece, ids in target.ids_of.items()}
     for piece, ids in source.ids_of.items():
         if piece in places:
             to[list(ids)], kind[list(ids)] = places[piece], BYTES
@@ -72,10 +72,6 @@ def match(
         for i in missing:
             to[i], kind[i] = places[candidates[found[source.pieces[i]]]], NEAREST
     return VocabularyMap(to, kind)
-
-
-def _preferred(vocab: ByteVocab, ids: tuple[int, ...]) -> int:
-    return next((i for i in ids if i not in vocab.byte_fallback), ids[0])
 
 
 def _with_end(vocab: ByteVocab, roles: Roles | None) -> list[tuple[str, int]]:

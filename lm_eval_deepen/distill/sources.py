@@ -77,9 +77,11 @@ def align(
     """Return the source's position for every position of the target in a block, -1 for none [T]."""
     if how == "bytes":
         return by_bytes(target.ends, source.ends)
-    meant = mapping.target[list(source.ids)]
-    equal = np.array(target.ids)[:, None] == meant[None, :]
-    return by_dtw([pieces[i] for i in target.ids], [own_pieces[i] for i in source.ids], equal.tolist())
+    # Compared as bytes: the tokenizer may have used another id of the same piece than the map leads to.
+    meant = [pieces[i] if i >= 0 else None for i in mapping.target[list(source.ids)].tolist()]
+    read = [pieces[i] for i in target.ids]
+    equal = [[bool(piece) and piece == other for other in meant] for piece in read]
+    return by_dtw(read, [own_pieces[i] for i in source.ids], equal)
 
 
 @dataclass(frozen=True, eq=False)

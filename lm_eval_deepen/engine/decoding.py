@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.drafting import Drafter
+from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_of
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
@@ -140,8 +141,12 @@ class _Decoder:
                 break
             self.ready.append(self.waiting.popleft())
         by_prompt = self.ensemble.reads_prompts
+        wanted = [evidence(self.ensemble, row.job.prompts) for row in self.ready] if by_prompt else None
         losses = [
-            follower.prefill([row.job.prompts[follower.m] for row in self.ready], losses=by_prompt)
+            follower.prefill(
+                [row.job.prompts[follower.m] for row in self.ready],
+                wanted and [found[follower.m] for found in wanted],
+            )
             for follower in self.followers
         ]
         if by_prompt:

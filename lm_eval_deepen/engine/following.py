@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses, reads
+from lm_eval_deepen.engine.evidence import Read
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.walk import Prefilled
@@ -33,21 +34,25 @@ class Follower:
         self.ready: deque[Prefilled] = deque()
         self.held: list[Path] = []  # the tokens that each row took in last
 
-    def prefill(self, prompts: Sequence[Prompt], *, losses: bool = False) -> list[PromptLoss]:
+    def prefill(self, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read]] | None = None) -> list[PromptLoss]:
         """Forward prompts, whose common beginnings are forwarded once, and keep them ready.
 
+        Args:
+            prompts: this member's.
+            wanted: its tokens of every prompt that are evidence; None where weights do not depend on prompts.
+
         Returns:
-            This member's loss on each prompt if `losses` are asked for, else nothing.
+            This member's loss on each prompt if there is something `wanted`, else nothing.
         """
         paths = [self._checked(self.ensemble.path(self.m, prompt, (), b"") or prompt.ids) for prompt in prompts]
-        before = {read.before: 0 for prompt in prompts for read in reads(self.member, prompt)} if losses else {}
+        before = dict.fromkeys(read.before for reads in wanted or () for read in reads)
         texts, states = self.walker.prefill(paths, list(before))
         self.ready.extend(texts)
-        if not losses:
+        if wanted is None:
             return []
         at = {path: i for i, path in enumerate(before)}
         step = max(1, LOGITS_PER_CHUNK // self.member.vocab_size)
-        return prompt_losses(self.member, prompts, lambda wanted: states[[at[path] for path in wanted]], step)
+        return prompt_losses(self.member, wanted, lambda paths: states[[at[path] for path in paths]], step)
 
     def admit(self, places: Sequence[int]) -> None:
         """Put the first prompts that are ready into these rows; a row behind the last one is new."""

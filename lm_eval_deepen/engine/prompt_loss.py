@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.engine.evidence import Path, Read
+from lm_eval_deepen.member import Member
 from lm_eval_deepen.weighting.seam import PromptLoss
 
 LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of the demo pair, which fill its heads
 
-Path = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Read:
-    """A token of a prompt and the tokens before it."""
-
-    before: Path
-    token: int
-
-
-def reads(member: Member, prompt: Prompt) -> list[Read]:
-    """Return the text tokens of a prompt that something precedes; control tokens are conditioned on alone."""
-    control = member.codec.vocab.control
-    return [Read(prompt.ids[:at], token) for at, token in enumerate(prompt.ids) if at and token not in control]
-
 
 def prompt_losses(
-    member: Member, prompts: Sequence[Prompt], states: Callable[[Sequence[Path]], Tensor], step: int
+    member: Member, wanted: Sequence[Sequence[Read]], states: Callable[[Sequence[Path]], Tensor], step: int
 ) -> list[PromptLoss]:
     """Return one member's loss on each prompt.
 
     Args:
         member: whose prompts these are.
-        prompts: the prompts.
+        wanted: its tokens of every prompt that are evidence.
         states: gives the states [n, ...] after token sequences.
         step: how many rows of logits to compute at once.
     """
-    wanted = [reads(member, prompt) for prompt in prompts]
     targets: dict[Path, dict[int, float]] = {}
     for read in (read for found in wanted for read in found):
         targets.setdefault(read.before, {})[read.token] = 0.0

@@ -7,7 +7,7 @@ where the main member's continuation tokens start, and a cut on the left falls o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lm_eval_deepen.chat import ChatPrompt
@@ -238,7 +238,7 @@ class Prompter:
         if isinstance(context, ChatPrompt):
             fallback = self.ensemble.config.chat_fallback
             others = [member.conversation(context, fallback) for member in self.members[1:]]
-            return (frozen(controls + text), *others)
+            return tuple(replace(prompt, chat=context) for prompt in (frozen(controls + text), *others))
         codec = self.main.codec
         if kept < len(text):
             data, start = codec.vocab.decode(text), len(text) - kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_deepen.engine.prompting import Span, frozen, same_text
@@ -71,7 +72,7 @@ def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[
     lead = seen[len(seen) - incomplete_tail(seen) :]
     words = seen[: len(seen) - len(lead)].decode()
     prompts = same_text(ensemble, codec.automatic_prefix + tokens[begin:start], words)
-    return Span(prompts, tokens[start:end], lead=lead)
+    return Span(tuple(replace(prompt, is_evidence=False) for prompt in prompts), tokens[start:end], lead=lead)
 
 
 def _inside_character(codec: TextCodec, token: int) -> bool:

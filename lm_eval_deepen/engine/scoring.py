@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses, reads
+from lm_eval_deepen.engine.evidence import Read, evidence
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.engine.prompting import Span
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import common_prefix
@@ -100,9 +101,11 @@ def _score_round(
 ) -> None:
     members, device = ensembles[0].active, ensembles[0].device
     prompts = list(dict.fromkeys(row.prompts for row in rows if row.prompts))
-    passes = [_Pass(member, m, walkers[m], rows, prompts) for m, member in enumerate(members)]
+    found = [evidence(ensembles[0], own) for own in prompts]
+    wanted = [[reads[m] for reads in found] for m in range(len(members))]
+    passes = [_Pass(member, m, walkers[m], rows, wanted[m]) for m, member in enumerate(members)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
-    bases = _bases(ensembles, prompts, passes, step)
+    bases = _bases(ensembles, prompts, passes, wanted, step)
     for start in range(0, len(rows), step):
         chunk = range(start, min(start + step, len(rows)))
         logp = [found.logp(chunk).to(device) for found in passes]
@@ -113,12 +116,16 @@ def _score_round(
 
 
 def _bases(
-    ensembles: Sequence[Ensemble], prompts: list[tuple[Prompt, ...]], passes: Sequence[_Pass], step: int
+    ensembles: Sequence[Ensemble],
+    prompts: list[tuple[Prompt, ...]],
+    passes: Sequence[_Pass],
+    wanted: Sequence[Sequence[Sequence[Read]]],
+    step: int,
 ) -> list[dict[tuple[Prompt, ...], Tensor] | None]:
     """Return every ensemble's weights [M] by prompt, None where they do not depend on it."""
     if not prompts:
         return [None] * len(ensembles)
-    columns = [prompt_losses(p.member, [own[p.m] for own in prompts], p.states_of, step) for p in passes]
+    columns = [prompt_losses(p.member, wanted[p.m], p.states_of, step) for p in passes]
     losses = list(zip(*columns, strict=True))
     return [
         dict(zip(prompts, ensemble.prompt_weights(losses), strict=True)) if ensemble.reads_prompts else None
@@ -164,13 +171,13 @@ class _Pass:
     """One member's pass over the rows of a round: a state for each of its token paths."""
 
     def __init__(
-        self, member: Member, m: int, walker: Walker, rows: Sequence[_Row], prompts: Sequence[tuple[Prompt, ...]]
+        self, member: Member, m: int, walker: Walker, rows: Sequence[_Row], wanted: Sequence[Sequence[Read]]
     ) -> None:
         self.member, self.m = member, m
         at: dict[Path, int] = {}
         self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
-        for own in prompts:
-            for read in reads(member, own[m]):
+        for reads in wanted:
+            for read in reads:
                 at.setdefault(read.before, len(at))
         self.at = at
         self.states = walker.states(list(at)) if at else torch.empty(0)  # [n, ...]

@@ -59,8 +59,14 @@ class LinearFuser:
         """Return rows [B] in which no other member takes part."""
         return left_alone(tuple(logp), weights)
 
-    def shares(self, mapped: Sequence[Tensor], shares: Tensor) -> Tensor:
-        """Return the members' shares [B, M] of the average, given their mapped distributions [B, K]."""
+    def shares(self, mapped: Sequence[Tensor], shares: Tensor, roles: Roles) -> Tensor:
+        """Return the members' shares [B, M] of the average.
+
+        Args:
+            mapped: their mapped distributions [B, K]; a group's mass is spread among its ids.
+            shares: their shares by weight [B, M].
+            roles: the main member's ids by role.
+        """
         return shares
 
     @torch.no_grad()
@@ -96,7 +102,7 @@ class LinearFuser:
         mapped = [torch.nn.functional.pad(own.exp(), (0, len(self.out_vocab) - size))]
         for part, matrix in zip(parts[1:], maps, strict=True):
             mapped.append(spread(matrix.full().project(part.logp.exp()), own, roles[0]))
-        shares = self.shares(mapped, shares_of(weights, parts))
+        shares = self.shares(mapped, shares_of(weights, parts), roles[0])
         total = mapped[0] * shares[:, :1]
         for m in range(1, len(mapped)):
             total.add_(mapped[m] * shares[:, m, None])

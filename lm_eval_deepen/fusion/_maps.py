@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError, VocabularyError
+from lm_eval_deepen.fusion._rows import text_ids
 from lm_eval_deepen.fusion.seam import MemberView, Spelling
 from lm_eval_deepen.relative.files import identity_hash, locked, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import SparseMatrix
@@ -73,17 +74,18 @@ def _build(path: Path, identity: Mapping[str, Any], build: Callable[[], SparseMa
 def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:
     """Return the id of the first token that a member spells each of some pieces with, -1 for none [n].
 
-    By its tokenizer; for a member without one it is the longest piece that the bytes begin with.
+    By its tokenizer; for a member without one it is the longest piece that the bytes begin with. Where several ids
+    have the bytes of that token, it is the one that the tokenizer gives.
     """
-    vocabulary = member.vocabulary
+    own = text_ids(member.vocabulary)
     found = torch.full((len(pieces),), -1, dtype=torch.int64)
-    longest = max(map(len, vocabulary.ids_of), default=0)
+    longest = max(map(len, own), default=0)
     for n, piece in enumerate(pieces):
         if member.spelling is not None:
             found[n] = _first_token(member.spelling, piece)
             continue
         beginnings = (piece[:end] for end in range(min(len(piece), longest), 0, -1))
-        found[n] = next((vocabulary.ids_of[part][0] for part in beginnings if part in vocabulary.ids_of), -1)
+        found[n] = next((own[part][0] for part in beginnings if part in own), -1)
     return found
 
 

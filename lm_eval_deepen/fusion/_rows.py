@@ -74,6 +74,19 @@ def roles_of(vocabulary: ByteVocab, *, with_end: bool) -> Roles:
     )
 
 
+def leaders_of(vocabulary: ByteVocab) -> Tensor:
+    """Return the leader of every id [V], int64: the lowest id of text with the same bytes, and else the id itself.
+
+    A tokenizer may spell a text with another id of a group than its leader: Gemma spells "'" with its text piece, and
+    ``<0x27>`` leads. Where the mass of a group is at its leader (`gather_groups`), that is where it has to be read.
+    """
+    found = torch.arange(len(vocabulary))
+    for ids in text_ids(vocabulary).values():
+        if len(ids) > 1:
+            found[list(ids)] = ids[0]
+    return found
+
+
 @dataclass(frozen=True)
 class Kept:
     """Rows of a member without what is neither text nor end of text, in natural logs.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lm_eval_deepen.errors import ConfigError, MatrixError
 from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.fusion._maps import stored_map
-from lm_eval_deepen.fusion._rows import text_ids
+from lm_eval_deepen.fusion._rows import Roles, gather_groups, text_ids
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.topk import largest
@@ -134,10 +134,7 @@ def procrustes(source: Tensor, target: Tensor) -> Tensor:
 
 def chosen_ids(vocabulary: ByteVocab) -> dict[bytes, int]:
     """Return the id whose embedding stands for a piece: as for anchors, rather no ``<0xNN>`` piece."""
-    return {
-        piece: next((i for i in ids if i not in vocabulary.byte_fallback), ids[0])
-        for piece, ids in text_ids(vocabulary).items()
-    }
+    return {piece: vocabulary.preferred(ids) for piece, ids in text_ids(vocabulary).items()}
 
 
 @torch.no_grad()
@@ -191,12 +188,16 @@ class EvaFuser(LinearFuser):
         super().__init__(out_vocab, vocabularies, maps, facts)
         self.filter_top = filter_top
 
-    def shares(self, mapped: Sequence[Tensor], shares: Tensor) -> Tensor:
-        """Return the shares [B, M] of the members that pass the filter; all where none does."""
+    def shares(self, mapped: Sequence[Tensor], shares: Tensor, roles: Roles) -> Tensor:
+        """Return the shares [B, M] of the members that pass the filter; all where none does.
+
+        A piece that several ids stand for is one piece, and counts with the mass of all of them.
+        """
         if self.filter_top is None:
             return shares
-        best = torch.stack([rows.argmax(1) for rows in mapped], dim=1)  # [B, M]
-        top = [largest(rows, min(self.filter_top, rows.shape[1]))[1] for rows in mapped]
+        pieces = [gather_groups(rows.clone(), roles) for rows in mapped]
+        best = torch.stack([rows.argmax(1) for rows in pieces], dim=1)  # [B, M]
+        top = [largest(rows, min(self.filter_top, rows.shape[1]))[1] for rows in pieces]
         passed = torch.zeros_like(shares, dtype=torch.bool)
         for m in range(len(mapped)):
             for other in range(len(mapped)):

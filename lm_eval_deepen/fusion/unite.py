@@ -20,6 +20,7 @@ from lm_eval_deepen.fusion._rows import (
     finish,
     gather_groups,
     keep,
+    leaders_of,
     left_alone,
     roles_of,
     shares_of,
@@ -89,7 +90,9 @@ class Unite:
                 return one_to_one(_lookup(member, columns, union), len(member.vocabulary))
 
             found, fact = stored_map(store, member, "unite", identity, build)
-            lookups.append(torch.where(found.values[:, 0] > 0, found.indices[:, 0].long(), -1))
+            ids = found.indices[:, 0].long()
+            # A map is of the ids that the tokenizer gives; the fuser reads a group's mass at its leader.
+            lookups.append(torch.where(found.values[:, 0] > 0, leaders_of(member.vocabulary)[ids], -1))
             facts.append(fact)
         return UniteFuser(self, union, [member.vocabulary for member in members], lookups, facts)
 
@@ -97,8 +100,8 @@ class Unite:
 def _lookup(member: MemberView, columns: Tensor, union: Union) -> Tensor:
     """Return the member's id for every column of the union [K]: its own piece, else its first token, else -1."""
     found = torch.full((len(union.vocabulary),), -1, dtype=torch.int64)
-    ids = (columns >= 0).nonzero()[:, 0].flip(0)
-    found[columns[ids]] = ids  # the leader of ids with one column is the lowest: it is written last
+    ids = (columns >= 0).nonzero()[:, 0]
+    found.scatter_reduce_(0, columns[ids], ids, "amin", include_self=False)  # ids with one column: their leader
     apart = union.vocabulary.control | union.vocabulary.unused
     missing = [n for n in (found < 0).nonzero()[:, 0].tolist() if n not in apart]
     if missing:
@@ -134,7 +137,7 @@ class UniteFuser:
         lookups: Sequence[Tensor],
         facts: Sequence[dict[str, Any]],
     ) -> None:
-        """Take the union and, for every member, its id for each column [K]."""
+        """Take the union and, for every member, its id for each column [K]; of ids with the same bytes the leader."""
         self.options, self.out_vocab = options, union.vocabulary
         self.facts = {"union_pieces": len(union.vocabulary), "maps": list(facts)}
         roles = [roles_of(vocabulary, with_end=bool(vocabularies[0].eos)) for vocabulary in vocabularies]

@@ -26,6 +26,8 @@ from lm_eval_deepen.vocabulary import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lm_eval_deepen.chat import ChatPrompt
+
 SEGMENT_CACHE = 65_536
 
 
@@ -37,11 +39,16 @@ class Prompt:
         head: token ids that no continuation can change.
         tail: the prompt's last text, whose tokens may merge with the continuation's first ones.
         ids: the tokens of the whole prompt: the head, then the tail on its own.
+        chat: the conversation that it renders; None for plain text.
+        is_evidence: whether how well a member predicts it tells what the member is worth for the request. The words
+            before a window of a long text are scored, and no prompt.
     """
 
     head: tuple[int, ...]
     tail: str
     ids: tuple[int, ...]
+    chat: ChatPrompt | None = None
+    is_evidence: bool = True
 
 
 def incomplete_tail(data: bytes) -> int:

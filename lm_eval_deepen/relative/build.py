@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,12 +87,22 @@ def described_rows(vocabulary: ByteVocab, rows: str = "text") -> Tensor:
     return mask
 
 
+def twins_apart(vocabulary: ByteVocab, anchors: Collection[bytes], rows: str) -> list[tuple[int, ...]]:
+    """Return the ids of every piece of text that has several and is no anchor; none with rows ``all``, as published.
+
+    They have one row, that of the piece which the tokenizer uses, as the ids of an anchor have.
+    """
+    if rows == "all":
+        return []
+    return [ids for piece, ids in vocabulary.ids_of.items() if len(ids) > 1 and piece not in anchors]
+
+
 @dataclass(frozen=True)
 class _Job:
     """Everything a block of rows needs."""
 
     embeddings: Tensor  # [V, d]
-    source: Tensor  # [V] the embedding row an id is described by: its own, or that of the anchor it duplicates
+    source: Tensor  # [V] the embedding row an id is described by: its own, or that of the piece it duplicates
     anchors: Tensor  # [A, d] unit rows
     shift: Shift | None
     space: Normalization
@@ -164,6 +174,8 @@ def build_matrix(
     mask = described_rows(vocabulary, spec.rows)
     device = embeddings.device
     source = torch.arange(len(vocabulary))
+    for ids in twins_apart(vocabulary, (), spec.rows):
+        source[list(ids)] = vocabulary.preferred(ids)
     anchor_rows = torch.tensor(list(anchor_ids), dtype=torch.int64)
     for other, anchor in twins.items():
         source[other] = anchor_rows[anchor]

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError
 
 from lm_eval_deepen.errors import MatrixError
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows
+from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, twins_apart
 from lm_eval_deepen.relative.files import (
     FORMAT,
     MatrixInfo,
@@ -72,6 +72,8 @@ class MatrixStore:
             spelt = {"tokenizers": list(tokenizers.fingerprints)} if spec.pieces == "canonical" else {}
             return {**common, "pieces": spec.pieces, "dtype": "float16", **spelt}
         temperature = {"temperature": float(spec.temperature)} if spec.entropy is None else {"entropy": spec.entropy}
+        # A matrix without such pieces is what it was before these shared a row.
+        apart = twins_apart(member.vocabulary, frozenset(anchors.pieces), spec.rows)
         return {
             **common,
             "embedding": member.fingerprint(spec.embeddings),
@@ -80,6 +82,7 @@ class MatrixStore:
             "top_m": spec.top_m,
             "dtype": "float16" if spec.top_m else "float32",
             **({} if spec.pieces == "embedding" else {"pieces": spec.pieces}),
+            **({"duplicates": "one row"} if apart else {}),
         }
 
     def path(

@@ -94,8 +94,8 @@ def find_anchors(
 def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:
     """Return the id of every anchor [A] in one vocabulary.
 
-    Where several ids share the bytes it is the lowest that is not a ``<0xNN>`` byte-fallback piece: a
-    tokenizer prefers the text piece, so the byte piece's embedding may never have been trained.
+    Where several ids share the bytes it is the lowest that is not a ``<0xNN>`` byte-fallback piece (see
+    `ByteVocab.preferred`).
 
     Raises:
         VocabularyError: an anchor is not in the vocabulary.
@@ -108,7 +108,7 @@ def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:
                 f"anchor {piece!r} is not in the vocabulary of {len(vocab)} pieces. Find the anchors with "
                 "all members' vocabularies."
             )
-        chosen.append(next((i for i in ids if i not in vocab.byte_fallback), ids[0]))
+        chosen.append(vocab.preferred(ids))
     return chosen
 
 

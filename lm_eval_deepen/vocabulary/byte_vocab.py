@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -42,6 +42,13 @@ class ByteVocab:
             if piece:
                 found.setdefault(piece, []).append(i)
         return {piece: tuple(ids) for piece, ids in found.items()}
+
+    def preferred(self, ids: Sequence[int]) -> int:
+        """Return which of the ids of one byte string [n] stands for it: the first that is no ``<0xNN>`` piece.
+
+        A tokenizer spells text with that one, so the byte piece's embedding may never have been trained.
+        """
+        return next((i for i in ids if i not in self.byte_fallback), ids[0])
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of a token sequence; control pieces add none."""

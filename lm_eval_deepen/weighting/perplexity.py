@@ -18,9 +18,11 @@ from lm_eval_deepen.weighting.seam import PromptLoss, weighting
 class Perplexity:
     """Options of ``weighting: perplexity``, PackLLM-sim: softmax of minus the prompt's mean loss (section 3.2).
 
-    The loss is of the prompt alone, never of an answer. A loss per token favours tokenizers with short tokens; per
-    byte it is comparable. The published code re-encodes the prompt by one member's tokenizer and maps ids, here
-    each member reads its own tokens.
+    The loss is of the prompt alone, never of an answer, and of the same bytes for every member (see `PromptLoss`). A
+    loss per token favours tokenizers with short tokens; per byte it is comparable. A request without such bytes has
+    equal weights. The published method averages the members' logits with these weights, and its code re-encodes the
+    prompt by one member's tokenizer and maps ids; here each member reads its own tokens, and the weights are those of
+    whatever `method` averages, which is mostly probabilities.
 
     Attributes:
         loss_temperature: divides the losses before the softmax.

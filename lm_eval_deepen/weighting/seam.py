@@ -30,16 +30,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptLoss:
-    """What one member makes of one request's prompt.
+    """What one member makes of one request's prompt: its loss on bytes that are the same for every member.
 
     The prompt is what comes before the first scored or generated token: of a loglikelihood request the context,
-    never the continuation. Control tokens (BOS, chat markers) are conditioned on, not counted; a window of
-    loglikelihood_rolling has no prompt, and so has a request with an empty context.
+    never the continuation. Control tokens (BOS, chat markers) are conditioned on, not counted. So are the first bytes,
+    by all members, where one of them has nothing before its first token or a space of its own in it; then counting
+    begins at the first byte where all members' tokens begin. Of a conversation only the messages count, and what was
+    appended to it, not the words of a member's chat template. A window of loglikelihood_rolling has no prompt, and so
+    has a request with an empty context.
 
     Attributes:
-        nats: minus the sum of the natural log-probabilities of the prompt's text tokens.
-        tokens: how many these are, in this member's tokenisation; 0 for no prompt.
-        num_bytes: their length as text.
+        nats: minus the sum of the natural log-probabilities of the tokens that count.
+        tokens: how many these are, in this member's tokenisation; 0 where nothing counts.
+        num_bytes: their length as text, the same for every member.
     """
 
     nats: float

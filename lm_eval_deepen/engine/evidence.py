@@ -1,0 +1,132 @@
+"""Which tokens of a request's prompts tell how well each member predicts: those of the same bytes for every member.
+
+Members read one text differently: one has a BOS before its first word, another has nothing, a third puts a space
+there; chat templates wrap the same messages in words of their own. A loss compares members only where all of them
+predict the same bytes. So the first bytes, which some member cannot predict, are conditioned on by all, and of a
+conversation only the messages count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.member import Member, Prompt
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+Path = tuple[int, ...]
+Stretch = tuple[int, int]  # first byte, and the byte after the last one
+
+
+@dataclass(frozen=True)
+class Read:
+    """A token of a prompt and the tokens before it."""
+
+    before: Path
+    token: int
+
+
+def evidence(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Read]]:
+    """Return the tokens of every active member's prompt [M] that are evidence: they spell the same bytes.
+
+    In each stretch of text that all prompts have, they are the tokens between the first and the last byte at which
+    all members' tokens are cut alike, and before which every member has something to condition on. Control tokens
+    are never evidence. Where nothing is left (a prompt of one token, an empty prompt, a window of a long text), all
+    lists are empty.
+
+    Args:
+        ensemble: the members.
+        prompts: of one request, one per active member.
+    """
+    members = ensemble.active
+    found: list[list[Read]] = [[] for _ in members]
+    edges = [_edges(member, prompt) for member, prompt in zip(members, prompts, strict=True)]
+    for stretches in _stretches(ensemble, prompts):
+        cuts = [
+            {edge - start for edge in own.values() if start <= edge <= end}
+            for own, (start, end) in zip(edges, stretches, strict=True)
+        ]
+        common = set.intersection(*cuts)
+        if not common:
+            continue
+        for m, (prompt, own, (start, _)) in enumerate(zip(prompts, edges, stretches, strict=True)):
+            first, last = start + min(common), start + max(common)
+            control = members[m].codec.vocab.control
+            for at, token in enumerate(prompt.ids):
+                if at in own and token not in control and first <= own[at] and own[at + 1] <= last:
+                    found[m].append(Read(prompt.ids[:at], token))
+    return found
+
+
+def _edges(member: Member, prompt: Prompt) -> dict[int, int]:
+    """Return where tokens begin, and the last one ends, in bytes of the prompt, but for the first token's beginning.
+
+    Nothing comes before the first token: it cannot be predicted.
+    """
+    pieces = member.codec.vocab.pieces
+    places = accumulate((len(pieces[token]) for token in prompt.ids), initial=0)
+    return {at: place for at, place in enumerate(places) if at}
+
+
+def _stretches(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Stretch]]:
+    """Return the stretches of text that all prompts have, each as every member's bytes [M]."""
+    if not all(prompt.is_evidence for prompt in prompts):
+        return []
+    members = ensemble.active
+    texts = [member.codec.vocab.decode(prompt.ids) for member, prompt in zip(members, prompts, strict=True)]
+    chat = prompts[0].chat
+    if chat is None:
+        size = min(map(len, texts))  # all end alike; a longer one begins with a tokenizer's own space
+        return [[(len(text) - size, len(text)) for text in texts]]
+    said = [
+        _said(member, chat, text, ensemble.config.chat_fallback) for member, text in zip(members, texts, strict=True)
+    ]
+    return [
+        [stretch for stretch in stretches if stretch is not None]
+        for stretches in zip(*said, strict=True)
+        if None not in stretches
+    ]
+
+
+def _said(member: Member, chat: ChatPrompt, text: bytes, fallback: str) -> list[Stretch | None]:
+    """Return where a member's prompt has every message of a conversation, and what was appended to it, in bytes.
+
+    What a template puts around the messages is learnt from its rendering of other messages. The spaces at both ends
+    of a message do not count: some templates drop them.
+
+    Args:
+        member: whose prompt it is.
+        chat: the conversation.
+        text: the prompt's bytes.
+        fallback: see `Member.render`.
+
+    Returns:
+        None for a message that the template does not give as it is, and for those after it.
+    """
+    marks = [f"xqzj{n}jzqx" for n in range(len(chat.messages))]
+    others = [{**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)]
+    marked = ChatPrompt("", others, chat.add_generation_prompt, chat.appended, chat.trimmed)
+    rendered = member.codec.vocab.decode(member.conversation(marked, fallback).ids)
+    around = re.split("|".join(marks).encode(), rendered) if marks else [rendered]  # what comes before each, and last
+    appended = (chat.appended.rstrip() if chat.trimmed else chat.appended).encode()
+    end = (len(text) - len(appended), len(text)) if appended and text.endswith(appended) else None
+    found: list[Stretch | None] = []
+    at = len(around[0]) if text.startswith(around[0]) else None
+    for message, after in zip(chat.messages, around[1:], strict=False):
+        if at is None or not isinstance(message["content"], str):
+            break
+        raw = message["content"].encode()
+        spelt = (raw, raw.strip(), raw.lstrip(), raw.rstrip())
+        own = next((way for way in spelt if text.startswith(way + after, at)), None)
+        if own is None:
+            break
+        begin = at + own.index(raw.strip())
+        found.append((begin, begin + len(raw.strip())))
+        at += len(own) + len(after)
+    return [*found, *[None] * (len(chat.messages) - len(found)), end]
