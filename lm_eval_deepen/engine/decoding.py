@@ -145,7 +145,7 @@ class _Decoder:
         losses = [
             follower.prefill(
                 [row.job.prompts[follower.m] for row in self.ready],
-                wanted and [found[follower.m] for found in wanted],
+                None if wanted is None else [found[follower.m] for found in wanted],
             )
             for follower in self.followers
         ]

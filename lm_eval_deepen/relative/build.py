@@ -174,8 +174,8 @@ def build_matrix(
     mask = described_rows(vocabulary, spec.rows)
     device = embeddings.device
     source = torch.arange(len(vocabulary))
-    for ids in twins_apart(vocabulary, (), spec.rows):
-        source[list(ids)] = vocabulary.preferred(ids)
+    for alike in twins_apart(vocabulary, (), spec.rows):
+        source[list(alike)] = vocabulary.preferred(alike)
     anchor_rows = torch.tensor(list(anchor_ids), dtype=torch.int64)
     for other, anchor in twins.items():
         source[other] = anchor_rows[anchor]
