@@ -400,9 +400,11 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         raise StorageError(f"{str(path)!r} cannot be {what} ({error}). Correct the name") from error
 
 
-def reason(error: OSError) -> str:
+def reason(error: BaseException) -> str:
     """Return what the system says, without the name of a temporary file."""
-    return error.strerror or str(error)
+    if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def remedy(error: OSError) -> str:

@@ -43,8 +43,7 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{where} cannot be read ({why}); give the path of a YAML file") from error
+        raise ConfigError(f"{where} cannot be read ({reason(error)}); give the path of a YAML file") from error
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no configuration has; give another file")
     try:

@@ -148,18 +148,22 @@ def test_stored_distributions_come_back_and_missing_groups_are_known(tmp_path: P
     assert DistributionStore(tmp_path, "a source", {"x": 2}, len(blocks)).missing() == [first, last]
 
 
-def test_damaged_distributions_are_refused(tmp_path: Path) -> None:
+def test_damaged_distributions_are_refused_and_made_anew(tmp_path: Path) -> None:
     store = DistributionStore(tmp_path, "s", {}, 1)
     store.write([0], [rows(0)])
     path = store.folder / "000000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(MatrixError, match="is damaged: its checksum differs. Delete it"):
+    with pytest.raises(MatrixError, match="is damaged: its checksum differs."):
         store.block(0)
+    assert store.missing() == [[0]]
     path.write_bytes(b"cut")
     with pytest.raises(MatrixError, match="cannot be read"):
         DistributionStore(tmp_path, "s", {}, 1).block(0)
+    assert store.missing() == [[0]]
+    store.write([0], [rows(0)])
+    assert store.missing() == []
 
 
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tensor_worlds import member, trio, vocabulary, with_output_rows
 
-import lm_eval_deepen.relative.files as files
 import lm_eval_deepen.relative.store as store_module
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative.build import MatrixSpec
@@ -34,6 +33,11 @@ def product(matrix) -> torch.Tensor:
     return matrix.full().project(torch.eye(matrix.shape[0]))
 
 
+def visible(folder: Path) -> list[str]:
+    """Return what is in a folder, but for the lock files, which stay."""
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
 @pytest.mark.parametrize("spec", [SPARSE, DENSE], ids=["sparse", "dense"])
 def test_a_matrix_is_built_once_and_read_back_the_same(tmp_path: Path, spec, monkeypatch) -> None:
     first = MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, spec)
@@ -42,7 +46,7 @@ def test_a_matrix_is_built_once_and_read_back_the_same(tmp_path: Path, spec, mon
     again = store.get(MEMBERS[0], ANCHORS, spec)
     assert torch.equal(product(first), product(again))
     assert store.get(MEMBERS[0], ANCHORS, spec) is again
-    assert [p.name for p in tmp_path.iterdir()] == [store.path(MEMBERS[0], ANCHORS, spec).name]
+    assert visible(tmp_path) == [store.path(MEMBERS[0], ANCHORS, spec).name]
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ def test_members_that_differ_in_name_alone_share_a_file(tmp_path: Path) -> None:
     store = MatrixStore(tmp_path, progress=False)
     first = store.get(MEMBERS[0], ANCHORS, SPARSE)
     assert store.get(replace(MEMBERS[0], name="copy"), ANCHORS, SPARSE) is first
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(visible(tmp_path)) == 1
 
 
 def test_two_builds_have_one_content_hash(tmp_path: Path) -> None:
@@ -194,10 +198,45 @@ def test_an_altered_identity_is_refused(tmp_path: Path) -> None:
         describe(path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shape": "null"}, {"shape": "3"}, {"shape": "[1, 2, 3]"}, {"shape": '["a", "b"]'}, {"shape": "[-1, 60]"},
+        {"shape": "[true, 60]"}, {"shape": "[" * 100_000}, {"shape": "{}"}, {"identity": "null"}, {"identity": "[]"},
+        {"mean_dropped_mass": "nan"}, {"build_seconds": "x"}, {"build_seconds": "inf"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_says_what_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, str]) -> None:
+    path = built(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, metadata={**metadata, **wrong})
+    with pytest.raises(MatrixError, match="is damaged: it is no complete matrix file.*Delete it"):
+        reload(tmp_path)
+
+
+def test_a_header_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = built(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for shape in ([len(MEMBERS[0].vocabulary), 3], [7, len(ANCHORS)]):
+        save_file(tensors, path, metadata={**metadata, "shape": json.dumps(shape)})
+        with pytest.raises(MatrixError, match="is damaged: its header says"):
+            reload(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "a\0b", "x/" * 3000], ids=["long", "NUL", "deep"])
+def test_a_folder_that_no_system_makes_is_named(tmp_path: Path, folder: str) -> None:
+    store = MatrixStore(tmp_path / folder, progress=False)
+    with pytest.raises(MatrixError, match=r"Matrix folder .* cannot be used .*matrix_dir"):
+        store.get(MEMBERS[0], ANCHORS, SPARSE)
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(MatrixError, match="drop"):
         MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, MatrixSpec("cosine", 1.0, 2))
-    assert list(tmp_path.iterdir()) == []
+    assert visible(tmp_path) == []
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +244,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(MatrixError, match=r"cannot be used \(No space left.*matrix_dir"):
         MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, SPARSE)
-    assert list(tmp_path.iterdir()) == []
+    assert visible(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
@@ -224,7 +263,7 @@ def test_an_error_of_the_member_is_not_blamed_on_the_folder(tmp_path: Path) -> N
     broken = replace(MEMBERS[0], load_embeddings=unreadable)
     with pytest.raises(OSError, match="weights are gone"):
         MatrixStore(tmp_path, progress=False).get(broken, ANCHORS, SPARSE)
-    assert list(tmp_path.iterdir()) == []
+    assert visible(tmp_path) == []
 
 
 def build_slowly(folder: str, barrier, built_by) -> None:
@@ -241,10 +280,7 @@ def build_slowly(folder: str, barrier, built_by) -> None:
     MatrixStore(folder, progress=False).get(MEMBERS[0], ANCHORS, SPARSE)
 
 
-@pytest.mark.parametrize("advisory", [True, False])
-def test_two_processes_build_one_matrix_once(tmp_path: Path, advisory: bool, monkeypatch) -> None:
-    if not advisory:
-        monkeypatch.setattr(files, "fcntl", None)
+def test_two_processes_build_one_matrix_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, built_by = context.Barrier(2), context.Value("i", 0)
     workers = [context.Process(target=build_slowly, args=(str(tmp_path), barrier, built_by)) for _ in range(2)]
@@ -254,22 +290,13 @@ def test_two_processes_build_one_matrix_once(tmp_path: Path, advisory: bool, mon
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert built_by.value == 1
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_without_advisory_locks_a_stale_lock_is_an_error(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.0)
-    lock = MatrixStore(tmp_path).path(MEMBERS[0], ANCHORS, SPARSE).stem.rpartition("-")[2] + ".lock"
-    (tmp_path / lock).write_text("")
-    with pytest.raises(MatrixError, match=rf"Lock file .*{lock} has stayed.*Delete it"):
-        MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, SPARSE)
+    assert len(visible(tmp_path)) == 1
 
 
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-import lm_eval_deepen.relative.files as files
+import safetensors.torch
 from test_store import ANCHORS, MEMBERS, SPARSE, MatrixStore
 
 def half(tensors, path, metadata):
@@ -277,19 +304,19 @@ def half(tensors, path, metadata):
     print("writing", flush=True)
     time.sleep(60)
 
-files.save_file = half
+safetensors.torch.save_file = half
 MatrixStore({folder!r}, progress=False).get(MEMBERS[0], ANCHORS, SPARSE)
 """
 
 
-def test_a_builder_killed_while_writing_leaves_no_matrix_and_no_lock(tmp_path: Path) -> None:
+def test_a_builder_killed_while_writing_leaves_no_matrix_and_holds_no_lock(tmp_path: Path) -> None:
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     assert not list(tmp_path.glob("*.safetensors"))
     path = built(tmp_path)  # neither the dead builder's lock nor its half file is in the way
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert visible(tmp_path) == [path.name]
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

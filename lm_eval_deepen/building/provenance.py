@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -15,30 +13,82 @@ import lm_eval_deepen
 from lm_eval_deepen.building.recipe import BuildRecipe
 from lm_eval_deepen.building.texts import TASK
 from lm_eval_deepen.building.weights import snapshot_of, weights_sha256
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.storage import read_json, write_json
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "mergekit")
 LINEAGE = "trained"  # weights -> tokens: every training that the weights descend from
 TASKS = "trained_on_tasks"  # tasks whose training or validation splits were in it
+_KINDS: Mapping[str, type] = {
+    "method": str,
+    "identity": str,
+    "weights_sha256": str,
+    "seed": int,
+    "models": Mapping,
+    LINEAGE: Mapping,
+    TASKS: list,
+    "bits_per_byte": Mapping,
+}
+
+
+class DamagedError(ConfigError):
+    """A built model that is not what was built: ``--redo`` builds it again."""
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """Return what a built model says of itself; None where a folder says nothing.
 
     Raises:
-        ConfigError: it cannot be read.
+        DamagedError: it cannot be read, or says what cannot be.
     """
     path = folder / FILE
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); build the model again with --redo") from error
+        found = read_json(path)
+        if why := _impossible(found):
+            raise StorageError(why)
+    except StorageError as error:
+        raise DamagedError(f"{path} is damaged ({error}); build the model again with --redo") from error
+    return dict(found)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Return the provenance of a model that was built to its end, whose weights are those that were built.
+
+    Raises:
+        DamagedError: something of it is gone or was changed since.
+    """
+    found = read_provenance(folder)
+    if found is None:
+        return None
+    if missing := [key for key in _KINDS if key not in found]:
+        raise DamagedError(f"{folder / FILE} is damaged (it has no {missing[0]}); build the model again with --redo")
+    try:
+        weights = weights_sha256(folder)
+    except (ConfigError, OSError) as error:
+        raise DamagedError(f"{folder}: its weights are gone ({error}); build the model again with --redo") from error
+    if weights != found["weights_sha256"]:
+        raise DamagedError(
+            f"{folder}: its weights are damaged, or others: sha256 {weights[:12]}, {found['weights_sha256'][:12]} was "
+            "built; build the model again with --redo"
+        )
     return found
+
+
+def _impossible(found: Any) -> str:
+    """Return what of a provenance cannot be, empty where nothing is wrong; keys may be missing: others write it too."""
+    if not isinstance(found, Mapping):
+        return "it holds no JSON object"
+    for key, kind in _KINDS.items():
+        if key in found and not isinstance(found[key], kind):
+            return f"its {key} is {str(found[key])[:40]!r}"
+    if not all(type(tokens) is int for tokens in found.get(LINEAGE, {}).values()):
+        return f"its {LINEAGE} maps weights to something else than tokens"
+    if not isinstance(found.get("bits_per_byte", {}).get("value", 0.0), float):
+        return "its bits_per_byte is no number"
+    return ""
 
 
 def provenance(
@@ -92,7 +142,7 @@ def _named(name: str, place: str) -> dict[str, str]:
 def lineage(place: str) -> dict[str, int]:
     """Return weights -> tokens of every training that a model descends from, as far as its folder says."""
     said = read_provenance(Path(place)) if Path(place).is_dir() else None
-    return {} if said is None else {str(key): int(value) for key, value in said.get(LINEAGE, {}).items()}
+    return {} if said is None else dict(said.get(LINEAGE, {}))
 
 
 def tasks_of(place: str) -> list[str]:
@@ -113,7 +163,9 @@ def versions() -> dict[str, str]:
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``provenance.json`` into a model's folder."""
-    partial = folder / f".{FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, folder / FILE)
+    """Write ``provenance.json`` into a model's folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_json(folder / FILE, content)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import cache_folder, write_bytes
 
 TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
 
@@ -97,13 +98,9 @@ def _kept(name: str, documents: Sequence[str]) -> Path:
     """Return a file with these documents in the user's cache, written if need be; its name holds their digest."""
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents if text.strip())
     digest = hashlib.sha256(content.encode()).hexdigest()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "lm_eval_deepen" / "texts" / f"{name}-{digest[:12]}.jsonl"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(content, "utf-8")
-        os.replace(partial, path)
+    path = cache_folder() / "texts" / f"{name}-{digest[:12]}.jsonl"
+    if not path.is_file() or sha256(path) != digest:
+        write_bytes(path, content.encode())
     return path
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
-import os
+import math
 import platform
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +17,18 @@ from lm_eval_deepen.distill import evaluation
 from lm_eval_deepen.distill.corpus import Corpus, Text, Tokens, cut, read_corpus, text_digest
 from lm_eval_deepen.distill.recipe import DistillRecipe
 from lm_eval_deepen.distill.sources import Learnt, Source, block_targets, read_source, roles_of, source_facts
-from lm_eval_deepen.errors import ConfigError, MemberError
+from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.member import Member, TextCodec
 from lm_eval_deepen.relative.files import content_hash, identity_hash
-from lm_eval_deepen.relative.store import default_folder
+from lm_eval_deepen.storage import (
+    cache_folder,
+    make_folder,
+    move_file,
+    read_json,
+    reason,
+    remove_folder,
+    write_json,
+)
 
 PACKAGES = ("lm_eval_deepen", "torch", "transformers", "accelerate", "lm_eval", "tokenizers")
 PARTIAL = ".partial"
@@ -139,7 +145,7 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
             f"{config.target!r}; lower it"
         )
     text = cut(config, corpus, target.codec)
-    root = Path(config.store).expanduser() if config.store else default_folder().parent / "distributions"
+    root = Path(config.store).expanduser() if config.store else cache_folder() / "distributions"
     weights = tensors_hash(target)
     bits = _base_bits(root, weights, target, text)
     clock.lap("held out, base")
@@ -230,11 +236,16 @@ def _finished(out: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the result of a build that is finished already; None where there is none, or an interrupted one.
 
     Raises:
-        ConfigError: the folder holds another model.
+        ConfigError: the folder holds another model, or what it says of itself is damaged.
     """
     path = out / RESULT
-    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
-        return found["result"]
+    if path.is_file():
+        try:
+            found = read_json(path)
+            if found["key"] == key:
+                return dict(found["result"])
+        except (StorageError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete {out} to build the model again") from error
     used = out.is_file() or any((out / name).exists() for name in (RESULT, "config.json"))
     if used and not (out.with_name(out.name + PARTIAL) / IDENTITY).exists():
         raise ConfigError(f"{out} holds another model already; delete it, or give another folder")
@@ -252,19 +263,27 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
         "text": text.held_out_digest,
     }  # fmt: skip
     path = root / f"bits-{identity_hash(identity)[:16]}.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == identity:
-            return kept["bits"]
+    if (kept := _kept_bits(path, identity, len(text.held_out))) is not None:
+        return kept
     bits = evaluation.bits_of(target, _held_out(target, text))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"identity": identity, "bits": bits}), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"recipe: store {root} cannot be written ({error}); give another with store:") from error
+        write_json(path, {"identity": identity, "bits": bits}, indent=None)
+    except StorageError as error:
+        raise ConfigError(
+            f"recipe: store {root} cannot be written ({reason(error)}); give another with store:"
+        ) from error
     return bits
+
+
+def _kept_bits(path: Path, identity: Mapping[str, Any], documents: int) -> list[float] | None:
+    """Return the bits that a file holds; None where there is none, or it is damaged and to be written again."""
+    try:
+        found = read_json(path)
+        bits = [float(bits) for bits in found["bits"]]
+    except (StorageError, LookupError, TypeError, ValueError):
+        return None
+    whole = len(bits) == documents and all(map(math.isfinite, bits))
+    return bits if whole and found.get("identity") == identity else None
 
 
 def _read_sources(
@@ -287,10 +306,8 @@ def _read_sources(
 
 def _publish(folder: Path, out: Path, result: Mapping[str, Any]) -> None:
     """Move the finished model to its place, its result last, and remove what an interrupted build would need."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for path in sorted((folder / "model").iterdir()):
-        os.replace(path, out / path.name)
-    temporary = folder / RESULT
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / RESULT)
-    shutil.rmtree(folder)
+        move_file(path, out / path.name)
+    write_json(out / RESULT, result, indent=1)
+    remove_folder(folder)

@@ -6,8 +6,7 @@ belongs to one source, text and number of entries; its name says which.
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.errors import MatrixError, StorageError
 from lm_eval_deepen.relative.files import CHECKSUM, content_hash, identity_hash
+from lm_eval_deepen.storage import reason, write_json, write_tensors
+
+log = logging.getLogger(__name__)
 
 FORMAT = "lm-eval-deepen-distributions-1"
 GROUP = 8  # blocks per file
@@ -69,40 +70,47 @@ class DistributionStore:
         self.blocks = blocks
         self._held: tuple[int, list[BlockRows]] = (-1, [])
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "identity.json").write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
+            write_json(self.folder / "identity.json", self.identity, indent=1)
+        except StorageError as error:
             raise MatrixError(
-                f"folder {self.folder} cannot be written ({error}). Give another with store: or XDG_CACHE_HOME."
+                f"folder {self.folder} cannot be written ({reason(error)}). Give another with store: or XDG_CACHE_HOME."
             ) from error
 
     def missing(self) -> list[list[int]]:
-        """Return the groups of blocks without a file, each as indices of blocks."""
+        """Return the groups of blocks without a file, or with a damaged one, each as indices of blocks."""
         groups = range(-(-self.blocks // GROUP))
         members = ([*range(g * GROUP, min((g + 1) * GROUP, self.blocks))] for g in groups)
-        return [group for group in members if not self._path(group[0] // GROUP).exists()]
+        return [group for group in members if not self._is_there(group[0] // GROUP)]
+
+    def _is_there(self, number: int) -> bool:
+        if not self._path(number).exists():
+            return False
+        try:
+            self._read(number)
+        except MatrixError as error:
+            log.warning("%s It is made anew now.", error)
+            return False
+        return True
 
     def write(self, group: Sequence[int], rows: Sequence[BlockRows]) -> None:
-        """Write the blocks of a group in one step."""
+        """Write the blocks of a group in one step.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
         tensors = {
             "ids": torch.from_numpy(np.concatenate([block.ids for block in rows])),
             "logp": torch.from_numpy(np.concatenate([block.logp for block in rows])),
             "counts": torch.tensor([len(block.ids) for block in rows]),
             "nats": torch.tensor([block.nats for block in rows], dtype=torch.float64),
         }
-        path = self._path(group[0] // GROUP)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={CHECKSUM: content_hash(tensors, self.identity)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(self._path(group[0] // GROUP), tensors, {CHECKSUM: content_hash(tensors, self.identity)})
 
     def block(self, index: int) -> BlockRows:
         """Return the distributions of one block.
 
         Raises:
-            MatrixError: a file that is missing or damaged.
+            MatrixError: a file that is missing or was damaged since `missing` looked.
         """
         number = index // GROUP
         if self._held[0] != number:
@@ -126,9 +134,9 @@ class DistributionStore:
                 checksum = (file.metadata() or {}).get(CHECKSUM)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise MatrixError(f"{path} cannot be read ({error}). Delete it; the next build makes it anew.") from error
+            raise MatrixError(f"{path} cannot be read ({error}).") from error
         if content_hash(tensors, self.identity) != checksum:
-            raise MatrixError(f"{path} is damaged: its checksum differs. Delete it; the next build makes it anew.")
+            raise MatrixError(f"{path} is damaged: its checksum differs.")
         edges = np.concatenate([[0], np.cumsum(tensors["counts"].numpy())])
         ids, logp, nats = (tensors[key].numpy() for key in ("ids", "logp", "nats"))
         pairs = zip(edges, edges[1:], nats, strict=False)

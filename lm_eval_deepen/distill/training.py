@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,10 @@ from lm_eval_deepen.distill.corpus import Tokens
 from lm_eval_deepen.distill.fusing import Targets
 from lm_eval_deepen.distill.loss import IGNORED, FusedBatch, distillation_loss
 from lm_eval_deepen.distill.recipe import DistillRecipe
-from lm_eval_deepen.errors import ConfigError, MemberError
+from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
+from lm_eval_deepen.storage import make_folder, read_json, reason, write_json
+
+log = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 CHECKPOINTS = 5
@@ -114,7 +118,8 @@ class MarkComplete(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the mark."""
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE, _sizes(folder))
 
 
 def claim(path: Path, identity: Mapping[str, Any]) -> None:
@@ -127,17 +132,25 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it belongs to another build, or cannot be made.
     """
-    folder, wanted = path.parent, json.dumps(identity, indent=1, sort_keys=True) + "\n"
+    folder, wanted = path.parent, json.loads(json.dumps(identity))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = path.read_text(encoding="utf-8") if path.exists() else None
-        if found is None:
-            path.write_text(wanted, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be used ({error}); give another output folder") from error
-    if found is not None and found != wanted:
-        old, new = json.loads(found), json.loads(wanted)
-        keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        make_folder(folder)
+        there = path.exists()
+        if not there:
+            write_json(path, wanted, indent=1)
+    except (OSError, StorageError) as error:
+        raise ConfigError(f"{folder} cannot be used ({reason(error)}); give another output folder") from error
+    if not there:
+        return
+    try:
+        found = dict(read_json(path))
+    except (StorageError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} holds an interrupted build, and what it says of itself is damaged ({error}); delete the folder "
+            "to start anew"
+        ) from error
+    if found != wanted:
+        keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         raise ConfigError(
             f"{folder} holds an interrupted build of something else (other {', '.join(keys)}); delete it to start "
             "anew, or go on with the recipe it belongs to"
@@ -145,9 +158,23 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint that was written to its end."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    """Return the last checkpoint that was written to its end, and whose files are as they were then."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def _is_whole(mark: Path) -> bool:
+    try:
+        return bool(read_json(mark) == _sizes(mark.parent))
+    except StorageError as error:
+        log.warning("%s: the checkpoint is left alone", error)
+        return False
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the bytes of a checkpoint's files, by name."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
 
 
 def steps_of(recipe: DistillRecipe, blocks: int) -> int:

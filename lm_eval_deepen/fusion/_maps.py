@@ -5,6 +5,7 @@ They have the file format of a sparse relative matrix: an identity that is check
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,10 @@ from torch import Tensor
 from lm_eval_deepen.errors import MatrixError, VocabularyError
 from lm_eval_deepen.fusion._rows import text_ids
 from lm_eval_deepen.fusion.seam import MemberView, Spelling
-from lm_eval_deepen.relative.files import identity_hash, locked, read_matrix, write_matrix
+from lm_eval_deepen.relative.files import identity_hash, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.store import explained
+from lm_eval_deepen.storage import locked
 
 if TYPE_CHECKING:
     from lm_eval_deepen.relative.store import MatrixStore
@@ -46,7 +49,8 @@ def stored_map(
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
     short = identity_hash(identity)[:HASH_LENGTH]
     # a map does not depend on the member's name: one that was made under another name is used
-    path = next(iter(sorted(store.folder.glob(f"*-{short}.safetensors"))), None)
+    with explained(store.folder):
+        path = next(iter(sorted(store.folder.glob(f"*-{short}.safetensors"))), None)
     if path is None:
         path = store.folder / f"{kind}-{slug[:80]}-{short}.safetensors"
         _build(path, identity, build)
@@ -57,18 +61,14 @@ def stored_map(
 
 
 def _build(path: Path, identity: Mapping[str, Any], build: Callable[[], SparseMatrix]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
-            if not path.exists():  # another process may have built it while this one waited
-                started = time.monotonic()
-                matrix = build()
+    with contextlib.ExitStack() as stack:
+        with explained(path.parent):
+            stack.enter_context(locked(path.with_name(f".{path.stem}.lock")))
+        if not path.exists():  # another process may have built it while this one waited
+            started = time.monotonic()
+            matrix = build()
+            with explained(path.parent):
                 write_matrix(path, matrix, [], identity, time.monotonic() - started)
-    except OSError as error:
-        raise MatrixError(
-            f"Matrix folder {path.parent} cannot be used ({error}). Give a folder that can be written, with "
-            "matrix_dir or XDG_CACHE_HOME."
-        ) from error
 
 
 def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:

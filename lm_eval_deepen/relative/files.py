@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: `locked` falls back to an exclusive file
-    fcntl = None  # type: ignore[assignment]
+from lm_eval_deepen.storage import write_tensors
 
 FORMAT = "lm-eval-deepen-matrix-1"
-LOCK_PATIENCE_S = 3600.0
 CHECKSUM = "content_sha256"
 IDENTITY = "identity"
 
@@ -78,7 +70,11 @@ def write_matrix(
     identity: Mapping[str, Any],
     build_seconds: float,
 ) -> None:
-    """Write a matrix file in one step: readers see the whole file or none."""
+    """Write a matrix file in one step, under its lock: readers see the whole file or none.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     tensors = {"anchor_ids": torch.tensor(anchor_ids, dtype=torch.int64)}
     if isinstance(matrix, SparseMatrix):
         tensors |= {
@@ -100,14 +96,7 @@ def write_matrix(
         "build_seconds": f"{build_seconds:.3f}",
         "shape": json.dumps(list(matrix.shape)),
     }
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a builder that was killed: we hold the lock
-        stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, tensors, metadata, sole=True)
 
 
 def describe(path: Path) -> MatrixInfo:
@@ -120,17 +109,22 @@ def describe(path: Path) -> MatrixInfo:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         rows, anchors = json.loads(metadata["shape"])
+        identity = json.loads(metadata[IDENTITY])
+        dropped, seconds = float(metadata["mean_dropped_mass"]), float(metadata["build_seconds"])
+        sizes = all(type(size) is int and size >= 0 for size in (rows, anchors))
+        if not (sizes and isinstance(identity, dict) and math.isfinite(dropped) and math.isfinite(seconds)):
+            raise ValueError("its header says what cannot be")
         return MatrixInfo(
             path=path,
-            identity=json.loads(metadata[IDENTITY]),
+            identity=identity,
             content_sha256=metadata[CHECKSUM],
             num_bytes=path.stat().st_size,
             num_rows=rows,
             num_anchors=anchors,
-            mean_dropped_mass=float(metadata["mean_dropped_mass"]),
-            build_seconds=float(metadata["build_seconds"]),
+            mean_dropped_mass=dropped,
+            build_seconds=seconds,
         )
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, f"it is no complete matrix file ({type(error).__name__}: {error})") from error
 
 
@@ -165,51 +159,20 @@ def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeM
     found = content_hash(tensors, info.identity)
     if found != info.content_sha256:
         raise _damaged(path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}")
+    if (shape := _shape(tensors, info.num_anchors)) != (info.num_rows, info.num_anchors):
+        raise _damaged(path, f"its header says {info.num_rows} x {info.num_anchors}, its tensors {shape}")
     if "relative" in tensors:
         return DenseMatrix(tensors["relative"])
     return SparseMatrix(tensors["values"], tensors["indices"], info.num_anchors, tensors["dropped_mass"])
 
 
+def _shape(tensors: Mapping[str, Tensor], anchors: int) -> tuple[int, ...]:
+    """Return the shape [V, A] that tensors with a right checksum have, as far as they say it."""
+    if "relative" in tensors:
+        return tuple(tensors["relative"].shape)
+    indices = tensors["indices"]
+    return len(indices), max(anchors, int(indices.max()) + 1 if indices.numel() else 0)
+
+
 def _damaged(path: Path, what: str) -> MatrixError:
     return MatrixError(f"Matrix file {path} is damaged: {what}. Delete it; it is built anew on the next use.")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against other processes; it is removed on release.
-
-    An advisory lock, which the system releases when its holder dies; where there is none, an exclusive file.
-
-    Raises:
-        MatrixError: without advisory locks, when the lock file stays for `LOCK_PATIENCE_S`.
-    """
-    descriptor = _lock_advisory(path) if fcntl is not None else _lock_exclusive(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock_advisory(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The holder before us removed the file we opened; whoever comes next would lock a new one.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        os.close(descriptor)
-
-
-def _lock_exclusive(path: Path) -> int:
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise MatrixError(
-                    f"Lock file {path} has stayed for {LOCK_PATIENCE_S:.0f} s. Delete it if no process is building."
-                ) from None
-            time.sleep(0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -11,21 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from safetensors import SafetensorError
-
-from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.errors import MatrixError, StorageError
 from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, twins_apart
 from lm_eval_deepen.relative.files import (
     FORMAT,
     MatrixInfo,
     describe,
     identity_hash,
-    locked,
     read_matrix,
     write_matrix,
 )
 from lm_eval_deepen.relative.matrix import RelativeMatrix
 from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
 
 if TYPE_CHECKING:
@@ -38,9 +35,8 @@ HASH_LENGTH = 12  # hex digits of the identity in a file name; the whole identit
 
 
 def default_folder() -> Path:
-    """Return the user cache folder of built matrices: ``$XDG_CACHE_HOME`` or ``~/.cache``, ours below."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "lm_eval_deepen" / "matrices"
+    """Return the folder of built matrices in the user's cache."""
+    return cache_folder() / "matrices"
 
 
 class MatrixStore:
@@ -93,7 +89,8 @@ class MatrixStore:
         A matrix does not depend on the member's name: one that was built under another name is used.
         """
         short = identity_hash(self.identity(member, anchors, spec, tokenizers))[:HASH_LENGTH]
-        existing = sorted(self.folder.glob(f"*-{short}.safetensors"))
+        with explained(self.folder):
+            existing = sorted(self.folder.glob(f"*-{short}.safetensors"))
         if existing:
             return existing[0]
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
@@ -117,7 +114,9 @@ class MatrixStore:
         path, identity = self.path(member, anchors, spec, tokenizers), self.identity(member, anchors, spec, tokenizers)
         matrix = self._loaded.get(path)
         if matrix is None:
-            if not path.exists():
+            with explained(self.folder):
+                exists = path.exists()
+            if not exists:
                 self._build(path, identity, member, anchors, spec, tokenizers)
                 path = self.path(member, anchors, spec, tokenizers)
             matrix = read_matrix(path, identity, member.name)
@@ -139,11 +138,11 @@ class MatrixStore:
         spec: MatrixSpec,
         tokenizers: Tokenizers,
     ) -> None:
-        with self._explained():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with explained(self.folder):
+            make_folder(self.folder)
         with contextlib.ExitStack() as stack:
-            with self._explained():
-                stack.enter_context(locked(self.folder / f"{identity_hash(identity)[:HASH_LENGTH]}.lock"))
+            with explained(self.folder):
+                stack.enter_context(locked(self.folder / f".{identity_hash(identity)[:HASH_LENGTH]}.lock"))
             if self.path(member, anchors, spec, tokenizers).exists():  # another process built it while this one waited
                 return
             started = time.monotonic()
@@ -157,16 +156,17 @@ class MatrixStore:
             else:
                 rows = member.load_rows(spec.embeddings)
                 matrix = build_matrix(member.name, vocabulary, rows, ids, twins, spec, progress=self.progress)
-            with self._explained():
+            with explained(self.folder):
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what the file system refuses into an error that names the folder."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise MatrixError(
-                f"Matrix folder {self.folder} cannot be used ({error}). Give a folder that can be written, "
-                "with matrix_dir or XDG_CACHE_HOME."
-            ) from error
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error that names the folder of matrices."""
+    try:
+        yield
+    except (OSError, StorageError) as error:
+        raise MatrixError(
+            f"Matrix folder {folder} cannot be used ({reason(error)}). Give a folder that can be written, "
+            "with matrix_dir or XDG_CACHE_HOME."
+        ) from error
