@@ -342,8 +342,17 @@ def recover_folder(place: Path) -> None:
             os.rename(old, place)
         elif old.exists():  # under another name first: half of a folder must not be taken for the old one
             os.rename(old, place.with_name(f"{_hidden(place)}.{secrets.token_hex(4)}.trash"))
-    for trash in place.parent.glob(f"{glob.escape(_hidden(place))}.*.trash"):
+    for trash in _trash(place):
         shutil.rmtree(trash, ignore_errors=True)  # the new one is there; the next time tries again
+
+
+def is_settled(place: Path) -> bool:
+    """Return whether nothing is left of a `publish_folder` that was killed, or goes on in another process."""
+    return not _old(place).exists() and not _trash(place)
+
+
+def _trash(place: Path) -> list[Path]:
+    return list(place.parent.glob(f"{glob.escape(_hidden(place))}.*.trash"))
 
 
 def _hidden(place: Path) -> str:

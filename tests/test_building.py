@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,15 +12,16 @@ import pytest
 import yaml
 from pico import CORPUS
 from run_files import local_tasks
+from safetensors.torch import save_file
 from sibling_models import merge_of, tensors, write_sibling
 
 import lm_eval_deepen
 from lm_eval_deepen import distill
 from lm_eval_deepen.building import build, making, merging, parse_build, read_build, texts
-from lm_eval_deepen.building.provenance import lineage
+from lm_eval_deepen.building.provenance import DamagedError, lineage
 from lm_eval_deepen.building.weights import weights_sha256
 from lm_eval_deepen.engine.texts import load_documents
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, StorageError
 from lm_eval_deepen.tools import cli
 
 CLM = {"method": "clm", "target": "base", "train_tokens": 100}
@@ -357,3 +360,116 @@ def test_the_command_builds_and_says_what(family, tmp_path, capsys, trained):
     assert "--set takes KEY=VALUE; got 'seed'" in capsys.readouterr().err
     assert cli.main([*command, "--set", "seed=[1"]) == 2
     assert "--set seed is not valid YAML: line 2, column 1" in capsys.readouterr().err
+
+
+# --- damage
+
+
+DAMAGED = {
+    "a provenance of other bytes": lambda out: (out / "provenance.json").write_bytes(b"\xff\xfe\x00"),
+    "an empty provenance": lambda out: (out / "provenance.json").write_text(""),
+    "a provenance that was cut": lambda out: cut(out / "provenance.json"),
+    "a provenance of another type": lambda out: (out / "provenance.json").write_text("[]"),
+    "a provenance without its keys": lambda out: (out / "provenance.json").write_text("{}"),
+    "a provenance with other values": lambda out: edit(out / "provenance.json", trained={"x": "many"}),
+    "a provenance with another identity": lambda out: edit(out / "provenance.json", identity=None),
+    "weights that are gone": lambda out: (out / "model.safetensors").unlink(),
+    "weights that were cut": lambda out: cut(out / "model.safetensors"),
+    "other weights": lambda out: save_file({k: v + 1 for k, v in tensors(out).items()}, out / "model.safetensors"),
+}
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_model_is_an_error_that_redo_mends(kind, family, tmp_path, trained, quick):
+    out, recipe = tmp_path / "out", parsed(CLM, tmp_path)
+    whole = build(recipe, out, family)
+    before = tensors(out)
+    DAMAGED[kind](out)
+    with pytest.raises(DamagedError, match="with --redo"):
+        build(recipe, out, family)
+    for repair in ({"mend": True}, {"redo": True}):
+        if repair == {"redo": True}:
+            DAMAGED["an empty provenance"](out)
+        assert build(recipe, out, family, **repair) == whole and len(tensors(out)) == len(before)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out") and path.suffix != ".lock"]
+    assert len(trained) == 3 and build(recipe, out, family) == whole and len(trained) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b'{"identity": 3, "trained": true}', b'{"identity": "x"'])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_damaged_mark_of_an_unfinished_build(content, begun, family, tmp_path, trained, quick):
+    partial = tmp_path / ".out.partial"
+    (partial / "checkpoint-1").mkdir(parents=True)
+    if not begun:
+        (partial / "checkpoint-1").rmdir()
+    (partial / ".building.json").write_bytes(content)
+    recipe = parsed(CLM, tmp_path)
+    if begun:  # which may have taken hours
+        with pytest.raises(ConfigError, match=r".building.json is damaged.*--redo discards it"):
+            build(recipe, tmp_path / "out", family)
+    assert build(recipe, tmp_path / "out", family, redo=begun)["method"] == "clm"
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_while_the_new_model_takes_the_old_ones_place_loses_neither(
+    moves, at_once, family, tmp_path, trained, quick, monkeypatch
+):
+    """A kill after so many moves: the finished model is not built again, the old one is there until it is."""
+    out, old, new = tmp_path / "out", parsed(CLM, tmp_path), parsed({**CLM, "seed": 9}, tmp_path)
+    first = build(old, out, family)
+    if (child := os.fork()) == 0:
+        done, real = iter(range(100)), os.rename
+
+        def move(*places):
+            os._exit(9) if Path(places[0]).name in ("out", ".out.old", ".out.partial") and next(done) == moves else 0
+            real(*places)
+
+        os.rename = move
+        build(new, out, family, redo=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if moves < 3 else 0)
+    monkeypatch.setattr(distill, "build", lambda *a: pytest.fail("built again"))
+    if moves < 2 and not at_once:
+        with pytest.raises(ConfigError, match="out holds another model: clm of base.*--redo builds it again"):
+            build(new, out, family)
+        assert build(old, out, family) == first
+    assert build(new, out, family, redo=moves < 2)["seed"] == 9
+    assert build(new, out, family)["weights_sha256"] == weights_sha256(out) != first["weights_sha256"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == [".out.lock"]
+
+
+def test_a_full_disk_leaves_nothing_of_a_merge(family, tmp_path, averaged, quick, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(StorageError, match="cannot be written .No space left on device"):
+        build(parsed(merge_of("linear", ["s1", "s2"], base=None), tmp_path), tmp_path / "out", family)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == [".out.lock"]
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_model_without_finite_probabilities_is_refused(family, tmp_path, monkeypatch):
+    def broken(recipe, out, members):
+        shutil.copytree(members["base"], out, dirs_exist_ok=True)
+        found = tensors(out)
+        name = next(iter(found))
+        found[name] = found[name] * float("nan")
+        save_file(found, out / "model.safetensors", metadata={"format": "pt"})
+        return {"tokens_trained": 1}
+
+    monkeypatch.setattr(distill, "build", broken)
+    with pytest.raises(ConfigError, match="gives no finite probabilities; correct the numbers"):
+        build(parsed(CLM, tmp_path), tmp_path / "out", family)
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from lm_eval_deepen.building.provenance import FILE, DamagedError, finished, pro
 from lm_eval_deepen.building.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, StorageError
 from lm_eval_deepen.storage import (
+    is_settled,
     locked,
     make_folder,
     publish_folder,
@@ -89,8 +90,8 @@ def build(
             raise ConfigError(f"{out} is the model {name!r} that the recipe is made from; give another folder")
     identity = identity or recipe.identity(members)
     _refuse_others(out)
-    if not redo and (found := _kept(out, identity, mend, say)) is not None:
-        return found
+    if not redo and is_settled(out) and (found := _kept(out, identity, mend, say)) is not None:
+        return found  # no lock: the folder may be one that is only read
     busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
     partial = out.with_name(f".{out.name}.partial")
     with locked(out.with_name(f".{out.name}.lock"), busy):
@@ -184,7 +185,11 @@ def _claim(partial: Path, recipe: BuildRecipe, identity: str, discard: bool) -> 
             )
         _discard(partial)
     make_folder(partial)
-    write_json(partial / _MARK, {"identity": identity, "trained": not recipe.is_merge}, indent=None)
+    try:
+        write_json(partial / _MARK, {"identity": identity, "trained": not recipe.is_merge}, indent=None)
+    except BaseException:
+        _discard(partial)
+        raise
 
 
 def _mark(partial: Path) -> dict[str, Any] | None:
