@@ -45,7 +45,7 @@ test: $(VENV)/.models
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/answering.py lm_eval_deepen/pooled.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py
+	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/answering.py lm_eval_deepen/pooled.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py lm_eval_deepen/unanswered.py
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

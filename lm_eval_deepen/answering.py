@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_t
 from lm_eval_deepen.engine.specialists import require_scoring
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member.sampling import Sampler, row_generator
+from lm_eval_deepen.unanswered import SetAside, attempt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -44,22 +45,50 @@ class Answering(MainMemberView):
         self.known: dict[tuple[str, tuple], Any] = {}
 
     def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
-        """Yield the index of every request and its answer, as soon as it is there."""
-        if kind != "generate_until":
-            require_scoring(self.ensemble)
-        left = []
+        """Yield the index of every request and its answer, as soon as it is there.
+
+        In the place of an answer that cannot be given is a `SetAside`; these come first.
+        """
+        self.check_kind(kind)
+        repeats: Counter[str] = Counter()
+        owners: list[int] = []
+        prepared: list[Any] = []
         for index, request in enumerate(requests):
             if kind != "generate_until" and (kind, request.args) in self.known:
                 yield index, self.known[kind, request.args]
-            else:
-                left.append(index)
-        answer = {
+                continue
+            made = self.prepare(kind, request, repeats)
+            if isinstance(made, SetAside):
+                yield index, made
+                continue
+            owners.append(index)
+            prepared.append(made)
+        kinds: dict[str, Callable[..., Answers]] = {
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generate,
-        }[kind]
-        for at, found in answer([requests[index] for index in left]):
-            yield left[at], found
+        }
+        for at, found in kinds[kind]([requests[index] for index in owners], prepared):
+            yield owners[at], found
+
+    def check_kind(self, kind: str) -> None:
+        """Raise RequestError where this ensemble has no answer to any request of a type."""
+        if kind != "generate_until":
+            require_scoring(self.ensemble)
+
+    def prepare(self, kind: str, request: Instance, repeats: Counter[str] | None = None) -> Any:
+        """Return what the engine needs for a request, or a `SetAside` where it has no honest answer.
+
+        Args:
+            kind: its type.
+            request: the request.
+            repeats: how often each context was sampled before.
+        """
+        if kind == "loglikelihood":
+            return attempt(self._prompter.span, *request.args)
+        if kind == "loglikelihood_rolling":
+            return attempt(rolling_spans, self.ensemble, *request.args)
+        return attempt(self._job, *request.args, Counter() if repeats is None else repeats)
 
     def _tell_peers(self, kind: str, request: Instance, answers: Sequence[Any]) -> Any:
         """Leave the peers their answers and return our own."""
@@ -68,18 +97,16 @@ class Answering(MainMemberView):
                 peer.known[kind, request.args] = answer
         return answers[self.peers.index(self)]
 
-    def _loglikelihood(self, requests: Sequence[Instance]) -> Answers:
-        spans = [self._prompter.span(*request.args) for request in requests]
+    def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Span]) -> Answers:
         for index, found in self._score(spans):
             answers = [(score.total, score.greedy) for score in found]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
-    def _rolling(self, requests: Sequence[Instance]) -> Answers:
+    def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Span]]) -> Answers:
         owners: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
-        for index, request in enumerate(requests):
-            found = rolling_spans(self.ensemble, request.args[0])
+        for index, found in enumerate(texts):
             spans += found
             owners += [index] * len(found)
             ends.append(len(spans))
@@ -108,14 +135,8 @@ class Answering(MainMemberView):
                 yield start + index, found
             start = end
 
-    def _generate(self, requests: Sequence[Instance]) -> Answers:
-        repeats: Counter[str] = Counter()
-        jobs, stops = [], []
-        for request in requests:
-            context, arguments = request.args
-            job, until = self._job(context, arguments, repeats)
-            jobs.append(job)
-            stops.append(until)
+    def _generate(self, requests: Sequence[Instance], prepared: Sequence[tuple[Job, list[str]]]) -> Answers:
+        jobs, stops = [job for job, _ in prepared], [until for _, until in prepared]
         size = self._batch(max((len(job.prompts[0].ids) + job.max_new for job in jobs), default=1))
         drafts = drafter(self.ensemble_config.speculate)
         for index, found in generate(self.ensemble, jobs, size, drafts):

@@ -95,11 +95,12 @@ class Ranks:
         """
         units: dict[Any, list[int]] = {}
         for index, (context, *_) in enumerate(arguments):
-            units.setdefault(context if context or whole else index, []).append(index)
+            together = isinstance(context, str) and (context or whole)  # what is no text is set aside later
+            units.setdefault(context if together else index, []).append(index)
 
         def characters(unit: list[int]) -> int:
-            rest = sum(len(text) for index in unit for text in arguments[index][1:] if isinstance(text, str))
-            return len(arguments[unit[0]][0]) + rest
+            texts = [arguments[unit[0]][0], *(text for index in unit for text in arguments[index][1:])]
+            return sum(len(text) for text in texts if isinstance(text, str))
 
         dealt = sorted(units.values(), key=characters, reverse=True)[self.index :: self.count]
         return sorted(index for unit in dealt for index in unit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DeepenError(ValueError):
@@ -28,6 +29,27 @@ class MemberError(DeepenError):
 
 class RequestError(DeepenError):
     """A request that has no honest answer from this ensemble."""
+
+
+class WindowError(RequestError):
+    """A text that does not fit into a member's context."""
+
+
+class SpellingError(VocabularyError, RequestError):
+    """A text that a tokenizer cannot spell: at load the tokenizer's fault, later no more than the request's."""
+
+
+class UnansweredError(RequestError):
+    """Requests that have no answer, after all others were answered.
+
+    Attributes:
+        requests: all of them, also where the message lists the first ones alone.
+    """
+
+    def __init__(self, message: str, requests: tuple[Any, ...] = ()) -> None:
+        """Take the message and the requests."""
+        super().__init__(message)
+        self.requests = requests
 
 
 class CacheError(DeepenError):

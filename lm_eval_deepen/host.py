@@ -27,6 +27,7 @@ from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.pooled import Pool
+from lm_eval_deepen.unanswered import SetAside, Unanswered, attempt, complete, unanswered
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -137,36 +138,59 @@ class DeepenLM(Answering):
         if cache_hook.dbdict is not None:
             claim(cache_hook.dbdict, self.ensemble_config.fingerprint(), self.ranks)
 
+    @property
+    def source(self) -> Answering | Pool:
+        """What answers: the fused ensemble, or its members by themselves."""
+        return self if self.pool is None else self.pool
+
     # The three request types.
 
+    @complete
     @shared
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability in nats, is_greedy) of each continuation after its context."""
         self._refuse_thinking(requests)
         return self._answer("loglikelihood", requests, disable_tqdm)
 
+    @complete
     @shared
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability (nats) of each whole text."""
         return self._answer("loglikelihood_rolling", requests, disable_tqdm)
 
+    @complete
     @shared
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the generated text of each request, stop strings removed."""
         return self._answer("generate_until", requests, disable_tqdm)
 
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-        """Return the answers; each goes into the response cache as soon as it is there."""
+        """Return the answers, each of which goes into the response cache as soon as it is there, or a `SetAside`."""
         self._check_once()
         answers: list[Any] = [None] * len(requests)
         quiet = disable_tqdm or self.ranks.index != 0
-        source = self if self.pool is None else self.pool
+        told = False
         with tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests") as progress:
-            for index, answer in source.answers(kind, requests):
+            for index, answer in self.source.answers(kind, requests):
                 answers[index] = answer
-                self.cache_hook.add_partial(kind, requests[index].args, answer)
+                if not isinstance(answer, SetAside):
+                    self.cache_hook.add_partial(kind, requests[index].args, answer)
+                elif not told:  # at once, so that a person may rather end the run now
+                    told = True
+                    log.warning(
+                        "task %r, document %s cannot be answered: %s Other requests are answered first, then the run "
+                        "ends with a list of all those that cannot.",
+                        requests[index].task_name,
+                        requests[index].doc_id,
+                        answer.reason,
+                    )
                 progress.update()
         return answers
+
+    def unprepared(self, kind: str, requests: Sequence[Instance]) -> list[Unanswered]:
+        """Return the requests that cannot be answered, without answering the others."""
+        prepared = [attempt(self.source.prepare, kind, request) for request in requests]
+        return unanswered(requests, prepared)
 
     def _check_once(self) -> None:
         """Measure the ensemble on the text that ships, before the first request, and say what its user should know."""

@@ -12,6 +12,7 @@ from lm_eval_deepen.config import EnsembleConfig, FrozenDict
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.pooling import poolings
 from lm_eval_deepen.pooling.seam import Scored, check_request, fused_takes_part
+from lm_eval_deepen.unanswered import SetAside
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -68,7 +69,7 @@ class Pool:
         Raises:
             RequestError: the method does not combine answers to such requests.
         """
-        check_request(self.name, self.method, kind)
+        self.check_kind(kind)
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]
             columns = []
@@ -78,13 +79,43 @@ class Pool:
             for index, answers in enumerate(zip(*columns, strict=True)):
                 yield start + index, self._combine(kind, answers)
 
+    def check_kind(self, kind: str) -> None:
+        """Raise RequestError where the method does not combine answers to a type of request."""
+        check_request(self.name, self.method, kind)
+
+    def prepare(self, kind: str, request: Instance) -> Any:
+        """Return a `SetAside` where the members, each by itself, leave nothing to combine for a request."""
+        own = (self._own(m, [request])[0] for m in range(len(self.answerers)))
+        made = [model.prepare(kind, mine) for model, mine in zip(self.answerers, own, strict=True)]
+        return self._refused(kind, made)
+
+    def _refused(self, kind: str, answers: Sequence[Any]) -> SetAside | None:
+        """Return why there is no combined answer, None where there is one.
+
+        Where a prompt has no place in some member's context, a text is chosen from those of the others; the main
+        member's and the fused ensemble's are always among them. Scores are combined from all members or not at all:
+        one without some member's does not compare with others.
+        """
+        others = range(1, len(self.members))
+        for m, answer in enumerate(answers):
+            if isinstance(answer, SetAside) and not (kind == "generate_until" and m in others and answer.too_long):
+                return answer
+        return None
+
     def _combine(self, kind: str, answers: Sequence[Any]) -> Any:
+        if refused := self._refused(kind, answers):
+            return refused
+        missing = [m for m, answer in enumerate(answers) if isinstance(answer, SetAside)]
+        weights = [weight for m, weight in enumerate(self.weights) if m not in missing]
+        if missing:
+            weights = [weight / sum(weights) if any(weights) else 1 / len(weights) for weight in weights]
+        given = [answer for m, answer in enumerate(answers) if m not in missing]
         if kind == "generate_until":
-            pooled = self.method.combine(answers, self.weights)
+            pooled = self.method.combine(given, weights)
         else:
-            pairs = [answer if isinstance(answer, tuple) else (answer, False) for answer in answers]
-            pooled = self.method.combine([Scored(*pair) for pair in pairs], self.weights)
-        self.trace.record_pooled(pooled.stats)
+            pairs = [answer if isinstance(answer, tuple) else (answer, False) for answer in given]
+            pooled = self.method.combine([Scored(*pair) for pair in pairs], weights)
+        self.trace.record_pooled(pooled.stats, [self.members[m].name for m in missing])
         if kind == "generate_until":
             return pooled.answer
         return (pooled.answer.logp, pooled.answer.greedy) if kind == "loglikelihood" else pooled.answer.logp

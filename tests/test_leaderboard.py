@@ -12,6 +12,7 @@ import pytest
 import yaml
 from run_files import local_tasks
 
+from lm_eval_deepen import answering
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.host import DeepenLM
@@ -27,6 +28,7 @@ from lm_eval_deepen.runs.rows import compare
 from lm_eval_deepen.statistics import holm
 from lm_eval_deepen.tools import cli, leaderboard_table
 from lm_eval_deepen.tools.compare import measure as paired
+from lm_eval_deepen.unanswered import attempt
 
 ONE = {"orders": ["A+B"]}
 CHOICE = {"task": "conf_choice", "metric": ["acc", "acc_norm"]}
@@ -321,6 +323,35 @@ def test_an_error_names_row_and_task_and_keeps_what_is_finished(write, tmp_path,
     with pytest.raises(DeepenError, match=r"row 'A\+B gac', task 'conf_choice': no honest answer"):
         measured(write(), tmp_path / "out")
     assert len(list((tmp_path / "out").rglob(f"*{SUFFIX}"))) == 3  # both members, and A+B deepen
+
+
+def test_a_row_without_an_answer_to_a_request_stops_no_other(write, tmp_path, monkeypatch, capsys):
+    """The cell is left out and says why; all others are there, that of the row which shares its pass too."""
+    prepare = answering.Answering.prepare
+
+    def refusing(self, kind, request, *rest):
+        here = request.task_name == "conf_choice" and request.doc_id == 1 and len(self.ensemble.active) > 1
+        if here and self.ensemble_config.method == "deepen":
+            return attempt(_refused)
+        return prepare(self, kind, request, *rest)
+
+    path, out = write(grid=ONE | {"methods": ["deepen", "gac"]}, tasks=[CHOICE, "conf_answer"]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(answering.Answering, "prepare", refusing)
+        assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "error: 1 cell has no results; all others are finished.\nrow 'A+B deepen', task 'conf_choice':" in told
+    assert "task 'conf_choice', document 1: no honest answer" in told
+    table = (out / "leaderboard.md").read_text()
+    assert "document 1: no honest answer" in table and "| A+B deepen | n/a (1) |" in table
+    assert len(list(out.rglob(f"*{SUFFIX}"))) == 7
+    assert planned(path, out).missing == [("A+B deepen", "conf_choice")]
+    assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 0
+    assert "n/a" not in (out / "leaderboard.md").read_text()
+
+
+def _refused():
+    raise RequestError("no honest answer")
 
 
 def test_another_process_at_work_is_told(write, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lm_eval_deepen.chat import ChatPrompt
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import RequestError, WindowError
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.text import incomplete_tail
 
@@ -41,6 +41,33 @@ class Span:
         if len(self.prompts) > 1:
             data = self.lead + ensemble.main.codec.vocab.decode(ids)[self.skip :]
         return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
+
+
+def require_text(value: object, what: str) -> None:
+    """Raise RequestError unless a part of a request is text that has bytes; `what` says which part."""
+    if not isinstance(value, str):
+        raise RequestError(
+            f"{what} is no text but {_short(value)} of type {type(value).__name__}. Correct the task: doc_to_text, "
+            "doc_to_target and doc_to_choice have to give text."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} has the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}, after "
+            f"{_short(value[max(0, error.start - 20) : error.start])}: half of a UTF-16 pair, which has no bytes and "
+            "so no tokens. Mend the document, or the program that decoded it."
+        ) from None
+    if isinstance(value, ChatPrompt):  # what the main member's template leaves out, another one's may show
+        for message in value.messages:
+            for key, part in message.items():
+                if isinstance(part, str):
+                    require_text(part, f"{what}: the {key} of a message")
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def frozen(ids: Sequence[int]) -> Prompt:
@@ -73,8 +100,10 @@ class Prompter:
         """Return the span for a loglikelihood request.
 
         Raises:
-            RequestError: the continuation does not fit into a member's context.
+            RequestError: what is no text, that the main member cannot spell, or that does not fit into its context.
         """
+        require_text(context, "the context")
+        require_text(continuation, "the continuation")
         context, spaces = self._split_spaces(context)  # they belong to the continuation's first word
         continuation = spaces + continuation
         if self.solo:
@@ -96,7 +125,7 @@ class Prompter:
 
     def _check_target(self, target: tuple[int, ...]) -> None:
         if len(target) > self.main.max_length:
-            raise RequestError(
+            raise WindowError(
                 f"a continuation of {len(target)} tokens does not fit into the context of {self.main.max_length} "
                 f"tokens of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
             )
@@ -151,11 +180,12 @@ class Prompter:
         """Return the members' prompts for a text to continue, leaving `reserve` tokens of room.
 
         Raises:
-            RequestError: no room is left.
+            RequestError: what is no text, or that the main member cannot spell; no room is left.
         """
+        require_text(context, "the prompt")
         for member in self.members:
             if reserve >= member.max_length:
-                raise RequestError(
+                raise WindowError(
                     f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens "
                     f"of member {member.name!r}. Lower max_gen_toks or raise max_length."
                 )
@@ -180,7 +210,7 @@ class Prompter:
             prompts = tuple(m.prompt(context) for m in self.members)
         for member, prompt in zip(self.members, prompts, strict=True):
             if (size := member.length(prompt.ids) + reserve) > member.max_length:
-                raise RequestError(
+                raise WindowError(
                     f"a prompt and its text of {size} tokens do not fit into the context of {member.max_length} tokens "
                     f"of member {member.name!r}, and prompts are not cut for the encoder-decoder main member "
                     f"{self.main.name!r}. Use fewer few-shots, a shorter max_gen_toks or another main member."
@@ -221,12 +251,12 @@ class Prompter:
             if excess <= 0 and len(prompts[0].ids) <= room:
                 return prompts
             if isinstance(context, ChatPrompt):
-                raise RequestError(
+                raise WindowError(
                     f"a conversation of {len(head)} tokens does not fit into every member's context, and a rendered "
                     "chat template cannot be cut. Use fewer few-shots, a shorter max_gen_toks or a larger max_length."
                 )
             if kept <= 0:
-                raise RequestError(
+                raise WindowError(
                     f"a continuation of {len(following) + 1} tokens leaves some member no room for any context. "
                     "Raise max_length, lower max_gen_toks or leave the member out."
                 )

@@ -24,6 +24,8 @@ from lm_eval_deepen.errors import RequestError
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
 
+SHOWN = 20  # documents that an error lists
+
 
 @dataclass(frozen=True)
 class Document:
@@ -120,7 +122,7 @@ class Reading:
                 f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
                 "has not. Measure with constant weights: leave weighting out."
             )
-        positions = list(_positions(ensemble, documents))
+        positions = _positions(ensemble, documents)
         states, place = [], []
         for m, member in enumerate(ensemble.active[:members]):
             at: dict[tuple[int, ...], int] = {}
@@ -180,19 +182,33 @@ def cooled(logp: Tensor, temperature: float) -> Tensor:
     return logp if temperature == 1 else torch.log_softmax(logp / temperature, dim=-1)
 
 
-def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> Iterator[Position]:
+def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> list[Position]:
+    """Return the positions of all documents, or raise one RequestError that names every document without any."""
     prompter = Prompter(ensemble)
-    pieces = ensemble.main.codec.vocab.pieces
+    found: list[Position] = []
+    refused: list[str] = []
     for index, document in enumerate(documents):
-        if not document.text.strip():
-            raise RequestError(f"document {index} has no text to predict; leave it out.")
-        spans: list[Span]
-        if document.context:
-            spans = [prompter.span(document.context, document.text)]
-        else:
-            spans = rolling_spans(ensemble, document.text)
-        left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
-        for span in spans:
-            for at, token in enumerate(span.target):
-                left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
-                yield Position(index, token, left, span.paths(ensemble, at))
+        try:
+            found += _positions_of(ensemble, prompter, index, document)
+        except RequestError as error:
+            refused.append(f"document {index}: {error}")
+    if refused:
+        listed = [*refused[:SHOWN], *([f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else [])]
+        raise RequestError("\n  ".join([f"{len(refused)} of {len(documents)} documents cannot be read:", *listed]))
+    return found
+
+
+def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: Document) -> Iterator[Position]:
+    pieces = ensemble.main.codec.vocab.pieces
+    if not document.text.strip():
+        raise RequestError("it has no text to predict; leave it out.")
+    spans: list[Span]
+    if document.context:
+        spans = [prompter.span(document.context, document.text)]
+    else:
+        spans = rolling_spans(ensemble, document.text)
+    left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
+    for span in spans:
+        for at, token in enumerate(span.target):
+            left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
+            yield Position(index, token, left, span.paths(ensemble, at))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.engine.prompting import Span, frozen, same_text
+from lm_eval_deepen.engine.prompting import Span, frozen, require_text, same_text
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.text import incomplete_tail
@@ -38,8 +38,10 @@ def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
     every member takes in the same text.
 
     Raises:
-        RequestError: some member's context is too short for any window.
+        RequestError: what is no text, or that the main member cannot spell; some member's context is too short for any
+            window.
     """
+    require_text(text, "the text")
     main = ensemble.main
     if len(ensemble.active) == 1:
         tokens = tuple(main.lm.tok_encode(text))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_deepen.engine.prompting import require_text
 from lm_eval_deepen.engine.reading import Document
 from lm_eval_deepen.errors import RequestError
 
@@ -53,6 +54,11 @@ def _from_json(line: str, path: Path, number: int) -> Document:
         raise RequestError(
             f'{path}, line {number}: expected {{"text": "...", "context": "..."}} with some text; got {line[:80]!r}.'
         )
+    try:
+        require_text(context, "the context")
+        require_text(text, "the text")
+    except RequestError as error:
+        raise RequestError(f"{path}, line {number}: {error}") from error
     return Document(text, context)
 
 

@@ -33,6 +33,7 @@ class Trace:
         self.drafts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
         self.pooled: Counter[str] = Counter()
+        self.without_answer: Counter[str] = Counter()
         self.selected: Counter[str] = Counter()
 
     def record_skipped(self, count: int) -> None:
@@ -48,9 +49,10 @@ class Trace:
         """Count rows skipped by choice, those that were fused to check, and where that changes the likeliest piece."""
         self.selected.update(skipped=skipped, checked=checked, changed=changed)
 
-    def record_pooled(self, stats: dict[str, float]) -> None:
-        """Count a request whose answers were combined."""
+    def record_pooled(self, stats: dict[str, float], missing: Sequence[str] = ()) -> None:
+        """Count a request whose answers were combined, and the members that gave none."""
         self.pooled.update({"requests": 1.0, **stats})
+        self.without_answer.update(missing)
 
     def record_present(self, present: Tensor) -> None:
         """Count the members [B, M] that could not follow a row's bytes."""
@@ -91,6 +93,7 @@ class Trace:
             total.sat_out.update(trace.sat_out)
             total.record_drafts(trace.drafts, trace.near_ties)
             total.pooled.update(trace.pooled)
+            total.without_answer.update(trace.without_answer)
             total.selected.update(trace.selected)
             for key, value in trace.sums.items():
                 total.sums[key] += value
@@ -105,7 +108,8 @@ class Trace:
         drafts = {"speculation": {**self.drafts, "near_ties": self.near_ties}} if self.drafts else {}
         count = self.pooled["requests"]
         means = {f"mean_{key}": self.pooled[key] / count for key in self.pooled if key != "requests"} if count else {}
-        pooled = {"pooled": {"requests": int(count), **means}} if count else {}
+        absent = {"without_answer_of": dict(self.without_answer)} if self.without_answer else {}
+        pooled = {"pooled": {"requests": int(count), **means, **absent}} if count else {}
         selected = {"selective": dict(self.selected)} if self.selected else {}
         return {
             **drafts,

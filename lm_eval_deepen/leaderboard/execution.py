@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lm_eval_deepen import pooling
 from lm_eval_deepen.building.architecture import read_config
 from lm_eval_deepen.config import EnsembleConfig, FrozenDict, MemberConfig
 from lm_eval_deepen.engine.checks import flat_spaces
-from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
+from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
 from lm_eval_deepen.fusion.seam import Fuser
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
@@ -48,6 +48,7 @@ class Plan:
         meaningless: why a row has no answer to a task.
         missing: cells to evaluate.
         built: where models that the leaderboard builds are kept.
+        failed: why a cell could not be finished, since some requests have no answer; `execute` fills it.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Plan:
     meaningless: Mapping[Key, str]
     missing: Sequence[Key]
     built: Path
+    failed: dict[Key, str] = field(default_factory=dict)
 
     def identity(self, row: Row, task: LoadedTask) -> dict[str, Any]:
         """Return what decides a cell's results."""
@@ -135,8 +137,10 @@ def generates_only(member: MemberConfig) -> bool:
 def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
     """Evaluate the missing cells; each is on disk as soon as it is finished.
 
+    A cell with requests that have no answer is left out, and why stands in ``todo.failed``.
+
     Returns:
-        All cells.
+        All finished cells.
 
     Raises:
         DeepenError: by row and task; what is finished is kept.
@@ -228,8 +232,15 @@ class _Execution:
         model.pool_from(sources)
 
     def _run_cell(self, row: Row, task: LoadedTask, model: RowModel) -> None:
-        done = len(self.cells) - len(self.todo.finished) + 1
+        done = len(self.cells) - len(self.todo.finished) + len(self.todo.failed) + 1
         self.say(f"[{done}/{len(self.todo.missing)}] {row.name}: {task.name}")
+        try:
+            self.cells[row.name, task.name] = self._evaluated(row, task, model)
+        except UnansweredError as error:
+            self.todo.failed[row.name, task.name] = str(error)
+            self.say(f"no results for row {row.name!r}, task {task.name!r}: {error}")
+
+    def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell:
         with _blamed(f"row {row.name!r}, task {task.name!r}"):
             tracker = EvaluationTracker()
             found = evaluate(model, task, self.todo.recipe.seeds, tracker)
@@ -241,8 +252,7 @@ class _Execution:
                 warned = flat_spaces(getattr(model.ensemble.fuser, "facts", {}))
                 facts |= {"warnings": [warning.message for warning in warned]} if warned else {}
             wanted, cost = self.todo.identity(row, task), model.cost(task.name)
-            cell = write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, cost, facts)
-        self.cells[row.name, task.name] = cell
+            return write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, cost, facts)
 
 
 def _steps(row: Row) -> EnsembleConfig:
@@ -288,5 +298,5 @@ class _blamed:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, DeepenError):
+        if isinstance(error, DeepenError) and not isinstance(error, UnansweredError):
             raise type(error)(f"{self.where}: {error}") from error

@@ -157,13 +157,16 @@ class RowModel(DeepenLM):
         self._charge(kind, before)
 
     def _key(self, kind: str, request: Instance) -> tuple[str, str] | None:
-        """Return what identifies a request; None for one whose answer is drawn at random."""
-        *texts, last = request.args
-        if kind == "generate_until":
-            if normalize_gen_kwargs(last, self.max_gen_toks).get("do_sample"):
-                return None
-            last = json.dumps(last, sort_keys=True)
-        return kind, json.dumps([*texts, last])
+        """Return what identifies a request; None for one whose answer is drawn at random, or that is set aside."""
+        try:
+            *texts, last = request.args
+            if kind == "generate_until":
+                if normalize_gen_kwargs(last, self.max_gen_toks).get("do_sample"):
+                    return None
+                last = json.dumps(last, sort_keys=True)
+            return kind, json.dumps([*texts, last])
+        except (AttributeError, TypeError, ValueError):  # answering it says what is wrong with it
+            return None
 
     def _readings(self) -> tuple[float, int, dict[int, float]]:
         tokens = sum(member.runner.forwarded for member in self.ensemble.active)

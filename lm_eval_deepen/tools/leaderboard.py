@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     print(leaderboard_table.rendered(table, args.format))
     say(f"cells, {', '.join(FILES.values())}: {out}")
+    if todo.failed:
+        listed = [f"row {row!r}, task {task!r}: {reason}" for (row, task), reason in todo.failed.items()]
+        count = "1 cell has" if len(listed) == 1 else f"{len(listed)} cells have"
+        raise ResultError("\n".join([f"{count} no results; all others are finished.", *listed]))
     return 0
 
 

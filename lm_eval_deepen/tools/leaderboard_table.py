@@ -72,6 +72,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         ResultError: files that cannot be read, or a metric that no task has.
     """
     recipe = plan.recipe
+    empty = {**plan.meaningless, **{key: " ".join(reason.split()) for key, reason in plan.failed.items()}}
     rows: list[Row] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes = list(recipe.notes)
@@ -81,8 +82,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             for row in recipe.rows
             if (row.name, task.name) in cells
         ]
-        if not runs:  # encoder-decoder members alone, and a task that scores given texts
-            reasons = {plan.meaningless[row.name, task.name] for row in recipe.rows}
+        if not runs:  # encoder-decoder members alone and a task that scores given texts, or no cell was finished
+            reasons = {empty[row.name, task.name] for row in recipe.rows}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
         found = _columns(plan, task, runs, cells, notes)
@@ -92,7 +93,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
                 notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
         rows += found
         for row in recipe.rows:
-            if reason := plan.meaningless.get((row.name, task.name)):
+            if reason := empty.get((row.name, task.name)):
                 meaningless |= {(row.group, line.column): reason for line in found}
     if not rows:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))

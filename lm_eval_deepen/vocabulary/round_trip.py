@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.errors import SpellingError, VocabularyError
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.cuts import safe_cut_allowed, safe_cuts
 
@@ -75,7 +75,7 @@ def require_exact(
         dummy: see `is_exact`.
 
     Raises:
-        VocabularyError: the pieces do not spell the text.
+        SpellingError: the pieces do not spell the text.
     """
     if is_exact(vocab, text, ids, dummy=dummy):
         return
@@ -90,13 +90,13 @@ def require_exact(
     character = _character_at(text, offset)
     lost = {unknown} if unknown is not None else vocab.control
     if index < len(ids) and ids[index] in lost:
-        raise VocabularyError(
+        raise SpellingError(
             f"{where}: it has no piece for {character}, which becomes the unknown or control piece "
             f"{ids[index]}. {REMEDY}"
         )
     nearby = range(max(0, index - 1), min(len(ids), index + 2))
     pieces = ", ".join(f"{ids[n]}: {vocab.pieces[ids[n]]!r}" for n in nearby) or "none"
-    raise VocabularyError(
+    raise SpellingError(
         f"{where}: from {character} on it gives {_short(vocab.decode(ids[index:]))} (pieces there: {pieces}). {REMEDY}"
     )
 

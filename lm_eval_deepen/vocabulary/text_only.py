@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.errors import SpellingError
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.round_trip import is_exact, require_exact
 from lm_eval_deepen.vocabulary.tokenizer_json import (
@@ -134,7 +134,7 @@ def exact_encoder(
     def spell(mark: str) -> list[int]:
         found = [vocab.ids_of.get(bytes([byte])) for byte in mark.encode()]
         if any(ids is None for ids in found):
-            raise VocabularyError(
+            raise SpellingError(
                 f"member {name!r}: the text has the character {mark!r} (U+{ord(mark[0]):04X}), which its "
                 "tokenizer reads as a space, and it has no byte pieces to spell it. Leave this member out, "
                 "or replace the character in the text."

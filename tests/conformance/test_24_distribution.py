@@ -38,6 +38,7 @@ num_machines: 1
 num_processes: 1
 use_cpu: true
 """
+HALF = ["half \ud83d", " a character"]
 ONE = [["The quick brown", {"until": ["\n"], "max_gen_toks": 4}]]
 
 
@@ -102,6 +103,8 @@ def ranks(paths, killed, task_folder, tmp_path_factory):
         ["again", "evaluate", cached],
         ["foreign", "evaluate", {**FULL, "use_cache": str(folder / "foreign")}],
         ["device", "load", [device]],
+        ["aside", "ask", ["loglikelihood", [[*LISTS[0], HALF, [None, " x"]]] * 2]],
+        ["own_aside", "ask", ["loglikelihood", [LISTS[0], [HALF, *LISTS[1]]]]],
         ["after", "ask", ["generate_until", [ONE, ONE]]],
     ]
     job = job_of(folder, paths, task_folder, steps, rows="embedding", matrix_dir=str(folder / "matrices"))
@@ -201,6 +204,18 @@ def test_a_device_for_one_member_needs_a_single_process(ranks):
     for report in ranks.reports:
         assert "ConfigError" in report["device"]["error"]
         assert "member 'b' asks for device 'cuda:1', but 2 processes share this run" in report["device"]["error"]
+
+
+def test_every_rank_raises_the_same_error_where_one_has_a_request_without_an_answer(ranks):
+    """Also where each has requests of its own; all others are answered before, by the rank that has them."""
+    for step, documents in (("aside", [3, 4]), ("own_aside", [0])):
+        (first,), (second,) = ({report[step]["error"]} for report in ranks.reports)
+        assert first == second and first.startswith("UnansweredError: ")
+        assert [f"task 'task', document {document}: the context" in first for document in documents]
+    assert len(log_of(ranks.job, "aside")) == len(LISTS[0])
+    assert len(log_of(ranks.job, "own_aside")) == len(LISTS[0]) + len(LISTS[1])
+    for report in ranks.reports:
+        assert report["after"] == report["one"]  # nobody waits for ever
 
 
 def test_shares_are_a_partition_that_keeps_contexts_together():
