@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -95,8 +96,9 @@ def test_mined_keeps_leading_spaces_and_bytes_apart() -> None:
     assert nearest_pieces(other, main).tolist() == [1, 0, 2, 2]
 
 
-def test_mined_equals_the_reference(store: MatrixStore) -> None:
-    members, weights = trio(), torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0]])
+@pytest.mark.parametrize("byte_pieces", [False, True])
+def test_mined_equals_the_reference(store: MatrixStore, byte_pieces: bool) -> None:
+    members, weights = trio(byte_pieces), torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0]])
     logp, fuser = rows(members, 2), Mined().build(members, store)
     got, main = fuser.fuse(logp, weights).logp.double().exp(), members[0].vocabulary
     for n in range(2):
@@ -186,8 +188,9 @@ def test_eva_finds_the_twins_of_pieces_that_are_not_common() -> None:
     assert torch.allclose(found.values.sum(1), torch.ones(51), atol=1e-3)
 
 
-def test_eva_equals_the_reference_for_its_map() -> None:
-    members = trio()
+@pytest.mark.parametrize("byte_pieces", [False, True])
+def test_eva_equals_the_reference_for_its_map(byte_pieces: bool) -> None:
+    members = trio(byte_pieces)
     main, other = members[0], members[1]
     common = find_anchors([other.vocabulary, main.vocabulary], names=["b", "a"])
     found = align(other, main, common, neighbours=4, floor=0.3)
@@ -196,7 +199,10 @@ def test_eva_equals_the_reference_for_its_map() -> None:
         return x / x.norm(dim=-1, keepdim=True)
 
     def prepared(member) -> dict[bytes, torch.Tensor]:
-        own = {piece: ids[0] for piece, ids in member.vocabulary.ids_of.items()}
+        vocab = member.vocabulary
+        own = {
+            piece: next((i for i in ids if i not in vocab.byte_fallback), ids[0]) for piece, ids in vocab.ids_of.items()
+        }
         values = unit(member.load_embeddings()[list(own.values())].double())
         return dict(zip(own, unit(values - values.mean(0)), strict=True))
 
@@ -252,6 +258,22 @@ def test_the_filter_leaves_out_who_stands_alone(store: MatrixStore) -> None:
     got = fuser.fuse([row(5, 7), row(20, 30), row(11, 12)], weights).logp[0].exp()
     expected = (row(5, 7).exp() + row(20, 30).exp() + row(11, 12).exp())[0] / 3
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_filter_takes_ids_with_the_same_bytes_for_one_piece(store: MatrixStore) -> None:
+    """The main member's "x" has most mass, half of it under its byte piece, and is the other's second piece."""
+    vocab = ByteVocab((b"", b"x", b"y", b"z", b"x"), frozenset({0}), eos=(0,), byte_fallback=frozenset({1}))
+    filler = [b"f%d" % n for n in range(20)]
+    vocab = replace(vocab, pieces=(*vocab.pieces, *filler))
+    members = [view(name, vocab, torch.eye(25) + (name == "b")) for name in "ab"]
+    logits = [torch.full((1, 25), -20.0) for _ in members]
+    for row, masses in zip(logits, ({1: 0.3, 4: 0.3, 2: 0.4}, {3: 0.6, 1: 0.15, 4: 0.15, 2: 0.1}), strict=True):
+        for i, p in masses.items():
+            row[0, i] = math.log(p)
+    fuser = Eva(filter_top=2, neighbours=1).build(members, store)
+    got = fuser.fuse(logits, torch.tensor([[0.5, 0.5]])).logp[0].exp()
+    # "x" is among the other's two best pieces, "z" is none of the main member's two best: the main member alone
+    torch.testing.assert_close(got[1:5], torch.tensor([0.3, 0.4, 0.0, 0.3]), atol=1e-5, rtol=0)
 
 
 def test_eva_uses_output_embeddings_and_its_maps_belong_to_them(store: MatrixStore) -> None:

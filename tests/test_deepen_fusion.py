@@ -69,20 +69,24 @@ def slow_fuse(members, logp, weights, relative, steps: int = 5) -> np.ndarray:
         {**PAPER, "support": "full", "top_m": 0},
         {**PAPER, "rows": "exact", "support": "full", "top_m": 0},
         {**PAPER, "rows": "prefix"},
+        {**PAPER, "support": "full", "max_anchors": 30},
+        {**PAPER, "rows": "exact", "support": "full", "top_m": 0, "max_anchors": 30},
     ],
 )
-def test_it_is_the_slow_reference(store: MatrixStore, options: dict) -> None:
+@pytest.mark.parametrize("byte_pieces", [False, True])
+def test_it_is_the_slow_reference(store: MatrixStore, options: dict, byte_pieces: bool) -> None:
+    members = trio(byte_pieces)
     method = Deepen(**options)
-    fuser, logp = method.build(MEMBERS, store), rows(MEMBERS, 4)
-    anchors = find_anchors([m.vocabulary for m in MEMBERS], names=["a", "b", "c"])
+    fuser, logp = method.build(members, store), rows(members, 4)
+    anchors = find_anchors([m.vocabulary for m in members], names=["a", "b", "c"], max_anchors=method.max_anchors)
     relative = []
-    for m in MEMBERS:
+    for m in members:
         matrix = store.get(m, anchors, method.matrix_spec())
         relative.append(matrix.full().project(torch.eye(len(m.vocabulary))).double().numpy())
     fused = fuser.fuse(logp, WEIGHTS).logp
     for i, weights in enumerate(WEIGHTS.tolist()):
-        expected = slow_fuse(MEMBERS, [x[i] for x in logp], weights, relative)
-        used = [j for j in range(fused.shape[1]) if j not in MEMBERS[0].vocabulary.unused]
+        expected = slow_fuse(members, [x[i] for x in logp], weights, relative)
+        used = [j for j in range(fused.shape[1]) if j not in members[0].vocabulary.unused]
         np.testing.assert_allclose(fused[i, used].numpy(), expected[used], atol=2e-4)
 
 

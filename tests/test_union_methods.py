@@ -71,20 +71,27 @@ def naive_gac(members, logp, weights) -> dict[bytes | str, float]:
     return fused
 
 
+def first_token(member, piece: bytes) -> bytes | None:
+    """The bytes of the first token that a member spells some bytes with."""
+    if member.spelling is None:
+        return next((piece[:n] for n in range(len(piece), 0, -1) if piece[:n] in member.vocabulary.ids_of), None)
+    ids = member.spelling.encode(piece)
+    return member.vocabulary.pieces[ids[0]] if ids else None
+
+
 def naive_unite(members, logp, weights, k: int, tail: str) -> dict[bytes | str, float]:
     rows_of = enumerate(zip(members, logp, weights, strict=True))
     own = [events(m.vocabulary, row) if w or not i else {} for i, (m, row, w) in rows_of]
     candidates = {key for found in own for key in sorted(found, key=found.get, reverse=True)[:k]}
     fused = dict.fromkeys(candidates, 0.0)
-    for found, weight in zip(own, weights, strict=True):
+    for member, found, weight in zip(members, own, weights, strict=True):
         if not weight:
             continue
         scores = {}
         for key in candidates:
             first = key
             if key not in found and key != END:
-                starts = [key[:n] for n in range(len(key), 0, -1)]
-                first = next((start for start in starts if start in found), None)
+                first = first_token(member, key)
             scores[key] = found.get(first, 0.0)
         total = sum(scores.values())
         for key, score in scores.items():
@@ -120,8 +127,9 @@ def test_without_an_end_in_the_main_member_nobody_ends() -> None:
 # ---- gac
 
 
-def test_gac_equals_the_reference(store: MatrixStore) -> None:
-    members = trio()
+@pytest.mark.parametrize("byte_pieces", [False, True])
+def test_gac_equals_the_reference(store: MatrixStore, byte_pieces: bool) -> None:
+    members = trio(byte_pieces)
     logp, fuser = rows(members, 5), Gac().build(members, store)
     got = fuser.fuse(logp, WEIGHTS).logp
     for n in range(5):
@@ -166,8 +174,9 @@ def test_a_tiny_probability_still_has_a_score(store: MatrixStore) -> None:
 
 @pytest.mark.parametrize("tail", ["main", "none"])
 @pytest.mark.parametrize("k", [1, 5, 10_000])
-def test_unite_equals_the_reference(store: MatrixStore, k: int, tail: str) -> None:
-    members = trio()
+@pytest.mark.parametrize("byte_pieces", [False, True])
+def test_unite_equals_the_reference(store: MatrixStore, byte_pieces: bool, k: int, tail: str) -> None:
+    members = trio(byte_pieces)
     logp, fuser = rows(members, 5), Unite(top_k=k, tail=tail).build(members, store)
     got = fuser.fuse(logp, WEIGHTS).logp
     for n in range(5):
