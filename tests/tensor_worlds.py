@@ -17,7 +17,13 @@ TEXT_TOO = [b"a", b"b", b"1"]  # of these, what is a piece of text as well, unde
 
 
 def vocabulary(
-    own: int, *, tag: str, shared: int = 60, eos: tuple[int, ...] = (1,), control: int = 3, padded: int = 0,
+    own: int,
+    *,
+    tag: str,
+    shared: int = 60,
+    eos: tuple[int, ...] = (1,),
+    control: int = 3,
+    padded: int = 0,
     byte_pieces: bool = False,
 ) -> ByteVocab:
     """Control ids, byte pieces, pieces shared by all, own pieces, duplicates of shared and byte pieces, padding."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import naive
+import naive_fusion
 import pytest
 import torch
 from harness import deepen, requests
@@ -21,7 +22,6 @@ from lm_eval_deepen.fusion.unite import Unite
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-END = "end of text"
 WEIGHTS = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.9, 0.1]])
 
 
@@ -29,77 +29,6 @@ def small(*pieces: bytes, tag: str = "m", **roles) -> object:
     """A member with these pieces; id 0 is EOS unless roles say otherwise."""
     roles = {"control": frozenset({0}), "eos": (0,), **roles}
     return view(tag, ByteVocab(pieces, **roles), torch.eye(len(pieces)))
-
-
-def events(vocab: ByteVocab, row: torch.Tensor, with_end: bool = True) -> dict[bytes | str, float]:
-    """The probabilities of pieces as bytes, and of the end, given that the next piece is one of these."""
-    found: dict[bytes | str, float] = {}
-    for i, p in enumerate(row.double().exp().tolist()):
-        key = END if i in vocab.eos else vocab.pieces[i]
-        if i in vocab.unused or (i in vocab.control and i not in vocab.eos) or not key or (key == END and not with_end):
-            continue
-        found[key] = found.get(key, 0.0) + p
-    total = sum(found.values())
-    return {key: p / total for key, p in found.items()}
-
-
-def as_row(out: ByteVocab, main: ByteVocab, own: torch.Tensor, fused: dict[bytes | str, float]) -> torch.Tensor:
-    """The fused row [K] from the fused probabilities of events: equal ids in proportion to the main member's."""
-    p = own.double().exp()
-    used = [i for i in range(len(main)) if i not in main.unused]
-    p = p / p[used].sum()
-    control = [i for i in main.control if i not in main.eos]
-    kept = 1 - float(p[control].sum())
-    row = torch.zeros(len(out), dtype=torch.float64)
-    row[control] = p[control]
-    for key, mass in fused.items():
-        ids = sorted(set(main.eos)) if key == END else main.ids_of.get(key, ())
-        if not ids:
-            row[out.pieces.index(key, len(main))] = mass * kept
-            continue
-        total = float(p[list(ids)].sum())
-        for i in ids:
-            row[i] = mass * kept * (float(p[i]) / total if total else 1 / len(ids))
-    return row
-
-
-def naive_gac(members, logp, weights) -> dict[bytes | str, float]:
-    fused: dict[bytes | str, float] = {}
-    for member, row, weight in zip(members, logp, weights, strict=True):
-        for key, p in (events(member.vocabulary, row) if weight else {}).items():
-            fused[key] = fused.get(key, 0.0) + float(weight) * p
-    return fused
-
-
-def first_token(member, piece: bytes) -> bytes | None:
-    """The bytes of the first token that a member spells some bytes with."""
-    if member.spelling is None:
-        return next((piece[:n] for n in range(len(piece), 0, -1) if piece[:n] in member.vocabulary.ids_of), None)
-    ids = member.spelling.encode(piece)
-    return member.vocabulary.pieces[ids[0]] if ids else None
-
-
-def naive_unite(members, logp, weights, k: int, tail: str) -> dict[bytes | str, float]:
-    rows_of = enumerate(zip(members, logp, weights, strict=True))
-    own = [events(m.vocabulary, row) if w or not i else {} for i, (m, row, w) in rows_of]
-    candidates = {key for found in own for key in sorted(found, key=found.get, reverse=True)[:k]}
-    fused = dict.fromkeys(candidates, 0.0)
-    for member, found, weight in zip(members, own, weights, strict=True):
-        if not weight:
-            continue
-        scores = {}
-        for key in candidates:
-            first = key
-            if key not in found and key != END:
-                first = first_token(member, key)
-            scores[key] = found.get(first, 0.0)
-        total = sum(scores.values())
-        for key, score in scores.items():
-            fused[key] += float(weight) * score / total
-    total = sum(fused.values())
-    inside = sum(own[0].get(key, 0.0) for key in candidates) if tail == "main" else 1.0
-    rest = {key: p for key, p in own[0].items() if key not in candidates} if tail == "main" else {}
-    return {**rest, **{key: p / total * inside for key, p in fused.items()}}
 
 
 @pytest.fixture
@@ -133,8 +62,8 @@ def test_gac_equals_the_reference(store: MatrixStore, byte_pieces: bool) -> None
     logp, fuser = rows(members, 5), Gac().build(members, store)
     got = fuser.fuse(logp, WEIGHTS).logp
     for n in range(5):
-        fused = naive_gac(members, [x[n] for x in logp], WEIGHTS[n])
-        expected = as_row(fuser.out_vocab, members[0].vocabulary, logp[0][n], fused)
+        fused = naive_fusion.gac(members, [x[n] for x in logp], WEIGHTS[n])
+        expected = naive_fusion.as_row(fuser.out_vocab, members[0].vocabulary, logp[0][n], fused)
         torch.testing.assert_close(got[n].double().exp(), expected, atol=1e-7, rtol=1e-5)
 
 
@@ -180,8 +109,8 @@ def test_unite_equals_the_reference(store: MatrixStore, byte_pieces: bool, k: in
     logp, fuser = rows(members, 5), Unite(top_k=k, tail=tail).build(members, store)
     got = fuser.fuse(logp, WEIGHTS).logp
     for n in range(5):
-        fused = naive_unite(members, [x[n] for x in logp], WEIGHTS[n], k, tail)
-        expected = as_row(fuser.out_vocab, members[0].vocabulary, logp[0][n], fused)
+        fused = naive_fusion.unite(members, [x[n] for x in logp], WEIGHTS[n], k, tail)
+        expected = naive_fusion.as_row(fuser.out_vocab, members[0].vocabulary, logp[0][n], fused)
         torch.testing.assert_close(got[n].double().exp(), expected, atol=1e-7, rtol=1e-5)
 
 

@@ -1,0 +1,162 @@
+"""Slow, obvious references of the fusion methods: one row at a time, pieces as bytes, no tensors but at the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.fusion.seam import MemberView
+from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+END = "end of text"
+Event = bytes | str
+
+
+def events(vocab: ByteVocab, row: Tensor, with_end: bool = True) -> dict[Event, float]:
+    """The probabilities of pieces as bytes, and of the end, given that the next piece is one of these."""
+    found: dict[Event, float] = {}
+    apart = vocab.unused | (vocab.control - set(vocab.eos))
+    for i, p in enumerate(row.double().exp().tolist()):
+        key = END if i in vocab.eos else vocab.pieces[i]
+        if i in apart or not key or (key == END and not with_end):
+            continue
+        found[key] = found.get(key, 0.0) + p
+    total = sum(found.values())
+    return {key: p / total for key, p in found.items()}
+
+
+def as_row(out: ByteVocab, main: ByteVocab, own: Tensor, fused: dict[Event, float]) -> Tensor:
+    """The fused row [K] from the fused probabilities of events: equal ids in proportion to the main member's."""
+    p = own.double().exp().tolist()
+    total = sum(value for i, value in enumerate(p) if i not in main.unused)
+    p = [value / total for value in p]
+    control = [i for i in main.control if i not in main.eos]
+    kept = 1 - sum(p[i] for i in control)
+    added = {piece: n for n, piece in enumerate(out.pieces) if n >= len(main)}
+    row = [0.0] * len(out)
+    for i in control:
+        row[i] = p[i]
+    for key, mass in fused.items():
+        ids = sorted(set(main.eos)) if key == END else main.ids_of.get(key, ())
+        if not ids:
+            row[added[key]] = mass * kept
+            continue
+        own_mass = sum(p[i] for i in ids)
+        for i in ids:
+            row[i] = mass * kept * (p[i] / own_mass if own_mass else 1 / len(ids))
+    return torch.tensor(row, dtype=torch.float64)
+
+
+def gac(members: Sequence[MemberView], logp: Sequence[Tensor], weights: Iterable[float]) -> dict[Event, float]:
+    """The weighted sum of the members' probabilities of every piece that one of them has."""
+    fused: dict[Event, float] = {}
+    for member, row, weight in zip(members, logp, weights, strict=True):
+        for key, p in (events(member.vocabulary, row) if weight else {}).items():
+            fused[key] = fused.get(key, 0.0) + float(weight) * p
+    return fused
+
+
+def first_token(member: MemberView, piece: bytes) -> bytes | None:
+    """The bytes of the first token that a member spells some bytes with."""
+    if member.spelling is None:
+        return next((piece[:n] for n in range(len(piece), 0, -1) if piece[:n] in member.vocabulary.ids_of), None)
+    try:
+        ids = member.spelling.encode(piece)
+    except VocabularyError:  # a text that this tokenizer alters
+        return None
+    return member.vocabulary.pieces[ids[0]] if ids else None
+
+
+def unite(
+    members: Sequence[MemberView], logp: Sequence[Tensor], weights: Iterable[float], k: int, tail: str
+) -> dict[Event, float]:
+    """The average over the union of the members' k likeliest pieces, each member's scores normalised over it."""
+    weights = [float(weight) for weight in weights]
+    rows_of = enumerate(zip(members, logp, weights, strict=True))
+    own = [events(m.vocabulary, row) if w or not i else {} for i, (m, row, w) in rows_of]
+    candidates = {key for found in own for key in sorted(found, key=found.__getitem__, reverse=True)[:k]}
+    fused = dict.fromkeys(candidates, 0.0)
+    for member, found, weight in zip(members, own, weights, strict=True):
+        if not weight:
+            continue
+        scores = {}
+        for key in candidates:
+            first = key if key in found or isinstance(key, str) else first_token(member, key)
+            scores[key] = 0.0 if first is None else found.get(first, 0.0)
+        total = sum(scores.values())
+        for key, score in scores.items():
+            fused[key] += weight * score / total
+    total = sum(fused.values())
+    inside = sum(own[0].get(key, 0.0) for key in candidates) if tail == "main" else 1.0
+    rest = {key: p for key, p in own[0].items() if key not in candidates} if tail == "main" else {}
+    return {**rest, **{key: p / total * inside for key, p in fused.items()}}
+
+
+def mapped(
+    members: Sequence[MemberView],
+    logp: Sequence[Tensor],
+    weights: Iterable[float],
+    maps: Sequence[dict[bytes, dict[bytes, float]]],
+) -> dict[Event, float]:
+    """The average over the main member's pieces, the other members' pieces going where their maps say."""
+    fused: dict[Event, float] = {}
+    for m, (member, row, weight) in enumerate(zip(members, logp, weights, strict=True)):
+        for key, p in (events(member.vocabulary, row) if weight else {}).items():
+            ways = {key: 1.0} if m == 0 or isinstance(key, str) else maps[m - 1][key]
+            for target, share in ways.items():
+                fused[target] = fused.get(target, 0.0) + float(weight) * p * share
+    total = sum(fused.values())
+    return {key: p / total for key, p in fused.items()}
+
+
+def classes(
+    members: Sequence[MemberView],
+    logp: Sequence[Tensor],
+    weights: Iterable[float],
+    anchor_of: Sequence[dict[bytes, bytes | None]],
+    average: str,
+) -> dict[Event, float]:
+    """The average over classes of pieces, a class's mass shared in proportion to the main member's own.
+
+    Args:
+        members: the main one first.
+        logp: a row of each.
+        weights: all above 0.
+        anchor_of: for every member the anchor that stands for a piece, None where none does.
+        average: ``linear``, or ``geometric`` of text and of text against end.
+    """
+    weights = [float(weight) for weight in weights]
+    own = [events(member.vocabulary, row) for member, row in zip(members, logp, strict=True)]
+    masses = []
+    for found, anchors in zip(own, anchor_of, strict=True):
+        mass: dict[Event | None, float] = {}
+        for key, p in found.items():
+            anchor = key if isinstance(key, str) else anchors[key]
+            mass[anchor] = mass.get(anchor, 0.0) + p
+        masses.append(mass)
+    keys = {key for mass in masses for key in mass}
+    if average == "linear":
+        mixed = {key: sum(w * mass.get(key, 0.0) for w, mass in zip(weights, masses, strict=True)) for key in keys}
+        end = mixed.pop(END, 0.0)
+        text = sum(mixed.values())
+    else:
+        ends = [mass.get(END, 0.0) for mass in masses]
+        mixed = {key: 1.0 for key in keys if key != END}
+        for w, mass, own_end in zip(weights, masses, ends, strict=True):
+            for key in mixed:
+                mixed[key] *= max(mass.get(key, 0.0) / (1 - own_end), 1e-12) ** w
+        text = end = 1.0
+        for w, own_end in zip(weights, ends, strict=True):
+            text, end = text * (1 - own_end) ** w, end * own_end**w
+        text, end = text / (text + end), end / (text + end)
+    reached = {key: p for key, p in mixed.items() if masses[0].get(key, 0.0) > 0}  # the others have no piece to go to
+    total = sum(reached.values())
+    fused: dict[Event, float] = {END: end}
+    for key, p in own[0].items():
+        if not isinstance(key, str):
+            anchor = anchor_of[0][key]
+            fused[key] = p / masses[0][anchor] * reached[anchor] / total * text if anchor in reached else 0.0
+    return fused
