@@ -11,7 +11,6 @@ from torch import Tensor
 from lm_eval_deepen.fusion.seam import MemberView, Spelling
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-
 BYTES = [bytes([byte]) for byte in b"abcs0123456789"]  # the pieces <0x61>, <0x62>, ... of byte fallback
 TEXT_TOO = [b"a", b"b", b"1"]  # of these, what is a piece of text as well, under a later id
 

@@ -33,7 +33,7 @@ def masses(p: np.ndarray, vocab: ByteVocab) -> tuple[float, float, float]:
 
 
 def slow_fuse(members, logp, weights, relative, steps: int = 5) -> np.ndarray:
-    """One row, full support, em: every rule of DESIGN.md spelled out."""
+    """One row, full support, em: every rule of docs/design.md spelled out."""
     probabilities = [np.exp(x.double().numpy()) for x in logp]
     main, vocab = probabilities[0], members[0].vocabulary
     end, r, text_mass = 0.0, 0.0, 0.0

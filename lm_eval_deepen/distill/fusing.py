@@ -88,6 +88,7 @@ def shares(nats: Sequence[float], tokens: int, fusion: str) -> list[float]:
     All sources predict the same bytes, so the sums of their nats compare, whatever they cut the text into: ``mince``
     takes the source that needs fewest bits per byte. Nats per own token, as published, would favour short tokens.
     ``avgce`` weights them by exp(-CE), with the cross-entropy per token of the target: the inverse of a perplexity.
+    The published weights are the softmax of exp(-CE), which lies between 0 and 1, so that they are nearly uniform.
 
     Args:
         nats: what each source needs for the block.

@@ -48,7 +48,7 @@ class Alone:
 
 
 class DeepenFuser:
-    """Fuses rows as DESIGN.md's "The method, exactly" says; `sides` has the main member first.
+    """Fuses rows as "The method" in docs/design.md says; `sides` has the main member first.
 
     Attributes:
         out_vocab: the main member's pieces.

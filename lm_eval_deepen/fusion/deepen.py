@@ -50,7 +50,8 @@ class Deepen:
             published search); by default exact where that is possible, else em.
         steps: its iterations; 5 by default.
         learning_rate: of adamw (0.15 by default) or mirror (1.7).
-        trust_region: largest KL divergence from the main member's distribution, in nats.
+        trust_region: largest KL divergence from the main member's distribution over the pieces of text that a step
+            redistributes, in nats.
         normalization: of rows from embeddings: ``centered`` by default, ``cosine``, ``decorrelated`` or ``reference``
             (published).
         relative_temperature: factor on the normalised cosines of rows from embeddings; 100 by default.

@@ -35,10 +35,14 @@ class Eva:
 
     An orthogonal projection that takes the output embeddings of the common pieces of one member closest to those of
     the main member (Procrustes; section 3.1) makes all pieces comparable. A piece goes to its most similar main
-    pieces in proportion to the cosines, which are taken of rows of length 1, centred, again of length 1. The
-    published code leaves the rows unnormalised, which lowers a member's weight where its cosines are low, and takes
-    ids 0 to 2 for the control pieces of any model; here rows sum to 1, and roles come from the tokenizer. It ranks
-    by a cosine corrected for hubs (CSLS), and cuts distributions to their top 320 first; neither is done here.
+    pieces in proportion to the cosines, which are taken of rows of length 1, centred, again of length 1. A map's row
+    sums to 1, or is empty, and roles come from the tokenizer.
+
+    The published run differs. Its projection is vecmap's with ``--supervised``, which whitens both sets of embeddings
+    before it and re-weights and de-whitens them after it; here there is the orthogonal projection alone. It takes
+    cosines corrected for hubs (CSLS) as values, not for the ranking alone, keeps those above 0.1, and drops pieces
+    whose rows are flat; its rows do not sum to 1, which lowers a member's weight where its values are low. It cuts
+    distributions to their top 320 first, and takes ids 0 to 2 for the control pieces of any model.
 
     Attributes:
         neighbours: main pieces that a piece goes to.

@@ -25,12 +25,13 @@ class Gac:
     """Options of ``method: gac``, "token generation as classification" over the union vocabulary.
 
     A piece's fused probability is the weighted sum of its members' probabilities, 0 in a member that lacks it
-    (section 3.2). Pieces are compared as bytes; the published code compares strings, so it loses non-ASCII pieces
-    of unlike tokenizers, and gives a string that several ids share to one of them only. Here the ids of one
-    byte string have one mass. A score is a lower bound: union-only pieces share the normaliser.
+    (section 3.2). Pieces are compared as bytes. The published code compares strings: where one tokenizer is byte-level
+    and another SentencePiece, the same newline, space, punctuation or non-ASCII piece is two pieces of its union, and
+    what the members say of it is not added up. It gives a string that several ids share to one of them only; here the
+    ids of one byte string have one mass. A score is a lower bound: union-only pieces share the normaliser.
 
     Attributes:
-        threshold: fuse only where the main member's highest probability is below this (section 3.4, "gate
+        threshold: fuse only where the highest probability of the main member's ids is below this (section 3.4, "gate
             model"); by default every row is fused.
     """
 

@@ -14,6 +14,7 @@ from lm_eval_deepen.relative.matrix import Operator
 def exact(logp0: Tensor, r: Tensor, op: Operator, *, reached: Tensor | None = None) -> Inverted:
     """Return p'(w) = p0(w) r_a / (p0 R)_a, a being the one anchor of w: p' R = r, and nothing changes within an anchor.
 
+    Where p0 does not reach an anchor (p0 R = 0), no p' does: r is first normalised over those that it reaches.
     It is what one step of `em` gives on such rows, without a search and without measuring what it left.
 
     Args:

@@ -26,7 +26,7 @@ class Mbr:
     Attributes:
         with_fused: the step-fused ensemble answers as well, with the weight of an average member (DeePEn, arXiv
             2404.12715, combined with MBR).
-        utility: ``chrf`` (character n-grams, Popović 2015) or ``f1`` (words).
+        utility: ``chrf`` (character n-grams, Popović 2015; see the function) or ``f1`` (words).
     """
 
     with_fused: bool = False
@@ -52,7 +52,11 @@ class Mbr:
 
 
 def chrf(text: str, reference: str) -> float:
-    """Return the character n-gram F-score of a text, in [0, 1]; white space does not count, equal texts have 1."""
+    """Return the character n-gram F-score of a text, in [0, 1]; white space does not count, equal texts have 1.
+
+    It is the mean over n, from 1 to 6, of the F-score of n-grams in which recall counts twice; an n for which neither
+    text has n-grams is left out. (The paper takes the F-score of the mean precision and the mean recall.)
+    """
     text, reference = "".join(text.split()), "".join(reference.split())
     if text == reference:
         return 1.0

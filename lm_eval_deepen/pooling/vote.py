@@ -55,7 +55,8 @@ class Vote:
     def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
         """Combine texts; see the seam.
 
-        Stats: ``share``, the winner's share of all weight; ``abstained``, texts without an answer.
+        Stats: ``share``, the winner's share of all weight, 1 where no text has an answer; ``abstained``, texts without
+        an answer.
         """
         shares = ballots(len(answers), weights)
         keys = [self.answer(text) for text in answers]

@@ -36,7 +36,7 @@ class Agreed:
 
 
 def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
-    """Return sum_m w_m q_m (DeePEn, section 3.2); w_m is a member's weight times its mass of text.
+    """Return sum_m w_m q_m (DeePEn, section 3.2); w_m is a member's weight times its mass of text, normalised.
 
     Args:
         reached: the main member's relative vector q_0 [B, A].
@@ -60,6 +60,7 @@ def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Spli
 def geometric(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
     """Return prod_m q_m ** w_m over anchors, normalised, and the same of text against end of text.
 
+    Where q_m, or a mass, is 0 it counts as `FLOOR`.
     Whether to stop is decided apart from how to go on: pooled together, an end would gain from every disagreement
     about the text. Arguments as `linear`; without an end (`with_end`) there is text alone.
     """

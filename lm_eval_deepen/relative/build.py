@@ -24,7 +24,7 @@ PIECE_ROWS = {  # what stands for a piece, by the value of the option ``rows``
     "embedding": "every piece by its embedding (the paper)",
     "exact": "an anchor by itself, another piece by its embedding",
     "prefix": "an anchor by itself, another piece by the longest anchor that it begins with",
-    "canonical": "an anchor by itself, another piece by the anchor that the other members' tokenizers begin it with",
+    "canonical": "an anchor by itself, another piece by the anchor that the members' tokenizers begin it with",
 }
 EMBEDDINGS = ("input", "output")  # whose rows stand for pieces: of the input embeddings (the paper), of the head
 BYTE_ROWS = ("prefix", "canonical")  # one-hot, from bytes alone: neither embeddings nor a temperature

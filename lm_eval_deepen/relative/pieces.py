@@ -72,9 +72,11 @@ def _first_piece(member: MemberView) -> Callable[[bytes], bytes]:
 def anchor_classes(vocabulary: ByteVocab, anchors: AnchorSet, tokenizers: Tokenizers = NO_TOKENIZERS) -> Tensor:
     """Return the anchor that stands for every id [V], int64; A where none does, and for ids without bytes.
 
-    An anchor stands for itself. Another piece is replaced by the first token of its bytes under each of
-    `tokenizers` in turn until that is an anchor: a member that lacks the piece would begin the same bytes so.
-    Where that leads nowhere, and without tokenizers, it is the longest anchor that the piece begins with.
+    An anchor stands for itself. Another piece is replaced by the first token of its bytes under the first of
+    `tokenizers` that begins them with a shorter piece, and so on until that is an anchor: a member that lacks the
+    piece would begin the same bytes so. All members' tokenizers are asked, that of the piece's own member as well,
+    which mostly gives the piece itself back. Where that leads nowhere, and without tokenizers, it is the longest
+    anchor that the piece begins with.
     """
     index = {piece: i for i, piece in enumerate(anchors.pieces)}
     longest = max(map(len, anchors.pieces), default=0)

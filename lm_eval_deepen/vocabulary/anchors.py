@@ -1,4 +1,8 @@
-"""Anchors: the byte strings that every member has a piece for (DeePEn, arXiv 2404.12715, section 3.1)."""
+"""Anchors: the byte strings that every member has a piece for (DeePEn, arXiv 2404.12715, section 3.1).
+
+The published code compares strings instead, "Ġ" as "▁". For SmolLM2 and Gemma 3 that makes 45,589 pairs, 158 of which
+are different bytes; 46,145 byte strings are common.
+"""
 
 from __future__ import annotations
 
