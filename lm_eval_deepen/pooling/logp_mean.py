@@ -16,8 +16,9 @@ class LogpMean:
     """``pooling: logp-mean``: a weighted mean of the members' scores of a whole continuation; it has no options.
 
     That is the logarithm of their weighted geometric mean, not normalised. Every member scores its own tokens as
-    ``hf`` does (those behind its tokens of the context), so no vocabulary is aligned and no matrix built. A continuation is greedy where it is for members of more than
-    half of the weight; at exactly half the main member decides.
+    ``hf`` does (those behind its tokens of the context), so no vocabulary is aligned and no matrix built. A
+    continuation is greedy where it is for members of more than half of the weight; at exactly half the main member
+    decides.
     """
 
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"loglikelihood", "loglikelihood_rolling"})
