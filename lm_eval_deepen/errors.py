@@ -60,6 +60,10 @@ class ResultError(DeepenError):
     """Result files that are missing, damaged, or cannot be compared."""
 
 
+class NotPairedError(ResultError):
+    """A metric that cannot be compared document by document, though nothing is damaged; others can."""
+
+
 class StorageError(DeepenError):
     """A file or folder that cannot be read, written, moved or locked."""
 

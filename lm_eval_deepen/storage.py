@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lm_eval_deepen.errors import DeepenError, StorageError
 
 _SHOWN = 40  # characters of a file's name in that of its temporary one: names have an end, too
@@ -181,7 +179,8 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    make_folder(path.parent)
+    with _explained(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with _explained(path, "written"), open(path, "ab", buffering=0) as file:
         end = None if _is_stream(path) else os.fstat(file.fileno()).st_size
         try:
@@ -379,6 +378,8 @@ def locked(path: Path, busy: DeepenError | None = None) -> Iterator[None]:
     Raises:
         StorageError: it cannot be made.
     """
+    from filelock import FileLock, Timeout  # no command needs it only to print its help
+
     make_folder(path.parent)
     lock = FileLock(path)
     with _explained(path, "locked"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.errors import NotPairedError, ResultError
 from lm_eval_deepen.runs.samples import Key, Sample
 from lm_eval_deepen.statistics import standard_error
 from lm_eval_deepen.statistics.paired import Statistic, Values, mean_of_first
@@ -93,14 +93,17 @@ def scores_of(
         where: task and run, for messages.
 
     Raises:
-        ResultError: a metric that is not compared document by document (BLEU, F1 over a corpus), or a value
-            that is no finite number.
+        NotPairedError: a metric that is not compared document by document (BLEU, F1 over a corpus, a mean of the
+            documents that have a value).
+        ResultError: a value that is no finite number.
     """
     name = aggregation or _DEFAULTS.get(metric, "mean")
     if name == "nanmean":
-        name = "mean"  # the same where every value is a number, which is checked below
+        if any(table[key].values[metric] != table[key].values[metric] for key in keys):
+            raise NotPairedError(f"{where}: {metric} has documents without a value (NaN), which its mean leaves out")
+        name = "mean"  # the same where every value is a number
     if name not in AGGREGATIONS:
-        raise ResultError(
+        raise NotPairedError(
             f"{where}: {metric} is aggregated by {name!r}, which is not a function of means over documents; compare "
             f"another metric. Supported: {', '.join(AGGREGATIONS)}."
         )
@@ -112,16 +115,20 @@ def scores_of(
 
 def _row(value: Any, width: int, what: str) -> list[float]:
     row = list(value) if isinstance(value, (list, tuple)) else [value]
-    numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in row)
-    if len(row) != width or not numbers:
+    numbers = [number for number in map(to_number, row) if number is not None]
+    if not len(row) == len(numbers) == width:
         expected = "a finite number" if width == 1 else f"{width} finite numbers"
-        raise ResultError(f"{what} should be {expected}, got {value!r}.")
-    return [float(x) for x in row]
+        raise ResultError(
+            f"{what} should be {expected}, got {value!r:.40}; the file is damaged, or the model fails there: "
+            "evaluate the task again, or leave the metric out with --metric."
+        )
+    return numbers
 
 
 def configured_aggregation(task_config: Mapping[str, Any], metric: str) -> str | None:
     """Return the aggregation that a task's configuration names for a metric, or None."""
-    for entry in task_config.get("metric_list") or ():
+    listed = task_config.get("metric_list")
+    for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, Mapping) and entry.get("metric") == metric:
             return _name(entry.get("aggregation"))
     return None
@@ -129,9 +136,19 @@ def configured_aggregation(task_config: Mapping[str, Any], metric: str) -> str |
 
 def _name(aggregation: Any) -> str | None:
     # A function of the task's own is written as its source: the task says what it does, not we.
-    return None if aggregation is None else str(aggregation).strip().splitlines()[0]
+    return None if aggregation is None else str(aggregation).strip().partition("\n")[0]
 
 
 def agrees(reported: Any, computed: float) -> bool:
     """Return whether a score of the results file is the one that its samples give."""
-    return isinstance(reported, (int, float)) and math.isclose(reported, computed, rel_tol=_AGREES, abs_tol=_AGREES)
+    number = to_number(reported)
+    return number is not None and math.isclose(number, computed, rel_tol=_AGREES, abs_tol=_AGREES)
+
+
+def to_number(value: Any) -> float | None:
+    """Return a finite number of a results file; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None

@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import ResultError, did_you_mean
+from lm_eval_deepen.errors import ResultError, StorageError, did_you_mean
 from lm_eval_deepen.runs.aggregation import Scores, agrees, configured_aggregation, scores_of
 from lm_eval_deepen.runs.samples import Key, Samples, read_samples
+from lm_eval_deepen.storage import read_json
 
 _DATED = re.compile(r"(?P<stem>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
 
@@ -55,7 +56,8 @@ class TaskRun:
 
     def higher_is_better(self, metric: str) -> bool | None:
         """Return which way a metric is good; None where the results file does not say."""
-        return (self.results.get("higher_is_better") or {}).get(self.task, {}).get(metric)
+        said = (self.results.get("higher_is_better") or {}).get(self.task, {}).get(metric)
+        return said if isinstance(said, bool) else None
 
     def scores(self, metric: str, flt: str, keys: Sequence[Key]) -> Scores:
         """Return the metric's values for the documents `keys`."""
@@ -167,7 +169,7 @@ def _read_series(paths: Sequence[Path], folder: Path) -> Run:
         here = {
             task: TaskRun(task, path, samples, results)
             for task in results["configs"]
-            if (samples := path.with_name(f"samples_{task}_{_date(path)}.jsonl")).is_file()
+            if (samples := path.parent / f"samples_{task}_{_date(path)}.jsonl").is_file()
         }
         if not here:
             notes.append(f"{path}: left out, it has no samples (--log_samples)")
@@ -204,12 +206,46 @@ def fingerprint(results: Mapping[str, Any]) -> str | None:
 
 
 def _read_results(path: Path) -> dict[str, Any]:
+    return read_results(path, "evaluate again.")
+
+
+def read_results(path: Path, remedy: str) -> dict[str, Any]:
+    """Return a results file of the harness, of which whatever is read here or in `comparable` has the right type.
+
+    Raises:
+        ResultError: it cannot be read, or is none.
+    """
     try:
-        results = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ResultError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); the file is damaged or was cut off, evaluate again."
-        ) from error
-    if not isinstance(results, dict) or not isinstance(results.get("results"), dict) or "configs" not in results:
+        found = read_json(path)
+    except StorageError as error:
+        raise ResultError(f"{error}; {remedy}") from error
+    if not isinstance(found, dict) or "results" not in found or "configs" not in found:
         raise ResultError(f"{path}: not a results file of the harness, it has no 'results' and 'configs'.")
-    return results
+    if (odd := _odd(found)) is not None:
+        raise ResultError(f"{path}: {odd} is of another type than the harness writes; the file is damaged, {remedy}")
+    return found
+
+
+def _odd(found: Mapping[str, Any]) -> str | None:
+    """Return the place of what has another type than the harness writes; None where nothing has."""
+    for key in ("results", "configs", "higher_is_better", "groups"):
+        part = found.get(key, {})
+        if key in ("higher_is_better", "groups") and part is None:
+            continue
+        if not isinstance(part, dict):
+            return key
+        for name, inner in part.items():
+            if not isinstance(inner, dict):
+                return f"{key}: {name}"
+    config = found.get("config")
+    if not isinstance(config, (dict, type(None))):
+        return "config"
+    ensemble = (config or {}).get("deepen")
+    if not isinstance(ensemble, (dict, type(None))):
+        return "config: deepen"
+    options, members = ((ensemble or {}).get(key) for key in ("options", "members"))
+    if not isinstance(options, (dict, type(None))):
+        return "config: deepen: options"
+    if members is not None and not (isinstance(members, list) and all(isinstance(one, dict) for one in members)):
+        return "config: deepen: members"
+    return None

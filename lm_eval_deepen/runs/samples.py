@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_eval_deepen.errors import ResultError, did_you_mean
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
+from lm_eval_deepen.storage import reason
 
 _REQUIRED = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")
 _SHOWN = 6
@@ -70,18 +71,25 @@ def read_samples(path: Path) -> Samples:
     Raises:
         ResultError: a line that is not a sample, by file and line; an empty file.
     """
-    with path.open(encoding="utf-8") as lines:
-        records = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
-        return samples_of(((where, _parsed(line, where)) for where, line in records), str(path))
-
-
-def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        with path.open("rb") as lines:
+            records = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+            return samples_of(((where, _parsed(line, where)) for where, line in records), str(path))
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({reason(error)}); evaluate the task again.") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ResultError(
             f"{where}: not a line of JSON ({error.msg} at column {error.colno}); the file is damaged or was cut off, "
             "evaluate the task again."
+        ) from error
+    except (ValueError, RecursionError) as error:  # no UTF-8; a number that is too long; lists in lists in lists
+        raise ResultError(
+            f"{where}: not a line of JSON ({error}); the file is damaged, evaluate the task again."
         ) from error
 
 
@@ -101,9 +109,18 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
                 f"{where}: not a sample of the harness, {', '.join(missing)} missing; evaluate again with "
                 "--log_samples and lm_eval 0.4.12 or newer."
             )
-        values = {name: record[name] for name in record.get("metrics", ()) if name in record}
-        sample = Sample(int(record["doc_id"]), str(record["prompt_hash"]), str(record["target_hash"]), values)
-        found[str(record["filter"])].append((str(record["doc_hash"]), sample))
+        doc_id, metrics = record["doc_id"], record.get("metrics", [])
+        odd = [key for key in _REQUIRED[1:] if not isinstance(record[key], str)]
+        odd += ["doc_id"] if type(doc_id) is not int else []
+        odd += ["metrics"] if not (isinstance(metrics, list) and all(isinstance(name, str) for name in metrics)) else []
+        if odd:
+            raise ResultError(
+                f"{where}: not a sample of the harness, {odd[0]} is {record[odd[0]]!r:.40}; the file is damaged, "
+                "evaluate the task again."
+            )
+        values = {name: record[name] for name in metrics if name in record}
+        sample = Sample(doc_id, record["prompt_hash"], record["target_hash"], values)
+        found[record["filter"]].append((record["doc_hash"], sample))
     if not found:
         raise ResultError(f"{source}: holds no sample; evaluate the task again with --log_samples.")
     return Samples(source, {flt: _keyed(entries) for flt, entries in found.items()})
@@ -122,19 +139,19 @@ def common_keys(runs: Sequence[Samples], flt: str, metric: str) -> list[Key]:
     """Return the documents for which every run has a value of the metric, in the order of the first run.
 
     Raises:
-        ResultError: no document is in all of them.
+        NotPairedError: no document, or no value of the metric, is in all of them.
     """
     tables = [run.under(flt) for run in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables[1:])]
     if not shared:
         counted = "; ".join(f"{run.source}: {len(table)}" for run, table in zip(runs, tables, strict=True))
-        raise ResultError(
+        raise NotPairedError(
             f"no document in common (by doc_hash): {counted}. Other split, limit, data or processing of documents?"
         )
     kept = [key for key in shared if all(metric in table[key].values for table in tables)]
     if not kept:
         known = dict.fromkeys(name for table in tables for key in shared[:_SHOWN] for name in table[key].values)
-        raise ResultError(
+        raise NotPairedError(
             f"{runs[0].source}: metric {metric!r} is in no sample that the runs have in common; there are: "
             f"{', '.join(known)}.{did_you_mean(metric, known)}"
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import lm_eval_deepen
-from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.tools.ending import STATUSES, ended
 
 PROG = "lm-eval-deepen"
 
@@ -44,22 +44,22 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: this process's); returns the exit status, 2 for user errors."""
+    """Run the command line ``argv`` (default: this process's); returns the exit status, as `ending` has it."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if argv[:1] == ["run"]:
-            # Everything after it belongs to the harness's own parser, `--help` included.
-            from lm_eval_deepen.tools.run import run_harness
+    if argv[:1] == ["run"]:
+        # Everything after it belongs to the harness's own parser, `--help` included.
+        return ended(lambda: _run_harness(argv[1:]), guest=True)
+    return ended(lambda: _dispatch(argv))
 
-            return run_harness(argv[1:])
-        return _dispatch(argv)
-    except DeepenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _run_harness(argv: list[str]) -> int:
+    from lm_eval_deepen.tools.run import run_harness
+
+    return run_harness(argv)
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=PROG, description=lm_eval_deepen.__doc__)
+    parser = argparse.ArgumentParser(prog=PROG, description=lm_eval_deepen.__doc__, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"{PROG} {lm_eval_deepen.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)

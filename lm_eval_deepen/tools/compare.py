@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm_eval_deepen.errors import ResultError, did_you_mean
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.runs import Measured, Row, Run, common_keys, corrected, find_runs, rows_of
+from lm_eval_deepen.runs.aggregation import to_number
 from lm_eval_deepen.runs.samples import mismatch
 from lm_eval_deepen.statistics.paired import RESAMPLES
+from lm_eval_deepen.storage import write_text
 from lm_eval_deepen.tools import report
 from lm_eval_deepen.tools.gate import share, wanted_columns
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for column in wanted_columns(runs, tasks, args.metric):
         try:
             measured = measure(runs, *column, notes)
-        except ResultError as error:
+        except NotPairedError as error:
             if args.metric:
                 raise
             notes.append(f"not compared: {error}")
@@ -80,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     notes += groups(runs)
     text = rendered(corrected(rows), args.alpha, list(dict.fromkeys(notes)), args.format)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", "utf-8")
+        write_text(args.output, text + "\n")
     else:
         print(text)
     return 0
@@ -148,7 +149,8 @@ def measure(runs: Sequence[Run], task: str, metric: str, flt: str, notes: list[s
     """Return one metric of all runs over the documents that they have in common; differences are noted.
 
     Raises:
-        ResultError: no common document, a metric missing from a run or not comparable by document.
+        NotPairedError: no common document, a metric missing from a run or not comparable by document.
+        ResultError: a file that is damaged.
     """
     found = [run.task(task) for run in runs]
     keys = common_keys([run.samples for run in found], flt, metric)
@@ -180,8 +182,9 @@ def groups(runs: Sequence[Run]) -> list[str]:
         for results in {id(task.results): task.results for task in run.tasks.values()}.values():
             for group, values in (results.get("groups") or {}).items():
                 for key, value in values.items():
-                    if "," in key and "_stderr," not in key and isinstance(value, (int, float)):
-                        told.setdefault((group, key), {})[run.label] = value
+                    number = to_number(value) if "," in key and "_stderr," not in key else None
+                    if number is not None:
+                        told.setdefault((group, key), {})[run.label] = number
     return [
         f"group {group}, {key.removesuffix(',none')}, as reported, over all documents and without a test: "
         + ", ".join(f"{label} {report.number(value)}" for label, value in values.items())

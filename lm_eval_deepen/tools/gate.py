@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import ResultError, did_you_mean
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.runs import Run, common_keys, find_runs
 from lm_eval_deepen.runs.comparable import objections
 from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
+from lm_eval_deepen.storage import append_text, write_json
 from lm_eval_deepen.tools.gate_report import GateReport, Status, Tested, markdown, plain
 
 HELP = (
     "Test whether the candidate's evaluation is worse than the baseline's, paired by document. "
-    "Exit status: 0 pass, 1 regressed, 2 wrong usage or unreadable results, 3 not comparable."
+    "Exit status: 0 pass, 1 regressed, 2 wrong usage, unreadable results or an output that cannot be written, 3 not "
+    "comparable."
 )
 EXIT: dict[Status, int] = {"pass": 0, "regressed": 1, "not comparable": 3}
 
@@ -78,13 +79,10 @@ def run(args: argparse.Namespace) -> int:
     report = judge(baseline, candidate, rule, args.tasks, args.metric, args.allow_config_change)
     print(plain(report))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        outcome = {**report.to_dict(), "exit_status": EXIT[report.status]}
-        args.json.write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(args.json, {**report.to_dict(), "exit_status": EXIT[report.status]})
     summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(markdown(report) + "\n")
+        append_text(Path(summary), markdown(report) + "\n")
     return EXIT[report.status]
 
 
@@ -167,22 +165,22 @@ def pairs_of(
     for task, metric, flt in columns:
         one, two = baseline.tasks[task], candidate.tasks[task]
         good = one.higher_is_better(metric)
-        try:
-            if (metric, flt) not in two.columns:
-                reasons.append(f"{task}: {two.results_path} has no {metric},{flt}")
-                continue
-            if good is None:
-                raise ResultError(f"{one.where}: it is unknown which way {metric} is good (higher_is_better)")
-            keys = common_keys([one.samples, two.samples], flt, metric)
-            pair = Pair(task, metric, flt, good, one.scores(metric, flt, keys), two.scores(metric, flt, keys))
-            doubts = [run.contradiction(metric, flt) for run in (one, two)]
-        except ResultError as error:
-            # Asked for by name, it must be tested; otherwise the other metrics still can be.
-            (reasons if explicit else notes).append(f"not tested: {error}")
+        if (metric, flt) not in two.columns:
+            reasons.append(f"{task}: {two.results_path} has no {metric},{flt}")
             continue
         values = [sum(metric in sample.values for sample in run.samples.under(flt).values()) for run in (one, two)]
         if len(set(values)) > 1:
             reasons.append(f"{task}: {metric} is given for {values[0]} and {values[1]} documents")
+            continue
+        try:
+            if good is None:
+                raise NotPairedError(f"{one.where}: it is unknown which way {metric} is good (higher_is_better)")
+            keys = common_keys([one.samples, two.samples], flt, metric)
+            pair = Pair(task, metric, flt, good, one.scores(metric, flt, keys), two.scores(metric, flt, keys))
+            doubts = [run.contradiction(metric, flt) for run in (one, two)]
+        except NotPairedError as error:
+            # Asked for by name, it must be tested; otherwise the other metrics still can be.
+            (reasons if explicit else notes).append(f"not tested: {error}")
             continue
         notes.extend(doubt for doubt in doubts if doubt)
         pairs.append(pair)
