@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lm_eval_deepen.engine.following import Path, path_of
+from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Cheapest(_Adaptive):
 
     @staticmethod
     def _ends(follower: Follower, path: Path, token: int) -> bool:
-        vocab = follower.member.codec.vocab
+        vocab = follower.member.codec.vocab.events
         return token in vocab.control or token in vocab.unused or len(path) >= follower.member.max_length
 
 
@@ -146,7 +147,7 @@ def _as_main(ensemble: Ensemble, follower: Follower, ids: Sequence[int]) -> tupl
     data = follower.member.codec.vocab.decode(ids)
     try:
         return ensemble.main.codec.encode(data.decode())
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, VocabularyError):  # no whole characters, or a text that the main member cannot spell
         return ()
 
 

@@ -199,7 +199,7 @@ class Ensemble:
         self, selective: Selective, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, fused: Tensor
     ) -> Tensor:
         """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
-        vocabs = [member.codec.vocab for member in self.members]
+        vocabs = [member.codec.vocab.events for member in self.members]
         chosen = selective.rows(logp, weights, vocabs) & fused
         checked = changed = 0
         if selective.check and bool(chosen.any()):
@@ -212,7 +212,7 @@ class Ensemble:
 
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         fused = fuser.fuse(logp, weights)
-        vocabs = [member.codec.vocab for member in self.members]
+        vocabs = [member.codec.vocab.events for member in self.members]
         self.trace.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats)
         return fused.logp
 
@@ -284,7 +284,7 @@ def view(member: Member) -> MemberView:
     spelling = Spelling(lambda data: codec.follow(Prompt((), "", ()), data), str(codec.identity[0]))
     return MemberView(
         name=member.name,
-        vocabulary=codec.vocab,
+        vocabulary=codec.vocab.events,
         load_embeddings=member.embeddings,
         load_fingerprint=lambda: member.embedding_fingerprint,
         load_output_embeddings=member.output_embeddings,

@@ -96,7 +96,7 @@ class Follower:
 def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Path | None:
     """Return the tokens of active member `m` for a job's prompt and its text so far, as `Ensemble.path`."""
     text = data[1:] if job.dummy and data[:1] == b" " else data
-    return ensemble.path(m, job.prompts[m], ids, text)
+    return ensemble.path(m, job.prompts[m].before(text), ids, text)
 
 
 def piece_of(ensemble: Ensemble, token: int) -> bytes:

@@ -108,13 +108,16 @@ class Prompter:
         continuation = spaces + continuation
         if self.solo:
             head, target = self._split_solo(context, continuation)
+            self.main.require_known((*head, *target))
             self._check_target(target)
             return Span((frozen(head[-(self.main.max_length + 1 - len(target)) :]),), target)
         context, bos = self._strip_bos(context)
         head, target, skip = self._split(context, continuation, bos)
         self._check_target(target)
         room = self.main.max_length + 1 - len(target)
-        return Span(self._fit(context, head, room, target[:-1], skip), target, skip)
+        first = self.main.codec.vocab.decode(target)[skip:]
+        prompts = tuple(prompt.before(first) for prompt in self._fit(context, head, room, target[:-1], skip))
+        return Span(prompts, target, skip)
 
     def _split_spaces(self, context: str) -> tuple[str, str]:
         """Return a context without the spaces at its end, and these; a template's own spaces stay with it."""
@@ -160,7 +163,7 @@ class Prompter:
             return self.main.rendered_prompt(context).ids, codec.encode(continuation), 0
         whole = codec.encode_prompt(context + continuation, bos)
         fixed = 1 if bos else len(codec.automatic_prefix)
-        dummy = len(codec.vocab.decode(whole)) - len((context + continuation).encode())
+        dummy = len(codec.vocab.decode(whole[fixed:])) - len((context + continuation).encode())
         if not context:
             return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], dummy
         return *self._divide(whole, fixed, len(context.encode()) + dummy), 0
@@ -195,7 +198,9 @@ class Prompter:
         if self.solo:
             lm = self.main.lm
             ids, _ = lm.tok_batch_encode([context], truncation=lm.truncation)  # as `hf` for this request type
-            return (frozen(ids[0].tolist()[-room:] or [lm.prefix_token_id]),)
+            kept = ids[0].tolist()[-room:] or [lm.prefix_token_id]
+            self.main.require_known(kept)
+            return (frozen(kept),)
         if isinstance(context, ChatPrompt):
             return self._fit(context, self.main.rendered_prompt(context).ids, room, reserve=reserve)
         context, bos = self.main.codec.strip_bos(context)
@@ -236,10 +241,7 @@ class Prompter:
             skip: length of the dummy prefix in them, in bytes.
             reserve: tokens every member must have left after that.
         """
-        codec = self.main.codec
-        controls = 0
-        while controls < len(head) and head[controls] in codec.vocab.control:
-            controls += 1
+        controls = self.main.codec.leading(head) if context else len(head)
         text = head[controls:]
         kept = min(len(text), room - controls) if len(head) > room else len(text)
         while True:

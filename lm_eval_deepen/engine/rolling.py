@@ -45,6 +45,7 @@ def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
     main = ensemble.main
     if len(ensemble.active) == 1:
         tokens = tuple(main.lm.tok_encode(text))
+        main.require_known(tokens)
         return [
             Span((frozen(tokens[begin:start] if start else (main.lm.prefix_token_id,)),), tokens[start:end])
             for begin, start, end in windows(len(tokens), main.max_length)
@@ -67,7 +68,9 @@ def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[
     codec = ensemble.main.codec
     if start == 0:
         skip = len(codec.vocab.decode(tokens)) - len(text.encode())
-        return Span(same_text(ensemble, codec.prefix_ids, ""), tokens[:end], skip)
+        first = codec.vocab.decode(tokens[:end])[skip:]
+        prompts = tuple(prompt.before(first) for prompt in same_text(ensemble, codec.prefix_ids, ""))
+        return Span(prompts, tokens[:end], skip)
     while begin > 0 and codec.vocab.decode(tokens[begin:start])[:1] and _inside_character(codec, tokens[begin]):
         begin -= 1
     seen = codec.vocab.decode(tokens[begin:start])

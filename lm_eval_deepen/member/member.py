@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError
+from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RequestError
 from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.preflight import reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
@@ -130,6 +130,27 @@ class Member:
         return self.lm.model.get_output_embeddings().weight.shape[0]
 
     @cached_property
+    def known_ids(self) -> int | None:
+        """Number of token ids that the model has embeddings and logits for; None where it does not tell.
+
+        A tokenizer may have more.
+        """
+        ends = (self.lm.model.get_input_embeddings(), self.lm.model.get_output_embeddings())
+        return min((end.weight.shape[0] for end in ends if hasattr(end, "weight")), default=None)
+
+    def require_known(self, ids: Sequence[int]) -> None:
+        """Raise RequestError where a text has tokens that the model does not know."""
+        known = self.known_ids
+        unknown = None if known is None else next((token for token in ids if token >= known), None)
+        if unknown is not None:
+            token = self.lm.tokenizer.convert_ids_to_tokens(unknown)
+            raise RequestError(
+                f"member {self.name!r}: the text has the token {token!r} (id {unknown}), and the model knows {known} "
+                "ids alone. Give the tokenizer that belongs to the model (member argument tokenizer=...), or a model "
+                "whose embeddings were resized for it."
+            )
+
+    @cached_property
     def codec(self) -> TextCodec:
         """The byte view of the tokenizer; built on first use, since one member alone needs none."""
         return self._codec(TextCodec)
@@ -139,6 +160,7 @@ class Member:
         return kind.build(
             self.lm.tokenizer,
             size=self.vocab_size,
+            known=self.known_ids,
             eos=self.eos_ids,
             prefix_id=self.lm.prefix_token_id,
             add_special=add_special,
@@ -187,7 +209,9 @@ class Member:
         literals += [str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special]
         bos = self.lm.tokenizer.bos_token
         given = False if bos and text.startswith(bos) else None  # `tok_encode` looks for the prefix token only
-        return self.codec.rendered_prompt(text, self.lm.tok_encode(text, add_special_tokens=given), literals)
+        ids = self.lm.tok_encode(text, add_special_tokens=given)
+        self.require_known(ids)
+        return self.codec.rendered_prompt(text, ids, literals)
 
     def conversation(self, chat: ChatPrompt, fallback: str) -> Prompt:
         """Return the prompt of a conversation, rendered by this member; arguments and errors as `render`."""

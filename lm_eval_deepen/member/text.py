@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +21,7 @@ from lm_eval_deepen.vocabulary import (
     safe_cut_allowed,
     safe_segments,
     text_only_spec,
+    text_pieces,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Prompt:
         chat: the conversation that it renders; None for plain text.
         is_evidence: whether how well a member predicts it tells what the member is worth for the request. The words
             before a window of a long text are scored, and no prompt.
+        dummy: whether the tail is a dummy space, which gives way to a space that begins the continuation.
+        spelt: whether the member's tokenizer can spell the prompt; where it cannot, the member sits out.
     """
 
     head: tuple[int, ...]
@@ -49,6 +52,12 @@ class Prompt:
     ids: tuple[int, ...]
     chat: ChatPrompt | None = None
     is_evidence: bool = True
+    dummy: bool = False
+    spelt: bool = True
+
+    def before(self, continuation: bytes) -> Prompt:
+        """Return the prompt as it is before a continuation: without a dummy space where that has a space of its own."""
+        return replace(self, tail="") if self.dummy and continuation.startswith(b" ") else self
 
 
 def incomplete_tail(data: bytes) -> int:
@@ -95,13 +104,17 @@ class Opening:
         """Observe a transformers tokenizer; `add_special` as in the harness."""
 
         def parts(text: str) -> tuple[tuple[int, ...], bytes]:
-            ids = tokenizer(text, add_special_tokens=add_special)["input_ids"]
-            count = next((i for i, token in enumerate(ids) if token not in vocab.control), len(ids))
-            return tuple(ids[:count]), vocab.decode(ids)
+            ids, bare = (
+                tuple(tokenizer(text, add_special_tokens=given)["input_ids"]) for given in (add_special, False)
+            )
+            at = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), 0)
+            while at < len(ids) and ids[at] in vocab.control:
+                at += 1
+            return ids[:at], vocab.decode(token for token in bare if token < len(vocab))
 
         (control, bare), (_, spaced) = parts("a"), parts(" a")
         token, literal = tokenizer.bos_token_id, tokenizer.bos_token
-        bos = (token, literal) if token is not None and literal else None
+        bos = (token, literal) if token in vocab.control and literal else None
         return cls(control, bare == b" a", spaced == b"  a", bos)
 
 
@@ -136,13 +149,22 @@ class TextCodec:
 
     @classmethod
     def build(
-        cls, tokenizer: Any, *, size: int, eos: Sequence[int], prefix_id: int, add_special: bool, name: str
+        cls,
+        tokenizer: Any,
+        *,
+        size: int,
+        known: int | None = None,
+        eos: Sequence[int],
+        prefix_id: int,
+        add_special: bool,
+        name: str,
     ) -> Self:
         """Map a transformers tokenizer to bytes and check the map on a sample of texts.
 
         Args:
             tokenizer: the member's tokenizer.
             size: number of logits of the model.
+            known: number of ids that the model can be given, where that is less.
             eos: every id that ends a text.
             prefix_id: the harness's prefix token id.
             add_special: whether prompts get the tokenizer's automatic special tokens.
@@ -158,15 +180,28 @@ class TextCodec:
                 "pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
                 "use_fast_tokenizer=True."
             )
-        spec, control = json.loads(backend.to_str()), tokenizer.all_special_ids
-        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, name=name)
-        rewritten = text_only_spec(spec, control=[*control, *eos], name=name)
+        spec = json.loads(backend.to_str())
+        marked = [token["id"] for token in spec["added_tokens"] if token["special"]]
+        roles = [*tokenizer.all_special_ids, *eos, *marked]
+        text = text_pieces(spec, roles)
+        control = [i for i in roles if i not in text]
+        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=name)
+        limit = size if known is None else min(size, known)
+        rewritten = text_only_spec(spec, control=control, text=text, size=limit, name=name)
         text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
         text_only.encode_special_tokens = True
         pure = exact_encoder(spec, vocab, lambda text: text_only.encode(text, add_special_tokens=False).ids, name=name)
         if cls.CHECKED:
             check_round_trip(vocab, pure, name=name)
         opening = Opening.of(tokenizer, vocab, add_special)
+        for token in (*opening.control, prefix_id):
+            if token >= limit:
+                literal = tokenizer.convert_ids_to_tokens(token)
+                raise VocabularyError(
+                    f"member {name!r}: its tokenizer puts {literal!r} (id {token}) before a text, and the model knows "
+                    f"{limit} ids alone. Give the tokenizer that belongs to the model (member argument tokenizer=...), "
+                    "or leave the token out (add_bos_token=False)."
+                )
         source = hashlib.sha256(backend.to_str().encode()).hexdigest()
         identity = (source, vocab.fingerprint, opening, prefix_id)
         return cls(name, vocab, pure, opening, (prefix_id,), identity)
@@ -181,8 +216,21 @@ class TextCodec:
         """The control tokens that the tokenizer itself puts before any prompt."""
         return self.opening.control
 
+    def leading(self, ids: Sequence[int]) -> int:
+        """Return how many of a prompt's first tokens stand before its text: control tokens, or what serves as one."""
+        count, automatic = 0, self.opening.control
+        if tuple(ids[: len(automatic)]) == automatic:
+            count = len(automatic)
+        while count < len(ids) and ids[count] in self.vocab.control:
+            count += 1
+        return count
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of `text` on its own: no BOS, no dummy prefix, nothing parsed as control."""
+        """Return the tokens of `text` on its own: no BOS, no dummy prefix, nothing parsed as control.
+
+        Raises:
+            VocabularyError: the tokenizer cannot spell the text.
+        """
         if not self._cuts:
             return self._segment(text)
         ids: list[int] = []
@@ -196,12 +244,19 @@ class TextCodec:
         Args:
             text: the prompt.
             bos: whether the prompt began with the BOS literal (see `strip_bos`): then one BOS, none added.
+
+        Raises:
+            VocabularyError: the tokenizer cannot spell the text.
         """
         prefix = self.opening.control
         if bos and self.opening.bos:
             prefix = (self.opening.bos[0],)
+        return prefix + self.encode(self._opened(text))
+
+    def _opened(self, text: str) -> str:
+        """Return a text with the dummy space that the tokenizer puts before it."""
         space = self.opening.dummy and (self.opening.doubles or not text.startswith(" "))
-        return prefix + self.encode(" " + text if space and text else text)
+        return " " + text if space and text else text
 
     def strip_bos(self, text: str) -> tuple[str, bool]:
         """Return the text without a BOS literal at its start, and whether there was one."""
@@ -212,8 +267,18 @@ class TextCodec:
     def prompt(self, text: str) -> Prompt:
         """Return the prompt for plain text; an empty text is conditioned on the prefix token."""
         if not text:
-            return Prompt(self.prefix_ids, " " if self.dummy else "", self.prefix_ids)
-        return self._split(self.encode_prompt(text), text)
+            return Prompt(self.prefix_ids, " " if self.dummy else "", self.prefix_ids, dummy=not self.opening.doubles)
+        opened = self._opened(text)
+        cut = last_safe_cut(opened) if self._cuts else 0
+        try:
+            head, tail = self.opening.control + self.encode(opened[:cut]), self.encode(opened[cut:])
+        except VocabularyError:
+            return self.silent()
+        return Prompt(head, opened[cut:], head + tail)
+
+    def silent(self) -> Prompt:
+        """Return what stands for a prompt that the tokenizer cannot spell: the member sits out."""
+        return Prompt(self.prefix_ids, "", self.prefix_ids, spelt=False)
 
     def rendered_prompt(self, text: str, ids: Sequence[int], literals: Iterable[str]) -> Prompt:
         """Return the prompt for text in which control tokens were parsed, as `ids` says.
@@ -221,13 +286,18 @@ class TextCodec:
         Only what follows the last control literal can merge with a continuation.
         """
         start = max((text.rfind(x) + len(x) for x in literals if x and x in text), default=0)
-        return self._split(tuple(ids), text[start:])
-
-    def _split(self, ids: tuple[int, ...], text: str) -> Prompt:
-        cut = last_safe_cut(text) if self._cuts else 0
-        tail = text[cut:]
-        for candidate in (tail, " " + tail):
-            encoded = self.encode(candidate)
+        ids, tail = tuple(ids), text[start:]
+        if self._cuts:
+            tail = tail[last_safe_cut(tail) :]
+        for candidate in (
+            " " + tail,
+            tail,
+            tail.lstrip(" "),
+        ):  # a space in front is a dummy; a control token may eat one
+            try:
+                encoded = self.encode(candidate)
+            except VocabularyError:  # a template's text, which was normalised
+                continue
             if encoded and ids[-len(encoded) :] == encoded:
                 return Prompt(ids[: -len(encoded)], candidate, ids)
         return Prompt(ids, "", ids)
@@ -241,32 +311,44 @@ class TextCodec:
         Returns:
             The token ids, or None where this vocabulary cannot spell the bytes.
         """
+        if not prompt.spelt:
+            return None
         data = prompt.tail.encode() + continuation
         if not data:
             return prompt.ids
+        try:
+            ids = self._continue(data)
+        except VocabularyError:  # a text that the tokenizer alters
+            return None
+        return None if ids is None else prompt.head + ids
+
+    def _continue(self, data: bytes) -> tuple[int, ...] | None:
+        """Return the tokens of some bytes that need not be whole characters."""
         unfinished = incomplete_tail(data)
         try:
             text = data[: len(data) - unfinished].decode()
         except UnicodeDecodeError:
-            return self._spell_invalid(prompt, data)
+            return self._spell_invalid(data)
         if not unfinished:
-            return prompt.head + self.encode(text)
+            return self.encode(text)
         tail = data[-unfinished:]
         ids = self._begin_character(text, tail)
-        if ids is None:
-            ids = self._spell(tail)
-            if ids is None:
-                return None
-            ids = self.encode(text) + ids
-        return prompt.head + ids
+        if ids is not None:
+            return ids
+        spelt = self._spell(tail)
+        return None if spelt is None else self.encode(text) + spelt
 
     def _begin_character(self, text: str, tail: bytes) -> tuple[int, ...] | None:
         """Return the tokens that reach exactly the end of `tail` when it is completed to a character."""
         character = complete_character(tail)
         if character is None:
             return None
+        try:
+            whole = self.encode(text + character)
+        except VocabularyError:  # a character that the tokenizer alters; those that are meant may be others
+            return None
         end, ids = len(text.encode()) + len(tail), []
-        for token in self.encode(text + character):
+        for token in whole:
             ids.append(token)
             end -= len(self.vocab.pieces[token])
             if end <= 0:
@@ -278,7 +360,7 @@ class TextCodec:
         found = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
         return None if any(ids is None for ids in found) else tuple(ids[0] for ids in found if ids)
 
-    def _spell_invalid(self, prompt: Prompt, data: bytes) -> tuple[int, ...] | None:
+    def _spell_invalid(self, data: bytes) -> tuple[int, ...] | None:
         """Encode bytes that are not UTF-8: valid stretches as text, the others byte by byte."""
         ids: list[int] = []
         stretch: list[str] = []
@@ -291,4 +373,4 @@ class TextCodec:
                 stretch = []
             else:
                 stretch.append(character)
-        return (*prompt.head, *ids, *self.encode("".join(stretch)))
+        return (*ids, *self.encode("".join(stretch)))

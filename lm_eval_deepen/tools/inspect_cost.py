@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.tools.inspect_files import first_line
 from lm_eval_deepen.tools.inspect_members import Inspected
 from lm_eval_deepen.tools.paths import data_folder
@@ -64,7 +65,13 @@ def task_costs(recipe: Recipe, codec: TextCodec, problems: list[str]) -> list[Ta
         except Exception as error:  # whatever a task's data raises: it would stop the evaluation as well
             problems.append(f"tasks {', '.join(recipe.tasks)} cannot be loaded: {first_line(error)}")
             return []
-        return [_cost(name, task, codec, recipe) for name, task in loaded.items()]
+        costs = []
+        for name, task in loaded.items():
+            try:
+                costs.append(_cost(name, task, codec, recipe))
+            except VocabularyError as error:
+                problems.append(f"task {name!r} has a text that the main member's tokenizer cannot spell: {error}")
+        return costs
 
 
 def _load(names: Sequence[str]) -> dict[str, Any]:

@@ -75,14 +75,14 @@ def overlaps(members: Sequence[Inspected]) -> list[Overlap]:
         Overlap(
             tuple(member.name for member in group),
             common,
-            tuple(common / max(1, len(member.codec.vocab.ids_of)) for member in group if member.codec),
+            tuple(common / max(1, len(member.codec.vocab.events.ids_of)) for member in group if member.codec),
         )
         for group, common in sets
     ]
 
 
 def _common(members: Sequence[Inspected]) -> int:
-    pieces = [set(member.codec.vocab.ids_of) for member in members if member.codec]
+    pieces = [set(member.codec.vocab.events.ids_of) for member in members if member.codec]
     return len(set.intersection(*pieces))
 
 
@@ -98,7 +98,7 @@ def plan_matrices(
     method = methods()[config.method].options(**config.options_dict())
     if any(member.codec is None for member in members):
         return None, []
-    vocabularies = [member.codec.vocab for member in members if member.codec]
+    vocabularies = [member.codec.vocab.events for member in members if member.codec]
     try:
         anchors = method.check(vocabularies, [member.name for member in members]) if hasattr(method, "check") else None
     except DeepenError as error:
@@ -160,7 +160,7 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
     embeddings = member.files.load_embedding(spec.embeddings) if member.files else None
     if embeddings is None or member.codec is None or len(anchors) < 2:
         return None
-    vocabulary = member.codec.vocab
+    vocabulary = member.codec.vocab.events
     embeddings = embeddings[: len(vocabulary)]
     mask = described_rows(vocabulary, spec.rows)
     own = torch.tensor(anchor_ids(vocabulary, anchors))

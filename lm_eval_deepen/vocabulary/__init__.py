@@ -5,7 +5,7 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_cuts, safe_segments
 from lm_eval_deepen.vocabulary.round_trip import SAMPLE_TEXTS, check_round_trip, is_exact, require_exact
 from lm_eval_deepen.vocabulary.text_only import exact_encoder, text_only_spec
-from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, unknown_id
+from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, text_pieces, unknown_id
 
 __all__ = [
     "SAMPLE_TEXTS",
@@ -23,6 +23,7 @@ __all__ = [
     "safe_cut_allowed",
     "safe_cuts",
     "safe_segments",
+    "text_pieces",
     "text_only_spec",
     "unknown_id",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -19,7 +19,8 @@ class ByteVocab:
             which carry no text, and for unused ids.
         control: ids of control pieces (BOS, EOS, chat markers, padding token, unknown token).
         unused: ids without a token: embedding rows beyond the tokenizer's length, holes.
-        eos: ids that end a text; a subset of ``control``.
+        eos: ids that end a text. Where such a piece is a text piece as well (a newline that ends a text), it
+            has its bytes here, and none in `events`; the others are ``control``.
         byte_fallback: ids of ``<0xNN>`` pieces. Where a text piece has the same bytes a tokenizer
             never emits them, so their embedding rows may be untrained.
     """
@@ -49,6 +50,17 @@ class ByteVocab:
         A tokenizer spells text with that one, so the byte piece's embedding may never have been trained.
         """
         return next((i for i in ids if i not in self.byte_fallback), ids[0])
+
+    @cached_property
+    def events(self) -> ByteVocab:
+        """The pieces as what can come next: one that ends a text is an end, and no bytes of it."""
+        if self.control.issuperset(self.eos):
+            return self
+        pieces = list(self.pieces)
+        for i in self.eos:
+            pieces[i] = b""
+        fallback = self.byte_fallback.difference(self.eos)
+        return replace(self, pieces=tuple(pieces), control=self.control.union(self.eos), byte_fallback=fallback)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of a token sequence; control pieces add none."""

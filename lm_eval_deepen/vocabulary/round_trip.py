@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from lm_eval_deepen.errors import SpellingError, VocabularyError
@@ -97,7 +98,7 @@ def require_exact(
     nearby = range(max(0, index - 1), min(len(ids), index + 2))
     pieces = ", ".join(f"{ids[n]}: {vocab.pieces[ids[n]]!r}" for n in nearby) or "none"
     raise SpellingError(
-        f"{where}: from {character} on it gives {_short(vocab.decode(ids[index:]))} (pieces there: {pieces}). {REMEDY}"
+        f"{where}: from {character} on it gives {_short(vocab.decode(ids)[offset:])} (pieces there: {pieces}). {REMEDY}"
     )
 
 
@@ -135,12 +136,12 @@ def check_round_trip(
 
 
 def _first_difference(vocab: ByteVocab, data: bytes, ids: Sequence[int]) -> tuple[int, int]:
-    """Return the index of the first token that goes wrong, and the byte offset where it begins."""
+    """Return the index of the first token that goes wrong, and the offset of the first byte that does."""
     offset = 0
     for index, token in enumerate(ids):
         piece = vocab.pieces[token]
         if not piece or data[offset : offset + len(piece)] != piece:
-            return index, offset
+            return index, offset + len(os.path.commonprefix([piece, data[offset:]]))
         offset += len(piece)
     return len(ids), offset
 

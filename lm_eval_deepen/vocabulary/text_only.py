@@ -15,8 +15,10 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.round_trip import is_exact, require_exact
 from lm_eval_deepen.vocabulary.tokenizer_json import (
     BYTE_PIECE,
+    PieceDecoder,
     model_pieces,
     read_decoder,
+    split_merge,
     stages,
     unknown_id,
 )
@@ -27,36 +29,50 @@ DROPPED_NORMALIZERS = frozenset({"Prepend", "Strip", "NFC"})
 UNREACHABLE = "\ufdd0 "
 
 
-def text_only_spec(spec: Mapping[str, Any], *, control: Iterable[int] = (), name: str = "tokenizer") -> dict[str, Any]:
+def text_only_spec(
+    spec: Mapping[str, Any],
+    *,
+    control: Iterable[int] = (),
+    text: Iterable[int] = (),
+    size: int | None = None,
+    name: str = "tokenizer",
+) -> dict[str, Any]:
     """Rewrite a ``tokenizer.json`` so that it encodes pure text; ids stay what they are.
 
     No post-processor (BOS), dummy prefix, truncation, padding or BPE dropout; added tokens do not swallow
     the spaces beside them; NFC normalisation is left out (it changes only text that is not NFC, and that
     has bytes of its own). Control pieces are renamed to what no text contains and merges into them (or
     into ``<0xNN>``) removed: a Unigram model, ``ignore_merges`` or a stray merge would otherwise read
-    their literal text as control even with ``encode_special_tokens``.
+    their literal text as control even with ``encode_special_tokens``. The same is done to pieces without a
+    logit, so that a text with one is spelt with others. An added token whose content has other bytes than its
+    piece (the newline's "\u010a" in the byte alphabet) is matched no more; its piece still is.
 
     Args:
         spec: the parsed ``tokenizer.json``. It is not changed; unchanged parts are shared with the result.
         control: ids of further control pieces that the file does not mark as special.
+        text: ids that are text for all that; see `text_pieces`.
+        size: number of ids that the model can be given; None for all.
         name: the member's name, for messages.
 
     Raises:
         VocabularyError: the tokenizer's family has no exact byte mapping.
     """
-    contents = model_pieces(spec, name=name)
+    pieces, decoder = model_pieces(spec, name=name), read_decoder(spec, name=name)
     added = [dict(token) for token in spec.get("added_tokens") or ()]
-    contents |= {token["id"]: token["content"] for token in added}
+    contents = pieces | {token["id"]: token["content"] for token in added}
     ids = {*control, *(token["id"] for token in added if token["special"])}
     unknown = unknown_id(spec)
     if unknown is not None:
         ids.add(unknown)
+    ids -= set(text)
+    ids |= {i for i in contents if size is not None and i >= size}
     renamed = {contents[i]: UNREACHABLE + contents[i] for i in ids if i in contents}
+    if decoder.byte_level:
+        added = [token for token in added if token["id"] in ids or not _spelt_otherwise(decoder, pieces, token)]
     for token in added:
-        token["special"] = token["special"] or token["id"] in ids
+        token["special"] = token["id"] in ids
         token["content"] = renamed.get(token["content"], token["content"])
         token["lstrip"] = token["rstrip"] = False
-    bytewise = read_decoder(spec, name=name).byte_fallback
     return {
         **spec,
         "truncation": None,
@@ -65,8 +81,13 @@ def text_only_spec(spec: Mapping[str, Any], *, control: Iterable[int] = (), name
         "added_tokens": added,
         "normalizer": _text_only_normalizer(spec.get("normalizer")),
         "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
-        "model": _text_only_model(spec["model"], renamed, bytewise),
+        "model": _text_only_model(spec["model"], renamed, decoder.byte_fallback),
     }
+
+
+def _spelt_otherwise(decoder: PieceDecoder, pieces: Mapping[int, str], token: Mapping[str, Any]) -> bool:
+    """Tell whether an added token is a piece of the model, and its content has other bytes than the piece."""
+    return token["id"] in pieces and decoder.bytes_of(pieces[token["id"]]) != token["content"].encode()
 
 
 def _text_only_normalizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -90,7 +111,7 @@ def _text_only_model(model: Mapping[str, Any], renamed: Mapping[str, str], bytew
         return {**model, "vocab": [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]}
 
     def keeps(merge: str | Sequence[str]) -> bool:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        left, right = split_merge(merge)
         whole = left + right
         if left in renamed or right in renamed or whole in renamed:
             return False

@@ -14,6 +14,7 @@ from typing import Any
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
+LITERAL = re.compile(r"[^\\.^$*+?()\[\]{}|]+")  # a regular expression that matches itself alone
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 EXACT_FAMILIES = "byte-level BPE, or SentencePiece-style BPE or Unigram (space mark, byte fallback)"
 REMEDY = f"Use a checkpoint whose tokenizer maps to bytes exactly: {EXACT_FAMILIES}."
@@ -85,6 +86,10 @@ def stages(part: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
 def read_decoder(spec: Mapping[str, Any], *, name: str) -> PieceDecoder:
     """Return the byte decoder of a ``tokenizer.json``.
 
+    A step after ``Fuse`` (or ``ByteLevel``, which joins the pieces too) sees the whole text. It is understood where it
+    does to a text what it does to each piece: the replacement of a single character. What it does to the two ends of
+    a text is no matter of pieces.
+
     Raises:
         VocabularyError: the decoder has a step whose effect on one piece is not known exactly.
     """
@@ -93,23 +98,36 @@ def read_decoder(spec: Mapping[str, Any], *, name: str) -> PieceDecoder:
     steps = stages(spec.get("decoder"), "decoders")
     for step in steps:
         kind = step.get("type")
+        replaced = _replacement(step, fused)
         if kind == "ByteLevel":
-            byte_level = True
+            byte_level = fused = True
         elif kind == "ByteFallback":
             byte_fallback = True
         elif kind == "Fuse":
             fused = True
-        elif kind == "Metaspace" and not fused:
-            replaces.append((step.get("replacement", "\u2581"), " "))
-        elif kind == "Replace" and not fused and "String" in step["pattern"]:
-            replaces.append((step["pattern"]["String"], step["content"]))
-        elif not (kind == "Strip" and fused):  # after Fuse it strips the dummy prefix of a whole text
+        elif replaced is not None and not (fused and (byte_level or len(replaced[0]) > 1)):
+            replaces.append(replaced)
+        elif not (kind == "Strip" and (fused or not (step["start"] or step["stop"]))):
             raise _unknown_decoder(spec, f"decoder step {kind!r}", name)
     if not steps:
         raise _unknown_decoder(spec, "no decoder", name)
     # The encoder decides what a piece means: it emits <0xNN> for a byte even where the decoder is silent.
     byte_fallback = byte_fallback or bool(spec["model"].get("byte_fallback"))
     return PieceDecoder(byte_level, tuple(replaces), byte_fallback)
+
+
+def _replacement(step: Mapping[str, Any], fused: bool) -> tuple[str, str] | None:
+    """Return what a decoder step replaces and by what, None where it is no replacement of a fixed string."""
+    if step.get("type") == "Metaspace":  # it deletes the marks of the first piece: after ``Fuse``, all marks
+        deletes = fused and step.get("prepend_scheme", "always") != "never"
+        return None if deletes else (step.get("replacement", "\u2581"), " ")
+    if step.get("type") != "Replace":
+        return None
+    pattern = step["pattern"]
+    if "String" in pattern:
+        return pattern["String"], step["content"]
+    pattern_is_literal = LITERAL.fullmatch(pattern["Regex"])
+    return (pattern["Regex"], step["content"]) if pattern_is_literal else None
 
 
 def _unknown_decoder(spec: Mapping[str, Any], found: str, name: str) -> VocabularyError:
@@ -154,22 +172,66 @@ def unknown_id(spec: Mapping[str, Any]) -> int | None:
     return next((added["id"] for added in spec.get("added_tokens") or () if added["content"] == token), None)
 
 
+def text_pieces(spec: Mapping[str, Any], ids: Iterable[int]) -> frozenset[int]:
+    """Return those of some ids that are text, whatever role they have (padding token, end of text).
+
+    A piece is text where the file lists it as an added token that is not special, or where the model itself spells
+    text with it: as a piece for a single character or byte, which no other piece could replace, whatever the file
+    says of it; or as a longer piece that merges make, or that has a probability, unless the file marks it as special.
+
+    Args:
+        spec: the parsed ``tokenizer.json``; its marks count, not those that loading it has added.
+        ids: the ids.
+    """
+    model = spec["model"]
+    marks = {token["id"]: bool(token["special"]) for token in spec.get("added_tokens") or ()}
+    unigram = model.get("type") == "Unigram"
+    wanted = set(ids)
+    if unigram:
+        pieces = {i: model["vocab"][i][0] for i in wanted if 0 <= i < len(model["vocab"])}
+    else:
+        pieces = {i: piece for piece, i in model["vocab"].items() if i in wanted}
+    single = {i for i, piece in pieces.items() if len(piece) == 1 or BYTE_PIECE.fullmatch(piece)}
+    left = wanted - single - marks.keys()
+    if unigram:  # control pieces are exported with score 0, all others with a log-probability
+        made = {i for i in left if i in pieces and model["vocab"][i][1] < 0}
+    else:
+        products = {"".join(split_merge(merge)) for merge in model.get("merges", ())} if left else set()
+        made = {i for i in left if pieces.get(i) in products}
+    return frozenset(single | made | {i for i in wanted if marks.get(i) is False})
+
+
+def split_merge(merge: str | Sequence[str]) -> tuple[str, str]:
+    """Return the two pieces of a merge, which older files write as one string."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right
+
+
 def byte_vocab_from_json(
-    spec: Mapping[str, Any], *, size: int, eos: Sequence[int], extra_control: Iterable[int] = (), name: str
+    spec: Mapping[str, Any],
+    *,
+    size: int,
+    eos: Sequence[int],
+    extra_control: Iterable[int] = (),
+    text: Iterable[int] = (),
+    known: int | None = None,
+    name: str,
 ) -> ByteVocab:
     """Map every token id of a fast tokenizer to bytes.
 
     Special added tokens, the unknown token, `eos` and `extra_control` are control pieces and carry no
     bytes, nor does a token with empty content. Added tokens that are not special are text. Ids without a
     token (padded embedding rows, holes) are unused. A token whose id is `size` or more has no logit and is
-    left out: the model can neither produce it nor, in general, be given it, and `check_round_trip`
-    refuses a tokenizer that emits one.
+    left out: the model can neither produce it nor, in general, be given it, and `text_only_spec` takes it
+    out of the tokenizer.
 
     Args:
         spec: the parsed ``tokenizer.json`` (``json.loads(tokenizer.to_str())``).
         size: number of logits of the model; ids from 0 to size - 1.
         eos: ids that end a text, in the order of the model's configuration.
         extra_control: further ids that carry no text (padding token and the like).
+        text: ids that are text for all that; see `text_pieces`.
+        known: number of ids that the model can be given; those from here to `size` are unused. None for all.
         name: the member's name, for messages.
 
     Raises:
@@ -189,11 +251,16 @@ def byte_vocab_from_json(
     for token in spec.get("added_tokens") or ():
         if token["special"]:
             control.add(token["id"])
-        pieces[token["id"]] = decoder.bytes_of(token["content"], added=token["id"] not in pieces_of)
+        if token["id"] not in pieces_of:
+            pieces[token["id"]] = decoder.bytes_of(token["content"], added=True)
     unknown = unknown_id(spec)
     if unknown is not None:
         control.add(unknown)
+    control -= set(text)
     control |= {i for i, piece in pieces.items() if not piece}
+    if known is not None and known < size:
+        pieces = {i: piece for i, piece in pieces.items() if i < known}
+        control = {i for i in control if i < known or i in eos}
     control = {i for i in control if 0 <= i < size}
     unused = frozenset(i for i in range(size) if i not in pieces and i not in control)
     fallback = frozenset(
