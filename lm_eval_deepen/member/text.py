@@ -278,7 +278,7 @@ class TextCodec:
 
     def silent(self) -> Prompt:
         """Return what stands for a prompt that the tokenizer cannot spell: the member sits out."""
-        return Prompt(self.prefix_ids, "", self.prefix_ids, spelt=False)
+        return Prompt(self.prefix_ids, "", self.prefix_ids, is_evidence=False, spelt=False)
 
     def rendered_prompt(self, text: str, ids: Sequence[int], literals: Iterable[str]) -> Prompt:
         """Return the prompt for text in which control tokens were parsed, as `ids` says.
