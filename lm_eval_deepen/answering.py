@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.decoding import Generation, Job, generate
@@ -18,13 +18,14 @@ from lm_eval_deepen.engine.rolling import rolling_spans
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
 from lm_eval_deepen.engine.specialists import require_scoring
 from lm_eval_deepen.main_member import MainMemberView
-from lm_eval_deepen.member.sampling import Sampler, row_generator
+from lm_eval_deepen.member.generation import Asked, Settings
+from lm_eval_deepen.member.runner import unwrap
+from lm_eval_deepen.member.sampling import row_generator
+from lm_eval_deepen.member.seq2seq import divide
 from lm_eval_deepen.unanswered import SetAside, attempt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-TRANSFORMERS_SAMPLING = {"top_k": 50}  # what `generate` does where a request samples and names no top_k
 
 Answers = Iterator[tuple[int, Any]]
 
@@ -41,6 +42,8 @@ class Answering(MainMemberView):
         """Answer by this ensemble."""
         self.ensemble_config, self.ensemble = ensemble.config, ensemble
         self._prompter = Prompter(ensemble)
+        main, solo = ensemble.main, self._prompter.solo
+        self._settings = Settings(unwrap(main.lm.model), main.name, None if solo else main.eos_ids)
         self.peers: list[Answering] = [self]
         self.known: dict[tuple[str, tuple], Any] = {}
 
@@ -151,31 +154,28 @@ class Answering(MainMemberView):
         return safe_batch(self.ensemble, longest, self.ensemble_config.max_batch_size)
 
     def _job(self, context: str, arguments: dict, repeats: Counter[str]) -> tuple[Job, list[str]]:
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
-        eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        until = handle_stop_sequences(list(kwargs.pop("until")), eos=eos)
-        max_new = kwargs.pop("max_gen_toks")
-        prompts = self._prompter.prompts(context, max_new)
-        if "max_length" in kwargs:
-            max_new = kwargs.pop("max_length") - self.ensemble.main.length(prompts[0].ids)
-        sampler = Sampler.parse(kwargs, self._sampling_defaults())
+        asked = Asked.read(arguments, self.max_gen_toks)
+        eos = None if self.eot_token_id is None else self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(asked.until, eos=eos)
+        prompts = self._prompter.prompts(context, asked.max_gen_toks)
+        source, tokens = divide(prompts[0].ids)
+        plan = self._settings.plan(asked, tokens, source)
         generator = None
-        if sampler.do_sample:
+        if plan.sampler.do_sample:
             repeats[context] += 1
             generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
         dummy = not self._prompter.solo and not context and self.ensemble.main.codec.dummy
         stops = tuple(stop for stop in until if stop)
-        return Job(prompts, max_new, stops, sampler, generator, dummy), until
-
-    def _sampling_defaults(self) -> dict[str, Any]:
-        """Return what ``generate`` falls back on; the main member's own config only where it is alone, as ``hf``."""
-        config = getattr(self._main.model, "generation_config", None)
-        own = config.to_diff_dict() if self._prompter.solo and config is not None else {}
-        return TRANSFORMERS_SAMPLING | {key: value for key, value in own.items() if value is not None}
+        return Job(prompts, plan.max_new, stops, plan.sampler, generator, dummy, plan.ends), until
 
     def _text(self, found: Generation, until: list[str]) -> str:
-        """Return a generation as ``hf`` presents it: stop strings and thinking removed."""
+        """Return a generation as ``hf`` presents it: stop strings and thinking removed.
+
+        One member's end of text stays in the text where it is no special token, as in ``hf``.
+        """
         ids, end = found.ids, self._main.think_end_token
+        if self._prompter.solo and found.end is not None:
+            ids = [*ids, found.end]
         if isinstance(end, int) and end in ids:
             ids = ids[len(ids) - ids[::-1].index(end) :]
         text = self.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")

@@ -37,6 +37,7 @@ class Job:
         sampler: how tokens are chosen.
         generator: the row's own source of randomness, None for greedy decoding.
         dummy: whether a space that begins the text is the main tokenizer's dummy prefix.
+        ends: token ids that end the text; None for the main member's.
     """
 
     prompts: tuple[Prompt, ...]
@@ -45,6 +46,7 @@ class Job:
     sampler: Sampler = Sampler()
     generator: torch.Generator | None = None
     dummy: bool = False
+    ends: frozenset[int] | None = None
 
 
 @dataclass
@@ -57,12 +59,14 @@ class Generation:
         data: their bytes; none where one member ran alone.
         logp: fused natural-log probability of each piece that was chosen.
         reason: ``eos``, ``stop`` or ``length``.
+        end: the end-of-text token that was chosen, if one was.
     """
 
     ids: list[int] = field(default_factory=list)
     data: bytes = b""
     logp: list[float] = field(default_factory=list)
     reason: str = ""
+    end: int | None = None
 
 
 @dataclass
@@ -160,20 +164,25 @@ class _Decoder:
         drafts = self.drafter.draft(ensemble, self.rows, self.followers)
         routes = [self._routes(row, draft) for row, draft in zip(self.rows, drafts, strict=True)]
         drafts = [draft[: len(route) - 1] for draft, route in zip(drafts, routes, strict=True)]
-        logp = [
-            follower.follow([[places[follower.m] for places in route] for route in routes])
-            for follower in self.followers
-        ]
+        paths = [[[places[follower.m] for places in route] for route in routes] for follower in self.followers]
+        scores: Tensor | None = None
+        if ensemble.fuser is None:  # tokens are chosen from logits, as in `generate`: penalties depend on their zero
+            scores = self.followers[0].logits(paths[0])
+            logp = [torch.log_softmax(scores, dim=-1)]
+        else:
+            logp = [follower.follow(own) for follower, own in zip(self.followers, paths, strict=True)]
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
         base = None
         if ensemble.reads_prompts:
             pairs = zip(self.rows, routes, strict=True)
             base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
         fused = ensemble.fuse(logp, present.to(ensemble.device), base)  # [sum of (1 + drafted), K]
+        scores = fused if scores is None else scores
         finished, start = [], 0
-        best = argmax(fused).tolist()
+        best = argmax(scores).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):
-            self._take(row, draft, fused[start : start + len(draft) + 1], best[start : start + len(draft) + 1])
+            own = slice(start, start + len(draft) + 1)
+            self._take(row, draft, scores[own], fused[own], best[own])
             start += len(draft) + 1
             if row.out.reason:
                 finished.append(row)
@@ -201,14 +210,22 @@ class _Decoder:
     def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
         return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
 
-    def _take(self, row: Row, draft: Sequence[int], fused: Tensor, best: Sequence[int]) -> None:
-        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen."""
+    def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
+        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
+
+        Args:
+            row: the row.
+            draft: tokens that were proposed to follow.
+            scores: what tokens are chosen from, after none, one, ... of them [n, K].
+            fused: their log-probabilities [n, K].
+            best: position of the largest score in each [n].
+        """
         sampler = row.job.sampler
         for at, logp in enumerate(fused):
             token = best[at]
             if not sampler.plain_greedy:
                 before = [token for token in row.job.prompts[0].ids if token >= 0]  # a source's tokens are negative
-                token = sampler.choose(logp, [*before, *row.out.ids], row.job.generator)
+                token = sampler.choose(scores[at], [*before, *row.out.ids], row.job.generator)
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
             if row.out.reason or at == len(draft) or token != draft[at]:
@@ -218,9 +235,9 @@ class _Decoder:
 
 def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:
     """Extend a row by a piece, or finish it."""
-    main = ensemble.main
-    if token in main.eos_ids:
-        row.out.reason = "eos"
+    ends = ensemble.main.eos_ids if row.job.ends is None else row.job.ends
+    if token in ends:
+        row.out.reason, row.out.end = "eos", token
         return
     row.out.ids.append(token)
     row.out.logp.append(logp)

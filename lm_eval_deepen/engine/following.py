@@ -78,6 +78,10 @@ class Follower:
         """Return log-probabilities [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logp(self.states(routes)).to(self.ensemble.device)
 
+    def logits(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+        """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
+        return self.member.logits(self.states(routes)).to(self.ensemble.device)
+
     def _checked(self, tokens: Path) -> Path:
         if self.member.length(tokens) > self.member.max_length:
             raise RequestError(

@@ -17,7 +17,7 @@ from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RequestError
 from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.preflight import reusable
-from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)
@@ -116,13 +116,10 @@ class Member:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text: of the generation config, the model config and the tokenizer."""
-        found: list[int] = []
+        """Every id that ends a text; see `ends_of_text`."""
         generation = getattr(self.lm.model, "generation_config", None)
         sources = (generation, self.lm.model.config, self.lm.tokenizer)
-        for ids in (getattr(source, "eos_token_id", None) for source in sources):
-            found += [] if ids is None else ids if isinstance(ids, (list, tuple)) else [ids]
-        return tuple(dict.fromkeys(found))
+        return ends_of_text(*(getattr(source, "eos_token_id", None) for source in sources))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -247,9 +244,29 @@ class Member:
         """Return what `logp` needs for the end of every token path [n, ...]."""
         return self.runner.states_at(paths)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits [n, V] that `logp` is made of (fp32, this member's temperature)."""
+        return cooled(self.runner.logits(states), self.config.temperature)
+
     def logp(self, states: Tensor) -> Tensor:
         """Return next-token log-probabilities [n, V] (natural log, fp32, this member's temperature)."""
         return self.runner.logp(states, self.config.temperature)
+
+
+def ends_of_text(generation: Any, config: Any, tokenizer: int | None) -> tuple[int, ...]:
+    """Return every id that ends a text: those of the generation config, and the tokenizer's.
+
+    ``hf`` ends a text at the ids of the generation config, and at the tokenizer's end of text as a stop string. The
+    model config counts where the generation config names none.
+
+    Args:
+        generation: ``eos_token_id`` of the generation config: an id, several, or None.
+        config: that of the model config.
+        tokenizer: that of the tokenizer.
+    """
+    named = config if generation is None else generation
+    found = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
+    return tuple(dict.fromkeys([*found, *([] if tokenizer is None else [tokenizer])]))
 
 
 def _digest(rows: Tensor) -> str:

@@ -63,12 +63,15 @@ class TreeRunner:
         """Return a walker that forwards at most `nodes` tokens at once."""
         return TreeWalker(self, nodes)
 
-    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the model's logits [n, V] (its dtype) from hidden states [n, d]."""
         dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
-            logits = self.model(input_ids=dummy, use_cache=False).logits[0]
-        return log_softmax(logits, temperature)
+            return self.model(input_ids=dummy, use_cache=False).logits[0]
+
+    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
+        return log_softmax(self.logits(states), temperature)
 
     @contextmanager
     def _body_returns(self, hidden: Tensor) -> Iterator[None]:
@@ -167,6 +170,10 @@ class PlainRunner:
         """Return a walker that keeps nothing."""
         return PlainWalker(self)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the model's logits [n, V] (its dtype), which are what is kept of a path."""
+        return states
+
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
         return log_softmax(states, temperature)
@@ -178,8 +185,13 @@ class PlainRunner:
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
+    return torch.log_softmax(cooled(logits, temperature), dim=-1)
+
+
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits [n, V] (fp32) at a temperature."""
     logits = logits.float()
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    return logits if temperature == 1 else logits / temperature
 
 
 def speed_up_few_rows(head: nn.Module | None) -> None:

@@ -246,11 +246,9 @@ def _logits(files: ModelFiles, default: int) -> int:
 
 def _eos_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
     """Return every id that ends a text, in the order in which a loaded member has them."""
-    sources = (files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
-    found: list[int] = []
-    for ids in sources:
-        found += [] if ids is None else ids if isinstance(ids, Sequence) else [ids]
-    return tuple(dict.fromkeys(found))
+    from lm_eval_deepen.member.member import ends_of_text
+
+    return ends_of_text(files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
 
 
 def estimate_parameters(files: ModelFiles) -> int | None:

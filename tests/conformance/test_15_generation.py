@@ -191,13 +191,13 @@ def test_18_gen_kwargs_of_the_command_line_are_honoured(pico, pair, evaluate):
 
 @pytest.mark.parametrize(
     "unsupported",
-    [{"num_beams": 2}, {"no_repeat_ngram_size": 2}, {"penalty_alpha": 0.6}, {"num_return_sequences": 2}],
+    [{"num_beams": 2}, {"stop_strings": "a"}, {"penalty_alpha": 0.6}, {"num_return_sequences": 2}],
     ids=str,
 )
 def test_18_unsupported_arguments_are_errors(both, pair, unsupported):
     [(key, value)] = unsupported.items()
     for model in (both[0], pair):
-        with pytest.raises(RequestError, match=f"{key}={value} is not supported.*Supported: until"):
+        with pytest.raises(RequestError, match=f"{key}={value!r} is not supported.*Supported: until"):
             ask(model, ("a", {"until": [], "max_gen_toks": 2, **unsupported}))
     with pytest.raises(RequestError, match="Did you mean 'temperature'"):
         ask(pair, ("a", {"until": [], "temprature": 0.5}))
@@ -210,8 +210,9 @@ def test_18_the_generation_config_of_one_member_counts_as_in_hf(pico, tmp_path):
     pairs = [(context, {"until": [], "max_gen_toks": 10}) for context in CONTEXTS]
     plain = ask(deepen(folder), *pairs)
     settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 2.0}))
-    assert ask(deepen(folder), *pairs) == ask(hf(folder), *pairs) != plain
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "no_repeat_ngram_size": 2}))
-    with pytest.raises(RequestError, match="generation config sets no_repeat_ngram_size=2"):
+    for more in ({"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"max_new_tokens": 3}):
+        (folder / "generation_config.json").write_text(json.dumps({**settings, **more}))
+        assert ask(deepen(folder), *pairs) == ask(hf(folder), *pairs) != plain
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 2}))
+    with pytest.raises(RequestError, match="'m0': its generation config sets num_beams=2"):
         ask(deepen(folder), *pairs)

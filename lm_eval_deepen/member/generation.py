@@ -1,0 +1,333 @@
+"""What a request asks of generation, and with one member its checkpoint: as ``HFLM`` and ``generate`` read it.
+
+Every field of transformers' ``GenerationConfig`` has the effect here that it has in ``generate``, or is refused by its
+name. transformers itself puts the logits processors together; a field that it gains one day, and that nothing here
+knows, is refused until somebody has said what becomes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import GenerationConfig, LogitsProcessorList
+
+from lm_eval_deepen.errors import RequestError, did_you_mean
+from lm_eval_deepen.member.sampling import Sampler, from_chance
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning, by precedence
+
+# Fields that act on the next token's scores, or end a text.
+HONOURED = frozenset(
+    "do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+    "encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids sequence_bias "
+    "suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id min_length min_new_tokens "
+    "exponential_decay_length_penalty remove_invalid_values renormalize_logits guidance_scale watermarking_config "
+    "max_length max_new_tokens eos_token_id".split()
+)
+# Of these, what has a meaning for one model alone: its own end of text, its forward pass, its vocabulary.
+OF_ONE_MEMBER = frozenset({"eos_token_id", "guidance_scale", "watermarking_config"})
+# Fields that change no text of greedy or sampled decoding: how it is computed, what is returned beside the text, and
+# settings of beams and assistants, which need a field that is not among these.
+WITHOUT_EFFECT = frozenset(
+    "use_cache cache_implementation cache_config max_cache_len return_legacy_cache compile_config disable_compile "
+    "prefill_chunk_size low_memory continuous_batching_config "
+    "output_attentions output_hidden_states output_scores output_logits "
+    "bos_token_id pad_token_id decoder_start_token_id "
+    "early_stopping length_penalty num_beam_groups diversity_penalty "
+    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size "
+    "assistant_lookbehind target_lookbehind assistant_ensemble_weight speculation_type "
+    "_from_model_config transformers_version generation_kwargs".split()
+)
+# Fields that choose how tokens are searched for; transformers names the mode that they add up to.
+MODES = frozenset(
+    "num_beams use_mtp prompt_lookup_num_tokens assistant_early_exit penalty_alpha dola_layers constraints "
+    "force_words_ids".split()
+)
+GREEDY_OR_SAMPLED = ("greedy_search", "sample")
+OTHER_CACHES = ("paged", "quantized")  # another way of decoding, and other numbers
+SUPPORTED = ", ".join(["until", "max_gen_toks", *sorted(HONOURED - {"max_new_tokens"})])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        until: strings that end the text.
+        max_gen_toks: most tokens to generate; prompts are cut to leave room for them.
+        max_length: most tokens of prompt and text together, instead; None where it is not given.
+        settings: fields of ``GenerationConfig`` by name.
+    """
+
+    until: list[str]
+    max_gen_toks: int
+    max_length: int | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, arguments: Any, default_length: int) -> Asked:
+        """Read a request's arguments, as the harness's ``HFLM`` does.
+
+        Args:
+            arguments: the request's ``gen_kwargs``; not modified.
+            default_length: tokens to generate where they name no number.
+
+        Raises:
+            RequestError: an argument that ``hf`` cannot read, or reads as something else than it says.
+        """
+        if not isinstance(arguments, Mapping):
+            raise RequestError(f"generation arguments must be a mapping; got {type(arguments).__name__}: {arguments!r}")
+        given = dict(arguments)
+        _check_until(given)
+        _check_length(given)
+        _check_choice(given)
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, default_length))
+        until, length, total = kwargs.pop("until"), kwargs.pop("max_gen_toks"), kwargs.pop("max_length", None)
+        if not kwargs["do_sample"] or "temperature" not in given:
+            kwargs.pop("temperature", None)  # greedy; or left to the checkpoint, else 1
+        else:
+            kwargs["temperature"] = float(kwargs["temperature"])
+        return cls(list(until), length, total, kwargs)
+
+
+def _check_until(given: Mapping[str, Any]) -> None:
+    until = given.get("until", [])
+    if isinstance(until, str) or (isinstance(until, list) and all(isinstance(stop, str) for stop in until)):
+        return
+    raise RequestError(
+        f"generation argument until={until!r} must be text or a list of texts. Quote what is no text, or give [] for "
+        "no stop string."
+    )
+
+
+def _check_length(given: Mapping[str, Any]) -> None:
+    for key in LENGTHS:
+        value = given.get(key)
+        if value is None:
+            continue
+        try:
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):
+            number = 0
+        if number < 1:
+            raise RequestError(f"generation argument {key}={value!r} must be a whole number of tokens, 1 or more.")
+    if "max_length" in given and (isinstance(given["max_length"], bool) or not isinstance(given["max_length"], int)):
+        raise RequestError(
+            f"generation argument max_length={given['max_length']!r} must be a whole number of tokens, those of the "
+            "prompt included. Correct it, or give max_gen_toks instead."
+        )
+
+
+def _check_choice(given: Mapping[str, Any]) -> None:
+    """Check the types of `do_sample` and `temperature`: the text "false" would sample under ``hf``."""
+    sample = given.get("do_sample")
+    if sample is not None and not (isinstance(sample, (bool, int)) and sample in (0, 1)):
+        raise RequestError(
+            f"generation argument do_sample={sample!r} must be true or false. Give it without quotes: as text it would "
+            "count as true."
+        )
+    temperature = given.get("temperature", 0.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise RequestError(
+            f"generation argument temperature={temperature!r} must be a number. Give it without quotes, or leave it "
+            "out."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one text is generated.
+
+    Attributes:
+        sampler: how its tokens are chosen.
+        max_new: most tokens of it.
+        ends: token ids that end it.
+    """
+
+    sampler: Sampler
+    max_new: int
+    ends: frozenset[int]
+
+
+class Settings:
+    """How texts are generated: what requests ask for, over what the model's own generation config says."""
+
+    def __init__(self, model: Any, name: str, eos: Sequence[int] | None = None) -> None:
+        """Take in a model.
+
+        Args:
+            model: the main member's; its generation config counts where it is alone, as in ``hf``.
+            name: the main member's name, for messages.
+            eos: with several members, the main member's ends of text; None where it is alone.
+        """
+        self.model, self.name, self.solo = model, name, eos is None
+        own = getattr(model, "generation_config", None) if self.solo else GenerationConfig(eos_token_id=list(eos or ()))
+        self.own: GenerationConfig = own if own is not None else GenerationConfig()
+        self._checked: set[str] = set()  # settings that were tried
+
+    def plan(self, asked: Asked, prompt: Sequence[int], source: Sequence[int] = ()) -> Plan:
+        """Return how a request's text is generated.
+
+        Args:
+            asked: what the request asks for.
+            prompt: its tokens; an encoder-decoder model's decoder's.
+            source: an encoder-decoder model's source.
+
+        Raises:
+            RequestError: a setting that cannot be honoured, by its name.
+        """
+        named = _named(asked.settings)
+        if named not in self._checked:
+            self._check(asked, prompt, source)
+            self._checked.add(named)
+        config = self._config(self.own, asked, prompt)
+        if len(prompt) >= config.max_length:
+            raise RequestError(
+                f"max_length={config.max_length} leaves no token to generate after a prompt of {len(prompt)} tokens of "
+                f"member {self.name!r}. Raise it, or give max_gen_toks instead."
+            )
+        sampler = Sampler(self._processors(config, prompt, source), bool(config.do_sample), named)
+        eos = config._eos_token_tensor
+        ends = frozenset() if eos is None else frozenset(eos.tolist())
+        return Plan(sampler, math.ceil(config.max_length) - len(prompt), ends)
+
+    def _config(self, own: GenerationConfig, asked: Asked, prompt: Sequence[int]) -> GenerationConfig:
+        """Return what ``generate`` would make of its arguments, the model's config and transformers' defaults."""
+        config = copy.deepcopy(own)
+        defaults = getattr(config, "_get_default_generation_params", None)
+        if defaults is not None:  # transformers 5; before, a new config has them
+            config.update(**defaults(), defaults_only=True)
+        config.update(**asked.settings)
+        # `HFLM` gives `max_length`; the model's `max_new_tokens` goes before it.
+        config.max_length = len(prompt) + asked.max_gen_toks if asked.max_length is None else asked.max_length
+        if config.max_new_tokens is not None:
+            config.max_length = config.max_new_tokens + len(prompt)
+        if config.min_new_tokens is not None:
+            config.min_length = config.min_new_tokens + len(prompt)
+        eos = config.eos_token_id
+        ids = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else list(eos), dtype=torch.long)
+        config._eos_token_tensor = None if ids is None else ids.to(self.model.device)
+        return config
+
+    def _processors(
+        self, config: GenerationConfig, prompt: Sequence[int], source: Sequence[int]
+    ) -> LogitsProcessorList:
+        """Return what ``generate`` would apply to the next token's scores, in its order."""
+        seen = torch.tensor([list(source or prompt)], device=self.model.device)
+        processors = self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=seen,
+            logits_processor=LogitsProcessorList(),
+            device=self.model.device,
+            model_kwargs={},
+        )
+        return processors if self.solo else from_chance(processors)
+
+    def _check(self, asked: Asked, prompt: Sequence[int], source: Sequence[int]) -> None:
+        """Raise RequestError, with the name of the setting to blame, where these settings cannot be honoured."""
+        known = GenerationConfig().to_dict()
+        for key, value in asked.settings.items():
+            if key not in known:
+                raise RequestError(
+                    f"generation argument {key}={value!r} is not supported.{did_you_mean(key, known)} "
+                    f"Supported: {SUPPORTED}."
+                )
+            if not self.solo and key in OF_ONE_MEMBER and not _is_neutral(key, value):
+                raise RequestError(
+                    f"generation argument {key}={value!r} is not supported with several members: it belongs to one "
+                    "model's own vocabulary. Leave it out."
+                )
+
+        def attempt(own: GenerationConfig, settings: dict[str, Any]) -> None:
+            self._try(own, Asked(asked.until, asked.max_gen_toks, asked.max_length, settings), prompt, source)
+
+        try:
+            attempt(self.own, asked.settings)
+            return
+        except Exception as error:  # whatever a validator or processor of transformers raises
+            problem = error
+        for key, value in asked.settings.items():
+            rest = {k: v for k, v in asked.settings.items() if k != key}
+            if key != "do_sample" and _succeeds(attempt, self.own, rest):
+                raise RequestError(
+                    f"generation argument {key}={value!r} {_why(problem)} Correct it or leave it out."
+                ) from problem
+        own = {key: value for key, value in self.own.to_dict().items() if value is not None and key in known}
+        for key, value in own.items():
+            without = copy.deepcopy(self.own)
+            setattr(without, key, None)
+            if _succeeds(attempt, without, asked.settings):
+                raise RequestError(
+                    f"member {self.name!r}: its generation config sets {key}={value!r}, which {_why(problem)} "
+                    "Take it out of the model's generation_config.json."
+                ) from problem
+        raise RequestError(
+            f"what the request asks for ({_named(asked.settings)}), over what the generation config of member "
+            f"{self.name!r} says ({_named(own)}), {_why(problem)} Correct the one or the other."
+        ) from problem
+
+    def _try(self, own: GenerationConfig, asked: Asked, prompt: Sequence[int], source: Sequence[int]) -> None:
+        """Resolve settings and apply them once; raises whatever speaks against it."""
+        for key, default in GenerationConfig().to_dict().items():
+            value = asked.settings.get(key, getattr(own, key, None))
+            if key not in HONOURED | WITHOUT_EFFECT | MODES and value != default and not _is_neutral(key, value):
+                raise Unsupported
+        config = self._config(own, asked, prompt)
+        if config.cache_implementation in OTHER_CACHES or config.get_generation_mode() not in GREEDY_OR_SAMPLED:
+            raise Unsupported
+        if config.do_sample and config.temperature is not None and not _divides(config.temperature):
+            raise ValueError(f"logits divided by a temperature of {config.temperature!r} are no finite numbers")
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        scores = torch.zeros(1, self.model.get_output_embeddings().weight.shape[0], device=self.model.device)
+        for forced in (config.forced_bos_token_id, config.forced_eos_token_id):
+            if forced is not None:
+                scores[:, forced]  # applied to the first or the last token only
+        if config.guidance_scale is None or config.guidance_scale == 1:
+            self._processors(config, prompt, source)(ids, scores)
+
+
+class Unsupported(Exception):
+    """Settings that decoding here has no place for."""
+
+
+def _why(problem: Exception) -> str:
+    if isinstance(problem, Unsupported):
+        return f"is not supported: texts are decoded token by token, greedily or sampled. Supported: {SUPPORTED}."
+    return f"cannot be honoured: {' '.join(str(problem).split()).rstrip('.')}."
+
+
+def _divides(temperature: Any) -> bool:
+    """Return whether logits can be divided by a temperature: `generate` itself would draw from NaN."""
+    return isinstance(temperature, (int, float)) and torch.finfo(torch.float32).tiny <= temperature < math.inf
+
+
+def _succeeds(attempt: Callable[..., None], *arguments: Any) -> bool:
+    try:
+        attempt(*arguments)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Return whether a field's value asks for nothing."""
+    if key in ("stop_strings", "max_time"):
+        return value is None
+    if key == "num_return_sequences":
+        return value in (None, 0, 1)
+    if key == "guidance_scale":
+        return value in (None, 1)
+    if key == "eos_token_id":
+        return False
+    return not value
+
+
+def _named(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
