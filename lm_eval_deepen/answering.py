@@ -143,7 +143,7 @@ class Answering(MainMemberView):
         size = self._batch(max((len(job.prompts[0].ids) + job.max_new for job in jobs), default=1))
         drafts = drafter(self.ensemble_config.speculate)
         for index, found in generate(self.ensemble, jobs, size, drafts):
-            yield index, self._text(found, stops[index])
+            yield index, SetAside(found.refusal) if found.refusal else self._text(found, stops[index])
         self.ensemble.trace.record_drafts(drafts.counts, drafts.near_ties)
 
     def _batch(self, longest: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -281,9 +282,15 @@ def test_a_bad_argument_is_named_with_its_value_before_anything_is_generated(bot
             ask(model, LONG, arguments)
 
 
-def test_sampling_that_leaves_nothing_to_draw_is_an_error(pair):
+def test_a_text_that_nothing_is_left_to_draw_for_stops_no_other(pair):
+    impossible = {**SAMPLED, "suppress_tokens": list(range(400))}
+    batch = requests("generate_until", (LONG, impossible), (LONG, PLAIN), (SHORT, impossible))
+    answers = dict(pair.answers("generate_until", batch))
+    assert answers[1] == ask(pair, LONG, PLAIN)
+    for index in (0, 2):
+        assert re.search("suppress_tokens.*leave no distribution", answers[index].reason)
     with pytest.raises(RequestError, match="suppress_tokens.*leave no distribution"):
-        ask(pair, LONG, {**SAMPLED, "suppress_tokens": list(range(400))})
+        pair.generate_until(batch)
 
 
 # --- several members: scores are log(K p)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.drafting import Drafter
 from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_of
+from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.sampling import Sampler
@@ -58,8 +59,9 @@ class Generation:
             are its tokens, others are of the union vocabulary.
         data: their bytes; none where one member ran alone.
         logp: fused natural-log probability of each piece that was chosen.
-        reason: ``eos``, ``stop`` or ``length``.
+        reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
         end: the end-of-text token that was chosen, if one was.
+        refusal: why it could not be finished.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Generation:
     logp: list[float] = field(default_factory=list)
     reason: str = ""
     end: int | None = None
+    refusal: str = ""
 
 
 @dataclass
@@ -225,7 +228,11 @@ class _Decoder:
             token = best[at]
             if not sampler.plain_greedy:
                 before = [token for token in row.job.prompts[0].ids if token >= 0]  # a source's tokens are negative
-                token = sampler.choose(scores[at], [*before, *row.out.ids], row.job.generator)
+                try:
+                    token = sampler.choose(scores[at], [*before, *row.out.ids], row.job.generator)
+                except RequestError as error:  # of this text alone: the others go on
+                    row.out.reason, row.out.refusal = "refused", str(error)
+                    return
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
             if row.out.reason or at == len(draft) or token != draft[at]:
