@@ -104,7 +104,7 @@ def fitting(ensembles: Sequence[Ensemble], found: Sequence[Document]) -> list[Do
 
 
 def save(reading: Reading, path: Path) -> None:
-    torch.save({key: getattr(reading, key) for key in ("documents", "positions", "states", "place")}, path)
+    torch.save({key: getattr(reading, key) for key in ("documents", "positions", "states", "place", "sources")}, path)
 
 
 def load(ensemble: Ensemble, out: Path, kind: str, split: str, k: int) -> Reading:
@@ -231,7 +231,7 @@ def solvers(ensembles, args) -> Iterator[dict[str, Any]]:
             options = stages.FrozenDict({**ensemble.config.options, **changes})
             candidate = stages.Candidate(options, (0.5, 0.5), (1.0, 1.0))
             variant = stages.Fusers(ensemble).variant(candidate)
-            _, raw, present, _ = next(reading._chunks())
+            _, raw, _, present, _ = next(reading._chunks())
             raw, present = [x[:48] for x in raw], present[:48]
             variant.ensemble.fuse(raw, present)
             variant = replace(variant, ensemble=quiet(variant.ensemble))

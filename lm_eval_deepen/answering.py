@@ -17,6 +17,15 @@ from lm_eval_deepen.engine.prompting import Prompter, Span
 from lm_eval_deepen.engine.rolling import rolling_spans
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
 from lm_eval_deepen.engine.specialists import require_scoring
+from lm_eval_deepen.engine.stretches import (
+    StretchPrompter,
+    StretchReading,
+    StretchScore,
+    StretchSpan,
+    joined,
+    read_stretches,
+    without_evidence,
+)
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member.generation import Asked, Settings
 from lm_eval_deepen.member.runner import unwrap
@@ -87,9 +96,12 @@ class Answering(MainMemberView):
             request: the request.
             repeats: how often each context was sampled before.
         """
+        stretches = StretchPrompter(self.ensemble) if self.ensemble.by_stretches else None
         if kind == "loglikelihood":
-            return attempt(self._prompter.span, *request.args)
+            return attempt(self._prompter.span if stretches is None else stretches.span, *request.args)
         if kind == "loglikelihood_rolling":
+            if stretches is not None:
+                return attempt(stretches.rolling, *request.args)
             return attempt(rolling_spans, self.ensemble, *request.args)
         return attempt(self._job, *request.args, Counter() if repeats is None else repeats)
 
@@ -101,11 +113,21 @@ class Answering(MainMemberView):
         return answers[self.peers.index(self)]
 
     def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Span]) -> Answers:
+        if self.ensemble.by_stretches:
+            for index, weighed in self._score_stretches([[span] for span in spans]):
+                answers = [(score.total, score.greedy) for score in weighed]
+                yield index, self._tell_peers("loglikelihood", requests[index], answers)
+            return
         for index, found in self._score(spans):
             answers = [(score.total, score.greedy) for score in found]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
     def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Span]]) -> Answers:
+        if self.ensemble.by_stretches:
+            for index, weighed in self._score_stretches(texts):
+                own = [score.total for score in weighed]
+                yield index, self._tell_peers("loglikelihood_rolling", requests[index], own)
+            return
         owners: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
@@ -116,13 +138,34 @@ class Answering(MainMemberView):
             if not found:
                 yield index, 0.0
         left = Counter(owners)
-        totals = [[0.0] * len(self.peers) for _ in requests]
+        windows: list[list[list[SpanScore]]] = [[] for _ in requests]
         for at, scores in self._score(spans, ends):
             index = owners[at]
-            totals[index] = [total + score.total for total, score in zip(totals[index], scores, strict=True)]
+            windows[index].append(scores)
             left[index] -= 1
             if not left[index]:
-                yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals[index])
+                columns = zip(self.peers, zip(*windows[index], strict=True), strict=True)
+                totals = [peer.ensemble.total(own) for peer, own in columns]
+                yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
+
+    def _score_stretches(self, texts: Sequence[Sequence[StretchSpan]]) -> Iterator[tuple[int, list[StretchScore]]]:
+        """Score texts by stretches; a text may have several windows, and none where it is empty."""
+        learns = any(peer.ensemble.reads_prompts for peer in self.peers)
+        windows = [window if learns else without_evidence(window) for text in texts for window in text]
+        owners = [index for index, text in enumerate(texts) for _ in text]
+        nothing = StretchScore((), True, tuple(self.ensemble.weights.tolist()))
+        yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)
+        left = Counter(owners)
+        found: dict[int, StretchReading] = {}
+        nodes = nodes_per_forward(self.ensemble, self._batch(1))
+        for at, reading in read_stretches(self.ensemble.active, windows, nodes):
+            found[at] = reading
+            index = owners[at]
+            left[index] -= 1
+            if not left[index]:
+                own = [found.pop(i) for i, owner in enumerate(owners) if owner == index]
+                reading = own[0] if len(own) == 1 else joined(own)
+                yield index, [peer.ensemble.weighed(reading) for peer in self.peers]
 
     def _score(self, spans: Sequence[Span], ends: Sequence[int] = ()) -> Iterator[tuple[int, list[SpanScore]]]:
         """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""

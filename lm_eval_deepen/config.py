@@ -33,12 +33,14 @@ from lm_eval_deepen.config_seams import (
 from lm_eval_deepen.config_types import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CHAT_FALLBACK,
+    DEFAULT_COVERS,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_SEED,
     DEFAULT_SKIP_ABOVE,
     DEFAULT_SKIP_WHEN,
     DEFAULT_SPECULATE,
     ChatFallback,
+    Covers,
     EnsembleConfig,
     FrozenDict,
     MemberConfig,
@@ -51,7 +53,7 @@ __all__ = ["FROM_PRETRAINED_KEYS", "EnsembleConfig", "FrozenDict", "MemberConfig
 
 ENSEMBLE_KEYS = frozenset(
     "members weights method weighting pooling compat seed chat_fallback matrix_dir batch_size max_batch_size "
-    "speculate skip_when skip_above skip_check self_check evidence".split()
+    "speculate skip_when skip_above skip_check self_check evidence covers".split()
 )
 
 
@@ -134,6 +136,7 @@ def _parse(keys: Mapping[str, Any], loading_keys: Collection[str], catalogue: Ca
         skip_check=coerce(keys.get("skip_check", False), bool, "skip_check"),
         self_check=coerce(keys.get("self_check", True), bool, "self_check"),
         evidence=parse_evidence(keys.get("evidence", {})),
+        covers=coerce(_off(keys.get("covers", DEFAULT_COVERS)), Covers, "covers"),
     )
 
 
@@ -160,8 +163,13 @@ def parse_probability(value: Any, key: str) -> float:
 
 
 def parse_speculate(value: Any) -> Speculate:
-    """Return how decoding drafts; YAML reads a bare ``off`` as False."""
-    return coerce("off" if value is False else value, Speculate, "speculate")
+    """Return how decoding drafts."""
+    return coerce(_off(value), Speculate, "speculate")
+
+
+def _off(value: Any) -> Any:
+    """Return ``off`` and ``on`` as they were written: YAML reads a bare one as a boolean."""
+    return {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
 
 
 def _positive(value: Any, key: str, also: str = "") -> int:

@@ -15,6 +15,7 @@ from lm_eval_deepen.errors import ConfigError
 ChatFallback = Literal["error", "plain"]
 SkipWhen = Literal["never", "agree", "confident"]
 Speculate = Literal["off", "lookup", "draft"]
+Covers = Literal["off", "on"]
 
 DEFAULT_METHOD = "deepen"
 DEFAULT_SEED = 0
@@ -24,6 +25,7 @@ DEFAULT_BATCH_SIZE = 1  # as `--model hf`
 DEFAULT_SKIP_WHEN: SkipWhen = "never"
 DEFAULT_SKIP_ABOVE = 0.9
 DEFAULT_SPECULATE: Speculate = "off"
+DEFAULT_COVERS: Covers = "off"
 DEFAULT_MAX_BATCH_SIZE = 64  # as `--model hf`
 
 # Arguments that say where and how a model is fetched and placed: they change no result.
@@ -166,6 +168,7 @@ class EnsembleConfig:
         skip_check: whether skipped steps are fused all the same, to count what skipping changes; changes no result.
         self_check: whether an evaluation measures the ensemble on a small text first; changes no result.
         evidence: what a search for these options measured, for the results file.
+        covers: whether other members are asked what follows where the main token ends inside one of theirs.
     """
 
     members: tuple[MemberConfig, ...]
@@ -189,6 +192,7 @@ class EnsembleConfig:
     skip_check: bool = False
     self_check: bool = True
     evidence: FrozenDict = field(default_factory=FrozenDict)
+    covers: Covers = DEFAULT_COVERS
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -231,6 +235,8 @@ class EnsembleConfig:
             facts["weighting"] = {"name": self.weighting, **thaw(self.weighting_options)}
         if self.skip_when != DEFAULT_SKIP_WHEN:
             facts["skip"] = [self.skip_when, self.skip_above if self.skip_when == "confident" else None]
+        if self.covers == "on":
+            facts["covers"] = "on"
         if self.pooling is not None:
             facts["pooling"] = {"name": self.pooling, **thaw(self.pooling_options)}
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -256,6 +262,7 @@ class EnsembleConfig:
             "skip_above": self.skip_above,
             "skip_check": self.skip_check,
             "self_check": self.self_check,
+            "covers": self.covers,
         }
         for key in ("weighting", "pooling", "compat"):
             if getattr(self, key) is not None:

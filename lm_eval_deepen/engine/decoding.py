@@ -22,9 +22,11 @@ from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.sampling import Sampler
 from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.weighting.experts import posteriors
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.fusion._expert_rows import ExpertRows
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,14 @@ class Generation:
 
 @dataclass
 class Row:
-    """A text in the making: its job, the continuation so far, and its weights [M]."""
+    """A text in the making.
+
+    Attributes:
+        index: of its job.
+        job: what to generate.
+        out: the continuation so far.
+        weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
+    """
 
     index: int
     job: Job
@@ -160,6 +169,9 @@ class _Decoder:
             weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)))
             for row, own in zip(self.ready, weights, strict=True):
                 row.weights = own
+        elif self.ensemble.learns:
+            for row in self.ready:
+                row.weights = self.ensemble.experts.log_prior
 
     def step(self) -> list[Row]:
         """Extend every row by at least one token and return those that are finished by it."""
@@ -175,21 +187,38 @@ class _Decoder:
         else:
             logp = [follower.follow(own) for follower, own in zip(self.followers, paths, strict=True)]
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
-        base = None
-        if ensemble.reads_prompts:
-            pairs = zip(self.rows, routes, strict=True)
-            base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
-        fused = ensemble.fuse(logp, present.to(ensemble.device), base)  # [sum of (1 + drafted), K]
+        present = present.to(ensemble.device)
+        by_expert = None
+        if ensemble.learns:
+            by_expert = ensemble.fuse_by_expert(logp, present)
+            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts))
+        else:
+            base = None
+            if ensemble.reads_prompts:
+                pairs = zip(self.rows, routes, strict=True)
+                base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
+            fused = ensemble.fuse(logp, present, base)  # [sum of (1 + drafted), K]
         scores = fused if scores is None else scores
         finished, start = [], 0
         best = argmax(scores).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):
-            own = slice(start, start + len(draft) + 1)
+            own, before = slice(start, start + len(draft) + 1), len(row.out.ids)
             self._take(row, draft, scores[own], fused[own], best[own])
+            if by_expert is not None and row.weights is not None:
+                row.weights = _learnt(by_expert, start, row.weights, row.out.ids[before:])[-1]
             start += len(draft) + 1
             if row.out.reason:
                 finished.append(row)
         return finished
+
+    def _log_posteriors(self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the experts' log posterior [sum of (1 + drafted), K] after 0, 1, ... of each row's drafted tokens."""
+        found, start = [], 0
+        for row, draft in zip(self.rows, drafts, strict=True):
+            assert row.weights is not None
+            found.append(_learnt(by_expert, start, row.weights, draft))
+            start += len(draft) + 1
+        return torch.cat(found)
 
     def _routes(self, row: Row, draft: Sequence[int]) -> list[tuple[Path | None, ...]]:
         """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.
@@ -238,6 +267,14 @@ class _Decoder:
             if row.out.reason or at == len(draft) or token != draft[at]:
                 self.drafter.learn(row, len(draft), at)
                 return
+
+
+def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return the log posterior [T + 1, K] before each of T tokens and after them, which rows from `start` on fuse."""
+    if not tokens:
+        return log_posterior[None]
+    index = torch.arange(start, start + len(tokens))
+    return posteriors(log_posterior, by_expert.at(index, torch.tensor(tokens)).T.cpu())[0]
 
 
 def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:

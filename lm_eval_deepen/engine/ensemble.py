@@ -6,17 +6,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.covers import CoverReader, stand_in
 from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.specialists import check_specialists
+from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion import methods
+from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.arguments import check_loading
@@ -24,7 +27,12 @@ from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting import weightings
+from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
+from lm_eval_deepen.weighting.experts import Experts, posteriors
 from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.scoring import SpanScore
 
 log = logging.getLogger(__name__)
 
@@ -143,14 +151,61 @@ class Ensemble:
         """Where distributions are fused."""
         return self.main.runner.device
 
+    @cached_property
+    def experts(self) -> Experts:
+        """The static ensembles that Bayes' rule weighs; with constant weights these alone."""
+        if isinstance(self.weigher, BayesWeigher):
+            return self.weigher.experts(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
+        return Experts.static(self.weights)
+
+    @cached_property
+    def covers(self) -> dict[int, CoverReader]:
+        """What reads the covers of each active member with a tokenizer of its own; empty with ``covers: off``."""
+        if self.fuser is None or self.config.covers == "off" or self.main.generates_only:
+            return {}
+        codecs = [member.codec for member in self.active]
+        return {
+            m: CoverReader(codecs[0], codecs[m], stand_in(codecs, codecs[m]))
+            for m, member in enumerate(self.active)
+            if m not in self.siblings and not member.generates_only
+        }
+
+    @property
+    def learns(self) -> bool:
+        """Whether the weights learn from the text itself."""
+        return isinstance(self.weigher, BayesWeigher)
+
+    def total(self, windows: Sequence[SpanScore]) -> float:
+        """Return the natural-log probability of a text from the scores of its windows; weights learn across them."""
+        if not self.learns:
+            return float(sum(score.total for score in windows))
+        evidence = torch.stack([score.by_expert for score in windows if score.by_expert is not None], dim=1)
+        return float(posteriors(self.experts.log_prior, evidence)[1].sum())
+
+    def weighed(self, reading: StretchReading) -> StretchScore:
+        """Return the score of a text that was read by stretches, and count it."""
+        score = weigh(self.experts, reading, learn_from_prompt=self.learns and self.reads_prompts)
+        self.trace.record_stretches(score.weights, len(score.logp), reading.present.tolist())
+        return score
+
+    @property
+    def by_stretches(self) -> bool:
+        """Whether given texts are scored by stretches, without a main member."""
+        return getattr(self.fuser, "by_stretches", False)
+
     @property
     def reads_prompts(self) -> bool:
         """Whether a request's weights depend on its prompt."""
         return self.weigher is not None and self.weigher.reads_prompts
 
     def prompt_weights(self, losses: Sequence[Sequence[PromptLoss]]) -> Tensor:
-        """Return the weights [R, M] of requests, from every active member's loss on their prompts."""
+        """Return the weights [R, M] of requests, from every active member's loss on their prompts.
+
+        Where the ensemble `learns`, these are the experts' log posteriors [R, K].
+        """
         assert self.weigher is not None
+        if self.learns:
+            return torch.stack([after_prompt(self.experts, own) for own in losses])
         return self.weigher.prepare(losses, self.weights)
 
     def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
@@ -164,13 +219,7 @@ class Ensemble:
         if self.fuser is None:
             self.trace.record_skipped(len(logp[0]))
             return logp[0]
-        for member, rows in zip(self.members, logp, strict=True):
-            if rows.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
-                raise MemberError(
-                    f"member {member.name!r} gave NaN log-probabilities. "
-                    "Load it in another dtype (float32 or bfloat16)."
-                )
-        self.trace.record_present(present)
+        self._check_rows(logp, present)
         weights = (self.weights if base is None else base).to(self.device) * present
         total = weights.sum(dim=1, keepdim=True)
         alone = torch.zeros_like(weights)
@@ -180,6 +229,47 @@ class Ensemble:
             weights = self.weigher.weights(logp, weights)
         with torch.inference_mode():
             return self._fuse_rows(self.fuser, logp, weights)
+
+    def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
+        for member, rows in zip(self.members, logp, strict=True):
+            if rows.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
+                raise MemberError(
+                    f"member {member.name!r} gave NaN log-probabilities. "
+                    "Load it in another dtype (float32 or bfloat16)."
+                )
+        self.trace.record_present(present)
+
+    def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor) -> ExpertRows:
+        """Return rows under every expert; arguments as `fuse`. Only where the ensemble `learns`."""
+        assert self.fuser is not None
+        self._check_rows(logp, present)
+        with torch.inference_mode():
+            weights = self.experts.among(present).to(self.device)  # [B, K, M]
+            mean = weights.mean(1).float()
+            left = self.fuser.skip(logp, mean)
+            if self.selective is not None:
+                left |= self._selected(self.selective, self.fuser, logp, mean, ~left)
+            geometric = self.experts.geometric
+            if not bool(left.any()):
+                return by_expert(self.fuser, logp, weights, geometric)
+            fused = None
+            if not bool(left.all()):
+                fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], geometric)
+            return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(geometric))
+
+    def mix(self, logp: Sequence[Tensor], rows: ExpertRows, log_posterior: Tensor) -> Tensor:
+        """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows."""
+        assert self.fuser is not None
+        with torch.inference_mode():
+            fused = rows.mixed(log_posterior.to(self.device))
+        left = rows.left if isinstance(rows, SomeLeft) else torch.zeros(len(log_posterior), dtype=torch.bool)
+        self.trace.record_skipped(int(left.sum()))
+        if not bool(left.all()):
+            vocabs = [member.codec.vocab for member in self.members]
+            own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
+            result = fused.logp if not bool(left.any()) else fused.logp[~left]
+            self.trace.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats)
+        return fused.logp
 
     def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         left = fuser.skip(logp, weights) | (weights[:, 0] == 1)

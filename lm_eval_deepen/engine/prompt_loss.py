@@ -42,6 +42,7 @@ def prompt_losses(
             nats=-sum(targets[read.before][read.token] for read in found),
             tokens=len(found),
             num_bytes=sum(len(pieces[read.token]) for read in found),
+            each=tuple((targets[read.before][read.token], len(pieces[read.token])) for read in found),
         )
         for found in wanted
     ]

@@ -7,14 +7,17 @@ computed only where they are read, in chunks, and fused at once, so that no dist
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read, evidence
+from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.engine.prompting import Span
 from lm_eval_deepen.member import Member, Prompt
@@ -39,10 +42,12 @@ class SpanScore:
     Attributes:
         logp: fused natural-log probability of every target token.
         greedy: whether every target token's bytes are those of the most likely piece.
+        by_expert: natural-log probability that every expert gives the whole span [K]; where the weights learn.
     """
 
     logp: list[float] = field(default_factory=list)
     greedy: bool = True
+    by_expert: Tensor | None = None
 
     @property
     def total(self) -> float:
@@ -88,7 +93,7 @@ def score_together(
         The index of a span and its score by every ensemble, as soon as its round is done.
     """
     walkers = [member.runner.walker(nodes) for member in ensembles[0].active]
-    by_prompt = any(ensemble.reads_prompts for ensemble in ensembles)
+    by_prompt = any(ensemble.reads_prompts or ensemble.learns for ensemble in ensembles)
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
         rows = _rows(ensembles[0], spans, indices, by_prompt)
         results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
@@ -100,19 +105,63 @@ def _score_round(
     ensembles: Sequence[Ensemble], walkers: Sequence[Walker], rows: list[_Row], results: list[dict[int, SpanScore]]
 ) -> None:
     members, device = ensembles[0].active, ensembles[0].device
-    prompts = list(dict.fromkeys(row.prompts for row in rows if row.prompts))
+    reads_prompts = any(ensemble.reads_prompts for ensemble in ensembles)
+    prompts = list(dict.fromkeys(row.prompts for row in rows if row.prompts)) if reads_prompts else []
     found = [evidence(ensembles[0], own) for own in prompts]
     wanted = [[reads[m] for reads in found] for m in range(len(members))]
-    passes = [_Pass(member, m, walkers[m], rows, wanted[m]) for m, member in enumerate(members)]
+    covers = next((ensemble.covers for ensemble in ensembles if ensemble.covers), {})
+    plans = {
+        m: [reader.plan(row.paths[0], path) if row.paths[0] and (path := row.paths[m]) else None for row in rows]
+        for m, reader in covers.items()
+    }
+    passes = [_Pass(member, m, walkers[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
     bases = _bases(ensembles, prompts, passes, wanted, step)
+    ledgers = [
+        _ledger(ensemble, base, rows, result) if ensemble.learns else None
+        for ensemble, base, result in zip(ensembles, bases, results, strict=True)
+    ]
     for start in range(0, len(rows), step):
         chunk = range(start, min(start + step, len(rows)))
-        logp = [found.logp(chunk).to(device) for found in passes]
+        raw = [found.logp(chunk).to(device) for found in passes]
+        covered = [
+            covers[m].rows(own, plans[m][start : chunk.stop], passes[m].look_up) if m in covers else own
+            for m, own in enumerate(raw)
+        ]
         present = torch.tensor([[found.place[i] is not None for found in passes] for i in chunk], device=device)
-        for ensemble, base, result in zip(ensembles, bases, results, strict=True):
-            weights = None if base is None else torch.stack([base[rows[i].prompts] for i in chunk])
-            _read(ensemble, ensemble.fuse(logp, present, weights), rows[start : chunk.stop], result)
+        for ensemble, base, ledger, result in zip(ensembles, bases, ledgers, results, strict=True):
+            here = rows[start : chunk.stop]
+            logp = covered if ensemble.covers else raw
+            if ledger is None:
+                weights = None if base is None else torch.stack([base[row.prompts] for row in here])
+                _read(ensemble, ensemble.fuse(logp, present, weights), here, result)
+                continue
+            by_expert = ensemble.fuse_by_expert(logp, present)
+            ledger.note(by_expert, [row.readers for row in here])
+            # Rows with the same prompts and paths have the same bytes before them, whoever reads them.
+            log_posterior = torch.stack([ledger.before(*row.readers[0][:2]) for row in here])
+            _read(ensemble, ensemble.mix(logp, by_expert, log_posterior), here, result)
+        for own in passes:
+            own.done(chunk)
+    for ledger, result in zip(ledgers, results, strict=True):
+        if ledger is not None:
+            for key, score in result.items():
+                score.logp, score.by_expert = ledger.values(key), ledger.logp[key].sum(0)
+
+
+def _ledger(
+    ensemble: Ensemble,
+    base: dict[tuple[Prompt, ...], Tensor] | None,
+    rows: Sequence[_Row],
+    results: dict[int, SpanScore],
+) -> Ledger:
+    """Return the ledger of a round's spans, which start with the prior or with what their prompts made of it."""
+    prior = ensemble.experts.log_prior
+    priors: dict[Hashable, Tensor] = dict.fromkeys(results, prior)
+    if base is not None:
+        for row in rows:
+            priors |= {index: base[row.prompts] for index, _, _ in row.readers}
+    return Ledger(priors, {index: len(score.logp) for index, score in results.items()})
 
 
 def _bases(
@@ -171,14 +220,28 @@ class _Pass:
     """One member's pass over the rows of a round: a state for each of its token paths."""
 
     def __init__(
-        self, member: Member, m: int, walker: Walker, rows: Sequence[_Row], wanted: Sequence[Sequence[Read]]
+        self,
+        member: Member,
+        m: int,
+        walker: Walker,
+        rows: Sequence[_Row],
+        wanted: Sequence[Sequence[Read]],
+        plans: Sequence[Plan | None] | None = None,
     ) -> None:
         self.member, self.m = member, m
+        self.plans = plans or [None] * len(rows)
         at: dict[Path, int] = {}
         self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
         for reads in wanted:
             for read in reads:
                 at.setdefault(read.before, len(at))
+        for plan in self.plans:
+            for cover in plan.covers if plan is not None else ():
+                at.setdefault(cover.source, len(at))
+        self.paths = [row.paths[m] for row in rows]
+        self.left = Counter(cover.source for plan in self.plans if plan is not None for cover in plan.covers)
+        self.here: dict[Path, Tensor] = {}  # the rows [V] of the chunk in hand
+        self.kept: dict[Path, Tensor] = {}  # rows of earlier chunks that covers of later ones read
         self.at = at
         self.states = walker.states(list(at)) if at else torch.empty(0)  # [n, ...]
 
@@ -190,13 +253,39 @@ class _Pass:
         """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member sits out."""
         wanted = [self.place[i] for i in chunk]
         here = [i for i in wanted if i is not None]
+        sources = self._sources(chunk)
+        rows = self.member.logp(self.states[[*here, *(self.at[path] for path in sources)]]) if here else None
+        if rows is None:
+            size = self.member.vocab_size
+            return torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
+        own = [path for i in chunk if (path := self.paths[i]) is not None]
+        self.here = dict(zip([*own, *sources], rows, strict=True)) if self.left else {}
         if len(here) == len(wanted):
-            return self.member.logp(self.states[here])
-        size = self.member.vocab_size
-        logp = torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
-        if here:
-            logp[[at for at, i in enumerate(wanted) if i is not None]] = self.member.logp(self.states[here])
+            return rows[: len(here)]
+        logp = rows.new_full((len(wanted), rows.shape[1]), -math.log(rows.shape[1]))
+        logp[[at for at, i in enumerate(wanted) if i is not None]] = rows[: len(here)]
         return logp
+
+    def _sources(self, chunk: range) -> list[Path]:
+        """Return the places that covers of a chunk read and that are neither in it nor known from before."""
+        own = {self.paths[i] for i in chunk}
+        plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
+        asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
+        return [path for path in asked if path not in own and path not in self.kept]
+
+    def look_up(self, path: Path, ids: Tensor) -> Tensor:
+        """Return the log-probabilities [n] of some ids after some tokens, for a cover of the chunk in hand."""
+        row = self.here[path] if path in self.here else self.kept[path]
+        return row[ids.to(row.device)]
+
+    def done(self, chunk: range) -> None:
+        """Forget the rows of a chunk, but for those that covers of later ones read."""
+        for i in chunk:
+            plan = self.plans[i]
+            self.left.subtract(cover.source for cover in (plan.covers if plan is not None else ()))
+        self.kept = {path: row for path, row in self.kept.items() if self.left[path] > 0}
+        self.kept |= {path: row.clone() for path, row in self.here.items() if self.left[path] > 0}
+        self.here = {}
 
 
 def _read(ensemble: Ensemble, logp: Tensor, rows: Sequence[_Row], results: dict[int, SpanScore]) -> None:

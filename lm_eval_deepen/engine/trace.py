@@ -35,6 +35,7 @@ class Trace:
         self.pooled: Counter[str] = Counter()
         self.without_answer: Counter[str] = Counter()
         self.selected: Counter[str] = Counter()
+        self.stretched: dict[str, float] = defaultdict(float)
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
@@ -48,6 +49,14 @@ class Trace:
     def record_selected(self, skipped: int, checked: int, changed: int) -> None:
         """Count rows skipped by choice, those that were fused to check, and where that changes the likeliest piece."""
         self.selected.update(skipped=skipped, checked=checked, changed=changed)
+
+    def record_stretches(self, weights: Sequence[float], count: int, present: Sequence[bool]) -> None:
+        """Count a text that was scored by stretches: its members' mean weights, and who abstained."""
+        self.stretched["texts"] += 1
+        self.stretched["stretches"] += count
+        for name, weight, here in zip(self.names, weights, present, strict=True):
+            self.stretched[f"weight {name}"] += weight
+            self.sat_out[name] += not here
 
     def record_pooled(self, stats: dict[str, float], missing: Sequence[str] = ()) -> None:
         """Count a request whose answers were combined, and the members that gave none."""
@@ -95,6 +104,8 @@ class Trace:
             total.pooled.update(trace.pooled)
             total.without_answer.update(trace.without_answer)
             total.selected.update(trace.selected)
+            for key, value in trace.stretched.items():
+                total.stretched[key] += value
             for key, value in trace.sums.items():
                 total.sums[key] += value
             for key, value in trace.maxima.items():
@@ -111,10 +122,15 @@ class Trace:
         absent = {"without_answer_of": dict(self.without_answer)} if self.without_answer else {}
         pooled = {"pooled": {"requests": int(count), **means, **absent}} if count else {}
         selected = {"selective": dict(self.selected)} if self.selected else {}
+        stretched: dict[str, Any] = {}
+        if texts := self.stretched["texts"]:
+            weights = {name: self.stretched[f"weight {name}"] / texts for name in self.names}
+            stretched = {"texts": int(texts), "stretches": int(self.stretched["stretches"]), "mean_weights": weights}
         return {
             **drafts,
             **pooled,
             **selected,
+            **({"scored_by_stretches": stretched} if stretched else {}),
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},

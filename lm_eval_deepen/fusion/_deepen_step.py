@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
 from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
+from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.seam import Fused
 from lm_eval_deepen.inverse import Solver, get_solver
 from lm_eval_deepen.inverse.exact import exact_gain
 from lm_eval_deepen.inverse.trust import within
-from lm_eval_deepen.relative.average import geometric, linear
+from lm_eval_deepen.relative.average import geometric as pool_geometrically
+from lm_eval_deepen.relative.average import linear
 from lm_eval_deepen.relative.gathered import share_columns
 from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, Support, sit_out, split, supports
@@ -53,7 +57,12 @@ class DeepenFuser:
     Attributes:
         out_vocab: the main member's pieces.
         facts: anchors and matrices, for the diagnostics of a run.
+        has_geometric: whether it can average geometrically.
+        by_stretches: whether given texts are scored by stretches instead (`method: mixture`).
     """
+
+    has_geometric = True
+    by_stretches = False
 
     def __init__(self, out_vocab: ByteVocab, sides: Sequence[Side], options: Deepen, facts: dict[str, Any]) -> None:
         """Take the members' sides and the options; nothing is computed."""
@@ -63,7 +72,7 @@ class DeepenFuser:
         self.rule = options.support_rule()  # None: everything
         rate = self.solver.learning_rate if options.learning_rate is None else options.learning_rate
         self.learning_rate = 0.0 if rate is None else float(rate)
-        self.average = geometric if options.average == "geometric" else linear
+        self.average = pool_geometrically if options.average == "geometric" else linear
         self._eos_ids = sorted(set(out_vocab.eos))
         self._placed: dict[torch.device, tuple[Side, ...]] = {torch.device("cpu"): tuple(sides)}
 
@@ -96,6 +105,21 @@ class DeepenFuser:
             lambda part: _fuse(self, [x[part] for x in logp], weights[part], sides, out[part]),
         )  # fmt: skip
         return Fused(out, {name: torch.cat([stats[name] for stats in parts]) for name in parts[0]})
+
+    def experts(self, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor) -> ExpertRows:
+        """Fuse rows under several static ensembles; see the seam.
+
+        With one-hot rows and the exact inverse the experts share nearly all work; else each of them fuses.
+        """
+        one_hot = self.rule is None and self.solver.name == "exact" and self.options.eos == "anchor"
+        if one_hot and self.options.trust_region is None:
+            return OneHotExperts(self, logp, weights, geometric, self._sides(logp[0].device))
+        fusers = []
+        for pools in geometric.tolist():
+            fuser = copy.copy(self)
+            fuser.average = pool_geometrically if pools else linear
+            fusers.append(fuser)
+        return FusedByEach(fusers, logp, weights)
 
     def _sides(self, device: torch.device) -> tuple[Side, ...]:
         if device not in self._placed:

@@ -54,8 +54,12 @@ class TreeWalker:
         """Return the state after the last token of every path [n, d]."""
         tree = TokenTree()
         ends = [tree.add(path) for path in paths]
-        found = {node: state for node, state, _ in self._visit(tree, frozenset(ends))}
-        return torch.stack([found[node] for node in ends])
+        return self.read(tree, ends)
+
+    def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        """Return the state at every one of some nodes of a tree [n, d]; the whole tree is forwarded."""
+        found = {node: state for node, state, _ in self._visit(tree, frozenset(nodes))}
+        return torch.stack([found[node] for node in nodes])
 
     def prefill(
         self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()
@@ -150,6 +154,10 @@ class PlainWalker:
     def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Return the state after the last token of every path [n, ...]."""
         return self.runner.states_at(paths)
+
+    def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        """Return the state at every one of some nodes of a tree [n, ...]."""
+        return self.states([[tree.tokens[n] for n in tree.way_up(node)][::-1] for node in nodes])
 
     def prefill(
         self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()

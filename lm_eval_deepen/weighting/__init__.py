@@ -24,7 +24,7 @@ def weightings() -> dict[str, WeightingEntry]:
         REGISTRY,
         kind="Weighting",
         decorator="@weighting(name, paper=...)",
-        helpers={"seam"},
+        helpers={"seam", "experts"},
     )
     return dict(sorted(REGISTRY.items()))
 

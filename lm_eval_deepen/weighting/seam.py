@@ -43,11 +43,13 @@ class PromptLoss:
         nats: minus the sum of the natural log-probabilities of the tokens that count.
         tokens: how many these are, in this member's tokenisation; 0 where nothing counts.
         num_bytes: their length as text, the same for every member.
+        each: natural-log probability and length in bytes of each of these tokens, in the order of the text.
     """
 
     nats: float
     tokens: int
     num_bytes: int
+    each: tuple[tuple[float, int], ...] = ()
 
 
 @runtime_checkable

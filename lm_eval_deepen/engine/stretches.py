@@ -1,0 +1,399 @@
+"""Scoring without a main member: a text is divided where the tokens of all members end.
+
+Between two such places lies a *stretch*. A member gives a stretch the product of its own tokens' probabilities, and
+the ensemble gives it the weighted mean of the members'. No distribution is mapped into another vocabulary, and the
+result is the same whichever member comes first. The law and its measured effect are in docs/relative-space.md.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
+from lm_eval_deepen.errors import RequestError, VocabularyError
+from lm_eval_deepen.member.tree import TokenTree, common_prefix
+from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.weighting.experts import Experts, posteriors
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.member import Member
+    from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
+
+FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
+
+
+@dataclass(frozen=True)
+class StretchSpan:
+    """A text to score, as the tokens of every member.
+
+    Attributes:
+        paths: the tokens of each active member, its prompt first; None where the member abstains.
+        cuts: how many of these tokens come before each boundary [S + 1] of the S stretches; empty where the member
+            abstains.
+        evidence: how many of the S stretches are part of the prompt: they move the weights and are not scored.
+    """
+
+    paths: tuple[tuple[int, ...] | None, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    evidence: int = 0
+
+
+@dataclass(frozen=True)
+class StretchScore:
+    """The score of one text.
+
+    Attributes:
+        logp: natural-log probability of every scored stretch, given what comes before it.
+        greedy: whether, at every scored stretch, members with more than half of the weight in force would have chosen
+            all of their own tokens.
+        weights: the mean weight of every member over the scored stretches [M].
+    """
+
+    logp: tuple[float, ...]
+    greedy: bool
+    weights: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """The sum over the stretches, in nats."""
+        return math.fsum(self.logp)
+
+
+@dataclass(frozen=True)
+class MemberText:
+    """One member's tokens of a text.
+
+    Attributes:
+        head: the tokens before the text: control tokens, or the prompt of a conversation.
+        ids: the tokens of the text.
+        ends: the offset in the text, in bytes, at which each of `ids` ends; 0 for a dummy prefix on its own.
+    """
+
+    head: tuple[int, ...]
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, member: Member, text: str, *, head: tuple[int, ...], opens: bool) -> MemberText | None:
+        """Read a text; None where the member's tokenizer cannot spell it.
+
+        Args:
+            member: whose tokens.
+            text: the text.
+            head: the tokens before it.
+            opens: whether the text opens a prompt, where a tokenizer may put a dummy space.
+        """
+        codec = member.codec
+        try:
+            ids = codec.encode_prompt(text)[len(codec.automatic_prefix) :] if opens else codec.encode(text)
+        except VocabularyError:
+            return None
+        lengths = [len(codec.vocab.pieces[token]) for token in ids]
+        dummy = sum(lengths) - len(text.encode())
+        if dummy not in (0, 1):
+            return None
+        ends, at = [], -dummy
+        for length in lengths:
+            at += length
+            ends.append(at)
+        return cls(head, tuple(ids), tuple(ends))
+
+    def before(self, offset: int) -> int:
+        """Return how many of `ids` end at `offset` or before it."""
+        return bisect_right(self.ends, offset)
+
+    def length(self, begin: int, end: int) -> int:
+        """Return how many tokens a forward pass takes in for the text from `begin` to `end`, head included."""
+        return len(self.head) + self.before(end) - self.before(begin) - 1
+
+
+def boundaries(texts: Sequence[MemberText | None]) -> list[int]:
+    """Return the offsets of a text at which the tokens of all members that take part end, 0 first."""
+    found: set[int] | None = None
+    for text in texts:
+        if text is not None:
+            own = {0, *text.ends}
+            found = own if found is None else found & own
+    return sorted(found or ())
+
+
+class StretchPrompter:
+    """Turns request strings into texts divided into stretches."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        """Read the ensemble's members."""
+        self.ensemble = ensemble
+        self.members: tuple[Member, ...] = ensemble.active
+
+    def span(self, context: str, continuation: str) -> StretchSpan:
+        """Return the text of a loglikelihood request.
+
+        A continuation that merges with the context into one token is scored from the last boundary before it, as the
+        harness scores the merged token of a single model.
+
+        Raises:
+            RequestError: no member can spell the text, or has room for the continuation.
+        """
+        if isinstance(context, ChatPrompt):
+            return self._after_conversation(context, continuation)
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        context, bos = self._strip_bos(stripped)
+        texts = []
+        for member in self.members:
+            codec = member.codec
+            head = codec.automatic_prefix if context else codec.prefix_ids
+            if bos and codec.opening.bos:
+                head = (codec.opening.bos[0],)
+            texts.append(MemberText.of(member, context + continuation, head=head, opens=True))
+        return self._fit(texts, len(context.encode()))
+
+    def rolling(self, text: str) -> list[StretchSpan]:
+        """Return the windows of a text; every stretch is scored in one of them, after one stretch of context.
+
+        Raises:
+            RequestError: no member can spell the text, or a stretch of it outgrows the window of every member.
+        """
+        texts = [MemberText.of(m, text, head=m.codec.prefix_ids, opens=True) for m in self.members]
+        while True:
+            bounds, windows, first = boundaries(texts), [], 0
+            while first < len(bounds) - 1:
+                begin, stop = max(0, first - 1), first + 1
+                while stop + 1 < len(bounds) and not self._outgrown(texts, bounds[begin], bounds[stop + 1]):
+                    stop += 1
+                if outgrown := self._outgrown(texts, bounds[begin], bounds[stop]):
+                    break
+                windows.append(self._cut(texts, bounds[begin], bounds[first : stop + 1], 0))
+                first = stop
+            else:
+                self._require(texts, len(text.encode()))
+                return windows
+            texts = [None if m in outgrown else own for m, own in enumerate(texts)]
+
+    def _strip_bos(self, text: str) -> tuple[str, bool]:
+        """Return a text without the literal of some member's BOS token at its start, and whether there was one."""
+        for member in self.members:
+            rest, found = member.codec.strip_bos(text)
+            if found:
+                return rest, True
+        return text, False
+
+    def _after_conversation(self, context: ChatPrompt, continuation: str) -> StretchSpan:
+        """Return a continuation of a conversation, which every member reads in its own template.
+
+        Templates differ in their bytes, so that a conversation is no evidence for the weights.
+        """
+        if context.continued:
+            context, spaces = context.split_spaces()
+            continuation = spaces + continuation
+        fallback = self.ensemble.config.chat_fallback
+        prompts = [
+            member.conversation(context, fallback) if m else member.rendered_prompt(context)
+            for m, member in enumerate(self.members)
+        ]
+        pairs = zip(self.members, prompts, strict=True)
+        texts = [MemberText.of(member, continuation, head=prompt.ids, opens=False) for member, prompt in pairs]
+        return self._fit(texts, 0)
+
+    def _fit(self, texts: Sequence[MemberText | None], size: int) -> StretchSpan:
+        """Return a text that is scored from the last boundary in its first `size` bytes on.
+
+        It is cut on the left, at a boundary, until the window of every member holds it. A member whose window does
+        not even hold what is scored abstains.
+        """
+        bounds = boundaries(texts)
+        self._require(texts, size)
+        start = max(offset for offset in bounds if offset <= size)
+        outgrown = self._outgrown(texts, start, bounds[-1])
+        if outgrown:
+            return self._fit([None if m in outgrown else own for m, own in enumerate(texts)], size)
+        begin = next(offset for offset in bounds if not self._outgrown(texts, offset, bounds[-1]))
+        inside = [offset for offset in bounds if offset >= begin]
+        at = inside.index(start)
+        # A member without a BOS cannot score what comes first, so that the first stretch is no evidence.
+        skipped = min(at, 1)
+        return self._cut(texts, begin, inside[skipped:], at - skipped)
+
+    def _outgrown(self, texts: Sequence[MemberText | None], begin: int, end: int) -> set[int]:
+        """Return the members whose windows are too short for a text from `begin` to `end`."""
+        pairs = enumerate(zip(self.members, texts, strict=True))
+        return {m for m, (member, own) in pairs if own is not None and own.length(begin, end) > member.max_length}
+
+    def _require(self, texts: Sequence[MemberText | None], size: int) -> None:
+        if all(own is None for own in texts):
+            raise RequestError(
+                "no member can answer: each of them either cannot spell the text or has no room in its window for what "
+                f"follows the first {size} bytes. Raise max_length, or score the text with loglikelihood_rolling."
+            )
+
+    def _cut(self, texts: Sequence[MemberText | None], begin: int, bounds: Sequence[int], evidence: int) -> StretchSpan:
+        """Return the span that begins at the boundary `begin` and has stretches between `bounds`."""
+        paths: list[tuple[int, ...] | None] = []
+        cuts: list[tuple[int, ...]] = []
+        for member, own in zip(self.members, texts, strict=True):
+            if own is None:
+                paths.append(None)
+                cuts.append(())
+                continue
+            first = own.before(begin) if begin else 0  # a dummy prefix on its own stays
+            head = own.head
+            if not head and own.before(bounds[0]) == first:
+                head = member.codec.prefix_ids  # something must come before what is scored
+            paths.append(head + own.ids[first : own.before(bounds[-1])])
+            cuts.append(tuple(len(head) + own.before(offset) - first for offset in bounds))
+        return StretchSpan(tuple(paths), tuple(cuts), evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class StretchReading:
+    """What the members make of a text.
+
+    Attributes:
+        logp: each member's natural-log probability of every stretch [M, S], fp64; -inf where it abstains.
+        greedy: whether a member would have chosen all of its tokens in a stretch [M, S] (bool).
+        present: the members that do not abstain [M] (bool).
+        evidence: how many of the stretches are part of the prompt.
+    """
+
+    logp: Tensor
+    greedy: Tensor
+    present: Tensor
+    evidence: int = 0
+
+
+def read_stretches(
+    members: Sequence[Member], spans: Sequence[StretchSpan], nodes: int
+) -> Iterator[tuple[int, StretchReading]]:
+    """Read texts; texts with a common beginning share it.
+
+    Args:
+        members: the active members.
+        spans: what to read.
+        nodes: how many tokens a member forwards at once.
+
+    Yields:
+        The index of a text and what was read, as soon as its round is done.
+    """
+    walkers = [member.runner.walker(nodes) for member in members]
+    # Rounds follow one member's tokens, whatever the order of the members: each of them then forwards the same batches,
+    # and not even rounding depends on the order.
+    first = min(range(len(members)), key=lambda m: [str(part) for part in members[m].codec.identity[:2]])
+    for indices in _rounds(spans, first, FORWARDS_PER_ROUND * nodes):
+        chosen = [spans[i] for i in indices]
+        columns = [_read(member, m, walkers[m], chosen) for m, member in enumerate(members)]
+        for i, span, *own in zip(indices, chosen, *columns, strict=True):
+            logp, greedy = torch.stack([values for values, _ in own]), torch.stack([same for _, same in own])
+            present = torch.tensor([path is not None for path in span.paths])
+            yield i, StretchReading(logp, greedy, present, span.evidence)
+
+
+def weigh(experts: Experts, reading: StretchReading, *, learn_from_prompt: bool) -> StretchScore:
+    """Return the score of a text: of every stretch the weighted mean of the members' probabilities.
+
+    Args:
+        experts: the static ensembles, whose posterior is updated after every stretch; one where weights are constant.
+        reading: what the members make of the text.
+        learn_from_prompt: whether the stretches of the prompt move the posterior.
+    """
+    evidence = reading.evidence if learn_from_prompt else 0
+    start = reading.evidence - evidence
+    logp, greedy = reading.logp[:, start:], reading.greedy[:, start:]
+    weights = experts.among(reading.present[None])[0]  # [K, M]
+    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp, dim=1)  # [K, S]
+    log_posterior, values = posteriors(experts.log_prior, by_expert)
+    in_force = (log_posterior[:-1].exp() @ weights)[evidence:]  # [S, M]
+    chosen = (in_force * greedy.T[evidence:]).sum(1) > 0.5
+    mean = in_force.mean(0) if len(in_force) else weights.mean(0)
+    return StretchScore(tuple(values[evidence:].tolist()), bool(chosen.all()), tuple(mean.tolist()))
+
+
+def joined(readings: Sequence[StretchReading]) -> StretchReading:
+    """Return the windows of one text as one reading."""
+    logp, greedy = (torch.cat([getattr(part, name) for part in readings], dim=1) for name in ("logp", "greedy"))
+    return StretchReading(logp, greedy, readings[0].present)
+
+
+def without_evidence(span: StretchSpan) -> StretchSpan:
+    """Return a text without the stretches of its prompt."""
+    return replace(span, cuts=tuple(own[span.evidence :] for own in span.cuts), evidence=0)
+
+
+def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[int]]:
+    """Yield indices of texts whose trees have about `size` nodes in member `m`, sorted by its tokens."""
+    firsts = [span.paths[m] or () for span in spans]
+    found: list[int] = []
+    count = 0
+    before: tuple[int, ...] = ()
+    for index in sorted(range(len(spans)), key=lambda index: firsts[index]):
+        added = len(firsts[index]) - common_prefix(before, firsts[index])
+        if found and count + added > size:
+            yield found
+            found, count = [], 0
+        found.append(index)
+        count += added
+        before = firsts[index]
+    if found:
+        yield found
+
+
+def _read(
+    member: Member, m: int, walker: TreeWalker | PlainWalker, spans: Sequence[StretchSpan]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what one member makes of every text.
+
+    Returns:
+        Per text, the natural-log probability of every stretch [S] (fp64), and whether the member would have chosen all
+        of its tokens [S] (bool); -inf and False where the member abstains.
+    """
+    tree = TokenTree()
+    ways: list[list[int]] = []  # per text, the node before each of its tokens from the first boundary on
+    targets: dict[int, dict[int, tuple[float, bool]]] = {}
+    for span in spans:
+        path, cuts = span.paths[m], span.cuts[m]
+        if path is None:
+            ways.append([])
+            continue
+        way = list(tree.way_up(tree.add(path[:-1])))[::-1]
+        ways.append(way[cuts[0] - 1 :])
+        for node, token in zip(ways[-1], path[cuts[0] :], strict=True):
+            targets.setdefault(node, {})[token] = (0.0, False)
+    read = list(targets)
+    if read:
+        states = walker.read(tree, read)
+        step = max(1, LOGITS_PER_CHUNK // member.vocab_size)
+        for start in range(0, len(read), step):
+            _look_up(member, member.logp(states[start : start + step]), read[start : start + step], targets)
+    found = []
+    for span, way in zip(spans, ways, strict=True):
+        path, cuts = span.paths[m], span.cuts[m]
+        if path is None:
+            count = max(len(own) for own in span.cuts) - 1
+            found.append((torch.full((count,), -torch.inf, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)))
+            continue
+        tokens = [targets[node][token] for node, token in zip(way, path[cuts[0] :], strict=True)]
+        parts = [tokens[a - cuts[0] : b - cuts[0]] for a, b in zip(cuts, cuts[1:], strict=False)]
+        logp = torch.tensor([math.fsum(value for value, _ in part) for part in parts], dtype=torch.float64)
+        found.append((logp, torch.tensor([all(same for _, same in part) for part in parts], dtype=torch.bool)))
+    return found
+
+
+def _look_up(
+    member: Member, logp: Tensor, nodes: Sequence[int], targets: dict[int, dict[int, tuple[float, bool]]]
+) -> None:
+    """Read the log-probabilities of targets off rows [n, V], and whether each is the likeliest piece."""
+    pieces = member.codec.vocab.pieces
+    pairs = [(row, token) for row, node in enumerate(nodes) for token in targets[node]]
+    index = torch.tensor(pairs, device=logp.device)
+    values, best = logp[index[:, 0], index[:, 1]].tolist(), argmax(logp).tolist()
+    for value, (row, token) in zip(values, pairs, strict=True):
+        same = best[row] == token or (bool(pieces[token]) and pieces[best[row]] == pieces[token])
+        targets[nodes[row]][token] = (value, same)

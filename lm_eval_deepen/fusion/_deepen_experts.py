@@ -1,0 +1,184 @@
+"""`deepen` under several static ensembles at once, where rows of the matrices are one-hot.
+
+All experts divide a class's mass among the main member's pieces in the same way, so that they differ in the masses of
+classes alone: a token costs a look-up per linear expert, and the mixture one vector of class masses, not K fusions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.fusion._threads import in_parts
+from lm_eval_deepen.fusion.seam import Fused
+from lm_eval_deepen.inverse.em import SMALLEST
+from lm_eval_deepen.relative.average import FLOOR
+from lm_eval_deepen.relative.matrix import OneHotOperator
+from lm_eval_deepen.relative.support import Side, sit_out, split
+from lm_eval_deepen.relative.topk import NEG_INF
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.fusion._deepen_step import DeepenFuser
+
+ROWS = 16  # worked on at once: the class masses of all geometric experts stay in a core's cache
+
+
+class OneHotExperts:
+    """Rows under all experts, in parts of a few rows each."""
+
+    def __init__(
+        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor, sides: Sequence[Side]
+    ) -> None:
+        """Compute the class masses; arguments as `DeepenFuser.experts`."""
+        self.device = logp[0].device
+        weights = weights.to(self.device)
+        self.parts: list[_Part] = in_parts(
+            len(weights), ROWS, self.device,
+            lambda part: _Part(fuser, [rows[part] for rows in logp], weights[part], geometric, sides),
+        )  # fmt: skip
+        starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
+        self.starts = starts[:-1].to(self.device)
+
+    def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return every expert's log-probability [n, K] (fp64) of a token in a row, for n pairs of them."""
+        owner = torch.searchsorted(self.starts, rows.contiguous(), right=True) - 1
+        found = torch.empty(len(rows), self.parts[0].experts, dtype=torch.float64, device=self.device)
+        for index in owner.unique().tolist():
+            mine = owner == index
+            found[mine] = self.parts[index].at(rows[mine] - self.starts[index], tokens[mine])
+        return found
+
+    def mixed(self, log_posterior: Tensor) -> Fused:
+        """Return the experts' mixture under each row's log posterior [B, K]."""
+        bounds = [*self.starts.tolist(), len(log_posterior)]
+        out = torch.empty(len(log_posterior), self.parts[0].columns, device=self.device)
+        ends: list[Tensor] = in_parts(
+            len(self.parts), 1, self.device,
+            lambda part: torch.cat(
+                [
+                    self.parts[i].mixed(log_posterior[bounds[i] : bounds[i + 1]], out[bounds[i] : bounds[i + 1]])
+                    for i in range(part.start, min(part.stop, len(self.parts)))
+                ]
+            ),
+        )  # fmt: skip
+        return Fused(out, {"end_mass": torch.cat(ends)})
+
+
+class _Part:
+    """A few rows: the members' class masses, and what every expert makes of them.
+
+    An expert's probability of a text piece w of class a is p_0(w) (r[a] + s) / (q_0[a] + s) / m, with q_0 the main
+    member's class masses, r the expert's, s = `SMALLEST` and m what the quotients sum to under q_0: `inverse: exact`.
+    """
+
+    def __init__(
+        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor, sides: Sequence[Side]
+    ) -> None:
+        self.side, self.main = sides[0], logp[0]
+        self.experts, self.columns = weights.shape[1], logp[0].shape[1]
+        operators = [side.matrix.full() for side in sides]
+        one_hot = [op for op in operators if isinstance(op, OneHotOperator)]
+        self.operator = one_hot[0]
+        active = weights.amax(1) > 0  # [b, M]
+        given = [logp[0], *(sit_out(rows, active[:, m]) for m, rows in enumerate(logp[1:], start=1))]
+        parts = split(given, sides, with_end=len(self.side.eos) > 0, one_hot=one_hot)
+        self.log_sum, self.log_total, kept = parts.log_sum[:, 0], parts.log_total[:, 0], parts.log_kept[:, 0]
+        share = weights.float() * parts.valid[:, None, :]  # [b, K, M]
+        total = share.sum(2, keepdim=True)
+        alone = torch.zeros_like(share)
+        alone[..., 0] = 1
+        share = torch.where(total > 0, share / total.clamp_min(1e-30), alone)
+        classes = [found for found in parts.classes if found is not None]  # [b, A] each, given text
+        self.own = classes[0]
+        reached = self.own / (self.own + SMALLEST)  # 1 where the main member has any mass
+        spare = SMALLEST * reached.sum(1)
+
+        log_share = share.log()
+        log_text = torch.logsumexp(log_share + parts.log_text[:, None, :], dim=2)  # [b, K], of a linear average
+        log_end = torch.logsumexp(log_share + parts.log_end[:, None, :], dim=2)
+        usable = log_text > NEG_INF
+        blend = (log_share + parts.log_text[:, None, :] - log_text.masked_fill(~usable, 0.0)[..., None]).exp()
+        self.linear = ~geometric
+        self.classes = torch.stack(classes)  # [M, b, A]
+        mass = torch.einsum("bkm,mb->bk", blend, torch.stack([(own * reached).sum(1) for own in classes]))
+        self.pooled: list[tuple[int, Tensor]] = []  # class masses [b, A] of every geometric expert
+        if bool(geometric.any()):
+            logs = [own.masked_fill(own == 0, FLOOR).log_() for own in classes]
+            for k in geometric.nonzero()[:, 0].tolist():
+                r = sum((share[:, k, m, None] * own for m, own in enumerate(logs)), torch.zeros_like(self.own))
+                r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
+                self.pooled.append((k, r))
+                mass[:, k] = (r * reached).sum(1)
+                text, end = _mean(share[:, k], parts.log_text), _mean(share[:, k], parts.log_end)
+                if not len(self.side.eos):
+                    end = torch.full_like(text, NEG_INF)
+                both = torch.logaddexp(text, end)
+                log_text[:, k], log_end[:, k] = text - both, end - both
+        usable = (parts.log_text[:, :1] > NEG_INF) & ((log_text > NEG_INF) | (log_end > NEG_INF))
+        self.usable = usable.all(1)
+        self.blend = blend
+        self.log_mass = (mass + spare[:, None]).clamp_min(SMALLEST).log()
+        self.log_text, self.log_end, self.kept = log_text, log_end, kept
+        self.own_end = parts.log_end[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.main)
+
+    def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return [n, K]; `rows` are those of this part."""
+        anchor = self.operator.classes[tokens]
+        described = anchor < self.operator.num_anchors
+        at = anchor.clamp(max=self.operator.num_anchors - 1)
+        mass = torch.einsum("nkm,mn->nk", self.blend[rows], self.classes[:, rows, at])
+        for k, r in self.pooled:
+            mass[:, k] = r[rows, at]
+        gain = ((mass + SMALLEST) / (self.own[rows, at] + SMALLEST)[:, None]).log() - self.log_mass[rows]
+        given = self.main[rows, tokens].float()
+        text = gain.masked_fill(~described[:, None], 0.0) + self.log_text[rows]
+        found = text + (given - self.log_sum[rows] + self.kept[rows])[:, None]
+        control, unused, eos = (torch.isin(tokens, ids) for ids in (self.side.control, self.side.unused, self.side.eos))
+        own = given - self.log_total[rows]
+        found = torch.where(control[:, None], own[:, None], found)
+        if bool(eos.any()):
+            ends = torch.zeros_like(given)
+            ends[eos] = given[eos] - torch.logsumexp(self.main[rows[eos]][:, self.side.eos].float(), dim=1)
+            ends = ends.nan_to_num(nan=0.0)
+            found = torch.where(eos[:, None], self.log_end[rows] + (ends + self.kept[rows])[:, None], found)
+        found = torch.where(self.usable[rows, None], found, own[:, None].expand_as(found))
+        return found.masked_fill(unused[:, None], NEG_INF).double()
+
+    def mixed(self, log_posterior: Tensor, out: Tensor) -> Tensor:
+        """Write the mixture to `out` [b, V_0] and return the mass of its end [b]."""
+        share = log_posterior.to(self.log_text)
+        text = share + self.log_text  # [b, K]
+        scale = (text - self.log_mass).exp()
+        coefficient = torch.einsum("bk,bkm->bm", scale * self.linear.to(scale), self.blend)
+        r = torch.einsum("bm,mba->ba", coefficient, self.classes)
+        for k, pooled in self.pooled:
+            r.addcmul_(scale[:, k, None], pooled)
+        r.add_(SMALLEST).div_(self.own + SMALLEST).log_()
+        moved = self.kept - self.log_sum
+        empty = torch.logsumexp(text, dim=1) + moved
+        self.operator.gather(r.add_(moved[:, None]), empty[:, None], out=out).add_(self.main)
+        end = torch.logsumexp(share + self.log_end, dim=1) + self.kept
+        side = self.side
+        if len(side.eos):
+            given = torch.log_softmax(self.main.index_select(1, side.eos).float(), dim=1)
+            given = given.masked_fill(given.isnan(), -math.log(len(side.eos)))
+            out.index_copy_(1, side.eos, given + end[:, None])
+        out.index_copy_(1, side.control, self.main.index_select(1, side.control).float() - self.log_total[:, None])
+        out.index_fill_(1, side.unused, NEG_INF)
+        if not bool(self.usable.all()):
+            own = self.main.to(torch.float32, copy=True).index_fill_(1, side.unused, NEG_INF)
+            out.copy_(torch.where(self.usable[:, None], out, own - self.log_total[:, None]))
+            end = torch.where(self.usable, end, self.own_end + self.kept)
+        return end.exp()
+
+
+def _mean(share: Tensor, log_mass: Tensor) -> Tensor:
+    """Return the weighted mean [b] of log masses [b, M]."""
+    return (share * log_mass.masked_fill(log_mass == NEG_INF, math.log(FLOOR))).sum(1)

@@ -1,0 +1,33 @@
+"""Mixture by stretches: given texts are scored without a main member, and no distribution is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.fusion._deepen_step import DeepenFuser
+from lm_eval_deepen.fusion.deepen import Deepen
+from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.relative.store import MatrixStore
+
+
+@fusion("mixture", paper="arXiv:2605.00419")
+@dataclass(frozen=True)
+class Mixture:
+    """Options of ``method: mixture``; it has none.
+
+    Between two places of a text at which the tokens of all members end lies a stretch. Its probability is
+    sum_m w_m P_m, with P_m the product of member m's probabilities of its own tokens in the stretch. That is the same
+    in every order of the members. Greedy generation has no such law: it fuses steps as ``method: deepen`` does by
+    default, where the first member's vocabulary is written in.
+    """
+
+    def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
+        """Return the fuser of generation; scoring needs none."""
+        fuser = Deepen().build(members, store)
+        if isinstance(fuser, DeepenFuser):
+            fuser.by_stretches = True
+        return fuser

@@ -1,0 +1,98 @@
+"""Weights that learn from the text itself: Bayes' rule over static ensembles, started anew for every request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.weighting.experts import Experts, posteriors
+from lm_eval_deepen.weighting.seam import PromptLoss, weighting
+
+
+@weighting("bayes", paper="arXiv:1302.2820")
+@dataclass(frozen=True)
+class Bayes:
+    """Options of ``weighting: bayes``: a Bayesian mixture of static ensembles.
+
+    The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
+    geometric one. After every step (or stretch) an expert's posterior is multiplied by the probability that it gave to
+    what came. The mixture needs at most log2 K bits a text more than the best of its K experts, whatever the text.
+    It depends on nothing but the bytes of its own request.
+
+    Attributes:
+        learn_from: where learning starts: at the ``continuation``, or at the request's own ``prompt``.
+        averages: of the experts: ``both``, ``linear`` or ``geometric``.
+        prior: of the experts, in the order of the results' ``experts``; uniform by default.
+    """
+
+    learn_from: Literal["prompt", "continuation"] = "continuation"
+    averages: Literal["both", "linear"] = "both"
+    prior: tuple[float, ...] | None = None
+    TAKES_WEIGHTS: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.learn_from not in ("prompt", "continuation"):
+            raise ConfigError(f"learn_from must be 'prompt' or 'continuation', got {self.learn_from!r}.")
+        if self.averages not in ("both", "linear"):
+            raise ConfigError(f"averages must be 'both' or 'linear', got {self.averages!r}.")
+
+    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
+        """Return equal weights, the mean of the experts'."""
+        return [1 / count] * count
+
+    def build(self) -> BayesWeigher:
+        """Return the weigher."""
+        return BayesWeigher(self)
+
+
+class BayesWeigher:
+    """Says which experts there are, and where a request's posterior starts; the posterior lives with the request."""
+
+    reads_steps = False
+
+    def __init__(self, options: Bayes) -> None:
+        """Take the options."""
+        self.options = options
+        self.reads_prompts = options.learn_from == "prompt"
+
+    def experts(self, members: int, *, geometric: bool) -> Experts:
+        """Return the experts for so many members; `geometric` says whether the method has that average."""
+        geometric = geometric and self.options.averages == "both"
+        return Experts.grid(members, geometric=geometric, prior=self.options.prior)
+
+    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
+        """Return the configured weights for every request [R, M]."""
+        return configured.expand(len(losses), -1)
+
+    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return the weights of the requests, unchanged."""
+        return base
+
+
+def after_prompt(experts: Experts, losses: Sequence[PromptLoss]) -> Tensor:
+    """Return the log posterior [K] after a prompt of which every member has a loss.
+
+    The prompt is divided into stretches: at the places where the tokens of all members end. An expert gives a stretch
+    the weighted mean of what the members give it by their own tokens, so that no distribution is fused for a prompt.
+    """
+    ends = []
+    for loss in losses:
+        at, own = 0, {}
+        total = 0.0
+        for value, length in loss.each:
+            at, total = at + length, total + value
+            own[at] = total
+        ends.append(own)
+    common = sorted(set.intersection(*(set(own) for own in ends)))
+    if not common:
+        return experts.log_prior
+    sums = torch.tensor([[own[at] for at in common] for own in ends], dtype=torch.float64)  # [M, S]
+    logp = torch.diff(sums, dim=1, prepend=torch.zeros(len(losses), 1, dtype=torch.float64))
+    by_expert = torch.logsumexp(experts.weights.log()[:, :, None] + logp, dim=1)  # [K, S]
+    return posteriors(experts.log_prior, by_expert)[0][-1]

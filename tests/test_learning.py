@@ -1,0 +1,162 @@
+"""`weighting: bayes` at token steps: scoring, generation and bits per byte against plain fusions of every expert."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import naive
+import pytest
+import torch
+from harness import deepen, requests
+
+from lm_eval_deepen.engine.decoding import Job, generate
+from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.reading import Document, Reading, Variant
+from lm_eval_deepen.engine.scoring import score, score_together
+
+CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", ""]
+CHOICES = [" jumps over the lazy dog", " two 🙂", "\n\nmoon"]
+REQUESTS = list(itertools.product(CONTEXTS, CHOICES))
+ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel", "metaspace")]
+
+
+@pytest.fixture(scope="module", params=ORDERS, ids="+".join)
+def make(request, pico, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("matrices"))
+
+    def make(**options):
+        return deepen(*(pico[name] for name in request.param), matrix_dir=folder, batch_size=2, **options)
+
+    return make
+
+
+def experts_of(make, model):
+    """Return a plain ensemble, with constant weights and one average, per expert.
+
+    All weight on the main member would skip fusion, and give mass to embedding rows without a token.
+    """
+    experts = model.ensemble.experts
+    nearly = (1 - 1e-6) * experts.weights + 1e-6 / experts.weights.shape[1]
+    plain = {False: make(average="linear"), True: make(average="geometric")}
+    found = []
+    for weights, pools in zip(nearly.float(), experts.geometric.tolist(), strict=True):
+        base = plain[pools].ensemble
+        found.append(type(base)(base.config, base.members, base.fuser, weights, base.trace))
+    return found
+
+
+def mixture(model, by_expert):
+    """Return the mixture's log-probability of every token, from the experts' [K, T]."""
+    prior = model.ensemble.experts.log_prior
+    cumulative = torch.cat([prior[:, None], prior[:, None] + by_expert.double().cumsum(1)], dim=1)
+    return torch.diff(cumulative.logsumexp(0)).tolist()
+
+
+def by_each(plain, span):
+    """Return every expert's log-probability of every target [K, T] by plain forward passes, corners fused as well."""
+    return torch.tensor([naive.score_span(ensemble, span) for ensemble in plain])
+
+
+def test_scoring_equals_the_mixture_of_plain_ensembles(make):
+    model = make(weighting="bayes")
+    plain = experts_of(make, model)
+    prompter = Prompter(model.ensemble)
+    spans = [prompter.span(*request) for request in REQUESTS]
+    found = dict(score(model.ensemble, spans, 16))
+    for index, span in enumerate(spans[::2]):
+        assert found[2 * index].logp == pytest.approx(mixture(model, by_each(plain, span)), abs=5e-4)
+
+
+def test_one_pass_serves_learning_and_constant_weights(make):
+    models = [make(weighting="bayes"), make(), make(weighting="bayes", averages="linear")]
+    first = models[0].ensemble
+    prompter = Prompter(first)
+    spans = [prompter.span(*request) for request in REQUESTS]
+    same = [type(first)(m.ensemble.config, first.members, m.ensemble.fuser, m.ensemble.weights, m.ensemble.trace,
+                        m.ensemble.weigher) for m in models]  # fmt: skip
+    together = dict(score_together(same, spans, 16))
+    for at, ensemble in enumerate(same):
+        for index, own in score(ensemble, spans, 16):
+            assert together[index][at].logp == pytest.approx(own.logp, abs=1e-4)
+
+
+def test_generation_learns_from_its_own_text(make):
+    model = make(weighting="bayes")
+    plain = experts_of(make, model)
+    jobs = [Job(Prompter(model.ensemble).prompts(context, 6), 6) for context in CONTEXTS[:3]]
+    found = dict(generate(model.ensemble, jobs, 2))
+    for index, job in enumerate(jobs):
+        log_posterior = model.ensemble.experts.log_prior.clone()
+        ids: list[int] = []
+        for token, value in zip(found[index].ids, found[index].logp, strict=True):
+            data = model.ensemble.main.codec.vocab.decode(ids)
+            rows = torch.stack([naive.fused_row(e, job.prompts, ids, data) for e in plain]).double()
+            fused = torch.logsumexp(rows + log_posterior[:, None], dim=0)
+            assert fused.max() - fused[token] < 1e-3
+            assert value == pytest.approx(float(fused[token]), abs=1e-3)
+            log_posterior = torch.log_softmax(log_posterior + rows[:, token], dim=0)
+            ids.append(token)
+
+
+def test_speculation_changes_no_text(make):
+    contexts = [(context, {"max_gen_toks": 12, "until": []}) for context in CONTEXTS[:3]]
+    plain = make(weighting="bayes").generate_until(requests("generate_until", *contexts))
+    drafted = make(weighting="bayes", speculate="lookup").generate_until(requests("generate_until", *contexts))
+    assert plain == drafted
+
+
+def test_what_the_prompt_teaches_is_what_stretches_say(make):
+    """The posterior after a prompt is that of the stretches between the places where all members' tokens end."""
+    model = make(weighting="bayes", learn_from="prompt")
+    context = "The quick brown fox jumps over the lazy dog. The dog did not mind,"
+    span = Prompter(model.ensemble).span(context, " and the fox walked away")
+    (score_here,) = [found for _, found in score(model.ensemble, [span], 16)]
+    ends, sums = [], []
+    for member, prompt in zip(model.ensemble.active, span.prompts, strict=True):
+        texts = [member.codec.vocab.decode(prompt.ids[: n + 1]) for n in range(len(prompt.ids))]
+        skip = len(texts[-1]) - len(context.encode())
+        own = {}
+        for n, text in enumerate(texts):
+            if n:
+                value = float(naive.member_logp(member, prompt.ids[:n])[0, prompt.ids[n]])
+                own[len(text) - skip] = own.get(len(text) - skip, 0.0) + value
+            else:
+                own.setdefault(len(text) - skip, 0.0)
+        ends.append({place for place in own if place > 0} | ({0} if 0 in own and len(texts[0]) == skip else set()))
+        sums.append(own)
+    common = sorted(set.intersection(*ends))
+    experts = model.ensemble.experts
+    log_posterior = experts.log_prior.clone()
+    for begin, end in itertools.pairwise(common):
+        values = torch.tensor([sum(v for place, v in own.items() if begin < place <= end) for own in sums]).double()
+        log_posterior += torch.logsumexp(experts.weights.log() + values, dim=1)
+    log_posterior = torch.log_softmax(log_posterior, dim=0)
+    got = model.ensemble.experts
+    plain = by_each(experts_of(make, model), span).double()
+    expected = torch.logsumexp(log_posterior + plain.sum(1), dim=0)
+    assert score_here.total == pytest.approx(float(expected), abs=2e-3)
+    assert len(got) == len(plain)
+
+
+def test_a_text_of_several_windows_is_one_text(make):
+    text = "The dog did not mind, and the fox walked away. " * 4
+    model = make(weighting="bayes", max_length=64)
+    (got,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    each = [m.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))[0]
+            for m in (make(weights=row, average="geometric" if pools else "linear", max_length=64)
+                      for row, pools in zip(model.ensemble.experts.weights.tolist(),
+                                            model.ensemble.experts.geometric.tolist(), strict=True)
+                      if row[0] < 1)]  # fmt: skip
+    assert got >= max(each) - math.log(len(model.ensemble.experts)) - 1e-3
+
+
+def test_bits_per_byte_start_anew_for_every_document(make):
+    model = make(weighting="bayes")
+    documents = [Document("The dog did not mind, and the fox walked away."), Document("10 + 20 = 30, 12 * 12 = 144")]
+    variant = [Variant.of(model.ensemble)]
+    both = Reading.of(model.ensemble, documents)
+    together = both.bits(both.logp(variant))[0]
+    for document, bits in zip(documents, together.tolist(), strict=True):
+        alone = Reading.of(model.ensemble, [document])
+        assert float(alone.bits(alone.logp(variant))[0]) == pytest.approx(bits, abs=1e-3)

@@ -1,0 +1,155 @@
+"""`method: mixture`: texts scored by stretches, against a brute-force oracle, in every order of the members."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import naive
+import pytest
+import torch
+from harness import deepen, requests
+
+CONTEXTS = ["The quick brown fox", "Question: What is 1 + 1?\nAnswer:", "café 中国", "walk", "", "ends\n", "Paris "]
+CHOICES = [" jumps over", "ing and talking", " 🙂 smile", "\n\n  indented", " </s> <|im_end|> text"]
+LONG = "In 1969 the first people walked on the moon; über 中国 🙂 there were many. " * 6
+NAMES = ("bytelevel", "metaspace", "padded")
+PAIRS = list(itertools.product(CONTEXTS, CHOICES))
+
+
+@pytest.fixture(scope="module")
+def make(pico, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("matrices"))
+
+    def make(*names, **options):
+        return deepen(*(pico[name] for name in names), method="mixture", matrix_dir=folder, **options)
+
+    return make
+
+
+def own_tokens(member, text: str, context: str):
+    """Return a member's tokens before and of a text, and the offset at which each of the latter ends."""
+    codec = member.codec
+    head = codec.automatic_prefix if context else codec.prefix_ids
+    ids = codec.encode_prompt(text)[len(codec.automatic_prefix) :]
+    at = len(text.encode()) - len(codec.vocab.decode(ids))
+    ends = []
+    for token in ids:
+        at += len(codec.vocab.pieces[token])
+        ends.append(at)
+    return head, ids, ends
+
+
+def oracle(ensemble, context: str, continuation: str, weights) -> float:
+    """Return log of the product over stretches of sum_m w_m P_m, one plain forward pass per token."""
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    text, size = context + continuation, len(context.encode())
+    read = [own_tokens(member, text, context) for member in ensemble.active]
+    common = sorted(set.intersection(*({0, *ends} for _, _, ends in read)))
+    start = max(offset for offset in common if offset <= size)
+    bounds = [offset for offset in common if offset >= start]
+    for n, (member, (head, ids, ends)) in enumerate(zip(ensemble.active, read, strict=True)):
+        if not head and ends[0] > start:  # something has to come before the first token that is scored
+            read[n] = (member.codec.prefix_ids, ids, ends)
+    total = 0.0
+    for begin, end in itertools.pairwise(bounds):
+        stretch = 0.0
+        for weight, member, (head, ids, ends) in zip(weights, ensemble.active, read, strict=True):
+            value = math.log(weight) if weight else -math.inf
+            for n, token in enumerate(ids):
+                if begin < ends[n] <= end:
+                    value += float(naive.member_logp(member, (*head, *ids[:n]))[0, token])
+            stretch += math.exp(value)
+        total += math.log(stretch)
+    return total
+
+
+def scores(model, pairs, kind="loglikelihood"):
+    return getattr(model, kind)(requests(kind, *pairs))
+
+
+def test_scores_are_those_of_the_oracle(make):
+    weights = [0.5, 0.2, 0.3]
+    model = make(*NAMES, weights=weights)
+    for (context, continuation), (got, _) in zip(PAIRS, scores(model, PAIRS), strict=True):
+        assert got == pytest.approx(oracle(model.ensemble, context, continuation, weights), abs=2e-4)
+
+
+@pytest.mark.parametrize("weighting", [None, "bayes"])
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_the_order_of_the_members_changes_nothing(make, kind, weighting):
+    pairs = PAIRS if kind == "loglikelihood" else [(LONG,), ("walk",), ("",), ("中国 🙂",)]
+    found = []
+    for names in itertools.permutations(NAMES):
+        found.append(scores(make(*names, weighting=weighting, max_length=64), pairs, kind))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            if kind == "loglikelihood":
+                assert a[1] == b[1]
+                a, b = a[0], b[0]
+            assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_batches_and_order_of_requests_change_nothing(make):
+    model = make("metaspace", "bytelevel", weighting="bayes")
+    together = scores(model, PAIRS)
+    for index in (0, 7, 20, 33):
+        assert scores(model, [PAIRS[index]])[0][0] == pytest.approx(together[index][0], abs=1e-4)
+    assert [s for s, _ in scores(model, PAIRS[::-1])][::-1] == pytest.approx([s for s, _ in together], abs=1e-4)
+
+
+def test_a_rolling_text_is_the_sum_of_its_windows_stretches(make):
+    """One long window gives what a plain pass over all tokens gives; short windows lose context, not stretches."""
+    model = make("metaspace", "bytelevel", weights=[0.4, 0.6])
+    (whole,) = scores(model, [("The dog walked away. " * 3,)], "loglikelihood_rolling")
+    assert whole == pytest.approx(oracle(model.ensemble, "", "The dog walked away. " * 3, [0.4, 0.6]), abs=2e-4)
+    short = make("metaspace", "bytelevel", weights=[0.4, 0.6], max_length=32)
+    (cut,) = scores(short, [(LONG,)], "loglikelihood_rolling")
+    assert math.isfinite(cut) and cut < 0
+
+
+def test_all_weight_on_any_one_member_is_that_member(make):
+    for at, name in enumerate(NAMES[:2]):
+        weights = [0.0, 0.0]
+        weights[at] = 1.0
+        if at == 0:
+            continue  # the first member alone is `hf` itself, which other tests compare
+        model = make(*NAMES[:2], weights=weights)
+        swapped = make(name, NAMES[0], weights=[1.0, 0.0], self_check=False)
+        for (context, continuation), (got, _) in zip(PAIRS, scores(model, PAIRS), strict=True):
+            assert got == pytest.approx(oracle(model.ensemble, context, continuation, weights), abs=2e-4)
+        same = [i for i, (context, _) in enumerate(PAIRS) if context.startswith(("The", "Question"))]
+        own = scores(swapped, [PAIRS[i] for i in same])
+        found = scores(model, [PAIRS[i] for i in same])
+        near = sum(a == pytest.approx(b, abs=2e-4) for (a, _), (b, _) in zip(own, found, strict=True))
+        assert near >= len(same) // 2  # others split a merged token elsewhere
+
+
+def test_left_truncation_keeps_the_same_text_in_every_member(make):
+    model = make("metaspace", "padded", max_length=40)
+    (value,) = scores(model, [(LONG, " the end")])
+    assert math.isfinite(value[0])
+
+
+def test_bayes_needs_at_most_log2_k_bits_more_than_its_best_expert(make):
+    for names in [("bytelevel", "metaspace"), NAMES]:
+        model = make(*names, weighting="bayes")
+        experts = model.ensemble.experts
+        bound = math.log(len(experts))
+        learned = [score for score, _ in scores(model, PAIRS[:20])]
+        each = []
+        for row in experts.weights.tolist():
+            if max(row) == 1.0 and row[0] == 1.0:
+                continue  # the first member alone would be `hf`, with its own rules for requests
+            each.append([score for score, _ in scores(make(*names, weights=row), PAIRS[:20])])
+        best = torch.tensor(each).max(0).values
+        assert bool((torch.tensor(learned) >= best - bound - 1e-4).all())
+
+
+def test_evidence_from_the_prompt_moves_the_weights(make):
+    context = "The quick brown fox jumps over the lazy dog. The dog did not mind,"
+    pair = [(context, " and the fox walked away")]
+    plain = scores(make("bytelevel", "metaspace", weighting="bayes", learn_from="continuation"), pair)[0][0]
+    moved = scores(make("bytelevel", "metaspace", weighting="bayes", learn_from="prompt"), pair)[0][0]
+    assert plain != pytest.approx(moved, abs=1e-6)
