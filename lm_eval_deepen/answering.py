@@ -112,7 +112,7 @@ class Answering(MainMemberView):
                 peer.known[kind, request.args] = answer
         return answers[self.peers.index(self)]
 
-    def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Span]) -> Answers:
+    def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Any]) -> Answers:
         if self.ensemble.by_stretches:
             for index, weighed in self._score_stretches([[span] for span in spans]):
                 answers = [(score.total, score.greedy) for score in weighed]
@@ -122,7 +122,7 @@ class Answering(MainMemberView):
             answers = [(score.total, score.greedy) for score in found]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
-    def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Span]]) -> Answers:
+    def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Any]]) -> Answers:
         if self.ensemble.by_stretches:
             for index, weighed in self._score_stretches(texts):
                 own = [score.total for score in weighed]
