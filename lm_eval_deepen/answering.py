@@ -87,6 +87,8 @@ class Answering(MainMemberView):
         """Raise RequestError where this ensemble has no answer to any request of a type."""
         if kind != "generate_until":
             require_scoring(self.ensemble)
+        elif self._prompter.solo:
+            self.ensemble.main.check_generation()
 
     def prepare(self, kind: str, request: Instance, repeats: Counter[str] | None = None) -> Any:
         """Return what the engine needs for a request, or a `SetAside` where it has no honest answer.

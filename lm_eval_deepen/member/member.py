@@ -16,8 +16,20 @@ from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RequestError
 from lm_eval_deepen.member.devices import place, weight_of
+from lm_eval_deepen.member.loading_check import (
+    LONG,
+    check_reading,
+    check_tree,
+    generates_as_it_reads,
+    needs_a_pass_alone,
+    sharpest,
+)
 from lm_eval_deepen.member.preflight import reusable
+<<<<<<< Updated upstream
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled
+=======
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
+>>>>>>> Stashed changes
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)
@@ -40,6 +52,7 @@ class Member:
         lm: the harness's ``HFLM`` around the model; gives tokenisation and chat templates.
         runner: the forward passes.
         generates_only: whether it takes part in generation, and can score no given text.
+        generates_as_it_reads: whether ``generate``, which `--model hf` calls, agrees with the model's forward passes.
     """
 
     generates_only = False
@@ -55,6 +68,7 @@ class Member:
                 f"{config.pretrained!r} is a causal language model. Leave them out."
             )
         self.config, self.lm = config, lm
+        self.generates_as_it_reads = True
         self.runner: TreeRunner | PlainRunner = self._runner()
 
     @classmethod
@@ -90,11 +104,19 @@ class Member:
             ) from error
 
     def _runner(self) -> TreeRunner | PlainRunner:
-        model, autocast = self.lm.model, self.lm.mixed_precision_dtype
+        """Return the fastest forward passes that are right for the model.
+
+        Raises:
+            MemberError: it is no causal language model.
+        """
+        model, autocast, longest = self.lm.model, self.lm.mixed_precision_dtype, self.max_length
+        checked, checked_autocast = sharpest(model, autocast)
+        check_reading(checked, self.name, checked_autocast)
         try:
+            check_tree(TreeRunner(checked, checked_autocast), longest)
             runner = TreeRunner(model, autocast)
-            runner.check()
-            return runner
+            if model.dtype != torch.float32 or autocast is not None:  # a cache may fail in one precision alone
+                check_tree(runner, longest)
         except Exception as error:  # whatever an unknown architecture raises: the plain path needs none of it
             log.warning(
                 "member %r: its cache cannot be shared or rolled back (%s); every sequence is forwarded in full, "
@@ -102,7 +124,25 @@ class Member:
                 self.name,
                 error,
             )
-            return PlainRunner(model, autocast)
+            check_reading(checked, self.name, checked_autocast, min(longest, LONG))
+            self.generates_as_it_reads = generates_as_it_reads(checked, longest, checked_autocast)
+            return PlainRunner(model, autocast, alone=needs_a_pass_alone(checked, longest, checked_autocast))
+        speed_up_few_rows(model.get_output_embeddings())
+        return runner
+
+    def check_generation(self) -> None:
+        """Check that a text generated here, by whole forward passes, is the one that `--model hf` generates.
+
+        Raises:
+            RequestError: it is not.
+        """
+        if not self.generates_as_it_reads:
+            raise RequestError(
+                f"member {self.name!r}: {type(self.lm.model).__name__}.generate, which --model hf calls, says "
+                "something else than the model's forward pass of the same text: it counts positions differently, adds "
+                "a token, or its cache drops keys. A text made of forward passes would not be that of hf. Evaluate "
+                "tasks of loglikelihoods, or generate with --model hf."
+            )
 
     @property
     def name(self) -> str:

@@ -1,0 +1,252 @@
+"""What a model must show when it loads: that it reads from left to right, and whether it can walk a prefix tree.
+
+Both checks compare forward passes that must agree, and measure how far they are apart by what would go unnoticed
+otherwise: by how much an earlier token, or another position, changes what the model says. So they tell as much of flat
+distributions as of peaked ones. Small models are checked on a copy in double precision, where rounding hides nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.member.attention import MaskMaker
+from lm_eval_deepen.member.runner import Paths, PlainRunner, TreeRunner
+from lm_eval_deepen.member.tree import TokenTree
+
+SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision
+SHORT, LONG = 14, 160  # tokens of the paths; the long ones show what works on chunks of a text
+WINDOW = 6  # of layers with a sliding window, while they are checked
+AHEAD = 4  # tokens at the end of the context that are forwarded beside a path, and must not change it
+
+# Share of the effect of a token or a position that passes may differ by, and share of the spread of the logits.
+TOLERANCES = {torch.float64: (1e-3, 1e-9), torch.float32: (1e-3, 1e-5)}
+HALF = {torch.bfloat16: (0.5, 2e-2), torch.float16: (0.5, 2e-2)}
+
+
+def sharpest(model: nn.Module, autocast: torch.dtype | None) -> tuple[nn.Module, torch.dtype | None]:
+    """Return a copy of a small model in double precision, else the model; and what it is autocast to."""
+    weights = list(model.parameters())
+    plain = not getattr(model, "is_quantized", False) and all(x.is_floating_point() for x in weights)
+    here = not any(x.is_meta for x in weights) and not hasattr(model, "hf_device_map")
+    if not plain or not here or sum(x.numel() for x in weights) > SMALL_MODEL:
+        return model, autocast
+    try:
+        exact = copy.deepcopy(model).double()
+        PlainRunner(exact).states_at([[0, 0]])
+    except Exception:  # code that insists on its own precision: it is checked in that
+        return model, autocast
+    return exact, None
+
+
+def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = None, length: int = SHORT) -> None:
+    """Check that what a model says after a text depends on that text, and on nothing else.
+
+    Args:
+        model: the model that `PlainRunner` forwards.
+        name: the member's name, for the error.
+        autocast: what it is autocast to.
+        length: the number of tokens to try it on.
+
+    Raises:
+        MemberError: it depends on what follows, or on chance, or is no number.
+    """
+    plain = PlainRunner(model, autocast)
+    first, second, third = _paths(model, length)
+    half = length // 2
+    rows = torch.tensor([first, [*first[:half], *third[half:]], second])  # alike, but for: -, their ends, one token
+    said, again = (plain.forward(rows).cpu()[:, half - 1] for _ in range(2))  # [3, V]
+    kind = type(model).__name__
+    if bool(said.isnan().any()):
+        raise MemberError(f"member {name!r}: {kind} gives no numbers (NaN) for a few tokens. Check its weights.")
+    effect = _apart(said[:1], said[2:])
+    allowed = _allowed(effect, said)
+    drifts = {
+        "each time that it is asked": _apart(said, again),
+        "with the text that follows": _apart(said[:1], said[1:2]),
+    }
+    if said.dtype not in HALF:  # passes of different lengths round differently
+        alone = plain.logits(plain.states_at([first[:half]])).cpu()
+        drifts["with the length of the text that follows"] = _apart(said[:1], alone)
+    for what, drift in drifts.items():
+        if drift > allowed:
+            raise MemberError(
+                f"member {name!r}: {kind} is no causal language model as it is configured: what it says after a text "
+                f"changes {what} (by {drift:.2g}; another token before changes it by {effect:.2g}).{_hint(model)} Use "
+                "a model that reads from left to right."
+            )
+
+
+def needs_a_pass_alone(model: nn.Module, longest: int, autocast: torch.dtype | None = None) -> bool:
+    """Return whether other texts in a forward pass change what a model says, as where positions follow the longest.
+
+    Args:
+        model: the model that `PlainRunner` forwards.
+        longest: the number of tokens that its context holds.
+        autocast: what it is autocast to.
+    """
+    plain = PlainRunner(model, autocast)
+    first, second, third = _paths(model)
+    short, changed = first[: SHORT // 2], second[: SHORT // 2]
+    alone = plain.logits(plain.states_at([short]))
+    allowed = _allowed(_apart(plain.logits(plain.states_at([changed])), alone), alone)
+    if _apart(plain.logits(plain.states_at([short, third]))[:1], alone) > allowed:
+        return True
+    rows, places = torch.tensor([short, short]), torch.arange(len(short))
+    try:
+        near, far = (
+            plain.forward(rows, position_ids=torch.stack([places, places + ahead]))[:1, -1]
+            for ahead in (0, max(longest - len(short), 0))
+        )
+    except Exception:  # it takes no positions, so that none can be far
+        return False
+    return _apart(near, far) > allowed
+
+
+def generates_as_it_reads(model: nn.Module, longest: int, autocast: torch.dtype | None = None) -> bool:
+    """Return whether the model's own ``generate``, which `--model hf` calls, follows what it says of a whole text.
+
+    Some classes count positions from elsewhere in ``generate``, add a token, or drop keys that their masks still show.
+
+    Args:
+        model: the model that `PlainRunner` forwards.
+        longest: the number of tokens that its context holds.
+        autocast: what it is autocast to.
+    """
+    plain, steps = PlainRunner(model, autocast), 3
+    prompt = _paths(model, min(longest - steps, LONG))[0]
+    settings: dict[str, Any] = dict(max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
+    context = nullcontext() if autocast is None else torch.autocast(plain.device.type, autocast)
+    ids = torch.tensor([prompt], device=plain.device)
+    with torch.inference_mode(), context, _short_window(model.config.get_text_config()):  # type: ignore[operator, union-attr]
+        made = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **settings,
+        )
+        whole = made.sequences[0].tolist()
+        said = plain.logits(plain.states_at([whole[: len(prompt) + step] for step in range(steps)]))
+        other = plain.logits(plain.states_at([[*prompt[:-2], prompt[0], prompt[-1]]]))
+    return _apart(torch.cat(made.logits), said) <= _allowed(_apart(said[:1], other), said)
+
+
+def check_tree(runner: TreeRunner, longest: int) -> None:
+    """Compare packed trees and rolled-back caches with plain forward passes.
+
+    Args:
+        runner: of the model that is checked.
+        longest: the number of tokens that its context holds.
+
+    Raises:
+        ArithmeticError: they differ by more than rounding, or positions are not those that are given.
+    """
+    plain = PlainRunner(runner.model, runner.autocast)
+    first, second, third = _paths(runner.model)
+    trunk = first[: SHORT // 2]
+    paths = [first, [*trunk, *second[-3:]], [*trunk, *third[2:7]], third, trunk]
+    try:
+        with _short_window(runner.model.config.get_text_config(), runner.masks):
+            expected = plain.logits(plain.states_at(paths))
+            given, misplaced = _packed(runner, paths, longest), _packed(runner, paths, longest, by_column=True)
+            if given.shape != expected.shape:
+                raise ArithmeticError("its head does not read what its body returns")
+            allowed = _allowed(_apart(given, misplaced), expected)
+            _compare("a packed tree", given, expected, allowed)
+            if _apart(given, misplaced) == 0:
+                raise ArithmeticError("its positions are not those that it is given")
+            _compare("a walk", runner.logits(runner.walker(20).states(paths)), expected, allowed)
+            rows = runner.rows()
+            rows.admit(runner.walker().prefill([first, trunk, third])[0])
+            state = rows.advance([paths[1], first, paths[2]])
+            _compare("a rolled-back cache", runner.logits(state), expected[[1, 0, 2]], allowed)
+    finally:
+        runner.forwarded = 0
+
+
+def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int], list[int]]:
+    """Return three token paths, the first two alike but for their second token; all hold a padding token."""
+    size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator, union-attr]
+    pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
+    first = [(7 + 13 * at * at + size * at // SHORT) % size for at in range(length)]
+    third = [(11 + 29 * at * at + size * (length - at) // SHORT) % size for at in range(length)]
+    first[4] = third[5] = pad
+    return first, [first[0], (first[1] + size // 2) % size, *first[2:]], third
+
+
+def _packed(runner: TreeRunner, paths: Paths, longest: int, by_column: bool = False) -> Tensor:
+    """Return the logits [n, V] after paths that lie scattered in one forward pass, with others at the context's end.
+
+    Args:
+        runner: what forwards them.
+        paths: token paths.
+        longest: the number of tokens that the context holds.
+        by_column: whether positions are those in the pass, which are wrong, instead of those in the paths.
+    """
+    tree = TokenTree()
+    ends = [tree.add(path) for path in paths]
+    ahead = torch.arange(max(longest - AHEAD, 0), max(longest, AHEAD))
+    depths = torch.cat([ahead, torch.tensor(tree.depths)])
+    allowed = torch.zeros(len(depths), len(depths), dtype=torch.bool)
+    allowed[:AHEAD, :AHEAD] = torch.ones(AHEAD, AHEAD, dtype=torch.bool).tril()
+    for node in range(len(tree)):
+        allowed[AHEAD + node, [AHEAD + above for above in tree.way_up(node)]] = True
+    ids = torch.tensor([[*tree.tokens[:AHEAD], *tree.tokens]])
+    position = torch.arange(len(depths)) if by_column else depths
+    hidden = runner.body(ids, position[None], allowed[None], (depths[:, None] - depths)[None])
+    return runner.logits(hidden[0, [AHEAD + end for end in ends]])
+
+
+@contextmanager
+def _short_window(config: Any, masks: MaskMaker | None = None) -> Iterator[None]:
+    """Let layers with a sliding window have one that the paths outgrow, in the model's own masks and in ours."""
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        yield
+        return
+    before = masks.window if masks is not None else None
+    config.sliding_window = min(WINDOW, window)
+    if masks is not None:
+        masks.window = before and config.sliding_window
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+        if masks is not None:
+            masks.window = before
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """Return how far logits [n, V] are apart, whatever constant is added to a row: the largest root mean square."""
+    difference = torch.where(a == b, 0.0, a.double() - b.double())
+    difference = difference - difference.mean(-1, keepdim=True)
+    return difference.square().mean(-1).sqrt().max().item()
+
+
+def _allowed(effect: float, logits: Tensor) -> float:
+    """Return how far apart logits may be that must agree, where something that matters moves them by `effect`."""
+    share, floor = {**TOLERANCES, **HALF}[logits.dtype]
+    spread = logits.double().clamp(-1e4, 1e4)
+    return max(share * effect, floor * spread.std(-1).max().item())
+
+
+def _compare(what: str, got: Tensor, expected: Tensor, allowed: float) -> None:
+    drift = _apart(got, expected)
+    if not drift <= allowed:
+        raise ArithmeticError(
+            f"{what} differs from a plain forward pass by {drift:.2g}, where {allowed:.2g} is rounding"
+        )
+
+
+def _hint(model: nn.Module) -> str:
+    encoder = getattr(model.config, "is_decoder", None) is False
+    return " Its config.json has is_decoder: false; a decoder has true." if encoder else ""
