@@ -25,11 +25,7 @@ from lm_eval_deepen.member.loading_check import (
     sharpest,
 )
 from lm_eval_deepen.member.preflight import reusable
-<<<<<<< Updated upstream
-from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled
-=======
-from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
->>>>>>> Stashed changes
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)

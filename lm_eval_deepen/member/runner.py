@@ -62,7 +62,6 @@ class TreeRunner:
         """Return a walker that forwards at most `nodes` tokens at once."""
         return TreeWalker(self, nodes)
 
-<<<<<<< Updated upstream
     def logits(self, states: Tensor) -> Tensor:
         """Return the model's logits [n, V] (its dtype) from hidden states [n, d]."""
         dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -72,17 +71,6 @@ class TreeRunner:
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
         return log_softmax(self.logits(states), temperature)
-=======
-    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
-        return log_softmax(self.logits(states), temperature)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Return the logits [n, V] that the model's own head gives hidden states [n, d]."""
-        dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
-            return self.model(input_ids=dummy, use_cache=False).logits[0]
->>>>>>> Stashed changes
 
     @contextmanager
     def _body_returns(self, hidden: Tensor) -> Iterator[None]:
@@ -167,10 +155,6 @@ class PlainRunner:
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
         return log_softmax(self.logits(states), temperature)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Return logits [n, V], which the states of this path are."""
-        return states
 
     def rows(self) -> RecomputedRows:
         """Return rows that are recomputed at each step."""
