@@ -118,6 +118,24 @@ def parsed(text: str, where: str) -> Any:
 # Files -----------------------------------------------------------------------------------------------
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be written, before the work whose result goes there; its folder is made.
+
+    Raises:
+        StorageError: it is a folder, or its folder cannot be made or written.
+    """
+    target = Path(os.path.realpath(path))
+    with _explained(path, "written"):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if _is_stream(path):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        os.stat(target) if target.exists() else None  # a name that is too long
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text, UTF-8, in one step. What UTF-8 cannot spell, half of a surrogate pair, is written as its escape.
 
@@ -231,6 +249,13 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def discard(descriptor: int) -> None:
+    """Let whatever is written to an open file from now on vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def remove_file(path: Path) -> None:
     """Remove a file, if it is there.
 
@@ -294,7 +319,8 @@ def working_folder(parent: Path, prefix: str, sole: bool = False) -> Iterator[Pa
     with _explained(parent, "used"):
         if sole:
             for leftover in parent.glob(f"{glob.escape(prefix)}*"):
-                shutil.rmtree(leftover)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
         folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     with folder as name:
         yield Path(name)

@@ -214,6 +214,7 @@ def test_a_terminal_that_is_full_closed_gone_or_of_another_encoding(pair):
         (OSError("a library's\n  own"), 2, "error: a library's own\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: Broken pipe. Correct"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "error: 'utf-8' codec can't decode"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "(os error 28). Free space on the disk"),
         (KeyboardInterrupt(), INTERRUPTED, "interrupted; what is finished is kept\n"),
     ],
 )  # fmt: skip

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import math
+import os
 import re
+import shutil
 from pathlib import Path
 
 import lm_eval
@@ -526,3 +531,178 @@ def test_a_tuned_file_of_another_ensemble_is_refused(tuned, write, pico):
     others = [str(pico["bytelevel"]), str(pico["padded"])]
     with pytest.raises(ConfigError, match="row 'tuned': .*tuned.yaml has the member .*metaspace.*another ensemble"):
         read_recipe(write(members=others, grid=None, rows=[{"ensemble": "tuned.yaml"}]))
+
+
+# --- damage
+
+
+@pytest.fixture(scope="module")
+def finished(pico, folder, tmp_path_factory):
+    """A finished leaderboard of one ensemble and two tasks: its recipe and its folder."""
+    root = tmp_path_factory.mktemp("finished")
+    raw = {
+        "members": [
+            {"name": "A", "pretrained": str(pico["bytelevel"])},
+            {"name": "B", "pretrained": str(pico["metaspace"])},
+        ],
+        "common": {"matrix_dir": str(folder / "matrices")},
+        "grid": {"orders": ["A+B"], "methods": ["gac"]},
+        "tasks": [CHOICE, "conf_answer"],
+        "include_path": str(folder / "tasks"),
+        "resamples": 200,
+    }  # fmt: skip
+    (root / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        assert cli.main(["leaderboard", str(root / "recipe.yaml"), "--out", str(root / "out"), "--device", "cpu"]) == 0
+    return root / "recipe.yaml", root / "out"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    recipe, out = finished
+    return recipe, Path(shutil.copytree(out, tmp_path / "out"))
+
+
+def lines_of(path: Path, change) -> None:
+    path.write_text("".join(change(path.read_text("utf-8").splitlines(keepends=True))), "utf-8")
+
+
+def data_of(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "samples": {
+        "gone": Path.unlink,
+        "empty": lambda path: path.write_text(""),
+        "binary": lambda path: path.write_bytes(bytes(range(256))),
+        "cut in its last line": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        "without its last line": lambda path: lines_of(path, lambda lines: lines[:-1]),
+        "a line twice": lambda path: lines_of(path, lambda lines: [*lines, lines[-1]]),
+        "NaN": lambda path: path.write_text(re.sub(r'"acc": [\d.]+', '"acc": NaN', path.read_text(), count=1)),
+        "another score": lambda path: lines_of(path, lambda lines: [flipped(lines[0]), *lines[1:]]),
+    },
+    "results": {
+        "gone": Path.unlink,
+        "empty": lambda path: path.write_text(""),
+        "binary": lambda path: path.write_bytes(b"\xff\x00"),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        "another kind": lambda path: path.write_text("[]"),
+        "NaN": lambda path: path.write_text(re.sub(r'(,none": )[\d.]+', r"\1NaN", path.read_text(), count=1)),
+    },
+    "mark": {
+        "empty": lambda path: path.write_text(""),
+        "binary": lambda path: path.write_bytes(b"\xff\x00\x80"),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        "another kind": lambda path: path.write_text("3"),
+        "without a cost": lambda path: data_of(path, cost=None),
+        "another cost": lambda path: data_of(path, cost={"seconds": "1"}),
+        "an endless cost": lambda path: data_of(path, cost={"seconds": math.inf}),
+        "other samples": lambda path: data_of(path, samples=["x"]),
+        "samples elsewhere": lambda path: data_of(path, samples={"conf_choice": "../x"}),
+        "other facts": lambda path: data_of(path, facts={"parameters": None}),
+        "no documents": lambda path: data_of(path, documents=0),
+        "other digests": lambda path: data_of(path, sha256=3),
+    },
+}  # fmt: skip
+
+
+def flipped(line: str) -> str:
+    record = json.loads(line)
+    return json.dumps({**record, "acc": 1 - record["acc"]}) + "\n"
+
+
+def files_of(out: Path, kind: str) -> Path:
+    [mark] = (out / "B").glob(f"conf_choice{SUFFIX}")
+    if kind == "mark":
+        return mark
+    said = json.loads(mark.read_text())
+    return mark.with_name(said["results"] if kind == "results" else said["samples"]["conf_choice"])
+
+
+UNSEEN = {("samples", "another score"), ("results", "NaN"), ("mark", "other digests")}  # without digests
+DAMAGED = [(kind, damage, old) for kind in DAMAGE for damage in DAMAGE[kind] for old in (False, True)]
+
+
+@pytest.mark.parametrize(("kind", "damage", "old"), [case for case in DAMAGED if not case[2] or case[:2] not in UNSEEN])
+def test_a_damaged_cell_is_an_error_and_redo_evaluates_that_cell_alone(kind, damage, old, copied):
+    """Cells of versions that wrote no digests too, as far as the files show it."""
+    recipe, out = copied
+    if old:
+        data_of(files_of(out, "mark"), sha256={})
+    DAMAGE[kind][damage](files_of(out, kind))
+    with pytest.raises(ResultError, match=r"B/conf_choice.cell.json: the cell is damaged .*--redo evaluates it again"):
+        planned(recipe, out)
+    assert planned(recipe, out, redo=True).missing == [("B", "conf_choice")]
+
+
+def test_what_redo_mends_is_what_it_was(copied, capsys):
+    recipe, out = copied
+    before = json.loads((out / "leaderboard.json").read_text())
+    for kind, damage in (("samples", "cut in its last line"), ("mark", "binary")):
+        DAMAGE[kind][damage](files_of(out, kind))
+        command = ["leaderboard", str(recipe), "--out", str(out), "--device", "cpu"]
+        capsys.readouterr()
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+        assert cli.main([*command, "--redo"]) == 0
+        after = json.loads((out / "leaderboard.json").read_text())
+        assert [row["score"] for row in after["rows"]] == [row["score"] for row in before["rows"]]
+        assert cli.main(command) == 0
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.mark.parametrize("short", ["samples", "results"])
+def test_a_disk_that_fills_up_while_the_harness_writes_leaves_no_cell(copied, short, monkeypatch):
+    """The harness logs what it cannot write, and goes on."""
+    recipe, out = copied
+    files_of(out, "mark").unlink()
+    save = execution.EvaluationTracker.save_results_samples
+
+    def cut_short(self, **keys):
+        save(self, **keys)
+        [path] = Path(self.output_path).rglob("samples_*" if short == "samples" else "results_*")
+        path.write_bytes(path.read_bytes()[:-30])
+
+    monkeypatch.setattr(execution.EvaluationTracker, "save_results_samples", cut_short)
+    with pytest.raises(ResultError, match="the harness could not write it .*is the disk full"):
+        measured(recipe, out)
+    assert planned(recipe, out).missing == [("B", "conf_choice")] and not list(out.rglob(".cell-*"))
+
+
+def test_a_value_that_is_no_number_takes_its_own_row_out_of_the_column_alone(copied):
+    recipe, out = copied
+    [mark] = (out / "A+B_gac").glob(f"conf_choice{SUFFIX}")
+    said = json.loads(mark.read_text())
+    path = mark.with_name(said["samples"]["conf_choice"])
+    path.write_text(re.sub(r'"acc": [\d.]+', '"acc": NaN', path.read_text(), count=1))  # as the model gave it
+    data_of(mark, sha256={**said["sha256"], path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    table = measured(recipe, out)
+    assert ("A", "conf_choice acc") in scores(table) and ("A+B gac", "conf_choice acc") not in scores(table)
+    assert ("A+B gac", "conf_choice acc_norm") in scores(table)
+    assert "should be a finite number, got nan" in table.meaningless["A+B gac", "conf_choice acc"]
+    for kind in ("text", "md", "html", "json"):
+        assert "finite number" in leaderboard_table.rendered(table, kind)
+
+
+def test_a_readme_is_whole_whatever_happens(copied, tmp_path, capsys, monkeypatch):
+    recipe, out = copied
+    page, command = tmp_path / "README.md", ["leaderboard", str(recipe), "--out", str(out), "--into"]
+    text = f"# Ü\r\n\r\n{leaderboard_table.BEGIN}\r\nold\r\n{leaderboard_table.END}\r\n\r\nmore\r\n"
+    page.write_bytes(text.encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _full)
+        assert cli.main([*command, str(page)]) == 2
+    assert "No space left on device" in capsys.readouterr().err and page.read_bytes() == text.encode()
+    assert not list(tmp_path.glob(".*.tmp")) and not list(out.rglob("*.tmp"))
+    assert cli.main([*command, str(page)]) == 0
+    lines = page.read_bytes().decode().split("\n")
+    assert lines[0] == "# Ü\r" and lines[-2] == "more\r" and all(line.endswith("\r") for line in lines[:-1])
+    page.write_bytes(b"\xff" + text.encode())
+    assert cli.main([*command, str(page)]) == 2
+    assert f"--into {page}: {page}:1: byte 0xff is not UTF-8" in capsys.readouterr().err
+
+
+def _full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -316,3 +318,57 @@ def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
         assert time.monotonic() - began < 5
     with pytest.raises(StorageError, match="Not a directory|File exists"), storage.locked(Path(__file__) / "x.lock"):
         pass
+
+
+# Nobody else -----------------------------------------------------------------------------------------
+
+WRITES = set(
+    "write_text write_bytes touch mkdir makedirs unlink rmdir removedirs rename replace rmtree move copy copy2 "
+    "copyfile copytree save_file savez tofile to_csv savefig NamedTemporaryFile TemporaryDirectory mkstemp mkdtemp "
+    "FileLock SoftFileLock truncate symlink symlink_to link hardlink_to chmod fdopen".split()
+)
+OF_MODULES = {"os", "shutil", "tempfile", "json", "pickle", "torch", "np", "numpy", "yaml", "fcntl", "safetensors"}
+HARMLESS = {"replace", "copy", "rename", "move", "link", "truncate"}  # texts, tensors and dataclasses have these, too
+
+
+def writing_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the calls by which a module would write, move or remove files itself."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        owner = getattr(getattr(function, "value", None), "id", "")
+        if name == "open":
+            mode = [a.value for a in [*node.args[:2], *(k.value for k in node.keywords if k.arg == "mode")]
+                    if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+            if owner == "os" or any(set("wax+") & set(word) and len(word) < 4 for word in mode):
+                yield node.lineno, name
+        elif name in ("dump", "save", "remove") and owner in OF_MODULES:
+            yield node.lineno, f"{owner}.{name}"
+        elif name in WRITES and (name not in HARMLESS or owner in OF_MODULES) and owner not in ("storage",):
+            if isinstance(function, ast.Name) and name in ("write_text", "write_bytes"):
+                continue  # imported from `storage`: these take the file as an argument
+            yield node.lineno, name
+
+
+def test_no_other_module_writes_by_itself():
+    package = Path(storage.__file__).parent
+    found = {
+        f"{path.relative_to(package)}:{line}: {name}"
+        for path in package.rglob("*.py")
+        if path.name != "storage.py"
+        for line, name in writing_calls(ast.parse(path.read_text("utf-8")))
+    }
+    assert not found
+
+
+def test_the_search_for_writes_finds_them():
+    source = Path(storage.__file__).read_text("utf-8")
+    named = {name for _, name in writing_calls(ast.parse(source))}
+    assert set("open mkdir unlink rename replace rmtree save_file TemporaryDirectory FileLock".split()) <= named
+    for text in ("Path(p).write_text('')", "p.open('a')", "open(p, mode='wb')", "torch.save(x, p)", "json.dump(x, f)",
+                 "os.remove(p)", "shutil.move(a, b)", "np.save(p, x)", "os.open(p, 1)", "yaml.dump(x, f)"):  # fmt: skip
+        assert list(writing_calls(ast.parse(text))), text
+    for text in ("a.replace('x', 'y')", "dataclasses.replace(a)", "open(p)", "open(p, 'rb')", "write_text(p, 'x')"):
+        assert not list(writing_calls(ast.parse(text))), text

@@ -172,7 +172,7 @@ def test_demo_writes_results_and_prints_the_table(
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate, raising=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: kwargs)
-    monkeypatch.setattr(demo, "prepare", lambda model: Path("/models") / model.name)
+    monkeypatch.setattr(demo, "prepare", lambda model, redo: Path("/models") / model.name)
     argv = ["demo", "--hf", "--limit", "2", "--tasks", "choice", "short", "--device", "cpu"]
     assert cli.main([*argv, "--output", str(tmp_path)]) == 0
     assert [(c["model"], c["limit"], c["tasks"]) for c in calls] == [
@@ -277,6 +277,56 @@ def test_leftovers_of_a_killed_conversion_and_of_another_file_are_replaced(model
     demo_models.prepare(model)
     assert contents(model) == ["tiny"]
     assert not (model.folder() / "old").exists()
+
+
+DAMAGED = {
+    "a stamp without its key": lambda folder: (folder / demo_models.STAMP).write_text('{"file": "tiny.gguf"}'),
+    "an empty stamp": lambda folder: (folder / demo_models.STAMP).write_text(""),
+    "a binary stamp": lambda folder: (folder / demo_models.STAMP).write_bytes(b"\xff\x00"),
+    "a stamp of another kind": lambda folder: (folder / demo_models.STAMP).write_text("[]"),
+    "a stamp with other files": lambda folder: _stamp(folder, files=["weights"]),
+    "a stamp without files": lambda folder: _stamp(folder, files={}),
+    "weights that are gone": lambda folder: (folder / "weights").unlink(),
+    "weights that were cut": lambda folder: (folder / "weights").write_bytes(CONTENT[:-1]),
+    "an old stamp without weights": lambda folder: _stamp(folder, files=None),
+}
+
+
+def _stamp(folder: Path, **changes: object) -> None:
+    path = folder / demo_models.STAMP
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_conversion_is_made_anew(model: DemoModel, kind: str):
+    folder = demo_models.prepare(model)
+    DAMAGED[kind](folder)
+    assert demo_models.prepare(model) == folder and (folder / "weights").read_bytes() == CONTENT
+    assert json.loads((folder / demo_models.STAMP).read_text())["files"] == {"weights": len(CONTENT)}
+    assert contents(model) == ["tiny"]
+
+
+def test_a_conversion_of_an_older_version_is_kept_where_it_is_whole(model: DemoModel, monkeypatch: pytest.MonkeyPatch):
+    import torch
+    from safetensors.torch import save_file
+
+    folder = demo_models.prepare(model)
+    _stamp(folder, files=None)
+    (folder / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(9)}, folder / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_models, "_convert", None)
+        assert demo_models.prepare(model) == folder
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert demo_models.prepare(model) == folder and not weights.exists()
+
+
+def test_redo_converts_again(model: DemoModel):
+    folder = demo_models.prepare(model)
+    (folder / "weights").write_bytes(b"x" * len(CONTENT))  # which sizes do not show
+    assert (demo_models.prepare(model) / "weights").read_bytes() != CONTENT
+    assert (demo_models.prepare(model, redo=True) / "weights").read_bytes() == CONTENT
 
 
 def test_a_file_that_is_not_the_expected_one_is_refused(model: DemoModel):

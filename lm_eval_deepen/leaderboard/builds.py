@@ -109,8 +109,16 @@ class Builds:
                     return str(error)
         return None
 
-    def make(self, names: Iterable[str], folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
-        """Build what is missing among `names` and what they are made from; return the folders.
+    def make(
+        self, names: Iterable[str], folder: Path, say: Callable[[str], None], mend: bool = False
+    ) -> dict[str, Path]:
+        """Build what is missing among `names` and what they are made from, or damaged; return the folders.
+
+        Args:
+            names: of the models.
+            folder: where they are kept.
+            say: told what is going on.
+            mend: build again what is damaged, which is an error else.
 
         Raises:
             DeepenError: a model that cannot be built, by its name; what is built is kept.
@@ -125,7 +133,7 @@ class Builds:
             out = self.folder(name, folder)
             members = {**self.places, **{built: str(place) for built, place in found.items()}}
             try:
-                build(self.recipes[name], out, members, identity=identity, say=say)
+                build(self.recipes[name], out, members, identity=identity, mend=mend, say=say)
             except DeepenError as error:
                 raise ConfigError(f"{name!r}: {error}") from error
             found[name] = out

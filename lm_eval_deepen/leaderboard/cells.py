@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,14 +12,18 @@ from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.errors import ResultError, StorageError
 from lm_eval_deepen.leaderboard.models import Cost
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tasks import LoadedTask
-from lm_eval_deepen.runs.files import TaskRun
+from lm_eval_deepen.runs.aggregation import to_number
+from lm_eval_deepen.runs.files import TaskRun, read_results
+from lm_eval_deepen.runs.samples import Samples, read_samples
+from lm_eval_deepen.storage import move_file, read_json, remove_file, working_folder, write_json
 
 SUFFIX = ".cell.json"
 _SHOWN = 60
+_FIGURES = ("parameters", "training_tokens", "models")  # numbers among the facts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cell:
         cost: what it took.
         documents: how many were evaluated.
         facts: of the models: parameters, tokens they were trained on as far as that is known.
+        sha256: digests of the harness's files, by name; empty in cells of older versions.
     """
 
     mark: Path
@@ -46,6 +48,7 @@ class Cell:
     cost: Cost
     documents: int
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> dict[str, TaskRun]:
         """Return the cell's tasks, read from the harness's files.
@@ -53,17 +56,34 @@ class Cell:
         Raises:
             ResultError: a file that is gone or damaged.
         """
-        path = self.mark.with_name(self.results)
-        try:
-            results = json.loads(path.read_text("utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ResultError(f"{path}: cannot be read ({error}); evaluate the cell again with --redo") from error
+        path = self.mark.parent / self.results
+        results = read_results(path, "evaluate the cell again with --redo.")
         found = {}
         for task, name in self.samples.items():
-            if not path.with_name(name).is_file():
-                raise ResultError(f"{path.with_name(name)} is gone; evaluate the cell again with --redo")
-            found[task] = TaskRun(task, path, path.with_name(name), results)
+            samples = path.parent / name
+            if not samples.is_file():
+                raise ResultError(f"{samples} is gone; evaluate the cell again with --redo")
+            if task not in results["configs"]:
+                raise ResultError(f"{path} is damaged: it has no {task}; evaluate the cell again with --redo")
+            found[task] = TaskRun(task, path, samples, results)
         return found
+
+    def check(self) -> None:
+        """Read everything that belongs to the cell.
+
+        Raises:
+            ResultError: a file that is gone, damaged, or not the one that was written.
+        """
+        runs = self.runs()
+        for name, digest in self.sha256.items():
+            if _sha256(self.mark.parent / name) != digest:
+                raise ResultError(f"{self.mark.parent / name} is not the file that was written: cut off, or edited")
+        if not self.sha256:  # of an older version: whatever can be seen
+            samples = [run.samples for run in runs.values()]
+            if (count := sum(map(_documents, samples))) != self.documents:
+                raise ResultError(f"its samples are of {count} documents, {self.documents} were evaluated")
+            for one in samples:
+                _refuse_nan(one)
 
 
 def identity(
@@ -105,15 +125,11 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool) -> Cell | None:
     if not mark.is_file():
         return None
     try:
-        raw = json.loads(mark.read_text("utf-8"))
-        cell = Cell(
-            mark, raw["identity"], raw["results"], raw["samples"], Cost(**raw["cost"]), int(raw["documents"]),
-            raw.get("facts", {}),
-        )  # fmt: skip
+        cell = _parsed(mark)
         if json.loads(json.dumps(wanted)) == cell.identity:
-            cell.runs()
+            cell.check()
             return cell
-    except (json.JSONDecodeError, KeyError, TypeError, ResultError) as error:
+    except (ResultError, StorageError) as error:
         if redo:
             return None
         raise ResultError(f"{mark}: the cell is damaged ({error}); --redo evaluates it again") from error
@@ -124,6 +140,38 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool) -> Cell | None:
         f"{fingerprint(wanted)[:12]} wanted ({_differences(cell.identity, wanted)}). "
         "--redo evaluates such cells again; another --out keeps both"
     )
+
+
+def _parsed(mark: Path) -> Cell:
+    """Return what a mark says.
+
+    Raises:
+        StorageError: it cannot be read.
+        ResultError: it says what no mark says.
+    """
+    raw = read_json(mark)
+    try:
+        cost = Cost(**raw["cost"])
+        cell = Cell(
+            mark, raw["identity"], raw["results"], raw["samples"], cost, raw["documents"], raw.get("facts", {}),
+            raw.get("sha256", {}),
+        )  # fmt: skip
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ResultError(f"the mark lacks something: {type(error).__name__} {error}") from error
+    numbers = [cell.documents, cost.seconds, cost.fusing, cost.tokens, cost.shared_by]
+    facts = cell.facts if isinstance(cell.facts, dict) else {"": None}
+    figures = [facts.get(key) for key in _FIGURES] if facts else []
+    texts = [cell.results, *(_texts(cell.samples) or [None]), *(_texts(cell.sha256) or [])]
+    right = isinstance(cell.identity, dict) and isinstance(facts.get("warnings", []), list)
+    right = right and all(isinstance(name, str) and Path(name).name == name for name in texts)
+    if not right or any(to_number(number) is None for number in [*numbers, *figures]) or cell.documents < 1:
+        raise ResultError("the mark says what no mark says")
+    return cell
+
+
+def _texts(names: Any) -> list[Any]:
+    """Return the texts of a mapping from text to text; of anything else, something that is none."""
+    return [*names.values()] if isinstance(names, dict) else [None]
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -152,50 +200,77 @@ def write_cell(
     Raises:
         ResultError: the harness could not write its files.
     """
-    mark.parent.mkdir(parents=True, exist_ok=True)
     samples = found.pop("samples")
     count = sum(found["n-samples"][task]["effective"] for task in samples)
-    with tempfile.TemporaryDirectory(prefix=".cell-", dir=mark.parent) as folder:
-        tracker.output_path = folder
+    with working_folder(mark.parent, ".cell-", sole=True) as folder:
+        tracker.output_path = str(folder)
         tracker.general_config_tracker.model_source = "deepen"
         tracker.general_config_tracker.model_name = row.name
         tracker.general_config_tracker.model_name_sanitized = row.slug
         tracker.save_results_aggregated(results=found, samples=samples)
-        written = Path(folder) / row.slug
+        written = folder / row.slug
         if not list(written.glob("results_*.json")):  # the tracker logs what goes wrong, and goes on
             raise ResultError(f"{mark.parent}: the harness could not write its results there; is the disk full?")
         for task in samples:
             tracker.save_results_samples(task_name=task, samples=samples[task])
         names = {task: f"samples_{task}_{tracker.date_id}.jsonl" for task in samples}
         results = f"results_{tracker.date_id}.json"
-        for name in [*names.values(), results]:
-            if not (written / name).is_file():
-                raise ResultError(f"{mark.parent / name}: the harness could not write it; is the disk full?")
-            shutil.move(written / name, mark.parent / name)
+        digests = {name: _written(written / name, mark.parent / name) for name in [*names.values(), results]}
+        for name in digests:
+            move_file(written / name, mark.parent / name)
     before = _names(mark)
-    cell = Cell(mark, wanted, results, names, cost, count, facts)
-    _write(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)})
+    cell = Cell(mark, wanted, results, names, cost, count, facts, digests)
+    write_json(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)})
     for name in before:
-        (mark.parent / name).unlink(missing_ok=True)
+        remove_file(mark.parent / name)
     return cell
+
+
+def _written(path: Path, place: Path) -> str:
+    """Return the digest of a file that the harness wrote: on a full disk it logs an error, and goes on.
+
+    Raises:
+        ResultError: it is not there, or was not written to its end.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            read_samples(path)
+        else:
+            read_results(path, "evaluate again.")
+    except ResultError as error:
+        raise ResultError(f"{place}: the harness could not write it ({error}); is the disk full?") from error
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({error})") from error
+
+
+def _documents(samples: Samples) -> int:
+    return len(next(iter(samples.by_filter.values())))
+
+
+def _refuse_nan(samples: Samples) -> None:
+    for table in samples.by_filter.values():
+        for sample in table.values():
+            for name, value in sample.values.items():
+                if isinstance(value, float) and value != value:
+                    raise ResultError(f"{samples.source}: {name} of document {sample.doc_id} is NaN")
 
 
 def _names(mark: Path) -> list[str]:
     """Return the names of the files that belong to a mark; none where there is none, or it is damaged."""
     try:
-        raw = json.loads(mark.read_text("utf-8"))
-        return [Path(name).name for name in (raw["results"], *raw["samples"].values())]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        cell = _parsed(mark)
+    except (ResultError, StorageError):
         return []
+    return [cell.results, *cell.samples.values()]
 
 
 def _data(cell: Cell) -> dict[str, Any]:
     data = asdict(cell)
     del data["mark"]
     return data
-
-
-def _write(path: Path, data: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)

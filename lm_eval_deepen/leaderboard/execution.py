@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-from filelock import FileLock, Timeout
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen import pooling
@@ -31,6 +30,7 @@ from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.configuration import is_encoder_decoder
 from lm_eval_deepen.pooling.seam import check_request
+from lm_eval_deepen.storage import locked
 
 Key = tuple[str, str]  # row, task
 Say = Callable[[str], None]
@@ -48,6 +48,7 @@ class Plan:
         meaningless: why a row has no answer to a task.
         missing: cells to evaluate.
         built: where models that the leaderboard builds are kept.
+        redo: whether what is damaged is made again.
         failed: why a cell could not be finished, since some requests have no answer; `execute` fills it.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     meaningless: Mapping[Key, str]
     missing: Sequence[Key]
     built: Path
+    redo: bool = False
     failed: dict[Key, str] = field(default_factory=dict)
 
     def identity(self, row: Row, task: LoadedTask) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def plan(recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = Fa
                 missing.append(key)
             else:
                 finished[key] = cell
-    return Plan(recipe, tasks, out, finished, meaningless, missing, built or out / "built")
+    return Plan(recipe, tasks, out, finished, meaningless, missing, built or out / "built", redo)
 
 
 def no_answer(row: Row, task: LoadedTask) -> str | None:
@@ -149,13 +151,8 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
         return todo.finished
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a leaderboard runs in one process; start it without torchrun or accelerate launch")
-    todo.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(todo.out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ResultError(f"{todo.out}: another process writes this leaderboard; wait for it, or kill it") from error
-    with lock:
+    busy = ResultError(f"{todo.out}: another process writes this leaderboard; wait for it, or kill it")
+    with locked(todo.out / ".lock", busy):
         return _Execution(todo, device, say).run()
 
 
@@ -167,7 +164,7 @@ class _Execution:
         self.cells = dict(todo.finished)
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
         used = list(dict.fromkeys(name for row in rows for name in row.members))
-        self.places = todo.recipe.builds.make(used, todo.built, say)
+        self.places = todo.recipe.builds.make(used, todo.built, say, mend=todo.redo)
         self.device = device
         members = [member for member in todo.recipe.members if member.name in used]
         say(f"loading {', '.join(member.name for member in members) or 'nothing yet'}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.storage import check_place, write_json
 from lm_eval_deepen.tools.build import add_ensemble
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="documents taken of each file (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
 
 
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.engine.texts import default_text, digest, load_documents
     from lm_eval_deepen.tools.bits_table import facts, table
 
+    if args.json:
+        check_place(args.json)
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
     lines = measure(load(args.ensemble, args.device), documents, dev)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             "reference": reference.system,
             "systems": [facts(line, reference, num_bytes) for line in lines],
         }
-        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, found)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen import _registration
+from lm_eval_deepen.storage import make_folder, write_text
 from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.tools.paths import data_folder
 from lm_eval_deepen.tools.table import Row, read_cells, render
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", default=TASKS, metavar="TASK", help="tasks of lm_eval (default: deepen_demo)"
     )
     parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
+    parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU, else cpu)")
 
 
@@ -61,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    smollm2, gemma3 = prepare(SMOLLM2), prepare(GEMMA3)
+    make_folder(args.output)
+    smollm2, gemma3 = (prepare(model, args.redo) for model in (SMOLLM2, GEMMA3))
     _registration.register()
     from lm_eval.tasks import TaskManager
 
@@ -118,7 +121,6 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Row
     )
     seconds = time.perf_counter() - start
     gc.collect()  # the models of this system, before the next one is loaded
-    args.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    (args.output / f"{system.slug}.json").write_text(text + "\n", "utf-8")
+    write_text(args.output / f"{system.slug}.json", text + "\n")
     return Row(system.label, read_cells(results), seconds)

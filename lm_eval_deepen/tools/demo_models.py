@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import MemberError, StorageError
+from lm_eval_deepen.storage import (
+    cache_folder,
+    is_settled,
+    locked,
+    publish_folder,
+    read_json,
+    recover_folder,
+    working_folder,
+    write_json,
+)
 
 STAMP = "converted_from.json"
 
@@ -41,12 +47,6 @@ class DemoModel:
     def folder(self) -> Path:
         """Return where the converted model lies or will lie."""
         return cache_folder() / "models" / self.name
-
-
-def cache_folder() -> Path:
-    """Return this project's folder in the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lm_eval_deepen"
 
 
 def _shipped(filename: str) -> Callable[[Path, Path], Path]:
@@ -83,32 +83,57 @@ def is_available(model: DemoModel) -> bool:
     return _is_converted(model) or importlib.util.find_spec(model.module) is not None
 
 
-def prepare(model: DemoModel) -> Path:
-    """Return the folder of ``model`` as fp32 safetensors, converting it on first use.
+def prepare(model: DemoModel, redo: bool = False) -> Path:
+    """Return the folder of ``model`` as fp32 safetensors, converting it on first use, or where it is damaged.
 
     Processes that ask at the same time convert once. A conversion that fails leaves nothing behind.
 
+    Args:
+        model: which.
+        redo: convert it again in any case.
+
     Raises:
         MemberError: The package is not installed, or its file is not the one expected.
+        StorageError: the cache cannot be written.
     """
-    if _is_converted(model):
-        return model.folder()
-    from filelock import FileLock
-
-    parent = model.folder().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(parent / f".{model.name}.lock"):
-        if not _is_converted(model):
-            for leftover in parent.glob(f".{model.name}-*"):
-                shutil.rmtree(leftover)  # of a process that was killed: the lock says that it is gone
-            with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=parent) as scratch:
-                _convert(model, Path(scratch))
-    return model.folder()
+    folder = model.folder()
+    if not redo and is_settled(folder) and _is_converted(model):
+        return folder
+    with locked(folder.parent / f".{model.name}.lock"):
+        recover_folder(folder)
+        if redo or not _is_converted(model):
+            if folder.exists() and not redo:
+                _say(f"{model.name}: {folder} is damaged, or of another file, and is made anew")
+            with working_folder(folder.parent, f".{model.name}-", sole=True) as scratch:
+                _convert(model, scratch)
+    return folder
 
 
 def _is_converted(model: DemoModel) -> bool:
-    stamp = model.folder() / STAMP
-    return stamp.is_file() and json.loads(stamp.read_text("utf-8"))["sha256"] == model.sha256
+    """Tell whether the folder holds the model, all of it."""
+    folder = model.folder()
+    try:
+        stamp = read_json(folder / STAMP)
+        sizes = stamp.get("files")
+        if stamp["sha256"] != model.sha256:
+            return False
+        if sizes is None:  # as older versions wrote it
+            return (folder / "config.json").is_file() and _are_whole(sorted(folder.glob("*.safetensors")))
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (StorageError, OSError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _are_whole(files: list[Path]) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for path in files:
+            with safe_open(path, framework="numpy"):  # which compares the file's size with what its header says
+                pass
+    except (SafetensorError, OSError):
+        return False
+    return bool(files)
 
 
 def _convert(model: DemoModel, scratch: Path) -> None:
@@ -118,10 +143,9 @@ def _convert(model: DemoModel, scratch: Path) -> None:
     _say(f"{model.name}: converting to safetensors (once; under a minute)")
     staging = scratch / model.name
     _save_as_safetensors(source, staging)
-    (staging / STAMP).write_text(json.dumps({"file": source.name, "sha256": model.sha256}), "utf-8")
-    if model.folder().exists():
-        shutil.rmtree(model.folder())
-    os.replace(staging, model.folder())
+    sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir()) if path.is_file()}
+    write_json(staging / STAMP, {"file": source.name, "sha256": model.sha256, "files": sizes})
+    publish_folder(staging, model.folder())
     _say(f"{model.name}: saved in {model.folder()}")
 
 

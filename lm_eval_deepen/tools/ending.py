@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_eval_deepen.errors import DeepenError
-from lm_eval_deepen.storage import reason, remedy
+from lm_eval_deepen.storage import discard, reason, remedy
 
 UNUSABLE = 2  # wrong usage; an input that cannot be read; an output that cannot be written
 FAULT = 70  # a fault of this program (EX_SOFTWARE of sysexits.h); no command gives it another meaning
@@ -21,6 +22,7 @@ STATUSES = (
     f"fault of the program itself; {INTERRUPTED} interrupted."
 )
 _SPELLINGS = {"±": "+/-", "▲": "^", "▼": "v"}  # for a terminal without these characters
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing")
 _ERRORS = "lm_eval_deepen.spelt"
 
 
@@ -50,6 +52,9 @@ def ended(command: Callable[[], int], guest: bool = False) -> int:
         except Exception as error:
             if guest:
                 raise
+            if _is_full(error):
+                _tell(f"error: {one_line(error)}. {remedy(OSError(errno.ENOSPC, ''))}")
+                return UNUSABLE
             _tell("".join(traceback.format_exception(error)).rstrip())
             _tell(f"error: a fault of lm-eval-deepen, please report it: {type(error).__name__}: {one_line(error)}")
             return FAULT
@@ -57,6 +62,15 @@ def ended(command: Callable[[], int], guest: bool = False) -> int:
             _tell(f"error: standard output cannot be written ({reason(failure)}). {remedy(failure)}")
             return UNUSABLE
     return status
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Tell whether a library's error is that of a full disk, which it puts into words of its own."""
+    while error is not None:
+        if any(words in str(error) for words in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def explained(error: BaseException) -> str:
@@ -101,9 +115,7 @@ class Output:
     def _fail(self, error: OSError) -> None:
         self._failure = error
         with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail again at the exit
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            discard(self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a stream has."""

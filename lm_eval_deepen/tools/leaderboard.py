@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.storage import write_text
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed (default: %(default)s)")
-    parser.add_argument("--redo", action="store_true", help="evaluate cells again that are of another evaluation")
+    parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
     parser.add_argument("--limit", type=float, metavar="N", help="so many documents of every task, for a trial")
     parser.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks, over the recipe's")
     parser.add_argument(
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     cells = execute(todo, args.device or default_device(), say)
     table = leaderboard_table.measure(todo, cells)
     for kind, name in FILES.items():
-        (out / name).write_text(leaderboard_table.rendered(table, kind) + "\n", "utf-8")
+        write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")
     if args.into is not None:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     print(leaderboard_table.rendered(table, args.format))

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from lm_eval_deepen.building.architecture import DIFFERENCES
-from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, StorageError
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
 from lm_eval_deepen.leaderboard.recipe import Recipe
@@ -18,6 +18,7 @@ from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.runs import Measured, Row, Run, corrected, rows_of
 from lm_eval_deepen.runs.rows import compare
 from lm_eval_deepen.statistics.paired import RESAMPLES
+from lm_eval_deepen.storage import read_text, write_text
 from lm_eval_deepen.tools import report
 from lm_eval_deepen.tools.compare import groups
 from lm_eval_deepen.tools.compare import measure as paired
@@ -86,7 +87,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             reasons = {empty[row.name, task.name] for row in recipe.rows}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
-        found = _columns(plan, task, runs, cells, notes)
+        found = _columns(plan, task, runs, cells, notes, meaningless)
         notes += groups(runs)
         for row in recipe.rows:
             if (cell := cells.get((row.name, task.name))) is not None:
@@ -101,21 +102,28 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
 
 
 def _columns(
-    plan: Plan, task: LoadedTask, runs: Sequence[Run], cells: Mapping[Key, Cell], notes: list[str]
+    plan: Plan,
+    task: LoadedTask,
+    runs: Sequence[Run],
+    cells: Mapping[Key, Cell],
+    notes: list[str],
+    meaningless: dict[tuple[str, str], str],
 ) -> list[Row]:
+    """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column."""
     recipe = plan.recipe
     alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
     grouped = _groups(recipe)
     rows: list[Row] = []
     for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
         try:
-            measured = paired(runs, *column, notes)
-        except ResultError as error:
+            kept, empty = _with_scores(runs, *column, grouped)
+            measured = paired(kept, *column, notes)
+        except NotPairedError as error:
             if task.spec.metric:
                 raise
             notes.append(f"not compared: {error}")
             continue
-        extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in runs}
+        extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
         for name, built in recipe.builds.recipes.items():
             if name in extra and not built.is_merge:
                 extra[name][SEEDS] = 1.0
@@ -124,8 +132,39 @@ def _columns(
         )
         measured = averaged(measured, grouped)
         notes += against_controls(measured, recipe)
-        rows += rows_of(measured, alone, alone, resamples=recipe.resamples or RESAMPLES)
+        here = [name for name in alone if name in measured.scores]
+        if alone and not here:
+            notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
+            continue
+        found = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
+        meaningless |= {(group, found[0].column): reason for group, reason in empty.items()}
+        rows += found
     return rows
+
+
+def _with_scores(
+    runs: Sequence[Run], task: str, metric: str, flt: str, groups: Mapping[str, Sequence[str]]
+) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs whose every document has a finite value, and why the rows of the others have no score.
+
+    Raises:
+        NotPairedError: no run has, or the metric is none of documents.
+    """
+    reasons: dict[str, str] = {}
+    for run in runs:
+        one = run.task(task)
+        table = one.samples.under(flt)
+        try:
+            one.scores(metric, flt, [key for key, sample in table.items() if metric in sample.values])
+        except NotPairedError:
+            raise
+        except ResultError as error:
+            reasons[run.label] = str(error)
+    empty = {group: reasons[name] for group, names in groups.items() for name in names if name in reasons}
+    kept = [run for run in runs if not any(run.label in groups[group] for group in empty)]
+    if not kept:
+        raise NotPairedError(f"{task}: no row has a score: {next(iter(empty.values()))}")
+    return kept, empty
 
 
 def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
@@ -277,14 +316,22 @@ def _html_summary(table: Table) -> str:
 
 def check_markers(path: Path) -> None:
     """Raise ConfigError where a Markdown file lacks the markers, before anything is evaluated."""
-    text = path.read_text("utf-8") if path.is_file() else ""
+    _text_with_markers(path)
+
+
+def _text_with_markers(path: Path) -> str:
+    try:
+        text = read_text(path)
+    except StorageError as error:
+        raise ConfigError(f"--into {path}: {error}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ConfigError(f"--into {path}: the table goes between {BEGIN} and {END}, once each, in an existing file")
+    return text
 
 
 def write_into(path: Path, table: str) -> None:
     """Replace what lies between the markers of a Markdown file."""
-    check_markers(path)
-    text = path.read_text("utf-8")
+    text = _text_with_markers(path)
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}", "utf-8")
+    inserted = f"{BEGIN}\n\n{table}\n\n{END}"
+    write_text(path, head + (inserted.replace("\n", "\r\n") if "\r\n" in text else inserted) + tail)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tools import tune_score
 from lm_eval_deepen.tools.build import add_ensemble
 
@@ -38,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes: spaces made from bytes alone; all: those from embeddings too, whose matrices take minutes to "
         "build (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--output", default="tuned.yaml", metavar="FILE", help="where it goes (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
     tune_score.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, report and write the file."""
+    check_place(args.output)
     if args.objective == "score":
         return tune_score.run(args)
     import yaml
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     keys = tune_score.placed(chosen.config.to_dict())
     written = {**keys, "evidence": evidence(ensemble, chosen, documents)}
-    Path(args.output).write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\nwritten to {args.output}")
     return 0
 

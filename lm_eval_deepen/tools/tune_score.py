@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import write_text
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     search = Search(config, development, args.metric, args.device, print)
     found = search.run(args.weights, args.weight_step, args.learning_rates)
     written = tuned_file(config, found, search, args)
-    Path(args.output).write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), "utf-8")
+    write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{found.what} written to {args.output}")
     return 0
 
