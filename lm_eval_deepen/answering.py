@@ -28,7 +28,7 @@ from lm_eval_deepen.engine.stretches import (
 )
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member.generation import Asked, Settings
-from lm_eval_deepen.member.runner import unwrap
+from lm_eval_deepen.member.runner import base_model
 from lm_eval_deepen.member.sampling import row_generator
 from lm_eval_deepen.member.seq2seq import divide
 from lm_eval_deepen.unanswered import SetAside, attempt
@@ -52,7 +52,7 @@ class Answering(MainMemberView):
         self.ensemble_config, self.ensemble = ensemble.config, ensemble
         self._prompter = Prompter(ensemble)
         main, solo = ensemble.main, self._prompter.solo
-        self._settings = Settings(unwrap(main.lm.model), main.name, None if solo else main.eos_ids)
+        self._settings = Settings(base_model(main.lm.model), main.name, None if solo else main.eos_ids)
         self.peers: list[Answering] = [self]
         self.known: dict[tuple[str, tuple], Any] = {}
 

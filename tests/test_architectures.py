@@ -206,3 +206,5 @@ def test_virtual_tokens_of_an_adapter_are_not_read(saved, tmp_path):
     ours = deepen(folder, peft=str(tmp_path / "adapter"))
     theirs = hf(folder, peft=str(tmp_path / "adapter"))
     assert_scores_equal(ours, theirs)
+    asked = requests("generate_until", *PROMPTS)
+    assert ours.generate_until(asked) == theirs.generate_until(asked)

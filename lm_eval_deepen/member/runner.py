@@ -197,8 +197,11 @@ def speed_up_few_rows(head: nn.Module | None) -> None:
 
 def unwrap(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper whose adapters sit in the layers."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise NotImplementedError("a PEFT adapter that learns prompt tokens")
-    return model.get_base_model()
+    return base_model(model)
+
+
+def base_model(model: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
