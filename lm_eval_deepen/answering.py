@@ -185,7 +185,8 @@ class Answering(MainMemberView):
 
     def _generate(self, requests: Sequence[Instance], prepared: Sequence[tuple[Job, list[str]]]) -> Answers:
         jobs, stops = [job for job, _ in prepared], [until for _, until in prepared]
-        size = self._batch(max((len(job.prompts[0].ids) + job.max_new for job in jobs), default=1))
+        most = self.ensemble.main.max_length  # a text ends where the main member's context does
+        size = self._batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
         drafts = drafter(self.ensemble_config.speculate)
         for index, found in generate(self.ensemble, jobs, size, drafts):
             yield index, SetAside(found.refusal) if found.refusal else self._text(found, stops[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,7 @@ class DeepenLM(Answering):
         """Return the answers, each of which goes into the response cache as soon as it is there, or a `SetAside`."""
         self._check_once()
         answers: list[Any] = [None] * len(requests)
+        before = Counter(self.ensemble.trace.outgrown)
         quiet = disable_tqdm or self.ranks.index != 0
         told = False
         with tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests") as progress:
@@ -185,7 +187,20 @@ class DeepenLM(Answering):
                         answer.reason,
                     )
                 progress.update()
+        self._warn_of_contexts(self.ensemble.trace.outgrown - before)
         return answers
+
+    def _warn_of_contexts(self, steps: Counter[str]) -> None:
+        """Say which members sat out steps of the requests at hand because texts do not fit into their contexts."""
+        for member in self.ensemble.active:
+            if steps[member.name]:
+                log.warning(
+                    "member %r sat out %d steps, whose texts do not fit into its context of %d tokens: the others "
+                    "answered them without it. Use fewer few-shots, lower max_gen_toks, or leave the member out.",
+                    member.name,
+                    steps[member.name],
+                    member.max_length,
+                )
 
     def unprepared(self, kind: str, requests: Sequence[Instance]) -> list[Unanswered]:
         """Return the requests that cannot be answered, without answering the others."""

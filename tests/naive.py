@@ -21,8 +21,10 @@ def fused_row(ensemble, prompts, main_tokens, continuation: bytes) -> torch.Tens
     for member, prompt in zip(ensemble.active[1:], prompts[1:], strict=True):
         same = member.codec.identity == ensemble.main.codec.identity
         tokens = prompt.ids + tuple(main_tokens) if same else member.codec.follow(prompt, continuation)
+        if tokens is not None and len(tokens) > member.max_length:
+            tokens = None
         here.append(tokens is not None)
-        rows.append(member_logp(member, tokens or prompt.ids))
+        rows.append(member_logp(member, tokens or member.codec.prefix_ids))
     weights = ensemble.weights[: len(rows)] * torch.tensor(here)
     if ensemble.fuser is None:
         return rows[0][0]

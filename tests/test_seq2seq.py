@@ -343,15 +343,21 @@ def test_a_decoder_that_cannot_be_started_is_named(ensemble: Any, folders: dict[
         type(member)(member.config, member.lm)
 
 
-def test_prompts_without_a_source_and_sources_that_are_too_long_are_named(ensemble: Any) -> None:
+def test_prompts_without_a_source_and_sources_that_are_too_long(ensemble: Any) -> None:
+    """A translator sits out a source that it has no room for, and answers nothing of its own without one."""
+    long = "English: " + "dog " * 100 + "\nGerman:"
     model = ensemble("bytelevel", "translator")
     with pytest.raises(RequestError, match=r"'translator': source_pattern .* finds no source text in the prompt that"):
-        texts(model, ("French: chien\nGerman:",))
-    with pytest.raises(RequestError, match="a source of .* tokens does not fit into the context of 96 tokens"):
-        texts(model, ("English: " + "dog " * 100 + "\nGerman:",))
+        texts(model, (*PROMPTS, "French: chien\nGerman:"))
+    together = texts(model, (long, *PROMPTS))
+    assert [texts(model, (prompt,))[0] for prompt in (long, *PROMPTS)] == together
+    told = model.get_model_info()["deepen"]["steps_beyond_context"]
+    assert told == {"translator": told["translator"]} and told["translator"] > 0
     model = ensemble("translator", "bytelevel", max_length=96)
-    with pytest.raises(RequestError, match="prompts are not cut for the encoder-decoder main member 'translator'"):
-        texts(model, ("so it is. " * 60 + PROMPTS[0],))
+    with pytest.raises(RequestError, match="a source of .* tokens does not fit into the context of 96 tokens"):
+        texts(model, (long,))
+    assert texts(model, ("so it is. " * 60 + PROMPTS[0],))[0]  # prompts are not cut: the other one sits out
+    assert model.get_model_info()["deepen"]["steps_beyond_context"]["bytelevel"] > 0
 
 
 # --- in the tools, and under the harness

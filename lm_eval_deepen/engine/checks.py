@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.engine.reading import Document, Reading, Variant
 from lm_eval_deepen.engine.texts import default_text, digest, load_documents
+from lm_eval_deepen.errors import RequestError
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
@@ -23,7 +24,8 @@ class Warned:
     """Something a user should know of an ensemble.
 
     Attributes:
-        code: ``flat_space``, ``worse_than_best_member``, ``unequal_members`` or ``weights_ignore_quality``.
+        code: ``flat_space``, ``worse_than_best_member``, ``unequal_members``, ``weights_ignore_quality`` or
+            ``unmeasured``.
         message: what, with figures, and what can be done.
     """
 
@@ -111,7 +113,11 @@ def examine(ensemble: Ensemble) -> dict[str, Any]:
     if ensemble.reads_prompts or any(member.generates_only for member in ensemble.members):
         return {"warnings": [asdict(warning) for warning in warned]} if warned else {}
     documents = load_documents([default_text()], DOCUMENTS)
-    bits = measure(ensemble, documents)
+    try:
+        bits = measure(ensemble, documents)
+    except RequestError as error:  # of the text that ships, not of what is evaluated
+        warned.append(Warned("unmeasured", f"the calibration text could not be read: {error}"))
+        return {"warnings": [asdict(warning) for warning in warned]}
     constant = ensemble.weigher is None
     warned += judge(bits, {member.name: member.config.weight for member in ensemble.members} if constant else {})
     return {

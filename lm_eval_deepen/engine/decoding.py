@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.drafting import Drafter
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_of
+from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_after, text_of
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
@@ -227,20 +227,36 @@ class _Decoder:
         """
         ids, data = tuple(row.out.ids), row.out.data
         routes = [self._paths(row, ids, data)]
+        self._count_outgrown(row, ids, data, routes[0])
         for token in draft:
             ids, data = (*ids, token), data + piece_of(self.ensemble, token)
             paths = self._paths(row, ids, data)
             pairs = list(zip(routes[-1], paths, strict=True))
-            if any(a is None or b is None or b[: len(a)] != a for a, b in pairs) or any(
-                member.length(path or ()) > member.max_length
-                for path, member in zip(paths, self.ensemble.active, strict=True)
-            ):
+            if paths[0] is None or not all(_goes_on(before, after) for before, after in pairs):
                 break
             routes.append(paths)
+            self._count_outgrown(row, ids, data, paths)
         return routes
 
     def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
         return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
+
+    def _count_outgrown(self, row: Row, ids: Path, data: bytes, paths: Sequence[Path | None]) -> None:
+        """Count the members whose context a text has outgrown, among those that sit out."""
+        text = text_after(row.job, data)
+        out = [m for m, path in enumerate(paths) if path is None]
+        self.ensemble.trace.record_outgrown(
+            [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
+        )
+
+    def _is_full(self, row: Row) -> bool:
+        """Return whether a text has outgrown the main member's context, or none of the members can take it in."""
+        ids, main = tuple(row.out.ids), row.job.prompts[0]
+        if self.ensemble.is_own(ids):
+            return not self.ensemble.main.fits(main.ids + ids)
+        text = text_after(row.job, row.out.data)
+        full = self.ensemble.outgrown(0, main.before(text), ids, text)
+        return full or not any(self._paths(row, ids, row.out.data))
 
     def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
         """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
@@ -264,6 +280,8 @@ class _Decoder:
                     return
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
+            if not row.out.reason and self._is_full(row):
+                row.out.reason = "length"
             if row.out.reason or at == len(draft) or token != draft[at]:
                 self.drafter.learn(row, len(draft), at)
                 return
@@ -275,6 +293,13 @@ def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Se
         return log_posterior[None]
     index = torch.arange(start, start + len(tokens))
     return posteriors(log_posterior, by_expert.at(index, torch.tensor(tokens)).T.cpu())[0]
+
+
+def _goes_on(before: Path | None, after: Path | None) -> bool:
+    """Return whether tokens begin with those before, or the member sits out both times."""
+    if before is None or after is None:
+        return before is after
+    return after[: len(before)] == before
 
 
 def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:

@@ -121,7 +121,21 @@ class Ensemble:
         return frozenset(m for m, member in enumerate(self.active) if member.codec.identity == own)
 
     def path(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
-        """Return the tokens of active member `m` for its prompt and the continuation after it.
+        """Return the tokens that active member `m` takes in; None where it sits out, as `outgrown` says why.
+
+        A pure function of the text: whether a member sits out depends on no other text and on no step before.
+        Arguments as `tokens`.
+        """
+        found = self.tokens(m, prompt, main_ids, data)
+        return found if found is not None and self.active[m].fits(found) else None
+
+    def outgrown(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> bool:
+        """Return whether a text does not fit into the context of active member `m`; arguments as `tokens`."""
+        found = self.tokens(m, prompt, main_ids, data)
+        return found is not None and not self.active[m].fits(found)
+
+    def tokens(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
+        """Return the tokens of active member `m` for its prompt and the continuation after it, however many.
 
         Args:
             m: which member.
@@ -131,7 +145,7 @@ class Ensemble:
             data: the continuation as bytes, which the other members encode canonically.
 
         Returns:
-            Token ids, or None where the member cannot spell the bytes and sits out.
+            Token ids, or None where the member cannot spell the bytes.
         """
         if m in self.siblings and self.is_own(main_ids):
             return prompt.ids + main_ids
@@ -198,15 +212,26 @@ class Ensemble:
         """Whether a request's weights depend on its prompt."""
         return self.weigher is not None and self.weigher.reads_prompts
 
-    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss]]) -> Tensor:
+    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]]) -> Tensor:
         """Return the weights [R, M] of requests, from every active member's loss on their prompts.
 
-        Where the ensemble `learns`, these are the experts' log posteriors [R, K].
+        Where the ensemble `learns`, these are the experts' log posteriors [R, K]. A member that cannot take in a prompt
+        has no loss (None) and weight 0; the others' weights are those of the ensemble without it.
         """
         assert self.weigher is not None
         if self.learns:
             return torch.stack([after_prompt(self.experts, own) for own in losses])
-        return self.weigher.prepare(losses, self.weights)
+        found = torch.zeros(len(losses), len(self.active), dtype=self.weights.dtype)
+        together: dict[tuple[int, ...], list[int]] = {}
+        for row, own in enumerate(losses):
+            together.setdefault(tuple(m for m, loss in enumerate(own) if loss is not None), []).append(row)
+        for here, rows in together.items():
+            known = [[loss for loss in losses[row] if loss is not None] for row in rows]
+            configured = self.weights[list(here)]
+            if len(here) < len(self.active) and configured.sum() > 0:
+                configured = configured / configured.sum()
+            found[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
+        return found
 
     def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
         """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
@@ -318,8 +343,10 @@ class Ensemble:
         from lm_eval_deepen.engine.prompting import Prompter  # it needs this module
 
         prompts = Prompter(self).prompts(text)
-        logp = [m.logp(m.states_at([p.ids])).to(self.device) for m, p in zip(self.active, prompts, strict=True)]
-        return self.fuse(logp, torch.ones(1, len(logp), dtype=torch.bool, device=self.device))[0]
+        paths = [self.path(m, prompt, (), b"") for m, prompt in enumerate(prompts)]
+        pairs = zip(self.active, paths, strict=True)
+        logp = [m.logp(m.states_at([m.idle if path is None else path])).to(self.device) for m, path in pairs]
+        return self.fuse(logp, torch.tensor([[path is not None for path in paths]], device=self.device))[0]
 
     def describe(self) -> dict[str, Any]:
         """Return members, fusion and counts for the results file."""

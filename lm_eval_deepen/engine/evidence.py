@@ -32,7 +32,7 @@ class Read:
     token: int
 
 
-def evidence(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Read]]:
+def evidence(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Read] | None]:
     """Return the tokens of every active member's prompt [M] that are evidence: they spell the same bytes.
 
     In each stretch of text that all prompts have, they are the tokens between the first and the last byte at which
@@ -43,11 +43,20 @@ def evidence(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Read]]:
     Args:
         ensemble: the members.
         prompts: of one request, one per active member.
+
+    Returns:
+        None for a member that cannot take in its prompt; the others are compared without it.
     """
-    members = ensemble.active
+    here = [m for m, prompt in enumerate(prompts) if ensemble.path(m, prompt, (), b"") is not None]
+    given = [prompts[m] for m in here]
+    own = iter(_evidence([ensemble.active[m] for m in here], given, ensemble.config.chat_fallback))
+    return [next(own) if m in here else None for m in range(len(prompts))]
+
+
+def _evidence(members: Sequence[Member], prompts: Sequence[Prompt], fallback: str) -> list[list[Read]]:
     found: list[list[Read]] = [[] for _ in members]
     edges = [_edges(member, prompt) for member, prompt in zip(members, prompts, strict=True)]
-    for stretches in _stretches(ensemble, prompts):
+    for stretches in _stretches(members, prompts, fallback):
         cuts = [
             {edge - start for edge in own.values() if start <= edge <= end}
             for own, (start, end) in zip(edges, stretches, strict=True)
@@ -74,19 +83,16 @@ def _edges(member: Member, prompt: Prompt) -> dict[int, int]:
     return {at: place for at, place in enumerate(places) if at}
 
 
-def _stretches(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Stretch]]:
+def _stretches(members: Sequence[Member], prompts: Sequence[Prompt], fallback: str) -> list[list[Stretch]]:
     """Return the stretches of text that all prompts have, each as every member's bytes [M]."""
     if not all(prompt.is_evidence for prompt in prompts):
         return []
-    members = ensemble.active
     texts = [member.codec.vocab.decode(prompt.ids) for member, prompt in zip(members, prompts, strict=True)]
     chat = prompts[0].chat
     if chat is None:
         size = min(map(len, texts))  # all end alike; a longer one begins with a tokenizer's own space
         return [[(len(text) - size, len(text)) for text in texts]]
-    said = [
-        _said(member, chat, text, ensemble.config.chat_fallback) for member, text in zip(members, texts, strict=True)
-    ]
+    said = [_said(member, chat, text, fallback) for member, text in zip(members, texts, strict=True)]
     return [
         [stretch for stretch in stretches if stretch is not None]
         for stretches in zip(*said, strict=True)

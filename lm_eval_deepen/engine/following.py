@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
-from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.walk import Prefilled
 from lm_eval_deepen.weighting.seam import PromptLoss
@@ -34,18 +33,21 @@ class Follower:
         self.ready: deque[Prefilled] = deque()
         self.held: list[Path] = []  # the tokens that each row took in last
 
-    def prefill(self, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read]] | None = None) -> list[PromptLoss]:
+    def prefill(
+        self, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read] | None] | None = None
+    ) -> list[PromptLoss | None]:
         """Forward prompts, whose common beginnings are forwarded once, and keep them ready.
 
         Args:
-            prompts: this member's.
-            wanted: its tokens of every prompt that are evidence; None where weights do not depend on prompts.
+            prompts: this member's. Where it cannot take one in, next to nothing stands in its place.
+            wanted: its tokens of every prompt that are evidence (see `evidence`); None where weights do not depend on
+                prompts.
 
         Returns:
             This member's loss on each prompt if there is something `wanted`, else nothing.
         """
-        paths = [self._checked(self.ensemble.path(self.m, prompt, (), b"") or prompt.ids) for prompt in prompts]
-        before = dict.fromkeys(read.before for reads in wanted or () for read in reads)
+        paths = [self.ensemble.path(self.m, prompt, (), b"") or self.member.idle for prompt in prompts]
+        before = dict.fromkeys(read.before for reads in wanted or () for read in reads or ())
         texts, states = self.walker.prefill(paths, list(before))
         self.ready.extend(texts)
         if wanted is None:
@@ -64,12 +66,12 @@ class Follower:
     def states(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
         """Return the states [n, ...] at the ends of every row's paths, each of which begins with the one before.
 
-        A single None in place of a path: the member cannot spell the row's bytes; it stays where it was.
+        None in the place of all paths of a row: the member sits out, and stays where it was.
         """
         sequences, reads = [], []
         for at, route in enumerate(routes):
             paths = [self.held[at] if path is None else path for path in route]
-            self.held[at] = self._checked(paths[-1])
+            self.held[at] = paths[-1]
             sequences.append(paths[-1])
             reads.append([len(path) for path in paths])
         return self.cache.advance(sequences, reads)
@@ -82,14 +84,6 @@ class Follower:
         """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logits(self.states(routes)).to(self.ensemble.device)
 
-    def _checked(self, tokens: Path) -> Path:
-        if self.member.length(tokens) > self.member.max_length:
-            raise RequestError(
-                f"a generated text needs more than the {self.member.max_length} tokens of member "
-                f"{self.member.name!r}. Lower max_gen_toks, or raise the member's max_length."
-            )
-        return tokens
-
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         if rows:
@@ -99,8 +93,13 @@ class Follower:
 
 def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Path | None:
     """Return the tokens of active member `m` for a job's prompt and its text so far, as `Ensemble.path`."""
-    text = data[1:] if job.dummy and data[:1] == b" " else data
+    text = text_after(job, data)
     return ensemble.path(m, job.prompts[m].before(text), ids, text)
+
+
+def text_after(job: Job, data: bytes) -> bytes:
+    """Return the text that stands after a job's prompt, from the bytes of the main member's pieces."""
+    return data[1:] if job.dummy and data[:1] == b" " else data
 
 
 def piece_of(ensemble: Ensemble, token: int) -> bytes:

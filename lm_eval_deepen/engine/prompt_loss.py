@@ -15,18 +15,18 @@ LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of
 
 
 def prompt_losses(
-    member: Member, wanted: Sequence[Sequence[Read]], states: Callable[[Sequence[Path]], Tensor], step: int
-) -> list[PromptLoss]:
+    member: Member, wanted: Sequence[Sequence[Read] | None], states: Callable[[Sequence[Path]], Tensor], step: int
+) -> list[PromptLoss | None]:
     """Return one member's loss on each prompt.
 
     Args:
         member: whose prompts these are.
-        wanted: its tokens of every prompt that are evidence.
+        wanted: its tokens of every prompt that are evidence; None where it cannot take in the prompt.
         states: gives the states [n, ...] after token sequences.
         step: how many rows of logits to compute at once.
     """
     targets: dict[Path, dict[int, float]] = {}
-    for read in (read for found in wanted for read in found):
+    for read in (read for found in wanted for read in found or ()):
         targets.setdefault(read.before, {})[read.token] = 0.0
     paths = list(targets)
     for start in range(0, len(paths), step):
@@ -38,7 +38,9 @@ def prompt_losses(
             targets[path] = dict(zip(tokens, values, strict=True))
     pieces = member.codec.vocab.pieces
     return [
-        PromptLoss(
+        None
+        if found is None
+        else PromptLoss(
             nats=-sum(targets[read.before][read.token] for read in found),
             tokens=len(found),
             num_bytes=sum(len(pieces[read.token]) for read in found),

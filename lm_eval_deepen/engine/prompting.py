@@ -37,10 +37,25 @@ class Span:
 
     def paths(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return every active member's tokens before target number `count`; None where it sits out."""
+        ids, data = self._text(ensemble, count)
+        return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
+
+    def tokens(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
+        """Return the same, but None for a member that cannot spell its text alone."""
+        ids, data = self._text(ensemble, count)
+        return tuple(ensemble.tokens(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
+
+    def outgrown(self, ensemble: Ensemble, count: int) -> tuple[int, ...]:
+        """Return the members that sit out before target number `count` because of their contexts."""
+        ids, data = self._text(ensemble, count)
+        return tuple(m for m, prompt in enumerate(self.prompts) if ensemble.outgrown(m, prompt, ids, data))
+
+    def _text(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...], bytes]:
+        """Return the first `count` target tokens, and what they are to the other members."""
         ids, data = self.target[:count], b""
         if len(self.prompts) > 1:
             data = self.lead + ensemble.main.codec.vocab.decode(ids)[self.skip :]
-        return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
+        return ids, data
 
 
 def require_text(value: object, what: str) -> None:
@@ -115,9 +130,12 @@ class Prompter:
         head, target, skip = self._split(context, continuation, bos)
         self._check_target(target)
         room = self.main.max_length + 1 - len(target)
+        if isinstance(context, ChatPrompt):
+            prompts = self._conversations(context, head, room)
+        else:
+            prompts = self._fit(context, head, room, target[:-1], skip)
         first = self.main.codec.vocab.decode(target)[skip:]
-        prompts = tuple(prompt.before(first) for prompt in self._fit(context, head, room, target[:-1], skip))
-        return Span(prompts, target, skip)
+        return Span(tuple(prompt.before(first) for prompt in prompts), target, skip)
 
     def _split_spaces(self, context: str) -> tuple[str, str]:
         """Return a context without the spaces at its end, and these; a template's own spaces stay with it."""
@@ -183,17 +201,16 @@ class Prompter:
         """Return the members' prompts for a text to continue, leaving `reserve` tokens of room.
 
         Raises:
-            RequestError: what is no text, or that the main member cannot spell; no room is left.
+            RequestError: what is no text, or that the main member cannot spell; no room is left in its context.
         """
         require_text(context, "the prompt")
-        for member in self.members:
-            if reserve >= member.max_length:
-                raise WindowError(
-                    f"max_gen_toks={reserve} leaves no room for a prompt in the context of {member.max_length} tokens "
-                    f"of member {member.name!r}. Lower max_gen_toks or raise max_length."
-                )
+        if reserve >= self.main.max_length:
+            raise WindowError(
+                f"max_gen_toks={reserve} leaves no room for a prompt in the context of {self.main.max_length} tokens "
+                f"of member {self.main.name!r}. Lower max_gen_toks or raise max_length."
+            )
         if self.main.generates_only:
-            return self._whole(context, reserve)
+            return self._whole(context)
         room = self.main.max_length - reserve
         if self.solo:
             lm = self.main.lm
@@ -202,25 +219,45 @@ class Prompter:
             self.main.require_known(kept)
             return (frozen(kept),)
         if isinstance(context, ChatPrompt):
-            return self._fit(context, self.main.rendered_prompt(context).ids, room, reserve=reserve)
+            return self._conversations(context, self.main.rendered_prompt(context).ids, self.main.max_length)
         context, bos = self.main.codec.strip_bos(context)
         head = self.main.codec.encode_prompt(context, bos) if context or bos else self.main.codec.prefix_ids
         return self._fit(context, head, room, reserve=reserve)
 
-    def _whole(self, context: str, reserve: int) -> tuple[Prompt, ...]:
-        """Return prompts of an uncut text: the tokens of an encoder-decoder main member are no place to cut at."""
+    def _whole(self, context: str) -> tuple[Prompt, ...]:
+        """Return prompts of an uncut text: the tokens of an encoder-decoder main member are no place to cut at.
+
+        Raises:
+            WindowError: its source does not fit into its context.
+        """
         if isinstance(context, ChatPrompt):
             prompts = tuple(m.conversation(context, self.ensemble.config.chat_fallback) for m in self.members)
         else:
             prompts = tuple(m.prompt(context) for m in self.members)
-        for member, prompt in zip(self.members, prompts, strict=True):
-            if (size := member.length(prompt.ids) + reserve) > member.max_length:
-                raise WindowError(
-                    f"a prompt and its text of {size} tokens do not fit into the context of {member.max_length} tokens "
-                    f"of member {member.name!r}, and prompts are not cut for the encoder-decoder main member "
-                    f"{self.main.name!r}. Use fewer few-shots, a shorter max_gen_toks or another main member."
-                )
+        main = prompts[0]
+        if not self.main.fits(main.ids):
+            raise WindowError(
+                f"a source of {len(main.ids) - self.main.length(main.ids)} tokens does not fit into the context of "
+                f"{self.main.max_length} tokens of member {self.main.name!r}. Leave the document out, or narrow "
+                "source_pattern."
+            )
         return prompts
+
+    def _conversations(self, context: ChatPrompt, head: tuple[int, ...], room: int) -> tuple[Prompt, ...]:
+        """Return every member's own rendering of a conversation, which cannot be cut.
+
+        Raises:
+            WindowError: the main member's, the tokens `head`, are more than it has `room` for.
+        """
+        if len(head) > room:
+            raise WindowError(
+                f"a conversation of {len(head)} tokens does not fit into the context of {self.main.max_length} tokens "
+                f"of member {self.main.name!r}, and a rendered chat template cannot be cut. Use fewer few-shots or a "
+                "larger max_length."
+            )
+        fallback = self.ensemble.config.chat_fallback
+        others = [member.conversation(context, fallback) for member in self.members[1:]]
+        return tuple(replace(prompt, chat=context) for prompt in (frozen(head), *others))
 
     def _fit(
         self,
@@ -233,6 +270,9 @@ class Prompter:
     ) -> tuple[Prompt, ...]:
         """Return prompts of the same text for all members, cut on the left until every member has room.
 
+        A member that has none even for the shortest prompt is not cut for: it takes part for as long as the text fits
+        into its context, and sits out the rest.
+
         Args:
             context: the request's context.
             head: the main member's tokens of it.
@@ -240,37 +280,40 @@ class Prompter:
             following: continuation tokens that every member must take in after the prompt.
             skip: length of the dummy prefix in them, in bytes.
             reserve: tokens every member must have left after that.
+
+        Raises:
+            WindowError: the main member has no room.
         """
         controls = self.main.codec.leading(head) if context else len(head)
         text = head[controls:]
-        kept = min(len(text), room - controls) if len(head) > room else len(text)
+        longest = min(len(text), room - controls) if len(head) > room else len(text)
+        members, kept = set(range(len(self.members))), longest
         while True:
             prompts = self._same_text(context, head[:controls], text, kept)
-            paths = Span(prompts, (*following, -1), skip).paths(self.ensemble, len(following))
-            pairs = zip(self.members, paths, strict=True)
-            lengths = [member.length(path or ()) - member.max_length for member, path in pairs]
-            excess = max(lengths) + reserve
-            if excess <= 0 and len(prompts[0].ids) <= room:
+            span = Span(prompts, (*following, -1), skip)
+            lengths = span.tokens(self.ensemble, len(following))
+            excess = {m: self._excess(m, lengths[m]) + reserve for m in members}
+            if max(excess.values()) <= 0 and len(prompts[0].ids) <= room:
                 return prompts
-            if isinstance(context, ChatPrompt):
+            if kept > 0:
+                kept = max(0, kept - max(1, max(excess.values()) // 2))
+                continue
+            members -= {m for m in members if excess[m] > 0}
+            if 0 not in members or len(prompts[0].ids) > room:
                 raise WindowError(
-                    f"a conversation of {len(head)} tokens does not fit into every member's context, and a rendered "
-                    "chat template cannot be cut. Use fewer few-shots, a shorter max_gen_toks or a larger max_length."
+                    f"a continuation of {len(following) + 1} tokens leaves member {self.main.name!r} no room for any "
+                    f"context in its {self.main.max_length} tokens. Raise max_length, or lower max_gen_toks."
                 )
-            if kept <= 0:
-                raise WindowError(
-                    f"a continuation of {len(following) + 1} tokens leaves some member no room for any context. "
-                    "Raise max_length, lower max_gen_toks or leave the member out."
-                )
-            kept = max(0, kept - max(1, excess // 2))
+            kept = longest
+
+    def _excess(self, m: int, tokens: tuple[int, ...] | None) -> int:
+        """Return by how much a text exceeds a member's context; a member that cannot spell it is in nobody's way."""
+        member = self.members[m]
+        return member.length(tokens or ()) - member.max_length
 
     def _same_text(
         self, context: str, controls: tuple[int, ...], text: tuple[int, ...], kept: int
     ) -> tuple[Prompt, ...]:
-        if isinstance(context, ChatPrompt):
-            fallback = self.ensemble.config.chat_fallback
-            others = [member.conversation(context, fallback) for member in self.members[1:]]
-            return tuple(replace(prompt, chat=context) for prompt in (frozen(controls + text), *others))
         codec = self.main.codec
         if kept < len(text):
             data, start = codec.vocab.decode(text), len(text) - kept

@@ -136,7 +136,7 @@ class Reading:
             rows = [None if (path := p.paths[m]) is None else at.setdefault(path, len(at)) for p in positions]
             plans = [plan for p in positions if (plan := p.plans[m]) is not None]
             sources.append({c.source: at.setdefault(c.source, len(at)) for plan in plans for c in plan.covers})
-            states.append(member.states_at(list(at)))
+            states.append(member.states_at(list(at)) if at else torch.empty(0))
             place.append(tuple(rows))
         return cls(ensemble, tuple(documents), tuple(positions), tuple(states), tuple(place), tuple(sources))
 
@@ -216,8 +216,11 @@ class Reading:
                         found[source] = len(wanted)
                         wanted.append(self.sources[m][source])
                 index.append(found)
-                rows = torch.tensor([0 if at is None else at for at in wanted])
-                raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
+                if len(self.states[m]):
+                    rows = torch.tensor([0 if at is None else at for at in wanted])
+                    raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
+                else:  # it takes in no text of any document
+                    raw.append(torch.full((len(part), member.vocab_size), -math.log(member.vocab_size), device=device))
                 present.append(torch.tensor([path is not None for path in paths]))
             target = torch.tensor([self.positions[i].target for i in part], device=device)
             yield part, raw, index, torch.stack(present, dim=1).to(device), target

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_deepen.engine.prompting import Span, frozen, require_text, same_text
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import WindowError
 from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.text import incomplete_tail
 
@@ -34,12 +34,12 @@ def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
 def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
     """Return the spans whose scores add up to the score of a whole text.
 
-    With several members control tokens are conditioned on, never scored, and windows shrink until
-    every member takes in the same text.
+    With several members control tokens are conditioned on, never scored, and windows shrink until every member takes
+    in the same text. A member with too little context for the shortest windows, of one token after another one, is
+    left out of account: it sits out where the text does not fit.
 
     Raises:
-        RequestError: what is no text, or that the main member cannot spell; some member's context is too short for any
-            window.
+        RequestError: what is no text, or that the main member cannot spell; its context is too short for any window.
     """
     require_text(text, "the text")
     main = ensemble.main
@@ -51,15 +51,22 @@ def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
             for begin, start, end in windows(len(tokens), main.max_length)
         ]
     tokens = main.codec.encode_prompt(text)[len(main.codec.automatic_prefix) :]
-    size = main.max_length - len(main.codec.automatic_prefix)
-    while size > 0:
+    longest = main.max_length - len(main.codec.automatic_prefix)
+    members, size = list(range(len(ensemble.active))), longest
+    while size > 0 and 0 in members:
         spans = [_span(ensemble, tokens, text, window) for window in windows(len(tokens), size)]
-        ratio = max((_overflow(ensemble, span) for span in spans), default=0)
+        shares = [_shares(ensemble, span) for span in spans]
+        largest = {m: max((own[m] for own in shares), default=0.0) for m in members}
+        ratio = max(largest.values())
         if ratio <= 1:
             return spans
-        size = min(size - 1, math.floor(size / ratio))
-    raise RequestError(
-        f"no window of a text of {len(text)} characters fits into every member's context. Raise max_length."
+        if size == 1:
+            members, size = [m for m in members if largest[m] <= 1], longest
+        else:
+            size = max(1, min(size - 1, math.floor(size / ratio)))
+    raise WindowError(
+        f"no window of a text of {len(text)} characters fits into the context of {main.max_length} tokens of member "
+        f"{main.name!r}. Raise max_length."
     )
 
 
@@ -84,8 +91,8 @@ def _inside_character(codec: TextCodec, token: int) -> bool:
     return codec.vocab.pieces[token][0] & 0xC0 == 0x80
 
 
-def _overflow(ensemble: Ensemble, span: Span) -> float:
-    """Return the largest share of a member's context that a span takes up."""
-    paths = span.paths(ensemble, len(span.target) - 1)
-    pairs = zip(ensemble.active, paths, strict=True)
-    return max(len(path or ()) / member.max_length for member, path in pairs)
+def _shares(ensemble: Ensemble, span: Span) -> list[float]:
+    """Return the share of every member's context [M] that a span takes up."""
+    tokens = span.tokens(ensemble, len(span.target) - 1)
+    pairs = zip(ensemble.active, tokens, strict=True)
+    return [len(own or ()) / member.max_length for member, own in pairs]

@@ -61,7 +61,8 @@ class _Row:
 
     paths: tuple[Path | None, ...]
     prompts: tuple[Prompt, ...]
-    readers: list[tuple[int, int, int]]  # span, position in its target, target token
+    outgrown: tuple[int, ...]  # the members that sit out because of their windows
+    readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
 
 
 def score(ensemble: Ensemble, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
@@ -117,6 +118,8 @@ def _score_round(
     passes = [_Pass(member, m, walkers[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
     bases = _bases(ensembles, prompts, passes, wanted, step)
+    for ensemble in ensembles:
+        ensemble.trace.record_outgrown([m for row in rows for m in row.outgrown])
     ledgers = [
         _ledger(ensemble, base, rows, result) if ensemble.learns else None
         for ensemble, base, result in zip(ensembles, bases, results, strict=True)
@@ -168,7 +171,7 @@ def _bases(
     ensembles: Sequence[Ensemble],
     prompts: list[tuple[Prompt, ...]],
     passes: Sequence[_Pass],
-    wanted: Sequence[Sequence[Sequence[Read]]],
+    wanted: Sequence[Sequence[Sequence[Read] | None]],
     step: int,
 ) -> list[dict[tuple[Prompt, ...], Tensor] | None]:
     """Return every ensemble's weights [M] by prompt, None where they do not depend on it."""
@@ -211,7 +214,10 @@ def _rows(ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int], by_
         prompts = spans[index].prompts if by_prompt else ()
         for at, target in enumerate(spans[index].target):
             paths = spans[index].paths(ensemble, at)
-            row = rows.setdefault((paths, prompts), _Row(paths, prompts, []))
+            row = rows.get((paths, prompts))
+            if row is None:
+                outgrown = spans[index].outgrown(ensemble, at) if None in paths else ()
+                row = rows[paths, prompts] = _Row(paths, prompts, outgrown)
             row.readers.append((index, at, target))
     return list(rows.values())
 
@@ -225,7 +231,7 @@ class _Pass:
         m: int,
         walker: Walker,
         rows: Sequence[_Row],
-        wanted: Sequence[Sequence[Read]],
+        wanted: Sequence[Sequence[Read] | None],
         plans: Sequence[Plan | None] | None = None,
     ) -> None:
         self.member, self.m = member, m
@@ -233,7 +239,7 @@ class _Pass:
         at: dict[Path, int] = {}
         self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
         for reads in wanted:
-            for read in reads:
+            for read in reads or ():
                 at.setdefault(read.before, len(at))
         for plan in self.plans:
             for cover in plan.covers if plan is not None else ():

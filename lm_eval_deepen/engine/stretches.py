@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lm_eval_deepen.chat import ChatPrompt
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
+from lm_eval_deepen.engine.prompting import require_text
 from lm_eval_deepen.errors import RequestError, VocabularyError
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 from lm_eval_deepen.relative.topk import argmax
@@ -143,6 +144,8 @@ class StretchPrompter:
         Raises:
             RequestError: no member can spell the text, or has room for the continuation.
         """
+        require_text(context, "the context")
+        require_text(continuation, "the continuation")
         if isinstance(context, ChatPrompt):
             return self._after_conversation(context, continuation)
         stripped = context.rstrip()
@@ -163,6 +166,7 @@ class StretchPrompter:
         Raises:
             RequestError: no member can spell the text, or a stretch of it outgrows the window of every member.
         """
+        require_text(text, "the text")
         texts = [MemberText.of(m, text, head=m.codec.prefix_ids, opens=True) for m in self.members]
         while True:
             bounds, windows, first = boundaries(texts), [], 0
@@ -201,7 +205,10 @@ class StretchPrompter:
             for m, member in enumerate(self.members)
         ]
         pairs = zip(self.members, prompts, strict=True)
-        texts = [MemberText.of(member, continuation, head=prompt.ids, opens=False) for member, prompt in pairs]
+        texts = [
+            MemberText.of(member, continuation, head=prompt.ids, opens=False) if prompt.spelt else None
+            for member, prompt in pairs
+        ]
         return self._fit(texts, 0)
 
     def _fit(self, texts: Sequence[MemberText | None], size: int) -> StretchSpan:

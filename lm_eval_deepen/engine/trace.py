@@ -28,6 +28,7 @@ class Trace:
         self.names = tuple(names)
         self.rows: Counter[str] = Counter()
         self.sat_out: Counter[str] = Counter()
+        self.outgrown: Counter[str] = Counter()
         self.sums: dict[str, float] = defaultdict(float)
         self.maxima: dict[str, float] = {}
         self.drafts: Counter[str] = Counter()
@@ -68,6 +69,10 @@ class Trace:
         for name, out in zip(self.names, (~present).sum(dim=0).tolist(), strict=True):
             self.sat_out[name] += out
 
+    def record_outgrown(self, members: Sequence[int]) -> None:
+        """Count the members that sit out a row each because the text does not fit into their contexts."""
+        self.outgrown.update(self.names[m] for m in members)
+
     def record_fused(
         self,
         logp: Sequence[Tensor],
@@ -100,6 +105,7 @@ class Trace:
         for trace in traces:
             total.rows.update(trace.rows)
             total.sat_out.update(trace.sat_out)
+            total.outgrown.update(trace.outgrown)
             total.record_drafts(trace.drafts, trace.near_ties)
             total.pooled.update(trace.pooled)
             total.without_answer.update(trace.without_answer)
@@ -134,6 +140,7 @@ class Trace:
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},
+            **({"steps_beyond_context": dict(self.outgrown)} if self.outgrown else {}),
             "argmax_differs_from_main": share["argmax_changed"],
             "members_agree": share["members_agree"],
             **dict(sorted(self.maxima.items())),

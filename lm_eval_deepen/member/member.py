@@ -230,9 +230,18 @@ class Member:
         """Return the prompt for plain text."""
         return self.codec.prompt(text)
 
+    def fits(self, path: Sequence[int]) -> bool:
+        """Return whether the model takes in so many tokens."""
+        return self.length(path) <= self.max_length
+
     def length(self, path: Sequence[int]) -> int:
         """Return how many tokens of a path count against `max_length`."""
         return len(path)
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """A shortest path: what stands in the place of a text that this member cannot take in."""
+        return self.codec.prefix_ids[:1]
 
     def rendered_prompt(self, text: str) -> Prompt:
         """Return the prompt for a rendered conversation: a template's control tokens parsed, and one BOS."""

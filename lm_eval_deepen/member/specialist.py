@@ -204,17 +204,20 @@ class Specialist(Member):
         """Return the prompt whose source is cut out of a text.
 
         Raises:
-            RequestError: there is no source, or it does not fit into the encoder's context.
+            RequestError: there is no source.
         """
-        prompt = self.codec.source_prompt(self.source(text))
-        size = len(divide(prompt.ids)[0])
-        if size > self.max_length:
-            raise RequestError(
-                f"a source of {size} tokens does not fit into the context of {self.max_length} tokens of member "
-                f"{self.name!r}. Leave the document out, or narrow source_pattern."
-            )
-        return prompt
+        return self.codec.source_prompt(self.source(text))
+
+    def fits(self, path: Sequence[int]) -> bool:
+        """Return whether the encoder takes in the path's source, and the decoder the rest."""
+        source, tokens = divide(path)
+        return max(len(source), len(tokens)) <= self.max_length
 
     def length(self, path: Sequence[int]) -> int:
-        """Return how many tokens of a path count against `max_length`: the decoder's; `prompt` checks the source."""
+        """Return how many tokens of a path count against `max_length` while a text grows: the decoder's."""
         return len(divide(path)[1])
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """A shortest path: a source of one token, and the decoder's start."""
+        return as_source(self.eos_ids[:1] or (0,)) + self.start

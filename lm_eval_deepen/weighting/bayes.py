@@ -75,14 +75,19 @@ class BayesWeigher:
         return base
 
 
-def after_prompt(experts: Experts, losses: Sequence[PromptLoss]) -> Tensor:
-    """Return the log posterior [K] after a prompt of which every member has a loss.
+def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tensor:
+    """Return the log posterior [K] after a prompt of which every member has a loss, or None where it sits out.
 
     The prompt is divided into stretches: at the places where the tokens of all members end. An expert gives a stretch
     the weighted mean of what the members give it by their own tokens, so that no distribution is fused for a prompt.
     """
+    known = [loss for loss in losses if loss is not None]
+    weights = experts.weights
+    if len(known) < len(losses):
+        present = torch.tensor([loss is not None for loss in losses])
+        weights = experts.among(present[None])[0][:, present]
     ends = []
-    for loss in losses:
+    for loss in known:
         at, own = 0, {}
         total = 0.0
         for value, length in loss.each:
@@ -93,6 +98,6 @@ def after_prompt(experts: Experts, losses: Sequence[PromptLoss]) -> Tensor:
     if not common:
         return experts.log_prior
     sums = torch.tensor([[own[at] for at in common] for own in ends], dtype=torch.float64)  # [M, S]
-    logp = torch.diff(sums, dim=1, prepend=torch.zeros(len(losses), 1, dtype=torch.float64))
-    by_expert = torch.logsumexp(experts.weights.log()[:, :, None] + logp, dim=1)  # [K, S]
+    logp = torch.diff(sums, dim=1, prepend=torch.zeros(len(known), 1, dtype=torch.float64))
+    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp, dim=1)  # [K, S]
     return posteriors(experts.log_prior, by_expert)[0][-1]
