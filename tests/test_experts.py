@@ -1,0 +1,106 @@
+"""Bayes' rule over static ensembles: at most log2 K bits a text above the best of them, whatever members say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_eval_deepen.engine.stretches import StretchReading, weigh
+from lm_eval_deepen.weighting.experts import Experts, posteriors, simplex_grid
+
+EVERYTHING = st.floats(-60, 0) | st.just(-math.inf)  # an adversary is certain of what does not come
+
+
+@st.composite
+def readings(draw) -> StretchReading:
+    """Two to five members and what they give to up to 12 stretches; some abstain, not all."""
+    members, count = draw(st.integers(2, 5)), draw(st.integers(0, 12))
+    logp = draw(st.lists(st.lists(EVERYTHING, min_size=count, max_size=count), min_size=members, max_size=members))
+    present = draw(st.lists(st.booleans(), min_size=members, max_size=members).filter(any))
+    values = torch.tensor(logp, dtype=torch.float64).reshape(members, count)
+    here = torch.tensor(present)
+    values[~here] = -torch.inf
+    return StretchReading(values, torch.zeros(members, count, dtype=torch.bool), here, draw(st.integers(0, count)))
+
+
+@pytest.mark.parametrize("members", range(2, 9))
+def test_the_grid_has_every_member_alone_and_equal_weights_and_prefers_nobody(members: int) -> None:
+    points = list(simplex_grid(members))
+    assert len(set(points)) == len(points)
+    assert all(math.fsum(point) == pytest.approx(1) and min(point) >= 0 for point in points)
+    for m in range(members):
+        assert tuple(float(k == m) for k in range(members)) in points
+    assert points[-1] == (1 / members,) * members
+    swapped = {(point[1], point[0], *point[2:]) for point in points}
+    assert swapped == set(points)
+
+
+@settings(max_examples=200, deadline=None)
+@given(readings(), st.booleans())
+def test_no_text_costs_more_than_log_k_above_any_member(reading: StretchReading, learn: bool) -> None:
+    members = len(reading.logp)
+    experts = Experts.grid(members, geometric=False)
+    score = weigh(experts, reading, learn_from_prompt=False)
+    scored = reading.logp[:, reading.evidence :].sum(1)
+    best = max(float(scored[m]) for m in range(members) if reading.present[m])
+    assert score.total >= best - math.log(len(experts)) - 1e-9
+    if learn:  # with the prompt as evidence, the bound is on prompt and text together
+        whole = weigh(experts, StretchReading(reading.logp, reading.greedy, reading.present), learn_from_prompt=True)
+        together = max(float(reading.logp[m].sum()) for m in range(members) if reading.present[m])
+        assert whole.total >= together - math.log(len(experts)) - 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(readings(), st.randoms())
+def test_the_order_of_the_members_changes_no_score(reading: StretchReading, random) -> None:
+    order = list(range(len(reading.logp)))
+    random.shuffle(order)
+    turned = StretchReading(reading.logp[order], reading.greedy[order], reading.present[order], reading.evidence)
+    experts = Experts.grid(len(order), geometric=False)
+    for learn in (False, True):
+        a, b = weigh(experts, reading, learn_from_prompt=learn), weigh(experts, turned, learn_from_prompt=learn)
+        assert a.total == pytest.approx(b.total, abs=1e-9) or (a.total == b.total == -math.inf)
+        assert [a.weights[m] for m in order] == pytest.approx(b.weights, abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(EVERYTHING, min_size=3, max_size=3), max_size=8))
+def test_the_mixture_is_the_mean_of_the_experts_probabilities_of_the_whole_text(events) -> None:
+    prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    evidence = torch.tensor(events, dtype=torch.float64).reshape(-1, 3).T
+    _, values = posteriors(prior, evidence)
+    whole = float((prior + evidence.sum(1)).logsumexp(0)) if evidence.shape[1] else 0.0
+    total = math.fsum(values.tolist())
+    assert total == pytest.approx(whole, abs=1e-9) or (total == whole == -math.inf)
+
+
+def test_a_member_that_abstains_leaves_its_weight_to_the_others() -> None:
+    experts = Experts.grid(3, geometric=False)
+    weights = experts.among(torch.tensor([[True, False, True]]))[0]
+    assert torch.equal(weights[:, 1], torch.zeros(len(experts), dtype=torch.float64))
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(experts), dtype=torch.float64))
+    alone = experts.weights.tolist().index([0.0, 1.0, 0.0])
+    assert weights[alone].tolist() == [0.5, 0.0, 0.5]
+
+
+def test_one_member_is_the_member() -> None:
+    reading = StretchReading(
+        torch.tensor([[-1.0, -2.5]]).double(), torch.ones(1, 2, dtype=torch.bool), torch.tensor([True])
+    )
+    for experts in (Experts.grid(1, geometric=True), Experts.static(torch.tensor([1.0]))):
+        score = weigh(experts, reading, learn_from_prompt=False)
+        assert score.total == pytest.approx(-3.5) and score.greedy
+
+
+def test_weights_learn_who_is_right() -> None:
+    logp = torch.tensor([[-1.0] * 20, [-4.0] * 20]).double()
+    reading = StretchReading(logp, torch.zeros(2, 20, dtype=torch.bool), torch.tensor([True, True]))
+    score = weigh(Experts.grid(2, geometric=False), reading, learn_from_prompt=False)
+    assert score.weights[0] > 0.85
+    first, last = score.logp[0], score.logp[-1]
+    assert last > first and list(itertools.accumulate(score.logp))[-1] == pytest.approx(score.total)
