@@ -1,7 +1,7 @@
 """Does the ensemble ever lose to its better member? Bits per byte on nine kinds of text, every main member.
 
     python benchmarks/never_loses.py --models S=DIR G=DIR [Q=DIR] --data DATA --out DIR [--systems S+G G+S]
-    python benchmarks/never_loses.py --out DIR --table docs/relative-space.md
+    python benchmarks/never_loses_table.py DIR --into
 
 The first command measures what DIR lacks, one (system, kind, split) after the other; the second prints the tables.
 What is stored is each expert's log-probability of every token, so that any prior over the experts can be judged later

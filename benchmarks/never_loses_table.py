@@ -1,0 +1,169 @@
+"""Put what benchmarks/never_loses.py measured into docs/relative-space.md.
+
+    python benchmarks/never_loses_table.py DIR [--systems S+G G+S] [--into]
+
+A member is compared at the temperature that is best for it on the dev split of the same kind of text; the ensembles are
+the defaults, on the test split. Only the text between `<!-- never loses -->` and `<!-- end never loses -->` changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from never_loses import KINDS, TEMPERATURES
+from torch import Tensor
+
+from lm_eval_deepen.tools.bits_table import Change, compare
+from lm_eval_deepen.weighting.experts import Experts
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "relative-space.md"
+Found = dict[str, Any]
+
+
+def load(folder: Path, system: str, kind: str, split: str) -> Found | None:
+    path = folder / f"{system}.{kind}.{split}.pt"
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def per_document(found: Found, logp: Tensor) -> Tensor:
+    """Bits per document [..., D] from natural logs of the tokens [..., n]."""
+    bits = torch.zeros(*logp.shape[:-1], len(found["bytes"]), dtype=torch.float64)
+    return bits.index_add_(-1, found["owner"], -logp.double() / math.log(2))
+
+
+def member_bits(folder: Path, system: str, kind: str) -> tuple[Tensor, float] | None:
+    """The main member of a system alone, at the temperature that its dev text asks for: bits per test document."""
+    dev, test = (load(folder, system, kind, split) for split in ("dev", "test"))
+    if dev is None or test is None:
+        return None
+    best = int(per_document(dev, dev["own"]).sum(1).argmin())
+    return per_document(test, test["own"][best]), TEMPERATURES[best]
+
+
+def learned(found: Found, covers: str, experts: Experts) -> Tensor:
+    """Bits per document of the mixture of some of the experts that were measured."""
+    index = [
+        place(found, weights, bool(pools)) for weights, pools in zip(experts.weights, experts.geometric, strict=True)
+    ]
+    by_expert = -per_document(found, found[covers].T[index]) * math.log(2)  # nats [K, D]
+    return -(by_expert + experts.log_prior[:, None]).logsumexp(0) / math.log(2)
+
+
+def static(found: Found, covers: str, weights: Sequence[float]) -> Tensor:
+    """Bits per document of constant weights and the linear average."""
+    return per_document(found, found[covers][:, place(found, torch.tensor(weights, dtype=torch.float64), False)])
+
+
+def place(found: Found, weights: Tensor, pools: bool) -> int:
+    same = ((found["weights"] - weights).abs().amax(1) < 1e-9) & (found["geometric"] == pools)
+    return int(same.nonzero()[0])
+
+
+def stretches(found: Found, experts: Experts, *, from_prompt: bool) -> Tensor:
+    """Bits per document of `method: mixture` with learning weights."""
+    linear = ~experts.geometric
+    prior = experts.log_prior[linear] - experts.log_prior[linear].logsumexp(0)
+    bits = []
+    for logp, evidence in found["stretches"]:
+        by_expert = torch.logsumexp(experts.weights[linear].log()[:, :, None] + logp, dim=1)
+        start = prior + by_expert[:, :evidence].sum(1) if from_prompt else prior
+        start = start - start.logsumexp(0)
+        bits.append(-float((start + by_expert[:, evidence:].sum(1)).logsumexp(0)) / math.log(2))
+    return torch.tensor(bits, dtype=torch.float64)
+
+
+def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | None:
+    """Every figure of a kind of text, for all orders of the same members."""
+    tests = {system: load(folder, system, kind, "test") for system in systems}
+    names = sorted(systems[0].split("+"), key=systems[0].split("+").index)
+    mains = {name: next((s for s in all_systems(folder) if s.startswith(f"{name}+")), "") for name in names}
+    alone = {name: member_bits(folder, system, kind) for name, system in mains.items()}
+    if any(value is None for value in (*tests.values(), *alone.values())):
+        return None
+    own = {name: value for name, value in alone.items() if value is not None}
+    best = min(own, key=lambda name: float(own[name][0].sum()))
+    reference = own[best][0]
+    experts = Experts.grid(len(names), geometric=True)
+    found: dict[str, Any] = {"kind": kind, "best": best, "temperature": own[best][1], "documents": len(reference)}
+    size = int(next(iter(tests.values()))["bytes"].sum())
+    found |= {"bytes": size, "bits_per_byte": float(reference.sum()) / size}
+    for system, test in tests.items():
+        equal = [1 / len(names)] * len(names)
+        found[system] = {
+            "default": compare(learned(test, "on", experts), reference),
+            "learning, no covers": compare(learned(test, "off", experts), reference),
+            "equal, no covers": compare(static(test, "off", equal), reference),
+            "bits": learned(test, "on", experts),
+        }
+        if len(names) == 2:
+            other = system.split("+")[1]
+            theirs = next(load(folder, s, kind, "test") for s in all_systems(folder) if s.startswith(f"{other}+"))
+            natural = per_document(theirs, theirs["own"][TEMPERATURES.index(1.0)])
+            found[system]["lost"] = {c: compare(static(test, c, (0.0, 1.0)), natural) for c in ("off", "on")}
+    for prompt in (False, True):
+        own_bits = [stretches(test, experts, from_prompt=prompt) for test in tests.values()]
+        found["mixture, prompt" if prompt else "mixture"] = compare(own_bits[0], reference)
+        found["mixture, orders" if not prompt else "mixture, prompt, orders"] = max(
+            float((a - b).abs().max()) * math.log(2) for a, b in itertools.product(own_bits, own_bits)
+        )
+    bits = [float(found[system]["bits"].sum()) for system in systems]
+    found["orders"] = max(bits) / min(bits) - 1
+    return found
+
+
+def all_systems(folder: Path) -> list[str]:
+    return sorted({path.name.split(".")[0] for path in folder.glob("*.pt")}, key=lambda name: (name.count("+"), name))
+
+
+def shown(change: Change) -> str:
+    return f"**{change}**" if change.worse else str(change)
+
+
+def tables(folder: Path, systems: Sequence[str]) -> list[str]:
+    rows = [found for kind in KINDS if (found := row(folder, kind, systems)) is not None]
+    head = ["text (documents, bytes)", "best member, fitted"]
+    head += [f"{system}, defaults" for system in systems] + ["orders differ by", "mixture", "mixture, from the prompt"]
+    out = [head, ["---"] * len(head)]
+    for r in rows:
+        out.append(
+            [f"{r['kind']} ({r['documents']}, {r['bytes']:,})", f"{r['best']} {r['bits_per_byte']:.4f}"]
+            + [shown(r[system]["default"]) for system in systems]
+            + [f"{100 * r['orders']:.2f} %", shown(r["mixture"]), shown(r["mixture, prompt"])]
+        )
+    lines = ["| " + " | ".join(line) + " |" for line in out]
+    head = ["text"]
+    for system in systems:
+        head += [f"{system}: equal weights, no covers", f"{system}: learning, no covers"]
+        head += [f"{system}: lost, no covers", f"{system}: lost, covers"] if system.count("+") == 1 else []
+    out = [head, ["---"] * len(head)]
+    for r in rows:
+        line = [r["kind"]]
+        for system in systems:
+            own = r[system]
+            line += [shown(own["equal, no covers"]), shown(own["learning, no covers"])]
+            line += [f"{100 * own['lost'][c].share:+.1f} %" for c in ("off", "on")] if "lost" in own else []
+        out.append(line)
+    return [*lines, "", *("| " + " | ".join(line) + " |" for line in out)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--systems", nargs="+", default=["S+G", "G+S"])
+    parser.add_argument("--into", action="store_true", help="write the tables into the page")
+    arguments = parser.parse_args()
+    text = "\n".join(tables(arguments.folder, arguments.systems))
+    if arguments.into:
+        begin, end = "<!-- never loses -->", "<!-- end never loses -->"
+        page = PAGE.read_text(encoding="utf8")
+        before, rest = page.split(begin)
+        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf8")
+    print(text)
+    print(json.dumps({"cells": len(text.splitlines())}))
