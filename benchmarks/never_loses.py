@@ -136,6 +136,16 @@ def grid(members: int) -> Experts:
     return Experts(weights, kinds, torch.full((len(weights),), -math.log(len(weights)), dtype=torch.float64))
 
 
+def measure_own(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
+    """What the main member alone gives to the tokens, at every temperature."""
+    reading = Reading.of(replace(ensemble, config=replace(ensemble.config, covers="off")), found, members=1)
+    return {
+        "bytes": torch.tensor([document.num_bytes for document in found]),
+        "owner": torch.tensor([position.document for position in reading.positions]),
+        "own": reading.own_logp(TEMPERATURES),
+    }
+
+
 def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     """What every system that is compared gives to the tokens of some documents, in nats."""
     reading = Reading.of(ensemble, found)
@@ -147,17 +157,17 @@ def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
         "weights": experts.weights,
         "geometric": experts.geometric,
     }
-    plain = replace(ensemble, config=replace(ensemble.config, covers="off"), weigher=None)
-    systems = {"on": ensemble, "off": plain}
-    for covers in ("on", "off"):
+    alone = Experts.grid(len(ensemble.members), geometric=False)  # members alone and equal weights are enough there
+    out["off_weights"] = alone.weights
+    for covers, some in (("on", experts), ("off", alone)):
         parts: list[torch.Tensor] = []
         for part, raw, index, present, target in reading._chunks():
             logp = [rows[: len(part)] for rows in raw]
-            for m, reader in systems[covers].covers.items():
+            for m, reader in ensemble.covers.items() if covers == "on" else ():
                 plans = [reading.positions[i].plans[m] for i in part]
                 logp[m] = reader.rows(logp[m], plans, partial(look_up, raw[m], index[m]))
             with torch.inference_mode():
-                rows = ensemble.fuser.experts(logp, experts.among(present), experts.geometric)
+                rows = ensemble.fuser.experts(logp, some.among(present), some.geometric)
                 parts.append(rows.at(torch.arange(len(part)), target).cpu())
         out[covers] = torch.cat(parts)  # [n, K]
     return out
@@ -206,7 +216,10 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             started = time.time()
             found = documents(arguments.data, kind, split, arguments.documents)
-            result = measure(ensemble, found) | measure_stretches(ensemble, found)
+            if split == "dev" and not arguments.whole_dev:
+                result = measure_own(ensemble, found)
+            else:
+                result = measure(ensemble, found) | measure_stretches(ensemble, found)
             torch.save(result, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
             print(json.dumps({"system": system, "kind": kind, "split": split, "documents": len(found),
@@ -221,5 +234,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--whole-dev", action="store_true", help="measure ensembles on the dev split, too")
     parser.add_argument("--splits", nargs="+", default=["dev", "test"], choices=["dev", "test"])
     run(parser.parse_args())

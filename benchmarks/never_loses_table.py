@@ -47,18 +47,22 @@ def member_bits(folder: Path, system: str, kind: str) -> tuple[Tensor, float] | 
     return per_document(test, test["own"][best]), TEMPERATURES[best]
 
 
-def learned(found: Found, covers: str, experts: Experts) -> Tensor:
+def learned(found: Found, experts: Experts) -> Tensor:
     """Bits per document of the mixture of some of the experts that were measured."""
     index = [
         place(found, weights, bool(pools)) for weights, pools in zip(experts.weights, experts.geometric, strict=True)
     ]
-    by_expert = -per_document(found, found[covers].T[index]) * math.log(2)  # nats [K, D]
+    by_expert = -per_document(found, found["on"].T[index]) * math.log(2)  # nats [K, D]
     return -(by_expert + experts.log_prior[:, None]).logsumexp(0) / math.log(2)
 
 
 def static(found: Found, covers: str, weights: Sequence[float]) -> Tensor:
     """Bits per document of constant weights and the linear average."""
-    return per_document(found, found[covers][:, place(found, torch.tensor(weights, dtype=torch.float64), False)])
+    wanted = torch.tensor(weights, dtype=torch.float64)
+    if covers == "on":
+        return per_document(found, found["on"][:, place(found, wanted, False)])
+    index = int(((found["off_weights"] - wanted).abs().amax(1) < 1e-9).nonzero()[0])
+    return per_document(found, found["off"][:, index])
 
 
 def place(found: Found, weights: Tensor, pools: bool) -> int:
@@ -97,10 +101,9 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
     for system, test in tests.items():
         equal = [1 / len(names)] * len(names)
         found[system] = {
-            "default": compare(learned(test, "on", experts), reference),
-            "learning, no covers": compare(learned(test, "off", experts), reference),
+            "default": compare(learned(test, experts), reference),
             "equal, no covers": compare(static(test, "off", equal), reference),
-            "bits": learned(test, "on", experts),
+            "bits": learned(test, experts),
         }
         if len(names) == 2:
             other = system.split("+")[1]
@@ -140,14 +143,14 @@ def tables(folder: Path, systems: Sequence[str]) -> list[str]:
     lines = ["| " + " | ".join(line) + " |" for line in out]
     head = ["text"]
     for system in systems:
-        head += [f"{system}: equal weights, no covers", f"{system}: learning, no covers"]
+        head += [f"{system}: equal weights, no covers"]
         head += [f"{system}: lost, no covers", f"{system}: lost, covers"] if system.count("+") == 1 else []
     out = [head, ["---"] * len(head)]
     for r in rows:
         line = [r["kind"]]
         for system in systems:
             own = r[system]
-            line += [shown(own["equal, no covers"]), shown(own["learning, no covers"])]
+            line += [shown(own["equal, no covers"])]
             line += [f"{100 * own['lost'][c].share:+.1f} %" for c in ("off", "on")] if "lost" in own else []
         out.append(line)
     return [*lines, "", *("| " + " | ".join(line) + " |" for line in out)]
