@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -123,3 +124,46 @@ def test_axes_enclose_every_scale(values):
     placed = [float(x) for x in re.findall(r'cx="([\d.]+)"', drawing)]
     assert len(placed) == 2 and all(0 < x < 720 for x in placed)
     assert 'class="zero"' in drawing
+
+
+HOSTILE = (
+    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)", "<!-- leaderboard: end -->", "<a", "&lt;b&gt;"),
+    *("a|b", "a\\|b", "a\n| b |", "`a", "**a**", "~~a~~", "[a](javascript:alert(1))"),
+    *("\x1b[31ma", "a\u202eb", "\r\n# a", "a\u2028b", "\ud800"),
+)
+
+
+def named(name):
+    """Return rows of a system, a task, a metric and a filter with this name."""
+    return corrected(
+        rows_of(Measured(name, name, name, True, {name: mean_scores([1, 0, 1]), "c": mean_scores([1] * 3)}))
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_every_format(name):
+    rows = named(name)
+    text, plain = (render(rows, 0.05, [f"of {name}"]) for render in (report.markdown, report.plain))
+    usual, usual_plain = (render(named("x"), 0.05, ["of x"]) for render in (report.markdown, report.plain))
+    assert not re.search(r"<[A-Za-z/!?]|\]\(", text)
+    assert len(text.split("\n")) == len(usual.split("\n")) and len(plain.split("\n")) == len(usual_plain.split("\n"))
+    for found in (text, plain):
+        assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", found)
+    table = [line for line in text.split("\n") if line.startswith("|")]
+    assert {len(_cells(line)) for line in table} == {len(report.head(rows))}
+    assert _unescaped(_cells(table[2])[0]) == report.printable(name).strip()
+    page = html(rows, 0.05, [name], title=name)
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == [] and not {"script", "img", "a"} & {tag for tag, _ in checker.tags}
+    assert "onerror" not in {key for _, attrs in checker.tags for key in attrs} and "<!-- " not in page
+
+
+def _cells(line):
+    """Return the cells of a line of a table, as GitHub cuts it: at bars without a backslash of their own."""
+    return [cell.strip() for cell in re.findall(r"((?:\\.|[^|\\])*)\|", line)[1:]]
+
+
+def _unescaped(cell):
+    """Return what GitHub shows of a cell that was made of plain text."""
+    return unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", cell))

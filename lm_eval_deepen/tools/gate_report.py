@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_deepen.runs.regression import Decision, Details, Pair, Rule
-from lm_eval_deepen.tools.report import aligned, markdown_table, number, probability, signed
+from lm_eval_deepen.tools.report import aligned, literal, markdown_table, number, printable, probability, signed
 
 Status = Literal["pass", "regressed", "not comparable"]
 _HEAD = (
@@ -127,21 +127,22 @@ class GateReport:
 
 def plain(report: GateReport) -> str:
     """Return the outcome for a terminal."""
-    lines = [report.headline, *(f"  - {reason}" for reason in report.reasons)]
+    lines = [printable(report.headline), *(f"  - {printable(reason)}" for reason in report.reasons)]
     if report.tests:
         lines += ["", aligned([list(_HEAD), *(test.cells() for test in report.tests)], left=2), "", *report.terms]
     if report.notes:
-        lines += ["", "Notes:", *(f"  - {note}" for note in report.notes)]
+        lines += ["", "Notes:", *(f"  - {printable(note)}" for note in report.notes)]
     return "\n".join(lines)
 
 
 def markdown(report: GateReport) -> str:
     """Return the outcome for a GitHub step summary."""
-    lines = ["### lm-eval-deepen gate", "", f"**{report.headline}**", *(f"- {reason}" for reason in report.reasons)]
+    lines = ["### lm-eval-deepen gate", "", f"**{literal(report.headline)}**"]
+    lines += [f"- {literal(reason)}" for reason in report.reasons]
     if report.tests:
         lines += ["", markdown_table([list(_HEAD), *(test.cells() for test in report.tests)], left=2)]
         for term in report.terms:
             lines += ["", term]
     if report.notes:
-        lines += ["", *(f"- {note}" for note in report.notes)]
+        lines += ["", *(f"- {literal(note)}" for note in report.notes)]
     return "\n".join(lines) + "\n"

@@ -294,9 +294,10 @@ def rendered(table: Table, fmt: str) -> str:
     if fmt == "html":
         return html(table.rows, alpha, remarks(table), table.recipe.title, [_html_summary(table), *map(_p, told)])
     if fmt == "md":
-        parts = [f"### {table.recipe.title}", report.markdown_table(summary(table)), "\n".join(told)]
+        title, lines = report.literal(table.recipe.title), "\n".join(map(report.literal, told))
+        parts = [f"### {title}", report.markdown_table(summary(table)), lines]
         return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table))])
-    parts = [table.recipe.title, report.aligned(summary(table)), "\n".join(told)]
+    parts = [report.printable(table.recipe.title), report.aligned(summary(table)), "\n".join(told)]
     return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
 
 

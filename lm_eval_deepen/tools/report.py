@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,14 @@ READING = (
     "p: two-sided, of {tests}; p (Holm): corrected over all comparisons shown.",
     "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
 )
+
+_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_WHOLE_TAG = re.compile(r"<([A-Za-z/!?][^<>]*)>")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # "<0.0001" begins none
+_LINK = re.compile(r"\]([(\[])")
+_MARKS = re.compile(r"[`*]|~(?=~)")
 
 
 def number(value: float) -> str:
@@ -102,10 +111,10 @@ def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
     names, blocks = extras(rows), []
     for group in columns(rows).values():
         table = aligned([head(rows), *(cells(row, alpha, names) for row in group)])
-        blocks.append(f"{heading(group)}\n{table}")
-    blocks.append("\n".join([f"Significance at {alpha:g}.", *reading(rows)]))
+        blocks.append(f"{printable(heading(group))}\n{table}")
+    blocks.append("\n".join([f"Significance at {alpha:g}.", *map(printable, reading(rows))]))
     if notes:
-        blocks.append("\n".join(["Notes:", *(f"  - {note}" for note in notes)]))
+        blocks.append("\n".join(["Notes:", *(f"  - {printable(note)}" for note in notes)]))
     return "\n\n".join(blocks)
 
 
@@ -114,10 +123,10 @@ def markdown(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> st
     names, blocks = extras(rows), []
     for group in columns(rows).values():
         table = markdown_table([head(rows), *(cells(row, alpha, names) for row in group)])
-        blocks.append(f"#### {heading(group)}\n\n{table}")
-    blocks.append(" ".join([f"Significance at {alpha:g}.", *reading(rows)]))
+        blocks.append(f"#### {literal(heading(group))}\n\n{table}")
+    blocks.append(" ".join([f"Significance at {alpha:g}.", *(literal(line, code=True) for line in reading(rows))]))
     if notes:
-        blocks.append("\n".join(f"- {note}" for note in notes))
+        blocks.append("\n".join(f"- {literal(note, code=True)}" for note in notes))
     return "\n\n".join(blocks)
 
 
@@ -133,17 +142,37 @@ def to_dict(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> dic
 
 def aligned(table: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return the table in columns, the first `left` and words to the left; a rule below the headings."""
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    shown = [[printable(cell) for cell in line] for line in table]
+    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
     lines = [
         "  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]).rstrip()
-        for line in table
+        for line in shown
     ]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """Return a text in one line, what would steer a terminal (or turn the text around) spelt out."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
+
+
+def literal(text: str, code: bool = False) -> str:
+    """Return what GitHub's Markdown shows as this text, whatever names of systems and tasks are made of.
+
+    Args:
+        text: any text; it becomes one line.
+        code: whether words between backticks are code, as in the sentences here.
+    """
+    shown = printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    shown = _ENTITY.sub("&amp;", shown)
+    shown = _TAG.sub("&lt;", _WHOLE_TAG.sub(r"&lt;\1&gt;", shown))
+    shown = _LINK.sub(r"]\\\1", shown)
+    return shown if code else _MARKS.sub(r"\\\g<0>", shown)
+
+
 def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return the table as GitHub's Markdown, text to the left and numbers to the right."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
+    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in table]
     lines.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(table[0]))) + "|")
     return "\n".join(lines)
