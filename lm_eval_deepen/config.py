@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lm_eval_deepen.config_options import coerce, option_names
+from lm_eval_deepen.config_options import coerce, option_names, whole_number
 from lm_eval_deepen.config_parse import (
     FROM_PRETRAINED_KEYS,
     given,
@@ -125,7 +125,7 @@ def _parse(keys: Mapping[str, Any], loading_keys: Collection[str], catalogue: Ca
         pooling=pooling.name,
         pooling_options=FrozenDict(pooling.options),
         compat=keys.get("compat"),
-        seed=coerce(keys.get("seed", DEFAULT_SEED), int, "seed"),
+        seed=whole_number(keys.get("seed", DEFAULT_SEED), "seed"),
         chat_fallback=coerce(keys.get("chat_fallback", DEFAULT_CHAT_FALLBACK), ChatFallback, "chat_fallback"),
         matrix_dir=None if matrix_dir is None else os.fspath(matrix_dir),
         batch_size=parse_batch_size(keys.get("batch_size", DEFAULT_BATCH_SIZE)),

@@ -100,6 +100,23 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{key} must be {_describe(arms)}; got {value!r}.{_nearest(value, arms)}")
 
 
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
+
+
+def whole_number(value: Any, key: str, low: int = 0, high: int | None = None) -> int:
+    """Return a whole number in a range.
+
+    Raises:
+        ConfigError: it is none, or outside.
+    """
+    found: int = coerce(value, int, key)
+    if found < low:
+        raise ConfigError(f"{key} must be a whole number of at least {low}; got {value!r}")
+    if high is not None and found > high:
+        raise ConfigError(f"{key} must be a whole number of at most {high}; got {value!r}")
+    return found
+
+
 def _numbers(value: Any, key: str) -> tuple[float, ...]:
     """Return a list of numbers, ``0.6+0.4`` inline, or one number."""
     parts = re.split(r"(?<![eE])\+", value) if isinstance(value, str) else value  # 1e+0 is one number

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_deepen.config_options import whole_number
 from lm_eval_deepen.config_source import SOURCE_KEYS, parse_source
 from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
 from lm_eval_deepen.config_weights import given_weights, parse_temperature
@@ -135,6 +136,8 @@ def parse_members(
     for i, entry in enumerate(full):
         check_member_keys(entry, i, accepted, elsewhere)
         check_paths(entry, i)
+        if "max_length" in entry:
+            whole_number(entry["max_length"], f"members[{i}] ({entry['pretrained']}): max_length", 1)
     main = defaults.get("pretrained", full[0]["pretrained"])
     if _same(main) != _same(full[0]["pretrained"]):
         raise ConfigError(

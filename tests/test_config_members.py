@@ -59,8 +59,9 @@ def test_every_key_of_the_harness_loader_is_accepted():
 
     keys = set(signature(HFLM.__init__).parameters)
     for key in keys - {"self", "kwargs", "pretrained", "batch_size", "max_batch_size"}:
-        config = parse_config({"pretrained": "org/A", key: "x"}, loading_keys=keys, methods=METHODS)
-        assert config.members[0].loading_dict() == {key: "x"}
+        value = 9 if key == "max_length" else "x"
+        config = parse_config({"pretrained": "org/A", key: value}, loading_keys=keys, methods=METHODS)
+        assert config.members[0].loading_dict() == {key: value}
     for key in ("self", "kwargs"):
         with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
             parse_config({"pretrained": "org/A", key: "x"}, loading_keys=keys, methods=METHODS)

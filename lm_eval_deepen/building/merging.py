@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.building.architecture import check_alike
+from lm_eval_deepen.config_options import to_number
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ KEYS = (
     "merge_method models slices modules base_model parameters dtype out_dtype tokenizer tokenizer_source chat_template"
 ).split()
 # Parameters of the methods that are offered by name; whatever else mergekit has is checked against its own list.
+SWITCHES = frozenset({"normalize", "rescale", "int8_mask"})
+_WORDS = ("true", "false", "yes", "no", "on", "off")
 _TASK = frozenset("weight density normalize rescale lambda int8_mask".split())
 METHODS: Mapping[str, frozenset[str]] = {
     "linear": frozenset({"weight", "normalize"}),
@@ -42,6 +45,7 @@ def check(recipe: BuildRecipe) -> None:
         if key not in KEYS:
             near = did_you_mean(str(key), KEYS)
             raise ConfigError(f"{where}unknown key {key!r}.{near} mergekit has: {', '.join(KEYS)}")
+    _refuse_endless(content, where)
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
     if len(given) != 1:
         raise ConfigError(f"{where}give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
@@ -62,6 +66,44 @@ def check(recipe: BuildRecipe) -> None:
         _check_models(recipe, where)
     if method.startswith(_DROPPING):
         _check_density(content, method, where)
+    for parameters, at in _settings(content):
+        for key, value in parameters.items():
+            _check_value(value, f"{where}{at}: {key}", switch=key in SWITCHES, typed=method in METHODS)
+
+
+def _check_value(value: Any, where: str, switch: bool, typed: bool) -> None:
+    """Refuse what mergekit would take for a number: NaN makes a model of NaN, and true is 1 to it.
+
+    Args:
+        value: a number, a gradient over layers, or values by filter.
+        where: the recipe, and its key.
+        switch: whether it is true or false.
+        typed: whether all values are numbers or switches, since the method is one of `METHODS`.
+
+    Raises:
+        ConfigError: what is neither.
+    """
+    if isinstance(value, list) and value:
+        for inner in value:
+            _check_value(inner, where, switch, typed)
+    elif isinstance(value, Mapping) and "value" in value and set(value) <= {"value", "filter"}:
+        _check_value(value["value"], where, switch, typed)
+    elif switch and not (isinstance(value, bool) or value in (0, 1) or str(value).strip().lower() in _WORDS):
+        raise ConfigError(f"{where} must be true or false; got {value!r}")
+    elif not switch and to_number(value) is None and (typed or isinstance(value, (float, bool))):
+        raise ConfigError(
+            f"{where} must be a finite number, a list of numbers (over layers), or a list of mappings with filter and "
+            f"value; got {value!r}"
+        )
+
+
+def _refuse_endless(value: Any, where: str, at: str = "") -> None:
+    """Raise ConfigError for NaN or an infinite number anywhere in a configuration."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        _refuse_endless(inner, where, f"{at}[{key}]" if isinstance(value, list) else f"{at}.{key}".lstrip("."))
+    if isinstance(value, float) and to_number(value) is None:
+        raise ConfigError(f"{where}{at} must be a finite number; got {value!r}")
 
 
 def _all_methods(where: str) -> dict[str, frozenset[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_deepen.building import texts
 from lm_eval_deepen.building.weights import commit_of, weights_sha256
-from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.yaml_reading import read_yaml
 
@@ -250,7 +250,7 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
             source=source,
             folder=folder,
             content={key: value for key, value in keys.items() if key not in OWN_KEYS},
-            seed=coerce(keys.get("seed", 0), int, "seed"),
+            seed=whole_number(keys.get("seed", 0), "seed", 0, MAX_SEED),
             title=coerce(keys.get("title", ""), str, "title"),
             note=coerce(keys.get("note", ""), str, "note"),
             tasks=texts.TaskSource(texts.task_folders(keys.get("include_path"), folder), _metadata(keys)),
@@ -271,6 +271,9 @@ def _check_training(recipe: BuildRecipe) -> None:
     from lm_eval_deepen.distill import DistillRecipe
 
     content = {**recipe.content, "seed": recipe.seed, "text": None}
+    recipe._own_models  # noqa: B018  # refuses what is no mapping of names
+    if recipe.content.get("text") is not None:
+        texts.names(recipe.content["text"], f"{recipe.source}: text")
     named = [content.get("target"), *texts.listed(content.get("sources"))]
     try:
         DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})

@@ -53,13 +53,22 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
     Raises:
         ConfigError: a text that is not there.
     """
+    return [_file(name, folder, where, tasks) for name in names(value, where)]
+
+
+def names(value: Any, where: str) -> list[str]:
+    """Return a text's name, or those of a list, as a list.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
         raise ConfigError(
             f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
             f"{value!r}"
         )
-    return [_file(name, folder, where, tasks) for name in listed]
+    return listed
 
 
 def listed(value: Any) -> list[Any]:
@@ -74,8 +83,11 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
         ConfigError: what is no folder.
     """
     found = []
-    for name in [value] if isinstance(value, str) else list(value or ()):
-        place = folder / Path(str(name)).expanduser()
+    listed = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"include_path must be a folder or a list of folders; got {value!r}")
+    for name in listed:
+        place = folder / Path(name).expanduser()
         if not place.is_dir():
             raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
         found.append(str(place))

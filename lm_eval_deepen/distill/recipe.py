@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lm_eval_deepen.config_options import MAX_SEED, whole_number
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 METHODS = ("fusellm", "clm")
@@ -129,7 +130,7 @@ def _typed(values: dict[str, Any], members: Mapping[str, str]) -> dict[str, Any]
         if key in values:
             found[key] = _whole(key, values[key], 1)
     if "seed" in values:
-        found["seed"] = _whole("seed", values["seed"], 0)
+        found["seed"] = whole_number(values["seed"], "recipe: seed", 0, MAX_SEED)
     for key, low, high in (
         ("held_out", 0.0, 0.9), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0), ("clm_weight", 0.0, 1.0),
         ("learning_rate", 0.0, 1.0),
@@ -157,7 +158,7 @@ def _choice(key: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def _member(key: str, name: Any, members: Mapping[str, str]) -> str:
-    if name not in members:
+    if not isinstance(name, str) or name not in members:
         raise ConfigError(f"recipe: {key} {name!r} is not among its models: {_list(members)}."
                           f"{did_you_mean(str(name), members)}")  # fmt: skip
     return str(name)

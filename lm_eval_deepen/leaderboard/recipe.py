@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.building.texts import TaskSource, task_folders
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
-from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
 from lm_eval_deepen.config_parse import beside, member_names
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.host import configure
@@ -233,8 +233,9 @@ def _task(entry: Any, shared: Mapping[str, Any], i: int) -> TaskSpec:
         for key, hint in hints.items():
             if key in values:
                 values[key] = coerce(values[key], hint, key)
-        metric = values.get("metric", ())
-        values["metric"] = tuple([metric] if isinstance(metric, str) else metric)
+        if "num_fewshot" in values:
+            whole_number(values["num_fewshot"], "num_fewshot")
+        values["metric"] = _metrics(values.get("metric", []))
         values["gen_kwargs"] = _mapping(values.get("gen_kwargs"), "gen_kwargs")
         spec = TaskSpec(**values)
         if spec.limit is not None and (spec.limit <= 0 or (spec.limit > 1 and spec.limit % 1)):
@@ -244,6 +245,13 @@ def _task(entry: Any, shared: Mapping[str, Any], i: int) -> TaskSpec:
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
     return spec
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in listed):
+        raise ConfigError(f"metric must be a metric or a list of metrics, as acc or exact_match,none; got {value!r}")
+    return tuple(listed)
 
 
 def _check_tasks(tasks: Sequence[TaskSpec]) -> None:
@@ -273,7 +281,7 @@ def _seeds(value: Any) -> tuple[int, int, int, int]:
     listed = list(value) if isinstance(value, (list, tuple)) else [value] * 4
     if len(listed) != 4:
         raise ConfigError(f"seed must be one number, or four: random, numpy, torch, few-shots; got {value!r}")
-    a, b, c, d = (coerce(seed, int, "seed") for seed in listed)
+    a, b, c, d = (whole_number(seed, "seed", 0, MAX_SEED) for seed in listed)
     return a, b, c, d
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.config_options import coerce, option_names
+from lm_eval_deepen.config_options import coerce, option_names, whole_number
 from lm_eval_deepen.config_parse import (
     FROM_PRETRAINED_KEYS,
     MEMBER_KEYS,
@@ -153,7 +153,7 @@ def load_recipe(path: Path) -> Recipe:
             arguments=arguments,
             title=_text(raw, "title"),
             tasks=tasks,
-            harness=_keys(raw.get("harness") or {}, HARNESS_KEYS, "harness"),
+            harness=_harness(raw.get("harness")),
             expected=tuple(_expected(entry, i, tasks) for i, entry in enumerate(_listed(raw.get("expected")))),
             source=_text(raw, "source"),
             note=_text(raw, "note"),
@@ -177,7 +177,25 @@ def ensemble_keys() -> frozenset[str]:
 
 
 def _text(raw: Mapping[str, Any], key: str) -> str:
-    return coerce(raw.get(key) or "", str, key).strip()
+    value = raw.get(key)
+    return "" if value is None else coerce(value, str, key).strip()
+
+
+def _harness(value: Any) -> dict[str, Any]:
+    """Return what ``lm_eval run`` is told beside the model and the tasks."""
+    found = _keys(value or {}, HARNESS_KEYS, "harness")
+    hints: dict[str, Any] = {"apply_chat_template": bool | str, "fewshot_as_multiturn": bool, "limit": int | float}
+    for key, hint in hints.items():
+        if found.get(key) is not None:
+            coerce(found[key], hint, f"harness: {key}")
+    if found.get("num_fewshot") is not None:
+        whole_number(found["num_fewshot"], "harness: num_fewshot")
+    limit = found.get("limit")
+    if limit is not None and (float(limit) <= 0 or (float(limit) > 1 and float(limit) % 1)):
+        raise ConfigError(f"harness: limit must be a number of documents, or a share below 1; got {limit!r}")
+    if not isinstance(found.get("gen_kwargs"), (str, Mapping, type(None))):
+        raise ConfigError(f"harness: gen_kwargs must be a mapping, or key=value,...; got {found['gen_kwargs']!r}")
+    return found
 
 
 def _texts(value: Any, key: str) -> tuple[str, ...]:
