@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lm_eval_deepen import pooling, weighting
 from lm_eval_deepen.answering import Answering
-from lm_eval_deepen.caches import claim
+from lm_eval_deepen.caches import claim, keep, settling
 from lm_eval_deepen.config import EnsembleConfig, parse_config
 from lm_eval_deepen.distributed import Ranks, shared
 from lm_eval_deepen.engine import Ensemble
@@ -23,6 +23,7 @@ from lm_eval_deepen.engine.checks import examine
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import option_classes
+from lm_eval_deepen.interrupts import tell_interrupts
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
@@ -114,6 +115,7 @@ class DeepenLM(Answering):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> DeepenLM:
         """Create the model from a mapping; arguments named there win over the command line's."""
+        tell_interrupts()
         outer = {key: value for key, value in (additional_config or {}).items() if value is not None}
         device = outer.get("device")
         if device == COMMAND_LINE_DEVICE and device not in existing_devices():
@@ -172,11 +174,12 @@ class DeepenLM(Answering):
         before = Counter(self.ensemble.trace.outgrown)
         quiet = disable_tqdm or self.ranks.index != 0
         told = False
-        with tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests") as progress:
+        progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
+        with progress, settling(self.cache_hook):
             for index, answer in self.source.answers(kind, requests):
                 answers[index] = answer
                 if not isinstance(answer, SetAside):
-                    self.cache_hook.add_partial(kind, requests[index].args, answer)
+                    keep(self.cache_hook, kind, requests[index].args, answer)
                 elif not told:  # at once, so that a person may rather end the run now
                     told = True
                     log.warning(

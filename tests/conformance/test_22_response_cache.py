@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from harness import deepen, hf, requests
@@ -222,3 +227,154 @@ def test_sampled_texts_are_drawn_again_and_alike(ensemble, tmp_path):
     calls = count_forwards(model)
     assert CachingLM(model, str(tmp_path / "responses.db")).generate_until(batch) == first
     assert calls
+
+
+# --- whose database it is, and how it ends
+
+
+@pytest.fixture
+def ours(pico, tmp_path):
+    """A database with answers, in a folder of its own."""
+    path = tmp_path / "cache" / "responses.db"
+    CachingLM(deepen(pico["bytelevel"]), str(path)).loglikelihood(requests("loglikelihood", *PAIRS))
+    return path
+
+
+class Planted:
+    """Creates a file when it is read by pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and owners are those of POSIX")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.chmod(0o666), "can be written by everybody.*`chmod go-w .*responses.db`"),
+        (lambda file: file.parent.chmod(0o777), "can be written by everybody.*`chmod go-w .*cache`"),
+        (lambda file: (os.chown(file, -1, 12345), file.chmod(0o664)), "can be written by its group .id 12345"),
+        (lambda file: (os.chown(file.parent, -1, 12345), file.parent.chmod(0o775)), "can be written by its group"),
+        (lambda file: os.chown(file, 12345, -1), "belongs to another user .id 12345.*Give --use_cache a path"),
+        (lambda file: os.chown(file.parent, 12345, -1), "belongs to another user .id 12345"),
+        (
+            lambda file: (Path(f"{file}-journal").touch(0o600), os.chown(f"{file}-journal", 12345, -1)),
+            "-journal belongs",
+        ),
+    ],
+    ids=["file", "folder", "file group", "folder group", "file owner", "folder owner", "journal owner"],
+)
+def test_a_database_that_others_can_write_to_is_refused_before_it_is_read(pico, ours, tmp_path, change, message):
+    with sqlite3.connect(ours) as connection:
+        connection.execute("UPDATE unnamed SET value = ?", (pickle.dumps(Planted(tmp_path / "read")),))
+    try:
+        change(ours)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    with pytest.raises(CacheError, match=f"is not yours alone: .*{message}"):
+        CachingLM(deepen(pico["bytelevel"]), str(ours))
+    assert not (tmp_path / "read").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and owners are those of POSIX")
+def test_a_new_database_is_its_users_alone_whatever_the_umask(pico, tmp_path):
+    """Also in a folder like /tmp, in which nobody can replace what another one has."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    before = os.umask(0)
+    try:
+        cached = CachingLM(deepen(pico["bytelevel"]), str(folder / "responses.db"))
+    finally:
+        os.umask(before)
+    cached.loglikelihood(requests("loglikelihood", *PAIRS))
+    assert (folder / "responses.db").stat().st_mode & 0o777 == 0o644
+    CachingLM(deepen(pico["bytelevel"]), str(folder / "responses.db"))
+
+
+def test_nothing_but_plain_answers_is_read(pico, ours, tmp_path):
+    """Whoever planted them: an object that runs code, and bytes that are no pickle."""
+    answer = hash_args("loglikelihood", PAIRS[1])
+    planted = pickle.dumps(Planted(tmp_path / "read"))
+    for key, data, reason in (
+        (answer, b"\x80\x05\xff", "UnpicklingError"),
+        (answer, planted, "an object of pathlib"),
+        (FINGERPRINT_KEY, planted, "an object of pathlib"),
+    ):
+        with sqlite3.connect(ours) as connection:
+            connection.execute("REPLACE INTO unnamed VALUES (?, ?)", (key, data))
+        with pytest.raises(CacheError, match=rf"responses\.db holds something that is no answer \(.*{reason}.*Delete"):
+            CachingLM(deepen(pico["bytelevel"]), str(ours)).loglikelihood(requests("loglikelihood", *PAIRS))
+    assert not (tmp_path / "read").exists()
+
+
+def test_a_full_disk_names_the_database_and_leaves_it_readable(pico, tmp_path):
+    path = tmp_path / "responses.db"
+    cached = CachingLM(deepen(pico["bytelevel"], batch_size=1), str(path))
+    (pages,) = cached.dbdict.conn.select_one("PRAGMA page_count")
+    cached.dbdict.conn.select_one(f"PRAGMA max_page_count = {pages}")
+    batch = requests("generate_until", *((f"{n} foxes " * 60, {"until": [], "max_gen_toks": 8}) for n in range(40)))
+    with pytest.raises(CacheError, match=r"responses\.db cannot be written .*full.*Free space"):
+        cached.generate_until(batch)
+    cached.dbdict.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["responses.db"]
+    assert FINGERPRINT_KEY in stored_keys(path)
+
+
+INTERRUPTED = """
+import os, signal, sys
+import lm_eval.__main__
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval.tasks import TaskManager
+
+load, index, forwards = HFLM._create_model, TaskManager.__init__, []
+
+def count(*_):
+    forwards.append(1)
+    if len(forwards) == 40:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def loaded(self, *args, **kwargs):
+    load(self, *args, **kwargs)
+    self._model.register_forward_pre_hook(count)
+
+HFLM._create_model = loaded
+TaskManager.__init__ = lambda self, *args, **kwargs: index(self, *args, **{**kwargs, "include_defaults": False})
+lm_eval.__main__.cli_evaluate()
+"""
+
+
+def test_an_interrupt_is_told_in_one_line_and_leaves_no_files(pico, matrices, task_folder, tmp_path):
+    """Status 130, under the harness's own command; what was answered is kept."""
+    command = ["lm_eval", "run", "--model", "deepen", "--tasks", "conf_choice", "conf_answer", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={pico['bytelevel']},batch_size=1,self_check=false"]
+    command += ["--include_path", str(task_folder), "--use_cache", str(tmp_path / "responses")]
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = {command!r}\n{INTERRUPTED}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 130, ended.stderr[-4000:]
+    assert "Traceback" not in ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert told == "interrupted; a response cache (--use_cache) has what was answered"
+    assert [file.name for file in tmp_path.iterdir()] == ["responses_rank0.db"]
+    assert len(stored_keys(tmp_path / "responses_rank0.db")) > 1
+
+
+def test_an_interrupt_stays_an_exception_to_a_program(ensemble, monkeypatch, tmp_path):
+    model = ensemble()
+    before = sys.excepthook
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.ensemble.main.runner, "body", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CachingLM(model, str(tmp_path / "responses.db")).loglikelihood(requests("loglikelihood", *PAIRS))
+    assert sys.excepthook is before
