@@ -10,6 +10,9 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.engine.covers import NOTHING
+from lm_eval_deepen.engine.decoding import Job, generate
+from lm_eval_deepen.engine.drafting import drafter
+from lm_eval_deepen.engine.following import path_of
 from lm_eval_deepen.engine.prompting import Prompter
 from lm_eval_deepen.engine.scoring import score
 
@@ -101,6 +104,34 @@ def test_scoring_equals_the_sum_over_all_covers(make):
         changed += here
         assert found[index].logp == pytest.approx(expected, abs=5e-4)
     assert changed > 5
+
+
+def naive_row(ensemble, job, ids):
+    """Return the fused distribution [K] after a prompt and the main member's tokens, others' rows covered."""
+    data = ensemble.main.codec.vocab.decode(ids)
+    paths = [path_of(ensemble, m, job, tuple(ids), data) for m in range(len(ensemble.active))]
+    rows = [naive.member_logp(ensemble.main, paths[0])]
+    for m in range(1, len(paths)):
+        if paths[m] is None:
+            rows.append(rows[0].new_zeros(1, ensemble.active[m].vocab_size))
+        else:
+            rows.append(covered(ensemble, m, paths[0], paths[m])[0])
+    weights = ensemble.weights * torch.tensor([path is not None for path in paths])
+    return ensemble.fuser.fuse(rows, (weights / weights.sum())[None]).logp[0]
+
+
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_generation_equals_the_sum_over_all_covers(make, speculate):
+    """In a batch, with texts that end and others that take their places; drafts change no text."""
+    ensemble = make(speculate=speculate).ensemble
+    contexts = [*CONTEXTS, "She was walking and talk", "10 + 20 = 30, 12 *"]
+    jobs = [Job(Prompter(ensemble).prompts(context, 8), 4 + n) for n, context in enumerate(contexts)]
+    found = dict(generate(ensemble, jobs, 3, drafter(speculate)))
+    for index, job in enumerate(jobs):
+        for n, (token, value) in enumerate(zip(found[index].ids, found[index].logp, strict=True)):
+            row = naive_row(ensemble, job, found[index].ids[:n])
+            assert float(row.max() - row[token]) < 1e-3
+            assert value == pytest.approx(float(row[token]), abs=1e-3)
 
 
 def test_covers_change_scores_and_off_is_as_before(make):

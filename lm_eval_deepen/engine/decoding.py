@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafting import Drafter
 from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_after, text_of
@@ -185,7 +186,13 @@ class _Decoder:
             scores = self.followers[0].logits(paths[0])
             logp = [torch.log_softmax(scores, dim=-1)]
         else:
-            logp = [follower.follow(own) for follower, own in zip(self.followers, paths, strict=True)]
+            plans = [[plans_of(ensemble, places) for places in route] for route in routes] if ensemble.covers else []
+            logp = [
+                follower.follow_covered(own, [[plan[follower.m] for plan in route] for route in plans])
+                if follower.m in ensemble.covers
+                else follower.follow(own)
+                for follower, own in zip(self.followers, paths, strict=True)
+            ]
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
         present = present.to(ensemble.device)
         by_expert = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.member import Prompt
@@ -32,6 +33,9 @@ class Follower:
         self.cache = self.member.runner.rows()
         self.ready: deque[Prefilled] = deque()
         self.held: list[Path] = []  # the tokens that each row took in last
+        self.kept: dict[
+            Path, Tensor
+        ] = {}  # distributions [V_m] of the last step, which covers may read in the next one
 
     def prefill(
         self, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read] | None] | None = None
@@ -79,6 +83,37 @@ class Follower:
     def follow(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
         """Return log-probabilities [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logp(self.states(routes)).to(self.ensemble.device)
+
+    def follow_covered(self, routes: Sequence[Sequence[Path | None]], plans: Sequence[Sequence[Plan | None]]) -> Tensor:
+        """Return what comes next [n, V_m] in this member's pieces, its covers counted; see `states`.
+
+        Args:
+            routes: every row's paths.
+            plans: the covers at each of them.
+        """
+        sequences, reads, ends = [], [], []
+        for at, (route, own) in enumerate(zip(routes, plans, strict=True)):
+            paths = [self.held[at] if path is None else path for path in route]
+            self.held[at] = paths[-1]
+            sequences.append(paths[-1])
+            ends.append(paths)
+            sources = {c.source for plan in own if plan is not None for c in plan.covers} - self.kept.keys()
+            reads.append(sorted({len(path) for path in paths} | {len(source) for source in sources}))
+        states = self.cache.advance(sequences, reads)
+        at_path: dict[tuple[int, int], int] = {}
+        for row, lengths in enumerate(reads):
+            at_path |= {(row, length): len(at_path) + n for n, length in enumerate(lengths)}
+        logp = self.member.logp(states).to(self.ensemble.device)
+        here = {sequences[row][:length]: logp[n] for (row, length), n in at_path.items()}
+        known = self.kept | here
+        order = [at_path[row, len(path)] for row, paths in enumerate(ends) for path in paths]
+        flat = [plan for own in plans for plan in own]
+        out = self.ensemble.covers[self.m].rows(logp[order], flat, lambda path, ids: known[path][ids.to(logp.device)])
+        read = {c.source for plan in flat if plan is not None for c in plan.covers}
+        latest = {path for paths in ends for path in paths}
+        # a view would keep the rows of the whole step
+        self.kept = {path: row.clone() if path in here else row for path, row in known.items() if path in read | latest}
+        return out
 
     def logits(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
         """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
