@@ -35,6 +35,16 @@ MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwar
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 # What a recipe says besides the ensemble itself: read by `lm-eval-deepen inspect`, without effect on an evaluation.
 RECIPE_KEYS = frozenset({"title", "task", "harness", "expected", "source", "note"})
+# Arguments that belong to one model, and why: shared by models that differ, all load and some are wrong. Those that say
+# how or where from any model is loaded can be shared, and so can file names, which fail where a model lacks the file.
+OF_ONE_MODEL = {
+    "tokenizer": "another model's pieces have other ids",
+    "prefix_token_id": "another vocabulary has another token there",
+    "peft": "an adapter is trained for one model",
+    "delta": "it is the difference from one model",
+    "revision": "a repository has revisions of its own",
+    "code_revision": "a repository has revisions of its own",
+}
 PATH_KEYS = ("pretrained", "tokenizer", "peft", "delta")  # arguments that may name a local folder
 
 
@@ -133,6 +143,7 @@ def parse_members(
     """
     entries = member_entries(raw, defaults)
     full = [merge_defaults(entry, defaults, i) for i, entry in enumerate(entries)]
+    check_shared(entries, full, defaults)
     for i, entry in enumerate(full):
         check_member_keys(entry, i, accepted, elsewhere)
         check_paths(entry, i)
@@ -141,7 +152,8 @@ def parse_members(
     main = defaults.get("pretrained", full[0]["pretrained"])
     if _same(main) != _same(full[0]["pretrained"]):
         raise ConfigError(
-            f"pretrained={main} is not the first of members ({full[0]['pretrained']}); "
+            f"pretrained={main if isinstance(main, str) else shown(main)} is not the first of members "
+            f"({full[0]['pretrained']}); "
             "members includes the main member, first: put it there, or leave pretrained out"
         )
     shares = weigh(given_weights(weights, [entry.get("weight") for entry in full]), len(full))
@@ -178,7 +190,8 @@ def member_entries(raw: Any, defaults: Mapping[str, Any]) -> list[dict[str, Any]
             entry = {"pretrained": entry.strip()}
         if not isinstance(entry, Mapping):
             raise ConfigError(
-                f"members[{i}] must be a model's name, as text, or a mapping with pretrained; got {entry!r}"
+                f"members[{i}] must be a model's name, as text, or a mapping with pretrained; got {shown(entry)}. "
+                "Save a model that is loaded already, and its tokenizer, with save_pretrained, and give the folder"
             )
         entries.append(given(entry))
     return entries
@@ -203,12 +216,42 @@ def merge_defaults(entry: Mapping[str, Any], defaults: Mapping[str, Any], i: int
     pretrained = merged.get("pretrained")
     if not isinstance(pretrained, str) or not pretrained.strip():
         raise ConfigError(
-            f"{where}: pretrained must be a hub name or a path, as text; got {pretrained!r} "
-            "(quote it if it is a number)"
+            f"{where}: pretrained must be a hub name or a path, as text; got {shown(pretrained)} "
+            "(quote it if it is a number; save a model that is loaded already, and its tokenizer, with "
+            "save_pretrained, and give the folder)"
         )
     if is_ensemble_file(pretrained):
         raise ConfigError(f"{where}: pretrained={pretrained} is an ensemble file; a member is one model")
     return merged
+
+
+def check_shared(
+    entries: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for an argument beside members that belongs to one model, and would be given to several.
+
+    Args:
+        entries: the members' own keys.
+        full: with those given beside members.
+        defaults: those given beside members.
+    """
+    for key, reason in OF_ONE_MODEL.items():
+        if key not in defaults or (key == "revision" and defaults[key] == "main"):
+            continue
+        heirs = [merged["pretrained"] for entry, merged in zip(entries, full, strict=True) if key not in entry]
+        if len({_same(name) for name in heirs}) > 1:
+            raise ConfigError(
+                f"{key}={shown(defaults[key])} beside members would be given to {' and '.join(heirs)}, but {reason}. "
+                f"Give it inside the member it belongs to, in JSON or YAML: "
+                f"members: [{{pretrained: {heirs[0]}, {key}: {shown(defaults[key])}}}, ...]"
+            )
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: an object that no configuration can hold by its type alone."""
+    if value is None or isinstance(value, (str, bool, int, float, list, tuple, Mapping)):
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
 
 
 def check_member_keys(entry: Mapping[str, Any], i: int, accepted: frozenset[str], elsewhere: Mapping[str, str]) -> None:

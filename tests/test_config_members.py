@@ -48,8 +48,58 @@ def test_a_torch_dtype_is_its_name():
 
 
 def test_other_objects_are_refused():
-    refuse("members.0. .org/A.: tokenizer: .*object.*give text", PAIR, tokenizer=object())
+    refuse("members.0. .org/A.: tokenizer: .*object.*give text", {"pretrained": "org/A"}, tokenizer=object())
     refuse("hf_kwargs: .*not text; quote it", PAIR, hf_kwargs={"a": {1: 2}})
+
+
+ONE_MODELS = {
+    "tokenizer": "org/T",
+    "prefix_token_id": 2,
+    "peft": "org/adapter",
+    "delta": "org/delta",
+    "revision": "v2",
+    "code_revision": "v2",
+}
+
+
+@pytest.mark.parametrize("key", ONE_MODELS)
+def test_an_argument_of_one_model_is_not_shared_by_others(key):
+    """It would load for all of them, and be wrong for some."""
+    value = ONE_MODELS[key]
+    remedy = rf"{key}=.*beside members would be given to org/A and org/B.*inside the member.*pretrained: org/A, {key}:"
+    refuse(remedy, PAIR, **{key: value})
+    refuse(remedy, {"pretrained": "org/A", "members": "org/A+org/B"}, **{key: value})
+    for members in (["org/A"], [{"dtype": "float32"}, {"dtype": "float16"}], ["org/A", {"pretrained": "org/A/"}]):
+        for i, member in enumerate(members):  # one model, however often: it is its own
+            members[i] = {"name": f"m{i}", "pretrained": "org/A"} | (member if isinstance(member, dict) else {})
+        config = parse({"pretrained": "org/A", "members": members}, **{key: value})
+        assert all(member.loading_dict()[key] == value for member in config.members)
+    own = {"pretrained": "org/B", key: ONE_MODELS["peft"] if isinstance(value, str) else 3}
+    first, second = parse({"pretrained": "org/A", "members": ["org/A", own]}, **{key: value}).members
+    assert (first.loading_dict()[key], second.loading_dict()[key]) == (value, own[key])
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [{"revision": "main"}, {"gguf_file": "model.gguf"}, {"add_bos_token": True}, {"max_length": 64}]
+    + [{"chat_template_args": {"enable_thinking": False}}, {"trust_remote_code": True}, {"variant": "fp16"}],
+    ids=str,
+)
+def test_how_and_where_from_models_are_loaded_is_shared(shared):
+    """A name within a model's folder, too: where a model lacks it, loading fails and names the member."""
+    assert all(member.loading_dict().items() >= shared.items() for member in parse(PAIR, **shared).members)
+
+
+def test_a_loaded_model_is_refused_in_a_line():
+    class Model:
+        def __repr__(self):
+            return "layer\n" * 200
+
+    for raw in ({"pretrained": Model()}, {**PAIR, "pretrained": Model()}, {**PAIR, "members": ["org/A", Model()]}):
+        with pytest.raises(ConfigError, match="pretrained.*an object of type Model") as caught:
+            parse(raw)
+        assert "layer" not in str(caught.value)
+    refuse("save_pretrained, and give the folder", {"pretrained": "org/A", "members": [{"pretrained": Model()}]})
 
 
 def test_every_key_of_the_harness_loader_is_accepted():

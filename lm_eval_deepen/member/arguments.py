@@ -31,6 +31,12 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "
                 "float32. Leave it out."
             )
+        prefix = given.get("prefix_token_id")
+        if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
+            raise ConfigError(
+                f"{where} prefix_token_id={prefix!r} must be the id of a token, a whole number of 0 or more. Correct "
+                "it, or leave it out: then it is the tokenizer's BOS, or else its EOS."
+            )
         if len(members) > 1 and given.get("truncation"):
             raise ConfigError(
                 f"{where} truncation=True cuts each member's prompt at its own end, and members must see the same "

@@ -65,6 +65,12 @@ class Member:
             )
         self.config, self.lm = config, lm
         self.generates_as_it_reads = True
+        prefix, rows = config.loading.get("prefix_token_id"), lm.model.get_input_embeddings().weight.shape[0]
+        if prefix is not None and prefix >= rows:
+            raise ConfigError(
+                f"member {config.name!r}: prefix_token_id={prefix} is no token of {config.pretrained!r}, which has those "
+                f"of 0 to {rows - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its EOS."
+            )
         self.runner: TreeRunner | PlainRunner = self._runner()
 
     @classmethod

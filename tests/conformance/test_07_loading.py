@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from custom_model import write_custom_code, write_gguf
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.host import DeepenLM
 
 PAIRS = [("The quick brown fox", " jumps over"), ("", "Paris"), ("Question: Where?\nAnswer:", " in the forest")]
@@ -96,6 +97,16 @@ def test_07_prefix_token_id(pico, tmp_path):
     model = pair(pico, tmp_path, second={"prefix_token_id": 1})
     assert [member.codec.prefix_ids for member in model.ensemble.members] == [(0,), (1,)]
     assert model.prefix_token_id == 0
+
+
+@pytest.mark.parametrize("prefix", [400, 10**12, -1, "2", 2.0, True, float("nan")], ids=str)
+def test_07_a_prefix_token_that_is_none_is_an_error_that_names_it(pico, tmp_path, prefix):
+    """In `hf` it fails at the first request, or none."""
+    words = f"member.*prefix_token_id={re.escape(repr(prefix))}.*leave it out"
+    with pytest.raises(ConfigError, match=words):
+        deepen(pico["bytelevel"], prefix_token_id=prefix)
+    with pytest.raises(ConfigError, match=words):
+        pair(pico, tmp_path, first={"prefix_token_id": prefix})
 
 
 def test_07_trust_remote_code(pico, tmp_path, monkeypatch):
