@@ -12,6 +12,7 @@ from lm_eval_deepen.caches import rendering_digest
 from lm_eval_deepen.chat import ChatPrompt
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.errors import MemberError
 
 
 class MainMemberView(TemplateLM):
@@ -85,11 +86,30 @@ class MainMemberView(TemplateLM):
         return f"{names}-{rendering_digest(self.ensemble.active)}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation by the main member's template, and keep it for the other members' own."""
+        """Render a conversation by the main member's template, and keep it for the other members' own.
+
+        A system message that the templates of all members leave out is left out, as in ``hf``.
+
+        Raises:
+            MemberError: a member that cannot render it, or that would be the only one without its system message.
+        """
         messages = copy.deepcopy(chat_history)
         fallback = self.ensemble_config.chat_fallback
         # Every member renders now, so that one that cannot fails before anything is computed.
-        texts = [m.render(messages, add_generation_prompt, fallback) for m in self.ensemble.active]
+        members = self.ensemble.active if self.ensemble_config.pooling is None else self.ensemble.members
+        texts = [member.render(messages, add_generation_prompt, fallback) for member in members]
+        if len(members) > 1 and any(message.get("role") == "system" for message in messages):
+            without = [m.name for m in members if m.drops_system(messages, add_generation_prompt, fallback)]
+            if 0 < len(without) < len(members):
+                others = [member.name for member in members if member.name not in without]
+                raise MemberError(
+                    f"the chat template of member {', '.join(map(repr, without))} leaves out the system message, which "
+                    f"that of {', '.join(map(repr, others))} renders: they would be told different things. Evaluate "
+                    "without a system message (--system_instruction, a task's description), or give that member a "
+                    "tokenizer whose template takes one (member argument tokenizer=...)."
+                )
+            if without:
+                messages = [message for message in messages if message.get("role") != "system"]
         return ChatPrompt(texts[0], messages, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

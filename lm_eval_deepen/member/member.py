@@ -68,8 +68,8 @@ class Member:
         prefix, rows = config.loading.get("prefix_token_id"), lm.model.get_input_embeddings().weight.shape[0]
         if prefix is not None and prefix >= rows:
             raise ConfigError(
-                f"member {config.name!r}: prefix_token_id={prefix} is no token of {config.pretrained!r}, which has those "
-                f"of 0 to {rows - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its EOS."
+                f"member {config.name!r}: prefix_token_id={prefix} is no token of {config.pretrained!r}, which has "
+                f"0 to {rows - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its EOS."
             )
         self.runner: TreeRunner | PlainRunner = self._runner()
 
@@ -220,16 +220,41 @@ class Member:
             fallback: what to do without a template: ``plain`` text, or an ``error``.
 
         Raises:
-            MemberError: there is no template, and the fallback is an error.
+            MemberError: there is no template, and the fallback is an error; or the template fails.
         """
         if self.has_chat_template:
-            return self.lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            try:
+                return self.lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            except Exception as error:  # a template is a program
+                roles = ", ".join(str(message.get("role")) for message in messages)
+                raise MemberError(
+                    f"member {self.name!r}: its chat template cannot render a conversation of {roles}: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}. Change what the task says to it (system "
+                    "message, few-shots as turns, gen_prefix), give the member a tokenizer with another template "
+                    "(member argument tokenizer=...), or evaluate without chat templates."
+                ) from error
         if fallback == "plain":
             return plain_rendering(messages, add_generation_prompt)
         raise MemberError(
             f"member {self.name!r} has no chat template for --apply_chat_template. Give it a tokenizer that has "
             "one (member argument tokenizer=...), give the ensemble chat_fallback=plain for plain text, or "
             "evaluate without chat templates."
+        )
+
+    def drops_system(self, messages: list[dict[str, Any]], add_generation_prompt: bool, fallback: str) -> bool:
+        """Return whether the system message of a conversation is missing in this member's rendering.
+
+        The harness leaves it out where a template refuses it; other templates leave it out themselves. Arguments and
+        errors as `render`.
+        """
+        said = [m.get("content") for m in messages if m.get("role") == "system"]
+        contents = [content for content in said if isinstance(content, str)]
+        rest = [m for m in messages if m.get("role") != "system"]
+        if not contents or not rest:
+            return False
+        text = self.render(messages, add_generation_prompt, fallback)
+        return not all(c.strip() in text for c in contents) and text == self.render(
+            rest, add_generation_prompt, fallback
         )
 
     def prompt(self, text: str) -> Prompt:

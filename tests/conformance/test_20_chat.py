@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import shutil
@@ -113,6 +114,56 @@ def test_20_a_member_without_a_template_is_an_error_before_anything_is_computed(
         model = deepen(*paths, matrix_dir=str(tmp_path))
         with pytest.raises(MemberError, match=r"member 'm\d' has no chat template.*chat_fallback=plain"):
             model.apply_chat_template(TALK)
+
+
+IGNORES = TURNS.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+DEFAULTS = "{% if messages[0]['role'] != 'system' %}[system] Be brief.\n{% endif %}" + TURNS
+
+
+@pytest.fixture(scope="module")
+def templated(pico, tmp_path_factory):
+    def make(template):
+        folder = tmp_path_factory.mktemp("templated") / "model"
+        shutil.copytree(pico["metaspace"], folder)
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return functools.cache(make)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES], ids=["refused", "ignored"])
+@pytest.mark.parametrize("pooling", [None, "vote"])
+def test_21_a_system_message_is_dropped_for_all_members_or_none(pico, templated, tmp_path, template, pooling):
+    """`hf` drops it for the one model that it has; beside others that model would be told something else."""
+    keys = {"matrix_dir": str(tmp_path), "pooling": pooling}
+    quiet = templated(template)
+    assert deepen(quiet).apply_chat_template(TALK) == hf(quiet).apply_chat_template(TALK)
+    for paths, name in (([pico["bytelevel"], quiet], "m1"), ([quiet, templated(TURNS)], "m0")):
+        model = deepen(*paths, **keys)
+        with pytest.raises(MemberError, match=f"member '{name}' leaves out the system message.*tokenizer="):
+            model.apply_chat_template(TALK)
+        assert "Where is the fox?" in model.apply_chat_template(TALK[1:])
+    both = deepen(quiet, templated(IGNORES), **keys)
+    prompt = both.apply_chat_template(TALK)
+    assert prompt == hf(quiet).apply_chat_template(TALK) and prompt.messages == TALK[1:]
+
+
+def test_21_a_template_that_says_the_system_message_anyway_drops_nothing(pico, templated, tmp_path):
+    model = deepen(pico["bytelevel"], templated(DEFAULTS), matrix_dir=str(tmp_path))
+    assert model.apply_chat_template(TALK).messages == TALK
+
+
+@pytest.mark.parametrize(
+    "failing", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content }}", "{% if %}"]
+)
+def test_21_a_template_that_fails_is_named_with_its_member(pico, templated, tmp_path, failing):
+    for paths, name in (([templated(failing)], "m0"), ([pico["bytelevel"], templated(failing)], "m1")):
+        model = deepen(*paths, matrix_dir=str(tmp_path))
+        with pytest.raises(
+            MemberError, match=f"member '{name}': its chat template cannot render.*tokenizer="
+        ) as caught:
+            model.apply_chat_template(TALK)
+        assert "\n" not in str(caught.value)
 
 
 def test_21_every_member_gets_the_conversation_in_its_own_template(pair):
