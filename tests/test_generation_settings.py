@@ -232,15 +232,21 @@ def test_a_text_ends_where_the_generation_config_says_alone(ended, pico):
         assert set(ours.ensemble.main.eos_ids) == named | {0}, "with several members, too"
 
 
-def test_the_window_of_a_checkpoints_length_is_that_of_hf(pico):
-    """`max_new_tokens` of the checkpoint goes before what a request asks for, whichever is longer."""
-    ours, theirs = deepen(pico["bytelevel"]), hf(pico["bytelevel"])
+@pytest.mark.parametrize("family", ["bytelevel", "padded"])
+def test_a_checkpoints_length_goes_before_a_requests_and_past_max_length(pico, family):
+    """Whichever is longer; past the positions that the model was made for, a text is refused."""
+    ours, theirs = deepen(pico[family], max_length=24, batch_size=4), hf(pico[family], max_length=24)
     for model in (ours, theirs):
-        model.model.generation_config.max_new_tokens = 12
+        model.model.generation_config.max_new_tokens = 30
+        model.model.generation_config.eos_token_id = None
     ours.adopt(ours.ensemble)
-    for asked in ({"max_gen_toks": 3}, {"max_gen_toks": 30}, {"max_length": 9}, {"max_gen_toks": 3, "max_length": 99}):
-        text = ask(ours, LONG, {"until": [], **asked})
-        assert text == ask(theirs, LONG, {"until": [], **asked})
+    asks = ({"max_gen_toks": 3}, {"max_gen_toks": 20}, {"max_length": 13, "max_gen_toks": 8}, {"max_gen_toks": 5})
+    texts = ours.generate_until(requests("generate_until", *((LONG * 2, {"until": [], **asked}) for asked in asks)))
+    assert texts == [ask(theirs, LONG * 2, {"until": [], **asked}) for asked in asks]
+    ours.model.generation_config.max_new_tokens = 600
+    ours.adopt(ours.ensemble)
+    with pytest.raises(RequestError, match="513 tokens, more than the 512 that member 'm0' was made for.*max_new_tok"):
+        ask(ours, LONG, {"until": [], "max_gen_toks": 3})
 
 
 BAD_REQUESTS = [

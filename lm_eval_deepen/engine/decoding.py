@@ -265,6 +265,21 @@ class _Decoder:
         full = self.ensemble.outgrown(0, main.before(text), ids, text)
         return full or not any(self._paths(row, ids, row.out.data))
 
+    def _too_long(self, row: Row) -> str:
+        """Return why a text of one member cannot go on, where it cannot.
+
+        ``hf`` goes on past ``max_length`` where a checkpoint's `max_new_tokens`, or a request's `max_length`, says so,
+        and past the positions that the model was made for.
+        """
+        main, size = self.ensemble.main, len(row.job.prompts[0].ids) + len(row.out.ids)
+        if size <= max(main.max_length, main.own_context):
+            return ""
+        return (
+            f"prompt and text come to {size} tokens, more than the {main.own_context} that member {main.name!r} was "
+            "made for, and no stop string or end of text came before. Lower max_length, or max_new_tokens in the model's "
+            "generation_config.json."
+        )
+
     def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
         """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
 
@@ -287,7 +302,10 @@ class _Decoder:
                     return
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
-            if not row.out.reason and self._is_full(row):
+            if not row.out.reason and self.ensemble.is_hf:
+                row.out.refusal = self._too_long(row)
+                row.out.reason = "refused" if row.out.refusal else ""
+            elif not row.out.reason and self._is_full(row):
                 row.out.reason = "length"
             if row.out.reason or at == len(draft) or token != draft[at]:
                 self.drafter.learn(row, len(draft), at)

@@ -127,7 +127,7 @@ class Ensemble:
         Arguments as `tokens`.
         """
         found = self.tokens(m, prompt, main_ids, data)
-        return found if found is not None and self.active[m].fits(found) else None
+        return found if found is not None and (self.is_hf or self.active[m].fits(found)) else None
 
     def outgrown(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> bool:
         """Return whether a text does not fit into the context of active member `m`; arguments as `tokens`."""
@@ -150,6 +150,11 @@ class Ensemble:
         if m in self.siblings and self.is_own(main_ids):
             return prompt.ids + main_ids
         return self.active[m].codec.follow(prompt, data)
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether one causal member runs alone, which answers as ``hf`` does."""
+        return self.fuser is None and not self.main.generates_only
 
     @property
     def is_union(self) -> bool:

@@ -285,7 +285,9 @@ class Settings:
         if config.do_sample and config.temperature is not None and not _divides(config.temperature):
             raise ValueError(f"logits divided by a temperature of {config.temperature!r} are no finite numbers")
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        scores = torch.zeros(1, self.model.get_output_embeddings().weight.shape[0], device=self.model.device)
+        head = self.model.get_output_embeddings()
+        size = head.weight.shape[0] if hasattr(head, "weight") else self.model.config.get_text_config().vocab_size
+        scores = torch.zeros(1, size, device=self.model.device)
         for forced in (config.forced_bos_token_id, config.forced_eos_token_id):
             if forced is not None:
                 scores[:, forced]  # applied to the first or the last token only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -65,11 +66,12 @@ class Member:
             )
         self.config, self.lm = config, lm
         self.generates_as_it_reads = True
-        prefix, rows = config.loading.get("prefix_token_id"), lm.model.get_input_embeddings().weight.shape[0]
-        if prefix is not None and prefix >= rows:
+        prefix = config.loading.get("prefix_token_id")
+        if prefix is not None and self.known_ids is not None and prefix >= self.known_ids:
             raise ConfigError(
-                f"member {config.name!r}: prefix_token_id={prefix} is no token of {config.pretrained!r}, which has "
-                f"0 to {rows - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its EOS."
+                f"member {config.name!r}: prefix_token_id={prefix} is no token of {config.pretrained!r}, which knows "
+                f"0 to {self.known_ids - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its "
+                "EOS."
             )
         self.runner: TreeRunner | PlainRunner = self._runner()
 
@@ -155,6 +157,13 @@ class Member:
     def max_length(self) -> int:
         """Longest sequence the model takes, in tokens."""
         return self.lm.max_length
+
+    @cached_property
+    def own_context(self) -> int:
+        """Longest sequence that the model was made for, in tokens, whatever `max_length` it was given."""
+        lm = copy.copy(self.lm)
+        lm._max_length = None
+        return lm.max_length
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
