@@ -276,8 +276,8 @@ class _Decoder:
             return ""
         return (
             f"prompt and text come to {size} tokens, more than the {main.own_context} that member {main.name!r} was "
-            "made for, and no stop string or end of text came before. Lower max_length, or max_new_tokens in the model's "
-            "generation_config.json."
+            "made for, and no stop string or end of text came before. Lower max_length, or max_new_tokens in the "
+            "model's generation_config.json."
         )
 
     def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
