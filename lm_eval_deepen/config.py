@@ -13,6 +13,7 @@ from typing import Any
 
 from lm_eval_deepen.config_options import coerce, option_names, whole_number
 from lm_eval_deepen.config_parse import (
+    ALLOWANCES,
     FROM_PRETRAINED_KEYS,
     given,
     is_ensemble_file,
@@ -96,7 +97,7 @@ def _parse(keys: Mapping[str, Any], loading_keys: Collection[str], catalogue: Ca
     """Parse keys in which no ensemble file is left."""
     names = choose_names(keys, catalogue)
     check_names(catalogue, ENSEMBLE_KEYS)
-    loading = frozenset(loading_keys) - {"self", "kwargs"} | frozenset(FROM_PRETRAINED_KEYS)
+    loading = frozenset(loading_keys) - {"self", "kwargs"} | frozenset(FROM_PRETRAINED_KEYS) | ALLOWANCES
     loading -= ENSEMBLE_KEYS.union(*(option_names(cls) for seam in SEAMS for cls in catalogue[seam].values()))
     check_keys(keys, names, catalogue, ENSEMBLE_KEYS, loading)
     method = build_chosen("method", names["method"], catalogue, keys, keys.get("compat"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.config_options import whole_number
+from lm_eval_deepen.config_options import coerce, whole_number
 from lm_eval_deepen.config_source import SOURCE_KEYS, parse_source
 from lm_eval_deepen.config_types import DEFAULT_TEMPERATURE, FrozenDict, MemberConfig, freeze
 from lm_eval_deepen.config_weights import given_weights, parse_temperature
@@ -31,7 +31,9 @@ FROM_PRETRAINED_KEYS: tuple[str, ...] = (
     "use_safetensors",
     "variant",
 )
-MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"}) | SOURCE_KEYS
+# What is allowed of a member that is loaded: accepted beside `members` for all of them, too.
+ALLOWANCES = frozenset({"allow_altered_tokenizer"})
+MEMBER_KEYS = frozenset({"name", "pretrained", "weight", "temperature", "hf_kwargs"}) | SOURCE_KEYS | ALLOWANCES
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 # What a recipe says besides the ensemble itself: read by `lm-eval-deepen inspect`, without effect on an evaluation.
 RECIPE_KEYS = frozenset({"title", "task", "harness", "expected", "source", "note"})
@@ -167,6 +169,7 @@ def parse_members(
             loading=FrozenDict({k: v for k, v in entry.items() if k not in MEMBER_KEYS}),
             hf_kwargs=FrozenDict(entry.get("hf_kwargs", {})),
             source=parse_source(entry, i),
+            **{key: coerce(entry[key], bool, f"members[{i}]: {key}") for key in ALLOWANCES & entry.keys()},
         )
         for i, (name, entry, share) in enumerate(zip(names, full, shares, strict=True))
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_deepen.config_options import build_options, choose, coerce, option_names
-from lm_eval_deepen.config_parse import MEMBER_KEYS, unknown_key
+from lm_eval_deepen.config_parse import ALLOWANCES, MEMBER_KEYS, unknown_key
 from lm_eval_deepen.config_types import DEFAULT_METHOD
 from lm_eval_deepen.errors import ConfigError
 
@@ -69,7 +69,7 @@ def check_keys(
                 owners.setdefault(key, (seam, []))[1].append(name)
     known = ensemble_keys | MEMBER_KEYS | loading | set(owners)
     for key in keys:
-        if key in MEMBER_KEYS - {"pretrained", "hf_kwargs"}:
+        if key in MEMBER_KEYS - {"pretrained", "hf_kwargs"} - ALLOWANCES:
             raise ConfigError(
                 f"{key}={keys[key]!r} belongs inside a member: members: [{{pretrained: ..., {key}: ...}}]"
             )

@@ -114,6 +114,7 @@ class MemberConfig:
         loading: further arguments of the harness's ``HFLM`` and of ``from_pretrained``.
         hf_kwargs: arguments handed to ``from_pretrained`` unchecked.
         source: what an encoder-decoder member reads.
+        allow_altered_tokenizer: whether a tokenizer is taken as it was loaded, where its file says otherwise.
     """
 
     name: str
@@ -123,6 +124,7 @@ class MemberConfig:
     loading: FrozenDict = field(default_factory=FrozenDict)
     hf_kwargs: FrozenDict = field(default_factory=FrozenDict)
     source: SourceConfig = SourceConfig()
+    allow_altered_tokenizer: bool = False
 
     def loading_dict(self) -> dict[str, Any]:
         """Return the loading arguments as plain data, without `pretrained` and `hf_kwargs`."""
@@ -137,6 +139,7 @@ class MemberConfig:
         shown: dict[str, Any] = {"name": self.name, "pretrained": self.pretrained}
         shown |= {"weight": self.weight} if with_weight else {}
         shown |= {"temperature": self.temperature} | self.source.to_dict() | _without(self.loading, SECRET_KEYS)
+        shown |= {"allow_altered_tokenizer": True} if self.allow_altered_tokenizer else {}
         hidden = _without(self.hf_kwargs, SECRET_KEYS)
         return shown | ({"hf_kwargs": hidden} if hidden else {})
 
@@ -220,6 +223,7 @@ class EnsembleConfig:
                 "temperature": member.temperature,
                 "loading": _without({**member.loading, **member.hf_kwargs}, PLACEMENT_KEYS),
                 **member.source.to_dict(),
+                **({"allow_altered_tokenizer": True} if member.allow_altered_tokenizer else {}),
             }
             for member in self.members
         ]

@@ -25,7 +25,7 @@ from lm_eval_deepen.member.loading_check import (
     needs_a_pass_alone,
     sharpest,
 )
-from lm_eval_deepen.member.preflight import reusable
+from lm_eval_deepen.member.preflight import files_of, load_tokenizer, reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
@@ -94,6 +94,7 @@ class Member:
 
         arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
         arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
+        tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
         if reusable(tokenizer):
             arguments["tokenizer"] = tokenizer
         try:
@@ -213,6 +214,8 @@ class Member:
             prefix_id=self.lm.prefix_token_id,
             add_special=add_special,
             name=self.name,
+            files=files_of(self.config),
+            checked=True,
         )
 
     @property

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
 
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import MemberError, VocabularyError
-from lm_eval_deepen.vocabulary import ByteVocab, byte_vocab_from_json
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.member.text import Backend
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
+from lm_eval_deepen.vocabulary import ByteVocab
 
 
 def load_tokenizer(config: MemberConfig) -> Any | None:
     """Return a member's tokenizer as ``HFLM`` loads it; None where only loading the model gives it (GGUF).
 
     Raises:
-        MemberError: it cannot be loaded; the cause is chained.
+        MemberError: it cannot be loaded (the cause is chained), or is not what its file says.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -40,7 +41,26 @@ def load_tokenizer(config: MemberConfig) -> Any | None:
             f"member {config.name!r}: cannot load the tokenizer of {config.pretrained!r}: "
             f"{type(error).__name__}: {error}. Check the path or hub name and the member's loading arguments."
         ) from error
+    require_same(
+        loader.tokenizer,
+        files_of(config),
+        name=config.name,
+        allowed=config.allow_altered_tokenizer,
+        asked=[key for key, value in given.items() if value is not None],
+    )
     return loader.tokenizer
+
+
+def files_of(config: MemberConfig) -> TokenizerFiles | None:
+    """Return the files of a member's tokenizer; None where it has no ``tokenizer.json``."""
+    given = config.loading_dict()
+    if given.get("gguf_file") and not given.get("tokenizer"):
+        return None
+    return TokenizerFiles.find(
+        given.get("tokenizer") or config.pretrained,
+        revision=str(given.get("revision") or "main"),
+        subfolder=given.get("subfolder") or "",
+    )
 
 
 def preview_vocabularies(configs: Sequence[MemberConfig], tokenizers: Sequence[Any | None]) -> list[ByteVocab]:
@@ -51,25 +71,10 @@ def preview_vocabularies(configs: Sequence[MemberConfig], tokenizers: Sequence[A
     """
     found = []
     for config, tokenizer in zip(configs, tokenizers, strict=True):
-        if tokenizer is None:
-            continue
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise VocabularyError(
-                f"member {config.name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) backend, so "
-                "its pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
-                "use_fast_tokenizer=True."
-            )
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        found.append(
-            byte_vocab_from_json(
-                json.loads(backend.to_str()),
-                size=len(tokenizer),
-                eos=eos,
-                extra_control=tokenizer.all_special_ids,
-                name=config.name,
-            )
-        )
+        if tokenizer is not None:
+            eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            read = Backend.read(tokenizer, files_of(config), size=len(tokenizer), eos=eos, name=config.name)
+            found.append(read.vocab.events)
     return found
 
 

@@ -18,7 +18,7 @@ from lm_eval_deepen.member.configuration import ENCODER_DECODER
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.seq2seq import Seq2SeqRunner, as_source, divide
 from lm_eval_deepen.member.text import Prompt, TextCodec
-from lm_eval_deepen.vocabulary import text_only_spec
+from lm_eval_deepen.vocabulary import text_only_spec, text_pieces
 
 
 @dataclass(eq=False)
@@ -72,10 +72,13 @@ def source_encoder(tokenizer: Any, control: Sequence[int], name: str) -> Callabl
         name: the member's name, for messages.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    pure = text_only_spec(spec, control=control, name=name)
+    text = text_pieces(spec, control)
+    pure = text_only_spec(spec, control=[i for i in control if i not in text], text=text, name=name)
+    kept = {token["id"]: token for token in pure["added_tokens"]}
     added = [
-        {**given, "content": renamed["content"], "special": renamed["special"]}
-        for given, renamed in zip(spec["added_tokens"], pure["added_tokens"], strict=True)
+        {**given, "content": kept[given["id"]]["content"], "special": kept[given["id"]]["special"]}
+        for given in spec["added_tokens"]
+        if given["id"] in kept
     ]
     rewritten = {**spec, "model": pure["model"], "added_tokens": added, "truncation": None, "padding": None}
     encoder = tokenizers.Tokenizer.from_str(json.dumps(rewritten))

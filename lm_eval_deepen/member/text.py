@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tokenizers
 
 from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, as_marked, require_same
 from lm_eval_deepen.vocabulary import (
     ByteVocab,
     byte_vocab_from_json,
@@ -118,6 +119,64 @@ class Opening:
         return cls(control, bare == b" a", spaced == b"  a", bos)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """A tokenizer as its JSON, and its pieces as bytes.
+
+    Attributes:
+        spec: its JSON; special is what its file marks as special.
+        vocab: its pieces [V].
+        control: ids that are control pieces, whether or not the file marks them.
+        text: ids that have a role and are text all the same.
+        source: a digest of the JSON.
+    """
+
+    spec: dict[str, Any]
+    vocab: ByteVocab
+    control: tuple[int, ...]
+    text: frozenset[int]
+    source: str
+
+    @classmethod
+    def read(
+        cls,
+        tokenizer: Any,
+        files: TokenizerFiles | None,
+        *,
+        size: int,
+        known: int | None = None,
+        eos: Sequence[int],
+        name: str,
+    ) -> Backend:
+        """Read a transformers tokenizer; arguments and errors as `TextCodec.build`."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise VocabularyError(
+                f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) backend, so its "
+                "pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
+                "use_fast_tokenizer=True."
+            )
+        written = backend.to_str()
+        source = hashlib.sha256(written.encode())
+        loaded = json.loads(written)
+        spec = as_marked(loaded, files)
+        if spec["added_tokens"] != loaded["added_tokens"]:
+            source.update(json.dumps(spec["added_tokens"]).encode())
+        marked = [token["id"] for token in spec["added_tokens"] if token["special"]]
+        roles = dict.fromkeys([*tokenizer.all_special_ids, *eos, *marked])
+        text = text_pieces(spec, roles)
+        control = tuple(i for i in roles if i not in text)
+        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=name)
+        return cls(spec, vocab, control, text, source.hexdigest())
+
+    def text_only(self, size: int, name: str) -> Callable[[str], Sequence[int]]:
+        """Return what encodes text alone, with ids below `size`."""
+        rewritten = text_only_spec(self.spec, control=self.control, text=self.text, size=size, name=name)
+        text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
+        text_only.encode_special_tokens = True
+        return lambda text: text_only.encode(text, add_special_tokens=False).ids
+
+
 @dataclass(eq=False)
 class TextCodec:
     """Maps between text, bytes and the token ids of one tokenizer.
@@ -158,6 +217,8 @@ class TextCodec:
         prefix_id: int,
         add_special: bool,
         name: str,
+        files: TokenizerFiles | None = None,
+        checked: bool = False,
     ) -> Self:
         """Map a transformers tokenizer to bytes and check the map on a sample of texts.
 
@@ -169,28 +230,19 @@ class TextCodec:
             prefix_id: the harness's prefix token id.
             add_special: whether prompts get the tokenizer's automatic special tokens.
             name: the member's name, for messages.
+            files: the tokenizer's files, which say what is special; by default those of the folder that it names.
+            checked: whether it was compared with them before.
 
         Raises:
-            VocabularyError: the tokenizer has no exact byte mapping.
+            MemberError: the tokenizer is not what its file says.
+            VocabularyError: it has no exact byte mapping.
         """
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise VocabularyError(
-                f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) backend, so its "
-                "pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
-                "use_fast_tokenizer=True."
-            )
-        spec = json.loads(backend.to_str())
-        marked = [token["id"] for token in spec["added_tokens"] if token["special"]]
-        roles = [*tokenizer.all_special_ids, *eos, *marked]
-        text = text_pieces(spec, roles)
-        control = [i for i in roles if i not in text]
-        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=name)
-        limit = size if known is None else min(size, known)
-        rewritten = text_only_spec(spec, control=control, text=text, size=limit, name=name)
-        text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
-        text_only.encode_special_tokens = True
-        pure = exact_encoder(spec, vocab, lambda text: text_only.encode(text, add_special_tokens=False).ids, name=name)
+        if not checked:
+            files = TokenizerFiles.of(tokenizer) if files is None else files
+            require_same(tokenizer, files, name=name, asked=("add_bos_token",))
+        read = Backend.read(tokenizer, files, size=size, known=known, eos=eos, name=name)
+        vocab, limit = read.vocab, size if known is None else min(size, known)
+        pure = exact_encoder(read.spec, vocab, read.text_only(limit, name), name=name)
         if cls.CHECKED:
             check_round_trip(vocab, pure, name=name)
         opening = Opening.of(tokenizer, vocab, add_special)
@@ -202,8 +254,7 @@ class TextCodec:
                     f"{limit} ids alone. Give the tokenizer that belongs to the model (member argument tokenizer=...), "
                     "or leave the token out (add_bos_token=False)."
                 )
-        source = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        identity = (source, vocab.fingerprint, opening, prefix_id)
+        identity = (read.source, vocab.fingerprint, opening, prefix_id)
         return cls(name, vocab, pure, opening, (prefix_id,), identity)
 
     @property

@@ -196,7 +196,7 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
 
 def _with_tokenizer(found: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
-    from lm_eval_deepen.member.preflight import load_tokenizer
+    from lm_eval_deepen.member.preflight import files_of, load_tokenizer
     from lm_eval_deepen.member.specialist import DecoderCodec
     from lm_eval_deepen.member.text import TextCodec
 
@@ -213,6 +213,8 @@ def _with_tokenizer(found: Inspected, files: ModelFiles, problems: list[str]) ->
         prefix_id=prefix,
         add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
         name=found.name,
+        files=files_of(found.config),
+        checked=True,
     )
     template = getattr(tokenizer, "chat_template", None) is not None
     labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}

@@ -90,6 +90,15 @@ def _spelt_otherwise(decoder: PieceDecoder, pieces: Mapping[int, str], token: Ma
     return token["id"] in pieces and decoder.bytes_of(pieces[token["id"]]) != token["content"].encode()
 
 
+def without_dummy(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the normalizer and the pre-tokenizer of a ``tokenizer.json`` without the dummy space that they add."""
+    kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] != "Prepend"]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+        "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
+    }
+
+
 def _text_only_normalizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
     kept = [step for step in stages(part, "normalizers") if step["type"] not in DROPPED_NORMALIZERS]
     return {"type": "Sequence", "normalizers": kept} if kept else None
