@@ -23,11 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from lm_eval_deepen.statistics import paired_bootstrap
-from lm_eval_deepen.statistics.bootstrap import standard_error
+from lm_eval_deepen.runs import Measured
+from lm_eval_deepen.runs.aggregation import mean_scores
+from lm_eval_deepen.runs.rows import rows_of as rows_against_the_best
 from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.tools.leaderboard_table import check_markers, write_into
 
@@ -125,15 +125,15 @@ def rows_of(board: Path) -> list[dict[str, Any]]:
     for mark in sorted(board.glob("*/*.cell.json")):
         cell = json.loads(mark.read_text("utf-8"))
         samples = [mark.parent / cell["samples"][name] for name in sorted(cell["samples"])]
-        values[cell["row"]] = np.array([[score] for file in samples for score in scores_of(file)])
+        values[cell["row"]] = mean_scores([score for file in samples for score in scores_of(file)])
         seconds[cell["row"]] = cell["cost"]["seconds"] / cell["documents"]
-    reference = max(MEMBERS, key=lambda name: values[name].mean())
+    measured = Measured(board.name, METRIC, "none", True, values)
+    kept = ("system", "documents", "score", "stderr", "low", "high")
     found = []
-    for name, own in values.items():
-        row = {"system": name, "documents": len(own), "score": float(own.mean()), "stderr": standard_error(own)}
-        interval = None if name == reference else paired_bootstrap(values[reference], own)
-        difference = interval and {"difference": interval.estimate, "low": interval.low, "high": interval.high}
-        found.append({**row, "comparison": difference, "seconds": seconds[name]})
+    for row in rows_against_the_best(measured, list(MEMBERS)):
+        compared = row.comparison and {key: getattr(row.comparison, key) for key in ("difference", "low", "high")}
+        own = {key: getattr(row, key) for key in kept}
+        found.append({**own, "comparison": compared, "seconds": seconds[row.system]})
     return found
 
 
@@ -147,10 +147,12 @@ def scores_of(samples: Path) -> list[float]:
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    """Return a score in per cent with its standard error, and the interval of the difference to the best member."""
+    """Return a score in per cent and its difference to the best member, both with their intervals."""
     if row is None:
         return "none"
-    shown = f"{100 * row['score']:.1f} ± {100 * (row['stderr'] or 0):.1f}"
+    shown = f"{100 * row['score']:.1f}"
+    if row["low"] is not None:
+        shown += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
     found = row.get("comparison")
     if not found or found["low"] is None:
         return f"{shown} (reference)"
@@ -175,8 +177,8 @@ def table(found: list[dict[str, Any]], args: argparse.Namespace) -> str:
         seconds = {row["system"]: row["seconds"] for row in one["rows"]}
         costs.append([one["task"], *(f"{seconds[name]:.2f}" if name in seconds else "" for name in names)])
     told = (
-        "Per cent ± one standard error; in brackets the difference to the best member, paired by document, with its "
-        "95 % interval (bootstrap, not corrected over the table). The first documents of the test splits"
+        "Per cent with 95 % intervals; in brackets the difference to the best member, paired by document, with its "
+        "95 % interval (not corrected over the table). The first documents of the test splits"
         f"{', GSM8K with 256 tokens' if any(one['task'] == 'gsm8k' for one in found) else ''}; batch size "
         f"{args.batch_size}, fp32. The main member is named first."
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
+import numpy as np
 import pytest
 from run_files import doctored, edited, evaluate_dummy, local_tasks, synthesised, wrong
 
@@ -87,6 +89,8 @@ def test_rows_hold_the_paired_comparison_with_the_first_run(three, capsys):
 def test_against_names_the_reference_or_takes_the_best(three, capsys):
     best = as_json(capsys, *three, "--against", "best")["rows"]
     assert [row["verdict"] for row in best] == ["worse", "reference", "worse"]
+    assert best[0]["comparison"]["candidates"] == ["a", "b", "c"]
+    assert best[0]["comparison"]["p_holm"] == pytest.approx(3 * best[0]["comparison"]["p"])  # any two of the three
     third = as_json(capsys, *three, "--against", "c")["rows"]
     assert {row["comparison"]["reference"] for row in third if row["comparison"]} == {"c"}
     assert compare(*three, "--against", "bset") == 2
@@ -114,6 +118,44 @@ def test_a_folder_of_several_models_is_compared_within(tmp_path, capsys):
     for name, values in (("m", [1.0] * 9), ("n", [0.0] * 9)):
         synthesised(tmp_path / "out" / name, {"t": {"acc": values}})
     assert [row["system"] for row in as_json(capsys, tmp_path / "out")["rows"]] == ["out/m", "out/n"]
+
+
+def test_what_an_interval_and_a_p_value_mean_is_said_where_the_reference_was_picked(three, capsys):
+    assert compare(*three, "--against", "best") == 0
+    told = capsys.readouterr().out
+    assert "The reference is the best of all systems on these very documents" in told
+    assert re.search(r"^a +0\.4000 \[0\.3", told, re.MULTILINE) and " ± " not in told
+    assert compare(*three) == 0
+    assert "on these very documents" not in capsys.readouterr().out
+
+
+def test_a_groups_score_is_compared_as_it_was_aggregated(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    sizes = {"big": 90, "small": 10}
+    right = {t: [(generator.random(n) < p).astype(float) for p in (0.4, 0.6)] for t, n in sizes.items()}
+
+    def grouped(name, system, by_size):
+        values = {task: list(right[task][system]) for task in sizes}
+        folder = synthesised(tmp_path / f"plain {name}", {task: {"acc": own} for task, own in values.items()})
+        means = [np.mean(own) for own in values.values()]
+        score = np.mean(np.concatenate(list(values.values()))) if by_size else np.mean(means)
+
+        def edit(results):
+            results["groups"] = {"g": {"acc,none": float(score), "alias": "g"}}
+            results["group_subtasks"] = {"g": ["inner"], "inner": list(sizes)}
+
+        return edited(folder, tmp_path / name, edit), float(score)
+
+    for by_size in (True, False):
+        (a, first), (b, second) = (grouped(f"{name}{by_size}", i, by_size) for i, name in enumerate("ab"))
+        [note] = [note for note in as_json(capsys, a, b)["notes"] if note.startswith("group g")]
+        assert f"against a{by_size}, paired over 100 documents of 2 tasks: b{by_size} {second - first:+.4f} [" in note
+        low, high = map(float, note[note.rindex("[") + 1 : -1].split(", "))
+        assert low < second - first < high
+    other, _ = grouped("other", 1, True)
+    told = edited(other, tmp_path / "odd", lambda results: results["groups"]["g"].update({"acc,none": 0.123}))
+    [note] = [note for note in as_json(capsys, told, a)["notes"] if note.startswith("group g")]
+    assert "paired" not in note  # aggregated in some other way
 
 
 # What is said about what is compared -------------------------------------------------------------------
@@ -167,9 +209,14 @@ def test_errors_name_what_is_wrong(tmp_path, three, capsys):
     moved = doctored(three[0], tmp_path / "moved", "t", rename)
     fails("no document in common (by doc_hash)", three[0], moved)
     fails("no document in common (by doc_hash)", three[0], moved, "--metric", "acc")
-    with pytest.raises(SystemExit) as stop:
-        compare(*three, "--resamples", "0")
-    assert stop.value.code == 2
+    bounds = {"--resamples": ("1", "1000000"), "--seed": ("0", "4294967295")}
+    for option, text in (("--resamples", "0"), ("--resamples", "1e12"), ("--seed", "-1"), ("--seed", str(2**32))):
+        with pytest.raises(SystemExit) as stop:
+            compare(*three, option, text)
+        assert stop.value.code == 2
+        least, most = bounds[option]
+        told = f"argument {option}: {text}: must be a whole number from {least} to {most}"
+        assert told in capsys.readouterr().err
 
 
 # Formats ----------------------------------------------------------------------------------------------

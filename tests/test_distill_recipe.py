@@ -49,6 +49,7 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "batch_size": 2.5}, "batch_size must be a whole number of at least 1; got 2.5"),
         ({**FUSELLM, "train_tokens": True}, "train_tokens must be a whole number of at least 1; got True"),
         ({**FUSELLM, "seed": -1}, "seed must be a whole number of at least 0; got -1"),
+        ({**FUSELLM, "seed": 2**32}, "seed must be a whole number of at most 4294967295; got 4294967296"),
         ({**FUSELLM, "learning_rate": 0}, "learning_rate must be above 0"),
         ({**FUSELLM, "held_out": 0}, "held_out must be above 0"),
         ({**FUSELLM, "held_out": 0.95}, "held_out must be a number from 0 to 0.9; got 0.95"),

@@ -191,7 +191,9 @@ def test_a_refusal_is_summarised_too(baseline, tmp_path):
 # Wrong usage -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong_one", [["--alpha", "0"], ["--alpha", "1.5"], ["--min-effect", "-1"], ["--power", "x"]])
+@pytest.mark.parametrize(
+    "wrong_one", [["--alpha", "0"], ["--alpha", "1.5"], ["--min-effect", "-1"], ["--power", "x"], ["--seed", "-1"]]
+)
 def test_impossible_numbers_are_wrong_usage(baseline, capsys, wrong_one):
     with pytest.raises(SystemExit) as stop:
         gate(baseline, baseline, *wrong_one)

@@ -30,7 +30,7 @@ from lm_eval_deepen.leaderboard.tuned import record
 from lm_eval_deepen.pooling import poolings
 from lm_eval_deepen.runs import find_runs
 from lm_eval_deepen.runs.rows import compare
-from lm_eval_deepen.statistics import holm
+from lm_eval_deepen.statistics import Comparisons, holm, step_down
 from lm_eval_deepen.tools import cli, leaderboard_table
 from lm_eval_deepen.tools.compare import measure as paired
 from lm_eval_deepen.unanswered import attempt
@@ -151,6 +151,11 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
         ({"rows": [{"name": "A", "method": "gac"}]}, r"rows 'A' and 'A' have one name"),
         ({"common": {"members": "A"}}, r"common holds members, which is a member's own"),
         ({"seed": [1, 2]}, r"seed must be one number, or four"),
+        ({"seed": -1}, r"seed must be a whole number of at least 0; got -1"),
+        ({"seed": [0, 2**32, 0, 0]}, r"seed must be a whole number of at most 4294967295; got 4294967296"),
+        ({"resamples": 10**12}, r"resamples must be a whole number of at most 1000000; got 1000000000000"),
+        ({"resamples": 0}, r"resamples must be a whole number of at least 1; got 0"),
+        ({"resamples": "1e12"}, r"resamples"),
         ({"alpha": 5}, r"alpha must lie between 0 and 1; got 5"),
         ({"include_path": "nowhere"}, r"include_path: .*nowhere is not a folder"),
     ],
@@ -440,7 +445,7 @@ def test_figures_are_those_of_the_statistics(write, tmp_path):
     path, out = write(), tmp_path / "out"
     table = measured(path, out)
     runs = {row.name: find_runs(out / row.slug, row.name)[0] for row in table.recipe.rows}
-    p_values = []
+    p_values = {}
     for row in table.rows:
         best = max(("A", "B"), key=lambda name: scores(table)[name, row.column])
         found = paired([runs[best], runs[row.system]], row.task, row.metric, row.flt, []).scores
@@ -452,12 +457,17 @@ def test_figures_are_those_of_the_statistics(write, tmp_path):
         if row.comparison is None:
             assert row.system == best
             continue
-        want = compare(best, found[best], found[row.system], resamples=200)
+        assert 0.95 <= row.comparison.level < 0.99 and row.comparison.candidates == ("A", "B")
+        want = compare(best, found[best], found[row.system], resamples=200, level=row.comparison.level)
         assert (row.comparison.difference, row.comparison.p) == (want.difference, want.p)
         assert (row.comparison.low, row.comparison.high) == (want.low, want.high)
-        p_values.append(row.comparison.p)
+        p_values.setdefault(row.column, []).append((row.comparison.p, row.system in ("A", "B")))
     adjusted = [row.comparison.p_holm for row in table.rows if row.comparison]
-    assert adjusted == holm(p_values) and len(p_values) == 2 * (len(table.recipe.rows) - 1)
+    assert [len(column) for column in p_values.values()] == 2 * [len(table.recipe.rows) - 1]
+    # Either member could have been the reference: the comparisons with both count.
+    expected = step_down([Comparisons(*map(tuple, zip(*column, strict=True))) for column in p_values.values()])
+    assert adjusted == [p for column in expected for p in column]
+    assert all(p >= own for p, own in zip(adjusted, holm([p for c in p_values.values() for p, _ in c]), strict=True))
     for row in table.rows:
         assert row.extra["tokens/doc"] > 0 and row.extra["s/doc"] > row.extra["fusing s/doc"] >= 0
 

@@ -99,15 +99,15 @@ def test_the_benchmarks_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def line(system: str, score: float, **keys: Any) -> dict[str, Any]:
     row = {"system": system, "documents": 50, "score": score, "stderr": 0.05, "comparison": None, "seconds": 1.5}
-    return {**row, **keys}
+    return {**row, "low": score - 0.1, "high": score + 0.1, **keys}
 
 
 def test_the_table_shows_scores_differences_weights_and_cost(args: argparse.Namespace) -> None:
     compared = {"difference": -0.04, "low": -0.1, "high": 0.02}
     rows = [line("SmolLM2", 0.3), line("Gemma3", 0.26, comparison=compared)]
     text = reproduce_runs.table([{"task": "nq", "dev_scores": {"SmolLM2": 0.3, "Gemma3": 0.1}, "rows": rows}], args)
-    assert "| SmolLM2 | 30.0 ± 5.0 (reference) |" in text
-    assert "| Gemma3 | 26.0 ± 5.0 (-4.0: -10.0 to +2.0) |" in text
+    assert "| SmolLM2 | 30.0 [20.0, 40.0] (reference) |" in text
+    assert "| Gemma3 | 26.0 [16.0, 36.0] (-4.0: -10.0 to +2.0) |" in text
     assert "| SmolLM2+Gemma3, adaptive | none |" in text
     assert "nq 30.0 / 10.0, weights 0.75 / 0.25" in text and "at most 20 documents" in text
     assert "| nq | 1.50 | 1.50 |" in text and "256 tokens" not in text
@@ -131,5 +131,7 @@ def test_subjects_count_by_their_documents_and_systems_are_paired(tmp_path: Path
     }  # fmt: skip
     assert found["Gemma3"]["comparison"] is None  # the best member
     assert found["SmolLM2"]["comparison"]["difference"] == pytest.approx(-1 / 3)
+    ensemble = found["Gemma3+SmolLM2, uniform"]  # 3 of 3
+    assert 0 < ensemble["low"] < ensemble["high"] == 1.0
     assert found["SmolLM2"]["stderr"] == pytest.approx(1 / 3)  # sqrt of (2/9 * 3/2) / 3
     assert found["SmolLM2"]["seconds"] == 2.0 and found["SmolLM2"]["documents"] == 3

@@ -55,6 +55,41 @@ def test_the_oracle_needs_to_know_which_way_is_good():
     assert rows_of(measured(higher=None, a=[1.0, 0.0], b=[0.0, 1.0]))[1].oracle is None
 
 
+def test_a_score_has_an_interval_of_its_own_kind():
+    rows = rows_of(measured(a=[0] * 4, b=[0.2, 0.4, 0.9, 1.0], c=[3.0, 3.0, 3.0, 3.0]), candidates=["a"])
+    a, b, c = rows
+    assert (a.stderr, a.low) == (0.0, 0.0) and a.high > 0.4  # 0 of 4 is not certainly nothing
+    assert 0 <= b.low < b.score < b.high <= 1
+    assert (c.low, c.high) == (None, None)
+    assert b.comparison.low < b.comparison.difference < b.comparison.high
+
+
+def test_a_reference_that_is_picked_costs_wider_intervals_and_larger_p_values():
+    generator = np.random.default_rng(0)
+    values = {name: (generator.random(200) < 0.5).astype(float) for name in "abcdefgh"}
+    fixed = corrected(rows_of(measured(**values), candidates=["a"]))
+    best = corrected(rows_of(measured(**values)))
+    [reference] = [row.system for row in best if row.comparison is None]
+    same = corrected(rows_of(measured(**values), candidates=[reference]))
+    for picked, given_one in zip(best, same, strict=True):
+        if picked.comparison:
+            assert picked.comparison.p == given_one.comparison.p
+            assert picked.comparison.p_holm >= given_one.comparison.p_holm
+            assert picked.comparison.low < given_one.comparison.low < given_one.comparison.high < picked.comparison.high
+            assert picked.comparison.level > given_one.comparison.level == 0.95
+            assert picked.comparison.candidates == tuple("abcdefgh") and given_one.comparison.candidates == (reference,)
+    assert max(row.comparison.level for row in fixed if row.comparison) == 0.95
+
+
+def test_a_reference_beyond_doubt_costs_the_intervals_nothing():
+    values = {
+        name: [1.0 if i < right else 0.0 for i in range(300)]
+        for name, right in {"a": 290, "b": 90, "c": 92, "d": 95}.items()
+    }
+    rows = rows_of(measured(**values))
+    assert {row.comparison.level for row in rows if row.comparison} == {0.95}
+
+
 def test_correction_is_over_all_comparisons_of_the_table():
     rows = rows_of(measured(a=[0] * 20, b=[1] * 7 + [0] * 13, c=[1] * 9 + [0] * 11), candidates=["a"])
     b, c = (row.comparison for row in corrected(rows)[1:])
@@ -97,8 +132,11 @@ def test_real_valued_metrics_of_either_direction():
     [fine] = decide([pair(base, up)], Rule(resamples=999))
     assert not fine.regressed and fine.test == SIGN_FLIP and fine.drop < 0
     shown = details(pair(base, up, higher=False), 1, Rule(resamples=999))
-    assert shown.detectable == pytest.approx((1.6449 + 0.8416) * np.sqrt(np.mean((up - base) ** 2) / 80), rel=0.05)
+    # However large the difference is: a smaller one would scatter as this one does.
+    assert shown.detectable == pytest.approx((1.6449 + 0.8416) * np.std(up - base) / np.sqrt(80), rel=0.05)
     assert shown.worse == 80 and shown.low > 0
+    few = details(pair(base[:4], up[:4], higher=False), 1, Rule())
+    assert few.detectable is None  # of 16 exchanges the observed one is the most extreme, 0.0625
     assert details(pair(base, base), 1, Rule()).detectable is None  # nothing is known of their scatter
 
 

@@ -13,7 +13,7 @@ from lm_eval_deepen.distill.corpus import Tokens
 from lm_eval_deepen.distill.externalise import check_length, nats_of
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.statistics import Interval, paired_bootstrap
+from lm_eval_deepen.statistics import Interval, paired_interval
 
 
 def bits_of(member: Member, documents: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -30,7 +30,7 @@ def interval(first: Sequence[float], second: Sequence[float], num_bytes: Sequenc
     """Return the difference in bits per byte, second less first, with its 95 % interval over documents."""
     sizes = np.array(num_bytes, dtype=np.float64)
     before, after = (np.column_stack([np.array(bits, dtype=np.float64), sizes]) for bits in (first, second))
-    return paired_bootstrap(before, after, statistic=lambda means: means[..., 0] / means[..., 1])
+    return paired_interval(before, after, statistic=lambda means: means[..., 0] / means[..., 1])
 
 
 def facts(base: Sequence[float], bits: Sequence[float], num_bytes: Sequence[int]) -> dict[str, Any]:

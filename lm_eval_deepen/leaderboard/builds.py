@@ -15,7 +15,7 @@ from lm_eval_deepen.building.merging import check_inputs, require
 from lm_eval_deepen.building.provenance import lineage, read_provenance, tasks_of
 from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
 from lm_eval_deepen.building.texts import ANYWHERE, TASK, TaskSource, task_hashes
-from lm_eval_deepen.config_options import coerce
+from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
 from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 
@@ -222,7 +222,7 @@ def _seeds(value: Any, recipe: BuildRecipe, where: str) -> Sequence[int]:
     if value is None:
         return SEEDS if recipe.is_random else (recipe.seed,)
     listed = value if isinstance(value, list) else [value]
-    found = [coerce(seed, int, f"{where}: seeds") for seed in listed]
+    found = [whole_number(seed, f"{where}: seeds", 0, MAX_SEED) for seed in listed]
     if len(set(found)) < len(found) or not found:
         raise ConfigError(f"{where}: seeds must be different numbers, one or more; got {value!r}")
     if recipe.is_random and len(found) < len(SEEDS):

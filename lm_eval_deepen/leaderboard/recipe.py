@@ -18,6 +18,7 @@ from lm_eval_deepen.host import configure
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.rows import Row, built_row, expand, member_row
+from lm_eval_deepen.statistics.paired import MOST_RESAMPLES
 from lm_eval_deepen.yaml_reading import read_yaml
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
@@ -69,7 +70,7 @@ class Recipe:
         metadata: handed to the tasks.
         seeds: of random, numpy, torch and few-shots.
         alpha: level of significance.
-        resamples: of bootstrap and permutation test; None for the usual number.
+        resamples: of the permutation test; None for the usual number.
         notes: combinations of the grid that mean nothing, and why.
         builds: models that are built before they are evaluated.
     """
@@ -166,7 +167,7 @@ def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = Non
         metadata=metadata,
         seeds=_seeds(raw.get("seed")),
         alpha=_share(raw.get("alpha", 0.05)),
-        resamples=_count(raw.get("resamples"), "resamples"),
+        resamples=_resamples(raw.get("resamples")),
         notes=tuple(dict.fromkeys(notes)),
         builds=builds,
     )
@@ -292,8 +293,5 @@ def _share(value: Any) -> float:
     return found
 
 
-def _count(value: Any, key: str) -> int | None:
-    found = None if value is None else coerce(value, int, key)
-    if found is not None and found < 1:
-        raise ConfigError(f"{key} must be at least 1; got {value!r}")
-    return found
+def _resamples(value: Any) -> int | None:
+    return None if value is None else whole_number(value, "resamples", 1, MOST_RESAMPLES)

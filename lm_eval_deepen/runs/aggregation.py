@@ -11,7 +11,8 @@ import numpy as np
 
 from lm_eval_deepen.errors import NotPairedError, ResultError
 from lm_eval_deepen.runs.samples import Key, Sample
-from lm_eval_deepen.statistics import standard_error
+from lm_eval_deepen.statistics import CONFIDENCE, Interval, pseudo_values, score_interval, standard_error
+from lm_eval_deepen.statistics.intervals import is_binary
 from lm_eval_deepen.statistics.paired import Statistic, Values, mean_of_first
 
 _LN2 = math.log(2)
@@ -64,10 +65,19 @@ class Scores:
         """Standard error of the score; None with fewer than two documents."""
         return standard_error(self.values, self.statistic)
 
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the score with its confidence interval."""
+        return score_interval(self.values, self.statistic, confidence)
+
+    @property
+    def shares(self) -> Values:
+        """Every document's share in the score [n]: their mean is the score; of an average, the documents' values."""
+        return pseudo_values(self.values, self.statistic)
+
     @property
     def binary(self) -> bool:
         """Whether every document is right or wrong, 1 or 0, and the score their mean."""
-        return self.averaged and bool(np.isin(self.values, (0.0, 1.0)).all())
+        return self.averaged and is_binary(self.values)
 
     @property
     def per_document(self) -> Values:
@@ -78,6 +88,18 @@ class Scores:
 def mean_scores(values: Sequence[float]) -> Scores:
     """Return the scores of a metric that is averaged, from one number per document."""
     return Scores(np.asarray(values, dtype=np.float64)[:, None])
+
+
+def group_scores(tasks: Sequence[Scores], by_size: bool) -> Scores:
+    """Return a group's score as a mean over the documents of its tasks, whose scores are averages.
+
+    Args:
+        tasks: one metric of every task.
+        by_size: every document counts alike; else every task, and a document by what it is of its task.
+    """
+    total = sum(task.documents for task in tasks)
+    weights = [1.0 if by_size else total / (len(tasks) * task.documents) for task in tasks]
+    return Scores(np.concatenate([weight * task.values for weight, task in zip(weights, tasks, strict=True)]))
 
 
 def scores_of(

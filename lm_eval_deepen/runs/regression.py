@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from lm_eval_deepen.statistics import (
     discordant,
     holm,
     mcnemar,
-    paired_bootstrap,
+    paired_interval,
     sign_flip,
 )
 from lm_eval_deepen.statistics.paired import RESAMPLES
@@ -42,8 +41,8 @@ class Rule:
         alpha: the chance of calling any regression where there is none, over everything tested.
         min_effect: a smaller drop of the score, in the metric's unit, never counts, however significant.
         power: the chance of detection that the minimal detectable effect is stated for.
-        resamples: of permutation test and bootstrap.
-        seed: seeds both.
+        resamples: of the permutation test.
+        seed: seeds it.
     """
 
     alpha: float = 0.05
@@ -77,7 +76,8 @@ class Details:
     """What is shown beside a decision.
 
     Attributes:
-        low: lower end of the paired 95 % interval (bootstrap, BCa) of the difference, candidate less baseline.
+        low: lower end of the paired 95 % interval of the difference, candidate less baseline; None where it cannot be
+            told (see `statistics.Interval`).
         high: upper end.
         worse: documents on which the candidate does worse.
         better: documents on which it does better.
@@ -129,13 +129,7 @@ def _sign(pair: Pair) -> float:
 
 def details(pair: Pair, tested: int, rule: Rule) -> Details:
     """Return interval, counts and minimal detectable effect of one pair among `tested` ones."""
-    interval = paired_bootstrap(
-        pair.baseline.values,
-        pair.candidate.values,
-        pair.baseline.statistic,
-        resamples=rule.resamples,
-        seed=rule.seed,
-    )
+    interval = paired_interval(pair.baseline.values, pair.candidate.values, pair.baseline.statistic)
     worse, better = _changes(pair)
     level = rule.alpha / tested
     found: float | None
@@ -143,8 +137,9 @@ def details(pair: Pair, tested: int, rule: Rule) -> Details:
         share = (worse + better) / pair.baseline.documents
         found = detectable_drop(pair.baseline.documents, share, level, rule.power, rule.min_effect)
     else:
-        # The test exchanges answers, so that the observed difference widens what it compares with. Runs without any
-        # difference say nothing about how much real-valued scores scatter.
-        scatter = math.hypot(interval.stderr or 0.0, interval.estimate / math.sqrt(pair.baseline.documents))
-        found = detectable_shift(scatter, level, rule.power, rule.min_effect) if scatter else None
+        # Runs without any difference say nothing about how much real-valued scores scatter.
+        scatter = interval.stderr
+        found = (
+            detectable_shift(scatter, pair.baseline.documents, level, rule.power, rule.min_effect) if scatter else None
+        )
     return Details(interval.low, interval.high, worse, better, found)

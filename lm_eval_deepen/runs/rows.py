@@ -9,7 +9,17 @@ from typing import Literal
 import numpy as np
 
 from lm_eval_deepen.runs.aggregation import Scores
-from lm_eval_deepen.statistics import discordant, holm, mcnemar, paired_bootstrap, sign_flip
+from lm_eval_deepen.statistics import (
+    CONFIDENCE,
+    Comparisons,
+    discordant,
+    level_of_each,
+    mcnemar,
+    paired_interval,
+    rivals,
+    sign_flip,
+    step_down,
+)
 from lm_eval_deepen.statistics.paired import RESAMPLES
 
 Verdict = Literal["better", "worse", "not significant"]
@@ -23,11 +33,15 @@ class Comparison:
     Attributes:
         reference: the reference's name.
         difference: score less the reference's score, in the metric's unit.
-        low: lower end of the paired 95 % interval (bootstrap, BCa); None with fewer than two documents.
+        low: lower end of its confidence interval; None where it cannot be told (see `statistics.Interval`).
         high: upper end.
+        level: confidence of the interval by itself: 0.95 against a reference that was given, more against one that was
+            picked, so that 95 % of the intervals shown beside each other hold (see `statistics.level_of_each`).
         test: which test gave `p`.
-        p: two-sided p-value.
-        p_holm: the same, corrected over the table; None before `corrected`.
+        p: two-sided p-value of this comparison, as if it were the only one and its reference given.
+        p_holm: the same, corrected over the table and for the choice of the reference; None before `corrected`.
+        candidates: of which systems the reference is the best on these documents, its own name included; its name
+            alone where it was given.
         below: documents on which the system scores below the reference.
         above: documents on which it scores above.
         agreement: share of documents with the same score; None where scores are not averages of documents.
@@ -37,9 +51,11 @@ class Comparison:
     difference: float
     low: float | None
     high: float | None
+    level: float
     test: str
     p: float
     p_holm: float | None
+    candidates: tuple[str, ...]
     below: int
     above: int
     agreement: float | None
@@ -58,6 +74,8 @@ class Row:
         documents: how many were scored, the same for every row of a column.
         score: the aggregated score over these.
         stderr: its standard error; None with fewer than two documents.
+        low: lower end of the score's 95 % interval; None where it cannot be told.
+        high: upper end.
         oracle: the score of whoever does best on each document, among the systems of `pool`; None if unknown.
         pool: whose best `oracle` is.
         comparison: against the reference; None in the reference's own row.
@@ -72,6 +90,8 @@ class Row:
     documents: int
     score: float
     stderr: float | None
+    low: float | None
+    high: float | None
     oracle: float | None
     pool: tuple[str, ...]
     comparison: Comparison | None
@@ -120,6 +140,14 @@ class Measured:
         sign = -1.0 if self.higher_is_better is False else 1.0
         return max(systems, key=lambda system: sign * self.scores[system].score)
 
+    def level(self, candidates: Sequence[str], seed: int = 0) -> float:
+        """Return the confidence of each interval of a difference to the best of `candidates`, see `Comparison`."""
+        if len(candidates) < 2:
+            return CONFIDENCE
+        shares = np.stack([self.scores[name].shares for name in candidates], axis=1)
+        competing = rivals(shares, self.higher_is_better is not False, seed)
+        return level_of_each(CONFIDENCE, len(self.scores), competing)
+
 
 def rows_of(
     measured: Measured,
@@ -132,18 +160,19 @@ def rows_of(
     """Return a row per system, each compared with the best of `candidates`.
 
     A leaderboard passes its single members as `candidates` and `pool`: every row then states its difference to the
-    best single member, and the oracle "any member right". The best is picked on these documents, which favours it a
-    little: a significant gain over it is, if anything, understated.
+    best single member, and the oracle "any member right". The best is picked on these documents, which `corrected` and
+    the intervals allow for.
 
     Args:
         measured: the metric's scores by system.
         candidates: the best of these is the reference; one name fixes it. Default: all systems.
         pool: whose oracle is given. Default: the reference and the row's own system.
-        resamples: of bootstrap and permutation test.
-        seed: seeds both.
+        resamples: of the permutation test.
+        seed: seeds it, and the draws that tell how many candidates compete for being the reference.
         mid_p: McNemar's test with mid-p instead of exact p-values.
     """
-    reference = measured.best(candidates or list(measured.scores))
+    names = tuple(dict.fromkeys(candidates or measured.scores))
+    reference, level = measured.best(names), measured.level(names, seed)
     return [
         Row(
             task=measured.task,
@@ -154,20 +183,30 @@ def rows_of(
             documents=scores.documents,
             score=scores.score,
             stderr=scores.stderr,
+            low=interval.low,
+            high=interval.high,
             oracle=oracle(measured, members),
             pool=members,
             comparison=None
             if system == reference
-            else compare(reference, measured.scores[reference], scores, resamples, seed, mid_p),
+            else compare(reference, measured.scores[reference], scores, resamples, seed, mid_p, level, names),
             extra=measured.extra.get(system, {}),
         )
         for system, scores in measured.scores.items()
+        for interval in [scores.interval()]
         for members in [tuple(pool) if pool else tuple(dict.fromkeys((reference, system)))]
     ]
 
 
 def compare(
-    reference: str, first: Scores, second: Scores, resamples: int = RESAMPLES, seed: int = 0, mid_p: bool = False
+    reference: str,
+    first: Scores,
+    second: Scores,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    mid_p: bool = False,
+    level: float = CONFIDENCE,
+    candidates: tuple[str, ...] = (),
 ) -> Comparison:
     """Return the paired comparison of `second` with `first`, the reference: same documents, same order."""
     below, above = discordant(first.per_document, second.per_document)
@@ -176,15 +215,17 @@ def compare(
     else:
         test = SIGN_FLIP
         p = sign_flip(first.values, second.values, first.statistic, resamples=resamples, seed=seed)
-    interval = paired_bootstrap(first.values, second.values, first.statistic, resamples=resamples, seed=seed)
+    interval = paired_interval(first.values, second.values, first.statistic, level)
     return Comparison(
         reference=reference,
         difference=interval.estimate,
         low=interval.low,
         high=interval.high,
+        level=level,
         test=test,
         p=p,
         p_holm=None,
+        candidates=candidates or (reference,),
         below=below,
         above=above,
         agreement=1 - (below + above) / first.documents if first.averaged else None,
@@ -206,10 +247,24 @@ def oracle(measured: Measured, pool: Sequence[str]) -> float | None:
 
 
 def corrected(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with p-values corrected by Holm over all comparisons among them."""
-    compared = [row.comparison.p for row in rows if row.comparison]
-    adjusted = iter(holm(compared))
+    """Return the rows with p-values corrected over all comparisons among them, and for how references were picked."""
+    columns: dict[tuple[str, str, str], list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.comparison:
+            columns.setdefault((row.task, row.metric, row.flt), []).append(at)
+    adjusted = step_down([_comparisons([rows[at] for at in places]) for places in columns.values()])
+    found: dict[int, float] = {}
+    for places, p_values in zip(columns.values(), adjusted, strict=True):
+        found.update(zip(places, p_values, strict=True))
     return [
-        replace(row, comparison=replace(row.comparison, p_holm=next(adjusted))) if row.comparison else row
-        for row in rows
+        replace(row, comparison=replace(row.comparison, p_holm=found[at])) if row.comparison else row
+        for at, row in enumerate(rows)
     ]
+
+
+def _comparisons(rows: Sequence[Row]) -> Comparisons:
+    compared = [(row.system, row.comparison) for row in rows if row.comparison]
+    return Comparisons(
+        p_values=tuple(comparison.p for _, comparison in compared),
+        candidates=tuple(system in comparison.candidates for system, comparison in compared),
+    )

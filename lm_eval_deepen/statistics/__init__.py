@@ -4,21 +4,40 @@ Two runs over the same documents are compared document by document: what makes b
 drops out, and only the documents on which they differ carry evidence.
 """
 
-from lm_eval_deepen.statistics.bootstrap import Interval, paired_bootstrap, standard_error
-from lm_eval_deepen.statistics.correction import holm
-from lm_eval_deepen.statistics.paired import Alternative, discordant, mcnemar, sign_flip
+from lm_eval_deepen.statistics.correction import Comparisons, holm, level_of_each, rivals, step_down
+from lm_eval_deepen.statistics.intervals import (
+    CONFIDENCE,
+    Interval,
+    change_interval,
+    paired_interval,
+    proportion_interval,
+    pseudo_values,
+    score_interval,
+    standard_error,
+)
+from lm_eval_deepen.statistics.paired import Alternative, check_resampling, discordant, mcnemar, sign_flip
 from lm_eval_deepen.statistics.power import detectable_drop, detectable_shift, mcnemar_power
 
 __all__ = [
+    "CONFIDENCE",
     "Alternative",
+    "Comparisons",
     "Interval",
+    "change_interval",
+    "check_resampling",
     "detectable_drop",
     "detectable_shift",
     "discordant",
     "holm",
+    "level_of_each",
     "mcnemar",
     "mcnemar_power",
-    "paired_bootstrap",
+    "paired_interval",
+    "proportion_interval",
+    "pseudo_values",
+    "rivals",
+    "score_interval",
     "sign_flip",
     "standard_error",
+    "step_down",
 ]

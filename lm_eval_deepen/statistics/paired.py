@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,8 +17,11 @@ Values = NDArray[np.float64]
 Statistic = Callable[[Values], Values]
 
 RESAMPLES = 10_000
+MOST_RESAMPLES = 1_000_000
+LARGEST_SEED = 2**32 - 1
 _CHUNK = 4_000_000  # random numbers held at a time
 _TIE = 1e-12  # relative: sums of the same numbers in another order are ties
+_TILTS = (2.0, 4.0, 6.0)  # standard deviations of the difference to which exchanges are drawn
 
 
 def discordant(first: Values, second: Values) -> tuple[int, int]:
@@ -23,6 +29,7 @@ def discordant(first: Values, second: Values) -> tuple[int, int]:
     return int((second < first).sum()), int((second > first).sum())
 
 
+@lru_cache(maxsize=65536)
 def mcnemar(below: int, above: int, alternative: Alternative = "two-sided", mid_p: bool = False) -> float:
     """Return the p-value of McNemar's conditional test, exact at every size.
 
@@ -74,31 +81,53 @@ def sign_flip(
 
     If the systems are equally good, exchanging their answers to a document changes nothing: the observed difference is
     one of those that random exchanges give (Fisher 1935, The Design of Experiments, section 21). All exchanges are
-    tried where there are no more of them than `resamples`; otherwise the observed one is counted among random ones,
-    (1 + hits) / (1 + resamples).
+    tried where there are no more of them than `resamples`. Otherwise random ones are drawn, half of them with equal
+    chances, half with chances that favour one system, and weighed by how much too often they are drawn so: small
+    p-values, which a correction for many comparisons needs, are not bounded by the number of resamples. The observed
+    exchange counts with its own weight, which makes the p-value valid, whatever is drawn (Harrison 2012, Biometrika
+    99:57-69).
 
     Args:
         first: values of a document, one row each [n, k].
         second: the same documents' values from the other system [n, k].
         statistic: from the means of the columns [..., k] to the score [...].
         alternative: ``less``: `second` scores less.
-        resamples: random exchanges.
-        seed: seeds them.
+        resamples: random exchanges, 1 to `MOST_RESAMPLES`.
+        seed: seeds them, 0 to `LARGEST_SEED`.
+
+    Raises:
+        ValueError: a number of resamples or a seed outside these bounds.
     """
+    check_resampling(resamples, seed)
     differences = second - first
     changed = differences[(differences != 0).any(axis=1)] / len(first)  # [m, k]
     if not len(changed):
         return 1.0
     low, high = first.mean(axis=0), second.mean(axis=0)
     observed = float(statistic(high) - statistic(low))
-    exact = 2 ** min(len(changed), 62) <= resamples
-    hits = total = 0
-    for exchanged in _exchanges(len(changed), resamples, seed, exact):  # [r, m], 1: exchanged
-        moved = exchanged @ changed  # [r, k]
-        found = statistic(high - moved) - statistic(low + moved)
-        hits += int(_as_extreme(found, observed, alternative).sum())
-        total += len(found)
-    return hits / total if exact else (1 + hits) / (1 + total)
+
+    def extreme(exchanged: Values) -> NDArray[np.bool_]:
+        moved = exchanged @ changed  # [r, m] @ [m, k]
+        return _as_extreme(statistic(high - moved) - statistic(low + moved), observed, alternative)
+
+    if 2 ** min(len(changed), 62) <= resamples:
+        return float(extreme(_every_exchange(len(changed))).mean())
+    # What a document moves at first order; its sign, and nothing else of it, depends on which system is which.
+    middle = (low + high) / 2
+    moves = statistic(middle + changed / 2) - statistic(middle - changed / 2)  # [m]
+    drawn = _Exchanges.of(np.abs(moves), alternative)
+    total = drawn.weight(moves.sum())
+    for exchanged, weight in drawn.draw(moves, resamples, seed):
+        total += float(weight[extreme(exchanged)].sum())
+    return min(1.0, float(total) / (1 + resamples))
+
+
+def check_resampling(resamples: int, seed: int) -> None:
+    """Raise ValueError for numbers that resampling cannot take."""
+    if not 1 <= resamples <= MOST_RESAMPLES:
+        raise ValueError(f"resamples must lie between 1 and {MOST_RESAMPLES:,}; got {resamples}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}; got {seed}")
 
 
 def _as_extreme(found: Values, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
@@ -108,12 +137,55 @@ def _as_extreme(found: Values, observed: float, alternative: Alternative) -> NDA
     return found <= observed + slack if alternative == "less" else found >= observed - slack
 
 
-def _exchanges(pairs: int, resamples: int, seed: int, exact: bool) -> Iterator[Values]:
-    if exact:
-        numbers = np.arange(2**pairs)[:, None]
-        yield ((numbers >> np.arange(pairs)) & 1).astype(np.float64)
-        return
-    generator = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // pairs)
-    for start in range(0, resamples, rows):
-        yield generator.integers(2, size=(min(rows, resamples - start), pairs)).astype(np.float64)
+def _every_exchange(pairs: int) -> Values:
+    """Return all ways to exchange answers [2^m, m], 1: exchanged."""
+    numbers = np.arange(2**pairs)[:, None]
+    return ((numbers >> np.arange(pairs)) & 1).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _Exchanges:
+    """A mixture of distributions of exchanges, and how far it is from equal chances.
+
+    Under the tilt t, a document that moves the difference by a moves it upwards with odds exp(2 t a). How likely all
+    moves are together, against equal chances, is then a function of their sum S alone: exp(t S) / product of cosh(t a).
+
+    Attributes:
+        sizes: of the documents' moves [m].
+        tilts: of the parts of the mixture [q].
+        shares: of the parts [q].
+        norms: logarithms of the products of cosh(t a) [q].
+    """
+
+    sizes: Values
+    tilts: Values
+    shares: Values
+    norms: Values
+
+    @classmethod
+    def of(cls, sizes: Values, alternative: Alternative) -> _Exchanges:
+        steps = np.array(_TILTS)
+        towards = {"greater": steps, "less": -steps, "two-sided": np.concatenate([steps, -steps])}[alternative]
+        scale = math.sqrt(float((sizes**2).sum()))
+        tilts = np.concatenate([[0.0], towards / scale if scale > 0 else 0 * towards])
+        shares = np.concatenate([[0.5], np.full(len(towards), 0.5 / len(towards))])
+        bent = np.abs(tilts[:, None] * sizes)
+        norms = (bent + np.log1p(np.exp(-2 * bent)) - math.log(2)).sum(axis=1)
+        return cls(sizes, tilts, shares, norms)
+
+    def weight(self, sums: Values) -> Values:
+        """Return how much likelier sums of moves are under equal chances than under the mixture."""
+        logs = np.multiply.outer(sums, self.tilts) - self.norms + np.log(self.shares)
+        top = logs.max(axis=-1)
+        return np.exp(-top) / np.exp(logs - top[..., None]).sum(axis=-1)
+
+    def draw(self, moves: Values, resamples: int, seed: int) -> Iterator[tuple[Values, Values]]:
+        """Yield exchanges [r, m], 1: exchanged, and their weights [r]."""
+        generator = np.random.default_rng(seed)
+        rows = max(1, _CHUNK // len(moves))
+        for tilt, count in zip(self.tilts, generator.multinomial(resamples, self.shares), strict=True):
+            # The chance that a document is exchanged: that it then moves the difference the other way.
+            chances = 1 / (1 + np.exp(2 * tilt * moves))
+            for start in range(0, count, rows):
+                exchanged = (generator.random((min(rows, count - start), len(moves))) < chances).astype(np.float64)
+                yield exchanged, self.weight(moves.sum() - 2 * exchanged @ moves)

@@ -7,7 +7,8 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
+
+from lm_eval_deepen.statistics.distributions import binomial, student_quantile
 
 _NEGLIGIBLE = 1e-12  # probability of numbers of changed documents that are left out
 _ROUNDING = 1e-9
@@ -35,12 +36,12 @@ def mcnemar_power(documents: int, discordance: float, drop: float, alpha: float,
     if discordance == 0:
         return 0.0
     worse = (discordance + drop) / (2 * discordance)  # given that a document changed
-    chances = _binomial(documents, discordance)
+    chances = binomial(documents, discordance)
     counts = np.flatnonzero(chances > _NEGLIGIBLE)
     found = 0.0
     for changed in map(int, counts):
         large = math.ceil((changed + min_observed * documents) / 2 - _ROUNDING)  # worse less better is enough
-        found += chances[changed] * _binomial(changed, worse)[max(_critical(changed, alpha), large) :].sum()
+        found += chances[changed] * binomial(changed, worse)[max(_critical(changed, alpha), large) :].sum()
     return float(found)
 
 
@@ -65,33 +66,36 @@ def detectable_drop(
     return high
 
 
-def detectable_shift(stderr: float, alpha: float, power: float = 0.8, min_observed: float = 0.0) -> float:
-    """Return the smallest shift of a real-valued score found with chance `power` by a one-sided test.
+def detectable_shift(
+    stderr: float, documents: int, alpha: float, power: float = 0.8, min_observed: float = 0.0
+) -> float | None:
+    """Return the smallest shift of a real-valued score that the one-sided permutation test finds with chance `power`.
 
-    By the normal approximation: the observed shift must exceed z of 1 - alpha standard errors of the paired difference,
-    and `min_observed`.
+    The test compares the difference with its own scatter, as Student's does; the chance is that of the noncentral
+    distribution, in its normal approximation (Johnson and Welch 1940, Biometrika 31:362-389).
+
+    Args:
+        stderr: standard error of the paired difference, in the score's unit.
+        documents: number of paired documents.
+        alpha: level of the test, one-sided.
+        power: chance of detection.
+        min_observed: observed shifts below this do not count as found.
+
+    Returns:
+        None where no shift would be found: too few documents to exchange for this level.
     """
-    normal = NormalDist()
-    return max(normal.inv_cdf(1 - alpha) * stderr, min_observed) + normal.inv_cdf(power) * stderr
+    if documents < 2 or documents * math.log(2) < -math.log(alpha):
+        return None
+    normal = NormalDist().inv_cdf
+    degrees = documents - 1
+    critical = student_quantile(1 - alpha, degrees) if alpha < 0.5 else normal(1 - alpha)
+    needed = critical * (1 - 1 / (4 * degrees)) + normal(power) * math.sqrt(1 + critical**2 / (2 * degrees))
+    return max(needed * stderr, min_observed + normal(power) * stderr)
 
 
 @lru_cache(maxsize=4096)
 def _critical(changed: int, alpha: float) -> int:
     """Return the fewest changes for the worse, of `changed`, that the one-sided test calls significant."""
-    tails = _binomial(changed, 0.5)[::-1].cumsum()[::-1]  # P(X >= k)
+    tails = binomial(changed, 0.5)[::-1].cumsum()[::-1]  # P(X >= k)
     significant = np.flatnonzero(tails <= alpha)
     return int(significant[0]) if len(significant) else changed + 1
-
-
-def _binomial(total: int, chance: float) -> NDArray[np.float64]:
-    """Return the probabilities of 0 to `total` successes [total + 1]."""
-    k = np.arange(total + 1)
-    if chance >= 1:
-        return (k == total).astype(np.float64)
-    logs = _log_factorials(1 << total.bit_length())  # few sizes, so that few are computed
-    return np.exp(logs[total] - logs[k] - logs[total - k] + k * math.log(chance) + (total - k) * math.log1p(-chance))
-
-
-@lru_cache(maxsize=64)
-def _log_factorials(size: int) -> NDArray[np.float64]:
-    return np.concatenate([[0.0], np.log(np.arange(1, size + 1)).cumsum()])

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 HELP = (
     "Bits per byte of a text under each member (also at a temperature fitted on other text, the fair opponent), under "
     "the ensemble with each member as the main one, and under mixtures taken only where all tokenisations end. "
-    "Intervals are paired bootstraps over documents. Control tokens are never scored."
+    "Intervals are over documents, paired, and allow for the best member being picked on these. Control tokens "
+    "are never scored."
 )
 
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
     from lm_eval_deepen.engine.texts import default_text, digest, load_documents
-    from lm_eval_deepen.tools.bits_table import facts, table
+    from lm_eval_deepen.tools.bits_table import best, facts, level, table
 
     if args.json:
         check_place(args.json)
@@ -49,16 +50,16 @@ def run(args: argparse.Namespace) -> int:
     dev = load_documents(args.dev, args.limit) if args.dev else None
     lines = measure(load(args.ensemble, args.device), documents, dev)
     num_bytes = sum(document.num_bytes for document in documents)
-    reference = opponent(lines)
+    reference, each = best(opponents(lines)), level(lines, opponents(lines))
     print(f"{len(documents)} documents, {num_bytes} bytes\n")
-    print(table(lines, reference, num_bytes))
+    print(table(lines, reference, num_bytes, each))
     if args.json:
         found: dict[str, Any] = {
             "documents": len(documents),
             "bytes": num_bytes,
             "text_sha256": digest(documents),
             "reference": reference.system,
-            "systems": [facts(line, reference, num_bytes) for line in lines],
+            "systems": [facts(line, reference, num_bytes, each) for line in lines],
         }
         write_json(args.json, found)
     return 0
@@ -95,6 +96,6 @@ def measure(ensemble: Ensemble, documents: Sequence[Document], dev: Sequence[Doc
     return lines
 
 
-def opponent(lines: Sequence[Line]) -> Line:
-    """Return the best member at its fitted temperature."""
-    return min((line for line in lines if line.system.endswith("fitted")), key=lambda line: float(line.bits.sum()))
+def opponents(lines: Sequence[Line]) -> list[Line]:
+    """Return the members at their fitted temperatures; the best of them is what the others are compared with."""
+    return [line for line in lines if line.system.endswith("fitted")]

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
-from lm_eval_deepen.runs import Measured, Row, Run, common_keys, corrected, find_runs, rows_of
-from lm_eval_deepen.runs.aggregation import to_number
+from lm_eval_deepen.runs import Measured, Row, Run, Scores, common_keys, corrected, find_runs, rows_of
+from lm_eval_deepen.runs.aggregation import agrees, group_scores, to_number
 from lm_eval_deepen.runs.samples import mismatch
-from lm_eval_deepen.statistics.paired import RESAMPLES
+from lm_eval_deepen.statistics import paired_interval
+from lm_eval_deepen.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
 from lm_eval_deepen.storage import write_text
 from lm_eval_deepen.tools import report
-from lm_eval_deepen.tools.gate import share, wanted_columns
+from lm_eval_deepen.tools.gate import share, wanted_columns, whole
 
 HELP = (
     "Compare result folders of the harness (written with --log_samples), ours or anyone's, of any model type: "
@@ -45,20 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mid-p", action="store_true", help="McNemar's test with mid-p instead of exact p-values")
     parser.add_argument(
-        "--resamples", type=positive, default=RESAMPLES, metavar="N",
-        help="of bootstrap and permutation test (default: %(default)s)",
+        "--resamples", type=whole(1, MOST_RESAMPLES), default=RESAMPLES, metavar="N",
+        help="of the permutation test of real-valued metrics (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of resampling (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         rows += rows_of(measured, reference, resamples=args.resamples, seed=args.seed, mid_p=args.mid_p)
     if not rows:
         raise ResultError("nothing to compare:\n  " + "\n  ".join(notes))
-    notes += groups(runs)
+    notes += groups(runs, reference)
     text = rendered(corrected(rows), args.alpha, list(dict.fromkeys(notes)), args.format)
     if args.output:
         write_text(args.output, text + "\n")
@@ -175,8 +170,12 @@ def measure(runs: Sequence[Run], task: str, metric: str, flt: str, notes: list[s
     return Measured(task, metric, flt, found[0].higher_is_better(metric), scores)
 
 
-def groups(runs: Sequence[Run]) -> list[str]:
-    """Return what the results files report of groups: their tasks are compared, the groups are not."""
+def groups(runs: Sequence[Run], candidates: Sequence[str]) -> list[str]:
+    """Return what the results files report of groups: their tasks are compared, the groups are not.
+
+    Where a group's score is a mean over documents, of all its tasks alike or task by task, its differences to the best
+    of `candidates` are told with their intervals.
+    """
     told: dict[tuple[str, str], dict[str, float]] = {}
     for run in runs:
         for results in {id(task.results): task.results for task in run.tasks.values()}.values():
@@ -188,8 +187,68 @@ def groups(runs: Sequence[Run]) -> list[str]:
     return [
         f"group {group}, {key.removesuffix(',none')}, as reported, over all documents and without a test: "
         + ", ".join(f"{label} {report.number(value)}" for label, value in values.items())
+        + (group_differences(runs, group, key, candidates) if len(values) == len(runs) else "")
         for (group, key), values in told.items()
     ]
+
+
+def group_differences(runs: Sequence[Run], group: str, key: str, candidates: Sequence[str]) -> str:
+    """Return the differences in a group's score with their intervals, paired by document; nothing if it is no mean."""
+    measured, tasks = measured_group(runs, group, key)
+    if measured is None:
+        return ""
+    reference, level = measured.best(candidates), measured.level(candidates)
+    first = measured.scores[reference]
+    found = []
+    for label, scores in measured.scores.items():
+        if label != reference:
+            change = paired_interval(first.values, scores.values, confidence=level)
+            found.append(f"{label} {report.signed(change.estimate)}{report.signed_interval(change.low, change.high)}")
+    return f"; against {reference}, paired over {first.documents} documents of {tasks} tasks: {', '.join(found)}"
+
+
+def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured | None, int]:
+    """Return a group's score as a mean over documents, and of how many tasks; None where it is no such mean."""
+    metric, _, flt = key.partition(",")
+    tasks = leaves(runs[0], group)
+    if not tasks or not all(
+        task in run.tasks and (metric, flt) in run.tasks[task].columns for task in tasks for run in runs
+    ):
+        return None, 0
+    parts: dict[str, list[Scores]] = {run.label: [] for run in runs}
+    try:
+        for task in tasks:
+            found = [run.tasks[task] for run in runs]
+            keys = common_keys([one.samples for one in found], flt, metric)
+            for run, one in zip(runs, found, strict=True):
+                parts[run.label].append(one.scores(metric, flt, keys))
+    except ResultError:
+        return None, 0
+    if not all(part.averaged for own in parts.values() for part in own):
+        return None, 0
+    first = runs[0].tasks[tasks[0]]
+    reported = (first.results.get("groups") or {}).get(group, {}).get(key)
+    for by_size in (True, False):
+        if agrees(reported, group_scores(parts[runs[0].label], by_size).score):
+            scores = {label: group_scores(own, by_size) for label, own in parts.items()}
+            return Measured(group, metric, flt, first.higher_is_better(metric), scores), len(tasks)
+    return None, 0
+
+
+def leaves(run: Run, group: str) -> list[str]:
+    """Return the tasks of a group, those of the groups in it among them."""
+    children: dict[str, Sequence[str]] = {}
+    for task in run.tasks.values():
+        children.update(task.results.get("group_subtasks") or {})
+    found: list[str] = []
+    open_groups, seen = [group], set()
+    while open_groups:
+        name = open_groups.pop()
+        for child in children.get(name) or ():
+            if child not in seen:
+                seen.add(child)
+                (open_groups if children.get(child) else found).append(child)
+    return sorted(found)
 
 
 def rendered(rows: Sequence[Row], alpha: float, notes: Sequence[str], fmt: str) -> str:

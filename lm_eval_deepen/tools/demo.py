@@ -25,6 +25,7 @@ HELP = (
 )
 READING = (
     "± is one standard error over a task's items: a difference below about two of them says nothing.\n"
+    "It is left out where all items came out alike: the sample standard deviation is then 0, the error is not.\n"
     "A+B: an ensemble with A as its main member. alone: an ensemble of one, which gives what `--model hf` gives,\n"
     "sooner (the tests compare them); `--hf` runs the single models with `--model hf` itself.\n"
     "wall: from loading to results; an ensemble's first run also builds its matrices."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.runs import Run, common_keys, find_runs
 from lm_eval_deepen.runs.comparable import objections
 from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
+from lm_eval_deepen.statistics.paired import LARGEST_SEED
 from lm_eval_deepen.storage import append_text, write_json
 from lm_eval_deepen.tools.gate_report import GateReport, Status, Tested, markdown, plain
 
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-config-change", action="store_true",
         help="accept another ensemble configuration (fingerprint) in the candidate, and name it",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of resampling (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     parser.add_argument(
         "--summary", type=Path, metavar="FILE",
@@ -62,6 +65,21 @@ def share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1")
     return value
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `least` to `most`."""
+
+    def parsed(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
+        return value
+
+    return parsed
 
 
 def nonnegative(text: str) -> float:

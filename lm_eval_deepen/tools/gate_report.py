@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_deepen.runs.regression import Decision, Details, Pair, Rule
-from lm_eval_deepen.tools.report import aligned, literal, markdown_table, number, printable, probability, signed
+from lm_eval_deepen.tools.report import (
+    aligned,
+    literal,
+    markdown_table,
+    number,
+    printable,
+    probability,
+    signed,
+    signed_interval,
+)
 
 Status = Literal["pass", "regressed", "not comparable"]
 _HEAD = (
@@ -32,7 +41,6 @@ class Tested:
         """Return one line of the table."""
         pair, decision, shown = self.pair, self.decision, self.details
         documents, detectable = pair.baseline.documents, shown.detectable
-        interval = "" if shown.low is None or shown.high is None else f" [{signed(shown.low)}, {signed(shown.high)}]"
         seen = "unknown" if detectable is None else number(detectable)
         if detectable is not None and pair.baseline.binary and pair.candidate.binary:
             seen += f" ({detectable * documents:.0f} documents)"
@@ -42,7 +50,7 @@ class Tested:
             str(documents),
             number(pair.baseline.score),
             number(pair.candidate.score),
-            signed(self.difference) + interval,
+            signed(self.difference) + signed_interval(shown.low, shown.high),
             f"{shown.worse} / {shown.better}",
             probability(decision.p),
             probability(decision.p_holm),

@@ -33,7 +33,7 @@ READING_BUILDS = (
     f"{TRAINED}: thousands of tokens that its models, and what they were made from, were trained on by recipes here, "
     "each training once; what they were trained on before is not counted.",
     f"{SEEDS}: a row that is repeated over seeds shows the mean over them, of every document; {SPREAD} is the standard "
-    "deviation of their scores (n - 1), which ± (over documents) does not contain.",
+    "deviation of their scores (n - 1), which the intervals (over documents) do not contain.",
 )
 READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
@@ -46,7 +46,7 @@ READING = (
     "A row that pools answers is charged what the pooled rows took, whose answers it shares.",
 )
 _MARKS = {"better": " ▲", "worse": " ▼", "not significant": "", None: " (ref)"}
-_KEY = "▲, ▼: significantly better, worse than the best single member (ref) after Holm's correction at {alpha:g}."
+_KEY = "▲, ▼: significantly better, worse than the best single member (ref) after correction at {alpha:g}."
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
         found = _columns(plan, task, runs, cells, notes, meaningless)
-        notes += groups(runs)
+        members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
+        notes += groups(runs, members or [run.label for run in runs])
         for row in recipe.rows:
             if (cell := cells.get((row.name, task.name))) is not None:
                 notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
@@ -175,10 +176,10 @@ def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
             continue
         first, second = measured.scores[control], measured.scores[name]
         line = compare(control, first, second, recipe.resamples or RESAMPLES)
-        interval = "" if line.low is None else f" [{line.low:+.4f}, {line.high:+.4f}]"
+        change = report.signed(line.difference) + report.signed_interval(line.low, line.high)
         column = f"{measured.task} {measured.metric}"
         found.append(
-            f"{column}: {name} against its control, {control}: {line.difference:+.4f}{interval}, p {line.p:.3f} "
+            f"{column}: {name} against its control, {control}: {change}, p {report.probability(line.p)} "
             "(paired by document, not corrected)"
         )
     return found
@@ -251,8 +252,8 @@ def _tag(reason: str, reasons: Sequence[str]) -> str:
 
 
 def _short(row: Row, alpha: float) -> str:
-    error = "" if row.stderr is None else f" ± {row.stderr:.3f}"
-    return f"{row.score:.3f}{error}{_MARKS[row.verdict(alpha)]}"
+    interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.score:.3f}{interval}{_MARKS[row.verdict(alpha)]}"
 
 
 def _reasons(table: Table) -> list[str]:

@@ -9,12 +9,21 @@ from typing import Any
 
 from lm_eval_deepen.runs.rows import Row
 
-_HEAD = ("system", "score", "difference [95 % interval]", "p", "p (Holm)", "verdict", "agreement", "oracle")
+_HEAD = (
+    "system", "score [95 % interval]", "difference [95 % interval]", "p", "p (corrected)", "verdict", "agreement",
+    "oracle",
+)  # fmt: skip
 READING = (
-    "±: one standard error over documents. Difference: to the reference, paired by document, with a bootstrap interval "
-    "(BCa).",
-    "p: two-sided, of {tests}; p (Holm): corrected over all comparisons shown.",
+    "Intervals are over documents; the difference is to the reference, paired by document.",
+    "p: two-sided, of {tests}, for this comparison alone; p (corrected): for all comparisons shown, by Holm's "
+    "procedure. The verdict is that of p (corrected). An interval that just leaves 0 out may stand beside a p above "
+    "0.05: the test is the stricter of the two.",
     "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
+)
+PICKED = (
+    "The reference is the best of {candidates} on these very documents, which favours it: p (corrected) also counts "
+    "the comparisons with the others that could have been the reference, and intervals of differences are widened, so "
+    "that 95 % of those shown hold. p alone does not allow for it."
 )
 
 _BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
@@ -60,6 +69,16 @@ def heading(rows: Sequence[Row]) -> str:
     return f"{first.column} ({way[first.higher_is_better]}), {first.documents} documents{against}"
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """Return an interval as text behind its estimate; nothing where it cannot be told."""
+    return "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
+
+
+def signed_interval(low: float | None, high: float | None) -> str:
+    """Return the interval of a difference as text behind its estimate; nothing where it cannot be told."""
+    return "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+
+
 def extras(rows: Sequence[Row]) -> list[str]:
     """Return the headings of further figures, in order."""
     return list(dict.fromkeys(name for row in rows for name in row.extra))
@@ -81,16 +100,13 @@ def verdict(row: Row, alpha: float) -> str:
 def cells(row: Row, alpha: float, names: Sequence[str]) -> list[str]:
     """Return one row as text, in the order of `head`."""
     compared = row.comparison
-    error = "" if row.stderr is None else f" ± {number(row.stderr)}"
-    shown = [row.system, number(row.score) + error]
+    shown = [row.system, number(row.score) + interval(row.low, row.high)]
     if compared is None:
         shown += ["-", "-", "-", verdict(row, alpha), "-"]
     else:
-        known = compared.low is not None and compared.high is not None
-        interval = f" [{signed(compared.low or 0.0)}, {signed(compared.high or 0.0)}]" if known else ""
         agreement = "-" if compared.agreement is None else f"{compared.agreement:.3f}"
-        shown += [signed(compared.difference) + interval, probability(compared.p), probability(compared.p_holm)]
-        shown += [verdict(row, alpha), agreement]
+        shown.append(signed(compared.difference) + signed_interval(compared.low, compared.high))
+        shown += [probability(compared.p), probability(compared.p_holm), verdict(row, alpha), agreement]
     shown.append("-" if row.oracle is None else number(row.oracle))
     for name in names:
         value = row.extra.get(name)
@@ -103,7 +119,13 @@ def reading(rows: Sequence[Row]) -> list[str]:
     pools = dict.fromkeys(row.pool for row in rows if row.oracle is not None)
     pool = ", ".join(next(iter(pools))) if len(pools) == 1 else "the reference and the row's own system"
     tests = " or ".join(dict.fromkeys(row.comparison.test for row in rows if row.comparison))
-    return [line.format(pool=pool, tests=tests or "no test") for line in READING]
+    told = [line.format(pool=pool, tests=tests or "no test") for line in READING]
+    picked = list(dict.fromkeys(row.comparison.candidates for row in rows if row.comparison))
+    if any(len(names) > 1 for names in picked):
+        systems = {row.system for row in rows}
+        listed = "all systems" if all(set(names) == systems for names in picked) else ", ".join(picked[0])
+        told.insert(2, PICKED.format(candidates=listed if len(picked) == 1 else "several"))
+    return told
 
 
 def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:

@@ -9,7 +9,6 @@ from lm_eval_deepen.runs.rows import Row
 from lm_eval_deepen.tools.report import cells, columns, extras, head, heading, number, reading, signed
 from lm_eval_deepen.tools.report_chart import Point, chart
 
-_WIDE = 1.96  # standard errors to each side: a 95 % interval of a score
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --mark: #0550ae; }
 @media (prefers-color-scheme: dark) {
@@ -93,14 +92,14 @@ def _scores(identity: str, group: Sequence[Row]) -> str:
         Point(
             label=row.system,
             value=row.score,
-            low=None if row.stderr is None else row.score - _WIDE * row.stderr,
-            high=None if row.stderr is None else row.score + _WIDE * row.stderr,
+            low=row.low,
+            high=row.high,
             text=number(row.score),
             filled=row.comparison is not None,
         )
         for row in group
     ]
-    caption = f"Score with a 95 % interval (± {_WIDE} standard errors); the hollow mark is the reference."
+    caption = "Score with its 95 % interval over documents; the hollow mark is the reference."
     return _figure(chart(identity, f"Scores, {group[0].column}", caption, points), caption)
 
 

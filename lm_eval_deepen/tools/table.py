@@ -15,8 +15,8 @@ class Cell:
     stderr: float | None = None
 
     def __str__(self) -> str:
-        """Return ``0.512 ± 0.050``."""
-        error = "" if self.stderr is None else f" ± {self.stderr:.3f}"
+        """Return ``0.512 ± 0.050``; the value alone where all items came out alike, which bounds no error by 0."""
+        error = f" ± {self.stderr:.3f}" if self.stderr else ""
         return f"{self.value:.3f}{error}"
 
 

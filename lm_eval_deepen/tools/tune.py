@@ -79,7 +79,7 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> d
     import lm_eval_deepen
     from lm_eval_deepen.engine.texts import digest
     from lm_eval_deepen.tools.bits import orders, own, read_orders
-    from lm_eval_deepen.tools.bits_table import Line, facts, table
+    from lm_eval_deepen.tools.bits_table import Line, best, facts, level, table
 
     dev, rest = documents[::2], documents[1::2]
     ensembles = orders(ensemble)
@@ -89,12 +89,13 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> d
     for reading, other in zip(readings, fitted, strict=True):
         bits, (temperature,) = own(reading).fitted(other)
         lines.append(Line(f"{reading.ensemble.main.name} alone", bits, f"temperature {temperature:.2f}"))
-    reference = min(lines, key=lambda line: float(line.bits.sum()))
+    members, reference = list(lines), best(lines)
     lines.append(Line("as given", chosen.before(rest)))
     lines.append(Line("as chosen", chosen.after(rest)))
+    each = level(lines, members)
     num_bytes = sum(document.num_bytes for document in rest)
     print(f"\n{len(rest)} documents that nothing was chosen on, {num_bytes} bytes\n")
-    print(table(lines, reference, num_bytes))
+    print(table(lines, reference, num_bytes, each))
     return {
         "objective": "bpb",
         "version": lm_eval_deepen.__version__,
@@ -102,6 +103,6 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> d
         "documents": {"chosen_on": len(dev), "reported_on": len(rest)},
         "bytes_reported_on": num_bytes,
         "reference": reference.system,
-        "systems": [facts(line, reference, num_bytes) for line in lines],
+        "systems": [facts(line, reference, num_bytes, each) for line in lines],
         "search": list(chosen.log),
     }
