@@ -23,7 +23,7 @@ READING = (
 PICKED = (
     "The reference is the best of {candidates} on these very documents, which favours it: p (corrected) also counts "
     "the comparisons with the others that could have been the reference, and intervals of differences are widened, so "
-    "that 95 % of those shown hold. p alone does not allow for it."
+    "that 95 % of those shown contain the true difference. p alone does not allow for it."
 )
 
 _BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
