@@ -30,7 +30,7 @@ from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.pooled import Pool
 from lm_eval_deepen.unanswered import SetAside, Unanswered, attempt, complete, unanswered
-from lm_eval_deepen.yaml_reading import parse_json
+from lm_eval_deepen.yaml_reading import parse_json, refuse_repeated
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -110,6 +110,7 @@ class DeepenLM(Answering):
         """Create the model from ``key=value,...`` or JSON; arguments named there win over the command line's."""
         if arg_string.lstrip().startswith("{"):
             return cls.create_from_arg_obj(parse_json(arg_string, "--model_args"), additional_config)
+        refuse_repeated(arg_string, "--model_args")
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @classmethod

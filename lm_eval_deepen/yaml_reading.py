@@ -113,6 +113,14 @@ def parse_json(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not JSON that can be read ({error}); correct it") from error
 
 
+def refuse_repeated(text: str, where: str) -> None:
+    """Raise ConfigError where ``key=value,...`` gives a key twice: the harness's parser takes the last one."""
+    keys = [part.partition("=")[0].strip() for part in text.split(",") if "=" in part]
+    for i, key in enumerate(keys):
+        if key in keys[:i]:
+            raise ConfigError(f"{where} has the key {key!r} twice; give it once")
+
+
 def _measure(text: str, where: str) -> None:
     """Refuse what is nested too deeply, or is large by its aliases alone: without building anything."""
     sizes: dict[str, int] = {}  # anchor -> values that it stands for

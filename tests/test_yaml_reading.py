@@ -139,5 +139,35 @@ def test_configurations_on_the_command_line_are_read_alike(tmp_path, capsys):
     assert "--metadata has the key 'a' twice" in capsys.readouterr().err
     assert cli.main(["build", '{"pretrained": "x", "weights": [NaN]}']) == 2
     assert "holds NaN" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--model_args has the key 'method' twice"):
-        DeepenLM.create_from_arg_string('{"pretrained": "x", "method": "gac", "method": "eva"}')
+    assert cli.main(["build", "pretrained=x,method=gac,method=eva"]) == 2
+    assert "the ensemble has the key 'method' twice" in capsys.readouterr().err
+    assert cli.main(["make", str(recipe), str(tmp_path / "o"), "--set", "seed=1", "seed=2"]) == 2
+    assert "--set has 'seed' twice ('1' and '2')" in capsys.readouterr().err
+    for command in (["inspect", "x"], ["leaderboard", str(recipe)], ["make", str(recipe), str(tmp_path / "o")]):
+        assert cli.main([*command, "--member", "a=b", "a=c"]) == 2
+        assert "--member has 'a' twice ('b' and 'c')" in capsys.readouterr().err
+    for text in ('{"pretrained": "x", "method": "gac", "method": "eva"}', "pretrained=x,method=gac,method=eva"):
+        with pytest.raises(ConfigError, match="--model_args has the key 'method' twice"):
+            DeepenLM.create_from_arg_string(text)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "0", "x", "1.5"])
+def test_numbers_on_the_command_line(number, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("members: [a]\n")
+    for command in (
+        ["leaderboard", str(recipe), "--limit"], ["bpb", "x", "--limit"], ["tune", "x", "--limit"], ["demo", "--limit"],
+        ["inspect", "x", "--memory"], ["inspect", "x", "--batch-size"], ["inspect", "x", "--bandwidth"],
+        ["tune", "x", "--num-fewshot"], ["tune", "x", "--weight-step"], ["tune", "x", "--learning-rates"],
+        ["gate", "--baseline", "a", "--candidate", "b", "--alpha"], ["compare", "a", "b", "--alpha"],
+    ):  # fmt: skip
+        if (number == "1.5" and command[-1] in FRACTIONS) or (number == "0" and command[-1] == "--num-fewshot"):
+            continue
+        try:
+            status = cli.main([*command, number])
+        except SystemExit as stop:  # what the argument parser refuses by itself
+            status = stop.code
+        assert status == 2 and command[-1] in capsys.readouterr().err
+
+
+FRACTIONS = ("--memory", "--bandwidth", "--weight-step", "--learning-rates")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.storage import read_json
 
 DIFFERENCES = ("architectures differ", "vocabularies differ")
 # What decides the tensors of a model, by the names that configurations have for it.
@@ -89,12 +89,12 @@ def read_config(name: str, place: str) -> dict[str, Any]:
     """
     path = _fetched(name, place, "config.json")
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+        return {**found, **(found.get("text_config") or {})} | {"architectures": found.get("architectures")}
+    except (StorageError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"model {name!r}: {path} cannot be read ({error}); give a folder with a model, or a hub name"
+            f"model {name!r}: {path} is no configuration ({error}); give a model's folder, or a hub name"
         ) from error
-    return {**found, **found.get("text_config", {})} | {"architectures": found.get("architectures")}
 
 
 def spelt_out(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,10 +112,13 @@ def _pieces(place: str) -> dict[str, int]:
     path = Path(place) / "tokenizer.json"
     if not path.is_file():
         return {}
-    raw = json.loads(path.read_text("utf-8"))
-    vocab = raw["model"].get("vocab", {})
-    listed = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
-    return {**dict(listed), **{added["content"]: added["id"] for added in raw.get("added_tokens", ())}}
+    try:
+        raw = read_json(path)
+        vocab = raw["model"].get("vocab", {})
+        listed = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+        return {**dict(listed), **{added["content"]: added["id"] for added in raw.get("added_tokens", ())}}
+    except (StorageError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no tokenizer ({error}); fetch the model again") from error
 
 
 def _fetched(name: str, place: str, file: str) -> Path:

@@ -11,7 +11,8 @@ from typing import Any
 
 from lm_eval_deepen.engine.prompting import require_text
 from lm_eval_deepen.engine.reading import Document
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import RequestError, StorageError
+from lm_eval_deepen.storage import read_text
 
 
 def default_text() -> Path:
@@ -31,11 +32,11 @@ def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> lis
     found: list[Document] = []
     for path in map(Path, paths):
         try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+        except StorageError as error:
             raise RequestError(f"text file {path} cannot be read ({error}). Give UTF-8 text or JSON lines.") from error
         if path.suffix == ".jsonl":
-            documents = [_from_json(line, path, n) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+            documents = [_from_json(line, path, n) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         else:
             documents = [Document(part.strip()) for part in re.split(r"\n\s*\n", content) if part.strip()]
         if not documents:
@@ -47,7 +48,7 @@ def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> lis
 def _from_json(line: str, path: Path, number: int) -> Document:
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
         raise RequestError(f"{path}, line {number}, is not JSON: {error}.") from error
     text, context = (entry.get("text"), entry.get("context", "")) if isinstance(entry, dict) else (None, "")
     if not isinstance(text, str) or not text.strip() or not isinstance(context, str):

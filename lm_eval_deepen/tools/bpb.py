@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.storage import check_place, write_json
+from lm_eval_deepen.tools.arguments import count
 from lm_eval_deepen.tools.build import add_ensemble
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dev", nargs="+", metavar="FILE",
         help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lm_eval_deepen.yaml_reading import parse_json
+from lm_eval_deepen.yaml_reading import parse_json, refuse_repeated
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
 
@@ -60,5 +60,6 @@ def parse_ensemble(text: str) -> dict[str, Any]:
     if "=" in text:
         from lm_eval.utils import simple_parse_args_string
 
+        refuse_repeated(text, "the ensemble")
         return simple_parse_args_string(text)
     return {"pretrained": text}

@@ -15,6 +15,7 @@ from typing import Any
 
 from lm_eval_deepen import _registration
 from lm_eval_deepen.storage import make_folder, write_text
+from lm_eval_deepen.tools.arguments import count
 from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.tools.paths import data_folder
 from lm_eval_deepen.tools.table import Row, read_cells, render
@@ -46,7 +47,7 @@ class System:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's own arguments."""
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items of each task only")
+    parser.add_argument("--limit", type=count, metavar="N", help="evaluate the first N items of each task only")
     parser.add_argument(
         "--output", type=Path, default=Path("results/demo"), metavar="DIR", help="result files (%(default)s)"
     )

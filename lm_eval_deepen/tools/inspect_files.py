@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import MemberError, StorageError
+from lm_eval_deepen.storage import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +164,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         tensors, why_not = _remote_headers(member)
     return ModelFiles(
         folder=folder if here else None,
-        config=config.get("text_config") or config,
+        config=text if isinstance(text := config.get("text_config"), dict) and text else config,
         generation=_read(generation, member) if generation is not None and generation.is_file() else {},
         tensors=tensors,
         why_not=why_not,
@@ -187,14 +188,14 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise MemberError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
 
 
 def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except StorageError as error:
         raise MemberError(
             f"member {member.name!r}: {path} cannot be read ({error}). Give a folder with a model, or a hub name."
         ) from error

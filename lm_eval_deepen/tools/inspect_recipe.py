@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, DeepenError
+from lm_eval_deepen.tools.arguments import pairs
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
@@ -34,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
     parser.add_argument(
-        "--memory", type=float, metavar="GB", help="of each device, to plan for another machine (default: what is free)"
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="of each device, to plan for another machine (default: what is free)",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="texts decoded together (default: the recipe's)")
     parser.add_argument("--no-tasks", action="store_true", help="leave the recipe's tasks alone: no cost, no data")
@@ -109,15 +114,14 @@ def inspect(args: argparse.Namespace) -> Report:
     """
     from lm_eval_deepen.tools.recipes import find_recipe
 
-    pairs = [given.partition("=") for given in args.member]
-    if wrong := [given for given, (name, _, where) in zip(args.member, pairs, strict=True) if not (name and where)]:
-        raise ConfigError(f"--member takes NAME=WHERE; got {wrong[0]!r}")
-    if min(args.bandwidth, args.tflops, 1 if args.memory is None else args.memory, args.batch_size or 1) <= 0:
-        raise ConfigError("--memory, --batch-size, --bandwidth and --tflops must be positive")
+    members = pairs(args.member, "--member", "NAME=WHERE")
+    numbers = (args.bandwidth, args.tflops, args.memory, args.batch_size)
+    if not all(0 < number < math.inf for number in numbers if number is not None):
+        raise ConfigError("--memory, --batch-size, --bandwidth and --tflops must be positive, and finite")
     report = Report()
     try:
         report.recipe = find_recipe(args.recipe)
-        report.config = report.recipe.configure({name: where for name, _, where in pairs})
+        report.config = report.recipe.configure(members)
     except ConfigError as error:
         report.problems.append(str(error))
         return report

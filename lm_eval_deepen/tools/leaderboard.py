@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.tools.arguments import pairs
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -83,13 +85,11 @@ def adjusted(args: argparse.Namespace) -> Recipe:
     """Return the recipe with what the command line changes."""
     from lm_eval_deepen.leaderboard.recipe import read_recipe
 
-    pairs = [given.partition("=") for given in args.member]
-    if wrong := [given for given, (name, _, where) in zip(args.member, pairs, strict=True) if not (name and where)]:
-        raise ConfigError(f"--member takes NAME=WHERE; got {wrong[0]!r}")
-    recipe = read_recipe(args.recipe, {name: where for name, _, where in pairs}, _metadata(args.metadata))
+    if args.limit is not None and (not 0 < args.limit < math.inf or (args.limit > 1 and args.limit % 1)):
+        raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
+    members = pairs(args.member, "--member", "NAME=WHERE")
+    recipe = read_recipe(args.recipe, members, _metadata(args.metadata))
     if args.limit is not None:
-        if args.limit <= 0 or (args.limit > 1 and args.limit % 1):
-            raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
         limit = args.limit if args.limit < 1 else int(args.limit)
         tasks = tuple(dataclasses.replace(spec, limit=limit) for spec in recipe.tasks)
         recipe = dataclasses.replace(recipe, tasks=tasks)

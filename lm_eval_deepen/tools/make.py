@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.tools.arguments import pairs
 
 HELP = (
     "Build a model from other models, as a recipe says: merge weights (merge_method: a configuration of mergekit), "
@@ -36,28 +35,15 @@ def run(args: argparse.Namespace) -> int:
     """Build the model and say what it is."""
     from lm_eval_deepen.building import build, read_build
 
-    changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE")}
+    members = pairs(args.member, "--member", "NAME=WHERE")
+    changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE").items()}
     recipe = read_build(args.recipe, changes)
-    members = dict(pairs(args.member, "--member", "NAME=WHERE"))
     found = build(recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True))
     tokens = sum(found["trained"].values())
     print(f"{args.out}: {found['method']} of {', '.join(found['models'])}, seed {found['seed']}")
     print(f"  weights {found['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
     print(f"  {found['bits_per_byte']['value']:.4f} bits per byte of {found['bits_per_byte']['text']}")
     return 0
-
-
-def pairs(given: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:
-    """Return names and values of arguments like ``NAME=WHERE``.
-
-    Raises:
-        ConfigError: one of another form.
-    """
-    found = [text.partition("=") for text in given]
-    for text, (name, _, value) in zip(given, found, strict=True):
-        if not (name and value):
-            raise ConfigError(f"{option} takes {form}; got {text!r}")
-    return [(name, value) for name, _, value in found]
 
 
 def _value(key: str, text: str) -> Any:

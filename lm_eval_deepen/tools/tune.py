@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tools import tune_score
+from lm_eval_deepen.tools.arguments import count
 from lm_eval_deepen.tools.build import add_ensemble
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", nargs="+", metavar="FILE",
         help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
     parser.add_argument(
         "--spaces", choices=["bytes", "all"], default="bytes",
         help="bytes: spaces made from bytes alone; all: those from embeddings too, whose matrices take minutes to "

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_text
-from lm_eval_deepen.yaml_reading import parse_json
+from lm_eval_deepen.tools.arguments import natural, positive
+from lm_eval_deepen.yaml_reading import parse_json, refuse_repeated
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")
     group.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks")
-    group.add_argument("--num-fewshot", "--num_fewshot", type=int, metavar="N", help="instead of the tasks' own")
+    group.add_argument("--num-fewshot", "--num_fewshot", type=natural, metavar="N", help="instead of the tasks' own")
     group.add_argument(
         "--gen-kwargs", "--gen_kwargs", metavar="KEY=VALUE,...", help="generation arguments over the tasks' own"
     )
@@ -41,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt), nothing else; "
         "keep: as they are; both: the best of all these (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--weight-step", type=float, default=0.1, metavar="W", help="of the grid (default: %(default)s)")
     group.add_argument(
-        "--learning-rates", nargs="+", type=float, metavar="LR",
+        "--weight-step", type=positive, default=0.1, metavar="W", help="of the grid (default: %(default)s)"
+    )
+    group.add_argument(
+        "--learning-rates", nargs="+", type=positive, metavar="LR",
         help="to try, where the inverse takes one (default: 0.05 to 0.3)",
     )  # fmt: skip
 
@@ -103,6 +106,7 @@ def _spec(args: argparse.Namespace, task: str, split: str | None) -> Any:
 
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
 
+    refuse_repeated(args.gen_kwargs or "", "--gen-kwargs")
     given = simple_parse_args_string(args.gen_kwargs)
     limit = args.limit if split else None  # whatever is evaluated must be disjoint, all of it
     return TaskSpec(task, limit=limit, num_fewshot=args.num_fewshot, gen_kwargs=given, split=split)
