@@ -303,6 +303,26 @@ def remove_folder(path: Path) -> None:
             shutil.rmtree(path)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that is none, or that cannot be made; nothing is made. One that is only read is none of these.
+
+    Raises:
+        StorageError: as it says.
+    """
+    place = Path(os.path.abspath(path))
+    with _explained(path, "used"):
+        for folder in (place, *place.parents):
+            try:
+                is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+            except FileNotFoundError:
+                continue
+            if not is_folder:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if folder != place and not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+
+
 @contextlib.contextmanager
 def working_folder(parent: Path, prefix: str, sole: bool = False) -> Iterator[Path]:
     """Give an empty folder that is removed at the end, whatever happens.

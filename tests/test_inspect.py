@@ -334,3 +334,22 @@ def test_the_demo_pair_is_ready_and_its_published_space_is_flat(capsys: pytest.C
     status, found = report(capsys, "smollm2_gemma3", "--no-tasks", "--member", *pair)
     assert status == 0 and 40_000 < found["anchors"] < 50_000
     assert [member["vocabulary"]["logits"] for member in found["members"]] == [49_152, 262_144]
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "file/matrices"])
+def test_a_matrix_folder_that_cannot_be_is_a_problem(pico, tmp_path, capsys, folder):
+    (tmp_path / "file").write_text("")
+    members = f"members={pico['bytelevel']}+{pico['metaspace']},matrix_dir={tmp_path / folder}"
+    assert main(["inspect", members, "--no-tasks"]) == 1
+    told = capsys.readouterr().out
+    assert "1. Matrix folder" in told and "cannot be used" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_that_were_cut_are_a_problem(pico, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    shutil.copytree(pico["metaspace"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["inspect", f"members={pico['bytelevel']}+{folder},method=gac", "--no-tasks"]) == 1
+    assert "model.safetensors is no complete safetensors file" in capsys.readouterr().out

@@ -325,7 +325,7 @@ def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
 WRITES = set(
     "write_text write_bytes touch mkdir makedirs unlink rmdir removedirs rename replace rmtree move copy copy2 "
     "copyfile copytree save_file savez tofile to_csv savefig NamedTemporaryFile TemporaryDirectory mkstemp mkdtemp "
-    "FileLock SoftFileLock truncate symlink symlink_to link hardlink_to chmod fdopen".split()
+    "FileLock SoftFileLock truncate symlink symlink_to link hardlink_to fdopen".split()
 )
 OF_MODULES = {"os", "shutil", "tempfile", "json", "pickle", "torch", "np", "numpy", "yaml", "fcntl", "safetensors"}
 HARMLESS = {"replace", "copy", "rename", "move", "link", "truncate"}  # texts, tensors and dataclasses have these, too
@@ -372,3 +372,26 @@ def test_the_search_for_writes_finds_them():
         assert list(writing_calls(ast.parse(text))), text
     for text in ("a.replace('x', 'y')", "dataclasses.replace(a)", "open(p)", "open(p, 'rb')", "write_text(p, 'x')"):
         assert not list(writing_calls(ast.parse(text))), text
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    places = {"file": "Not a directory", "file/x": "Not a directory", "x" * 300: "File name too long"}
+    for name, why in places.items():
+        place = tmp_path / name
+        with pytest.raises(StorageError, match=f"cannot be used .*{why}"):
+            storage.check_folder(place)
+    storage.check_folder(tmp_path)
+    storage.check_folder(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_is_checked_before_the_work(tmp_path):
+    places = {".": "Is a directory", "/dev/null/x": "Not a directory|File exists", "x" * 300: "File name too long"}
+    for name, why in places.items():
+        place = tmp_path / name
+        with pytest.raises(StorageError, match=f"cannot be written .*({why})"):
+            storage.check_place(place)
+    storage.check_place(tmp_path / "a" / "b")
+    storage.check_place(Path("/dev/stdout"))
+    assert (tmp_path / "a").is_dir() and not (tmp_path / "a" / "b").exists()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.storage import check_folder
 from lm_eval_deepen.tools.inspect_members import Inspected
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def plan_matrices(
     Whatever would stop the method from being built is added to `problems`; how flat rows are, to `notes`.
     """
     from lm_eval_deepen.fusion import methods
+    from lm_eval_deepen.relative.store import MatrixStore, explained
 
     method = methods()[config.method].options(**config.options_dict())
     if any(member.codec is None for member in members):
@@ -106,6 +108,12 @@ def plan_matrices(
         return None, []
     if anchors is None or not hasattr(method, "matrix_spec"):
         return None if anchors is None else len(anchors), []
+    try:
+        folder = MatrixStore(config.matrix_dir).folder
+        with explained(folder):
+            check_folder(folder)
+    except DeepenError as error:
+        problems.append(str(error))
     spec = method.matrix_spec()
     plans = [_plan(member, anchors, spec, problems, notes) for member in members]
     return len(anchors), plans

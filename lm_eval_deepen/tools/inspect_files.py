@@ -183,6 +183,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             if length > os.path.getsize(path):
                 raise ValueError(f"a header of {length} bytes in a shorter file")
             header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            if 8 + length + max(ends, default=0) != os.path.getsize(path):
+                raise ValueError(f"{os.path.getsize(path)} bytes, of {8 + length + max(ends, default=0)}")
         return {
             name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()
