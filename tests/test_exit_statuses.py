@@ -192,9 +192,11 @@ def test_a_terminal_that_is_full_closed_gone_or_of_another_encoding(pair):
     assert run(*command, redirect=">&-").returncode == 0
     deaf = run(*command, redirect="2> /dev/full")
     assert deaf.returncode == 0 and deaf.stdout.startswith(b"PASS")
-    told = run("compare", *pair, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
-    assert told.returncode == 0 and b"+/-" in told.stdout and told.stderr == b""
-    assert "±" in run("compare", *pair, PYTHONIOENCODING="utf-8").stdout.decode()
+    named = ("compare", *pair, "--names", "a±▲", "ü")
+    assert run(*named, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C").returncode == 0
+    told = run(*named, PYTHONIOENCODING="ascii")
+    assert told.returncode == 0 and b"a+/-^" in told.stdout and b"\\xfc" in told.stdout and told.stderr == b""
+    assert "a±▲" in run(*named, PYTHONIOENCODING="utf-8").stdout.decode()
     assert run("--help", redirect="> /dev/full").returncode == 2
 
 
