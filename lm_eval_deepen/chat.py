@@ -16,12 +16,15 @@ class ChatPrompt(str):
         add_generation_prompt: whether an assistant turn is opened at the end; otherwise the last message goes on.
         appended: text put after the rendering.
         trimmed: whether spaces at the end are left to the continuation, in every member's rendering.
+        failure: why some member's template cannot render the conversation; empty where all can. The request has no
+            answer then.
     """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     appended: str
     trimmed: bool
+    failure: str
 
     def __new__(
         cls,
@@ -30,24 +33,26 @@ class ChatPrompt(str):
         add_generation_prompt: bool,
         appended: str = "",
         trimmed: bool = False,
+        failure: str = "",
     ) -> ChatPrompt:
         """Attach a conversation to its rendering."""
         prompt = super().__new__(cls, text)
         prompt.messages = messages
         prompt.add_generation_prompt = add_generation_prompt
-        prompt.appended, prompt.trimmed = appended, trimmed
+        prompt.appended, prompt.trimmed, prompt.failure = appended, trimmed, failure
         return prompt
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Give pickle what `__new__` needs."""
-        return str(self), self.messages, self.add_generation_prompt, self.appended, self.trimmed
+        return str(self), self.messages, self.add_generation_prompt, self.appended, self.trimmed, self.failure
 
     def __add__(self, text: str) -> ChatPrompt:
         """Return the conversation with `text` after it; every member appends it to its own rendering."""
         if not isinstance(text, str):
             return NotImplemented
         appended = self.appended + str(text)
-        return ChatPrompt(str(self) + str(text), self.messages, self.add_generation_prompt, appended)
+        whole = str(self) + str(text)
+        return ChatPrompt(whole, self.messages, self.add_generation_prompt, appended, failure=self.failure)
 
     @property
     def continued(self) -> bool:
@@ -57,7 +62,7 @@ class ChatPrompt(str):
     def split_spaces(self) -> tuple[ChatPrompt, str]:
         """Return the conversation without the spaces at its end, and these spaces."""
         text = self.rstrip()
-        prompt = ChatPrompt(text, self.messages, self.add_generation_prompt, self.appended, trimmed=True)
+        prompt = ChatPrompt(text, self.messages, self.add_generation_prompt, self.appended, True, self.failure)
         return prompt, str(self)[len(text) :]
 
     def rendered(self, text: str) -> str:

@@ -35,6 +35,10 @@ class WindowError(RequestError):
     """A text that does not fit into a member's context."""
 
 
+class RenderError(MemberError, RequestError):
+    """A conversation that a member's chat template cannot render."""
+
+
 class SpellingError(VocabularyError, RequestError):
     """A text that a tokenizer cannot spell: at load the tokenizer's fault, later no more than the request's."""
 

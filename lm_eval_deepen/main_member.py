@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -12,7 +13,8 @@ from lm_eval_deepen.caches import rendering_digest
 from lm_eval_deepen.chat import ChatPrompt
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import MemberError, RenderError
+from lm_eval_deepen.member import Member
 
 
 class MainMemberView(TemplateLM):
@@ -88,16 +90,22 @@ class MainMemberView(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation by the main member's template, and keep it for the other members' own.
 
-        A system message that the templates of all members leave out is left out, as in ``hf``.
+        A system message that the templates of all members leave out is left out, as in ``hf``. A conversation that some
+        template cannot render is the request's fault, which is told with its document when it is asked for.
 
         Raises:
-            MemberError: a member that cannot render it, or that would be the only one without its system message.
+            MemberError: a member that cannot render any conversation, or that would be the only one without its system
+                message.
         """
         messages = copy.deepcopy(chat_history)
         fallback = self.ensemble_config.chat_fallback
         # Every member renders now, so that one that cannot fails before anything is computed.
         members = self.ensemble.active if self.ensemble_config.pooling is None else self.ensemble.members
-        texts = [member.render(messages, add_generation_prompt, fallback) for member in members]
+        try:
+            texts = [member.render(messages, add_generation_prompt, fallback) for member in members]
+        except RenderError as error:
+            self._require_template(members, error)
+            return ChatPrompt(str(messages), messages, add_generation_prompt, failure=str(error))
         if len(members) > 1 and any(message.get("role") == "system" for message in messages):
             without = [m.name for m in members if m.drops_system(messages, add_generation_prompt, fallback)]
             if 0 < len(without) < len(members):
@@ -111,6 +119,14 @@ class MainMemberView(TemplateLM):
             if without:
                 messages = [message for message in messages if message.get("role") != "system"]
         return ChatPrompt(texts[0], messages, add_generation_prompt)
+
+    def _require_template(self, members: Sequence[Member], error: RenderError) -> None:
+        """Raise an error where it is the template's own: that of a member that cannot render a greeting, either."""
+        for member in members:
+            try:
+                member.render([{"role": "user", "content": "Hello"}], True, self.ensemble_config.chat_fallback)
+            except RenderError:
+                raise error from None
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the main member's template, for the results file, as ``hf`` does."""

@@ -128,7 +128,7 @@ class Pool:
         return [replace(request, arguments=args) for request, args in zip(requests, rendered, strict=True)]
 
     def _render(self, m: int, context: str) -> str:
-        if not isinstance(context, ChatPrompt):
+        if not isinstance(context, ChatPrompt) or context.failure:
             return context
         text = self.members[m].render(context.messages, context.add_generation_prompt, self.fallback)
         return context.rendered(text)

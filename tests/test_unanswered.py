@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_deepen import answering, unanswered
 from lm_eval_deepen.engine.reading import Document, Reading
 from lm_eval_deepen.engine.texts import load_documents
-from lm_eval_deepen.errors import RequestError, UnansweredError
+from lm_eval_deepen.errors import MemberError, RequestError, UnansweredError
 from lm_eval_deepen.unanswered import SHOWN, Unanswered, error_of
 
 HALF = "\ud83d"  # of a smile
@@ -95,6 +97,35 @@ def test_a_conversation_with_half_a_character_is_set_aside(paths, tmp_path):
     for context in (chat, hidden):
         with pytest.raises(UnansweredError, match="lone surrogate U.D83D"):
             pair.generate_until(requests("generate_until", (context, GREEDY)))
+
+
+STRICT = (
+    "{% for m in messages %}{% if 'forbidden' in m['content'] %}{{ raise_exception('not this') }}{% endif %}"
+    "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("pooling", [None, "mbr"])
+def test_a_conversation_that_one_template_refuses_stops_no_other(paths, tmp_path, pooling):
+    """The harness renders all of them before it asks for any; one template that refuses all is an error at once."""
+    folder = tmp_path / "strict"
+    shutil.copytree(paths[1], folder)
+    (folder / "chat_template.jinja").write_text(STRICT)
+    for order in ((paths[0], folder), (folder, paths[0])):
+        model = deepen(*order, matrix_dir=str(tmp_path), pooling=pooling)
+        talks = [[{"role": "user", "content": text}] for text in ("The fox", "the forbidden fox", "Sofia")]
+        chats = [model.apply_chat_template(talk) + " Well," for talk in talks]
+        batch = requests("generate_until", *((chat, GREEDY) for chat in pickle.loads(pickle.dumps(chats))))
+        with pytest.raises(UnansweredError) as caught:
+            model.generate_until(batch)
+        (request,) = caught.value.requests
+        name = f"m{order.index(folder)}"
+        assert request.document == 1 and f"member '{name}': its chat template cannot render" in request.reason
+        assert "not this" in request.reason
+        assert model.generate_until(batch[::2])
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with pytest.raises(MemberError, match="cannot render a conversation of user: TemplateError: never"):
+        deepen(paths[0], folder, matrix_dir=str(tmp_path)).apply_chat_template(talks[0])
 
 
 def test_faults_of_members_and_of_the_program_are_never_set_aside(paths, monkeypatch):

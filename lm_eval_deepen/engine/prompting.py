@@ -73,6 +73,8 @@ def require_text(value: object, what: str) -> None:
             f"{_short(value[max(0, error.start - 20) : error.start])}: half of a UTF-16 pair, which has no bytes and "
             "so no tokens. Mend the document, or the program that decoded it."
         ) from None
+    if isinstance(value, ChatPrompt) and value.failure:
+        raise RequestError(value.failure)
     if isinstance(value, ChatPrompt):  # what the main member's template leaves out, another one's may show
         for message in value.messages:
             for key, part in message.items():

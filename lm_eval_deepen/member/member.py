@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RequestError
+from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RenderError, RequestError
 from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.loading_check import (
     LONG,
@@ -232,14 +232,15 @@ class Member:
             fallback: what to do without a template: ``plain`` text, or an ``error``.
 
         Raises:
-            MemberError: there is no template, and the fallback is an error; or the template fails.
+            MemberError: there is no template, and the fallback is an error.
+            RenderError: the template fails.
         """
         if self.has_chat_template:
             try:
                 return self.lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
             except Exception as error:  # a template is a program
                 roles = ", ".join(str(message.get("role")) for message in messages)
-                raise MemberError(
+                raise RenderError(
                     f"member {self.name!r}: its chat template cannot render a conversation of {roles}: "
                     f"{type(error).__name__}: {' '.join(str(error).split())}. Change what the task says to it (system "
                     "message, few-shots as turns, gen_prefix), give the member a tokenizer with another template "
