@@ -236,3 +236,14 @@ def test_figures_without_a_member_that_has_no_room(ensemble):
         assert fused[first:].tolist() == pytest.approx(alone[first:].tolist(), abs=1e-4)
     assert examine(ensemble(("bytelevel", "metaspace"), (256, 8)).ensemble)["bits_per_byte"]["ensemble"] > 0
     assert examine(ensemble(("metaspace", "bytelevel"), (1, 64)).ensemble)["warnings"][-1]["code"] == "unmeasured"
+
+
+@pytest.mark.parametrize("weighting", [None, "bayes"])
+def test_a_member_that_sits_out_agrees_with_nobody_and_with_everybody(ensemble, weighting):
+    """The share of steps at which members agree is of those that take part."""
+    names, options = ("bytelevel", "bytelevel", "metaspace"), {} if weighting is None else {"weighting": weighting}
+    model = ensemble(names, (256, 256, 1), **options)
+    span = Prompter(model.ensemble).span("The quick brown", " fox jumps over the lazy dog.")
+    list(score(model.ensemble, [span], 512))
+    assert model.ensemble.trace.sat_out["m2"] == len(span.target)
+    assert model.get_model_info()["deepen"]["members_agree"] == 1  # the first two are the same model

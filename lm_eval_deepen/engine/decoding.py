@@ -198,7 +198,7 @@ class _Decoder:
         by_expert = None
         if ensemble.learns:
             by_expert = ensemble.fuse_by_expert(logp, present)
-            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts))
+            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present)
         else:
             base = None
             if ensemble.reads_prompts:

@@ -287,18 +287,26 @@ class Ensemble:
                 fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], geometric)
             return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(geometric))
 
-    def mix(self, logp: Sequence[Tensor], rows: ExpertRows, log_posterior: Tensor) -> Tensor:
-        """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows."""
+    def mix(self, logp: Sequence[Tensor], rows: ExpertRows, log_posterior: Tensor, present: Tensor) -> Tensor:
+        """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows.
+
+        Args:
+            logp: one tensor per active member.
+            rows: what the experts made of them.
+            log_posterior: of the experts, for each row.
+            present: which members take part in each row [B, M] (bool).
+        """
         assert self.fuser is not None
         with torch.inference_mode():
             fused = rows.mixed(log_posterior.to(self.device))
         left = rows.left if isinstance(rows, SomeLeft) else torch.zeros(len(log_posterior), dtype=torch.bool)
         self.trace.record_skipped(int(left.sum()))
         if not bool(left.all()):
-            vocabs = [member.codec.vocab for member in self.members]
+            vocabs = [member.codec.vocab.events for member in self.members]
+            here = present if not bool(left.any()) else present[~left]
             own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
             result = fused.logp if not bool(left.any()) else fused.logp[~left]
-            self.trace.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats)
+            self.trace.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
         return fused.logp
 
     def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -333,7 +341,7 @@ class Ensemble:
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         fused = fuser.fuse(logp, weights)
         vocabs = [member.codec.vocab.events for member in self.members]
-        self.trace.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats)
+        self.trace.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0)
         return fused.logp
 
     def same_piece(self, a: int, b: int) -> bool:

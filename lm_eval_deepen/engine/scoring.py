@@ -143,7 +143,7 @@ def _score_round(
             ledger.note(by_expert, [row.readers for row in here])
             # Rows with the same prompts and paths have the same bytes before them, whoever reads them.
             log_posterior = torch.stack([ledger.before(*row.readers[0][:2]) for row in here])
-            _read(ensemble, ensemble.mix(logp, by_expert, log_posterior), here, result)
+            _read(ensemble, ensemble.mix(logp, by_expert, log_posterior, present), here, result)
         for own in passes:
             own.done(chunk)
     for ledger, result in zip(ledgers, results, strict=True):

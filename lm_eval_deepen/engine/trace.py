@@ -80,15 +80,27 @@ class Trace:
         fused: Tensor,
         out: ByteVocab,
         stats: dict[str, Tensor],
+        here: Tensor | None = None,
     ) -> None:
-        """Count fused rows [B, K] beside the members' own distributions [B, V_m]."""
+        """Count fused rows [B, K] beside the members' own distributions [B, V_m].
+
+        Args:
+            logp: the members'.
+            vocabs: their vocabularies.
+            fused: what was made of them.
+            out: its vocabulary.
+            stats: of the method, one value a row.
+            here: which members took part in each row [B, M] (bool); None for all. Others agree with nobody.
+        """
+        takes_part = [[True] * len(logp)] * len(fused) if here is None else here.tolist()
         own = [argmax(rows).tolist() for rows in logp]
         chosen = argmax(fused).tolist()
         self.rows["fused"] += len(chosen)
         for row, best in enumerate(chosen):
             pieces = [identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
             self.rows["argmax_changed"] += identity(out, best) != pieces[0]
-            self.rows["members_agree"] += len(set(pieces)) == 1
+            said = {piece for piece, took in zip(pieces, takes_part[row], strict=True) if took}
+            self.rows["members_agree"] += len(said) == 1
         if not stats or not chosen:
             return
         values = torch.stack(list(stats.values())).double()
