@@ -25,7 +25,7 @@ from spaces import KINDS, load, own, size, take
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.engine.reading import Reading, Variant, quiet
-from lm_eval_deepen.fusion import methods
+from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.fusion.deepen import Deepen, DeepenFuser
 from lm_eval_deepen.fusion.seam import Fuser
 from lm_eval_deepen.host import configure
@@ -108,7 +108,7 @@ def study(ensembles: Sequence[Ensemble], args: argparse.Namespace) -> Iterator[d
 def candidates(ensemble: Ensemble, further: dict[str, set[bytes]]) -> Iterator[tuple[str, int | None, str, Fuser]]:
     """The union of the members' pieces, then every anchor set in every byte space; one at a time in memory."""
     views = [view(member) for member in ensemble.members]
-    yield "union of pieces", None, "gac", methods()["gac"].options().build(views, MatrixStore(None))
+    yield "union of pieces", None, "gac", METHODS["gac"].options().build(views, MatrixStore(None))
     for name, anchors in anchor_sets(ensemble, further).items():
         for space, fuser in fusers(ensemble, anchors):
             yield name, len(anchors), space, fuser

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def ensemble_of(*models: str) -> Ensemble:
     """Two models, or one twice, with equal weights."""
     members = [{"name": f"{Path(model).name}-{k}", "pretrained": model} for k, model in enumerate(models)]
     config = configure({"pretrained": models[0], "members": members})
-    return Ensemble.load(replace(config, self_check=False), "cpu")
+    return Ensemble.load(config.replace(self_check=False), "cpu")
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def grid(members: int) -> Experts:
 
 def measure_own(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     """What the main member alone gives to the tokens, at every temperature."""
-    reading = Reading.of(replace(ensemble, config=replace(ensemble.config, covers="off")), found, members=1)
+    reading = Reading.of(replace(ensemble, config=ensemble.config.replace(covers="off")), found, members=1)
     return {
         "bytes": torch.tensor([document.num_bytes for document in found]),
         "owner": torch.tensor([position.document for position in reading.positions]),

@@ -183,7 +183,7 @@ def defaults(ensembles, args) -> Iterator[dict[str, Any]]:
                 continue
             fusers, test = stages.Fusers(ensemble), load(ensemble, args.out, kind, "test", k)
             averages = ("linear", "geometric")
-            points = [stages.FrozenDict({**ensemble.config.options, "average": average}) for average in averages]
+            points = [stages.FrozenDict({**ensemble.config.options_dict(), "average": average}) for average in averages]
             variants = [fusers.variant(stages.Candidate(point, (0.5, 0.5), (1.0, 1.0))) for point in points]
             bits = zip(averages, test.bits(test.logp(variants)), strict=True)
             found = {average: str(compare(each, alone[best])) for average, each in bits}
@@ -203,7 +203,7 @@ def spaces(ensembles, args) -> Iterator[dict[str, Any]]:
             test = take(load(ensemble, args.out, kind, "test", k), 4)
             points = {}
             for name, options in SPACES.items():
-                at = stages.FrozenDict({**config.options, **stages.FREE, **options})
+                at = stages.FrozenDict({**config.options_dict(), **stages.FREE, **options})
                 grid = [0.5] if options.get("support") == "full" and options["rows"] == "embedding" else [0.2, 0.5, 0.8]
                 points[name] = [stages.Candidate(at, (1 - w, w), TEMPERATURES) for w in grid]
             flat = [point for found in points.values() for point in found]
@@ -228,7 +228,7 @@ def solvers(ensembles, args) -> Iterator[dict[str, Any]]:
             ("mirror", n, r) for n in (3, 5, 10) for r in (1.4, 1.7, 2.0)
         ] + [("adamw", 5, 0.15), ("adamw", 10, 0.15), ("adamw", 10, 0.5)]:  # fmt: skip
             changes = {**EMBEDDING, "inverse": inverse, "steps": steps, "learning_rate": rate}
-            options = stages.FrozenDict({**ensemble.config.options, **changes})
+            options = stages.FrozenDict({**ensemble.config.options_dict(), **changes})
             candidate = stages.Candidate(options, (0.5, 0.5), (1.0, 1.0))
             variant = stages.Fusers(ensemble).variant(candidate)
             _, raw, _, present, _ = next(reading._chunks())

@@ -3,16 +3,103 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 
 class DeepenError(ValueError):
     """Base of every error this package raises on purpose."""
 
+    def within(self, where: str) -> DeepenError:
+        """Return the same error with the place in front where it was found: a file, a row."""
+        return type(self)(f"{where}: {self}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what a person wrote.
+
+    Attributes:
+        message: what is wrong, what was got, and the remedy, in one line.
+        key: the key it is about, as ``weights`` or ``members[1].temperature``; empty where it is about none.
+        code: ``unknown_key``, ``missing``, ``value``, ``unknown_name`` or ``conflict``; empty for anything else.
+        where: the places it was found in, the outermost first: a file, a row.
+    """
+
+    message: str
+    key: str = ""
+    code: str = ""
+    where: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say where and what, in one line."""
+        return ": ".join((*self.where, self.message))
+
 
 class ConfigError(DeepenError):
-    """An ensemble configuration that cannot be honoured."""
+    """A configuration that cannot be honoured, with everything that is wrong with it.
+
+    Attributes:
+        problems: one or more.
+    """
+
+    def __init__(self, *problems: str | Problem, key: str = "", code: str = "") -> None:
+        """Take problems, or messages about the key `key`."""
+        self.problems = tuple(Problem(one, key, code) if isinstance(one, str) else one for one in problems)
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        """Say what is wrong: one line for each problem, and where they all are, once."""
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        shared = tuple(os.path.commonprefix([list(problem.where) for problem in self.problems]))
+        lines = [str(replace(problem, where=problem.where[len(shared) :])) for problem in self.problems]
+        return "\n  ".join([": ".join((*shared, f"{len(lines)} errors:")), *lines])
+
+    def within(self, where: str) -> ConfigError:
+        """Return the error with the place in front where its problems were found."""
+        return ConfigError(*(replace(problem, where=(where, *problem.where)) for problem in self.problems))
+
+    def beneath(self, key: str) -> ConfigError:
+        """Return the error with its keys as they are beneath another key."""
+        return ConfigError(*(replace(one, key=f"{key}.{one.key}".rstrip(".")) for one in self.problems))
+
+
+@contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Put where it happened in front of an error of ours that is raised inside."""
+    try:
+        yield
+    except DeepenError as error:
+        raise error.within(where) from error
+
+
+class Problems:
+    """Collects what is wrong with a configuration, so that a person is told all of it at once."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.found: list[Problem] = []
+
+    @contextmanager
+    def collected(self, where: str = "") -> Iterator[None]:
+        """Keep a ConfigError that is raised inside, and go on after it."""
+        try:
+            yield
+        except ConfigError as error:
+            self.found += (error.within(where) if where else error).problems
+
+    def add(self, message: str, key: str = "", code: str = "") -> None:
+        """Add one."""
+        self.found.append(Problem(message, key, code))
+
+    def refuse(self) -> None:
+        """Raise ConfigError where there are any."""
+        if self.found:
+            raise ConfigError(*self.found)
 
 
 class VocabularyError(DeepenError):

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -13,23 +14,24 @@ from lm_eval.api.model import CacheHook
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from tqdm import tqdm
 
-from lm_eval_deepen import pooling, weighting
 from lm_eval_deepen.answering import Answering
 from lm_eval_deepen.caches import claim, keep, settling
-from lm_eval_deepen.config import EnsembleConfig, parse_config
+from lm_eval_deepen.config import Catalogue, EnsembleConfig, parse_config
 from lm_eval_deepen.distributed import Ranks, shared
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.checks import examine
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
-from lm_eval_deepen.fusion import option_classes
+from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.interrupts import tell_interrupts
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.member import loading_keys
 from lm_eval_deepen.pooled import Pool
+from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.unanswered import SetAside, Unanswered, attempt, complete, unanswered
+from lm_eval_deepen.weighting import WEIGHTINGS
 from lm_eval_deepen.yaml_reading import parse_json, refuse_repeated
 
 if TYPE_CHECKING:
@@ -43,19 +45,19 @@ COMMAND_LINE_DEVICE = {field.name: field.default for field in fields(EvaluatorCo
 AUTO_BATCH_TOKENS = 16_384  # `batch_size: auto` packs about this many tokens
 
 
+@cache
+def catalogue() -> Catalogue:
+    """Return what ensembles can be made of."""
+    return Catalogue(loading_keys(), {"method": METHODS, "weighting": WEIGHTINGS, "pooling": POOLINGS})
+
+
 def configure(arguments: dict[str, Any]) -> EnsembleConfig:
     """Return the configuration for `arguments` as the harness hands them over.
 
     Raises:
         ConfigError: an argument that cannot be honoured.
     """
-    return parse_config(
-        arguments,
-        loading_keys=loading_keys(),
-        methods=option_classes(),
-        weightings=weighting.option_classes(),
-        poolings=pooling.option_classes(),
-    )
+    return parse_config(arguments, catalogue())
 
 
 class DeepenLM(Answering):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.answering import Answering, Answers
 from lm_eval_deepen.chat import ChatPrompt
-from lm_eval_deepen.config import EnsembleConfig, FrozenDict
+from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.pooling import poolings
 from lm_eval_deepen.pooling.seam import Scored, check_request, fused_takes_part
 from lm_eval_deepen.unanswered import SetAside
 
@@ -22,16 +21,8 @@ AT_ONCE = 64  # requests; a kill loses the answers of at most so many
 
 def alone(config: EnsembleConfig) -> list[EnsembleConfig]:
     """Return the configuration of every member as an ensemble of one."""
-    plain = replace(
-        config,
-        weighting=None,
-        weighting_options=FrozenDict(),
-        weights_change=False,
-        weights_computed=False,
-        pooling=None,
-        pooling_options=FrozenDict(),
-    )
-    return [replace(plain, members=(replace(member, weight=1.0),)) for member in config.members]
+    plain = config.replace(weighting_options=None, pooling_options=None)
+    return [plain.replace(members=(member.replace(weight=1.0),)) for member in config.members]
 
 
 class Pool:
@@ -52,9 +43,8 @@ class Pool:
             members: the loaded members.
             around: builds a model around loaded members.
         """
-        assert config.pooling is not None
-        self.name = config.pooling
-        self.method = poolings()[self.name].options(**config.pooling_options)
+        self.method = config.pooling_options
+        self.name = self.method.NAME
         self.weights = list(config.weights)
         self.answerers = [around(own, [member]) for own, member in zip(alone(config), members, strict=True)]
         self.members = list(members)

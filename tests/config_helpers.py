@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+from pydantic import Field
 
-from lm_eval_deepen.config import EnsembleConfig, parse_config
+from lm_eval_deepen.config import Catalogue, EnsembleConfig, Options, Registry, parse_config
 from lm_eval_deepen.errors import ConfigError
 
 LOADING = {
@@ -35,13 +35,12 @@ LOADING = {
 }
 
 
-@dataclass(frozen=True)
-class Alpha:
+class Alpha(Options):
     """A fake method with every kind of option."""
 
     inverse: Literal["em", "adamw"] = "em"
     learning_rate: float = 0.15
-    steps: int = 5
+    steps: int = Field(5, ge=1)
     support: int | Literal["full"] = 64
     max_anchors: int | None = None
     end_anchor: bool = True
@@ -50,24 +49,31 @@ class Alpha:
         "reference": {"inverse": "adamw", "end_anchor": False, "support": "full", "learning_rate": 0.15}
     }
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be 1 or more; got {self.steps}")
 
-
-@dataclass(frozen=True)
-class Beta:
+class Beta(Options):
     """A fake method without profiles and with an option of its own."""
 
     threshold: float | None = None
     steps: int = 1
 
 
-METHODS = {"deepen": Alpha, "gac": Beta}
+def registry(kind: str, **options: type[Options]) -> Registry:
+    found = Registry(kind)
+    for name, cls in options.items():
+        found.register(name)(cls)
+    return found
+
+
+METHODS = registry("method", deepen=Alpha, gac=Beta)
+NONE = {"weighting": Registry("weighting"), "pooling": Registry("pooling")}
+
+
+def catalogue(loading: Iterable[str] = LOADING, **kinds: Registry) -> Catalogue:
+    return Catalogue(frozenset(loading), {"method": METHODS, **NONE, **kinds})
 
 
 def parse(raw: Mapping[str, Any] | None = None, /, **keys: Any) -> EnsembleConfig:
-    return parse_config({**(raw or {}), **keys}, loading_keys=LOADING, methods=METHODS)
+    return parse_config({**(raw or {}), **keys}, catalogue())
 
 
 def refuse(match: str, raw: Mapping[str, Any] | None = None, /, **keys: Any) -> None:

@@ -162,7 +162,7 @@ def test_a_model_never_replaces_what_it_is_made_from(family, tmp_path, trained, 
     [
         ({"method": "fusellm", "target": "x", "sources": ["y"], "fusoin": "avgce"}, "unknown key 'fusoin'.*'fusion'"),
         ({"method": "clm", "target": "x", "learning_rate": "fast"}, "learning_rate must be a number"),
-        ({"method": "clm"}, "method clm needs 'target'"),
+        ({"method": "clm"}, "target is missing"),
         ({"method": "clm", "target": "x", "sources": ["y"]}, "'sources' is given"),
         ({"method": "clm", "target": "x", "metadata": 3}, "metadata must be a mapping"),
     ],
@@ -252,7 +252,7 @@ def test_recipes_of_files(tmp_path):
     (tmp_path / "clm_a.yaml").write_text(yaml.safe_dump({**CLM, "seed": 3}))
     found = read_build(tmp_path / "clm_a.yaml", {"shard": [1, 3], "seed": 4})
     assert found.content["shard"] == [1, 3] and found.seed == 4 and found.models == ("base",)
-    with pytest.raises(ConfigError, match="clm_b.yaml: no such recipe .* Did you mean 'clm_a.yaml'"):
+    with pytest.raises(ConfigError, match="clm_b.yaml: no such file .* Did you mean 'clm_a.yaml'"):
         read_build(tmp_path / "clm_b.yaml")
     (tmp_path / "broken.yaml").write_text("a: [\n")
     with pytest.raises(ConfigError, match="broken.yaml is not valid YAML"):

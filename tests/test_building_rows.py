@@ -228,13 +228,13 @@ def test_training_on_what_is_evaluated_is_refused(write, tmp_path, builders, mon
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"build": "none.yaml"}], r"none.yaml: no such recipe"),
+        ([{"build": "none.yaml"}], r"none.yaml: no such file"),
         ([{"build": 3}], r"rows\[0\]: what is built from a recipe in place needs a name"),
         ([{"name": "x", "build": 3}], r"rows\[0\]: build must be a recipe's file, a mapping with `recipe`"),
         ([{"build": CLM}], r"rows\[0\]: what is built from a recipe in place needs a name"),
         ([{"build": "clm.yaml", "sead": 1}], r"rows\[0\]: unknown key 'sead'. Did you mean 'seeds'"),
         ([{"build": "merge_dare.yaml", "seeds": [1, 2]}], r"row 'merge_dare': dare_linear draws .* at least 3 seeds"),
-        ([{"build": "clm.yaml", "seeds": [1, 1]}], r"seeds must be different numbers"),
+        ([{"build": "clm.yaml", "seeds": [1, 1]}], r"seeds must be different whole numbers"),
         ([{"name": "x", "build": merge_of("linear", ["s0", "s1"]), "seeds": [1, 2]}], r"linear draws nothing"),
         ([{"build": "clm.yaml"}, {"build": "clm.yaml"}], r"two models are built by the name 'clm'"),
         ([{"build": "clm.yaml", "name": "s0"}], r"two models are built by the name 's0'"),

@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import yaml
@@ -177,10 +176,13 @@ def test_the_fingerprint_covers_what_influences_results():
 def test_the_fingerprint_is_the_same_in_another_process(tmp_path):
     file = write(tmp_path / "e.yaml", yaml.safe_dump({**BASE, "hf_kwargs": {"b": 1, "a": [2, {"d": 0, "c": 1}]}}))
     code = (
-        "import sys; from lm_eval_deepen.config import parse_config; from dataclasses import make_dataclass\n"
-        "method = make_dataclass('M', [('steps', int, 5)], frozen=True)\n"
-        "print(parse_config({'pretrained': sys.argv[1]}, loading_keys={'dtype'}, methods={'deepen': method})"
-        ".fingerprint())\n"
+        "import sys; from lm_eval_deepen.config import Catalogue, Options, Registry, parse_config\n"
+        "methods = Registry('method')\n"
+        "@methods.register('deepen')\n"
+        "class Method(Options):\n"
+        "    steps: int = 5\n"
+        "catalogue = Catalogue(frozenset({'dtype'}), {'method': methods})\n"
+        "print(parse_config({'pretrained': sys.argv[1]}, catalogue).fingerprint())\n"
         "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)"
     )
     prints = {
@@ -233,13 +235,13 @@ def test_access_tokens_are_not_shown():
 
 def test_configs_are_frozen_hashable_and_picklable():
     config = parse(BASE, chat_template_args={"a": [1]})
-    with pytest.raises(FrozenInstanceError):
-        config.method = "gac"
-    with pytest.raises(TypeError):
-        config.options["steps"] = 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.options.steps = 3
     again = pickle.loads(pickle.dumps(config))
     assert again == config and hash(again) == hash(config)
-    changed = replace(config, batch_size=8)
+    changed = config.replace(batch_size=8)
     assert changed != config and changed.fingerprint() == config.fingerprint()
     plain = config.members[0].loading_dict()
     plain["chat_template_args"]["a"].append(2)

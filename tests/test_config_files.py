@@ -42,7 +42,7 @@ def test_keys_beside_a_file_override_it(tmp_path):
     assert parse(pretrained=str(file)).weights == (0.9, 0.1)
     config = parse(simple_parse_args_string(f"pretrained={file},weights=0.5+0.5,steps=4,dtype=bfloat16"))
     assert config.weights == (0.5, 0.5)
-    assert config.options["steps"] == 4
+    assert config.options.steps == 4
     assert [m.loading["dtype"] for m in config.members] == ["float16", "bfloat16"]
     assert parse(pretrained=str(file), method="gac").method == "gac"
     other = parse(pretrained=str(file), members="C+D")
@@ -58,12 +58,12 @@ def test_a_folder_named_like_a_file_is_a_model(tmp_path):
     ("text", "match"),
     [
         ("members: [A, B\n", "not valid YAML.*line 2.*correct it"),
-        ("", "must hold keys such as members: and method:; got NoneType"),
-        ("- A\n- B\n", "must hold keys such as members: and method:; got list"),
+        ("", "must hold the keys of a recipe, of kind ensemble; got NoneType"),
+        ("- A\n- B\n", "must hold the keys of a recipe, of kind ensemble; got list"),
         ("pretrained: other.yaml\n", "pretrained=other.yaml is an ensemble file too"),
         (
             "members: [A, other.yaml]\n",
-            r"members\[1\]: pretrained=other.yaml is an ensemble file; a member is one",
+            r"members\[1\] .*: pretrained=other.yaml is an ensemble file; a member is one",
         ),
         ("members: [A, B]\nmetod: deepen\n", "unknown key 'metod'. Did you mean 'method'"),
         ("members: [A, B]\nweights: [1]\n", "weights has 1 values for 2 members"),
@@ -77,7 +77,7 @@ def test_a_bad_file_is_named(tmp_path, text, match):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    refuse(r"none\.yaml: this ensemble file does not exist \(looked in .*give the path", pretrained="none.yaml")
+    refuse(r"none\.yaml: no such file \(looked in .*path recipes", pretrained="none.yaml")
     binary = tmp_path / "x.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     refuse("x.yaml is not valid YAML", pretrained=str(binary))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
-from config_helpers import LOADING, PAIR, parse, refuse
+from config_helpers import PAIR, catalogue, parse, refuse, registry
 
-from lm_eval_deepen.config import parse_config
+from lm_eval_deepen.config import Options, parse_config
 from lm_eval_deepen.errors import ConfigError
 
 # ---- keys
@@ -94,27 +93,27 @@ def test_an_option_of_another_method():
     ],
 )
 def test_option_values_take_the_annotated_type(key, value, wanted):
-    got = parse(PAIR, **{key: value}).options[key]
+    got = parse(PAIR, **{key: value}).options_dict()[key]
     assert got == wanted and type(got) is type(wanted)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("steps", 5.5, "steps must be a whole number; got 5.5"),
-        ("steps", "many", "steps must be a whole number; got 'many'"),
-        ("steps", True, "steps must be a whole number; got True"),
-        ("steps", 0, "steps must be 1 or more; got 0"),
+        ("steps", 5.5, "steps must be a whole number of at least 1; got 5.5"),
+        ("steps", "many", "steps must be a whole number of at least 1; got 'many'"),
+        ("steps", True, "steps must be a whole number of at least 1; got True"),
+        ("steps", 0, "steps must be a whole number of at least 1; got 0"),
         ("learning_rate", "fast", "learning_rate must be a number; got 'fast'"),
         ("learning_rate", math.nan, "learning_rate must be a finite number; got nan"),
         ("learning_rate", math.inf, "learning_rate must be a finite number; got inf"),
         ("support", "ful", "support must be a whole number or 'full'; got 'ful'. Did you mean 'full'"),
-        ("max_anchors", "x", "max_anchors must be a whole number or none; got 'x'"),
+        ("max_anchors", "x", "max_anchors must be a whole number; got 'x'"),
         ("end_anchor", 1, "end_anchor must be true or false; got 1"),
         ("end_anchor", "yes", "end_anchor must be true or false; got 'yes'"),
         ("label", 3, "label must be text; got 3"),
         ("inverse", "adam", "inverse must be 'em' or 'adamw'; got 'adam'. Did you mean 'adamw'"),
-        ("seed", "x", "seed must be a whole number; got 'x'"),
+        ("seed", "x", "seed must be a whole number of at least 0; got 'x'"),
         ("compat", 1, "compat must be text; got 1"),
         ("matrix_dir", 1, "matrix_dir must be the path of a folder; got 1"),
     ],
@@ -124,27 +123,21 @@ def test_wrong_option_values(key, value, match):
 
 
 def test_a_method_without_default_needs_the_option():
-    @dataclass(frozen=True)
-    class Needy:
+    class Needy(Options):
         table: str
 
     with pytest.raises(ConfigError, match="method 'needy' needs the option 'table'; give table=..."):
-        parse_config({"pretrained": "A", "method": "needy"}, loading_keys=LOADING, methods={"needy": Needy})
+        parse_config({"pretrained": "A", "method": "needy"}, catalogue(method=registry("method", needy=Needy)))
 
 
-def test_a_method_may_not_take_our_names_nor_untyped_options():
-    @dataclass(frozen=True)
-    class Clash:
+def test_a_method_may_not_take_our_names_and_is_a_class_of_options():
+    class Clash(Options):
         seed: int = 1
 
-    @dataclass(frozen=True)
-    class Odd:
-        table: dict = None
-
     with pytest.raises(TypeError, match="'deepen': options \\['seed'\\] are keys of the ensemble"):
-        parse_config({"pretrained": "A"}, loading_keys=LOADING, methods={"deepen": Clash})
-    with pytest.raises(TypeError, match="annotation .*dict.* is not supported"):
-        parse_config({"pretrained": "A", "table": 1}, loading_keys=LOADING, methods={"deepen": Odd})
+        parse_config({"pretrained": "A"}, catalogue(method=registry("method", deepen=Clash)))
+    with pytest.raises(TypeError, match="method 'odd': its class must derive from lm_eval_deepen.config.Options"):
+        registry("method", odd=dict)
 
 
 # ---- compat
@@ -204,6 +197,6 @@ def test_batch_size(value, wanted):
 
 def test_bad_batch_size():
     for value in (0, -1, "many", "auto:", 1.5, True):
-        refuse(r"batch_size must be .*\(or auto, auto:N\)", PAIR, batch_size=value)
-    refuse("max_batch_size must be 1 or more; got 0", PAIR, max_batch_size=0)
+        refuse("batch_size must be .*, auto or auto:N; got", PAIR, batch_size=value)
+    refuse("max_batch_size must be a whole number of at least 1; got 0", PAIR, max_batch_size=0)
     refuse("max_batch_size must be a whole number", PAIR, max_batch_size="auto")

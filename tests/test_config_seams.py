@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from config_helpers import LOADING, METHODS, PAIR, Beta, write
+from config_helpers import PAIR, Beta, catalogue, registry, write
 
-from lm_eval_deepen import pooling, weighting
-from lm_eval_deepen.config import EnsembleConfig, parse_config
+from lm_eval_deepen.config import EnsembleConfig, Options, parse_config
 from lm_eval_deepen.errors import ConfigError
-
-WEIGHTINGS, POOLINGS = weighting.option_classes(), pooling.option_classes()
+from lm_eval_deepen.pooling import POOLINGS
+from lm_eval_deepen.weighting import WEIGHTINGS
 
 
 def parse(raw: dict | None = None, /, **keys: Any) -> EnsembleConfig:
-    return parse_config(
-        {**(raw or {}), **keys}, loading_keys=LOADING, methods=METHODS, weightings=WEIGHTINGS, poolings=POOLINGS
-    )
+    return parse_config({**(raw or {}), **keys}, catalogue(weighting=WEIGHTINGS, pooling=POOLINGS))
 
 
 def refuse(match: str, raw: dict | None = None, /, **keys: Any) -> None:
@@ -43,7 +39,7 @@ def test_weightings_give_the_members_weights() -> None:
     assert parse(PAIR, weighting="adaptive", dev_scores="0.2+0.6").weights == pytest.approx((0.25, 0.75))
     assert parse(PAIR, weighting="perplexity").weights == (0.5, 0.5)
     config = parse(PAIR, weighting="confidence", weights=[0.7, 0.3], entropy_temperature=2)
-    assert config.weights == (0.7, 0.3) and config.weighting_options["entropy_temperature"] == 2.0
+    assert config.weights == (0.7, 0.3) and config.weighting_options.entropy_temperature == 2.0
     assert config.weights_change and not parse(PAIR, weighting="uniform").weights_change
 
 
@@ -109,9 +105,9 @@ def test_the_fingerprint_knows_what_changes_weights() -> None:
 def test_a_pooling_method_and_its_options() -> None:
     config = parse(PAIR, pooling="vote", answer_pattern=r"\d+", weights=[0.7, 0.3])
     assert config.pooling == "vote" and not config.fuses_steps and config.weights == (0.7, 0.3)
-    assert config.pooling_options == {"answer_pattern": r"\d+", "with_fused": False}
+    assert config.pooling_options.to_dict() == {"answer_pattern": r"\d+", "with_fused": False}
     assert parse(PAIR).fuses_steps and parse(PAIR, pooling="mbr", with_fused=True).fuses_steps
-    assert parse(PAIR, pooling="logp-mean").pooling_options == {}
+    assert parse(PAIR, pooling="logp-mean").pooling_options.to_dict() == {}
 
 
 def test_unknown_pooling_methods_and_options() -> None:
@@ -134,7 +130,7 @@ def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
     refuse("steps=3 is about fusing steps.*own answers; remove steps", PAIR, pooling="logp-mean", steps=3)
     refuse("compat='reference' is about fusing steps", PAIR, pooling="mbr", compat="reference")
     config = parse(PAIR, pooling="vote", with_fused=True, method="gac", threshold=0.5)
-    assert (config.method, config.options["threshold"]) == ("gac", 0.5)
+    assert (config.method, config.options.threshold) == ("gac", 0.5)
     refuse("weighting=confidence weighs fused steps, and pooling=vote", PAIR, pooling="vote", weighting="confidence")
     assert parse(PAIR, pooling="vote", weighting="adaptive", dev_scores=[1, 3]).weights == (0.25, 0.75)
     refuse("pooling=vote has nothing to combine: there is one member", pretrained="A", pooling="vote")
@@ -177,25 +173,28 @@ def test_the_json_form_parses_to_an_equal_configuration(keys: dict, tmp_path) ->
 
 
 def test_options_of_different_seams_may_not_share_a_name() -> None:
-    @dataclass(frozen=True)
-    class Clash:
+    class Clash(Options):
         threshold: float = 1.0
 
-    arguments = {"loading_keys": LOADING, "methods": {"deepen": Beta}}
-    with pytest.raises(TypeError, match="weighting 'x': option 'threshold' is one of a method as well; rename it"):
-        parse_config({"pretrained": "A"}, weightings={"x": Clash}, **arguments)
+    class Gamma(Beta):
+        pass
 
-    @dataclass(frozen=True)
-    class Seed:
+    methods = registry("method", deepen=Gamma)
+    with pytest.raises(ValueError, match="is method 'gac' already"):
+        registry("method", deepen=Beta)
+    with pytest.raises(TypeError, match="weighting 'x': option 'threshold' is one of a method as well; rename it"):
+        parse_config({"pretrained": "A"}, catalogue(method=methods, weighting=registry("weighting", x=Clash)))
+
+    class Seed(Options):
         seed: int = 1
 
     with pytest.raises(TypeError, match="pooling 'x': options .'seed'. are keys of the ensemble"):
-        parse_config({"pretrained": "A"}, poolings={"x": Seed}, **arguments)
+        parse_config({"pretrained": "A"}, catalogue(method=methods, pooling=registry("pooling", x=Seed)))
 
 
 def test_the_host_knows_all_of_them() -> None:
     from lm_eval_deepen.host import configure
 
-    assert configure({**PAIR, "weighting": "confidence", "method": "unite", "top_k": 5}).options["top_k"] == 5
+    assert configure({**PAIR, "weighting": "confidence", "method": "unite", "top_k": 5}).options.top_k == 5
     with pytest.raises(ConfigError, match="Poolings: logp-mean, mbr, vote"):
         configure({**PAIR, "pooling": "none"})

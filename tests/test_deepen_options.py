@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lm_eval_deepen.config_options import build_options
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import MatrixSpec
@@ -14,40 +13,40 @@ from lm_eval_deepen.relative.tops import Rule
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inverse": "adam"}, "inverse: unknown value 'adam'. Did you mean 'adamw'"),
-        ({"normalization": "cosines"}, "normalization: unknown value 'cosines'. Did you mean 'cosine'"),
-        ({"learning_rate": 0.1}, "learning_rate: inverse 'exact' takes none, got 0.1"),
-        ({"rows": "embedding", "learning_rate": 0.1}, "learning_rate: inverse 'em' takes none, got 0.1"),
+        ({"inverse": "adam"}, "inverse must be 'adamw', 'em', 'exact' or 'mirror'; got 'adam'. Did you mean 'adamw'"),
+        ({"normalization": "cosines"}, "normalization must be .*; got 'cosines'. Did you mean 'cosine'"),
+        ({"learning_rate": 0.1}, "learning_rate does not belong to inverse 'exact', got 0.1"),
+        ({"rows": "embedding", "learning_rate": 0.1}, "learning_rate does not belong to inverse 'em', got 0.1"),
         ({"inverse": "exact", "rows": "embedding"}, "inverse 'exact' needs one-hot rows, got rows 'embedding'"),
         ({"normalization": "cosine"}, "normalization is of rows from embeddings, got 'cosine' with rows 'canonical'"),
         ({"rows": "prefix", "top_m": 8}, "top_m is of rows from embeddings, got 8 with rows 'prefix'"),
         ({"embeddings": "output"}, "embeddings is of rows from embeddings, got 'output' with rows 'canonical'"),
-        ({"rows": "exact", "embeddings": "head"}, "embeddings must be input or output, got 'head'"),
-        ({"rows": "canon"}, "rows: unknown value 'canon'. Did you mean 'canonical'"),
-        ({"average": "geo"}, "average must be linear or geometric, got 'geo'. Did you mean 'geometric'"),
-        ({"trust_region": 0}, "trust_region must be a positive number of nats, got 0"),
-        ({"row_entropy": -1.0}, "row_entropy must be a positive number of nats, got -1.0"),
+        ({"rows": "exact", "embeddings": "head"}, "embeddings must be 'input' or 'output'; got 'head'"),
+        ({"rows": "canon"}, "rows must be .*; got 'canon'. Did you mean 'canonical'"),
+        ({"average": "geo"}, "average must be 'linear' or 'geometric'; got 'geo'. Did you mean 'geometric'"),
+        ({"trust_region": 0}, "trust_region must be a number above 0; got 0"),
+        ({"row_entropy": -1.0}, "row_entropy must be a number above 0; got -1.0"),
         (
             {"inverse": "adamw", "learning_rate": -0.1},
-            "learning_rate must be a number of at least 0, got -0.1",
+            "learning_rate must be a number of at least 0; got -0.1",
         ),
         ({"inverse": "adamw", "learning_rate": float("nan")}, "learning_rate must be"),
-        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1; got 0"),
         ({"steps": 2.5}, "steps must be"),
         ({"top_m": -1}, "top_m must be a whole number of at least 0"),
         ({"max_anchors": 8}, "max_anchors 8 is less than min_anchors 16"),
-        ({"support": 0}, "support must be 'full', a whole number of at least 1 or a share between 0 and 1, got 0"),
+        ({"support": 0}, "support must be 'full', a whole number of at least 1 or a share between 0 and 1; got 0"),
         ({"support": 1.0}, "support must be 'full', .* got 1.0"),
         ({"support": 12.5}, "support must be 'full', .* got 12.5"),
         ({"support": 12, "max_support": 9}, "max_support is for a support given as a share, .* got max_support 9 with"),
-        ({"support": 0.9, "max_support": 0}, "max_support must be a whole number of at least 1, got 0"),
-        ({"support": 0.9, "max_truncated": 0}, "max_truncated must be a share above 0 and up to 1, got 0"),
-        ({"support": 0.9, "max_truncated": 1.5}, "max_truncated must be a share above 0 and up to 1, got 1.5"),
+        ({"support": 0.9, "max_support": 0}, "max_support must be a whole number of at least 1; got 0"),
+        ({"support": 0.9, "max_truncated": 0}, "max_truncated must be a number above 0 and up to 1; got 0"),
+        ({"support": 0.9, "max_truncated": 1.5}, "max_truncated must be a number above 0 and up to 1; got 1.5"),
         ({"max_truncated": 0.1}, "max_truncated is for a truncated support, got 0.1 with a full one"),
         ({"support": "all"}, "support must be 'full'"),
         ({"support": True}, "support must be 'full'"),
-        ({"eos": "both"}, "eos must be 'anchor' or 'reference', got 'both'"),
-        ({"relative_temperature": 0}, "relative_temperature must be a positive number, got 0"),
+        ({"eos": "both"}, "eos must be 'anchor' or 'reference'; got 'both'"),
+        ({"relative_temperature": 0}, "relative_temperature must be a number above 0; got 0"),
         ({"anchor_seed": -1}, "anchor_seed must be a whole number"),
     ],
 )
@@ -76,6 +75,6 @@ def test_compat_reference_is_a_valid_set_of_options() -> None:
 )
 def test_a_support_is_everything_a_number_or_a_share(given: dict, rule: Rule | None) -> None:
     """As YAML and the command line give it."""
-    built = Deepen(**build_options("deepen", Deepen, given, None))
+    built = Deepen.parse(given)
     assert built.support_rule() == rule
     assert built.solver == ("em" if "rows" in given else "exact")

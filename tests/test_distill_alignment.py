@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.config_types import MemberConfig
+from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.distill.alignment import by_bytes, by_dtw, warp
 from lm_eval_deepen.distill.corpus import Tokens
 from lm_eval_deepen.errors import VocabularyError
@@ -22,7 +22,7 @@ TEXT = "The café, 中国 and 🙂👨‍👩‍👧:\n\tdef f(x):\r\n    return
 
 @pytest.fixture(scope="module")
 def members(pico: dict[str, Path]) -> dict[str, Member]:
-    return {name: Member.load(MemberConfig(name, str(path), 1.0), "cpu") for name, path in pico.items()}
+    return {name: Member.load(MemberConfig(name=name, pretrained=str(path)), "cpu") for name, path in pico.items()}
 
 
 def starts(tokens: list[bytes]) -> np.ndarray:

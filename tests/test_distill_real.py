@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_eval_deepen.config_types import MemberConfig
+from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.distill.alignment import by_bytes, by_dtw
 from lm_eval_deepen.distill.corpus import Tokens, neutral_documents
 from lm_eval_deepen.distill.externalise import block_rows
@@ -24,7 +24,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pair() -> list[Member]:
-    return [Member.load(MemberConfig(model.name, str(prepare(model)), 1.0), "cpu") for model in (SMOLLM2, GEMMA3)]
+    configs = [MemberConfig(name=model.name, pretrained=str(prepare(model))) for model in (SMOLLM2, GEMMA3)]
+    return [Member.load(config, "cpu") for config in configs]
 
 
 def test_the_real_pair_shares_most_contexts_and_dtw_finds_fewer(pair) -> None:

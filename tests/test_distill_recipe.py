@@ -24,8 +24,11 @@ CLM = {"method": "clm", "target": "smollm2"}
     ("recipe", "message"),
     [
         ({**FUSELLM, "fusoin": "mince"}, "unknown key 'fusoin'. Did you mean 'fusion'"),
-        ({**FUSELLM, "method": "fusellmm"}, "method 'fusellmm' is not one of fusellm, clm. Did you mean 'fusellm'"),
-        ({"target": "smollm2"}, "method None is not one of fusellm, clm"),
+        (
+            {**FUSELLM, "method": "fusellmm"},
+            "method must be 'fusellm' or 'clm'; got 'fusellmm'. Did you mean 'fusellm'",
+        ),
+        ({"target": "smollm2"}, "method is missing; it must be 'fusellm' or 'clm'"),
         (
             {**FUSELLM, "target": "smollm"},
             "target 'smollm' is not among its models: smollm2, gemma. Did you mean 'smollm2'",
@@ -37,26 +40,26 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "sources": ["gemma", "gemma"]}, "sources gemma, gemma name a model twice"),
         ({**FUSELLM, "sources": []}, "method fusellm needs 'sources'"),
         ({**FUSELLM, "sources": 3}, "sources must be a name or a list of names; got 3"),
-        ({"method": "clm"}, "method clm needs 'target'"),
+        ({"method": "clm"}, "target is missing"),
         ({**CLM, "sources": ["gemma"]}, "method clm trains on text alone, but 'sources' is given"),
         ({**CLM, "clm_weight": 0.9}, "method clm trains on text alone, but 'clm_weight' is given"),
-        ({**FUSELLM, "fusion": "mince2"}, "fusion 'mince2' is not one of mince, avgce. Did you mean 'mince'"),
-        ({**FUSELLM, "alignment": "byte"}, "alignment 'byte' is not one of bytes, dtw. Did you mean 'bytes'"),
-        ({**FUSELLM, "tail": "drop"}, "tail 'drop' is not one of rest, renormalised"),
+        ({**FUSELLM, "fusion": "mince2"}, "fusion must be 'mince' or 'avgce'; got 'mince2'. Did you mean 'mince'"),
+        ({**FUSELLM, "alignment": "byte"}, "alignment must be 'bytes' or 'dtw'; got 'byte'. Did you mean 'bytes'"),
+        ({**FUSELLM, "tail": "drop"}, "tail must be 'rest' or 'renormalised'; got 'drop'"),
         ({**FUSELLM, "clm_weight": 1.1}, "clm_weight must be a number from 0 to 1; got 1.1"),
         ({**FUSELLM, "clm_weight": "high"}, "clm_weight must be a number from 0 to 1; got 'high'"),
         ({**FUSELLM, "top_k": 0}, "top_k must be a whole number of at least 1; got 0"),
         ({**FUSELLM, "batch_size": 2.5}, "batch_size must be a whole number of at least 1; got 2.5"),
         ({**FUSELLM, "train_tokens": True}, "train_tokens must be a whole number of at least 1; got True"),
-        ({**FUSELLM, "seed": -1}, "seed must be a whole number of at least 0; got -1"),
-        ({**FUSELLM, "seed": 2**32}, "seed must be a whole number of at most 4294967295; got 4294967296"),
-        ({**FUSELLM, "learning_rate": 0}, "learning_rate must be above 0"),
-        ({**FUSELLM, "held_out": 0}, "held_out must be above 0"),
-        ({**FUSELLM, "held_out": 0.95}, "held_out must be a number from 0 to 0.9; got 0.95"),
+        ({**FUSELLM, "seed": -1}, "seed must be a whole number from 0 to 4294967295; got -1"),
+        ({**FUSELLM, "seed": 2**32}, "seed must be a whole number from 0 to 4294967295; got 4294967296"),
+        ({**FUSELLM, "learning_rate": 0}, "learning_rate must be a number above 0 and up to 1; got 0"),
+        ({**FUSELLM, "held_out": 0}, "held_out must be a number above 0 and up to 0.9; got 0"),
+        ({**FUSELLM, "held_out": 0.95}, "held_out must be a number above 0 and up to 0.9; got 0.95"),
         ({**FUSELLM, "shard": [3, 3]}, r"shard must be \[i, n\] with 0 <= i < n; got \[3, 3\]"),
         ({**FUSELLM, "shard": 2}, "shard must be"),
         ({**FUSELLM, "text": "missing.txt"}, "text 'missing.txt' is no file"),
-        ({**FUSELLM, "device": 0}, "device must be a text; got 0"),
+        ({**FUSELLM, "device": 0}, "device must be text; got 0"),
     ],
 )
 def test_a_recipe_is_refused_before_any_model_loads(recipe: dict, message: str, tmp_path: Path) -> None:
@@ -92,17 +95,15 @@ def test_blocks_join_to_the_document_and_are_short_enough(text: str, limit: int)
 def test_held_out_documents_do_not_depend_on_shard_or_seed_and_shards_share_nothing(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"document {n % 37}" for n in range(41)))  # four of them twice
-    base = DistillRecipe("clm", "x", text=(str(path),), held_out=0.25)
-    found = [
-        read_corpus(DistillRecipe("clm", "x", text=(str(path),), held_out=0.25, shard=(i, 3), seed=i)) for i in range(3)
-    ]
+    base = DistillRecipe(method="clm", target="x", text=(str(path),), held_out=0.25)
+    found = [read_corpus(base.replace(shard=(i, 3), seed=i)) for i in range(3)]
     whole = read_corpus(base)
     assert len(whole.held_out) == 9 and len(whole.train) == 28
     assert all(one.held_out == whole.held_out for one in found)
     assert sorted(text for one in found for text in one.train) == sorted(whole.train)
     assert not set(whole.train) & set(whole.held_out)
     with pytest.raises(ConfigError, match="37 documents, 9 of them held out, leave none for shard 28 of 29"):
-        read_corpus(DistillRecipe("clm", "x", text=(str(path),), held_out=0.25, shard=(28, 29)))
+        read_corpus(base.replace(shard=(28, 29)))
 
 
 def test_the_default_text_repeats_no_paragraph(monkeypatch) -> None:

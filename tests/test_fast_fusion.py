@@ -136,8 +136,10 @@ def test_columns_that_the_main_member_does_not_reach_change_nothing(solver: str,
         torch.testing.assert_close(
             r.sum(1), wide[0].project(logp[0].exp()).sum(1) * 0.4 + 0.6 * (wide[1].project(logp[1].exp()).sum(1))
         )
-        found.append(SOLVERS[solver].run(logp[0], r, ops[0], 5, 0.15))
-        again = SOLVERS[solver].run(logp[0], r, ops[0], 5, 0.15, ops[0].project(logp[0].exp()))
+        options = SOLVERS[solver].options
+        run = options(**{key: value for key, value in {"learning_rate": 0.15}.items() if key in options.names()}).solve
+        found.append(run(logp[0], r, ops[0]))
+        again = run(logp[0], r, ops[0], ops[0].project(logp[0].exp()))
         torch.testing.assert_close(again.logp, found[-1].logp, atol=1e-6, rtol=0)
     torch.testing.assert_close(found[1].logp, found[0].logp, atol=1e-5, rtol=0)
     for name, value in found[0].stats.items():

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from dropped_in import dropped_in
 from harness import deepen
 from tensor_worlds import renormalised, rows, trio
 
-import lm_eval_deepen.fusion as fusion_package
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.fusion import methods, option_classes
-from lm_eval_deepen.fusion.seam import REGISTRY, Fuser, MemberView
+from lm_eval_deepen.fusion import METHODS as REGISTRY
+from lm_eval_deepen.fusion.seam import Fuser, MemberView
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-METHODS = methods()
+METHODS = dict(REGISTRY)
 FAMILIES = ("bytelevel", "metaspace", "padded")
 # Adam divides each gradient by its own size, so the published search turns rounding into more than rounding.
 VARIANTS = [(name, {}, 2e-6) for name in METHODS]
@@ -198,48 +197,31 @@ def test_members_that_all_want_to_stop_stop(case: Case) -> None:
     assert (result[:, sorted(set(case.main.eos))].exp().sum(1) > 0.99).all()
 
 
-def test_methods_are_frozen_dataclasses_with_a_paper() -> None:
-    assert "deepen" in METHODS and option_classes()["deepen"] is METHODS["deepen"].options
+def test_methods_are_frozen_options_with_a_paper_and_a_meaning_for_each() -> None:
+    assert "deepen" in METHODS
     for name, entry in METHODS.items():
-        assert is_dataclass(entry.options) and entry.options.__dataclass_params__.frozen, name
+        assert issubclass(entry.options, Options) and entry.options.model_config["frozen"], name
         assert entry.paper and entry.options.__doc__, name
-
-
-@pytest.fixture
-def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Add a file to the folder of methods for one test."""
-    registered = dict(REGISTRY)
-    monkeypatch.setattr(fusion_package, "__path__", [*fusion_package.__path__, str(tmp_path)])
-    methods.cache_clear()
-
-    def add(name: str, code: str) -> None:
-        (tmp_path / f"{name}.py").write_text(code)
-
-    yield add
-    REGISTRY.clear()
-    REGISTRY.update(registered)
-    methods.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("lm_eval_deepen.fusion.dropped")]:
-        del sys.modules[name]
-        vars(fusion_package).pop(name.rpartition(".")[2], None)
+        assert all(field.description for field in entry.options.model_fields.values()), name
 
 
 GOOD = """
-from dataclasses import dataclass
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion.seam import fusion
 
 @fusion("dropped", paper="none")
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(Options):
     option: int = 1
 """
 
 
-def test_a_new_file_is_a_new_method(dropped_in) -> None:
-    dropped_in("dropped", GOOD)
-    dropped_in("_helper", "raise RuntimeError('helpers are not imported')")
-    assert set(methods()) == {*METHODS, "dropped"}
-    assert option_classes()["dropped"]().option == 1
+def test_a_new_file_is_a_new_method(tmp_path: Path) -> None:
+    (tmp_path / "dropped.py").write_text(GOOD)
+    (tmp_path / "_helper.py").write_text("raise RuntimeError('helpers are not imported')")
+    with dropped_in(REGISTRY, tmp_path):
+        assert set(REGISTRY) == {*METHODS, "dropped"}
+        assert REGISTRY["dropped"].options().option == 1
+    assert set(REGISTRY) == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +230,11 @@ def test_a_new_file_is_a_new_method(dropped_in) -> None:
         ("import no_such_package", r"dropped\.py in .* cannot be imported \(ModuleNotFoundError: .*no_such"),
         ("def broken(:", r"dropped\.py in .* cannot be imported \(SyntaxError"),
         ("x = 1", r"dropped\.py in .* registers no method. Decorate"),
+        (GOOD.replace("(Options)", ""), r"dropped\.py in .*'dropped': its class must derive from .*Options"),
         (GOOD.replace('"dropped"', '"deepen"'), r"dropped\.py in .*'deepen' is defined twice"),
     ],
 )
-def test_a_broken_file_is_named(dropped_in, code: str, message: str) -> None:
-    assert isinstance(fusion_package, types.ModuleType)
-    dropped_in("dropped", code)
-    with pytest.raises(ConfigError, match=message):
-        methods()
+def test_a_broken_file_is_named(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "dropped.py").write_text(code)
+    with dropped_in(REGISTRY, tmp_path), pytest.raises(ConfigError, match=message):
+        len(REGISTRY)

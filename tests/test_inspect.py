@@ -155,7 +155,7 @@ def test_a_recipe_that_cannot_be_read_is_a_numbered_problem(tmp_path: Path, caps
     path = tmp_path / "wrong.yaml"
     path.write_text("members: [a, b]\nmetod: deepen\n")
     status, shown = text(capsys, str(path))
-    assert status == 1 and shown.startswith("problems\n  1. recipe ") and "Did you mean 'method'?" in shown
+    assert status == 1 and shown.startswith(f"problems\n  1. {path}: ") and "Did you mean 'method'?" in shown
 
 
 def test_members_from_elsewhere_make_a_recipe_ready(pico: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
@@ -274,7 +274,7 @@ def test_a_damaged_weight_file_is_a_problem(
 )
 def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: float, active: float, kv: int) -> None:
     """The models' own names and cards: 13.0B; 46.7B, of which 12.9B act on a token."""
-    member = Inspected(MemberConfig("m", "org/m", 1.0), "cpu", ModelFiles(None, config))
+    member = Inspected(MemberConfig(name="m", pretrained="org/m"), "cpu", ModelFiles(None, config))
     assert member.parameters / 1e9 == pytest.approx(billions, abs=0.06)
     assert member.active / 1e9 == pytest.approx(active, abs=0.06)
     assert member.weight_bytes == 2 * member.parameters
@@ -283,7 +283,7 @@ def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: floa
 
 def test_an_estimate_is_close_to_the_headers(pico: dict[str, Path]) -> None:
     for name in ("bytelevel", "metaspace"):  # gated feed-forward layers
-        files = look_up(MemberConfig(name, str(pico[name]), 1.0))
+        files = look_up(MemberConfig(name=name, pretrained=str(pico[name])))
         tied = {"tie_word_embeddings": name == "metaspace"}
         exact = sum(header.count for header in files.tensors.values())
         assert estimate_parameters(ModelFiles(None, {**files.config, **tied})) == pytest.approx(exact, rel=0.02)
@@ -303,23 +303,24 @@ def test_only_the_embedding_is_read(pico: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
     for name, folder in pico.items():
-        files = look_up(MemberConfig(name, str(folder), 1.0))
+        files = look_up(MemberConfig(name=name, pretrained=str(folder)))
         expected = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
         assert torch.equal(files.load_embedding(), expected), files.embedding
 
 
 def test_hours_are_reading_by_arithmetic_and_writing_by_bandwidth() -> None:
     files = ModelFiles(None, {}, tensors={"w": TensorHeader("F32", (1000, 1000))})
-    members = [Inspected(MemberConfig(name, "org/m", 0.5), "cuda:0", files) for name in "ab"]
+    members = [Inspected(MemberConfig(name=name, pretrained="org/m", weight=0.5), "cuda:0", files) for name in "ab"]
     costs = [inspect_cost.TaskCost("t", 10, 5_000, 800, 600)]
     machine = inspect_cost.Machine(bandwidth=4e6, flops=1e9)
     # reading: 2 x 2 members x 1e6 x 5,000 / 1e9 = 20 s; writing: 8 MB x 800 / 4 / 4e6 = 400 s
     assert inspect_cost.hours(costs, members, 4, machine) == pytest.approx(420 / 3600)
-    assert inspect_cost.hours(costs, [*members, Inspected(MemberConfig("c", "c", 0.0), "cpu")], 4, machine) is None
+    unknown = Inspected(MemberConfig(name="c", pretrained="c", weight=0.0), "cpu")
+    assert inspect_cost.hours(costs, [*members, unknown], 4, machine) is None
 
 
 def test_headers_of_a_hub_model_are_asked_for_and_an_estimate_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    member = MemberConfig("m", "org/m", 1.0)
+    member = MemberConfig(name="m", pretrained="org/m")
     found, why_not = inspect_files._remote_headers(member)
     assert found == {} and "no safetensors header of 'org/m'" in why_not
 

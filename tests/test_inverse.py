@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.inverse import SOLVERS, adamw, em, exact, get_solver, mirror
-from lm_eval_deepen.inverse.adamw import gradient, schedule
+from lm_eval_deepen.fusion.deepen import Deepen
+from lm_eval_deepen.inverse import SOLVERS
+from lm_eval_deepen.inverse.adamw import adamw, gradient, schedule
+from lm_eval_deepen.inverse.em import em
+from lm_eval_deepen.inverse.exact import exact
+from lm_eval_deepen.inverse.mirror import mirror
 from lm_eval_deepen.inverse.trust import within
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 
@@ -115,8 +119,7 @@ def test_excluded_pieces_stay_excluded_without_nan(name: str) -> None:
     logp0[:, ::3] = NEG_INF
     logp0[0, 1:] = NEG_INF  # all on one piece
     logp0[0, 0] = 0.0
-    solver = SOLVERS[name]
-    got = solver.run(torch.log_softmax(logp0, dim=1), r, matrix.full(), solver.steps, solver.learning_rate or 0.0)
+    got = SOLVERS[name].options().solve(torch.log_softmax(logp0, dim=1), r, matrix.full())
     assert torch.equal(got.logp == NEG_INF, logp0 == NEG_INF)
     torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
     assert not got.logp.isnan().any() and all(value.isfinite().all() for value in got.stats.values())
@@ -128,8 +131,7 @@ def test_mass_that_no_piece_reaches_is_counted(name: str) -> None:
     relative[:, :3] = torch.softmax(torch.arange(12.0).reshape(4, 3).sin(), dim=1)
     r = torch.tensor([[0.2, 0.2, 0.2, 0.4, 0.0, 0.0]])
     logp0 = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), dim=1)
-    solver = SOLVERS[name]
-    got = solver.run(logp0, r, DenseMatrix(relative).full(), solver.steps, solver.learning_rate or 0.0)
+    got = SOLVERS[name].options().solve(logp0, r, DenseMatrix(relative).full())
     torch.testing.assert_close(got.stats["lost_mass"], torch.tensor([0.4]))
     assert got.logp.isfinite().all() and got.stats["residual_kl"].isfinite().all()
 
@@ -149,12 +151,11 @@ def test_em_keeps_pieces_too_small_for_fp32_finite() -> None:
 @pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
 def test_rows_do_not_depend_on_their_batch_and_no_gradient_leaks(name: str) -> None:
     matrix, logp0, r = problem(8)
-    solver, logp0 = SOLVERS[name], logp0.requires_grad_(True)
-    rate = solver.learning_rate or 0.0
-    whole = solver.run(logp0, r, matrix.full(), solver.steps, rate)
+    solver, logp0 = SOLVERS[name].options(), logp0.requires_grad_(True)
+    whole = solver.solve(logp0, r, matrix.full())
     assert not whole.logp.requires_grad
     for i in range(len(r)):
-        one = solver.run(logp0[i : i + 1], r[i : i + 1], matrix.full(), solver.steps, rate)
+        one = solver.solve(logp0[i : i + 1], r[i : i + 1], matrix.full())
         torch.testing.assert_close(one.logp[0], whole.logp[i], atol=1e-4 if name == "adamw" else 5e-6, rtol=0)
 
 
@@ -167,8 +168,15 @@ def test_rows_of_a_large_vocabulary_are_normalised_to_fp32() -> None:
 
 
 def test_an_unknown_solver_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="inverse: unknown value 'adam'. Did you mean 'adamw'"):
-        get_solver("adam")
+    with pytest.raises(ConfigError, match="inverse must be .*; got 'adam'. Did you mean 'adamw'"):
+        Deepen(inverse="adam")
+
+
+def test_a_solver_gets_the_options_it_takes_and_its_own_defaults() -> None:
+    assert Deepen().build_solver().to_dict() == {}
+    built = Deepen(inverse="mirror", steps=3).build_solver()
+    assert (built.NAME, built.steps, built.learning_rate) == ("mirror", 3, 1.7)
+    assert Deepen(rows="embedding", steps=7, inverse="em").build_solver().to_dict() == {"steps": 7}
 
 
 def test_exact_is_what_em_converges_to_on_one_hot_rows() -> None:

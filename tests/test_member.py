@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.config_types import FrozenDict
+from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
@@ -25,7 +24,7 @@ TEXTS = ["", " ", "walk", "The quick brown", "ends\n", "café", "▁ literal", "
 
 @pytest.fixture(scope="module")
 def members(pico):
-    return {name: Member.load(MemberConfig(name, str(pico[name]), 1.0), "cpu") for name in FAMILIES}
+    return {name: Member.load(MemberConfig(name=name, pretrained=str(pico[name])), "cpu") for name in FAMILIES}
 
 
 def plain(runner, sequences):
@@ -122,13 +121,13 @@ def test_eager_attention_takes_the_same_masks(pico, family):
 
 def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeypatch, caplog):
     """A mask that the model ignores is noticed when it loads, and the slow path gives the same numbers."""
-    fast = Member.load(MemberConfig("fast", str(pico["bytelevel"]), 1.0), "cpu")
+    fast = Member.load(MemberConfig(name="fast", pretrained=str(pico["bytelevel"])), "cpu")
     body = TreeRunner.body
     monkeypatch.setattr(
         TreeRunner, "body", lambda self, ids, at, allowed, *rest: body(self, ids, at, torch.ones_like(allowed), *rest)
     )
     with caplog.at_level(logging.WARNING):
-        slow = Member.load(MemberConfig("slow", str(pico["bytelevel"]), 1.0), "cpu")
+        slow = Member.load(MemberConfig(name="slow", pretrained=str(pico["bytelevel"])), "cpu")
     monkeypatch.undo()
     assert isinstance(slow.runner, PlainRunner) and "'slow'" in caplog.text and "forwarded in full" in caplog.text
     paths = [[7, 8, 9], [7, 8, 10, 11], [7, 8]]
@@ -139,14 +138,14 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
 
 
 def test_temperature_divides_the_logits(pico):
-    warm = Member.load(MemberConfig("warm", str(pico["bytelevel"]), 1.0, temperature=2.0), "cpu")
-    cold = Member.load(MemberConfig("cold", str(pico["bytelevel"]), 1.0), "cpu")
+    warm = Member.load(MemberConfig(name="warm", pretrained=str(pico["bytelevel"]), temperature=2.0), "cpu")
+    cold = Member.load(MemberConfig(name="cold", pretrained=str(pico["bytelevel"])), "cpu")
     expected = torch.log_softmax(cold.logp(cold.states_at([[5, 6]])) / 2, dim=-1)
     assert torch.allclose(warm.logp(warm.states_at([[5, 6]])), expected, atol=1e-5)
 
 
 def test_a_member_that_cannot_load_is_named(tmp_path):
-    config = MemberConfig("broken", str(tmp_path), 1.0, loading=FrozenDict({"dtype": "float32"}))
+    config = MemberConfig(name="broken", pretrained=str(tmp_path), loading=FrozenDict({"dtype": "float32"}))
     with pytest.raises(MemberError, match="'broken': cannot load"):
         Member.load(config, "cpu")
 

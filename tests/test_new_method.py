@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from dropped_in import dropped_in
 from harness import deepen, requests
 
-import lm_eval_deepen.fusion as fusion_package
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.fusion import methods
-from lm_eval_deepen.fusion.seam import REGISTRY
+from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.tools import cli
 
@@ -29,24 +28,17 @@ def block(language: str) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def folder(tmp_path: Path):
     """A folder with the page's file, on the path of discovery for one test."""
-    registered = dict(REGISTRY)
     place = tmp_path / "methods"
     place.mkdir()
     (place / "shared.py").write_text(block("python"), encoding="utf-8")
-    monkeypatch.setattr(fusion_package, "__path__", [*fusion_package.__path__, str(place)])
-    methods.cache_clear()
-    yield place
-    REGISTRY.clear()
-    REGISTRY.update(registered)
-    methods.cache_clear()
-    sys.modules.pop("lm_eval_deepen.fusion.shared", None)
-    vars(fusion_package).pop("shared", None)
+    with dropped_in(METHODS, place):
+        yield place
 
 
 def test_the_example_is_one_short_file() -> None:
-    assert "shared" not in methods()
+    assert "shared" not in METHODS
     assert len([line for line in block("python").splitlines() if line.strip()]) <= 45
 
 
@@ -57,7 +49,7 @@ def test_an_ensemble_file_takes_the_method_and_its_option(folder: Path) -> None:
     assert (config.method, config.options_dict()) == ("shared", {"min_bytes": 2})
     with pytest.raises(ConfigError, match="unknown key 'min_byte'. Did you mean 'min_bytes'"):
         configure({"pretrained": str(file), "min_byte": 3})
-    with pytest.raises(ConfigError, match="min_bytes must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="min_bytes must be a whole number of at least 1; got 0"):
         configure({"pretrained": str(file), "min_bytes": 0})
     with pytest.raises(ConfigError, match="method 'share' is unknown. Did you mean 'shared'"):
         configure({"pretrained": str(file), "method": "share"})
@@ -70,7 +62,7 @@ def test_help_and_the_list_know_it(folder: Path, capsys: pytest.CaptureFixture[s
         cli.main(["methods", "--help"])
     assert "shared: Shared: average over the main" in capsys.readouterr().out
     assert cli.main(["methods"]) == 0
-    assert "min_bytes: int (default 1)" in capsys.readouterr().out
+    assert "min_bytes: a whole number of at least 1 (default 1)" in capsys.readouterr().out
 
 
 def test_a_run_uses_it(folder: Path, pico, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from harness import deepen
 
 from lm_eval_deepen.engine.ensemble import view
-from lm_eval_deepen.fusion import methods
+from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.spaces import unit_rows
@@ -102,5 +102,5 @@ def test_options_of_one_space_leave_no_other_space_out(load, given) -> None:
     found = list(_spaces(at, _spaces_of(ensemble, everything=True)))
     assert len(found) == len(BYTE_SPACES) + len(EMBEDDING_SPACES) + len(OUTPUT_SPACES)
     for candidate in found:
-        methods()["deepen"].options(**candidate.options)  # raises where an option does not fit the space
+        METHODS["deepen"].options(**candidate.options)  # raises where an option does not fit the space
     Fusers(ensemble).variant(found[0])

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import is_dataclass
 
 import pytest
+from dropped_in import dropped_in
 
-import lm_eval_deepen.pooling as package
 from lm_eval_deepen.errors import ConfigError, RequestError
-from lm_eval_deepen.pooling import option_classes, poolings
+from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.pooling.logp_mean import LogpMean
 from lm_eval_deepen.pooling.mbr import Mbr, chrf, word_f1
-from lm_eval_deepen.pooling.seam import REGISTRY, Scored, check_request, fused_takes_part
+from lm_eval_deepen.pooling.seam import Scored, check_request, fused_takes_part
 from lm_eval_deepen.pooling.vote import Vote
 
-NAMES = sorted(poolings())
+NAMES = sorted(POOLINGS)
 KINDS = {"loglikelihood", "loglikelihood_rolling", "generate_until"}
 EQUAL = [1 / 3] * 3
 
 
 @pytest.fixture(params=NAMES)
 def method(request):
-    return poolings()[request.param].options()
+    return POOLINGS[request.param].options()
 
 
 def answers_for(method) -> list:
@@ -32,10 +30,10 @@ def answers_for(method) -> list:
     return [Scored(-1.0, True), Scored(-3.0, False), Scored(-2.0, True)]
 
 
-def test_they_are_frozen_dataclasses_with_a_source(method) -> None:
-    entry = next(entry for entry in poolings().values() if entry.options is type(method))
-    assert is_dataclass(method) and type(method).__dataclass_params__.frozen
-    assert entry.paper and type(method).__doc__ and option_classes()[entry.name] is type(method)
+def test_they_are_options_with_a_source_and_a_meaning_for_each(method) -> None:
+    assert POOLINGS[method.NAME].options is type(method) and method.KIND == "pooling"
+    assert POOLINGS[method.NAME].paper and type(method).__doc__
+    assert all(field.description for field in type(method).model_fields.values())
     assert method.REQUESTS and method.REQUESTS <= KINDS
 
 
@@ -165,23 +163,15 @@ def test_mbr_of_two_equal_members_is_a_tie_that_the_fused_answer_breaks() -> Non
     texts = ["cats sit", "cats bit"]
     assert Mbr(utility="f1").combine(texts, [0.5, 0.5]).answer == texts[0]
     assert Mbr(utility="f1", with_fused=True).combine([*texts, "cats hit"], [0.5, 0.5]).answer == "cats hit"
-    with pytest.raises(ConfigError, match="utility must be 'chrf' or 'f1', got 'bleu'"):
+    with pytest.raises(ConfigError, match="utility must be 'chrf' or 'f1'; got 'bleu'"):
         Mbr(utility="bleu")
 
 
-def test_a_new_file_is_a_new_method(tmp_path, monkeypatch) -> None:
-    registered = dict(REGISTRY)
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+def test_a_new_file_is_a_new_method(tmp_path) -> None:
     (tmp_path / "new_one.py").write_text(
-        "from dataclasses import dataclass\nfrom lm_eval_deepen.pooling.seam import pooling\n\n"
-        '@pooling("first", paper="none")\n@dataclass(frozen=True)\nclass First:\n    pass\n'
+        "from lm_eval_deepen.config import Options\nfrom lm_eval_deepen.pooling.seam import pooling\n\n"
+        '@pooling("first", paper="none")\nclass First(Options):\n    pass\n'
     )
-    poolings.cache_clear()
-    try:
-        assert set(poolings()) == {*NAMES, "first"}
-    finally:
-        REGISTRY.clear()
-        REGISTRY.update(registered)
-        poolings.cache_clear()
-        sys.modules.pop("lm_eval_deepen.pooling.new_one", None)
-        vars(package).pop("new_one", None)
+    with dropped_in(POOLINGS, tmp_path):
+        assert set(POOLINGS) == {*NAMES, "first"}
+    assert set(POOLINGS) == set(NAMES)

@@ -12,13 +12,14 @@ import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm_eval_deepen.config_parse import RECIPE_KEYS, read_ensemble_file
+from lm_eval_deepen.config.loading import RECIPE_KEYS, read_ensemble_file
+from lm_eval_deepen.config.recipes import shipped_recipes
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.host import configure
-from lm_eval_deepen.tools.recipes import find_recipe, load_recipe, recipe_files
+from lm_eval_deepen.tools.recipes import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = recipe_files()
+FILES = list(shipped_recipes("ensemble").values())
 PAPER = [path for path in FILES if path.name.startswith("deepen_")]
 PAPER_MEMBERS = {
     "meta-llama/Llama-2-13b-hf", "mistralai/Mistral-7B-v0.1", "internlm/internlm-20b", "Skywork/Skywork-13B-base",
@@ -48,9 +49,9 @@ def write(tmp_path: Path, **changes: object) -> Path:
 def test_every_shipped_recipe_is_sound(path: Path) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
     recipe = load_recipe(path)
-    assert "expected" in raw and recipe.title and recipe.tasks
+    assert "expected" in raw and recipe.title and recipe.task
     known = {file.stem for file in (ROOT / "task_configs").rglob("*.yaml")}
-    assert set(recipe.tasks) <= known
+    assert set(recipe.task) <= known
     config = recipe.configure()
     assert len({member.name for member in config.members}) == len(config.members) >= 2
     assert raw["pretrained"] == config.members[0].pretrained
@@ -66,7 +67,7 @@ def test_the_papers_recipes_run_its_procedure_on_its_models(path: Path) -> None:
     assert config.compat == "reference" and config.method == "deepen"
     assert config.options_dict()["learning_rate"] > 0
     assert {member.pretrained for member in config.members} <= PAPER_MEMBERS
-    assert {task.removesuffix("_released") for task in recipe.tasks} == {entry.task for entry in recipe.expected}
+    assert {task.removesuffix("_released") for task in recipe.task} == {entry.task for entry in recipe.expected}
     assert recipe.source and recipe.note
     for entry in recipe.expected:  # a figure has a source, its absence a reason
         assert entry.table or entry.read_in
@@ -91,11 +92,11 @@ def test_a_larger_ensemble_of_the_figure_adds_one_member() -> None:
 def test_the_translator_reads_the_sentence_that_its_task_asks_about() -> None:
     """The recipe's pattern finds the last sentence of the task's prompt, examples or not."""
     recipe = find_recipe("deepen_llama2_13b_nllb")
-    source = recipe.configure().members[1].source
+    source = recipe.configure().members[1]
     assert source.source_pattern is not None
     prompt = "English: A dog.\nGerman: Ein Hund.\n\nEnglish: A cat, a bird.\nGerman:"
     assert re.findall(source.source_pattern, prompt)[-1] == "A cat, a bird."
-    text = load_yaml(ROOT / "task_configs" / "deepen_paper" / f"{recipe.tasks[0]}.yaml")["doc_to_text"]
+    text = load_yaml(ROOT / "task_configs" / "deepen_paper" / f"{recipe.task[0]}.yaml")["doc_to_text"]
     assert re.findall(source.source_pattern, text.replace("{{source}}", "A cat.")) == ["A cat."]
     assert (source.source_language, source.target_language) == ("eng_Latn", "deu_Latn")
 
@@ -105,11 +106,11 @@ def test_the_translator_reads_the_sentence_that_its_task_asks_about() -> None:
 
 def test_recipe_keys_are_no_ensemble_keys(tmp_path: Path) -> None:
     path = write(tmp_path, source="a paper", note="a note", harness={"apply_chat_template": True})
-    assert not RECIPE_KEYS & read_ensemble_file(str(path)).keys()
+    assert not RECIPE_KEYS & read_ensemble_file(path).keys()
     recipe = load_recipe(path)
-    assert recipe.tasks == ("deepen_nq",)
+    assert recipe.task == ("deepen_nq",)
     assert recipe.expected[0].score == 31.5
-    assert recipe.harness == {"apply_chat_template": True}
+    assert recipe.harness.given() == {"apply_chat_template": True}
     assert (recipe.source, recipe.note) == ("a paper", "a note")
     assert configure({"pretrained": str(path)}).weights == (0.5, 0.5)
 
@@ -122,12 +123,12 @@ def test_recipe_keys_are_no_ensemble_keys(tmp_path: Path) -> None:
         ({"learning_rat": 1}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'\?"),
         ({"harness": {"apply_chat_templat": True}}, r"harness: unknown key .* Did you mean 'apply_chat_template'\?"),
         ({"expected": [{"task": "deepen_nq", "scor": 1}]}, r"expected\[0\]: unknown key 'scor'\. Did you mean 'score'"),
-        ({"expected": [{"task": "deepen_mq", "score": 1}]}, r"task must be one of the recipe's \(deepen_nq\)"),
+        ({"expected": [{"task": "deepen_mq", "note": "x"}]}, r"task must be one of the recipe's \(deepen_nq\)"),
         ({"expected": [{"task": "deepen_nq", "score": 1}]}, r"expected\[0\]: a score needs read_in"),
         ({"expected": [{"task": "deepen_nq"}]}, r"expected\[0\]: without a score, a note must say why"),
-        ({"expected": [{"task": "deepen_nq", "score": "x", "read_in": "y"}]}, r"expected\[0\]\.score must be a number"),
-        ({"expected": {"task": "deepen_nq"}}, "expected must be a list"),
-        ({"expected": ["deepen_nq"]}, r"expected\[0\] must be a mapping"),
+        ({"expected": [{"task": "deepen_nq", "score": "x", "read_in": "y"}]}, r"expected\[0\]: score must be a number"),
+        ({"expected": {"task": "deepen_nq"}}, "expected must be a list with one entry for each published score"),
+        ({"expected": ["deepen_nq"]}, r"expected\[0\] must be a mapping with task, score"),
         ({"task": 3}, "task must be a name or a list of names"),
         ({"harness": []}, "") ,
         ({"members": [{"pretrained": "org/a", "wieght": 1}]}, r"unknown key 'wieght'\. Did you mean 'weight'\?"),
@@ -136,7 +137,7 @@ def test_recipe_keys_are_no_ensemble_keys(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_a_recipe_must_not_say(tmp_path: Path, changes: dict, message: str) -> None:
     if not message:  # an empty value stands for nothing
-        assert load_recipe(write(tmp_path, **changes)).harness == {}
+        assert load_recipe(write(tmp_path, **changes)).harness.given() == {}
         return
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, **changes))
@@ -148,11 +149,11 @@ def test_a_recipe_is_found_by_file_by_name_and_inline(tmp_path: Path) -> None:
     shipped = find_recipe("deepen_nq_4")
     assert shipped == find_recipe("deepen_nq_4.yaml") == load_recipe(ROOT / "matrices" / "deepen_nq_4.yaml")
     changed = find_recipe(f"pretrained={path},weights=0.25+0.75")
-    assert (changed.tasks, changed.configure().weights) == (("deepen_nq",), (0.25, 0.75))
+    assert (changed.task, changed.configure().weights) == (("deepen_nq",), (0.25, 0.75))
     assert find_recipe("org/model").configure().members[0].pretrained == "org/model"
     assert find_recipe('{"pretrained": "a", "members": ["a", "b"]}').configure().weights == (0.5, 0.5)
     assert find_recipe("pretrained=a,members=a+b,method=gac").configure().method == "gac"
-    with pytest.raises(ConfigError, match=r"recipe deepen_nq_44\.yaml: no such file .* Did you mean 'deepen_nq_4'\?"):
+    with pytest.raises(ConfigError, match=r"deepen_nq_44\.yaml: no such file .* Did you mean 'deepen_nq_4'\?"):
         find_recipe("deepen_nq_44.yaml")
 
 
@@ -160,19 +161,19 @@ def test_an_instruct_recipe_runs_with_each_members_own_rendering(tmp_path: Path,
     """As instruct_smollm2_gemma3_base: one member has a chat template, the other reads plain text."""
     shipped = find_recipe("instruct_smollm2_gemma3_base")
     members = [{"pretrained": str(pico[name])} for name in ("bytelevel", "metaspace")]
-    keys = {"chat_fallback": shipped.arguments["chat_fallback"], "harness": dict(shipped.harness)}
+    keys = {"chat_fallback": shipped.arguments["chat_fallback"], "harness": shipped.harness.given()}
     path = write(tmp_path, members=members, task="deepen_demo_short", expected="leave out", self_check=False, **keys)
     recipe = load_recipe(path)
     results = lm_eval.simple_evaluate(
         model="deepen",
         model_args={"pretrained": str(path), "matrix_dir": str(tmp_path)},
-        tasks=list(recipe.tasks),
+        tasks=list(recipe.task),
         task_manager=TaskManager(include_path=str(ROOT / "task_configs"), include_defaults=False),
         device="cpu",
         limit=2,
         num_fewshot=1,
         bootstrap_iters=0,
-        **recipe.harness,
+        **recipe.harness.given(),
     )
     assert results is not None and results["n-samples"]["deepen_demo_short"]["effective"] == 2
     assert results["config"]["deepen"]["members"][1]["chat_template"] is False

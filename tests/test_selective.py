@@ -80,7 +80,7 @@ def test_bad_values_are_named():
     pair = {"pretrained": "a", "members": ["a", "b"]}
     with pytest.raises(ConfigError, match="skip_when.*confident"):
         configure({**pair, "skip_when": "sometimes"})
-    with pytest.raises(ConfigError, match="skip_above must be a probability above 0 and at most 1; got 90"):
+    with pytest.raises(ConfigError, match="skip_above must be a number above 0 and up to 1; got 90"):
         configure({**pair, "skip_above": 90})
     prints = {configure({**pair, **more}).fingerprint() for more in ({}, {"skip_above": 0.5}, {"skip_check": True})}
     assert len(prints) == 1 and configure({**pair, "skip_when": "agree"}).fingerprint() not in prints

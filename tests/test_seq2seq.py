@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from harness import requests
 from lm_eval.tasks import TaskManager
 
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.config_source import SourceConfig
 from lm_eval_deepen.engine.prompting import Prompter
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
 from lm_eval_deepen.host import DeepenLM, configure
@@ -281,8 +279,8 @@ def test_a_conversation_gives_it_a_source_from_plain_text(ensemble: Any) -> None
 def test_the_source_is_cut_out_of_the_whole_prompt_even_where_it_is_cut_for_others(ensemble: Any) -> None:
     model = ensemble("bytelevel", "translator", max_length=60)
     prompt = "English: The fox\nGerman: " + "so " * 80 + "and German:"
-    model.ensemble.members[1].config = replace(
-        model.ensemble.members[1].config, source=SourceConfig(r"English: (.*)\nGerman", "eng_Latn", "deu_Latn")
+    model.ensemble.members[1].config = model.ensemble.members[1].config.replace(
+        source_pattern=r"English: (.*)\nGerman", source_language="eng_Latn", target_language="deu_Latn"
     )
     prompts = Prompter(model.ensemble).prompts(prompt, 5)
     assert len(prompts[0].ids) <= 55
@@ -465,12 +463,12 @@ def test_the_translators_recipe_runs_under_the_harness(
                                 "nllb-200-distilled-600M": str(folders["translator"])})  # fmt: skip
     arguments = config.to_dict() | {"matrix_dir": str(tmp_path)}
     results = lm_eval.simple_evaluate(
-        model="deepen", model_args=arguments, tasks=list(shipped.tasks), device="cpu", bootstrap_iters=0, limit=2,
+        model="deepen", model_args=arguments, tasks=list(shipped.task), device="cpu", bootstrap_iters=0, limit=2,
         task_manager=TaskManager(include_path=str(ROOT / "task_configs"), include_defaults=False),
         gen_kwargs={"max_gen_toks": 6},
     )  # fmt: skip
-    assert results is not None and results["results"][shipped.tasks[0]]["chrf,none"] >= 0
-    asked = results["samples"][shipped.tasks[0]][0]["arguments"][0][0]
+    assert results is not None and results["results"][shipped.task[0]]["chrf,none"] >= 0
+    asked = results["samples"][shipped.task[0]][0]["arguments"][0][0]
     assert asked.startswith("English: The fox dev 0.\nGerman: Der Fuchs 0.\n\n")
     counts = results["config"]["deepen"]
     assert counts["steps_fused"] + counts["steps_skipped"] > 0
@@ -488,7 +486,8 @@ def configured(**keys: Any) -> Any:
 def test_keys_of_a_source_are_part_of_the_ensemble() -> None:
     plain, config = configured(), configured(source_pattern=PATTERN, **LANGUAGES)
     assert isinstance(config.members[1], MemberConfig)
-    assert config.members[1].source == SourceConfig(PATTERN, "eng_Latn", "deu_Latn") and not plain.members[1].source
+    said = {"source_pattern": PATTERN, "source_language": "eng_Latn", "target_language": "deu_Latn"}
+    assert config.members[1].source == said and not plain.members[1].source
     assert configure(config.to_dict()) == config
     prints = {c.fingerprint() for c in (plain, config, configured(source_pattern=PATTERN), configured(**LANGUAGES))}
     assert len(prints) == 4

@@ -10,12 +10,10 @@ from harness import deepen, requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.config import parse_config
 from lm_eval_deepen.engine.decoding import Job, generate
 from lm_eval_deepen.engine.drafting import Cheapest, Drafter, Lookup, drafter, look_up
 from lm_eval_deepen.engine.prompting import Prompter
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.fusion import option_classes
 from lm_eval_deepen.host import configure
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "walk walk walk", "ends\n", "1 2 3 1 2 3 1"]
@@ -116,7 +114,7 @@ def test_the_option_is_read_before_anything_loads():
     for value, expected in (("lookup", "lookup"), ("draft", "draft"), (False, "off"), ("off", "off")):
         found = configure({"pretrained": "a", "members": ["a", "b"], "speculate": value})
         assert found.speculate == expected
-        assert parse_config(found.to_dict(), loading_keys=(), methods=option_classes()) == found
+        assert configure(found.to_dict()) == found
         assert found.fingerprint() == configure({"pretrained": "a", "members": ["a", "b"]}).fingerprint()
     with pytest.raises(ConfigError, match="speculate.*lookup"):
         configure({"pretrained": "a", "members": ["a", "b"], "speculate": "ngram"})

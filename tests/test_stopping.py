@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.config import FrozenDict
 from lm_eval_deepen.engine.decoding import Generation, Job, Row, append, generate
 from lm_eval_deepen.engine.prompting import Prompter
 
@@ -55,8 +53,7 @@ def test_members_that_disagree_are_weighed(pair, monkeypatch, average):
     The geometric average weighs by the masses' roots: what is left for the other's choice decides.
     """
     main, other = pair.ensemble.members
-    options = {**pair.ensemble_config.options_dict(), "average": average}
-    config = replace(pair.ensemble_config, options=FrozenDict(options))
+    config = pair.ensemble_config.replace(options=pair.ensemble_config.options.replace(average=average))
     pair = pair.around(config, pair.ensemble.members)
     word = main.codec.vocab.ids_of[b"a"][0]
     monkeypatch.setattr(main, "logp", wants(main, {word: 0.98}))
@@ -98,7 +95,7 @@ def test_rows_end_independently(pair):
 
 
 def deepen_with_batch(model, size):
-    model.ensemble_config = replace(model.ensemble_config, batch_size=size)
+    model.ensemble_config = model.ensemble_config.replace(batch_size=size)
     return model
 
 

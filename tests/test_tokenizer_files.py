@@ -14,10 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, LlamaTokenizer
 from vocabulary_helpers import CORPUS, SPACE, byte_level, sentencepiece_bpe, unigram
 
-from lm_eval_deepen.config import EnsembleConfig, MemberConfig, parse_config
-from lm_eval_deepen.config_types import FrozenDict
+from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.fusion import methods
+from lm_eval_deepen.host import configure
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.text import TextCodec
@@ -57,7 +56,7 @@ def folder(path: Path, tokenizer: Tokenizer | dict[str, Any], model_type: str | 
 
 def member(path: str, **given: Any) -> MemberConfig:
     allowed = given.pop("allow_altered_tokenizer", False)
-    return MemberConfig("m", path, 1.0, loading=FrozenDict(given), allow_altered_tokenizer=allowed)
+    return MemberConfig(name="m", pretrained=path, loading=FrozenDict(given), allow_altered_tokenizer=allowed)
 
 
 def load(path: str, **given: Any) -> Any:
@@ -301,18 +300,13 @@ def test_pico_tokenizers_are_what_their_files_say(
 
 
 def test_the_allowance_is_a_key_of_a_member_or_of_all(tmp_path: Path) -> None:
-    known = {name: entry.options for name, entry in methods().items()}
-
-    def parse(**keys: Any) -> EnsembleConfig:
-        return parse_config(keys, loading_keys=["device"], methods=known)
-
-    strict = parse(members=["a", "b"])
-    one = parse(members=[{"pretrained": "a", "allow_altered_tokenizer": True}, "b"])
-    both = parse(members=["a", "b"], allow_altered_tokenizer=True)
+    strict = configure({"members": ["a", "b"]})
+    one = configure({"members": [{"pretrained": "a", "allow_altered_tokenizer": True}, "b"]})
+    both = configure({"members": ["a", "b"], "allow_altered_tokenizer": True})
     assert [m.allow_altered_tokenizer for m in (*strict.members, *one.members)] == [False, False, True, False]
     assert all(m.allow_altered_tokenizer and not m.loading for m in both.members)
     assert len({config.fingerprint() for config in (strict, one, both)}) == 3
     assert "allow_altered_tokenizer" not in strict.to_dict()["members"][0]
-    assert parse(**one.to_dict()) == one
+    assert configure(one.to_dict()) == one
     with pytest.raises(ConfigError, match="allow_altered_tokenizer must be true or false; got 'yes'"):
-        parse(pretrained="a", allow_altered_tokenizer="yes")
+        configure({"pretrained": "a", "allow_altered_tokenizer": "yes"})

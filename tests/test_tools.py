@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lm_eval_deepen
 from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.tools import cli, demo, demo_models, paths, run, table
 from lm_eval_deepen.tools.demo_models import DEMO_MODELS, GEMMA3, SMOLLM2, DemoModel
@@ -104,7 +105,7 @@ def test_tasks_of_the_checkout_are_found(capsys: pytest.CaptureFixture[str]):
 def test_unknown_kind_and_missing_folder_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"'task': expected one of tasks, recipes. Did you mean 'tasks'\?"):
         paths.data_folder("task")
-    monkeypatch.setattr(paths.lm_eval_deepen, "__file__", str(tmp_path / "lm_eval_deepen" / "__init__.py"))
+    monkeypatch.setattr(lm_eval_deepen, "__file__", str(tmp_path / "lm_eval_deepen" / "__init__.py"))
     with pytest.raises(ConfigError, match=r"'tasks': found neither .*_data.*task_configs.* reinstall"):
         paths.data_folder("tasks")
 

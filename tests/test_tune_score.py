@@ -65,7 +65,7 @@ def tune(pico, data, tmp_path):
 
 
 def development(data: Path, task: str):
-    [loaded] = load_tasks([TaskSpec(task, split="validation")], (), {"data_dir": str(data)})
+    [loaded] = load_tasks([TaskSpec(task=task, split="validation")], (), {"data_dir": str(data)})
     return loaded
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import is_dataclass
 
 import pytest
 import torch
+from dropped_in import dropped_in
 
-import lm_eval_deepen.weighting as package
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting import option_classes, weightings
+from lm_eval_deepen.weighting import WEIGHTINGS
 from lm_eval_deepen.weighting.adaptive import Adaptive
 from lm_eval_deepen.weighting.confidence import Confidence
 from lm_eval_deepen.weighting.explicit import Explicit
 from lm_eval_deepen.weighting.perplexity import Perplexity
-from lm_eval_deepen.weighting.seam import REGISTRY, PromptLoss, Weigher
+from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
 
-NAMES = sorted(weightings())
+NAMES = sorted(WEIGHTINGS)
 REQUIRED = {"adaptive": {"dev_scores": (0.2, 0.6, 0.2)}}
 CONFIGURED = torch.tensor([0.5, 0.3, 0.2])
 
@@ -38,17 +36,17 @@ BASE = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.0, 0.4], [1.0, 0.0, 0.0], [1 / 3, 
 
 @pytest.fixture(params=NAMES)
 def options(request):
-    return weightings()[request.param].options(**REQUIRED.get(request.param, {}))
+    return WEIGHTINGS[request.param].options(**REQUIRED.get(request.param, {}))
 
 
 def test_the_issues_weightings_are_there() -> None:
     assert {"explicit", "uniform", "adaptive", "perplexity", "confidence"} <= set(NAMES)
 
 
-def test_they_are_frozen_dataclasses_with_a_source(options) -> None:
-    entry = next(entry for entry in weightings().values() if entry.options is type(options))
-    assert is_dataclass(options) and type(options).__dataclass_params__.frozen
-    assert entry.paper and type(options).__doc__ and option_classes()[entry.name] is type(options)
+def test_they_are_options_with_a_source_and_a_meaning_for_each(options) -> None:
+    assert WEIGHTINGS[options.NAME].options is type(options) and options.KIND == "weighting"
+    assert WEIGHTINGS[options.NAME].paper and type(options).__doc__
+    assert all(field.description for field in type(options).model_fields.values())
 
 
 def test_they_start_from_a_distribution(options) -> None:
@@ -101,10 +99,10 @@ def test_what_is_in_an_unused_row_does_not_count(options, filler: float) -> None
 
 
 def test_adaptive_is_proportional_to_the_scores() -> None:
-    assert Adaptive((0.2, 0.6)).start(None, 2) == pytest.approx([0.25, 0.75])
-    assert Adaptive([1, 0]).dev_scores == (1, 0)
+    assert Adaptive(dev_scores=(0.2, 0.6)).start(None, 2) == pytest.approx([0.25, 0.75])
+    assert Adaptive(dev_scores=[1, 0]).dev_scores == (1, 0)
     with pytest.raises(ConfigError, match="dev_scores has 2 values for 3 members; give one per member"):
-        Adaptive((0.2, 0.6)).start(None, 3)
+        Adaptive(dev_scores=(0.2, 0.6)).start(None, 3)
 
 
 def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
@@ -128,7 +126,7 @@ def test_confidence_is_a_softmax_of_minus_the_entropy() -> None:
     logp[0][0, :10] = -torch.inf
     logp[0][0] = torch.log_softmax(logp[0][0], 0)
     for temperature in (1.0, 0.2):
-        found = Confidence(temperature).build().weights(logp, BASE)
+        found = Confidence(entropy_temperature=temperature).build().weights(logp, BASE)
         for n in range(4):
             scores = []
             for rows, prior in zip(logp, BASE[n].tolist(), strict=True):
@@ -140,12 +138,12 @@ def test_confidence_is_a_softmax_of_minus_the_entropy() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Adaptive((0.0, 0.0)), "dev_scores are all zero .*use weighting=uniform"),
-        (lambda: Adaptive((0.5, -0.1)), "dev_scores must be finite numbers, 0 or more; got"),
-        (lambda: Adaptive((0.5, float("nan"))), "dev_scores must be finite"),
-        (lambda: Perplexity(loss_temperature=0.0), "loss_temperature must be a number above 0, got 0.0"),
-        (lambda: Perplexity(loss_per="word"), "loss_per must be 'token' or 'byte', got 'word'"),
-        (lambda: Confidence(-1.0), "entropy_temperature must be a number above 0, got -1.0"),
+        (lambda: Adaptive(dev_scores=(0.0, 0.0)), "dev_scores are all zero .*use weighting=uniform"),
+        (lambda: Adaptive(dev_scores=(0.5, -0.1)), "dev_scores must be finite numbers, 0 or more; got"),
+        (lambda: Adaptive(dev_scores=(0.5, float("nan"))), "dev_scores must be a list of finite numbers"),
+        (lambda: Perplexity(loss_temperature=0.0), "loss_temperature must be a number above 0; got 0.0"),
+        (lambda: Perplexity(loss_per="word"), "loss_per must be 'token' or 'byte'; got 'word'"),
+        (lambda: Confidence(entropy_temperature=-1.0), "entropy_temperature must be a number above 0; got -1.0"),
         (lambda: Explicit().start(None, 2), "weighting=explicit needs weights for 2 members.*weighting=uniform"),
     ],
 )
@@ -155,13 +153,12 @@ def test_bad_options_are_named(build, message: str) -> None:
 
 
 NEW = """
-from dataclasses import dataclass
 from typing import ClassVar
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.weighting.seam import weighting
 
 @weighting("NAME", paper="none")
-@dataclass(frozen=True)
-class New:
+class New(Options):
     TAKES_WEIGHTS: ClassVar[bool] = False
 """
 
@@ -170,25 +167,16 @@ class New:
     ("code", "message"),
     [
         (NEW.replace("NAME", "new"), None),
-        ("import no_such_package", r"Weighting file new_one\.py in .* cannot be imported"),
-        ("x = 1", r"registers no method. Decorate .*@weighting"),
+        ("import no_such_package", r"weighting file new_one\.py in .* cannot be imported"),
+        ("x = 1", r"registers no weighting. Decorate .*@weighting"),
         (NEW.replace("NAME", "uniform"), "'uniform' is defined twice"),
     ],
 )
-def test_a_new_file_is_a_new_weighting(tmp_path, monkeypatch, code: str, message: str | None) -> None:
-    registered = dict(REGISTRY)
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+def test_a_new_file_is_a_new_weighting(tmp_path, code: str, message: str | None) -> None:
     (tmp_path / "new_one.py").write_text(code)
-    weightings.cache_clear()
-    try:
+    with dropped_in(WEIGHTINGS, tmp_path):
         if message is None:
-            assert set(weightings()) == {*NAMES, "new"}
+            assert set(WEIGHTINGS) == {*NAMES, "new"}
         else:
             with pytest.raises(ConfigError, match=message):
-                weightings()
-    finally:
-        REGISTRY.clear()
-        REGISTRY.update(registered)
-        weightings.cache_clear()
-        sys.modules.pop("lm_eval_deepen.weighting.new_one", None)
-        vars(package).pop("new_one", None)
+                len(WEIGHTINGS)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Bench:
         load = Member.load
 
         def shared(config: Any, *args: Any, **kwargs: Any) -> Member:
-            key = replace(config, weight=1.0)
+            key = config.replace(weight=1.0)
             if key not in self._members:
                 self._members[key] = load(config, *args, **kwargs)
             return self._members[key]

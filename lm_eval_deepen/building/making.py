@@ -227,14 +227,14 @@ def _bits_per_byte(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the model gives no finite probabilities.
     """
-    from lm_eval_deepen.config_types import MemberConfig
+    from lm_eval_deepen.config import MemberConfig
     from lm_eval_deepen.distill.corpus import Tokens
     from lm_eval_deepen.distill.evaluation import bits_of
     from lm_eval_deepen.engine.texts import default_text, digest, load_documents
     from lm_eval_deepen.member import Member
 
     documents = load_documents([default_text()])
-    member = Member.load(MemberConfig("built", str(folder), 1.0), "cpu")
+    member = Member.load(MemberConfig(name="built", pretrained=str(folder)), "cpu")
     bits = sum(bits_of(member, [[Tokens.of(member.codec, document.text)] for document in documents]))
     num_bytes = sum(document.num_bytes for document in documents)
     if not math.isfinite(bits):

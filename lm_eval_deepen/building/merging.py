@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.building.architecture import check_alike
-from lm_eval_deepen.config_options import to_number
+from lm_eval_deepen.config.keys import to_number
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

@@ -9,18 +9,21 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from lm_eval_deepen.building import texts
 from lm_eval_deepen.building.weights import commit_of, weights_sha256
-from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
-from lm_eval_deepen.errors import ConfigError, did_you_mean
-from lm_eval_deepen.yaml_reading import read_yaml
+from lm_eval_deepen.config import FrozenDict, Keys, Names
+from lm_eval_deepen.config.errors import unknown_name
+from lm_eval_deepen.config.frozen import thaw
+from lm_eval_deepen.config.recipes import LARGEST_SEED, read_recipe, recipe_file
+from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
 
 MERGE_KEY = "merge_method"
 TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
 RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # merges that draw at random
-OWN_KEYS = frozenset({"title", "note", "seed", "include_path", "metadata"})
 _PLACEMENT = frozenset({"models", "device", "store", "checkpoint_steps"})  # of a training: decide no weight
 _TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source that are no model
 
@@ -187,13 +190,6 @@ class BuildRecipe:
         return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
 
 
-def _metadata(keys: Mapping[str, Any]) -> str:
-    given = keys.get("metadata") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"metadata must be a mapping, which tasks are told; got {given!r}")
-    return json.dumps(dict(given), sort_keys=True)
-
-
 def _names_trained(key: str, inside: str, value: str) -> bool:
     return key in ("target", "sources") and not inside
 
@@ -208,20 +204,32 @@ def _model_digest(place: str) -> str:
     return weights_sha256(Path(place)) if os.path.isdir(place) else f"{place}@{commit_of(place) or 'unknown'}"
 
 
-def read_build(path: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
+class BuildKeys(Keys):
+    """Keys of a model to build, beside those of the merge or of the training."""
+
+    kind: Literal["merge", "distill"] | None = Field(
+        None, description="Whether weights are merged, or a model trained."
+    )
+    title: str = Field("", description="One line.")
+    note: str = Field("", description="What else to know.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds whatever is drawn at random.")
+    include_path: Names = Field((), description="Folders with the tasks whose texts are trained on.")
+    metadata: FrozenDict = Field(FrozenDict(), description="What these tasks are told.")
+
+
+def read_build(recipe: str | Path, changes: Mapping[str, Any] | None = None, folder: Path | None = None) -> BuildRecipe:
     """Read the recipe of a built model.
 
     Args:
-        path: the YAML file.
+        recipe: the YAML file, or the name of a shipped one.
         changes: keys that stand for those of the file.
+        folder: where a relative path is read; None: the current folder.
 
     Raises:
         ConfigError: what is no recipe, by file and key.
     """
-    if not path.is_file():
-        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.yaml")])
-        raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}).{near} Give a YAML file's path")
-    return parse_build(read_yaml(path), str(path), path.parent, changes)
+    path = recipe_file(str(recipe), folder)
+    return parse_build(read_recipe(path, "merge", "distill"), str(path), path.parent, changes)
 
 
 def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
@@ -230,33 +238,30 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
     Raises:
         ConfigError: it says neither how to merge nor how to train, or says both.
     """
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{source}: a recipe holds {MERGE_KEY}, or method; got {type(raw).__name__}")
-    keys = {**raw, **(changes or {})}
-    if (MERGE_KEY in keys) == ("method" in keys):
-        raise ConfigError(
-            f"{source}: give {MERGE_KEY}: linear, slerp, ties, ... (weights are merged), or method: "
-            f"{' or '.join(TRAINED)} (a model is trained), and not both; got the keys "
-            f"{', '.join(map(str, keys)) or 'none'}"
-        )
-    if "method" in keys and keys["method"] not in TRAINED:
-        near = did_you_mean(str(keys["method"]), TRAINED)
-        raise ConfigError(
-            f"{source}: method {keys['method']!r} is unknown.{near} Methods: {', '.join(TRAINED)}; merges are named "
-            f"by {MERGE_KEY}"
-        )
-    try:
-        found = BuildRecipe(
-            source=source,
-            folder=folder,
-            content={key: value for key, value in keys.items() if key not in OWN_KEYS},
-            seed=whole_number(keys.get("seed", 0), "seed", 0, MAX_SEED),
-            title=coerce(keys.get("title", ""), str, "title"),
-            note=coerce(keys.get("note", ""), str, "note"),
-            tasks=texts.TaskSource(texts.task_folders(keys.get("include_path"), folder), _metadata(keys)),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+    with blamed(source):
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"a recipe holds {MERGE_KEY}, or method; got {type(raw).__name__}")
+        keys = {**raw, **(changes or {})}
+        if (MERGE_KEY in keys) == ("method" in keys):
+            raise ConfigError(
+                f"give {MERGE_KEY}: linear, slerp, ties, ... (weights are merged), or method: {' or '.join(TRAINED)} "
+                f"(a model is trained), and not both; got the keys {', '.join(map(str, keys)) or 'none'}",
+                key="method", code="conflict",
+            )  # fmt: skip
+        if "method" in keys and keys["method"] not in TRAINED:
+            problem = unknown_name("method", keys["method"], TRAINED)
+            raise ConfigError(replace(problem, message=f"{problem.message}; merges are named by {MERGE_KEY}"))
+        own = BuildKeys.read({key: value for key, value in keys.items() if key in BuildKeys.names()})
+        folders = texts.task_folders(own.include_path, folder)
+    found = BuildRecipe(
+        source=source,
+        folder=folder,
+        content={key: value for key, value in keys.items() if key not in BuildKeys.names()},
+        seed=own.seed,
+        title=own.title,
+        note=own.note,
+        tasks=texts.TaskSource(folders, json.dumps(thaw(own.metadata), sort_keys=True)),
+    )
     if found.is_merge:
         from lm_eval_deepen.building.merging import check
 
@@ -275,7 +280,5 @@ def _check_training(recipe: BuildRecipe) -> None:
     if recipe.content.get("text") is not None:
         texts.names(recipe.content["text"], f"{recipe.source}: text")
     named = [content.get("target"), *texts.listed(content.get("sources"))]
-    try:
+    with blamed(recipe.source):
         DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})
-    except ConfigError as error:
-        raise ConfigError(f"{recipe.source}: {error}") from error

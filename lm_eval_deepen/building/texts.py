@@ -84,7 +84,7 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
     """
     found = []
     listed = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
         raise ConfigError(f"include_path must be a folder or a list of folders; got {value!r}")
     for name in listed:
         place = folder / Path(name).expanduser()
@@ -141,7 +141,7 @@ def _examples(name: str, tasks: TaskSource) -> list[tuple[str, Any]]:
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
     from lm_eval_deepen.leaderboard.tasks import load_tasks
 
-    [loaded] = load_tasks([TaskSpec(name)], tasks.include_path, json.loads(tasks.metadata))
+    [loaded] = load_tasks([TaskSpec(task=name)], tasks.include_path, json.loads(tasks.metadata))
     if list(loaded.leaves) != [name]:
         raise ConfigError(f"text {TASK}{name} is a group; name one of its tasks: {', '.join(loaded.leaves)}")
     task = loaded.leaves[name]

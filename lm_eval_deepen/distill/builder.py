@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.config_types import FrozenDict, MemberConfig
+from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.distill import evaluation
 from lm_eval_deepen.distill.corpus import Corpus, Text, Tokens, cut, read_corpus, text_digest
 from lm_eval_deepen.distill.recipe import DistillRecipe
@@ -202,7 +202,7 @@ def load(name: str, pretrained: str, device: str | None) -> Member:
         ConfigError: a model that generates, but gives no distribution for given text.
     """
     loading = FrozenDict({"dtype": "float32"})  # as it is trained, whatever its weights are stored in
-    member = Member.load(MemberConfig(name, pretrained, 1.0, loading=loading), device)
+    member = Member.load(MemberConfig(name=name, pretrained=pretrained, loading=loading), device)
     if member.generates_only:
         raise ConfigError(f"recipe: model {name!r} cannot score given text; use a causal language model")
     return member

@@ -18,7 +18,6 @@ from lm_eval_deepen.engine.specialists import check_specialists
 from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
-from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt
@@ -26,7 +25,6 @@ from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.topk import argmax
-from lm_eval_deepen.weighting import weightings
 from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
 from lm_eval_deepen.weighting.experts import Experts, posteriors
 from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
@@ -90,12 +88,9 @@ class Ensemble:
         if not fuses(config):
             fuser = None
         elif fuser is None:
-            method = methods()[config.method].options(**config.options_dict())
-            fuser = method.build([view(member) for member in members], MatrixStore(config.matrix_dir))
+            fuser = config.options.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
-        weigher = None
-        if fuser and config.weighting is not None:
-            weigher = weightings()[config.weighting].options(**config.weighting_options).build()
+        weigher = config.weighting_options.build() if fuser and config.weighting_options is not None else None
         check_specialists(config, members, weigher is not None and weigher.reads_prompts)
         selective = None
         if fuser and config.skip_when != "never":
@@ -403,9 +398,8 @@ def check_vocabularies(config: EnsembleConfig, tokenizers: Sequence[Any]) -> Non
         VocabularyError: a tokenizer without a byte mapping, or one that the method cannot use.
     """
     vocabularies = preview_vocabularies(config.members, tokenizers)
-    method = methods()[config.method].options(**config.options_dict())
-    if len(vocabularies) == len(config.members) and hasattr(method, "check"):
-        method.check(vocabularies, [member.name for member in config.members])
+    if len(vocabularies) == len(config.members) and hasattr(config.options, "check"):
+        config.options.check(vocabularies, [member.name for member in config.members])
 
 
 def view(member: Member) -> MemberView:

@@ -15,7 +15,6 @@ from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.seam import Fused
-from lm_eval_deepen.inverse import Solver, get_solver
 from lm_eval_deepen.inverse.exact import exact_gain
 from lm_eval_deepen.inverse.trust import within
 from lm_eval_deepen.relative.average import geometric as pool_geometrically
@@ -67,11 +66,8 @@ class DeepenFuser:
     def __init__(self, out_vocab: ByteVocab, sides: Sequence[Side], options: Deepen, facts: dict[str, Any]) -> None:
         """Take the members' sides and the options; nothing is computed."""
         self.out_vocab, self.options, self.facts = out_vocab, options, facts
-        self.solver: Solver = get_solver(options.solver)
-        self.steps = options.steps or self.solver.steps
+        self.solver = options.build_solver()
         self.rule = options.support_rule()  # None: everything
-        rate = self.solver.learning_rate if options.learning_rate is None else options.learning_rate
-        self.learning_rate = 0.0 if rate is None else float(rate)
         self.average = pool_geometrically if options.average == "geometric" else linear
         self._eos_ids = sorted(set(out_vocab.eos))
         self._placed: dict[torch.device, tuple[Side, ...]] = {torch.device("cpu"): tuple(sides)}
@@ -82,7 +78,7 @@ class DeepenFuser:
         if self.options.eos == "reference":
             eos = torch.tensor(self._eos_ids, dtype=torch.int64, device=left.device)
             left |= torch.isin(argmax(logp[0]), eos)
-            if self.solver.learning_rate is not None and self.learning_rate == 0:
+            if getattr(self.solver, "learning_rate", None) == 0:
                 left[:] = True
         return left
 
@@ -111,7 +107,7 @@ class DeepenFuser:
 
         With one-hot rows and the exact inverse the experts share nearly all work; else each of them fuses.
         """
-        one_hot = self.rule is None and self.solver.name == "exact" and self.options.eos == "anchor"
+        one_hot = self.rule is None and self.options.solver == "exact" and self.options.eos == "anchor"
         if one_hot and self.options.trust_region is None:
             return OneHotExperts(self, logp, weights, geometric, self._sides(logp[0].device))
         fusers = []
@@ -204,14 +200,14 @@ def _invert_full(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> Found
     stats = {"truncated_mass": nothing}
     if fuser.rule is not None:
         stats["rows_widened"] = torch.ones_like(mass)
-    if fuser.solver.name == "exact" and fuser.options.trust_region is None and isinstance(op, OneHotOperator):
+    if fuser.options.solver == "exact" and fuser.options.trust_region is None and isinstance(op, OneHotOperator):
         gain, lost = exact_gain(agreed.r, projected[0])
         moved = (mass - parts.log_sum[:, 0])[:, None]
         op.gather(gain.add_(moved), moved, out=rows.out).add_(parts.rows[0])
         return Found.of(agreed, {"residual_kl": nothing, "lost_mass": lost, **stats})
     if own is None:
         own = _given_text(rows, sides[0], 0)
-    solved = fuser.solver.run(own, agreed.r, op, fuser.steps, fuser.learning_rate, projected[0])
+    solved = fuser.solver.solve(own, agreed.r, op, projected[0])
     logp, stats = _held_back(fuser, own, solved.logp, {**solved.stats, **stats})
     torch.add(logp, mass[:, None], out=rows.out)
     return Found.of(agreed, stats)
@@ -276,7 +272,7 @@ def _invert_group(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: 
     projected = [op.project(support.logp.exp()) for op, support in zip(operators, found, strict=True)]
     agreed = fuser.average(projected[0], projected[1:], share, parts, with_end=rows.with_end)
     logp0 = found[0].logp
-    solved = fuser.solver.run(logp0, agreed.r, operators[0], fuser.steps, fuser.learning_rate, projected[0])
+    solved = fuser.solver.solve(logp0, agreed.r, operators[0], projected[0])
     widened = torch.stack([top.widened for top in group.tops], dim=1).any(1).float()
     truncated = (agreed.blend * (1 - held.exp()).clamp(min=0)).sum(1)
     stats = {**solved.stats, "truncated_mass": truncated, "rows_widened": widened}

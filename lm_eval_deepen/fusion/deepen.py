@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from lm_eval_deepen.errors import ConfigError, did_you_mean
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
+
+from lm_eval_deepen.config import Choice, Options, Shown
+from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion._deepen_step import Alone, DeepenFuser
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
-from lm_eval_deepen.inverse import get_solver
-from lm_eval_deepen.relative.average import AVERAGES
+from lm_eval_deepen.inverse import SOLVERS
+from lm_eval_deepen.inverse.seam import Solver
 from lm_eval_deepen.relative.build import BYTE_ROWS, MatrixSpec
 from lm_eval_deepen.relative.flatness import row_entropy_share
 from lm_eval_deepen.relative.pieces import Tokenizers
+from lm_eval_deepen.relative.spaces import NORMALIZATIONS
 from lm_eval_deepen.relative.support import make_side
 from lm_eval_deepen.relative.tops import Rule
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
@@ -35,59 +38,106 @@ DEFAULT_SUPPORT = 512  # pieces per member, where rows come from embeddings
 DEFAULT_MAX_TRUNCATED = 0.1
 
 
+def _support(value: int | float | str | None) -> int | float | str | None:
+    """Return how large a support is; the command line may write 512 as 512.0."""
+    if isinstance(value, float) and value > 1 and value.is_integer():
+        return int(value)
+    share = isinstance(value, float) and 0 < value < 1
+    whole = isinstance(value, int) and value >= 1
+    if value is None or value == "full" or share or whole:
+        return value
+    raise ValueError(value)
+
+
 @fusion("deepen", paper="arXiv:2404.12715")
-@dataclass(frozen=True)
-class Deepen:
-    """Options of ``method: deepen``.
+class Deepen(Options):
+    """Options of ``method: deepen``."""
 
-    Attributes:
-        rows: what stands for a piece: ``canonical`` or ``prefix`` anchors, both from bytes alone, its ``embedding``
-            (published), or the latter with ``exact`` anchors.
-        embeddings: which embedding that is: of the ``input`` (published, the default), or of the ``output`` head,
-            whose rows are the same where a member ties them.
-        average: of the members' relative vectors: ``linear`` (published) or ``geometric``.
-        inverse: solver of the inverse: ``exact`` where rows come from bytes, ``em``, ``mirror`` or ``adamw`` (the
-            published search); by default exact where that is possible, else em.
-        steps: its iterations; 5 by default.
-        learning_rate: of adamw (0.15 by default) or mirror (1.7).
-        trust_region: largest KL divergence from the main member's distribution over the pieces of text that a step
-            redistributes, in nats.
-        normalization: of rows from embeddings: ``centered`` by default, ``cosine``, ``decorrelated`` or ``reference``
-            (published).
-        relative_temperature: factor on the normalised cosines of rows from embeddings; 100 by default.
-        row_entropy: instead of it, the mean entropy in nats that every member's rows have.
-        top_m: entries kept per row from embeddings, 64 by default; 0 keeps all (dense).
-        max_anchors: use a seeded subset of this many anchors.
-        min_anchors: fewer common anchors than this are an error.
-        support: text pieces per member that a step redistributes: their number, the share of the member's text that
-            they hold (a number between 0 and 1), or ``full`` (exact); by default full where rows come from bytes,
-            and 512 elsewhere.
-        max_support: with a share, this many pieces per member at most.
-        max_truncated: the largest share of a member's text outside the support, 0.1 by default; rows that would
-            leave out more get a larger support, up to the full one. 1 bounds nothing.
-        anchor_seed: which subset, with max_anchors.
-        eos: ``anchor`` gives end of text a role anchor of its own; ``reference`` treats EOS pieces as
-            ordinary pieces and leaves rows whose main argmax is one, or learning rate 0, to the main member.
-    """
-
-    rows: str = "canonical"
-    embeddings: str | None = None
-    average: str = "linear"
-    inverse: str | None = None
-    steps: int | None = None
-    learning_rate: float | None = None
-    trust_region: float | None = None
-    normalization: str | None = None
-    relative_temperature: float | None = None
-    row_entropy: float | None = None
-    top_m: int | None = None
-    max_anchors: int | None = None
-    min_anchors: int = 16
-    support: int | float | Literal["full"] | None = None
-    max_support: int | None = None
-    max_truncated: float | None = None
-    anchor_seed: int = 0
-    eos: str = "anchor"
+    rows: Literal["canonical", "prefix", "embedding", "exact"] = Field(
+        "canonical",
+        description="What stands for a piece: the anchor that the members' tokenizers begin it with (`canonical`) or "
+        "the longest anchor that it begins with (`prefix`), both from bytes alone; its `embedding`, as published; or "
+        "its embedding, and for an anchor itself (`exact`).",
+    )
+    embeddings: Annotated[Literal["input", "output"] | None, Shown(default="input")] = Field(
+        None,
+        description="Of rows from embeddings: those of the input (as published), or of the output head, which are the "
+        "same where a member ties them.",
+    )
+    average: Literal["linear", "geometric"] = Field(
+        "linear", description="How the members' relative vectors are averaged: `linear` is as published."
+    )
+    inverse: Annotated[
+        Annotated[str, Choice(SOLVERS)] | None, Shown(default="exact where rows come from bytes, else em")
+    ] = Field(
+        None,
+        description="The way back into the main vocabulary: `exact` needs rows from bytes, `adamw` is the published "
+        "search.",
+    )
+    steps: Annotated[int | None, Shown(default="5")] = Field(
+        None, ge=1, description="Of an inverse that searches: the number of its iterations."
+    )
+    learning_rate: Annotated[float | None, Shown(default="0.15 of adamw, 1.7 of mirror")] = Field(
+        None, ge=0, description="Of `inverse: adamw` and `mirror`: how far a step goes."
+    )
+    trust_region: Annotated[float | None, Shown(default="no limit")] = Field(
+        None,
+        gt=0,
+        description="The largest KL divergence from the main member's distribution over the pieces of text that a step "
+        "redistributes, in nats.",
+    )
+    normalization: Annotated[Annotated[str, Choice(NORMALIZATIONS)] | None, Shown(default=DEFAULT_NORMALIZATION)] = (
+        Field(
+            None,
+            description="Of rows from embeddings: what is done before and to their cosines; `reference` is as "
+            "published, and nearly flat on modern models.",
+        )
+    )
+    relative_temperature: Annotated[float | None, Shown(default="100")] = Field(
+        None, gt=0, description="Of rows from embeddings: the factor on the normalised cosines; rows become sharper."
+    )
+    row_entropy: Annotated[float | None, Shown(default="relative_temperature holds")] = Field(
+        None,
+        gt=0,
+        description="Of rows from embeddings: the mean entropy in nats that every member's rows have; it chooses the "
+        "temperature instead of `relative_temperature`.",
+    )
+    top_m: Annotated[int | None, Shown(default="64")] = Field(
+        None, ge=0, description="Of rows from embeddings: the number of entries kept per row; 0 keeps all (dense)."
+    )
+    max_anchors: Annotated[int | None, Shown(default="all common pieces")] = Field(
+        None, ge=1, description="The largest number of anchors; of more common pieces a seeded subset is taken."
+    )
+    min_anchors: int = Field(16, ge=1, description="Fewer common anchors than this are an error.")
+    support: Annotated[
+        int | float | Literal["full"] | None,
+        AfterValidator(_support),
+        Shown(
+            "'full', a whole number of at least 1 or a share between 0 and 1",
+            "full where rows come from bytes, else 512",
+        ),
+    ] = Field(
+        None,
+        description="The text pieces per member that a step redistributes: their number, the share of the member's "
+        "text that they hold, or all of them, which is exact.",
+    )
+    max_support: Annotated[int | None, Shown(default="no limit")] = Field(
+        None, ge=1, description="With a support that is a share: so many pieces per member at most."
+    )
+    max_truncated: Annotated[float | None, Shown(default="0.1")] = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With a support that is not full: the largest share of a member's text outside of it. Rows that "
+        "would leave out more get a larger support, up to the full one; 1 bounds nothing.",
+    )
+    anchor_seed: int = Field(0, ge=0, description="Chooses the subset of anchors, with `max_anchors`.")
+    eos: Literal["anchor", "reference"] = Field(
+        "anchor",
+        description="`anchor` gives end of text a role anchor of its own; `reference`, as published, treats EOS pieces "
+        "as ordinary pieces and leaves steps to the main member where its most likely piece is one, or the learning "
+        "rate is 0.",
+    )
 
     COMPAT: ClassVar[dict[str, dict[str, Any]]] = {
         "reference": {
@@ -104,77 +154,38 @@ class Deepen:
         }
     }
 
-    def __post_init__(self) -> None:
-        """Check every value; ConfigError names the option."""
-        solver = get_solver(self.solver)
-        if self.learning_rate is not None:
-            if solver.learning_rate is None:
-                raise ConfigError(
-                    f"learning_rate: inverse {solver.name!r} takes none, got {self.learning_rate!r}. "
-                    "Remove it, or use inverse 'adamw'."
-                )
-            if not (isinstance(self.learning_rate, int | float) and 0 <= self.learning_rate < math.inf):
-                raise ConfigError(f"learning_rate must be a number of at least 0, got {self.learning_rate!r}.")
-        for name, least, optional in (
-            ("steps", 1, True),
-            ("top_m", 0, True),
-            ("max_anchors", 1, True),
-            ("max_support", 1, True),
-            ("min_anchors", 1, False),
-            ("anchor_seed", 0, False),
-        ):
-            value = getattr(self, name)
-            if not _whole(value, least) and not (optional and value is None):
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-        self._check_support()
-        if self.eos not in ("anchor", "reference"):
-            raise ConfigError(f"eos must be 'anchor' or 'reference', got {self.eos!r}.")
-        if self.average not in AVERAGES:
-            near = did_you_mean(str(self.average), AVERAGES)
-            raise ConfigError(f"average must be {' or '.join(AVERAGES)}, got {self.average!r}.{near}")
-        if self.trust_region is not None and not _positive(self.trust_region):
-            raise ConfigError(f"trust_region must be a positive number of nats, got {self.trust_region!r}.")
-        if self.max_anchors is not None and self.max_anchors < self.min_anchors:
-            raise ConfigError(f"max_anchors {self.max_anchors} is less than min_anchors {self.min_anchors}.")
-        if self.relative_temperature is not None and not _positive(self.relative_temperature):
-            raise ConfigError(f"relative_temperature must be a positive number, got {self.relative_temperature!r}.")
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse options that have no effect beside each other; the error names the option."""
         if self.inverse == "exact" and not self.from_bytes:
-            raise ConfigError(
-                f"inverse 'exact' needs one-hot rows, got rows {self.rows!r}. Use rows canonical or prefix, or another "
-                "inverse."
-            )
-        self.matrix_spec()
+            raise _conflict(
+                "inverse", f"'exact' needs one-hot rows, got rows {self.rows!r}. Use rows canonical or prefix, or "
+                "another inverse."
+            )  # fmt: skip
+        if self.learning_rate is not None and "learning_rate" not in SOLVERS[self.solver].options.names():
+            raise _conflict(
+                "learning_rate", f"does not belong to inverse {self.solver!r}, got {self.learning_rate!r}. Remove it, "
+                "or use inverse 'adamw'."
+            )  # fmt: skip
+        if self.max_anchors is not None and self.max_anchors < self.min_anchors:
+            raise _conflict("max_anchors", f"{self.max_anchors} is less than min_anchors {self.min_anchors}.")
+        if self.max_support is not None and not isinstance(self.support, float):
+            raise _conflict(
+                "max_support", f"is for a support given as a share, such as 0.99, got max_support "
+                f"{self.max_support!r} with support {self.support!r}. Remove it."
+            )  # fmt: skip
+        if self.max_truncated is not None and self.full:
+            raise _conflict(
+                "max_truncated", f"is for a truncated support, got {self.max_truncated!r} with a full one. Remove it, "
+                "or give support as a number or a share."
+            )  # fmt: skip
         for name in ("embeddings", "normalization", "relative_temperature", "row_entropy", "top_m"):
             if self.from_bytes and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{name} is of rows from embeddings, got {getattr(self, name)!r} with rows {self.rows!r}. "
-                    "Remove it, or give rows: embedding (or exact)."
-                )
-
-    def _check_support(self) -> None:
-        """Check how large the support is and what bounds it."""
-        if isinstance(self.support, float) and self.support > 1 and self.support.is_integer():
-            object.__setattr__(self, "support", int(self.support))  # the command line may write 512 as 512.0
-        share = isinstance(self.support, float) and 0 < self.support < 1
-        if self.support not in (None, "full") and not share and not _whole(self.support, 1):
-            raise ConfigError(
-                "support must be 'full', a whole number of at least 1 or a share between 0 and 1, "
-                f"got {self.support!r}."
-            )
-        if self.max_support is not None and not share:
-            raise ConfigError(
-                f"max_support is for a support given as a share, such as 0.99, got max_support {self.max_support!r} "
-                f"with support {self.support!r}. Remove it."
-            )
-        if self.max_truncated is None:
-            return
-        if not (_positive(self.max_truncated) and self.max_truncated <= 1):
-            raise ConfigError(f"max_truncated must be a share above 0 and up to 1, got {self.max_truncated!r}.")
-        if self.full:
-            raise ConfigError(
-                f"max_truncated is for a truncated support, got {self.max_truncated!r} with a full one. "
-                "Remove it, or give support as a number or a share."
-            )
+                raise _conflict(
+                    name, f"is of rows from embeddings, got {getattr(self, name)!r} with rows {self.rows!r}. Remove "
+                    "it, or give rows: embedding (or exact)."
+                )  # fmt: skip
+        return self
 
     @property
     def from_bytes(self) -> bool:
@@ -192,6 +203,13 @@ class Deepen:
         if self.inverse is not None:
             return self.inverse
         return "exact" if self.from_bytes else "em"
+
+    def build_solver(self) -> Solver:
+        """Return the solver with its options: those given here that it takes."""
+        options = SOLVERS[self.solver].options
+        given = {name: getattr(self, name) for name in options.names()}
+        built: Solver = options(**{name: value for name, value in given.items() if value is not None})
+        return built
 
     def support_rule(self) -> Rule | None:
         """Return which pieces a member brings to a row's support, None for all of them."""
@@ -269,9 +287,5 @@ def _said(member: MemberView, which: str) -> str:
     return "output, tied to the input" if which == "output" and member.tied else which
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _conflict(option: str, message: str) -> ConfigError:
+    return ConfigError(f"{option} {message}", key=option, code="conflict")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from lm_eval_deepen.errors import ConfigError, MatrixError
+from lm_eval_deepen.config import Options, Shown
+from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.fusion._maps import stored_map
 from lm_eval_deepen.fusion._rows import Roles, gather_groups, text_ids
@@ -29,8 +30,7 @@ CHECK_ROWS = 8192
 
 
 @fusion("eva", paper="arXiv:2404.09492")
-@dataclass(frozen=True)
-class Eva:
+class Eva(Options):
     """Options of ``method: eva``, ensemble via vocabulary alignment.
 
     An orthogonal projection that takes the output embeddings of the common pieces of one member closest to those of
@@ -43,30 +43,22 @@ class Eva:
     cosines corrected for hubs (CSLS) as values, not for the ranking alone, keeps those above 0.1, and drops pieces
     whose rows are flat; its rows do not sum to 1, which lowers a member's weight where its values are low. It cuts
     distributions to their top 320 first, and takes ids 0 to 2 for the control pieces of any model.
-
-    Attributes:
-        neighbours: main pieces that a piece goes to.
-        similarity_floor: cosine below which a main piece is no neighbour; a piece without any is dropped, and
-            what is left renormalised.
-        filter_top: leave a member out of a step where its most likely piece is not among this many most likely
-            pieces of any other member (section 3.3); where that leaves out all, none is. Off by default.
     """
 
-    neighbours: int = 10
-    similarity_floor: float = 0.2
-    filter_top: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("neighbours", "filter_top"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (name == "filter_top" and value is None):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if not (isinstance(self.similarity_floor, int | float) and 0 <= self.similarity_floor < 1):
-            raise ConfigError(
-                f"similarity_floor must be a cosine of at least 0 and below 1, got {self.similarity_floor!r}."
-            )
+    neighbours: int = Field(10, ge=1, description="The number of main pieces that a piece goes to.")
+    similarity_floor: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="The cosine below which a main piece is no neighbour; a piece without any is dropped, and what is "
+        "left is renormalised.",
+    )
+    filter_top: Annotated[int | None, Shown(default="no member is left out")] = Field(
+        None,
+        ge=1,
+        description="A member is left out of a step where its most likely piece is not among this many most likely "
+        "pieces of any other member (section 3.3); where that leaves out all, none is.",
+    )
 
     def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> list[AnchorSet]:
         """Return the pieces that each other member has in common with the main one.

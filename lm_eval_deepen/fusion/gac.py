@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._union import unite_vocabularies
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 @fusion("gac", paper="arXiv:2406.12585")
-@dataclass(frozen=True)
-class Gac:
+class Gac(Options):
     """Options of ``method: gac``, "token generation as classification" over the union vocabulary.
 
     A piece's fused probability is the weighted sum of its members' probabilities, 0 in a member that lacks it
@@ -29,18 +28,15 @@ class Gac:
     and another SentencePiece, the same newline, space, punctuation or non-ASCII piece is two pieces of its union, and
     what the members say of it is not added up. It gives a string that several ids share to one of them only; here the
     ids of one byte string have one mass. A score is a lower bound: union-only pieces share the normaliser.
-
-    Attributes:
-        threshold: fuse only where the highest probability of the main member's ids is below this (section 3.4, "gate
-            model"); by default every row is fused.
     """
 
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the value."""
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be a probability above 0 and at most 1, got {self.threshold!r}.")
+    threshold: Annotated[float | None, Shown(default="every step is fused")] = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Steps are fused only where the highest probability of the main member's ids is below this "
+        '(section 3.4, "gate model").',
+    )
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Map every vocabulary to the union; nothing is stored."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._edit import nearest
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._maps import stored_map
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 @fusion("mined", paper="arXiv:2401.10491")
-@dataclass(frozen=True)
-class Mined:
+class Mined(Options):
     """``method: mined``, the minimum-edit-distance alignment of FuseLLM (section 3.2); it has no options.
 
     A piece goes to the main member's piece with the same bytes where there is one, else to the nearest one by

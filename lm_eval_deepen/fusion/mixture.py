@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_step import DeepenFuser
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 
 @fusion("mixture", paper="arXiv:2605.00419")
-@dataclass(frozen=True)
-class Mixture:
-    """Options of ``method: mixture``; it has none.
+class Mixture(Options):
+    """``method: mixture``; it has no options.
 
     Between two places of a text at which the tokens of all members end lies a stretch. Its probability is
     sum_m w_m P_m, with P_m the product of member m's probabilities of its own tokens in the stretch. That is the same

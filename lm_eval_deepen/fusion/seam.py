@@ -1,18 +1,19 @@
 """The seam of step-level fusion: what a method is given and what it returns.
 
-A method is one file in this folder: a frozen dataclass of options, decorated with
-``@fusion(name, paper=...)``, whose ``build`` returns a `Fuser`.
+A method is one file in this folder: a class of options, decorated with ``@fusion(name, paper=...)``, whose ``build``
+returns a `Fuser`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.config.registry import Registry
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Fuser(Protocol):
 
 
 class FusionMethod(Protocol):
-    """The options of a method: a frozen dataclass with a ``build``.
+    """The options of a method: a class that derives from `lm_eval_deepen.config.Options`, with a ``build``.
 
     It may have ``check(vocabularies, names)`` too, which is called before any weight is loaded and raises what
     can be known from the tokenizers alone; the vocabularies then lack rows beyond the tokenizer's length.
@@ -119,29 +120,8 @@ class FusionMethod(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MethodEntry:
-    """A registered method: its name, options class and source."""
-
-    name: str
-    options: type[Any]
-    paper: str
-
-
-REGISTRY: dict[str, MethodEntry] = {}
-C = TypeVar("C", bound=type)
-
-
-def fusion(name: str, *, paper: str) -> Callable[[C], C]:
-    """Register a dataclass of options as the fusion method `name`."""
-
-    def register(cls: C) -> C:
-        if name in REGISTRY and REGISTRY[name].options is not cls:
-            raise ValueError(f"fusion method {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
-        REGISTRY[name] = MethodEntry(name, cls, paper)
-        return cls
-
-    return register
+METHODS = Registry("method", "lm_eval_deepen.fusion", "fusion")
+fusion = METHODS.register
 
 
 def no_skip(logp: Sequence[Tensor]) -> Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._linear import one_to_one
 from lm_eval_deepen.fusion._maps import first_pieces, spelling_fingerprint, stored_map
 from lm_eval_deepen.fusion._rows import (
@@ -40,8 +41,7 @@ CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
 
 
 @fusion("unite", paper="arXiv:2410.03777")
-@dataclass(frozen=True)
-class Unite:
+class Unite(Options):
     """Options of ``method: unite``, union top-k ensembling.
 
     The candidates of a step are the members' ``top_k`` most likely pieces (10 in the released code). In a member that
@@ -53,25 +53,17 @@ class Unite:
     The released code differs in three ways: it compares strings; it goes on from the main member's first token of a
     candidate that the main member lacks, not from all of its bytes; and in members with byte-level BPE it gives a
     candidate whose first token is a candidate already the logit 0.
-
-    Attributes:
-        top_k: pieces taken from every member.
-        tail: what the pieces that are no candidates get. ``main``: the main member's probability, and the
-            candidates share what it gives to them, so that every score is finite. ``none``: nothing, as
-            published; a score may then be minus infinity.
     """
 
-    top_k: int = 10
-    tail: Literal["main", "none"] = "main"
+    top_k: int = Field(10, ge=1, description="The number of pieces that are taken from every member.")
+    tail: Literal["main", "none"] = Field(
+        "main",
+        description="What the pieces that are no candidates get: the main member's probability (the candidates share "
+        "what it gives to them, so that every score is finite), or nothing, as published (a score may then be minus "
+        "infinity).",
+    )
 
     COMPAT: ClassVar[dict[str, dict[str, Any]]] = {"reference": {"tail": "none"}}
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
-            raise ConfigError(f"top_k must be a whole number of at least 1, got {self.top_k!r}.")
-        if self.tail not in ("main", "none"):
-            raise ConfigError(f"tail must be 'main' or 'none', got {self.tail!r}.")
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Find how every member begins to spell the pieces it lacks; kept in the store's folder.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.inverse.residual import Inverted, inverted
+from lm_eval_deepen.inverse.seam import solver
 from lm_eval_deepen.relative.matrix import Operator
 
 BETAS = (0.9, 0.999)
@@ -62,3 +65,15 @@ def adamw(logp0: Tensor, r: Tensor, op: Operator, *, steps: int, learning_rate: 
         denominator = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** (step + 1))).add_(EPS)
         logits.addcdiv_(mean, denominator, value=-rate / (1 - BETAS[0] ** (step + 1)))
     return inverted(logits, r, op)
+
+
+@solver("adamw", paper="arXiv:2404.12715")
+class AdamW(Options):
+    """Options of ``inverse: adamw``."""
+
+    steps: int = Field(5, ge=1, description="The number of iterations.")
+    learning_rate: float = Field(0.15, ge=0, description="The first learning rate of the cosine schedule.")
+
+    def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
+        """Return the solution of every row; `reached` is not used."""
+        return adamw(logp0, r, op, steps=self.steps, learning_rate=self.learning_rate)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.inverse.residual import Inverted, inverted
+from lm_eval_deepen.inverse.seam import solver
 from lm_eval_deepen.relative.matrix import Operator
 
 # Added to both sides of r / (p R): a ratio of two smaller numbers is rounding, and becomes 1.
@@ -34,3 +37,15 @@ def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int, reached: Tensor | 
         gain += op.back(target / (reached + SMALLEST)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
         reached = None
     return inverted(logp0 + gain, r, op)
+
+
+@solver("em")
+class ExpectationMaximisation(Options):
+    """Options of ``inverse: em``."""
+
+    # 5 steps leave 5e-5 nats of what 200 would gain (SmolLM2-135M and Gemma-3-270M, both orders).
+    steps: int = Field(5, ge=1, description="The number of iterations.")
+
+    def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
+        """Return the solution of every row."""
+        return em(logp0, r, op, steps=self.steps, reached=reached)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.inverse.em import SMALLEST
 from lm_eval_deepen.inverse.residual import Inverted
+from lm_eval_deepen.inverse.seam import solver
 from lm_eval_deepen.relative.matrix import Operator
 
 
@@ -38,3 +40,12 @@ def exact_gain(r: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
     mass = (ratio * reached).sum(1).clamp(min=SMALLEST)  # of r on anchors that p0 reaches
     lost = (1 - mass / r.sum(1).clamp(min=SMALLEST)).clamp(min=0)
     return ratio.div_(mass[:, None]).log_(), lost
+
+
+@solver("exact")
+class Exact(Options):
+    """``inverse: exact``; it has no options."""
+
+    def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
+        """Return the solution of every row."""
+        return exact(logp0, r, op, reached=reached)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.inverse.em import SMALLEST
 from lm_eval_deepen.inverse.residual import Inverted, inverted
+from lm_eval_deepen.inverse.seam import solver
 from lm_eval_deepen.relative.matrix import Operator
 
 
@@ -37,3 +40,15 @@ def mirror(
         gain.add_(back.log_(), alpha=learning_rate)
         reached = None
     return inverted(logp0 + gain, r, op)
+
+
+@solver("mirror")
+class Mirror(Options):
+    """Options of ``inverse: mirror``."""
+
+    steps: int = Field(5, ge=1, description="The number of iterations.")
+    learning_rate: float = Field(1.7, ge=0, description="The exponent of a step: 1 is `em`, longer ones reach further.")
+
+    def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
+        """Return the solution of every row."""
+        return mirror(logp0, r, op, steps=self.steps, learning_rate=self.learning_rate, reached=reached)

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from lm_eval_deepen.building.architecture import IncompatibleError
 from lm_eval_deepen.building.making import build
@@ -15,8 +17,9 @@ from lm_eval_deepen.building.merging import check_inputs, require
 from lm_eval_deepen.building.provenance import lineage, read_provenance, tasks_of
 from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
 from lm_eval_deepen.building.texts import ANYWHERE, TASK, TaskSource, task_hashes
-from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
-from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
+from lm_eval_deepen.config import Keys, Shown
+from lm_eval_deepen.config.recipes import LARGEST_SEED
+from lm_eval_deepen.errors import ConfigError, DeepenError, blamed
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 
 if TYPE_CHECKING:
@@ -25,7 +28,23 @@ if TYPE_CHECKING:
 
 PREFIX = "built:"  # of `pretrained`, where a model is yet to be built
 SEEDS = (0, 1, 2)  # of rows that draw at random
-_ROW_KEYS = ("build", "name", "seeds")
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
+        raise ValueError(seeds)
+    return seeds
+
+
+class BuiltRowKeys(Keys):
+    """Keys of a row that is built; what belongs to the model goes into `build`, loading arguments into `common`."""
+
+    build: Any = Field(description="A recipe's file, a mapping with `recipe` and the keys that differ, or a recipe.")
+    name: str | None = Field(None, description="The row's name; by default that of the recipe's file.")
+    seeds: Annotated[
+        Annotated[tuple[int, ...], AfterValidator(_different)] | None,
+        Shown(f"different whole numbers from 0 to {LARGEST_SEED}", "0, 1 and 2 where something is drawn at random"),
+    ] = Field(None, description="The seeds that the model is built with, each a row; the table has their mean.")
 
 
 @dataclass(frozen=True)
@@ -176,12 +195,12 @@ def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:
     Raises:
         ConfigError: none of these.
     """
-    if isinstance(value, str):
-        return read_build(folder / Path(value).expanduser())
-    if isinstance(value, Mapping) and "recipe" in value:
-        changes = {key: item for key, item in value.items() if key != "recipe"}
-        return read_build(folder / Path(coerce(value["recipe"], str, f"{where}: recipe")).expanduser(), changes)
-    if isinstance(value, Mapping):
+    file = value.get("recipe") if isinstance(value, Mapping) else value
+    if isinstance(file, str):
+        changes = {key: item for key, item in value.items() if key != "recipe"} if isinstance(value, Mapping) else {}
+        with blamed(where):
+            return read_build(file, changes, folder)
+    if isinstance(value, Mapping) and "recipe" not in value:
         return parse_build(value, where, folder)
     raise ConfigError(
         f"{where}: build must be a recipe's file, a mapping with `recipe` and the keys that differ, or a recipe; got "
@@ -205,30 +224,22 @@ def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltR
     Raises:
         ConfigError: an unknown key, or too few seeds for what draws at random.
     """
-    for key in spec:
-        if key not in _ROW_KEYS:
-            raise ConfigError(
-                f"{where}: unknown key {key!r}.{did_you_mean(str(key), _ROW_KEYS)} A row that is built has "
-                f"{', '.join(_ROW_KEYS)}; what belongs to the model goes into build, loading arguments into common"
-            )
-    group, recipe = name_of(spec, where), take_build(spec["build"], folder, where)
-    seeds = _seeds(spec.get("seeds"), recipe, f"row {group!r}")
+    with blamed(where):
+        keys = BuiltRowKeys.read(spec)
+    group, recipe = name_of(spec, where), take_build(keys.build, folder, where)
+    seeds = _seeds(keys.seeds, recipe, f"row {group!r}")
     if len(seeds) == 1:
         return [BuiltRow(group, group, recipe.with_seed(seeds[0]))]
     return [BuiltRow(f"{group}, seed {seed}", group, recipe.with_seed(seed)) for seed in seeds]
 
 
-def _seeds(value: Any, recipe: BuildRecipe, where: str) -> Sequence[int]:
-    if value is None:
+def _seeds(found: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequence[int]:
+    if found is None:
         return SEEDS if recipe.is_random else (recipe.seed,)
-    listed = value if isinstance(value, list) else [value]
-    found = [whole_number(seed, f"{where}: seeds", 0, MAX_SEED) for seed in listed]
-    if len(set(found)) < len(found) or not found:
-        raise ConfigError(f"{where}: seeds must be different numbers, one or more; got {value!r}")
     if recipe.is_random and len(found) < len(SEEDS):
         raise ConfigError(
             f"{where}: {recipe.method} draws at random, and one draw says little: give at least {len(SEEDS)} seeds; "
-            f"got {value!r}"
+            f"got {list(found)}"
         )
     if recipe.is_merge and not recipe.is_random and len(found) > 1:
         raise ConfigError(f"{where}: {recipe.method} draws nothing, so that all seeds give one model; leave seeds out")

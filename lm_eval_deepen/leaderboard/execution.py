@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_deepen import pooling
 from lm_eval_deepen.building.architecture import read_config
-from lm_eval_deepen.config import EnsembleConfig, FrozenDict, MemberConfig
+from lm_eval_deepen.config import EnsembleConfig, MemberConfig
+from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.engine.checks import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
 from lm_eval_deepen.fusion.seam import Fuser
@@ -116,7 +116,7 @@ def no_answer(row: Row, task: LoadedTask) -> str | None:
                 return f"{member.name} is an encoder-decoder model, which takes part in generation only"
     if row.config.pooling is None:
         return None
-    method = pooling.poolings()[row.config.pooling].options(**row.config.pooling_options)
+    method = row.config.pooling_options
     for kind in task.request_types:
         try:
             check_request(row.config.pooling, method, kind)
@@ -177,7 +177,7 @@ class _Execution:
 
     def _load(self, members: Sequence[MemberConfig], rows: Sequence[Row]) -> dict[str, Member]:
         """Load members; those that were built, from where they are now."""
-        placed = [replace(m, pretrained=str(self.places.get(m.name, m.pretrained))) for m in members]
+        placed = [m.replace(pretrained=str(self.places.get(m.name, m.pretrained))) for m in members]
         return load_members(placed, [(row.config, row.members) for row in rows], self.device)
 
     def run(self) -> dict[Key, Cell]:
@@ -254,7 +254,7 @@ class _Execution:
 
 def _steps(row: Row) -> EnsembleConfig:
     """Return the step-fused ensemble that a pooled row contains."""
-    return replace(row.config, pooling=None, pooling_options=FrozenDict())
+    return row.config.replace(pooling_options=None)
 
 
 def evaluate(
@@ -272,7 +272,7 @@ def evaluate(
         apply_chat_template=spec.apply_chat_template,
         system_instruction=spec.system_instruction,
         fewshot_as_multiturn=spec.fewshot_as_multiturn,
-        gen_kwargs=dict(spec.gen_kwargs) or None,
+        gen_kwargs=thaw(spec.gen_kwargs) or None,
         log_samples=True,
         evaluation_tracker=tracker,
         task_manager=task.manager,

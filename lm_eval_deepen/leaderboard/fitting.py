@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_deepen.config import EnsembleConfig
@@ -103,7 +103,7 @@ class Search:
 
     def _with_weights(self, weights: Sequence[float]) -> EnsembleConfig:
         members = zip(self.config.members, weights, strict=True)
-        return replace(self.config, members=tuple(replace(member, weight=weight) for member, weight in members))
+        return self.config.replace(members=tuple(member.replace(weight=weight) for member, weight in members))
 
     def _rated(self, best: Candidate, rates: Sequence[float] | None) -> list[tuple[str, EnsembleConfig]]:
         """Return the best weights with other learning rates, where the method takes one."""
@@ -132,7 +132,7 @@ class Search:
 
     def _score(self, tried: Sequence[tuple[str, EnsembleConfig]], members: Sequence[Member]) -> list[Candidate]:
         """Score candidates, which share the members' passes."""
-        models = [RowModel.build(replace(config, self_check=False), members, self.fusers) for _, config in tried]
+        models = [RowModel.build(config.replace(self_check=False), members, self.fusers) for _, config in tried]
         share_by_members(models)
         scores: list[dict[str, float]] = [{} for _ in models]
         for task in self.tasks:

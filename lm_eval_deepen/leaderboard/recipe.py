@@ -4,56 +4,81 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.building.texts import TaskSource, task_folders
-from lm_eval_deepen.config import EnsembleConfig, MemberConfig
-from lm_eval_deepen.config_options import MAX_SEED, coerce, whole_number
-from lm_eval_deepen.config_parse import beside, member_names
-from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.config import FrozenDict, MemberConfig, Names, Shown
+from lm_eval_deepen.config.frozen import thaw
+from lm_eval_deepen.config.loading import beside, given
+from lm_eval_deepen.config.recipes import LARGEST_SEED, Asked
+from lm_eval_deepen.config.recipes import read_recipe as read_keys
+from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
-from lm_eval_deepen.leaderboard.rows import Row, built_row, expand, member_row
+from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
 from lm_eval_deepen.statistics.paired import MOST_RESAMPLES
-from lm_eval_deepen.yaml_reading import read_yaml
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
-_RECIPE_KEYS = frozenset("title members common rows grid tasks include_path metadata seed alpha resamples".split())
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """What is asked of one task, or group of tasks, in the words of ``lm_eval run``.
+class Asking(Asked):
+    """What may be said of one task, or beside `tasks` of all of them."""
 
-    Attributes:
-        task: its name.
-        limit: the first so many documents, or that share of them where it is below 1.
-        num_fewshot: few-shots instead of the task's own number.
-        metric: metrics that are shown, as ``acc`` or ``exact_match,strict-match``; all where empty.
-        apply_chat_template: whether prompts are rendered by every member's own chat template.
-        system_instruction: put before every prompt.
-        fewshot_as_multiturn: whether few-shots are turns of the conversation.
-        gen_kwargs: generation arguments over the task's own.
-        split: ``validation`` evaluates the development split where the task also has a test split.
-    """
-
-    task: str
-    limit: int | float | None = None
-    num_fewshot: int | None = None
-    metric: tuple[str, ...] = ()
-    apply_chat_template: bool = False
-    system_instruction: str | None = None
-    fewshot_as_multiturn: bool = False
-    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    split: str | None = None
+    metric: Names = Field(
+        (), description="Metrics that are shown, as `acc` or `exact_match,strict-match`; by default all."
+    )
+    system_instruction: str | None = Field(None, description="Put before every prompt.")
+    gen_kwargs: FrozenDict = Field(FrozenDict(), description="Generation arguments over the tasks' own.")
 
 
-_TASK_KEYS = frozenset(f.name for f in fields(TaskSpec))
-_SHARED_KEYS = _TASK_KEYS - {"task", "split"}  # may stand beside `tasks`, for all of them
+class TaskSpec(Asking):
+    """What is asked of one task, or group of tasks."""
+
+    task: str = Field(min_length=1, description="The name of a task, or of a group of tasks.")
+    split: Literal["test", "validation"] | None = Field(
+        None, description="`validation` evaluates the development split where the task also has a test split."
+    )
+
+
+def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(value) not in (1, 4) or not all(0 <= seed <= LARGEST_SEED for seed in value):
+        raise ValueError(value)
+    return value if len(value) == 4 else value * 4
+
+
+class LeaderboardKeys(Asking):
+    """The keys of a leaderboard; those of `Asking` hold for all of its tasks."""
+
+    title: str | None = Field(None, description="The heading of the table.")
+    members: Annotated[Any, Shown("a list with at least one entry")] = Field(
+        None, description="Models: each is a name or a mapping with `pretrained` or `build`, and a row of its own."
+    )
+    common: FrozenDict = Field(FrozenDict(), description="Keys of an ensemble that all rows have alike.")
+    rows: Annotated[Any, Shown("a list of mappings")] = Field(
+        None, description="Rows: each has the keys of an ensemble, with the names of its members; or names an "
+        "`ensemble` file, or a model to `build`."
+    )  # fmt: skip
+    grid: Grid | None = Field(None, description="Rows that are every combination of some choices.")
+    tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(
+        None, description="Columns: each is the name of a task, or a mapping with `task`."
+    )
+    include_path: Names = Field((), description="Folders with further task configurations.")
+    metadata: FrozenDict = Field(FrozenDict(), description="What tasks are told, as `--metadata` of `lm_eval run`.")
+    seed: Annotated[
+        tuple[int, ...],
+        AfterValidator(_seeds),
+        Shown(f"one number from 0 to {LARGEST_SEED}, or four: random, numpy, torch, few-shots"),
+    ] = Field(DEFAULT_SEEDS, description="The seeds of an evaluation.")
+    alpha: float = Field(0.05, gt=0, lt=1, description="The level of significance.")
+    resamples: Annotated[int | None, Shown(default="the usual number")] = Field(
+        None, ge=1, le=MOST_RESAMPLES, description="The number of resamples of the permutation test."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +107,7 @@ class Recipe:
     tasks: tuple[TaskSpec, ...]
     include_path: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, int, int, int] = DEFAULT_SEEDS
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
     alpha: float = 0.05
     resamples: int | None = None
     notes: tuple[str, ...] = ()
@@ -105,154 +130,114 @@ def read_recipe(
         metadata: what tasks are told over what the recipe says.
 
     Raises:
-        ConfigError: whatever cannot be honoured: by file, and by row or task where it is about one.
+        ConfigError: everything that cannot be honoured: by file, and by row or task where it is about one.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe (looked in {path.absolute().parent}); give the path of a YAML file")
-    raw = read_yaml(path)
-    try:
-        if metadata and isinstance(raw, Mapping):
-            raw = {**raw, "metadata": {**_mapping(raw.get("metadata"), "metadata"), **metadata}}
-        return parse_recipe(raw, path, elsewhere)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    raw = given(read_keys(path, "leaderboard"))
+    with blamed(str(path)):
+        return parse_recipe(raw, path, elsewhere or {}, metadata or {})
 
 
-def parse_recipe(raw: Any, path: Path, elsewhere: Mapping[str, str] | None = None) -> Recipe:
-    """Return the recipe that parsed YAML spells; relative paths are read beside `path`.
+def parse_recipe(
+    raw: Mapping[str, Any], path: Path, elsewhere: Mapping[str, str], metadata: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe that the keys of a file spell; relative paths are read beside `path`.
 
     Raises:
         ConfigError: as `read_recipe`.
     """
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"a recipe holds members, rows or grid, and tasks; got {type(raw).__name__}")
-    known = _RECIPE_KEYS | _SHARED_KEYS
-    _check_keys(raw, known, "", "Keys of ensembles that hold for every row go into common")
-    folder = path.parent
-    common = {"self_check": False, **_mapping(raw.get("common"), "common")}  # the members are measured beside
-    for key in ("pretrained", "members", "name", "weight"):
-        if key in common:
-            raise ConfigError(f"common holds {key}, which is a member's own; common is what all rows have alike")
-    built: dict[str, BuildRecipe] = {}
-    listed = take_members(_listed(raw.get("members"), "members"), folder, built)
-    by_name = _named([_member(entry, folder, i) for i, entry in enumerate(listed)], dict(elsewhere or {}))
-    built = {name: recipe for name, recipe in built.items() if name not in (elsewhere or {})}
-    built_rows, others = take_rows(raw.get("rows"), folder, built)
-    notes: list[str] = []
-    controls, added = with_controls(built, built_rows, notes)
-    built_rows += added
-    places = {name: entry["pretrained"] for name, entry in by_name.items() if name not in built}
-    include_path = task_folders(raw.get("include_path"), folder)
-    metadata = _mapping(raw.get("metadata"), "metadata")
-    source = TaskSource(include_path, json.dumps(metadata, sort_keys=True))
-    built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
-    builds = Builds(built, places, source, controls)
-    _configure(list(by_name.values()), common, "members")
-    alone = [member_row(name, entry, common) for name, entry in by_name.items()]
-    rows = alone + [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
-    if raw.get("grid") is not None or others or not built_rows:
-        rows += expand(others, raw.get("grid"), by_name, common, folder, notes)
-    builds.needed(built)
-    _check_names(rows)
-    shared = {key: raw[key] for key in _SHARED_KEYS & raw.keys()}
-    tasks = [_task(entry, shared, i) for i, entry in enumerate(_listed(raw.get("tasks"), "tasks"))]
-    _check_tasks(tasks)
+    keys, problems = LeaderboardKeys.read(raw), Problems()
+    told = {**thaw(keys.metadata), **metadata}
+    source = TaskSource(task_folders(keys.include_path, path.parent), json.dumps(told, sort_keys=True))
+    with problems.collected():
+        tasks = _tasks(keys, {key: raw[key] for key in Asking.names() if key in raw})
+    with problems.collected():
+        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source)
+    problems.refuse()
     return Recipe(
         source=str(path),
-        title=coerce(raw.get("title", f"Leaderboard of {' and '.join(by_name)}"), str, "title"),
-        members=tuple(row.config.members[0] for row in alone),
+        title=keys.title or f"Leaderboard of {' and '.join(member.name for member in members)}",
+        members=members,
         rows=tuple(rows),
         tasks=tuple(tasks),
-        include_path=include_path,
-        metadata=metadata,
-        seeds=_seeds(raw.get("seed")),
-        alpha=_share(raw.get("alpha", 0.05)),
-        resamples=_resamples(raw.get("resamples")),
+        include_path=source.include_path,
+        metadata=told,
+        seeds=keys.seed,
+        alpha=keys.alpha,
+        resamples=keys.resamples,
         notes=tuple(dict.fromkeys(notes)),
         builds=builds,
     )
 
 
-def _check_keys(raw: Mapping[str, Any], known: frozenset[str], where: str, hint: str = "") -> None:
-    for key in raw:
-        if key not in known:
-            near = did_you_mean(str(key), sorted(known))
-            raise ConfigError(f"{where}unknown key {key!r}.{near} Keys: {', '.join(sorted(known))}. {hint}".rstrip())
-
-
-def _mapping(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, (Mapping, type(None))):
-        raise ConfigError(f"{key} must be a mapping; got {value!r}")
-    return dict(value or {})
+def _rows(
+    keys: LeaderboardKeys, folder: Path, elsewhere: Mapping[str, str], source: TaskSource
+) -> tuple[tuple[MemberConfig, ...], list[Row], Builds, list[str]]:
+    """Return the members, all rows, what is built for them, and notes on combinations that mean nothing."""
+    common = {"self_check": False, **keys.common}  # the members are measured beside
+    for key in ("pretrained", "members", "name", "weight"):
+        if key in common:
+            raise ConfigError(
+                f"common holds {key}, which is a member's own; common is what all rows have alike", key="common"
+            )
+    built: dict[str, BuildRecipe] = {}
+    listed = take_members(_listed(keys.members, "members"), folder, built)
+    entries = [_member(entry, folder, f"members[{i}]") for i, entry in enumerate(listed)]
+    members = _placed(configure({**common, "members": entries}).members, elsewhere)
+    built = {name: recipe for name, recipe in built.items() if name not in elsewhere}
+    built_rows, others = take_rows(keys.rows, folder, built)
+    notes: list[str] = []
+    controls, added = with_controls(built, built_rows, notes)
+    built_rows += added
+    places = {member.name: member.pretrained for member in members if member.name not in built}
+    built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
+    builds = Builds(built, places, source, controls)
+    rows = [member_row(member, common) for member in members]
+    rows += [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
+    if keys.grid is not None or others or not built_rows:
+        rows += expand(others, keys.grid, {member.name: member for member in members}, common, folder, notes)
+    builds.needed(built)
+    _check_names(rows)
+    return members, rows, builds, notes
 
 
 def _listed(value: Any, key: str) -> Sequence[Any]:
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{key} must be a list with at least one entry; got {value!r}")
+        raise ConfigError(f"{key} must be a list with at least one entry; got {value!r}", key=key, code="value")
     return value
 
 
-def _member(entry: Any, folder: Path, i: int) -> dict[str, Any]:
+def _member(entry: Any, folder: Path, at: str) -> dict[str, Any]:
     """Return a member's keys; relative paths of model folders are read beside the recipe."""
     found = {"pretrained": entry} if isinstance(entry, str) else entry
     if not isinstance(found, Mapping) or not isinstance(found.get("pretrained"), str):
-        raise ConfigError(f"members[{i}] must be a model's name, or a mapping with pretrained or build; got {entry!r}")
+        raise ConfigError(f"{at} must be a model's name, or a mapping with pretrained or build; got {entry!r}", key=at)
     if "weight" in found:
-        raise ConfigError(f"members[{i}] ({found['pretrained']}): a weight belongs to a row, as weights")
-    return beside(found, folder)
+        raise ConfigError(f"{at} ({found['pretrained']}): a weight belongs to a row, as weights", key=f"{at}.weight")
+    return dict(beside(found, folder))
 
 
-def _named(entries: Sequence[dict[str, Any]], elsewhere: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the members' keys by name, and where they are loaded from elsewhere, from there."""
-    names = member_names(entries)
+def _placed(members: Sequence[MemberConfig], elsewhere: Mapping[str, str]) -> tuple[MemberConfig, ...]:
+    """Return the members, where they are loaded from elsewhere, from there."""
+    names = [member.name for member in members]
     for name in elsewhere:
         if name not in names:
             raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
-    return {
-        name: {**entry, "name": name, "pretrained": elsewhere.get(name, entry["pretrained"])}
-        for name, entry in zip(names, entries, strict=True)
-    }
+    return tuple(member.replace(pretrained=elsewhere.get(member.name, member.pretrained)) for member in members)
 
 
-def _configure(entries: Sequence[Mapping[str, Any]], common: Mapping[str, Any], where: str) -> EnsembleConfig:
-    try:
-        return configure({**common, "pretrained": entries[0]["pretrained"], "members": list(entries)})
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _task(entry: Any, shared: Mapping[str, Any], i: int) -> TaskSpec:
-    given = {"task": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, Mapping) or not isinstance(given.get("task"), str):
-        raise ConfigError(f"tasks[{i}] must be a task's name, or a mapping with task; got {entry!r}")
-    where = f"task {given['task']!r}: "
-    _check_keys(given, _TASK_KEYS, where)
-    values = {key: value for key, value in {**shared, **given}.items() if value is not None}
-    hints = {"num_fewshot": int, "limit": int | float, "system_instruction": str, "apply_chat_template": bool | str}
-    hints |= {"fewshot_as_multiturn": bool, "split": str}
-    try:
-        for key, hint in hints.items():
-            if key in values:
-                values[key] = coerce(values[key], hint, key)
-        if "num_fewshot" in values:
-            whole_number(values["num_fewshot"], "num_fewshot")
-        values["metric"] = _metrics(values.get("metric", []))
-        values["gen_kwargs"] = _mapping(values.get("gen_kwargs"), "gen_kwargs")
-        spec = TaskSpec(**values)
-        if spec.limit is not None and (spec.limit <= 0 or (spec.limit > 1 and spec.limit % 1)):
-            raise ConfigError(f"limit must be a number of documents, or a share below 1; got {spec.limit!r}")
-        if spec.split not in (None, "test", "validation"):
-            raise ConfigError(f"split must be test or validation; got {spec.split!r}")
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from error
-    return spec
-
-
-def _metrics(value: Any) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in listed):
-        raise ConfigError(f"metric must be a metric or a list of metrics, as acc or exact_match,none; got {value!r}")
-    return tuple(listed)
+def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
+    """Return the columns; what is said of all of them holds where a column says nothing else."""
+    problems, found = Problems(), []
+    for i, entry in enumerate(_listed(keys.tasks, "tasks")):
+        said = {"task": entry} if isinstance(entry, str) else entry
+        if not isinstance(said, Mapping) or not isinstance(said.get("task"), str):
+            problems.add(f"tasks[{i}] must be a task's name, or a mapping with task; got {entry!r}", f"tasks[{i}]")
+            continue
+        with problems.collected(f"task {said['task']!r}"):
+            found.append(TaskSpec.read({**shared, **given(said)}))
+    problems.refuse()
+    _check_tasks(found)
+    return found
 
 
 def _check_tasks(tasks: Sequence[TaskSpec]) -> None:
@@ -274,24 +259,3 @@ def _check_names(rows: Sequence[Row]) -> None:
     for row in rows:
         if row.group != row.name and any(row.group == other.name for other in rows):
             raise ConfigError(f"two rows have the name {row.group!r}; give one of them a `name` of its own")
-
-
-def _seeds(value: Any) -> tuple[int, int, int, int]:
-    if value is None:
-        return DEFAULT_SEEDS
-    listed = list(value) if isinstance(value, (list, tuple)) else [value] * 4
-    if len(listed) != 4:
-        raise ConfigError(f"seed must be one number, or four: random, numpy, torch, few-shots; got {value!r}")
-    a, b, c, d = (whole_number(seed, "seed", 0, MAX_SEED) for seed in listed)
-    return a, b, c, d
-
-
-def _share(value: Any) -> float:
-    found = coerce(value, float, "alpha")
-    if not 0 < found < 1:
-        raise ConfigError(f"alpha must lie between 0 and 1; got {value!r}")
-    return found
-
-
-def _resamples(value: Any) -> int | None:
-    return None if value is None else whole_number(value, "resamples", 1, MOST_RESAMPLES)

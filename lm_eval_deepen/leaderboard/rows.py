@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lm_eval_deepen import fusion, pooling
-from lm_eval_deepen.config import EnsembleConfig, MemberConfig
-from lm_eval_deepen.config_types import PLACEMENT_KEYS
-from lm_eval_deepen.errors import ConfigError, did_you_mean
-from lm_eval_deepen.host import configure
+from pydantic import Field
+
+from lm_eval_deepen.config import EnsembleConfig, Keys, MemberConfig, Shown
+from lm_eval_deepen.config.ensemble import PLACEMENT_KEYS
+from lm_eval_deepen.config.loading import given
+from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
+from lm_eval_deepen.fusion import METHODS
+from lm_eval_deepen.host import catalogue, configure
 from lm_eval_deepen.leaderboard.builds import BuiltRow
 from lm_eval_deepen.leaderboard.tuned import Tuned, read_tuned
+from lm_eval_deepen.pooling import POOLINGS
+from lm_eval_deepen.weighting import WEIGHTINGS
 
-GRID_KEYS = ("orders", "methods", "weightings", "poolings")
 _BY_MEMBER = ("weights", "dev_scores")  # lists in the order of the members; a mapping by name fits every order
 
-Members = Mapping[str, Mapping[str, Any]]  # name -> keys of the member
+Members = Mapping[str, MemberConfig]  # by name
+_Axis = Annotated[Any, Shown("a list with at least one entry, or all")]
+
+
+class Grid(Keys):
+    """Rows that are every combination of orders, methods, weightings and poolings."""
+
+    orders: Annotated[Any, Shown("a list of lists of members, the main one first", "every member first once")] = Field(
+        None, description="Orders of the members."
+    )
+    methods: _Axis = Field([{}], description="Fusion methods: names, or mappings with options.")
+    weightings: _Axis = Field([{}], description="Weightings, likewise; `none` is the weights as given.")
+    poolings: _Axis = Field(["none"], description="Poolings, likewise; `none` fuses steps.")
 
 
 @dataclass(frozen=True)
@@ -57,53 +73,59 @@ class Row:
         return len(self.members) == 1
 
 
-def member_row(name: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> Row:
+def member_row(member: MemberConfig, common: Mapping[str, Any]) -> Row:
     """Return the row of a member alone, an ensemble of one: what ``--model hf`` gives."""
-    return Row(name, _configured(name, {**common, "pretrained": entry["pretrained"], "members": [entry]}), (name,))
+    return Row(member.name, _configured(member.name, [member], common, {}), (member.name,))
 
 
 def built_row(built: BuiltRow, pretrained: str, common: Mapping[str, Any]) -> Row:
     """Return the row of a model that is built from others."""
-    row = member_row(built.name, {"name": built.name, "pretrained": pretrained}, common)
+    keys = {**common, "members": [{"name": built.name, "pretrained": pretrained}]}
+    with blamed(f"row {built.name!r}"):
+        row = Row(built.name, configure(keys), (built.name,))
     return replace(row, repeats=built.group if built.group != built.name else None)
 
 
 def expand(
-    listed: Any, grid: Any, members: Members, common: Mapping[str, Any], folder: Path, notes: list[str]
+    listed: Any, grid: Grid | None, members: Members, common: Mapping[str, Any], folder: Path, notes: list[str]
 ) -> list[Row]:
     """Return the ensembles: those of the grid, then those listed, together where the order of members is the same.
 
     Args:
         listed: the recipe's `rows`.
         grid: the recipe's `grid`.
-        members: every member's keys.
+        members: by name.
         common: keys that all rows have alike.
         folder: where relative paths of ensemble files are read.
-        notes: told combinations that mean nothing are added here.
+        notes: combinations that mean nothing are added here.
 
     Raises:
-        ConfigError: an option that cannot be honoured, by the row's name.
+        ConfigError: options that cannot be honoured, by the row's name.
     """
     if not isinstance(listed or [], list):
-        raise ConfigError(f"rows must be a list of mappings; got {listed!r}")
+        raise ConfigError(f"rows must be a list of mappings; got {listed!r}", key="rows", code="value")
     rows = [] if grid is None else _grid_rows(grid, members, common, notes)
-    rows += [_listed_row(spec, i, members, common, folder) for i, spec in enumerate(listed or [])]
+    problems = Problems()
+    for i, spec in enumerate(listed or []):
+        with problems.collected():
+            rows.append(_listed_row(spec, f"rows[{i}]", members, common, folder))
+    problems.refuse()
     if not rows:
-        raise ConfigError("no ensemble: give rows, grid, or both; members alone are rows anyway")
+        raise ConfigError("no ensemble: give rows, grid, or both; members alone are rows anyway", key="rows")
     orders = list(dict.fromkeys(row.members for row in rows))
     return sorted(rows, key=lambda row: orders.index(row.members))
 
 
-def _listed_row(spec: Any, i: int, members: Members, common: Mapping[str, Any], folder: Path) -> Row:
+def _listed_row(spec: Any, at: str, members: Members, common: Mapping[str, Any], folder: Path) -> Row:
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"rows[{i}] must be a mapping with method, members, ...; got {spec!r}")
-    keys = {key: value for key, value in spec.items() if value is not None}
+        raise ConfigError(f"{at} must be a mapping with method, members, ...; got {spec!r}", key=at, code="value")
+    keys = given(spec)
     name = keys.pop("name", None)
     if name is not None and not (isinstance(name, str) and name.strip()):
-        raise ConfigError(f"rows[{i}]: name must be non-empty text; got {name!r}")
+        raise ConfigError(f"{at}: name must be non-empty text; got {name!r}", key=f"{at}.name", code="value")
     if "ensemble" in keys:
         return _file_row(name or f"{Path(str(keys['ensemble'])).stem}", keys, members, common, folder)
-    order = _order(keys.pop("members", list(members)), members, f"rows[{i}]")
+    order = _order(keys.pop("members", list(members)), members, at)
     return row_of(name or _grid_name(order, _parts(keys)), order, keys, members, common)
 
 
@@ -111,34 +133,24 @@ def row_of(
     name: str, order: Sequence[str], keys: Mapping[str, Any], members: Members, common: Mapping[str, Any]
 ) -> Row:
     """Return a row from the keys of an ensemble and the names of its members, the main one first."""
-    merged = {**common, **{key: _by_member(name, key, value, order) for key, value in keys.items()}}
-    entries = [members[member] for member in order]
-    merged |= {"pretrained": entries[0]["pretrained"], "members": entries}
-    config = _configured(name, merged)
-    plain = _configured(name, {**common, "pretrained": entries[0]["pretrained"], "members": entries})
-    for member, usual in zip(config.members, plain.members, strict=True):
-        if replace(member, weight=usual.weight) != usual:
-            raise ConfigError(
-                f"row {name!r}: member {member.name!r} would be loaded in another way than in other rows; loading "
-                "arguments belong to members or common, for members are loaded once"
-            )
-    return Row(name, config, tuple(order))
+    own = {key: _by_member(name, key, value, order) for key, value in keys.items()}
+    return Row(name, _configured(name, [members[member] for member in order], common, own), tuple(order))
 
 
 def _file_row(name: str, keys: Mapping[str, Any], members: Members, common: Mapping[str, Any], folder: Path) -> Row:
     """Return the row of an ensemble file, whose members must be members of the recipe."""
     path = folder / Path(str(keys["ensemble"])).expanduser()
     others = {key: value for key, value in keys.items() if key != "ensemble"}
-    config = _configured(name, {"self_check": common["self_check"], **others, "pretrained": str(path)})
-    known = _configured(name, {**common, "pretrained": None, "members": list(members.values())}).members
+    with blamed(f"row {name!r}"):
+        config = configure({"self_check": common["self_check"], **others, "pretrained": str(path)})
     order = []
     for member in config.members:
-        found = next((other.name for other in known if _loads(other) == _loads(member)), None)
+        found = next((other.name for other in members.values() if _loads(other) == _loads(member)), None)
         if found is None:
             raise ConfigError(
                 f"row {name!r}: {path} has the member {member.pretrained}, loaded with {dict(member.loading)}, and no "
                 "member of the recipe is that, loaded so: it belongs to another ensemble"
-                f".{did_you_mean(member.pretrained, [other.pretrained for other in known])}"
+                f".{did_you_mean(member.pretrained, [other.pretrained for other in members.values()])}"
             )
         order.append(found)
     return Row(name, config, tuple(order), read_tuned(path, config))
@@ -152,16 +164,11 @@ def _loads(member: MemberConfig) -> tuple[Any, ...]:
     return pretrained, loading, member.hf_kwargs_dict(), member.temperature
 
 
-def _grid_rows(grid: Any, members: Members, common: Mapping[str, Any], notes: list[str]) -> list[Row]:
-    if not isinstance(grid, Mapping):
-        raise ConfigError(f"grid must be a mapping with {', '.join(GRID_KEYS)}; got {grid!r}")
-    for key in grid:
-        if key not in GRID_KEYS:
-            raise ConfigError(f"grid: unknown key {key!r}.{did_you_mean(str(key), GRID_KEYS)} Keys: {GRID_KEYS}")
-    orders = _orders(grid.get("orders"), members)
-    methods = [_entry(value, "method") for value in _axis(grid, "methods", [{}])]
-    weightings = [_entry(value, "weighting") for value in _axis(grid, "weightings", [{}])]
-    poolings = [_entry(value, "pooling") for value in _axis(grid, "poolings", ["none"])]
+def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], notes: list[str]) -> list[Row]:
+    orders = _orders(grid.orders, members)
+    methods = [_entry(value, "method") for value in _axis(grid.methods, "methods", METHODS)]
+    weightings = [_entry(value, "weighting") for value in _axis(grid.weightings, "weightings", ())]
+    poolings = [_entry(value, "pooling") for value in _axis(grid.poolings, "poolings", POOLINGS)]
     rows: dict[tuple, Row] = {}
     for order, pooled, weighting, method in itertools.product(orders, poolings, weightings, methods):
         parts = [method, weighting, pooled]
@@ -169,22 +176,22 @@ def _grid_rows(grid: Any, members: Members, common: Mapping[str, Any], notes: li
             parts = [weighting, pooled]
         keys = {key: value for part in parts for key, value in part.items() if key != "name"}
         name = _grid_name(order, parts)
-        if "pooling" in pooled and _changing(name, order, weighting, members, common):
+        if "pooling" in pooled and _changing(name, weighting, order):
             name, weigher = pooled["pooling"], weighting["weighting"]
             notes.append(f"{name} is not combined with weighting {weigher}, which weighs fused steps")
-            continue
-        rows.setdefault((order, name), row_of(name, order, keys, members, common))
+        elif (order, name) not in rows:
+            rows[order, name] = row_of(name, order, keys, members, common)
     return list(rows.values())
 
 
-def _axis(grid: Mapping[str, Any], key: str, default: list[Any]) -> list[Any]:
+def _axis(found: Any, key: str, every: Iterable[str]) -> list[Any]:
     """Return the points of an axis; ``all`` stands for every method, or pooling, that is installed."""
-    found = grid.get(key, default)
     found = [found] if found == "all" else found
     if not isinstance(found, list) or not found:
-        raise ConfigError(f"grid: {key} must be a list with at least one entry, or all; got {found!r}")
-    every = {"methods": list(fusion.methods()), "poolings": list(pooling.poolings())}.get(key, ["all"])
-    return [point for value in found for point in (every if value == "all" else [value])]
+        raise ConfigError(
+            f"grid: {key} must be a list with at least one entry, or all; got {found!r}", key=f"grid.{key}"
+        )
+    return [point for value in found for point in ([*every] or [value] if value == "all" else [value])]
 
 
 def _entry(value: Any, seam: str) -> dict[str, Any]:
@@ -229,11 +236,14 @@ def _by_member(row: str, key: str, value: Any, order: Sequence[str]) -> Any:
     return [value[name] for name in order]
 
 
-def _changing(
-    name: str, order: Sequence[str], weighting: Mapping[str, Any], members: Members, common: Mapping[str, Any]
-) -> bool:
-    keys = {key: value for key, value in weighting.items() if key != "name"}
-    return row_of(name, order, keys, members, common).config.weights_change
+def _changing(row: str, weighting: Mapping[str, Any], order: Sequence[str]) -> bool:
+    """Tell whether a weighting changes the weights while a run goes on."""
+    if "weighting" not in weighting:
+        return False
+    with blamed(f"row {row!r}"):
+        options = WEIGHTINGS.choose(weighting["weighting"]).options
+        own = {key: _by_member(row, key, weighting[key], order) for key in options.names() if key in weighting}
+        return options.parse(own).build() is not None
 
 
 def _parts(keys: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -264,8 +274,11 @@ def _shown(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _configured(name: str, keys: Mapping[str, Any]) -> EnsembleConfig:
-    try:
-        return configure(dict(keys))
-    except ConfigError as error:
-        raise ConfigError(f"row {name!r}: {error}") from error
+def _configured(
+    name: str, members: Sequence[MemberConfig], common: Mapping[str, Any], own: Mapping[str, Any]
+) -> EnsembleConfig:
+    """Return the configuration of a row around members that are configured already."""
+    loading = catalogue().loading_keys() | {"hf_kwargs"}  # of `common`: the members have them
+    beside = {key: value for key, value in common.items() if key not in loading}
+    with blamed(f"row {name!r}"):
+        return configure({**beside, **own, "members": list(members)})

@@ -14,9 +14,10 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from lm_eval_deepen.config.frozen import thaw
+from lm_eval_deepen.config.recipes import data_folder
 from lm_eval_deepen.errors import ConfigError, DeepenError, did_you_mean
 from lm_eval_deepen.leaderboard.recipe import TaskSpec
-from lm_eval_deepen.tools.paths import data_folder
 
 # Of a task's configuration, what says where its data lie: the documents themselves are hashed.
 _PLACES = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
@@ -67,7 +68,7 @@ class LoadedTask:
             "apply_chat_template": spec.apply_chat_template,
             "system_instruction": spec.system_instruction,
             "fewshot_as_multiturn": spec.fewshot_as_multiturn,
-            "gen_kwargs": dict(spec.gen_kwargs),
+            "gen_kwargs": thaw(spec.gen_kwargs),
             "tasks": {
                 name: {
                     "version": leaf.VERSION,

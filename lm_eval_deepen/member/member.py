@@ -61,7 +61,7 @@ class Member:
             raise MemberError(f"member {config.name!r}: a {lm.backend!r} model is no {type(self).__name__}.")
         if config.source and not self.generates_only:
             raise ConfigError(
-                f"member {config.name!r}: {', '.join(config.source.to_dict())} belong to encoder-decoder members, and "
+                f"member {config.name!r}: {', '.join(config.source)} belong to encoder-decoder members, and "
                 f"{config.pretrained!r} is a causal language model. Leave them out."
             )
         self.config, self.lm = config, lm

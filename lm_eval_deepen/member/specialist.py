@@ -103,8 +103,8 @@ def decoder_start(config: MemberConfig, tokenizer: Any, setting: Callable[[str],
             f"member {config.name!r}: neither its generation config nor its config has decoder_start_token_id, so "
             "its decoder cannot be started. Add it to the model's generation_config.json."
         )
-    if config.source.target_language is not None:
-        forced = tokenizer.convert_tokens_to_ids(config.source.target_language)
+    if config.target_language is not None:
+        forced = tokenizer.convert_tokens_to_ids(config.target_language)
     return (start,) if forced is None else (start, forced)
 
 
@@ -114,14 +114,13 @@ def check_languages(config: MemberConfig, tokenizer: Any) -> None:
     Raises:
         ConfigError: one that the tokenizer has no token for, or a source language that it cannot be told.
     """
-    source = config.source
-    if source.source_language is not None and not hasattr(tokenizer, "src_lang"):
+    if config.source_language is not None and not hasattr(tokenizer, "src_lang"):
         raise ConfigError(
-            f"member {config.name!r}: source_language={source.source_language!r}, but its tokenizer "
+            f"member {config.name!r}: source_language={config.source_language!r}, but its tokenizer "
             f"({type(tokenizer).__name__}) has no source language. Leave it out."
         )
     for key in ("source_language", "target_language"):
-        language = getattr(source, key)
+        language = getattr(config, key)
         if language is None:
             continue
         token = tokenizer.convert_tokens_to_ids(language)
@@ -154,8 +153,8 @@ class Specialist(Member):
         super().__init__(config, lm)
         check_languages(config, lm.tokenizer)
         self.start = decoder_start(config, lm.tokenizer, self._setting)
-        if config.source.source_language is not None:
-            lm.tokenizer.src_lang = config.source.source_language
+        if config.source_language is not None:
+            lm.tokenizer.src_lang = config.source_language
 
     def _runner(self) -> Seq2SeqRunner:
         return Seq2SeqRunner(self.lm.model, self.lm.mixed_precision_dtype)
@@ -192,7 +191,7 @@ class Specialist(Member):
         Raises:
             RequestError: the pattern does not match.
         """
-        pattern = self.config.source.source_pattern
+        pattern = self.config.source_pattern
         if pattern is None:
             return text
         found = list(re.finditer(pattern, text))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.pooling.seam import Pooled, Scored, ballots, pooling
 
 
 @pooling("logp-mean", paper="none")
-@dataclass(frozen=True)
-class LogpMean:
+class LogpMean(Options):
     """``pooling: logp-mean``: a weighted mean of the members' scores of a whole continuation; it has no options.
 
     That is the logarithm of their weighted geometric mean, not normalised. Every member scores its own tokens as

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lm_eval_deepen.errors import ConfigError
+from pydantic import Field
+
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
 
 ORDERS = range(1, 7)  # chrF: character n-grams of 1 to 6, recall counting twice as much as precision
@@ -15,28 +16,23 @@ BETA_SQUARED = 4.0
 
 
 @pooling("mbr", paper="arXiv:2005.10283")
-@dataclass(frozen=True)
-class Mbr:
+class Mbr(Options):
     """Options of ``pooling: mbr``: the text of highest expected utility, with all texts as references.
 
     Minimum Bayes risk over samples of one model (Eikema and Aziz, arXiv 2005.10283), here over members. A text's
     expected utility is the weighted mean of its utility against every answerer's text, its own among them. A tie goes
     to the fused ensemble's answer, else to the earliest member's.
-
-    Attributes:
-        with_fused: the step-fused ensemble answers as well, with the weight of an average member (DeePEn, arXiv
-            2404.12715, combined with MBR).
-        utility: ``chrf`` (character n-grams, Popović 2015; see the function) or ``f1`` (words).
     """
 
-    with_fused: bool = False
-    utility: Literal["chrf", "f1"] = "chrf"
+    with_fused: bool = Field(
+        False,
+        description="Whether the step-fused ensemble answers as well, with the weight of an average member (DeePEn, "
+        "arXiv 2404.12715, combined with MBR).",
+    )
+    utility: Literal["chrf", "f1"] = Field(
+        "chrf", description="How alike two texts are: by character n-grams (`chrf`, Popović 2015), or by words (F1)."
+    )
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
-
-    def __post_init__(self) -> None:
-        """Check the value."""
-        if self.utility not in ("chrf", "f1"):
-            raise ConfigError(f"utility must be 'chrf' or 'f1', got {self.utility!r}.")
 
     def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
         """Combine texts; see the seam. Stats: ``expected_utility`` of the winner, in [0, 1]."""

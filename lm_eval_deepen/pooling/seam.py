@@ -1,7 +1,7 @@
 """The seam of pooling: every member answers a request by itself, and the answers are combined.
 
-A method is one file in this folder: a frozen dataclass of options, decorated with
-``@pooling(name, paper=...)``. An ensemble uses one so::
+A method is one file in this folder: a class of options, decorated with ``@pooling(name, paper=...)``. An ensemble
+uses one so::
 
     check_request(name, method, "generate_until")      # an error where the method cannot combine such answers
     answers = [answer of each member, as an ensemble of that member alone gives it]
@@ -14,10 +14,11 @@ With a method that leaves the fused ensemble out, no fuser is built and no relat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
+from lm_eval_deepen.config.registry import Registry
 from lm_eval_deepen.errors import RequestError
 
 
@@ -48,7 +49,7 @@ class Pooled:
 
 
 class PoolingMethod(Protocol):
-    """The options of a method: a frozen dataclass with a ``combine``.
+    """The options of a method: a class that derives from `lm_eval_deepen.config.Options`, with a ``combine``.
 
     A field ``with_fused: bool`` says whether the step-fused ensemble answers as well.
 
@@ -69,29 +70,8 @@ class PoolingMethod(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PoolingEntry:
-    """A registered method: its name, options class and source."""
-
-    name: str
-    options: type[Any]
-    paper: str
-
-
-REGISTRY: dict[str, PoolingEntry] = {}
-C = TypeVar("C", bound=type)
-
-
-def pooling(name: str, *, paper: str) -> Callable[[C], C]:
-    """Register a dataclass of options as the pooling method `name`."""
-
-    def register(cls: C) -> C:
-        if name in REGISTRY and REGISTRY[name].options is not cls:
-            raise ValueError(f"pooling method {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
-        REGISTRY[name] = PoolingEntry(name, cls, paper)
-        return cls
-
-    return register
+POOLINGS = Registry("pooling", "lm_eval_deepen.pooling", "pooling")
+pooling = POOLINGS.register
 
 
 def fused_takes_part(method: PoolingMethod) -> bool:

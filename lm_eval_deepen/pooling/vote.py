@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import AfterValidator, Field
+
+from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(
+            f"answer_pattern {value!r} is no regular expression ({error}); correct it", key="answer_pattern"
+        ) from error
+    return value
+
+
 @pooling("vote", paper="arXiv:2203.11171")
-@dataclass(frozen=True)
-class Vote:
+class Vote(Options):
     """Options of ``pooling: vote``: a weighted majority over generated texts.
 
     The majority over sampled reasoning paths of self-consistency (arXiv 2203.11171), here over members.
@@ -21,27 +32,19 @@ class Vote:
     Texts agree when their answers are the same up to case and white space. The text given is that of the first
     member that holds the winning answer, or the fused ensemble's where that holds it. A tie goes to the fused
     ensemble's answer, else to the earliest member's.
-
-    Attributes:
-        with_fused: the step-fused ensemble votes as well, with the weight of an average member (DeePEn, arXiv
-            2404.12715, combined with voting).
-        answer_pattern: regular expression of the answer within a text, whose last match counts (its first group,
-            where it has one); a text without one abstains. By default the whole text is the answer.
     """
 
-    with_fused: bool = False
-    answer_pattern: str | None = None
+    with_fused: bool = Field(
+        False,
+        description="Whether the step-fused ensemble answers as well, with the weight of an average member (DeePEn, "
+        "arXiv 2404.12715, combined with voting).",
+    )
+    answer_pattern: Annotated[Annotated[str, AfterValidator(_pattern)] | None, Shown(default="the whole text")] = Field(
+        None,
+        description="A regular expression of the answer within a text, whose last match counts (its first group, "
+        "where it has one); a text without a match abstains.",
+    )
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
-
-    def __post_init__(self) -> None:
-        """Check the pattern."""
-        if self.answer_pattern is not None:
-            try:
-                re.compile(self.answer_pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"answer_pattern {self.answer_pattern!r} is no regular expression ({error}); correct it"
-                ) from error
 
     def answer(self, text: str) -> str | None:
         """Return the answer within a text, normalised; None where it has none."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from lm_eval_deepen.relative.support import Split
 from lm_eval_deepen.relative.topk import NEG_INF
 
-AVERAGES = ("linear", "geometric")
 FLOOR = 1e-12  # what the geometric average takes for a zero: an anchor that a member cannot reach is not excluded
 
 

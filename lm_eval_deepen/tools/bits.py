@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def orders(ensemble: Ensemble) -> list[Ensemble]:
     found = []
     for k, main in enumerate(ensemble.config.members):
         rest = [m for m in range(len(ensemble.members)) if m != k]
-        config = replace(ensemble.config, members=(main, *(ensemble.config.members[m] for m in rest)))
+        config = ensemble.config.replace(members=(main, *(ensemble.config.members[m] for m in rest)))
         members = [ensemble.members[m] for m in (k, *rest)]
         found.append(ensemble if k == 0 else Ensemble.assemble(config, members))
     return found

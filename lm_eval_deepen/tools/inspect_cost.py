@@ -57,13 +57,13 @@ class Machine:
 
 def task_costs(recipe: Recipe, codec: TextCodec, problems: list[str]) -> list[TaskCost]:
     """Return what the recipe's tasks ask for; a task that cannot be loaded is added to `problems`."""
-    if not recipe.tasks:
+    if not recipe.task:
         return []
     with _quiet():
         try:
-            loaded = _load(recipe.tasks)
+            loaded = _load(recipe.task)
         except Exception as error:  # whatever a task's data raises: it would stop the evaluation as well
-            problems.append(f"tasks {', '.join(recipe.tasks)} cannot be loaded: {first_line(error)}")
+            problems.append(f"tasks {', '.join(recipe.task)} cannot be loaded: {first_line(error)}")
             return []
         costs = []
         for name, task in loaded.items():
@@ -99,7 +99,7 @@ def _quiet() -> Iterator[None]:
 def _cost(name: str, task: Any, codec: TextCodec, recipe: Recipe) -> TaskCost:
     total = len(task.eval_docs)
     sample = sorted({i * total // min(SAMPLE_DOCUMENTS, total) for i in range(min(SAMPLE_DOCUMENTS, total))})
-    if (shots := recipe.harness.get("num_fewshot")) is not None:
+    if (shots := recipe.harness.num_fewshot) is not None:
         task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=1234)
     task.build_all_requests(samples=sample)
@@ -108,7 +108,7 @@ def _cost(name: str, task: Any, codec: TextCodec, recipe: Recipe) -> TaskCost:
         text, new = _text(request)
         tokens = len(codec.encode(text))
         read, written, longest = read + tokens, written + new, max(longest, tokens + new)
-    limit = recipe.harness.get("limit")
+    limit = recipe.harness.limit
     documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
     scores = any(request.request_type != "generate_until" for request in task.instances)
     read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))

@@ -94,10 +94,9 @@ def plan_matrices(
 
     Whatever would stop the method from being built is added to `problems`; how flat rows are, to `notes`.
     """
-    from lm_eval_deepen.fusion import methods
     from lm_eval_deepen.relative.store import MatrixStore, explained
 
-    method = methods()[config.method].options(**config.options_dict())
+    method = config.options
     if any(member.codec is None for member in members):
         return None, []
     vocabularies = [member.codec.vocab.events for member in members if member.codec]

@@ -178,13 +178,12 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
     if generates_only:
         notes.append(
             f"member {config.name!r} is an encoder-decoder model: it reads "
-            f"{'the whole prompt' if config.source.source_pattern is None else 'what source_pattern finds'}, and takes "
+            f"{'the whole prompt' if config.source_pattern is None else 'what source_pattern finds'}, and takes "
             "part in generation only. Of the sample texts it spells some; where it cannot spell a text, it sits out."
         )
     elif config.source:
         problems.append(
-            f"member {config.name!r}: {', '.join(config.source.to_dict())} belong to encoder-decoder members. Leave "
-            "them out."
+            f"member {config.name!r}: {', '.join(config.source)} belong to encoder-decoder members. Leave them out."
         )
     known = Inspected(config, device, files, generates_only=generates_only)
     try:
@@ -230,8 +229,8 @@ def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, prob
     from lm_eval_deepen.member.specialist import check_languages, decoder_start
 
     check_languages(config, tokenizer)
-    if config.source.source_language is not None:
-        tokenizer.src_lang = config.source.source_language
+    if config.source_language is not None:
+        tokenizer.src_lang = config.source_language
     try:
         return decoder_start(config, tokenizer, files.setting)
     except DeepenError as error:

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, DeepenError
@@ -75,7 +75,7 @@ class Report:
         """Return the report as JSON data."""
         from lm_eval_deepen.tools.inspect_ensemble import to_json
 
-        expected = [] if self.recipe is None else [asdict(entry) for entry in self.recipe.expected]
+        expected = [] if self.recipe is None else [entry.to_dict() for entry in self.recipe.expected]
         return {
             "recipe": self.recipe.name if self.recipe else None,
             "title": self.recipe.title if self.recipe else None,
@@ -123,7 +123,7 @@ def inspect(args: argparse.Namespace) -> Report:
         report.recipe = find_recipe(args.recipe)
         report.config = report.recipe.configure(members)
     except ConfigError as error:
-        report.problems.append(str(error))
+        report.problems += map(str, error.problems)
         return report
     _members(report, report.config, args)
     _together(report, report.config)
@@ -161,7 +161,7 @@ def _together(report: Report, config: EnsembleConfig) -> None:
                 f"member {member.name!r} has no id that ends a text: it never stops by itself. Set eos_token_id in its "
                 "generation_config.json."
             )
-        chat = report.recipe.harness.get("apply_chat_template")
+        chat = report.recipe.harness.apply_chat_template
         if chat and member.chat_template is False and config.chat_fallback == "error":
             report.problems.append(
                 f"member {member.name!r} has no chat template, which the recipe applies. Give it a tokenizer that has "

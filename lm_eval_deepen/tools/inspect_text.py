@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,21 +38,21 @@ def _heading(report: Report) -> str:
         chosen = "".join(f", {key} {value}" for key, value in _chosen(config).items())
         compat = f", compat {config.compat}" if config.compat else ""
         lines.append(f"  method {config.method}{compat}{chosen}")
-    if recipe.tasks:
-        flags = "".join(f" --{key}" if value is True else f" --{key} {value}" for key, value in recipe.harness.items())
-        lines.append(f"  tasks {', '.join(recipe.tasks)}{flags}")
+    if recipe.task:
+        given = recipe.harness.given().items()
+        flags = "".join(f" --{key}" if value is True else f" --{key} {value}" for key, value in given)
+        lines.append(f"  tasks {', '.join(recipe.task)}{flags}")
     return "\n".join(lines)
 
 
 def _chosen(config: EnsembleConfig) -> dict[str, Any]:
     """Return the method's options that are neither its defaults nor set by compat."""
-    from lm_eval_deepen.config_options import expand_compat
-    from lm_eval_deepen.fusion import methods
-
-    options = methods()[config.method].options
-    defaults = {f.name: f.default for f in dataclasses.fields(options)}
-    implied = {**defaults, **expand_compat(config.method, options, config.compat)}
-    return {key: value for key, value in config.options_dict().items() if value != implied.get(key)}
+    fields, implied = type(config.options).model_fields, config.options.profile(config.compat)
+    return {
+        key: value
+        for key, value in config.options.to_dict().items()
+        if value != implied.get(key, fields[key].get_default(call_default_factory=True))
+    }
 
 
 def _members(members: Sequence[Inspected]) -> str:

@@ -29,7 +29,7 @@ FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
     )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = adjusted(args)
     if args.into is not None:
         leaderboard_table.check_markers(args.into)
-    out = args.out or Path("results") / args.recipe.stem
+    out = args.out or Path("results") / Path(args.recipe).stem
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
     todo = plan(recipe, tasks, out, args.redo, args.built)
     if args.dry_run:
@@ -83,15 +83,16 @@ def run(args: argparse.Namespace) -> int:
 
 def adjusted(args: argparse.Namespace) -> Recipe:
     """Return the recipe with what the command line changes."""
+    from lm_eval_deepen.config.recipes import recipe_file
     from lm_eval_deepen.leaderboard.recipe import read_recipe
 
     if args.limit is not None and (not 0 < args.limit < math.inf or (args.limit > 1 and args.limit % 1)):
         raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
     members = pairs(args.member, "--member", "NAME=WHERE")
-    recipe = read_recipe(args.recipe, members, _metadata(args.metadata))
+    recipe = read_recipe(recipe_file(args.recipe), members, _metadata(args.metadata))
     if args.limit is not None:
         limit = args.limit if args.limit < 1 else int(args.limit)
-        tasks = tuple(dataclasses.replace(spec, limit=limit) for spec in recipe.tasks)
+        tasks = tuple(spec.replace(limit=limit) for spec in recipe.tasks)
         recipe = dataclasses.replace(recipe, tasks=tasks)
     return recipe
 

@@ -18,7 +18,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("out", type=Path, help="the model's folder")
     parser.add_argument(
         "--member", nargs="+", default=[], metavar="NAME=WHERE",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 from typing import Any
@@ -30,23 +29,22 @@ def catalogue() -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: a method's file that cannot be imported.
     """
-    from lm_eval_deepen.fusion import methods
-    from lm_eval_deepen.pooling import poolings
-    from lm_eval_deepen.weighting import weightings
+    from lm_eval_deepen.fusion import METHODS
+    from lm_eval_deepen.pooling import POOLINGS
+    from lm_eval_deepen.weighting import WEIGHTINGS
 
-    seams: dict[str, Any] = {"method": methods(), "weighting": weightings(), "pooling": poolings()}
+    seams: dict[str, Any] = {"method": METHODS, "weighting": WEIGHTINGS, "pooling": POOLINGS}
     return {seam: {name: _entry(entry) for name, entry in found.items()} for seam, found in seams.items()}
 
 
 def _entry(entry: Any) -> dict[str, Any]:
+    from lm_eval_deepen.config.describe import allowed, default
+
     module = inspect.getmodule(entry.options)
     about = (inspect.getdoc(module) or inspect.getdoc(entry.options) or "").splitlines() or [""]
     options = {}
-    for field in dataclasses.fields(entry.options):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options[field.name] = {"type": str(field.type), "required": required}
-        if field.default is not dataclasses.MISSING:
-            options[field.name]["default"] = field.default
+    for name, field in entry.options.model_fields.items():
+        options[name] = {"type": allowed(field), "required": field.is_required(), "default": default(field)}
     return {"paper": entry.paper, "about": about[0], "options": options}
 
 

@@ -1,81 +1,103 @@
-"""Recipes: ensemble files that also say on what they are evaluated, and which scores were published.
+"""Recipes of ensembles: ensemble files that also say on what they are evaluated, and which scores were published.
 
-A recipe is an ensemble file, so ``--model_args pretrained=RECIPE.yaml`` takes it as it is; the keys of
-`config_parse.RECIPE_KEYS` are for people and for ``lm-eval-deepen inspect``.
+``--model_args pretrained=RECIPE.yaml`` takes them as they are; what they say beside the ensemble is for people and for
+``lm-eval-deepen inspect``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lm_eval_deepen.config_options import coerce, option_names, whole_number
-from lm_eval_deepen.config_parse import (
-    FROM_PRETRAINED_KEYS,
-    MEMBER_KEYS,
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from lm_eval_deepen.config import FrozenDict, Keys, Names, Shown
+from lm_eval_deepen.config.errors import unknown_key
+from lm_eval_deepen.config.loading import (
     RECIPE_KEYS,
-    is_ensemble_file,
-    merge_file,
+    REMEDY,
+    ensemble_file,
+    given,
     read_ensemble_file,
-    unknown_key,
 )
-from lm_eval_deepen.errors import ConfigError, did_you_mean
-from lm_eval_deepen.tools.paths import data_folder
-from lm_eval_deepen.yaml_reading import read_yaml
+from lm_eval_deepen.config.recipes import Asked, read_recipe
+from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
 
-HARNESS_KEYS = frozenset({"apply_chat_template", "fewshot_as_multiturn", "num_fewshot", "limit", "gen_kwargs"})
-OTHER_RECIPES = ("leaderboard", "merge_", "clm_", "fusellm_")  # what their files begin with
+
+class Expected(Keys):
+    """A score that was published for an ensemble."""
+
+    task: str = Field(description="Which of the recipe's tasks.")
+    score: float | None = Field(
+        None, description="As published, in per cent unless `metric` says otherwise; none where no source gives it."
+    )
+    table: str | None = Field(None, description="Where the publication has it.")
+    read_in: str | None = Field(None, description="The source the score was read in; needed with a score.")
+    note: str | None = Field(None, description="What else to know; needed without a score.")
+    metric: str = Field("exact_match", description="What was measured.")
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if self.score is not None and not self.read_in:
+            raise ConfigError("a score needs read_in, the source it was read in", key="read_in", code="missing")
+        if self.score is None and not self.note:
+            raise ConfigError("without a score, a note must say why", key="note", code="missing")
+        return self
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A score that was published for an ensemble.
+class Harness(Asked):
+    """Options of ``lm_eval run`` that belong to a recipe."""
 
-    Attributes:
-        task: which of the recipe's tasks.
-        score: as published, in per cent unless `metric` says otherwise; None where no source that was read gives it.
-        table: where the publication has it.
-        read_in: the source the score was read in; needed with a score.
-        note: what else to know; needed without a score.
-        metric: what was measured.
-    """
+    gen_kwargs: Annotated[FrozenDict | str | None, Shown("a mapping, or key=value,...")] = Field(
+        None, description="Generation arguments over the tasks' own."
+    )
 
-    task: str
-    score: float | None = None
-    table: str | None = None
-    read_in: str | None = None
-    note: str | None = None
-    metric: str = "exact_match"
+    def given(self) -> dict[str, Any]:
+        """Return what is given, as ``simple_evaluate`` takes it."""
+        return {key: value for key, value in self.to_dict().items() if key in self.model_fields_set}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An ensemble, what it is evaluated on, and what is known of it.
+class RecipeKeys(Keys):
+    """What a recipe says beside its ensemble, for people and for ``inspect``, without effect on an evaluation."""
 
-    Attributes:
-        name: of the file, or what was given inline.
-        arguments: the ensemble alone, as ``--model_args`` takes it.
-        title: one line.
-        tasks: tasks or groups of tasks.
-        harness: options of ``lm_eval run`` that belong to it.
-        expected: published scores.
-        source: where the ensemble is from.
-        note: what else to know.
-    """
+    title: str = Field("", description="One line.")
+    task: Names = Field((), description="Tasks or groups of tasks that it is evaluated on.")
+    harness: Harness = Field(Harness(), description="Options of `lm_eval run` that belong to it.")
+    expected: Annotated[tuple[Expected, ...], Shown("a list with one entry for each published score")] = Field(
+        (), description="Published scores."
+    )
+    source: str = Field("", description="Where the ensemble is from.")
+    note: str = Field("", description="What else to know.")
 
-    name: str
-    arguments: Mapping[str, Any]
-    title: str = ""
-    tasks: tuple[str, ...] = ()
-    harness: Mapping[str, Any] = field(default_factory=dict)
-    expected: tuple[Expected, ...] = ()
-    source: str = ""
-    note: str = ""
+    @model_validator(mode="after")
+    def _expects_its_tasks(self) -> Self:
+        for i, entry in enumerate(self.expected):
+            if entry.task not in self.task:
+                raise ConfigError(
+                    f"expected[{i}]: task must be one of the recipe's ({', '.join(self.task)}); got {entry.task!r}",
+                    key=f"expected[{i}].task", code="value",
+                )  # fmt: skip
+        return self
+
+
+class Recipe(RecipeKeys):
+    """A recipe that was read."""
+
+    name: str = Field(description="The file's name, or what was given inline.")
+    arguments: Any = Field(description="The ensemble alone, as `--model_args` takes it.")
+
+    @cached_property
+    def config(self) -> EnsembleConfig:
+        """The ensemble, checked; ConfigError where it cannot be honoured."""
+        from lm_eval_deepen.host import configure
+
+        return configure(dict(self.arguments))
 
     def configure(self, elsewhere: Mapping[str, str] | None = None) -> EnsembleConfig:
         """Return the ensemble, checked.
@@ -86,23 +108,15 @@ class Recipe:
         Raises:
             ConfigError: an argument that cannot be honoured, or a name in `elsewhere` that no member has.
         """
-        from lm_eval_deepen.host import configure
-
-        config = configure(dict(self.arguments))
+        config = self.config
         if not elsewhere:
             return config
         names = [member.name for member in config.members]
         for name in elsewhere:
             if name not in names:
                 raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
-        placed = [replace(m, pretrained=elsewhere.get(m.name, m.pretrained)) for m in config.members]
-        return replace(config, members=tuple(placed))
-
-
-def recipe_files() -> list[Path]:
-    """Return the shipped recipes of ensembles, sorted; leaderboards and built models have recipes of their own."""
-    folder = data_folder("recipes")
-    return sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(OTHER_RECIPES))
+        placed = [member.replace(pretrained=elsewhere.get(member.name, member.pretrained)) for member in config.members]
+        return config.replace(members=tuple(placed))
 
 
 def find_recipe(text: str) -> Recipe:
@@ -111,127 +125,36 @@ def find_recipe(text: str) -> Recipe:
     Raises:
         ConfigError: none of these, or a recipe that says something unknown.
     """
-    if text.lstrip().startswith("{") or "=" in text:
-        from lm_eval_deepen.tools.build import parse_ensemble
+    from lm_eval_deepen.tools.build import parse_ensemble
 
-        arguments = parse_ensemble(text)
-        inner = arguments.pop("pretrained", None)
-        if not isinstance(inner, str) or not is_ensemble_file(inner):
-            return Recipe(text, arguments if inner is None else {"pretrained": inner, **arguments})
-        recipe = load_recipe(Path(inner).expanduser())
-        return replace(recipe, arguments=merge_file(inner, arguments))
-    if is_ensemble_file(text) and Path(text).expanduser().is_file():
-        return load_recipe(Path(text).expanduser())
-    shipped = {path.stem: path for path in recipe_files()}
-    name = text.removesuffix(".yaml")
-    if name in shipped:
-        return load_recipe(shipped[name])
-    if is_ensemble_file(text):
-        raise ConfigError(
-            f"recipe {text}: no such file (looked in {Path(text).expanduser().absolute().parent}), nor a shipped "
-            f"recipe.{did_you_mean(name, shipped)} `lm-eval-deepen path recipes` prints where these are."
-        )
-    return Recipe(text, {"pretrained": text})
+    arguments = parse_ensemble(text)
+    file = ensemble_file(arguments.get("pretrained"))
+    if file is None:
+        return Recipe(name=text, arguments=arguments)
+    recipe = load_recipe(file)
+    inline = {key: value for key, value in arguments.items() if key != "pretrained"}
+    return recipe.replace(arguments={"pretrained": str(file), **inline}) if inline else recipe
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe; everything it says is checked, nothing is loaded.
 
     Raises:
-        ConfigError: naming the file, the key and the nearest one that is known.
+        ConfigError: naming the file, and every key that cannot be honoured.
     """
-    arguments = read_ensemble_file(str(path))
-    raw = read_yaml(path)
-    where = f"recipe {path}: "
-    for key in raw:
-        if key not in RECIPE_KEYS and key not in ensemble_keys():
-            raise ConfigError(unknown_key(key, ensemble_keys() | RECIPE_KEYS, where))
-    try:
-        tasks = _texts(raw.get("task"), "task")
-        recipe = Recipe(
-            name=path.name,
-            arguments=arguments,
-            title=_text(raw, "title"),
-            tasks=tasks,
-            harness=_harness(raw.get("harness")),
-            expected=tuple(_expected(entry, i, tasks) for i, entry in enumerate(_listed(raw.get("expected")))),
-            source=_text(raw, "source"),
-            note=_text(raw, "note"),
-        )
+    from lm_eval_deepen.host import catalogue
+
+    raw, arguments, problems = given(read_recipe(path, "ensemble")), read_ensemble_file(path), Problems()
+    for key in arguments.keys() - catalogue().keys():
+        problems.found.append(unknown_key(key, catalogue().keys() | RECIPE_KEYS, REMEDY))
+        del arguments[key]
+    said = RecipeKeys()
+    with problems.collected():
+        own = {key: value for key, value in raw.items() if key in RecipeKeys.names()}
+        said = RecipeKeys(**own | ({"harness": {}} if own.get("harness") == [] else {}))
+    recipe = Recipe(name=path.name, arguments=arguments, **dict(said))
+    with problems.collected():
         recipe.configure()
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from error
+    with blamed(str(path)):
+        problems.refuse()
     return recipe
-
-
-def ensemble_keys() -> frozenset[str]:
-    """Return every key that an ensemble file may have."""
-    from lm_eval_deepen import pooling, weighting
-    from lm_eval_deepen.config import ENSEMBLE_KEYS
-    from lm_eval_deepen.fusion import option_classes
-    from lm_eval_deepen.member.member import loading_keys
-
-    seams = (option_classes(), weighting.option_classes(), pooling.option_classes())
-    options = {name for seam in seams for cls in seam.values() for name in option_names(cls)}
-    return ENSEMBLE_KEYS | MEMBER_KEYS | loading_keys() | frozenset(FROM_PRETRAINED_KEYS) | options
-
-
-def _text(raw: Mapping[str, Any], key: str) -> str:
-    value = raw.get(key)
-    return "" if value is None else coerce(value, str, key).strip()
-
-
-def _harness(value: Any) -> dict[str, Any]:
-    """Return what ``lm_eval run`` is told beside the model and the tasks."""
-    found = _keys(value or {}, HARNESS_KEYS, "harness")
-    hints: dict[str, Any] = {"apply_chat_template": bool | str, "fewshot_as_multiturn": bool, "limit": int | float}
-    for key, hint in hints.items():
-        if found.get(key) is not None:
-            coerce(found[key], hint, f"harness: {key}")
-    if found.get("num_fewshot") is not None:
-        whole_number(found["num_fewshot"], "harness: num_fewshot")
-    limit = found.get("limit")
-    if limit is not None and (float(limit) <= 0 or (float(limit) > 1 and float(limit) % 1)):
-        raise ConfigError(f"harness: limit must be a number of documents, or a share below 1; got {limit!r}")
-    if not isinstance(found.get("gen_kwargs"), (str, Mapping, type(None))):
-        raise ConfigError(f"harness: gen_kwargs must be a mapping, or key=value,...; got {found['gen_kwargs']!r}")
-    return found
-
-
-def _texts(value: Any, key: str) -> tuple[str, ...]:
-    listed = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(item, str) and item for item in listed):
-        raise ConfigError(f"{key} must be a name or a list of names; got {value!r}")
-    return tuple(listed)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    if not isinstance(value, (list, type(None))):
-        raise ConfigError(f"expected must be a list with one entry for each published score; got {value!r}")
-    return value or []
-
-
-def _keys(value: Any, known: frozenset[str], where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be a mapping; got {value!r}")
-    for key in value:
-        if key not in known:
-            near = did_you_mean(str(key), sorted(known))
-            raise ConfigError(f"{where}: unknown key {key!r}.{near} Keys: {', '.join(sorted(known))}")
-    return dict(value)
-
-
-def _expected(entry: Any, i: int, tasks: Sequence[str]) -> Expected:
-    where = f"expected[{i}]"
-    values = _keys(entry, frozenset(f.name for f in fields(Expected)), where)
-    given = {key: value for key, value in values.items() if value is not None}
-    if given.get("task") not in tasks:
-        raise ConfigError(f"{where}: task must be one of the recipe's ({', '.join(tasks)}); got {given.get('task')!r}")
-    for key, value in given.items():
-        given[key] = coerce(value, float if key == "score" else str, f"{where}.{key}")
-    found = Expected(**given)
-    if found.score is not None and not found.read_in:
-        raise ConfigError(f"{where}: a score needs read_in, the source it was read in")
-    if found.score is None and not found.note:
-        raise ConfigError(f"{where}: without a score, a note must say why")
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.engine.reading import Document, Reading, Variant, quiet
 from lm_eval_deepen.errors import ConfigError, DeepenError
-from lm_eval_deepen.fusion import methods
 from lm_eval_deepen.fusion.seam import Fuser
 from lm_eval_deepen.relative.store import MatrixStore
 
@@ -57,6 +57,10 @@ class Fusers:
         self._store = MatrixStore(ensemble.config.matrix_dir)
         self._built: dict[FrozenDict, Fuser] = {}
 
+    def options(self, candidate: Candidate) -> Any:
+        """Return a candidate's options of the method, checked."""
+        return type(self.ensemble.config.options)(**candidate.options)
+
     def variant(self, candidate: Candidate) -> Variant:
         """Return what a candidate is to a reading.
 
@@ -64,7 +68,7 @@ class Fusers:
             DeepenError: options that these members cannot be fused with.
         """
         if candidate.options not in self._built:
-            method = methods()[self.ensemble.config.method].options(**dict(candidate.options))
+            method = self.options(candidate)
             self._built[candidate.options] = method.build([view(m) for m in self.ensemble.members], self._store)
         fuser, weights = self._built[candidate.options], torch.tensor(candidate.weights)
         return Variant(quiet(replace(self.ensemble, fuser=fuser, weights=weights)), candidate.temperatures)
@@ -90,8 +94,8 @@ class Chosen:
         """The configuration of what was chosen; its weights are constant, wherever those given came from."""
         config = constant(self.fusers.ensemble.config)
         found = zip(config.members, self.best.weights, self.best.temperatures, strict=True)
-        members = tuple(replace(member, weight=w, temperature=t) for member, w, t in found)
-        return replace(config, members=members, options=self.best.options, compat=None)
+        members = tuple(member.replace(weight=w, temperature=t) for member, w, t in found)
+        return config.replace(members=members, options=self.fusers.options(self.best), compat=None)
 
     def before(self, documents: Sequence[Document]) -> Tensor:
         """Return bits per document [D] of what was given."""
@@ -116,7 +120,7 @@ def constant(config: EnsembleConfig) -> EnsembleConfig:
         raise ConfigError(
             f"tune: weighting={config.weighting} makes the weights by request or step; remove it to fit constant ones"
         )
-    return replace(config, weighting=None, weighting_options=FrozenDict(), weights_computed=False)
+    return config.replace(weighting_options=None)
 
 
 def search(ensemble: Ensemble, documents: Sequence[Document], *, everything: bool = False) -> Chosen:

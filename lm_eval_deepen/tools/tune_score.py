@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_text
@@ -101,7 +101,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _spec(args: argparse.Namespace, task: str, split: str | None) -> Any:
+def _spec(args: argparse.Namespace, task: str, split: Literal["validation"] | None) -> Any:
     from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_deepen.leaderboard.recipe import TaskSpec
@@ -109,7 +109,7 @@ def _spec(args: argparse.Namespace, task: str, split: str | None) -> Any:
     refuse_repeated(args.gen_kwargs or "", "--gen-kwargs")
     given = simple_parse_args_string(args.gen_kwargs)
     limit = args.limit if split else None  # whatever is evaluated must be disjoint, all of it
-    return TaskSpec(task, limit=limit, num_fewshot=args.num_fewshot, gen_kwargs=given, split=split)
+    return TaskSpec(task=task, limit=limit, num_fewshot=args.num_fewshot, gen_kwargs=given, split=split)
 
 
 def _evaluated(args: argparse.Namespace) -> list[Any]:

@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.weighting.experts import Experts, posteriors
 from lm_eval_deepen.weighting.seam import PromptLoss, weighting
 
 
 @weighting("bayes", paper="arXiv:1302.2820")
-@dataclass(frozen=True)
-class Bayes:
+class Bayes(Options):
     """Options of ``weighting: bayes``: a Bayesian mixture of static ensembles.
 
     The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
     geometric one. After every step (or stretch) an expert's posterior is multiplied by the probability that it gave to
     what came. The mixture needs at most log2 K bits a text more than the best of its K experts, whatever the text.
     It depends on nothing but the bytes of its own request.
-
-    Attributes:
-        learn_from: where learning starts: at the ``continuation``, or at the request's own ``prompt``.
-        averages: of the experts: ``both``, ``linear`` or ``geometric``.
-        prior: of the experts, in the order of the results' ``experts``; uniform by default.
     """
 
-    learn_from: Literal["prompt", "continuation"] = "continuation"
-    averages: Literal["both", "linear"] = "both"
-    prior: tuple[float, ...] | None = None
+    learn_from: Literal["prompt", "continuation"] = Field(
+        "continuation", description="Where learning starts: at the continuation, or at the request's own prompt."
+    )
+    averages: Literal["both", "linear"] = Field(
+        "both", description="The averages of the experts: linear and, where the method has it, geometric; or linear."
+    )
+    prior: Annotated[tuple[float, ...] | None, Shown(default="the same for all")] = Field(
+        None, min_length=1, description="The prior of the experts, in the order of the results' `experts`."
+    )
     TAKES_WEIGHTS: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.learn_from not in ("prompt", "continuation"):
-            raise ConfigError(f"learn_from must be 'prompt' or 'continuation', got {self.learn_from!r}.")
-        if self.averages not in ("both", "linear"):
-            raise ConfigError(f"averages must be 'both' or 'linear', got {self.averages!r}.")
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, the mean of the experts'."""

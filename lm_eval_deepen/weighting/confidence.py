@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.weighting.seam import PromptLoss, weighting
 
 
 @weighting("confidence", paper="none")
-@dataclass(frozen=True)
-class Confidence:
+class Confidence(Options):
     """Options of ``weighting: confidence``: w_m(x) is proportional to w_m exp(-H(p_m(. | x)) / temperature).
 
     H is the entropy of the member's whole next-token distribution, in nats. The configured weights are the prior.
-
-    Attributes:
-        entropy_temperature: divides the entropies; large values approach the configured weights.
     """
 
-    entropy_temperature: float = 1.0
+    entropy_temperature: float = Field(
+        1.0, gt=0, description="Divides the entropies; large values approach the configured weights."
+    )
     TAKES_WEIGHTS: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the value."""
-        if not self.entropy_temperature > 0:
-            raise ConfigError(f"entropy_temperature must be a number above 0, got {self.entropy_temperature!r}.")
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return the weights given, or equal ones."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.weighting.seam import weighting
 
 
 @weighting("explicit", paper="none")
-@dataclass(frozen=True)
-class Explicit:
+class Explicit(Options):
     """``weighting: explicit``: the weights given, and they must be given; it has no options."""
 
     TAKES_WEIGHTS: ClassVar[bool] = True
@@ -26,7 +25,9 @@ class Explicit:
         if given is None:
             raise ConfigError(
                 f"weighting=explicit needs weights for {count} members, and none are given; give weights=..., or "
-                "use weighting=uniform"
+                "use weighting=uniform",
+                key="weights",
+                code="missing",
             )
         return list(given)
 

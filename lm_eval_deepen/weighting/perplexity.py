@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.weighting.seam import PromptLoss, weighting
 
 
 @weighting("perplexity", paper="arXiv:2404.11531")
-@dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Options):
     """Options of ``weighting: perplexity``, PackLLM-sim: softmax of minus the prompt's mean loss (section 3.2).
 
     The loss is of the prompt alone, never of an answer, and of the same bytes for every member (see `PromptLoss`). A
@@ -23,22 +22,13 @@ class Perplexity:
     equal weights. The published method averages the members' logits with these weights, and its code re-encodes the
     prompt by one member's tokenizer and maps ids; here each member reads its own tokens, and the weights are those of
     whatever `method` averages, which is mostly probabilities.
-
-    Attributes:
-        loss_temperature: divides the losses before the softmax.
-        loss_per: ``token``, as published, or ``byte``.
     """
 
-    loss_temperature: float = 1.0
-    loss_per: Literal["token", "byte"] = "token"
+    loss_temperature: float = Field(1.0, gt=0, description="Divides the losses before the softmax.")
+    loss_per: Literal["token", "byte"] = Field(
+        "token", description="What a prompt's loss is divided by: its tokens, as published, or its bytes."
+    )
     TAKES_WEIGHTS: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if not self.loss_temperature > 0:
-            raise ConfigError(f"loss_temperature must be a number above 0, got {self.loss_temperature!r}.")
-        if self.loss_per not in ("token", "byte"):
-            raise ConfigError(f"loss_per must be 'token' or 'byte', got {self.loss_per!r}.")
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, which a request without a prompt keeps."""

@@ -1,7 +1,7 @@
 """The seam of weighting: where the members' weights come from, orthogonal to how distributions are fused.
 
-A weighting is one file in this folder: a frozen dataclass of options, decorated with
-``@weighting(name, paper=...)``. It has weights to begin with (``start``, known before anything is loaded) and, where
+A weighting is one file in this folder: a class of options, decorated with ``@weighting(name, paper=...)``. It has
+weights to begin with (``start``, known before anything is loaded) and, where
 these change while a run goes on, a `Weigher`. An ensemble uses one so::
 
     weigher = options.build()                        # None: the configured weights [M] hold throughout
@@ -21,11 +21,13 @@ prompts, the weights belong to what makes a row distinct.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from lm_eval_deepen.config.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Weigher(Protocol):
 
 
 class Weighting(Protocol):
-    """The options of a weighting: a frozen dataclass.
+    """The options of a weighting: a class that derives from `lm_eval_deepen.config.Options`.
 
     Attributes:
         TAKES_WEIGHTS: whether `weights` or members' own weights may be given beside it.
@@ -106,26 +108,5 @@ class Weighting(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class WeightingEntry:
-    """A registered weighting: its name, options class and source."""
-
-    name: str
-    options: type[Any]
-    paper: str
-
-
-REGISTRY: dict[str, WeightingEntry] = {}
-C = TypeVar("C", bound=type)
-
-
-def weighting(name: str, *, paper: str) -> Callable[[C], C]:
-    """Register a dataclass of options as the weighting `name`."""
-
-    def register(cls: C) -> C:
-        if name in REGISTRY and REGISTRY[name].options is not cls:
-            raise ValueError(f"weighting {name!r} is defined twice: {REGISTRY[name].options} and {cls}")
-        REGISTRY[name] = WeightingEntry(name, cls, paper)
-        return cls
-
-    return register
+WEIGHTINGS = Registry("weighting", "lm_eval_deepen.weighting", "weighting", helpers=("seam", "experts"))
+weighting = WEIGHTINGS.register

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.weighting.seam import weighting
 
 
 @weighting("uniform", paper="arXiv:2404.12715")
-@dataclass(frozen=True)
-class Uniform:
+class Uniform(Options):
     """``weighting: uniform``: 1/M each, DeePEn-Avg of the paper; it has no options."""
 
     TAKES_WEIGHTS: ClassVar[bool] = False

@@ -36,12 +36,12 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "members mixed": {"members": [A, {"pretrained": B, "temperature": 0.5}], "dtype": "bfloat16"},
     "checkpoints of one model": {"pretrained": A, "members": [{"revision": "step1"}, {"revision": "step2"}, {}]},
     "loading arguments": pair(
-        dtype="float32", max_length=128, trust_remote_code=True, add_bos_token=True, prefix_token_id=3,
+        dtype="float32", max_length=128, trust_remote_code=True, add_bos_token=True,
         chat_template_args={"a": [1, 2], "b": {"c": None}}, attn_implementation="eager", gguf_file="x.gguf",
     ),
     "placement arguments": pair(device="cpu", device_map="auto", parallelize=True, token="secret", cache_dir="x"),
     "from_pretrained arguments": pair(
-        variant="fp16", use_safetensors=True, load_in_8bit=False, quantization_config={"bits": 4}, code_revision="r",
+        variant="fp16", use_safetensors=True, load_in_8bit=False, quantization_config={"bits": 4},
     ),
     "hf_kwargs": pair(hf_kwargs={"anything": 1, "nested": {"b": [1.5, "x"], "a": None}}),
     "an encoder-decoder member": {"members": [A, NLLB]},

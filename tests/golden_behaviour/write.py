@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from cases import FILES, INLINE, MAPPINGS, MATRICES  # noqa: E402
 from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
 from lm_eval_deepen.config import EnsembleConfig  # noqa: E402
+from lm_eval_deepen.config.recipes import shipped_recipes  # noqa: E402
 from lm_eval_deepen.host import configure  # noqa: E402
-from lm_eval_deepen.tools.paths import data_folder  # noqa: E402
 
 DIGESTS = ("0" * 64, "1" * 64, "2" * 64, "3" * 64, "4" * 64)  # of models that recipes name
 
@@ -41,13 +40,13 @@ def configurations() -> dict[str, Any]:
 
 def recipes() -> dict[str, Any]:
     """Return fingerprint and JSON form of every shipped ensemble."""
-    from lm_eval_deepen.tools.recipes import load_recipe, recipe_files
+    from lm_eval_deepen.tools.recipes import load_recipe
 
     found = {}
-    for path in recipe_files():
+    for path in shipped_recipes("ensemble").values():
         recipe = load_recipe(path)
-        harness = {"harness": dict(recipe.harness)} if recipe.harness else {}
-        found[path.name] = {**_facts(recipe.configure()), "title": recipe.title, "tasks": list(recipe.tasks), **harness}
+        harness = {"harness": recipe.harness.given()} if recipe.harness.given() else {}
+        found[path.name] = {**_facts(recipe.configure()), "title": recipe.title, "tasks": list(recipe.task), **harness}
     return found
 
 
@@ -62,7 +61,7 @@ def leaderboards() -> dict[str, Any]:
         identity = {"task": "a task", "tasks": {}}
 
     found = {}
-    for path in sorted(data_folder("recipes").glob("leaderboard*.yaml")):
+    for path in shipped_recipes("leaderboard").values():
         recipe = read_recipe(path)
         built = {name: one.sha256 for name, one in recipe.builds.recipes.items()}
         rows = {}
@@ -79,7 +78,7 @@ def leaderboards() -> dict[str, Any]:
             "title": recipe.title,
             "members": [member.name for member in recipe.members],
             "rows": rows,
-            "tasks": [json.loads(json.dumps(asdict(task))) for task in recipe.tasks],
+            "tasks": [task.to_dict() for task in recipe.tasks],
             "seeds": list(recipe.seeds),
             "alpha": recipe.alpha,
             "resamples": recipe.resamples,
@@ -96,8 +95,8 @@ def builds() -> dict[str, Any]:
     from lm_eval_deepen.distill import DistillRecipe
 
     found = {}
-    for kind in ("merge_", "clm_", "fusellm_"):
-        for path in sorted(data_folder("recipes").glob(f"{kind}*.yaml")):
+    for kind in ("merge", "distill"):
+        for path in shipped_recipes(kind).values():
             recipe = read_build(path)
             facts: dict[str, Any] = {"recipe": recipe.sha256, "models": list(recipe.models), "seed": recipe.seed}
             if recipe.is_merge:
@@ -114,7 +113,7 @@ def matrices() -> dict[str, Any]:
     """Return the file names of relative matrices and of maps between vocabularies, of three synthetic members."""
     from tensor_worlds import trio
 
-    from lm_eval_deepen.fusion import methods
+    from lm_eval_deepen.fusion import METHODS
     from lm_eval_deepen.relative.store import MatrixStore
 
     members = trio()
@@ -122,13 +121,13 @@ def matrices() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case, options in MATRICES.items():
-            method = methods()["deepen"].options(**options)
+            method = METHODS["deepen"].options(**options)
             anchors = method.check([member.vocabulary for member in members], names)
             store, spec = MatrixStore(folder), method.matrix_spec()
             found[case] = [store.path(member, anchors, spec).name for member in members]
     for name in ("eva", "mined", "unite"):
         with tempfile.TemporaryDirectory() as folder:
-            methods()[name].options().build(members, MatrixStore(folder, progress=False))
+            METHODS[name].options().build(members, MatrixStore(folder, progress=False))
             found[name] = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     return found
 

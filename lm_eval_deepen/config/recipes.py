@@ -1,0 +1,178 @@
+"""Recipes: YAML files that a command works through. Each says its ``kind``, and has a name where it ships with us."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+import lm_eval_deepen
+from lm_eval_deepen.config.describe import Shown
+from lm_eval_deepen.config.keys import Keys
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.yaml_reading import read_yaml
+
+log = logging.getLogger(__name__)
+
+FOLDERS = {"tasks": "task_configs", "recipes": "matrices"}
+SUFFIXES = (".yaml", ".yml", ".json")
+KINDS = {  # -> who takes it
+    "ensemble": "`--model_args pretrained=FILE`, `lm-eval-deepen inspect`, bpb, tune and build take it",
+    "leaderboard": "`lm-eval-deepen leaderboard` takes it",
+    "merge": "`lm-eval-deepen make` takes it",
+    "distill": "`lm-eval-deepen make` takes it",
+}
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+_NEAR = 0.8  # of a shipped name: what is more alike is a misspelt recipe, and no model
+
+
+def _limit(value: int | float | None) -> int | float | None:
+    if value is not None and (value <= 0 or value > 1 and value % 1):
+        raise ValueError(value)
+    return value
+
+
+class Asked(Keys):
+    """How tasks are asked, in the words of ``lm_eval run``."""
+
+    limit: Annotated[
+        int | float | None, AfterValidator(_limit), Shown("a number of documents, or a share below 1", "all")
+    ] = Field(None, description="The first so many documents, or that share of them.")
+    num_fewshot: Annotated[int | None, Shown(default="the task's own number")] = Field(
+        None, ge=0, description="The number of few-shots."
+    )
+    apply_chat_template: bool | str = Field(
+        False, description="Whether prompts are rendered by every member's own chat template."
+    )
+    fewshot_as_multiturn: bool = Field(False, description="Whether few-shots are turns of the conversation.")
+
+
+def data_folder(what: str) -> Path:
+    """Return the folder of ``"tasks"`` or ``"recipes"``, in a wheel as in a checkout.
+
+    Raises:
+        ConfigError: an unknown kind, or an installation without that folder.
+    """
+    if what not in FOLDERS:
+        known = ", ".join(FOLDERS)
+        raise ConfigError(f"path {what!r}: expected one of {known}.{did_you_mean(what, FOLDERS)}")
+    package = Path(lm_eval_deepen.__file__).resolve().parent
+    places = [package / "_data" / FOLDERS[what], package.parent / FOLDERS[what]]
+    for place in places:
+        if place.is_dir():
+            return place
+    tried = " or ".join(map(str, places))
+    raise ConfigError(
+        f"path {what!r}: found neither {tried}; the installation is incomplete,"
+        " reinstall with: pip install --force-reinstall --no-deps lm_eval_deepen"
+    )
+
+
+@cache
+def shipped_recipes(kind: str | None = None) -> dict[str, Path]:
+    """Return the recipes that ship with us by name: those of a kind, or all."""
+    found = {path.stem: path for path in sorted(data_folder("recipes").glob("*.yaml"))}
+    return {name: path for name, path in found.items() if kind is None or read_yaml(path).get("kind") == kind}
+
+
+def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
+    """Return the file of a recipe: a path, or the name of a shipped one with or without its suffix.
+
+    Args:
+        text: what a person wrote.
+        folder: where relative paths are read; None: the current folder.
+
+    Returns:
+        The file; None for what is no recipe's name: a model's folder, or its name on the hub.
+
+    Raises:
+        ConfigError: a file that is not there, or a name that is nearly that of a shipped recipe.
+    """
+    place = (folder or Path()) / Path(text).expanduser()
+    suffix = Path(text).suffix.lower() in SUFFIXES
+    if place.is_dir() or (place.is_file() and suffix):
+        return None if place.is_dir() else place
+    shipped, name = shipped_recipes(), text.removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=_NEAR)
+    family = re.match(r"(deepen|leaderboard|merge|clm|fusellm|instruct)_", text)
+    if suffix:
+        beside = [path.name for path in place.parent.glob(f"*{place.suffix}")]
+        raise ConfigError(
+            f"{text}: no such file (looked in {place.absolute().parent}), and no shipped recipe."
+            f"{did_you_mean(place.name, beside) or did_you_mean(name, shipped)} `lm-eval-deepen path recipes` prints "
+            "where these are",
+            code="unknown_name",
+        )
+    if "/" not in text and (near or family):
+        raise ConfigError(
+            f"{text!r} is no shipped recipe, and no folder here.{did_you_mean(name, shipped)} `lm-eval-deepen path "
+            "recipes` prints where recipes are; a model is a folder, or ORGANISATION/NAME on the hub",
+            code="unknown_name",
+        )
+    return None
+
+
+def recipe_file(text: str, folder: Path | None = None) -> Path:
+    """Return the file of a recipe; arguments and errors as `find_recipe_file`, and what is none is an error, too."""
+    found = find_recipe_file(text, folder)
+    if found is None:
+        near = did_you_mean(text, shipped_recipes())
+        raise ConfigError(
+            f"{text}: no such recipe (looked in {(folder or Path()).absolute()}).{near} Give the path of a YAML file, "
+            "or the name of a shipped recipe",
+            code="unknown_name",
+        )
+    return found
+
+
+def read_recipe(path: Path, *wanted: str) -> dict[str, Any]:
+    """Return the keys of a recipe, its kind left out.
+
+    Args:
+        path: the YAML file.
+        wanted: kinds that the caller takes.
+
+    Raises:
+        ConfigError: it cannot be read, holds no keys, or is of another kind, which names the command that takes it.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"{path} must hold the keys of a recipe, of kind {' or '.join(wanted)}; got {type(raw).__name__}"
+        )
+    kind = raw.get("kind") or _looks_like(raw) or wanted[0]
+    if kind not in KINDS:
+        near = did_you_mean(str(kind), KINDS)
+        raise ConfigError(f"{path}: kind {kind!r} is unknown.{near} Kinds: {', '.join(KINDS)}", key="kind")
+    if kind not in wanted:
+        raise ConfigError(
+            f"{path} is a recipe of kind {kind}: {KINDS[kind]}. Here a recipe of kind {' or '.join(wanted)} is needed",
+            key="kind", code="wrong_kind",
+        )  # fmt: skip
+    if "kind" not in raw:
+        _warn_once(path, kind)
+    return {key: value for key, value in raw.items() if key != "kind"}
+
+
+def _looks_like(raw: Mapping[str, Any]) -> str | None:
+    """Return the kind of a recipe that does not say it; None where nothing gives it away."""
+    if "merge_method" in raw:
+        return "merge"
+    if raw.get("method") in ("clm", "fusellm"):
+        return "distill"
+    if raw.keys() & {"tasks", "grid"} or isinstance(raw.get("rows"), list):
+        return "leaderboard"
+    return "ensemble" if raw.keys() & {"pretrained", "method", "weights", "weighting", "pooling", "expected"} else None
+
+
+@cache
+def _warn_once(path: Path, kind: str) -> None:
+    log.warning("%s does not say what it is: add `kind: %s` to it", path, kind)
