@@ -43,6 +43,9 @@ BAD = {
         ((b"The fox", GREEDY), "the prompt is no text but b'The fox' of type bytes"),
         (("The fox", {**GREEDY, "max_gen_toks": 512}), "max_gen_toks=512 leaves no room"),
         (("The fox", {**GREEDY, "num_beams": 2}), "num_beams=2"),
+        (("The fox", {**GREEDY, "until": ["e", HALF]}), "until has '\\ud83d', with half of a UTF-16 pair"),
+        (("The fox", {**GREEDY, 2: "num_beams"}), "generation argument 2='num_beams' has no name"),
+        (("The fox", ["num_beams", 2]), "generation arguments must be a mapping; got list"),
     ],
 }
 

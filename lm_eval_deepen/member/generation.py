@@ -84,6 +84,8 @@ class Asked:
         if not isinstance(arguments, Mapping):
             raise RequestError(f"generation arguments must be a mapping; got {type(arguments).__name__}: {arguments!r}")
         given = dict(arguments)
+        if nameless := [key for key in given if not isinstance(key, str)]:
+            raise RequestError(f"generation argument {nameless[0]!r}={given[nameless[0]]!r} has no name. Quote it.")
         _check_until(given)
         _check_length(given)
         _check_choice(given)
@@ -98,12 +100,25 @@ class Asked:
 
 def _check_until(given: Mapping[str, Any]) -> None:
     until = given.get("until", [])
-    if isinstance(until, str) or (isinstance(until, list) and all(isinstance(stop, str) for stop in until)):
+    stops = until if isinstance(until, list) else [until]
+    if all(isinstance(stop, str) for stop in stops):
+        if halves := [stop for stop in stops if not _has_bytes(stop)]:
+            raise RequestError(
+                f"generation argument until has {halves[0]!r}, with half of a UTF-16 pair, which no text has. Mend it."
+            )
         return
     raise RequestError(
         f"generation argument until={until!r} must be text or a list of texts. Quote what is no text, or give [] for "
         "no stop string."
     )
+
+
+def _has_bytes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_length(given: Mapping[str, Any]) -> None:
