@@ -127,13 +127,14 @@ def code(split: str) -> Iterator[Document]:
 
 
 def grid(members: int) -> Experts:
-    """All experts whose priors are to be compared: tenths for a pair, else the shipped grid's points, both averages."""
+    """All experts whose priors are to be compared: for a pair a finer grid and more powers than those that ship."""
     if members > 2:
-        return Experts.grid(members, geometric=True)
-    points = [(n / 10, 1 - n / 10) for n in range(11)]
-    weights = torch.tensor(points + points[1:-1], dtype=torch.float64)
-    kinds = torch.tensor([False] * len(points) + [True] * (len(points) - 2))
-    return Experts(weights, kinds, torch.full((len(weights),), -math.log(len(weights)), dtype=torch.float64))
+        return Experts.of_steps(members, geometric=True)
+    shares = sorted({n / 10 for n in range(11)} | {0.25, 0.75})
+    found = [((share, 1 - share), False, 1.0) for share in shares]
+    quarters = (0.0, 0.25, 0.5, 0.75, 1.0)
+    found += [((share, 1 - share), True, power) for power in (1.0, 0.92, 0.85, 0.8) for share in quarters]
+    return Experts.of(found)
 
 
 def measure_own(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
@@ -156,8 +157,9 @@ def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
         "own": reading.own_logp(TEMPERATURES),
         "weights": experts.weights,
         "geometric": experts.geometric,
+        "power": experts.power,
     }
-    alone = Experts.grid(len(ensemble.members), geometric=False)  # members alone and equal weights are enough there
+    alone = Experts.of_steps(len(ensemble.members), geometric=False)  # members alone and equal weights are enough there
     out["off_weights"] = alone.weights
     for covers, some in (("on", experts), ("off", alone)):
         parts: list[torch.Tensor] = []
@@ -167,7 +169,7 @@ def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
                 plans = [reading.positions[i].plans[m] for i in part]
                 logp[m] = reader.rows(logp[m], plans, partial(look_up, raw[m], index[m]))
             with torch.inference_mode():
-                rows = ensemble.fuser.experts(logp, some.among(present), some.geometric)
+                rows = ensemble.fuser.experts(logp, some.among(present), some)
                 parts.append(rows.at(torch.arange(len(part)), target).cpu())
         out[covers] = torch.cat(parts)  # [n, K]
     return out
@@ -176,7 +178,7 @@ def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
 def measure_stretches(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     prompter = StretchPrompter(ensemble)
     spans = [prompter.span(d.context, d.text) if d.context else prompter.rolling(d.text)[0] for d in found]
-    read = dict(read_stretches(ensemble.active, spans, NODES))
+    read = dict(read_stretches(ensemble.active, spans, NODES, ensemble.stretch_experts.powers))
     return {"stretches": [(read[n].logp, read[n].evidence) for n in range(len(found))],
             "bytes": torch.tensor([document.num_bytes for document in found])}  # fmt: skip
 

@@ -20,6 +20,7 @@ import torch
 from never_loses import KINDS, TEMPERATURES
 from torch import Tensor
 
+from lm_eval_deepen.engine.stretches import StretchReading, weigh
 from lm_eval_deepen.tools.bits_table import Change, compare
 from lm_eval_deepen.weighting.experts import Experts
 
@@ -49,9 +50,8 @@ def member_bits(folder: Path, system: str, kind: str) -> tuple[Tensor, float] | 
 
 def learned(found: Found, experts: Experts) -> Tensor:
     """Bits per document of the mixture of some of the experts that were measured."""
-    index = [
-        place(found, weights, bool(pools)) for weights, pools in zip(experts.weights, experts.geometric, strict=True)
-    ]
+    kinds = zip(experts.weights, *zip(*experts.kinds(), strict=True), strict=True)
+    index = [place(found, *kind) for kind in kinds]
     by_expert = -per_document(found, found["on"].T[index]) * math.log(2)  # nats [K, D]
     return -(by_expert + experts.log_prior[:, None]).logsumexp(0) / math.log(2)
 
@@ -65,21 +65,21 @@ def static(found: Found, covers: str, weights: Sequence[float]) -> Tensor:
     return per_document(found, found["off"][:, index])
 
 
-def place(found: Found, weights: Tensor, pools: bool) -> int:
+def place(found: Found, weights: Tensor, pools: bool, power: float = 1.0) -> int:
     same = ((found["weights"] - weights).abs().amax(1) < 1e-9) & (found["geometric"] == pools)
+    same &= (found["power"] - power).abs() < 1e-9
     return int(same.nonzero()[0])
 
 
 def stretches(found: Found, experts: Experts, *, from_prompt: bool) -> Tensor:
     """Bits per document of `method: mixture` with learning weights."""
-    linear = ~experts.geometric
-    prior = experts.log_prior[linear] - experts.log_prior[linear].logsumexp(0)
     bits = []
     for logp, evidence in found["stretches"]:
-        by_expert = torch.logsumexp(experts.weights[linear].log()[:, :, None] + logp, dim=1)
-        start = prior + by_expert[:, :evidence].sum(1) if from_prompt else prior
-        start = start - start.logsumexp(0)
-        bits.append(-float((start + by_expert[:, evidence:].sum(1)).logsumexp(0)) / math.log(2))
+        count = logp.shape[1]
+        reading = StretchReading(
+            logp, torch.zeros(logp.shape[1:], dtype=torch.bool), torch.ones(count).bool(), evidence
+        )
+        bits.append(-weigh(experts, reading, learn_from_prompt=from_prompt).total / math.log(2))
     return torch.tensor(bits, dtype=torch.float64)
 
 
@@ -94,7 +94,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
     own = {name: value for name, value in alone.items() if value is not None}
     best = min(own, key=lambda name: float(own[name][0].sum()))
     reference = own[best][0]
-    experts = Experts.grid(len(names), geometric=True)
+    experts = Experts.of_steps(len(names), geometric=True)
     found: dict[str, Any] = {"kind": kind, "best": best, "temperature": own[best][1], "documents": len(reference)}
     size = int(next(iter(tests.values()))["bytes"].sum())
     found |= {"bytes": size, "bits_per_byte": float(reference.sum()) / size}
@@ -111,7 +111,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
             natural = per_document(theirs, theirs["own"][TEMPERATURES.index(1.0)])
             found[system]["lost"] = {c: compare(static(test, c, (0.0, 1.0)), natural) for c in ("off", "on")}
     for prompt in (False, True):
-        own_bits = [stretches(test, experts, from_prompt=prompt) for test in tests.values()]
+        own_bits = [stretches(test, Experts.of_stretches(len(names)), from_prompt=prompt) for test in tests.values()]
         found["mixture, prompt" if prompt else "mixture"] = compare(own_bits[0], reference)
         found["mixture, orders" if not prompt else "mixture, prompt, orders"] = max(
             float((a - b).abs().max()) * math.log(2) for a, b in itertools.product(own_bits, own_bits)

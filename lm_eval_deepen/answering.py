@@ -160,7 +160,8 @@ class Answering(MainMemberView):
         left = Counter(owners)
         found: dict[int, StretchReading] = {}
         nodes = nodes_per_forward(self.ensemble, self._batch(1))
-        for at, reading in read_stretches(self.ensemble.active, windows, nodes):
+        powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
+        for at, reading in read_stretches(self.ensemble.active, windows, nodes, powers):
             found[at] = reading
             index = owners[at]
             left[index] -= 1

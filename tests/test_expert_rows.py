@@ -20,7 +20,7 @@ PRESENT = torch.tensor([[True, True, True], [True, False, True], [True, True, Fa
 def made(tmp_path_factory):
     """A fuser, log-probabilities of 24 rows, and the experts with their weights [24, K, 3]."""
     fuser = Deepen().build(MEMBERS, MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False))
-    experts = Experts.grid(3, geometric=True)
+    experts = Experts.of_steps(3, geometric=True)
     logp = rows(MEMBERS, 24)
     logp[1][5] = -torch.inf  # a member that is certain of its end of text
     logp[1][5, 1] = 0.0
@@ -30,21 +30,12 @@ def made(tmp_path_factory):
 
 
 def slow(fuser, logp, experts, weights):
-    import copy
-
-    from lm_eval_deepen.relative.average import geometric, linear
-
-    fusers = []
-    for pools in experts.geometric.tolist():
-        own = copy.copy(fuser)
-        own.average = geometric if pools else linear
-        fusers.append(own)
-    return FusedByEach(fusers, logp, weights)
+    return FusedByEach([fuser.pooled_as(*kind) for kind in experts.kinds()], logp, weights)
 
 
 def test_every_expert_gives_each_token_what_its_own_fusion_gives(made):
     fuser, logp, experts, weights = made
-    fast, naive = fuser.experts(logp, weights, experts.geometric), slow(*made)
+    fast, naive = fuser.experts(logp, weights, experts), slow(*made)
     assert isinstance(fast, OneHotExperts)
     size = len(MEMBERS[0].vocabulary)
     row, token = torch.meshgrid(torch.arange(24), torch.arange(size), indexing="ij")
@@ -55,7 +46,7 @@ def test_every_expert_gives_each_token_what_its_own_fusion_gives(made):
 def test_the_mixture_is_the_posterior_mean_of_the_experts(made):
     fuser, logp, experts, weights = made
     posterior = torch.log_softmax(torch.randn(24, len(experts), generator=torch.Generator().manual_seed(3)), dim=1)
-    got = fuser.experts(logp, weights, experts.geometric).mixed(posterior.double())
+    got = fuser.experts(logp, weights, experts).mixed(posterior.double())
     expected = slow(*made).mixed(posterior.double())
     torch.testing.assert_close(got.logp, expected.logp, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(got.stats["end_mass"], expected.stats["end_mass"], atol=1e-5, rtol=1e-4)

@@ -25,7 +25,9 @@ def readings(draw) -> StretchReading:
     values = torch.tensor(logp, dtype=torch.float64).reshape(members, count)
     here = torch.tensor(present)
     values[~here] = -torch.inf
-    return StretchReading(values, torch.zeros(members, count, dtype=torch.bool), here, draw(st.integers(0, count)))
+    return StretchReading(
+        values[None], torch.zeros(members, count, dtype=torch.bool), here, draw(st.integers(0, count))
+    )
 
 
 @pytest.mark.parametrize("members", range(2, 9))
@@ -43,25 +45,25 @@ def test_the_grid_has_every_member_alone_and_equal_weights_and_prefers_nobody(me
 @settings(max_examples=200, deadline=None)
 @given(readings(), st.booleans())
 def test_no_text_costs_more_than_log_k_above_any_member(reading: StretchReading, learn: bool) -> None:
-    members = len(reading.logp)
-    experts = Experts.grid(members, geometric=False)
+    members = reading.logp.shape[1]
+    experts = Experts.of_steps(members, geometric=False)
     score = weigh(experts, reading, learn_from_prompt=False)
-    scored = reading.logp[:, reading.evidence :].sum(1)
+    scored = reading.logp[0, :, reading.evidence :].sum(1)
     best = max(float(scored[m]) for m in range(members) if reading.present[m])
     assert score.total >= best - math.log(len(experts)) - 1e-9
     if learn:  # with the prompt as evidence, the bound is on prompt and text together
         whole = weigh(experts, StretchReading(reading.logp, reading.greedy, reading.present), learn_from_prompt=True)
-        together = max(float(reading.logp[m].sum()) for m in range(members) if reading.present[m])
+        together = max(float(reading.logp[0, m].sum()) for m in range(members) if reading.present[m])
         assert whole.total >= together - math.log(len(experts)) - 1e-9
 
 
 @settings(max_examples=100, deadline=None)
 @given(readings(), st.randoms())
 def test_the_order_of_the_members_changes_no_score(reading: StretchReading, random) -> None:
-    order = list(range(len(reading.logp)))
+    order = list(range(reading.logp.shape[1]))
     random.shuffle(order)
-    turned = StretchReading(reading.logp[order], reading.greedy[order], reading.present[order], reading.evidence)
-    experts = Experts.grid(len(order), geometric=False)
+    turned = StretchReading(reading.logp[:, order], reading.greedy[order], reading.present[order], reading.evidence)
+    experts = Experts.of_steps(len(order), geometric=False)
     for learn in (False, True):
         a, b = weigh(experts, reading, learn_from_prompt=learn), weigh(experts, turned, learn_from_prompt=learn)
         assert a.total == pytest.approx(b.total, abs=1e-9) or (a.total == b.total == -math.inf)
@@ -80,7 +82,7 @@ def test_the_mixture_is_the_mean_of_the_experts_probabilities_of_the_whole_text(
 
 
 def test_a_member_that_abstains_leaves_its_weight_to_the_others() -> None:
-    experts = Experts.grid(3, geometric=False)
+    experts = Experts.of_steps(3, geometric=False)
     weights = experts.among(torch.tensor([[True, False, True]]))[0]
     assert torch.equal(weights[:, 1], torch.zeros(len(experts), dtype=torch.float64))
     torch.testing.assert_close(weights.sum(1), torch.ones(len(experts), dtype=torch.float64))
@@ -90,17 +92,17 @@ def test_a_member_that_abstains_leaves_its_weight_to_the_others() -> None:
 
 def test_one_member_is_the_member() -> None:
     reading = StretchReading(
-        torch.tensor([[-1.0, -2.5]]).double(), torch.ones(1, 2, dtype=torch.bool), torch.tensor([True])
+        torch.tensor([[[-1.0, -2.5]]]).double(), torch.ones(1, 2, dtype=torch.bool), torch.tensor([True])
     )
-    for experts in (Experts.grid(1, geometric=True), Experts.static(torch.tensor([1.0]))):
+    for experts in (Experts.of_steps(1, geometric=False), Experts.static(torch.tensor([1.0]))):
         score = weigh(experts, reading, learn_from_prompt=False)
         assert score.total == pytest.approx(-3.5) and score.greedy
 
 
 def test_weights_learn_who_is_right() -> None:
-    logp = torch.tensor([[-1.0] * 20, [-4.0] * 20]).double()
+    logp = torch.tensor([[[-1.0] * 20, [-4.0] * 20]]).double()
     reading = StretchReading(logp, torch.zeros(2, 20, dtype=torch.bool), torch.tensor([True, True]))
-    score = weigh(Experts.grid(2, geometric=False), reading, learn_from_prompt=False)
+    score = weigh(Experts.of_steps(2, geometric=False), reading, learn_from_prompt=False)
     assert score.weights[0] > 0.85
     first, last = score.logp[0], score.logp[-1]
     assert last > first and list(itertools.accumulate(score.logp))[-1] == pytest.approx(score.total)

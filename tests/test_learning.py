@@ -38,11 +38,10 @@ def experts_of(make, model):
     """
     experts = model.ensemble.experts
     nearly = (1 - 1e-6) * experts.weights + 1e-6 / experts.weights.shape[1]
-    plain = {False: make(average="linear"), True: make(average="geometric")}
+    base = make().ensemble
     found = []
-    for weights, pools in zip(nearly.float(), experts.geometric.tolist(), strict=True):
-        base = plain[pools].ensemble
-        found.append(type(base)(base.config, base.members, base.fuser, weights, base.trace))
+    for weights, kind in zip(nearly.float(), experts.kinds(), strict=True):
+        found.append(type(base)(base.config, base.members, base.fuser.pooled_as(*kind), weights, base.trace))
     return found
 
 
@@ -143,11 +142,13 @@ def test_a_text_of_several_windows_is_one_text(make):
     text = "The dog did not mind, and the fox walked away. " * 4
     model = make(weighting="bayes", max_length=64)
     (got,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
-    each = [m.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))[0]
-            for m in (make(weights=row, average="geometric" if pools else "linear", max_length=64)
-                      for row, pools in zip(model.ensemble.experts.weights.tolist(),
-                                            model.ensemble.experts.geometric.tolist(), strict=True)
-                      if row[0] < 1)]  # fmt: skip
+    each = []
+    for weights, (pools, power) in zip(
+        model.ensemble.experts.weights.tolist(), model.ensemble.experts.kinds(), strict=True
+    ):
+        if weights[0] < 1 and power == 1:
+            plain = make(weights=weights, average="geometric" if pools else "linear", max_length=64)
+            each += plain.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
     assert got >= max(each) - math.log(len(model.ensemble.experts)) - 1e-3
 
 

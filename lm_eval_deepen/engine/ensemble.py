@@ -167,9 +167,16 @@ class Ensemble:
 
     @cached_property
     def experts(self) -> Experts:
-        """The static ensembles that Bayes' rule weighs; with constant weights these alone."""
+        """The static ensembles that Bayes' rule weighs at steps; with constant weights these alone."""
         if isinstance(self.weigher, BayesWeigher):
-            return self.weigher.experts(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
+            return self.weigher.of_steps(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
+        return Experts.static(self.weights)
+
+    @cached_property
+    def stretch_experts(self) -> Experts:
+        """Those that it weighs at stretches."""
+        if isinstance(self.weigher, BayesWeigher):
+            return self.weigher.of_stretches(len(self.active))
         return Experts.static(self.weights)
 
     @cached_property
@@ -198,7 +205,7 @@ class Ensemble:
 
     def weighed(self, reading: StretchReading) -> StretchScore:
         """Return the score of a text that was read by stretches, and count it."""
-        score = weigh(self.experts, reading, learn_from_prompt=self.learns and self.reads_prompts)
+        score = weigh(self.stretch_experts, reading, learn_from_prompt=self.learns and self.reads_prompts)
         self.trace.record_stretches(score.weights, len(score.logp), reading.present.tolist())
         return score
 
@@ -274,13 +281,12 @@ class Ensemble:
             left = self.fuser.skip(logp, mean)
             if self.selective is not None:
                 left |= self._selected(self.selective, self.fuser, logp, mean, ~left)
-            geometric = self.experts.geometric
             if not bool(left.any()):
-                return by_expert(self.fuser, logp, weights, geometric)
+                return by_expert(self.fuser, logp, weights, self.experts)
             fused = None
             if not bool(left.all()):
-                fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], geometric)
-            return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(geometric))
+                fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], self.experts)
+            return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(self.experts))
 
     def mix(self, logp: Sequence[Tensor], rows: ExpertRows, log_posterior: Tensor, present: Tensor) -> Tensor:
         """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows.

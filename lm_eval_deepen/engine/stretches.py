@@ -265,7 +265,8 @@ class StretchReading:
     """What the members make of a text.
 
     Attributes:
-        logp: each member's natural-log probability of every stretch [M, S], fp64; -inf where it abstains.
+        logp: each member's natural-log probability of every stretch [P, M, S], fp64, at each of P powers of its
+            distributions; -inf where it abstains.
         greedy: whether a member would have chosen all of its tokens in a stretch [M, S] (bool).
         present: the members that do not abstain [M] (bool).
         evidence: how many of the stretches are part of the prompt.
@@ -278,7 +279,7 @@ class StretchReading:
 
 
 def read_stretches(
-    members: Sequence[Member], spans: Sequence[StretchSpan], nodes: int
+    members: Sequence[Member], spans: Sequence[StretchSpan], nodes: int, powers: Sequence[float] = (1.0,)
 ) -> Iterator[tuple[int, StretchReading]]:
     """Read texts; texts with a common beginning share it.
 
@@ -286,6 +287,7 @@ def read_stretches(
         members: the active members.
         spans: what to read.
         nodes: how many tokens a member forwards at once.
+        powers: of the members' distributions.
 
     Yields:
         The index of a text and what was read, as soon as its round is done.
@@ -296,9 +298,9 @@ def read_stretches(
     first = min(range(len(members)), key=lambda m: [str(part) for part in members[m].codec.identity[:2]])
     for indices in _rounds(spans, first, FORWARDS_PER_ROUND * nodes):
         chosen = [spans[i] for i in indices]
-        columns = [_read(member, m, walkers[m], chosen) for m, member in enumerate(members)]
+        columns = [_read(member, m, walkers[m], chosen, powers) for m, member in enumerate(members)]
         for i, span, *own in zip(indices, chosen, *columns, strict=True):
-            logp, greedy = torch.stack([values for values, _ in own]), torch.stack([same for _, same in own])
+            logp, greedy = torch.stack([values for values, _ in own], dim=1), torch.stack([same for _, same in own])
             present = torch.tensor([path is not None for path in span.paths])
             yield i, StretchReading(logp, greedy, present, span.evidence)
 
@@ -313,9 +315,9 @@ def weigh(experts: Experts, reading: StretchReading, *, learn_from_prompt: bool)
     """
     evidence = reading.evidence if learn_from_prompt else 0
     start = reading.evidence - evidence
-    logp, greedy = reading.logp[:, start:], reading.greedy[:, start:]
+    logp, greedy = reading.logp[:, :, start:], reading.greedy[:, start:]
     weights = experts.among(reading.present[None])[0]  # [K, M]
-    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp, dim=1)  # [K, S]
+    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp[experts.places_of_powers()], dim=1)  # [K, S]
     log_posterior, values = posteriors(experts.log_prior, by_expert)
     in_force = (log_posterior[:-1].exp() @ weights)[evidence:]  # [S, M]
     chosen = (in_force * greedy.T[evidence:]).sum(1) > 0.5
@@ -325,7 +327,7 @@ def weigh(experts: Experts, reading: StretchReading, *, learn_from_prompt: bool)
 
 def joined(readings: Sequence[StretchReading]) -> StretchReading:
     """Return the windows of one text as one reading."""
-    logp, greedy = (torch.cat([getattr(part, name) for part in readings], dim=1) for name in ("logp", "greedy"))
+    logp, greedy = (torch.cat([getattr(part, name) for part in readings], dim=-1) for name in ("logp", "greedy"))
     return StretchReading(logp, greedy, readings[0].present)
 
 
@@ -353,17 +355,17 @@ def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[in
 
 
 def _read(
-    member: Member, m: int, walker: TreeWalker | PlainWalker, spans: Sequence[StretchSpan]
+    member: Member, m: int, walker: TreeWalker | PlainWalker, spans: Sequence[StretchSpan], powers: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return what one member makes of every text.
 
     Returns:
-        Per text, the natural-log probability of every stretch [S] (fp64), and whether the member would have chosen all
-        of its tokens [S] (bool); -inf and False where the member abstains.
+        Per text, the natural-log probability of every stretch at every power [P, S] (fp64), and whether the member
+        would have chosen all of its tokens [S] (bool); -inf and False where the member abstains.
     """
     tree = TokenTree()
     ways: list[list[int]] = []  # per text, the node before each of its tokens from the first boundary on
-    targets: dict[int, dict[int, tuple[float, bool]]] = {}
+    targets: dict[int, dict[int, tuple[list[float], bool]]] = {}
     for span in spans:
         path, cuts = span.paths[m], span.cuts[m]
         if path is None:
@@ -372,35 +374,46 @@ def _read(
         way = list(tree.way_up(tree.add(path[:-1])))[::-1]
         ways.append(way[cuts[0] - 1 :])
         for node, token in zip(ways[-1], path[cuts[0] :], strict=True):
-            targets.setdefault(node, {})[token] = (0.0, False)
+            targets.setdefault(node, {})[token] = ([], False)
     read = list(targets)
     if read:
         states = walker.read(tree, read)
         step = max(1, LOGITS_PER_CHUNK // member.vocab_size)
         for start in range(0, len(read), step):
-            _look_up(member, member.logp(states[start : start + step]), read[start : start + step], targets)
+            _look_up(member, member.logp(states[start : start + step]), read[start : start + step], targets, powers)
     found = []
     for span, way in zip(spans, ways, strict=True):
         path, cuts = span.paths[m], span.cuts[m]
         if path is None:
             count = max(len(own) for own in span.cuts) - 1
-            found.append((torch.full((count,), -torch.inf, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)))
+            nothing = torch.full((len(powers), count), -torch.inf, dtype=torch.float64)
+            found.append((nothing, torch.zeros(count, dtype=torch.bool)))
             continue
         tokens = [targets[node][token] for node, token in zip(way, path[cuts[0] :], strict=True)]
         parts = [tokens[a - cuts[0] : b - cuts[0]] for a, b in zip(cuts, cuts[1:], strict=False)]
-        logp = torch.tensor([math.fsum(value for value, _ in part) for part in parts], dtype=torch.float64)
+        sums = [[math.fsum(values[p] for values, _ in part) for part in parts] for p in range(len(powers))]
+        logp = torch.tensor(sums, dtype=torch.float64).reshape(len(powers), len(parts))
         found.append((logp, torch.tensor([all(same for _, same in part) for part in parts], dtype=torch.bool)))
     return found
 
 
 def _look_up(
-    member: Member, logp: Tensor, nodes: Sequence[int], targets: dict[int, dict[int, tuple[float, bool]]]
+    member: Member,
+    logp: Tensor,
+    nodes: Sequence[int],
+    targets: dict[int, dict[int, tuple[list[float], bool]]],
+    powers: Sequence[float],
 ) -> None:
-    """Read the log-probabilities of targets off rows [n, V], and whether each is the likeliest piece."""
+    """Read the log-probabilities of targets at every power off rows [n, V], and whether each is the likeliest piece."""
     pieces = member.codec.vocab.pieces
     pairs = [(row, token) for row, node in enumerate(nodes) for token in targets[node]]
     index = torch.tensor(pairs, device=logp.device)
-    values, best = logp[index[:, 0], index[:, 1]].tolist(), argmax(logp).tolist()
-    for value, (row, token) in zip(values, pairs, strict=True):
+    own = logp[index[:, 0], index[:, 1]]
+    columns = []
+    for power in powers:
+        totals = 0.0 if power == 1 else torch.logsumexp(power * logp, dim=1)[index[:, 0]]
+        columns.append((power * own - totals).tolist())
+    best = argmax(logp).tolist()
+    for value, (row, token) in zip(map(list, zip(*columns, strict=True)), pairs, strict=True):
         same = best[row] == token or (bool(pieces[token]) and pieces[best[row]] == pieces[token])
         targets[nodes[row]][token] = (value, same)

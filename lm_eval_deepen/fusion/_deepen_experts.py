@@ -23,6 +23,7 @@ from lm_eval_deepen.relative.topk import NEG_INF
 
 if TYPE_CHECKING:
     from lm_eval_deepen.fusion._deepen_step import DeepenFuser
+    from lm_eval_deepen.weighting.experts import Experts
 
 ROWS = 16  # worked on at once: the class masses of all geometric experts stay in a core's cache
 
@@ -31,14 +32,14 @@ class OneHotExperts:
     """Rows under all experts, in parts of a few rows each."""
 
     def __init__(
-        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor, sides: Sequence[Side]
+        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]
     ) -> None:
         """Compute the class masses; arguments as `DeepenFuser.experts`."""
         self.device = logp[0].device
         weights = weights.to(self.device)
         self.parts: list[_Part] = in_parts(
             len(weights), ROWS, self.device,
-            lambda part: _Part(fuser, [rows[part] for rows in logp], weights[part], geometric, sides),
+            lambda part: _Part(fuser, [rows[part] for rows in logp], weights[part], experts, sides),
         )  # fmt: skip
         starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
         self.starts = starts[:-1].to(self.device)
@@ -76,8 +77,9 @@ class _Part:
     """
 
     def __init__(
-        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor, sides: Sequence[Side]
+        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]
     ) -> None:
+        geometric = experts.geometric
         self.side, self.main = sides[0], logp[0]
         self.experts, self.columns = weights.shape[1], logp[0].shape[1]
         operators = [side.matrix.full() for side in sides]
@@ -109,11 +111,14 @@ class _Part:
         if bool(geometric.any()):
             logs = [own.masked_fill(own == 0, FLOOR).log_() for own in classes]
             for k in geometric.nonzero()[:, 0].tolist():
-                r = sum((share[:, k, m, None] * own for m, own in enumerate(logs)), torch.zeros_like(self.own))
-                r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
+                exponents = share[:, k] * float(experts.power[k])  # [b, M]
+                r = exponents[:, :1] * logs[0]
+                for m, own in enumerate(logs[1:], start=1):
+                    r.addcmul_(exponents[:, m, None], own)
+                r = torch.softmax(r, dim=1)
                 self.pooled.append((k, r))
                 mass[:, k] = (r * reached).sum(1)
-                text, end = _mean(share[:, k], parts.log_text), _mean(share[:, k], parts.log_end)
+                text, end = _mean(exponents, parts.log_text), _mean(exponents, parts.log_end)
                 if not len(self.side.eos):
                     end = torch.full_like(text, NEG_INF)
                 both = torch.logaddexp(text, end)

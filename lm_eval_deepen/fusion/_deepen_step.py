@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
     from lm_eval_deepen.fusion.deepen import Deepen
+    from lm_eval_deepen.weighting.experts import Experts
 
 CHUNK_BYTES = 64 << 20  # working memory of the rows that are fused at once; twice as much is slower on a CPU
 ACCELERATOR = 8  # times as much elsewhere
@@ -102,20 +104,21 @@ class DeepenFuser:
         )  # fmt: skip
         return Fused(out, {name: torch.cat([stats[name] for stats in parts]) for name in parts[0]})
 
-    def experts(self, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor) -> ExpertRows:
-        """Fuse rows under several static ensembles; see the seam.
+    def experts(self, logp: Sequence[Tensor], weights: Tensor, experts: Experts) -> ExpertRows:
+        """Fuse rows under several static ensembles; see `by_expert`.
 
         With one-hot rows and the exact inverse the experts share nearly all work; else each of them fuses.
         """
         one_hot = self.rule is None and self.options.solver == "exact" and self.options.eos == "anchor"
         if one_hot and self.options.trust_region is None:
-            return OneHotExperts(self, logp, weights, geometric, self._sides(logp[0].device))
-        fusers = []
-        for pools in geometric.tolist():
-            fuser = copy.copy(self)
-            fuser.average = pool_geometrically if pools else linear
-            fusers.append(fuser)
-        return FusedByEach(fusers, logp, weights)
+            return OneHotExperts(self, logp, weights, experts, self._sides(logp[0].device))
+        return FusedByEach([self.pooled_as(*kind) for kind in experts.kinds()], logp, weights)
+
+    def pooled_as(self, geometric: bool, power: float) -> DeepenFuser:
+        """Return this fuser with another average."""
+        fuser = copy.copy(self)
+        fuser.average = partial(pool_geometrically, power=power) if geometric else linear
+        return fuser
 
     def _sides(self, device: torch.device) -> tuple[Side, ...]:
         if device not in self._placed:

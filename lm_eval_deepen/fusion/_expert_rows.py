@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.fusion.seam import Fused, Fuser
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.weighting.experts import Experts
 
 
 class ExpertRows(Protocol):
@@ -89,8 +92,15 @@ class SomeLeft:
         return Fused(out, stats)
 
 
-def by_expert(fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, geometric: Tensor) -> ExpertRows:
-    """Return rows [B, V_m] under experts with weights [B, K, M]; methods that know no faster way fuse K times."""
+def by_expert(fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts) -> ExpertRows:
+    """Return rows [B, V_m] under experts; methods that know no faster way fuse K times.
+
+    Args:
+        fuser: the method's.
+        logp: log-probabilities per member.
+        weights: the experts' weights in every row [B, K, M], of the members that take part.
+        experts: which they are.
+    """
     if hasattr(fuser, "experts"):
-        return fuser.experts(logp, weights, geometric)
-    return FusedByEach([fuser] * len(geometric), logp, weights)
+        return fuser.experts(logp, weights, experts)
+    return FusedByEach([fuser] * len(experts), logp, weights)

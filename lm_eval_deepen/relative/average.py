@@ -56,19 +56,23 @@ def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Spli
     return Agreed(r, mass, end, blend, usable)
 
 
-def geometric(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
+def geometric(
+    reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool, power: float = 1.0
+) -> Agreed:
     """Return prod_m q_m ** w_m over anchors, normalised, and the same of text against end of text.
 
     Where q_m, or a mass, is 0 it counts as `FLOOR`.
     Whether to stop is decided apart from how to go on: pooled together, an end would gain from every disagreement
-    about the text. Arguments as `linear`; without an end (`with_end`) there is text alone.
+    about the text. Arguments as `linear`; without an end (`with_end`) there is text alone. A `power` below 1 makes the
+    average less sure: the exponents w_m are multiplied by it.
     """
-    r = reached.masked_fill(reached == 0, FLOOR).log_().mul_(share[:, :1])
+    exponents = share * power
+    r = reached.masked_fill(reached == 0, FLOOR).log_().mul_(exponents[:, :1])
     for i, vector in enumerate(others, start=1):
-        r.addcmul_(share[:, i, None], vector.masked_fill_(vector == 0, FLOOR).log_())
+        r.addcmul_(exponents[:, i, None], vector.masked_fill_(vector == 0, FLOOR).log_())
     r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
-    text = _mean(share, parts.log_text)
-    end = _mean(share, parts.log_end) if with_end else torch.full_like(text, NEG_INF)
+    text = _mean(exponents, parts.log_text)
+    end = _mean(exponents, parts.log_end) if with_end else torch.full_like(text, NEG_INF)
     total = torch.logaddexp(text, end)
     usable = parts.log_text[:, 0] > NEG_INF
     return Agreed(r, text - total, end - total, share, usable)

@@ -19,9 +19,9 @@ class Bayes(Options):
     """Options of ``weighting: bayes``: a Bayesian mixture of static ensembles.
 
     The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
-    geometric one. After every step (or stretch) an expert's posterior is multiplied by the probability that it gave to
-    what came. The mixture needs at most log2 K bits a text more than the best of its K experts, whatever the text.
-    It depends on nothing but the bytes of its own request.
+    geometric one, as it is and less sure (see `POWERS`). After every step (or stretch) an expert's posterior is
+    multiplied by the probability that it gave to what came. The mixture needs at most log2 K bits a text more than the
+    best of its K experts, whatever the text. It depends on nothing but the bytes of its own request.
     """
 
     learn_from: Literal["prompt", "continuation"] = Field(
@@ -54,10 +54,14 @@ class BayesWeigher:
         self.options = options
         self.reads_prompts = options.learn_from == "prompt"
 
-    def experts(self, members: int, *, geometric: bool) -> Experts:
-        """Return the experts for so many members; `geometric` says whether the method has that average."""
-        geometric = geometric and self.options.averages == "both"
-        return Experts.grid(members, geometric=geometric, prior=self.options.prior)
+    def of_steps(self, members: int, *, geometric: bool) -> Experts:
+        """Return the experts at steps for so many members; `geometric` says whether the method has that average."""
+        both = geometric and self.options.averages == "both"
+        return Experts.of_steps(members, geometric=both, prior=self.options.prior)
+
+    def of_stretches(self, members: int) -> Experts:
+        """Return the experts at stretches for so many members."""
+        return Experts.of_stretches(members, prior=self.options.prior)
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
         """Return the configured weights for every request [R, M]."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LARGEST_GRID = 21  # of points on the simplex
+POWERS = (1.0, 0.85)  # of the members' probabilities: language models are surer than they are right, as a rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,36 +25,68 @@ class Experts:
     Attributes:
         weights: one row of member weights per expert [K, M], fp64; rows sum to 1.
         geometric: which experts average geometrically [K] (bool); the others average linearly.
+        power: what the probabilities are raised to, and then normalised again [K], fp64: below 1, an expert is less
+            sure than its members. Of a geometric expert that is the sum of its exponents.
         log_prior: natural-log prior of every expert [K], fp64.
     """
 
     weights: Tensor
     geometric: Tensor
+    power: Tensor
     log_prior: Tensor
 
     @classmethod
     def static(cls, weights: Tensor) -> Experts:
         """Return the one expert of an ensemble with constant weights [M]."""
-        return cls(weights.double()[None], torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.float64))
+        zero = torch.zeros(1, dtype=torch.float64)
+        return cls(weights.double()[None], torch.zeros(1, dtype=torch.bool), zero + 1, zero)
 
     @classmethod
-    def grid(cls, members: int, *, geometric: bool, prior: Sequence[float] | None = None) -> Experts:
-        """Return the experts at the points of `simplex_grid`, and those inside it with the geometric average as well.
-
-        A geometric expert with all weight on one member is that member, as the linear one is, so that there is none.
+    def of(
+        cls, experts: Sequence[tuple[tuple[float, ...], bool, float]], prior: Sequence[float] | None = None
+    ) -> Experts:
+        """Return experts, each given by its weights, whether it averages geometrically, and its power.
 
         Args:
-            members: their number M.
-            geometric: whether there are geometric experts.
-            prior: of every expert, in the order of `weights`; None for a uniform one.
+            experts: what they are.
+            prior: of every expert; None for a uniform one.
         """
+        weights, kinds, powers = zip(*experts, strict=True)
+        share = torch.tensor([1.0] * len(experts) if prior is None else list(prior), dtype=torch.float64)
+        return cls(
+            torch.tensor(weights, dtype=torch.float64),
+            torch.tensor(kinds),
+            torch.tensor(powers, dtype=torch.float64),
+            (share / share.sum()).log(),
+        )
+
+    @classmethod
+    def of_steps(cls, members: int, *, geometric: bool, prior: Sequence[float] | None = None) -> Experts:
+        """Return the experts of a method that fuses steps: linear averages, and geometric ones where it has them."""
         points = list(simplex_grid(members))
-        inside = [point for point in points if max(point) < 1] if geometric else []
-        weights = torch.tensor([*points, *inside], dtype=torch.float64)
-        kinds = torch.tensor([False] * len(points) + [True] * len(inside))
-        share = torch.full((len(weights),), 1 / len(weights)) if prior is None else torch.tensor(list(prior))
-        share = share.double()
-        return cls(weights, kinds, (share / share.sum()).log())
+        found = [(point, False, 1.0) for point in points]
+        for power in POWERS if geometric else ():
+            # with all weight on one member and power 1, the geometric average is the linear one
+            found += [(point, True, power) for point in points if power != 1 or max(point) < 1]
+        return cls.of(found, prior)
+
+    @classmethod
+    def of_stretches(cls, members: int, prior: Sequence[float] | None = None) -> Experts:
+        """Return the experts of a mixture by stretches: linear averages of the members at every power."""
+        return cls.of([(point, False, power) for power in POWERS for point in simplex_grid(members)], prior)
+
+    def kinds(self) -> list[tuple[bool, float]]:
+        """Return of every expert whether it averages geometrically, and its power."""
+        return list(zip(self.geometric.tolist(), self.power.tolist(), strict=True))
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """The powers that there are: one, for experts that are as sure as their members, else `POWERS`."""
+        return (1.0,) if bool((self.power == 1).all()) else POWERS
+
+    def places_of_powers(self) -> Tensor:
+        """Return the place of every expert's power in `powers` [K]."""
+        return torch.tensor([self.powers.index(power) for power in self.power.tolist()])
 
     def __len__(self) -> int:
         """Return K."""
