@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import sysconfig
 import time
 from collections.abc import Iterator
