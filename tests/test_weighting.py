@@ -60,7 +60,7 @@ def test_weights_are_distributions_and_who_sits_out_stays_out(options) -> None:
     weigher = options.build()
     if weigher is None:
         return
-    learns = hasattr(weigher, "experts")
+    learns = hasattr(weigher, "of_steps")
     assert isinstance(weigher, Weigher) and (weigher.reads_prompts or weigher.reads_steps or learns)
     requests = weigher.prepare(LOSSES, CONFIGURED)
     assert requests.shape == (3, 3) and requests.dtype == CONFIGURED.dtype
