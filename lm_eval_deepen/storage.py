@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -96,6 +97,19 @@ def read_json(path: Path) -> Any:
         StorageError: it cannot be read, or is no JSON; by file and line.
     """
     return parsed(read_text(path), str(path))
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hex digest of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with _explained(path, "read"), open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def parsed(text: str, where: str) -> Any:
@@ -388,7 +402,8 @@ def recover_folder(place: Path) -> None:
         elif old.exists():  # under another name first: half of a folder must not be taken for the old one
             os.rename(old, place.with_name(f"{_hidden(place)}.{secrets.token_hex(4)}.trash"))
     for trash in _trash(place):
-        shutil.rmtree(trash, ignore_errors=True)  # the new one is there; the next time tries again
+        with contextlib.suppress(StorageError):  # the new one is there; the next time tries again
+            remove_folder(trash)
 
 
 def is_settled(place: Path) -> bool:

@@ -50,7 +50,16 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
         text = decoded(raw, where)
     except StorageError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
-    return parse_yaml(text, where)
+    return parse_json(text, where) if path.suffix.lower() == ".json" and _is_json(text) else parse_yaml(text, where)
+
+
+def _is_json(text: str) -> bool:
+    """Tell whether a text is JSON, which YAML does not read where it has tabs, or escapes of its own."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -98,13 +98,13 @@ def write(pico, tasks, tmp_path):
     return write
 
 
-def planned(path: Path, out: Path):
+def planned(path: Path, out: Path, redo: bool = False):
     recipe = read_recipe(path)
-    return plan(recipe, load_tasks(recipe.tasks, recipe.include_path), out)
+    return plan(recipe, load_tasks(recipe.tasks, recipe.include_path), out, redo)
 
 
-def measured(path: Path, out: Path):
-    todo = planned(path, out)
+def measured(path: Path, out: Path, redo: bool = False):
+    todo = planned(path, out, redo)
     return leaderboard_table.measure(todo, execute(todo, "cpu", lambda text: None))
 
 
@@ -139,6 +139,14 @@ def test_built_models_are_members_and_rows_and_each_is_built_once(write, tmp_pat
     assert planned(path, out).missing == [] and "to build" not in leaderboard_table.listing(planned(path, out))
     again = measured(path, out)
     assert builders == [] and [row.score for row in again.rows] == [row.score for row in table.rows]
+
+    next((out / "s0").glob("*.cell.json")).unlink()  # whoever is evaluated again is needed, and damaged by now
+    [weights] = (out / "built").glob("s0-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="'s0': .* its weights are damaged.*build the model again with --redo"):
+        measured(path, out)
+    mended = measured(path, out, redo=True)
+    assert builders == [("clm", [0, 2])] and [row.score for row in mended.rows] == [row.score for row in table.rows]
 
 
 def test_a_row_over_seeds_is_the_mean_of_its_seeds(write, tmp_path, builders):

