@@ -55,10 +55,10 @@ def test_what_is_ambiguous_or_takes_for_ever_is_refused_at_once(kind, base, monk
     monkeypatch.setattr(yaml_reading, "_Base", getattr(yaml, base))
     monkeypatch.setattr(yaml_reading, "_Loader", type("Loader", (yaml_reading._Strict, getattr(yaml, base)), {}))
     text, message = REFUSED[kind]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=message) as found:
         parse_yaml(text, "x.yaml")
-    assert time.monotonic() - began < 5 and str(found.value).startswith("x.yaml") and "\n" not in str(found.value)
+    assert time.process_time() - began < 5 and str(found.value).startswith("x.yaml") and "\n" not in str(found.value)
 
 
 def test_what_is_plain_is_read():
