@@ -23,7 +23,7 @@ from lm_eval_deepen.engine.checks import examine
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import METHODS
-from lm_eval_deepen.interrupts import tell_interrupts
+from lm_eval_deepen.harness_command import end_in_one_line
 from lm_eval_deepen.main_member import MainMemberView
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
@@ -110,6 +110,7 @@ class DeepenLM(Answering):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> DeepenLM:
         """Create the model from ``key=value,...`` or JSON; arguments named there win over the command line's."""
+        end_in_one_line()
         if arg_string.lstrip().startswith("{"):
             return cls.create_from_arg_obj(parse_json(arg_string, "--model_args"), additional_config)
         refuse_repeated(arg_string, "--model_args")
@@ -118,7 +119,7 @@ class DeepenLM(Answering):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> DeepenLM:
         """Create the model from a mapping; arguments named there win over the command line's."""
-        tell_interrupts()
+        end_in_one_line()
         outer = {key: value for key, value in (additional_config or {}).items() if value is not None}
         device = outer.get("device")
         if device == COMMAND_LINE_DEVICE and device not in existing_devices():

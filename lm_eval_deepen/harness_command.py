@@ -1,0 +1,51 @@
+"""How the harness's own command ends where we end it: in one line, not in the stack of everything that was at work."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import FrameType, TracebackType
+
+from lm_eval_deepen.errors import DeepenError
+
+UNUSABLE = 2  # what cannot be used or read, as the commands of this package have it
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def end_in_one_line() -> None:
+    """Let errors of this package and Ctrl-C end the process in one line, if the harness's command line runs it.
+
+    With ``--verbosity DEBUG``, or ``LMEVAL_LOG_LEVEL=DEBUG``, the traceback is shown as well. Elsewhere, as in a
+    notebook, exceptions stay what the caller makes of them.
+    """
+    if _under_command() and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _hook
+
+
+def _under_command() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "cli_evaluate" and frame.f_globals.get("__package__") == "lm_eval":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_debugging() -> bool:
+    """Tell whether everything is to be shown; newer harnesses take the option, and do nothing with it."""
+    asked = " ".join(sys.argv).replace("=", " ").upper()
+    return any(f"{option} DEBUG" in asked for option in ("--VERBOSITY", " -V")) or logging.getLogger(
+        "lm_eval"
+    ).isEnabledFor(logging.DEBUG)
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    ours = issubclass(kind, (DeepenError, KeyboardInterrupt))
+    if not ours or _is_debugging():
+        sys.__excepthook__(kind, error, trace)
+    if not ours:
+        return
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    told = "interrupted; a response cache (--use_cache) has what was answered" if interrupted else f"error: {error}"
+    print(told, file=sys.stderr, flush=True)
+    raise SystemExit(INTERRUPTED if interrupted else UNUSABLE)
