@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 LAYERS = 4  # the usual patterns of hybrid models repeat every four layers
 CONTEXT = 256
@@ -109,7 +109,7 @@ TWEAKS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(kind: type[PreTrainedConfig], vocabulary: int, **changes: Any) -> PreTrainedConfig:
+def tiny_config(kind: type[PretrainedConfig], vocabulary: int, **changes: Any) -> PretrainedConfig:
     """Return a tiny configuration of a class; arguments as `tiny_model`."""
     values = shrink(kind().to_dict(), vocabulary)
     return kind(**_merge(values, TWEAKS.get(kind.model_type, {}), changes))
@@ -153,7 +153,7 @@ def _merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_model(
-    kind: type[PreTrainedConfig], vocabulary: int, seed: int = 0, wide: bool = True, **changes: Any
+    kind: type[PretrainedConfig], vocabulary: int, seed: int = 0, wide: bool = True, **changes: Any
 ) -> PreTrainedModel:
     """Return a random tiny causal language model of a configuration class.
 

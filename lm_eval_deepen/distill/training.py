@@ -22,6 +22,7 @@ from lm_eval_deepen.distill.fusing import Targets
 from lm_eval_deepen.distill.loss import IGNORED, FusedBatch, distillation_loss
 from lm_eval_deepen.distill.recipe import DistillRecipe
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
+from lm_eval_deepen.member.weights import check_weights, weights_reports
 from lm_eval_deepen.storage import make_folder, read_json, reason, write_json
 
 log = logging.getLogger(__name__)
@@ -196,13 +197,15 @@ def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: 
         Steps, and the mean loss over each tenth of them.
 
     Raises:
-        MemberError: the target cannot be loaded.
+        MemberError: the target cannot be loaded, or its weights are not those of its files.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        with weights_reports() as reports:
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(pretrained)
     except (OSError, ValueError) as error:
         raise MemberError(f"target {recipe.target!r}: cannot load {pretrained!r} for training: {error}") from error
+    check_weights(reports, f"target {recipe.target!r}:")
     steps = steps_of(recipe, len(data))
     with _random_states_kept():
         trainer = FusionTrainer(

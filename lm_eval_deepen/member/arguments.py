@@ -8,6 +8,7 @@ from typing import Any
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.member.devices import place
+from lm_eval_deepen.member.weights import check_allowances
 
 
 def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
@@ -26,6 +27,7 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
         given = member.loading_dict()
         where = f"member {member.name!r}:"
         place(given.get("device"), where)
+        check_allowances(given, where)
         if given.get("softmax_dtype") not in (None, "float32"):
             raise ConfigError(
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "

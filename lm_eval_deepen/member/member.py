@@ -28,17 +28,18 @@ from lm_eval_deepen.member.loading_check import (
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer, reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.text import Prompt, TextCodec
+from lm_eval_deepen.member.weights import ALLOWANCES, check_weights, weights_reports
 
 log = logging.getLogger(__name__)
 Codec = TypeVar("Codec", bound=TextCodec)
 
 
 def loading_keys() -> frozenset[str]:
-    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
+    """Return the loading arguments of a member: all of the harness's ``HFLM``, and `ALLOWANCES`."""
     from lm_eval.models.huggingface import HFLM
 
     named = inspect.signature(HFLM.__init__).parameters.values()
-    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
+    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"} | ALLOWANCES
 
 
 class Member:
@@ -86,7 +87,7 @@ class Member:
 
         Raises:
             ConfigError: a device that this machine lacks.
-            MemberError: loading failed; the cause is chained.
+            MemberError: loading failed (the cause is chained), or the weights are not those of the files.
         """
         from lm_eval.models.huggingface import HFLM
 
@@ -97,8 +98,13 @@ class Member:
         tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
         if reusable(tokenizer):
             arguments["tokenizer"] = tokenizer
+        allowed = {key: arguments.pop(key) for key in ALLOWANCES & arguments.keys()}
         try:
-            lm = HFLM(pretrained=config.pretrained, **arguments)
+            with weights_reports() as reports:
+                try:
+                    lm = HFLM(pretrained=config.pretrained, **arguments)
+                finally:
+                    check_weights(reports, f"member {config.name!r}:", allowed)
             return next(kind for kind in (Specialist, cls) if lm.backend in kind.BACKENDS)(config, lm)
         except DeepenError:
             raise

@@ -1,0 +1,174 @@
+"""What transformers reports of the weights that it loads: a model whose weights are not those of its files is refused.
+
+A layer that its files lack is initialised at random and scores in silence; a weight that the model lacks is left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+from lm_eval_deepen.errors import ConfigError, MemberError
+
+ALLOW_MISSING, ALLOW_UNEXPECTED = "allow_missing_weights", "allow_unexpected_weights"
+ALLOWANCES = frozenset({ALLOW_MISSING, ALLOW_UNEXPECTED})
+# Masks and frequencies that older versions of transformers saved as buffers, and newer ones compute without any.
+OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention|crossattention)\.(masked_)?bias$|\.inv_freq$|\.causal_mask$")
+SHOWN = 4  # names in a message
+SHARED_IN_ADAPTERS = re.compile(r"vblora_vector_bank|prompt_encoder|\.tinylora_v\.")  # not in their files, by design
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What loading one set of files left undone.
+
+    Attributes:
+        source: the folder, hub name or file.
+        kind: the model's class.
+        missing: weights of the model that the files lack; they are random.
+        unexpected: weights in the files that the model lacks; they are left out.
+        mismatched: weights of other shapes in the files than in the model; they are random.
+    """
+
+    source: str
+    kind: str
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+
+@contextmanager
+def weights_reports() -> Iterator[list[WeightsReport]]:
+    """Collect a report of everything that transformers and PEFT load meanwhile, whoever calls them."""
+    found: list[WeightsReport] = []
+    with ExitStack() as stack:
+        for patch in (*_reports_of_models(found), *_reports_of_adapters(found)):
+            stack.enter_context(patch)
+        yield found
+
+
+def _reports_of_models(found: list[WeightsReport]) -> Iterator[Any]:
+    """Yield patches of what tells of loading: what ``from_pretrained`` returns of it, and transformers' own report.
+
+    The first is public. The other comes before an error of transformers, and for a model below an adapter as well;
+    its form is that of transformers 5.5 and newer.
+    """
+    import transformers.integrations.peft
+    import transformers.modeling_utils
+
+    def note(model: Any, source: Any, missing: Any, unexpected: Any, mismatched: Any) -> None:
+        shapes = {f"{key} {_shape(got)} for {_shape(wanted)}" for key, got, wanted in mismatched}
+        left_out = {key for key in unexpected if not OLD_BUFFERS.search(key)} - _computed(model)
+        kind, source = type(model).__name__, str(source)
+        found.append(WeightsReport(source, kind, *map(tuple, map(sorted, (missing, left_out, shapes)))))
+
+    from_pretrained = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def loaded(cls: Any, source: Any, *args: Any, output_loading_info: bool = False, **kw: Any) -> Any:
+        model, info = from_pretrained(cls, source, *args, output_loading_info=True, **kw)
+        note(model, source, *(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")))
+        return (model, info) if output_loading_info else model
+
+    yield mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(loaded))
+    for module in (transformers.modeling_utils, transformers.integrations.peft):
+        as_before = getattr(module, "log_state_dict_report", None)
+        if as_before is None or "loading_info" not in inspect.signature(as_before).parameters:
+            continue
+
+        def report(*args: Any, _as_before: Any = as_before, **kw: Any) -> Any:
+            given = inspect.signature(_as_before).bind(*args, **kw).arguments
+            model, source, info = (given[x] for x in ("model", "pretrained_model_name_or_path", "loading_info"))
+            note(model, source, info.missing_keys, info.unexpected_keys, info.mismatched_keys)
+            return _as_before(*args, **kw)
+
+        yield mock.patch.object(module, "log_state_dict_report", report)
+
+
+def _reports_of_adapters(found: list[WeightsReport]) -> Iterator[Any]:
+    """Yield a patch of where PEFT returns what it loaded of an adapter; none where PEFT is not installed."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return
+    original = PeftModel.load_adapter
+
+    def load_adapter(model: Any, model_id: Any, *args: Any, **kw: Any) -> Any:
+        result = original(model, model_id, *args, **kw)
+        missing = tuple(key for key in result.missing_keys if not SHARED_IN_ADAPTERS.search(key))
+        found.append(WeightsReport(str(model_id), type(model).__name__, missing, tuple(result.unexpected_keys)))
+        return result
+
+    yield mock.patch.object(PeftModel, "load_adapter", load_adapter)
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """Return the names of buffers that a model computes and never saves."""
+    saved = model.state_dict().keys()
+    names = {name for name, _ in model.named_buffers()} - saved
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return names | {name.removeprefix(prefix) for name in names}
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def check_allowances(given: Mapping[str, Any], where: str) -> None:
+    """Check the loading arguments that allow weights to be missing or left out.
+
+    Args:
+        given: a member's loading arguments.
+        where: what begins the error.
+
+    Raises:
+        ConfigError: a value that is neither true nor false.
+    """
+    for key in sorted(ALLOWANCES & given.keys()):
+        if not isinstance(given[key], bool):
+            raise ConfigError(f"{where} {key} must be true or false; got {given[key]!r}")
+
+
+def check_weights(reports: Sequence[WeightsReport], where: str, allowed: Mapping[str, Any] | None = None) -> None:
+    """Check that a model's weights are those of its files, and all of them.
+
+    Args:
+        reports: of what was loaded.
+        where: what begins the error.
+        allowed: a member's loading arguments; None where nothing can be allowed.
+
+    Raises:
+        MemberError: they are not, and it is not allowed.
+    """
+    for report in reports:
+        for what, keys, key in (
+            (f"lack {{}} of {report.kind}; random values would stand there", report.missing, ALLOW_MISSING),
+            (
+                f"have another shape of {{}} of {report.kind}; random values would stand there",
+                report.mismatched,
+                ALLOW_MISSING,
+            ),
+            (
+                f"hold {{}}, which {report.kind} has no place for; they would be left out",
+                report.unexpected,
+                ALLOW_UNEXPECTED,
+            ),
+        ):
+            if keys and not (allowed or {}).get(key):
+                remedy = "" if allowed is None else f", or give the member {key}: true"
+                raise MemberError(
+                    f"{where} the files of {report.source} {what.format(_some(keys))}. Correct config.json (number of "
+                    f"layers, vocabulary, tie_word_embeddings, architectures) or the files{remedy}."
+                )
+
+
+def _some(keys: Sequence[str]) -> str:
+    """Return how many weights these are, and the names of the first."""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} weight{'s' * (len(keys) > 1)} ({', '.join(keys[:SHOWN])}{more})"
