@@ -140,6 +140,14 @@ class MemberKeys(Keys):
     allow_altered_tokenizer: bool = Field(
         False, description="Whether a tokenizer is taken as it was loaded where its own file says otherwise."
     )
+    allow_missing_weights: bool = Field(
+        False,
+        description="Whether the model is loaded although its files lack weights of it, or hold them in another shape; "
+        "these are random.",
+    )
+    allow_unexpected_weights: bool = Field(
+        False, description="Whether the model is loaded although its files hold weights that it has no place for."
+    )
 
     @property
     def source(self) -> dict[str, str]:

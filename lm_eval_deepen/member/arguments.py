@@ -8,7 +8,6 @@ from typing import Any
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.member.devices import place
-from lm_eval_deepen.member.weights import check_allowances
 
 
 def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
@@ -27,7 +26,6 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
         given = member.loading_dict()
         where = f"member {member.name!r}:"
         place(given.get("device"), where)
-        check_allowances(given, where)
         if given.get("softmax_dtype") not in (None, "float32"):
             raise ConfigError(
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "

@@ -28,18 +28,18 @@ from lm_eval_deepen.member.loading_check import (
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer, reusable
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.text import Prompt, TextCodec
-from lm_eval_deepen.member.weights import ALLOWANCES, check_weights, weights_reports
+from lm_eval_deepen.member.weights import check_weights, weights_reports
 
 log = logging.getLogger(__name__)
 Codec = TypeVar("Codec", bound=TextCodec)
 
 
 def loading_keys() -> frozenset[str]:
-    """Return the loading arguments of a member: all of the harness's ``HFLM``, and `ALLOWANCES`."""
+    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
     from lm_eval.models.huggingface import HFLM
 
     named = inspect.signature(HFLM.__init__).parameters.values()
-    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"} | ALLOWANCES
+    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
 
 
 class Member:
@@ -98,13 +98,12 @@ class Member:
         tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
         if reusable(tokenizer):
             arguments["tokenizer"] = tokenizer
-        allowed = {key: arguments.pop(key) for key in ALLOWANCES & arguments.keys()}
         try:
             with weights_reports() as reports:
                 try:
                     lm = HFLM(pretrained=config.pretrained, **arguments)
                 finally:
-                    check_weights(reports, f"member {config.name!r}:", allowed)
+                    check_weights(reports, f"member {config.name!r}:", config.allowed)
             return next(kind for kind in (Specialist, cls) if lm.backend in kind.BACKENDS)(config, lm)
         except DeepenError:
             raise

@@ -15,14 +15,14 @@ from unittest import mock
 
 from torch import nn
 
-from lm_eval_deepen.errors import ConfigError, MemberError
+from lm_eval_deepen.errors import MemberError
 
 ALLOW_MISSING, ALLOW_UNEXPECTED = "allow_missing_weights", "allow_unexpected_weights"
-ALLOWANCES = frozenset({ALLOW_MISSING, ALLOW_UNEXPECTED})
 # Masks and frequencies that older versions of transformers saved as buffers, and newer ones compute without any.
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention|crossattention)\.(masked_)?bias$|\.inv_freq$|\.causal_mask$")
 SHOWN = 4  # names in a message
-SHARED_IN_ADAPTERS = re.compile(r"vblora_vector_bank|prompt_encoder|\.tinylora_v\.")  # not in their files, by design
+# Weights of adapters that PEFT keeps in one place of their files, and in others of the model.
+SHARED_IN_ADAPTERS = re.compile(r"vblora_vector_bank|prompt_encoder|\.tinylora_v\.|^prompt_embeddings$")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,11 @@ def _reports_of_adapters(found: list[WeightsReport]) -> Iterator[Any]:
 
     def load_adapter(model: Any, model_id: Any, *args: Any, **kw: Any) -> Any:
         result = original(model, model_id, *args, **kw)
-        missing = tuple(key for key in result.missing_keys if not SHARED_IN_ADAPTERS.search(key))
-        found.append(WeightsReport(str(model_id), type(model).__name__, missing, tuple(result.unexpected_keys)))
+        missing, unexpected = (
+            tuple(key for key in keys if not SHARED_IN_ADAPTERS.search(key))
+            for keys in (result.missing_keys, result.unexpected_keys)
+        )
+        found.append(WeightsReport(str(model_id), type(model).__name__, missing, unexpected))
         return result
 
     yield mock.patch.object(PeftModel, "load_adapter", load_adapter)
@@ -120,28 +123,13 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "()"
 
 
-def check_allowances(given: Mapping[str, Any], where: str) -> None:
-    """Check the loading arguments that allow weights to be missing or left out.
-
-    Args:
-        given: a member's loading arguments.
-        where: what begins the error.
-
-    Raises:
-        ConfigError: a value that is neither true nor false.
-    """
-    for key in sorted(ALLOWANCES & given.keys()):
-        if not isinstance(given[key], bool):
-            raise ConfigError(f"{where} {key} must be true or false; got {given[key]!r}")
-
-
-def check_weights(reports: Sequence[WeightsReport], where: str, allowed: Mapping[str, Any] | None = None) -> None:
+def check_weights(reports: Sequence[WeightsReport], where: str, allowed: Mapping[str, bool] | None = None) -> None:
     """Check that a model's weights are those of its files, and all of them.
 
     Args:
         reports: of what was loaded.
         where: what begins the error.
-        allowed: a member's loading arguments; None where nothing can be allowed.
+        allowed: what is allowed of a member; None where nothing can be.
 
     Raises:
         MemberError: they are not, and it is not allowed.
