@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lm_eval_deepen.runs import Measured, corrected, rows_of
+from lm_eval_deepen.runs import Measured, Scores, corrected, rows_of
 from lm_eval_deepen.runs.aggregation import mean_scores
 from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
 from lm_eval_deepen.runs.rows import MCNEMAR, SIGN_FLIP
@@ -79,6 +79,18 @@ def test_a_reference_that_is_picked_costs_wider_intervals_and_larger_p_values():
             assert picked.comparison.level > given_one.comparison.level == 0.95
             assert picked.comparison.candidates == tuple("abcdefgh") and given_one.comparison.candidates == (reference,)
     assert max(row.comparison.level for row in fixed if row.comparison) == 0.95
+
+
+def test_one_document_and_scores_that_overflow_have_rows_too():
+    [one, other] = rows_of(measured(a=[1.0], b=[0.0]))
+    assert (one.comparison, other.comparison.low, other.low) == (None, None, None)
+    values = {name: np.array([[-800.0], [-1.0], [-2.0 - i]]) for i, name in enumerate("ab")}
+    scores = {
+        name: Scores(own, lambda means: np.exp(-4 * means[..., 0]), averaged=False) for name, own in values.items()
+    }
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = corrected(rows_of(Measured("t", "perplexity", "none", False, scores)))
+    assert {row.low for row in rows} == {None}
 
 
 def test_a_reference_beyond_doubt_costs_the_intervals_nothing():

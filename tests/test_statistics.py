@@ -461,6 +461,7 @@ def test_rivals_are_one_where_the_best_is_beyond_doubt_and_all_where_all_are_equ
     assert rivals(values + np.array([0, 0, 5, 5, 0, 0])) <= 2 + 1e-9
     assert rivals(values + np.array([0, 0, 5, 0, 0, 0]), higher_is_better=False) > 2
     assert rivals(values[:, :1]) == 1 and rivals(values[:1]) == 1
+    assert rivals(np.where(values > 2.5, np.inf, values)) == 6
     assert level_of_each(0.95, 2, 2.0) == pytest.approx(0.95)
     assert level_of_each(0.95, 20, 1.0) == pytest.approx(0.95)
     assert level_of_each(0.95, 20, 20.0) == pytest.approx(1 - 0.05 * 19 / 190)

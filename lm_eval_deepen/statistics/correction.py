@@ -120,6 +120,8 @@ def rivals(values: Values, higher_is_better: bool = True, seed: int = 0) -> floa
     n, systems = values.shape
     if systems < 2 or n < 2:
         return 1.0
+    if not np.isfinite(values).all():
+        return float(systems)  # nothing is known
     scores = values.mean(axis=0)
     covariance = np.atleast_2d(np.cov(values, rowvar=False)) / n
     variances, axes = np.linalg.eigh(covariance)

@@ -151,6 +151,8 @@ def pseudo_values(values: Values, statistic: Statistic = mean_of_first) -> Value
     if statistic is mean_of_first:
         return values[:, 0]
     n = len(values)
+    if n < 2:
+        return statistic(values)
     with np.errstate(over="ignore", invalid="ignore"):  # a score that is not finite has no interval
         without = statistic((values.sum(axis=0) - values) / (n - 1))
         return float(statistic(values.mean(axis=0))) + (n - 1) * (without.mean() - without)
