@@ -298,7 +298,7 @@ def test_p_at_most_a_level_leaves_0_out_of_the_interval_of_right_and_wrong():
             p = mcnemar(below, above)
             low, _ = intervals_module._paired_proportions(below, above, 150, 0.95)
             assert p > 0.05 or low > 0
-            # The other way round they differ by one document at most.
+            # The other way round the test asks for one changed document on the other side.
             assert low <= 0 or p <= 0.05 or below == 0 or mcnemar(below - 1, above + 1) <= 0.05
             apart += low > 0 and p > 0.05
     assert apart > 10
