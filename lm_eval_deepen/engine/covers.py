@@ -90,7 +90,7 @@ class CoverReader:
             stand_in: gives the bytes of the other member's piece that stands for some bytes that come next.
         """
         self.main, self.other, self.stand_in = main, other, stand_in
-        vocab = other.vocab
+        vocab = other.vocab.events
         ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
         twins = {i: ids for ids in vocab.ids_of.values() for i in ids}
         # ids with the same bytes follow each other
@@ -226,7 +226,7 @@ class CoverReader:
         """Return the other member's id that stands for a main token, -1 where none does."""
         if token not in self._targets:
             piece = self.stand_in(self.main.vocab.pieces[token])
-            ids = self.other.vocab.ids_of.get(piece)
+            ids = self.other.vocab.events.ids_of.get(piece)
             self._targets[token] = ids[0] if ids else -1
         return self._targets[token]
 
@@ -258,10 +258,11 @@ def stand_in(codecs: Sequence[TextCodec], own: TextCodec) -> Callable[[bytes], b
         codecs: of all members; the result does not depend on their order.
         own: the codec whose pieces are wanted.
     """
+    pieces = own.vocab.events.ids_of
     ordered = sorted(codecs, key=lambda codec: [str(part) for part in (codec.vocab.fingerprint, codec.identity[0])])
 
     def find(data: bytes) -> bytes:
-        while data and data not in own.vocab.ids_of:
+        while data and data not in pieces:
             shorter = b""
             for codec in ordered:
                 tokens = _follow(codec, data)
@@ -271,7 +272,7 @@ def stand_in(codecs: Sequence[TextCodec], own: TextCodec) -> Callable[[bytes], b
                     break
             if not shorter:
                 ends = range(len(data) - 1, 0, -1)
-                return next((data[:end] for end in ends if data[:end] in own.vocab.ids_of), b"")
+                return next((data[:end] for end in ends if data[:end] in pieces), b"")
             data = shorter
         return data
 
