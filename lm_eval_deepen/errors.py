@@ -57,7 +57,7 @@ class ConfigError(DeepenError):
             return str(self.problems[0])
         shared = tuple(os.path.commonprefix([list(problem.where) for problem in self.problems]))
         lines = [str(replace(problem, where=problem.where[len(shared) :])) for problem in self.problems]
-        return "\n  ".join([": ".join((*shared, f"{len(lines)} errors:")), *lines])
+        return "\n  ".join([": ".join((*shared, f"{len(lines)} problems:")), *lines])
 
     def within(self, where: str) -> ConfigError:
         """Return the error with the place in front where its problems were found."""
@@ -157,6 +157,11 @@ class NotPairedError(ResultError):
 
 class StorageError(DeepenError):
     """A file or folder that cannot be read, written, moved or locked."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's error, which may be wrapped over many lines, in one."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

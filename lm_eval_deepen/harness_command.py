@@ -31,7 +31,7 @@ def _under_command() -> bool:
     return False
 
 
-def _is_debugging() -> bool:
+def is_debugging() -> bool:
     """Tell whether everything is to be shown; newer harnesses take the option, and do nothing with it."""
     asked = " ".join(sys.argv).replace("=", " ").upper()
     return any(f"{option} DEBUG" in asked for option in ("--VERBOSITY", " -V")) or logging.getLogger(
@@ -41,7 +41,7 @@ def _is_debugging() -> bool:
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     ours = issubclass(kind, (DeepenError, KeyboardInterrupt))
-    if not ours or _is_debugging():
+    if not ours or is_debugging():
         sys.__excepthook__(kind, error, trace)
     if not ours:
         return

@@ -138,14 +138,14 @@ def test_hf_kwargs_passes_anything_but_arguments_of_their_own():
         ({"members": []}, "members is empty: name at least one model"),
         ({"pretrained": "A", "members": []}, "members is empty"),
         ({"members": ""}, "members is empty"),
-        ({"members": "A++B"}, r"members\[1\] .*: pretrained must be a hub name or a path, as text .*; got ''"),
+        ({"members": "A++B"}, r"members\[1\] .*: pretrained must be a hub name or a path, as text; got ''"),
         ({"members": "A+"}, r"members\[1\] .*: pretrained must be"),
         ({"members": {"A": {}}}, "members must be a list of models, or A.B inline; got dict"),
         ({"members": 3}, "members must be a list of models"),
         ({"members": ["A", 135]}, r"members\[1\] must be a model's name, as text, or a mapping.*got 135"),
         ({"members": ["A", None]}, r"members\[1\] must be"),
         ({"members": [{"weight": 1}]}, r"members\[0\]: pretrained is missing; it must be a hub name or a path"),
-        ({"pretrained": 7}, r"pretrained must be .*as text \(quote it if it is a number.*; got 7"),
+        ({"pretrained": 7}, r"pretrained must be .*as text; got 7 \(quote it"),
         ({"pretrained": "B", "members": ["A", "B"]}, r"pretrained=B is not the first of members \(A\)"),
         ({"pretrained": "A", "members": ["B"]}, "members includes the main member, first"),
     ],
@@ -208,7 +208,7 @@ def test_two_members_of_one_name(members):
 
 @pytest.mark.parametrize("name", [3, "", " ", ["A"]])
 def test_bad_names(name):
-    refuse(r"members\[0\] \(A\): name must be non-empty text .*; got", members=[{"pretrained": "A", "name": name}])
+    refuse(r"members\[0\] \(A\): name must be non-empty text; got", members=[{"pretrained": "A", "name": name}])
 
 
 # ---- weights and temperatures

@@ -245,11 +245,16 @@ def test_tasks_without_data_are_a_problem(
     assert "tasks deepen_nq cannot be loaded: FileNotFoundError: LM_EVAL_DEEPEN_DATA" in found["problems"][0]
 
 
-@pytest.mark.parametrize(("argv", "message"), [(["--member", "a"], "NAME=WHERE"), (["--tflops", "0"], "positive")])
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["--member", "a"], "NAME=WHERE"), (["--tflops", "0"], "a number above 0")]
+)
 def test_bad_arguments_of_the_command_are_user_errors(
     capsys: pytest.CaptureFixture, argv: list[str], message: str
 ) -> None:
-    assert main(["inspect", "org/a", *argv]) == 2
+    try:
+        assert main(["inspect", "org/a", *argv]) == 2
+    except SystemExit as stop:  # of the parser
+        assert stop.code == 2
     assert message in capsys.readouterr().err
 
 

@@ -51,7 +51,8 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
-    assert "usage: lm-eval-deepen" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and "(see lm-eval-deepen" in told
 
 
 def test_a_user_error_is_one_line_and_exit_status_2(

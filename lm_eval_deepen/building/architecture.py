@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.errors import ConfigError, StorageError, one_line
 from lm_eval_deepen.storage import read_json
 
 DIFFERENCES = ("architectures differ", "vocabularies differ")
@@ -93,7 +93,7 @@ def read_config(name: str, place: str) -> dict[str, Any]:
         return {**found, **(found.get("text_config") or {})} | {"architectures": found.get("architectures")}
     except (StorageError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"model {name!r}: {path} is no configuration ({error}); give a model's folder, or a hub name"
+            f"model {name!r}: {path} is no configuration ({one_line(error)}); give a model's folder, or a hub name"
         ) from error
 
 
@@ -118,7 +118,7 @@ def _pieces(place: str) -> dict[str, int]:
         listed = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
         return {**dict(listed), **{added["content"]: added["id"] for added in raw.get("added_tokens", ())}}
     except (StorageError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no tokenizer ({error}); fetch the model again") from error
+        raise ConfigError(f"{path} is no tokenizer ({one_line(error)}); fetch the model again") from error
 
 
 def _fetched(name: str, place: str, file: str) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.building.architecture import check_alike
 from lm_eval_deepen.config.keys import to_number
-from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.errors import ConfigError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from lm_eval_deepen.building.recipe import BuildRecipe
@@ -282,8 +282,9 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
         engine.run_merge(Ordered.model_validate(recipe.located(members)), str(out), options)
     except Exception as error:
         raise ConfigError(
-            f"{recipe.source}: mergekit refuses the merge: {type(error).__name__}: {error}. Its documentation has the "
-            "keys of its configuration; different models are distilled (method: fusellm) or fused at every step"
+            f"{recipe.source}: mergekit refuses the merge: {type(error).__name__}: {one_line(error)}. Its "
+            "documentation has the keys of its configuration; different models are distilled (method: fusellm) or "
+            "fused at every step"
         ) from error
     finally:
         gc.collect()  # mergekit's cache of loaders keeps files open

@@ -29,10 +29,12 @@ class Shown:
     Attributes:
         allowed: the values it takes, as the end of "KEY must be ...".
         default: what holds where the field is not given, and itself holds None.
+        remedy: what to do where it holds something else, for error messages.
     """
 
     allowed: str = ""
     default: str = ""
+    remedy: str = ""
 
 
 def _named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,9 +85,9 @@ def choices(field: FieldInfo) -> list[str]:
 
 def allowed(field: FieldInfo) -> str:
     """Return the values that a field takes, as the end of a sentence: "a whole number of at least 1 or 'full'"."""
-    for extra in field.metadata:
-        if isinstance(extra, Shown) and extra.allowed:
-            return extra.allowed
+    said = [extra.allowed for extra in field.metadata if isinstance(extra, Shown) and extra.allowed]
+    if said:
+        return said[0]
     words: list[str] = []
     for arm in _arms_of(field):
         if arm is type(None):
@@ -101,14 +103,21 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join(words[:-2] + [" or ".join(words[-2:])])
 
 
+def remedy(field: FieldInfo) -> str:
+    """Return what to do where a field holds a value that it does not take; empty where that is plain."""
+    return next((extra.remedy for extra in field.metadata if isinstance(extra, Shown) and extra.remedy), "")
+
+
 def default(field: FieldInfo) -> str:
     """Return the default that takes effect, as it is written; empty where there is none."""
     if field.is_required():
         return "required"
     shown = [extra.default for extra in field.metadata if isinstance(extra, Shown) and extra.default]
     value = field.get_default(call_default_factory=True)
-    if shown or value is None or value == {} or value == ():
+    if shown or value is None or value == {} or value == () or hasattr(value, "model_fields_set"):
         return shown[0] if shown else ""
+    if isinstance(value, tuple):
+        return str(list(value))
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -23,7 +23,7 @@ PLACEMENT_KEYS = frozenset(
     "low_cpu_mem_usage cache_dir local_files_only token use_auth_token".split()
 )
 SECRET_KEYS = frozenset({"token", "use_auth_token"})  # never written to a result file
-QUOTED = "text (quote it if it is a number)"
+QUOTE = "quote it if it is a number"
 SAVED = "save a model that is loaded already, and its tokenizer, with save_pretrained, and give the folder"
 
 
@@ -62,7 +62,9 @@ def _as_written(value: Any) -> Any:
 class Settings(Keys):
     """Keys of an ensemble that stand for themselves, beside its members and its method."""
 
-    compat: str | None = Field(None, description="A named set of the method's options: `reference` is its paper's.")
+    compat: Annotated[str | None, Shown(default="the options as given")] = Field(
+        None, description="A named set of the method's options: `reference` is its paper's."
+    )
     seed: int = Field(0, ge=0, description="Seeds whatever is drawn at random.")
     chat_fallback: Literal["error", "plain"] = Field(
         "error",
@@ -109,10 +111,10 @@ class Settings(Keys):
 class MemberKeys(Keys):
     """Keys of one member, beside the arguments that it is loaded with."""
 
-    name: Annotated[str, Shown(f"non-empty {QUOTED}", "the end of `pretrained`")] = Field(
+    name: Annotated[str, Shown("non-empty text", "the end of `pretrained`", QUOTE)] = Field(
         "", min_length=1, pattern=r"\S", description="The member's name in messages and results, unique."
     )
-    pretrained: Annotated[str, Shown(f"a hub name or a path, as text (quote it if it is a number; {SAVED})")] = Field(
+    pretrained: Annotated[str, Shown("a hub name or a path, as text", remedy=f"{QUOTE}; {SAVED}")] = Field(
         pattern=r"\S", description="A model's hub name or folder, as `--model hf` takes it."
     )
     weight: Annotated[float | None, Shown(default="equal weights")] = Field(
@@ -167,7 +169,9 @@ ALLOWANCES = tuple(name for name in MemberKeys.names() if name.startswith("allow
 class LoadingKeys(Keys):
     """Arguments that a member is loaded with and whose values are checked here; the others are left to the harness."""
 
-    max_length: int | None = Field(None, ge=1, description="The longest text, in the member's tokens.")
+    max_length: Annotated[int | None, Shown(default="the model's own")] = Field(
+        None, ge=1, description="The longest text, in the member's tokens."
+    )
 
 
 class MemberConfig(MemberKeys):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lm_eval_deepen.config.describe import allowed, choices
+from lm_eval_deepen.config.describe import allowed, choices, remedy
 from lm_eval_deepen.errors import ConfigError, Problem, did_you_mean
 
 _SHOWN = 200  # characters of a value
@@ -46,7 +46,8 @@ def wrong_value(key: str, field: FieldInfo, got: Any) -> Problem:
     near, wanted = did_you_mean(str(got), choices(field)), allowed(field)
     if isinstance(got, float) and not math.isfinite(got):
         wanted = wanted.replace("a number", "a finite number")
-    return Problem(f"{key} must be {wanted}; got {shown(got)}.{near}", key, "value")
+    hint = f" ({remedy(field)})" if remedy(field) else ""
+    return Problem(f"{key} must be {wanted}; got {shown(got)}{hint}.{near}", key, "value")
 
 
 def unknown_key(key: Any, known: Iterable[str], remedy: str = "") -> Problem:

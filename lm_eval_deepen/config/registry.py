@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lm_eval_deepen.config.errors import unknown_name
 from lm_eval_deepen.config.keys import Options
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, one_line
 
 C = TypeVar("C", bound=type[Options])
 
@@ -110,7 +110,8 @@ class Registry(Mapping[str, Entry]):
                 importlib.import_module(module)
             except Exception as error:  # whatever a broken file raises, its name is what the user needs
                 raise ConfigError(
-                    f"{where} cannot be imported ({type(error).__name__}: {error}). Fix the file or remove it."
+                    f"{where} cannot be imported ({type(error).__name__}: {one_line(error)}). Fix the file or "
+                    "remove it."
                 ) from error
             if not any(entry.options.__module__ == module for entry in self._entries.values()):
                 raise ConfigError(

@@ -50,32 +50,40 @@ class DistillRecipe(Keys):
     train_tokens: Annotated[int | None, Shown(default="one pass")] = Field(
         None, ge=1, description="The tokens of the target to predict; passes over the text are repeated."
     )
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of the order of the blocks.")
-    learning_rate: float = Field(1e-5, gt=0, le=1, description="Of AdamW, at its peak.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds the order of the blocks.")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="The learning rate of AdamW at its peak.")
     warmup: float = Field(
-        0.1, ge=0, le=1, description="The share of the steps in which it rises from 0; it falls to 0 along a cosine."
+        0.1,
+        ge=0,
+        le=1,
+        description="The share of the steps in which the learning rate rises; then it falls along a cosine.",
     )
-    weight_decay: float = Field(0.0, ge=0, le=10, description="Of AdamW.")
-    batch_size: int = Field(4, ge=1, description="Blocks per step.")
-    context_length: int = Field(256, ge=1, description="Tokens of the target per block, at most.")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="The weight decay of AdamW.")
+    batch_size: int = Field(4, ge=1, description="The number of blocks in a step.")
+    context_length: int = Field(256, ge=1, description="The largest number of the target's tokens in a block.")
     checkpoint_steps: Annotated[int | None, Shown(default="five in all")] = Field(
-        None, ge=1, description="A checkpoint every so many steps."
+        None, ge=1, description="After so many steps a checkpoint is written."
     )
     device: Annotated[str | None, Shown(default="the first accelerator, else the CPU")] = Field(
         None, description="Where models run."
     )
     clm_weight: float = Field(
-        0.9, ge=0, le=1, description="Lambda of the loss, lambda * CLM + (1 - lambda) * fusion (section 3.1)."
+        0.9, ge=0, le=1, description="The lambda of the loss, lambda * CLM + (1 - lambda) * fusion (section 3.1)."
     )
     fusion: Literal["mince", "avgce"] = Field(
-        "mince", description="`mince`: the source that predicts a block best; `avgce`: all, weighted by how well."
+        "mince",
+        description="Which sources a block is learned from: `mince` takes the one that predicts it best, `avgce` takes "
+        "all, weighted by how well they do.",
     )
     alignment: Literal["bytes", "dtw"] = Field(
-        "bytes", description="`bytes`: positions with equal contexts; `dtw`: the paper's dynamic time warping."
+        "bytes",
+        description="How positions are paired: `bytes` pairs those with equal contexts, `dtw` is the paper's dynamic "
+        "time warping.",
     )
-    top_k: int = Field(10, ge=1, description="Entries kept of a source's distribution, six bytes each.")
+    top_k: int = Field(10, ge=1, description="The number of entries kept of a source's distribution, six bytes each.")
     tail: Literal["rest", "renormalised"] = Field(
-        "rest", description="What stands for the others: `rest`, one event with their mass, or `renormalised`, nothing."
+        "rest",
+        description="What stands for the other entries: `rest` is one event with their mass, `renormalised` nothing.",
     )
     store: Annotated[str | None, Shown(default="the user's cache folder")] = Field(
         None, description="The folder of distributions and of the target's own bits per byte."

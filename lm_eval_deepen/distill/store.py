@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lm_eval_deepen.errors import MatrixError, StorageError
+from lm_eval_deepen.errors import MatrixError, StorageError, one_line
 from lm_eval_deepen.relative.files import CHECKSUM, content_hash, identity_hash
 from lm_eval_deepen.storage import reason, write_json, write_tensors
 
@@ -134,7 +134,7 @@ class DistributionStore:
                 checksum = (file.metadata() or {}).get(CHECKSUM)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise MatrixError(f"{path} cannot be read ({error}).") from error
+            raise MatrixError(f"{path} cannot be read ({one_line(error)}).") from error
         if content_hash(tensors, self.identity) != checksum:
             raise MatrixError(f"{path} is damaged: its checksum differs.")
         edges = np.concatenate([[0], np.cumsum(tensors["counts"].numpy())])

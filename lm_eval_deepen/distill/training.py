@@ -21,7 +21,7 @@ from lm_eval_deepen.distill.corpus import Tokens
 from lm_eval_deepen.distill.fusing import Targets
 from lm_eval_deepen.distill.loss import IGNORED, FusedBatch, distillation_loss
 from lm_eval_deepen.distill.recipe import DistillRecipe
-from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
+from lm_eval_deepen.errors import ConfigError, MemberError, StorageError, one_line
 from lm_eval_deepen.member.weights import check_weights, weights_reports
 from lm_eval_deepen.storage import make_folder, read_json, reason, write_json
 
@@ -204,7 +204,9 @@ def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: 
             model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(pretrained)
     except (OSError, ValueError) as error:
-        raise MemberError(f"target {recipe.target!r}: cannot load {pretrained!r} for training: {error}") from error
+        raise MemberError(
+            f"target {recipe.target!r}: cannot load {pretrained!r} for training: {one_line(error)}"
+        ) from error
     check_weights(reports, f"target {recipe.target!r}:")
     steps = steps_of(recipe, len(data))
     with _random_states_kept():

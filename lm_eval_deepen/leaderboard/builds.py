@@ -39,7 +39,9 @@ def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
 class BuiltRowKeys(Keys):
     """Keys of a row that is built; what belongs to the model goes into `build`, loading arguments into `common`."""
 
-    build: Any = Field(description="A recipe's file, a mapping with `recipe` and the keys that differ, or a recipe.")
+    build: Annotated[Any, Shown("a recipe's file, a mapping with `recipe` and the keys that differ, or a recipe")] = (
+        Field(description="How the model is made.")
+    )
     name: str | None = Field(None, description="The row's name; by default that of the recipe's file.")
     seeds: Annotated[
         Annotated[tuple[int, ...], AfterValidator(_different)] | None,

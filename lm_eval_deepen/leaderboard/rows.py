@@ -34,9 +34,15 @@ class Grid(Keys):
     orders: Annotated[Any, Shown("a list of lists of members, the main one first", "every member first once")] = Field(
         None, description="Orders of the members."
     )
-    methods: _Axis = Field([{}], description="Fusion methods: names, or mappings with options.")
-    weightings: _Axis = Field([{}], description="Weightings, likewise; `none` is the weights as given.")
-    poolings: _Axis = Field(["none"], description="Poolings, likewise; `none` fuses steps.")
+    methods: Annotated[_Axis, Shown(default="deepen")] = Field(
+        [{}], description="Fusion methods: each is a name, or a mapping with options."
+    )
+    weightings: Annotated[_Axis, Shown(default="none")] = Field(
+        [{}], description="Weightings, likewise; `none` stands for equal weights."
+    )
+    poolings: Annotated[_Axis, Shown(default="none")] = Field(
+        ["none"], description="Poolings, likewise; `none` stands for fused steps."
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RenderError, RequestError
+from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RenderError, RequestError, one_line
 from lm_eval_deepen.member.devices import place, weight_of
 from lm_eval_deepen.member.loading_check import (
     LONG,
@@ -109,8 +109,8 @@ class Member:
             raise
         except Exception as error:
             raise MemberError(
-                f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: {error}. "
-                "Check the path or hub name and the member's loading arguments."
+                f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: "
+                f"{one_line(error)}. Check the path or hub name and the member's loading arguments."
             ) from error
 
     def _runner(self) -> TreeRunner | PlainRunner:
@@ -247,7 +247,7 @@ class Member:
                 roles = ", ".join(str(message.get("role")) for message in messages)
                 raise RenderError(
                     f"member {self.name!r}: its chat template cannot render a conversation of {roles}: "
-                    f"{type(error).__name__}: {' '.join(str(error).split())}. Change what the task says to it (system "
+                    f"{type(error).__name__}: {one_line(error)}. Change what the task says to it (system "
                     "message, few-shots as turns, gen_prefix), give the member a tokenizer with another template "
                     "(member argument tokenizer=...), or evaluate without chat templates."
                 ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import MemberError, one_line
 from lm_eval_deepen.member.text import Backend
 from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
 from lm_eval_deepen.vocabulary import ByteVocab
@@ -39,7 +39,7 @@ def load_tokenizer(config: MemberConfig) -> Any | None:
     except Exception as error:
         raise MemberError(
             f"member {config.name!r}: cannot load the tokenizer of {config.pretrained!r}: "
-            f"{type(error).__name__}: {error}. Check the path or hub name and the member's loading arguments."
+            f"{type(error).__name__}: {one_line(error)}. Check the path or hub name and the member's loading arguments."
         ) from error
     require_same(
         loader.tokenizer,

@@ -17,7 +17,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import RequestError, one_line
 
 # These multiply scores, so that what they do depends on where the zero of the logits lies.
 MULTIPLYING = (
@@ -58,8 +58,8 @@ class Sampler:
                 scores = self.processors(ids, scores[None].float().clone())[0]
         except (IndexError, TypeError, ValueError) as error:
             raise RequestError(
-                f"the generation arguments {self.named} cannot be applied to a text of {len(before)} tokens: {error}. "
-                "Correct them or leave them out."
+                f"the generation arguments {self.named} cannot be applied to a text of {len(before)} tokens: "
+                f"{one_line(error)}. Correct them or leave them out."
             ) from error
         if not self.do_sample:
             return int(scores.argmax())

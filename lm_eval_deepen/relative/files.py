@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.errors import MatrixError, one_line
 from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
 from lm_eval_deepen.storage import write_tensors
 
@@ -125,7 +125,7 @@ def describe(path: Path) -> MatrixInfo:
             build_seconds=seconds,
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"it is no complete matrix file ({type(error).__name__}: {error})") from error
+        raise _damaged(path, f"it is no complete matrix file ({type(error).__name__}: {one_line(error)})") from error
 
 
 def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeMatrix:
@@ -155,7 +155,7 @@ def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeM
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, f"its tensors cannot be read ({error})") from error
+        raise _damaged(path, f"its tensors cannot be read ({one_line(error)})") from error
     found = content_hash(tensors, info.identity)
     if found != info.content_sha256:
         raise _damaged(path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}")

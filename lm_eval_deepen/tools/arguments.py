@@ -1,37 +1,91 @@
-"""What arguments of the command line may be: their ranges, and pairs like NAME=WHERE."""
+"""The command line's own words: what arguments may be, and one line that names the nearest where one is misspelt."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from lm_eval_deepen.errors import ConfigError
-
-
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _whole(text, 1)
+from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 
-def natural(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    return _whole(text, 0)
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong, with the nearest name and where the others are listed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit status 2."""
+        if found := re.match(r"(?:argument (\S+): )?invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            where, got, listed = found.groups()
+            choices = re.findall(r"[\w.-]+", listed)
+            what = "no such command" if where in (None, "COMMAND") else f"argument {where} takes {', '.join(choices)}"
+            message = f"{got}: {what}.{did_you_mean(got, choices)}"
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; those that this parser does not know are an error here, where its options are known."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            what = "no such option" if unknown[0].startswith("-") else "one argument too many"
+            self.error(f"{unknown[0]}: {what}.{did_you_mean(unknown[0].partition('=')[0], options)}")
+        return found, unknown
 
 
-def _whole(text: str, low: int) -> int:
-    value = int(text)
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {low}")
-    return value
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `least`, to `most` where that is given."""
+    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parsed(text: str) -> int:
+        value = _read(int, text)
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number {wanted}")
+        return int(value)
+
+    return parsed
+
+
+count, natural = whole(1), whole(0)
 
 
 def positive(text: str) -> float:
     """Parse a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def nonnegative(text: str) -> float:
+    """Parse a finite number that is not negative."""
+    return _number(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def share(text: str) -> float:
+    """Parse a number strictly between 0 and 1."""
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def limit(text: str) -> float:
+    """Parse a number of documents, or a share of them below 1."""
+    value = _number(
+        text,
+        lambda value: 0 < value < math.inf and (value < 1 or value.is_integer()),
+        "a number of documents, or a share below 1",
+    )
+    return value if value < 1 else int(value)
+
+
+def _number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
+    value = _read(float, text)
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
     return value
+
+
+def _read(kind: Callable[[str], Any], text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import lm_eval_deepen
+from lm_eval_deepen.tools.arguments import Parser
 from lm_eval_deepen.tools.ending import STATUSES, ended
 
 PROG = "lm-eval-deepen"
@@ -59,7 +60,7 @@ def _run_harness(argv: list[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=PROG, description=lm_eval_deepen.__doc__, epilog=STATUSES)
+    parser = Parser(prog=PROG, description=lm_eval_deepen.__doc__, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"{PROG} {lm_eval_deepen.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)

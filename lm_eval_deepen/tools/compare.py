@@ -15,7 +15,8 @@ from lm_eval_deepen.statistics import paired_interval
 from lm_eval_deepen.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
 from lm_eval_deepen.storage import write_text
 from lm_eval_deepen.tools import report
-from lm_eval_deepen.tools.gate import share, wanted_columns, whole
+from lm_eval_deepen.tools.arguments import share, whole
+from lm_eval_deepen.tools.gate import wanted_columns
 
 HELP = (
     "Compare result folders of the harness (written with --log_samples), ours or anyone's, of any model type: "

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.errors import DeepenError, one_line
+from lm_eval_deepen.harness_command import is_debugging
 from lm_eval_deepen.storage import discard, reason, remedy
 
 UNUSABLE = 2  # wrong usage; an input that cannot be read; an output that cannot be written
@@ -46,7 +47,12 @@ def ended(command: Callable[[], int], guest: bool = False) -> int:
         except KeyboardInterrupt:
             _tell("interrupted; what is finished is kept")
             return INTERRUPTED
-        except (DeepenError, OSError, UnicodeError) as error:
+        except DeepenError as error:
+            if guest and is_debugging():
+                traceback.print_exception(error)
+            _tell(f"error: {error}")
+            return UNUSABLE
+        except (OSError, UnicodeError) as error:
             _tell(f"error: {explained(error)}")
             return UNUSABLE
         except Exception as error:
@@ -79,11 +85,6 @@ def explained(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{reason(error)}. {remedy(error)}"
     return str(error) if isinstance(error, DeepenError) else one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message, which libraries wrap over many lines, in one."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Output:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lm_eval_deepen.runs.comparable import objections
 from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
 from lm_eval_deepen.statistics.paired import LARGEST_SEED
 from lm_eval_deepen.storage import append_text, write_json
+from lm_eval_deepen.tools.arguments import nonnegative, share, whole
 from lm_eval_deepen.tools.gate_report import GateReport, Status, Tested, markdown, plain
 
 HELP = (
@@ -57,37 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--summary", type=Path, metavar="FILE",
         help="append the outcome as Markdown (default: $GITHUB_STEP_SUMMARY, if set)",
     )  # fmt: skip
-
-
-def share(text: str) -> float:
-    """Parse a number strictly between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1")
-    return value
-
-
-def whole(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least` to `most`."""
-
-    def parsed(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
-        return value
-
-    return parsed
-
-
-def nonnegative(text: str) -> float:
-    """Parse a finite number that is not negative."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of at least 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

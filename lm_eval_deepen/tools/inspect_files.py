@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import MemberError, StorageError
+from lm_eval_deepen.errors import MemberError, StorageError, one_line
 from lm_eval_deepen.storage import read_json
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             if name != "__metadata__"
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise MemberError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
+        raise MemberError(f"{path} is no complete safetensors file ({one_line(error)}); fetch it again") from error
 
 
 def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
@@ -200,7 +200,8 @@ def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
         found = read_json(path)
     except StorageError as error:
         raise MemberError(
-            f"member {member.name!r}: {path} cannot be read ({error}). Give a folder with a model, or a hub name."
+            f"member {member.name!r}: {path} cannot be read ({one_line(error)}). Give a folder with a model, or a hub "
+            "name."
         ) from error
     if not isinstance(found, dict):
         raise MemberError(f"member {member.name!r}: {path} holds no JSON object; it is no model's configuration.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, DeepenError
-from lm_eval_deepen.tools.arguments import pairs
+from lm_eval_deepen.tools.arguments import count, pairs, positive
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
@@ -37,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
     parser.add_argument(
         "--memory",
-        type=float,
+        type=positive,
         metavar="GB",
         help="of each device, to plan for another machine (default: what is free)",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="texts decoded together (default: the recipe's)")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="texts decoded together (default: the recipe's)")
     parser.add_argument("--no-tasks", action="store_true", help="leave the recipe's tasks alone: no cost, no data")
     parser.add_argument(
-        "--bandwidth", type=float, default=2000, metavar="GB/S",
+        "--bandwidth", type=positive, default=2000, metavar="GB/S",
         help="at which weights are read, for the hours (default: %(default)s, the peak of one 80 GB A100)",
     )  # fmt: skip
     parser.add_argument(
-        "--tflops", type=float, default=150, metavar="N",
+        "--tflops", type=positive, default=150, metavar="N",
         help="that are reached, for the hours (default: %(default)s, half the peak of one A100)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -115,9 +114,6 @@ def inspect(args: argparse.Namespace) -> Report:
     from lm_eval_deepen.tools.recipes import find_recipe
 
     members = pairs(args.member, "--member", "NAME=WHERE")
-    numbers = (args.bandwidth, args.tflops, args.memory, args.batch_size)
-    if not all(0 < number < math.inf for number in numbers if number is not None):
-        raise ConfigError("--memory, --batch-size, --bandwidth and --tflops must be positive, and finite")
     report = Report()
     try:
         report.recipe = find_recipe(args.recipe)

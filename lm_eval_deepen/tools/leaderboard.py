@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
-from lm_eval_deepen.tools.arguments import pairs
+from lm_eval_deepen.tools.arguments import limit, pairs
 from lm_eval_deepen.yaml_reading import parse_json
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed (default: %(default)s)")
     parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
-    parser.add_argument("--limit", type=float, metavar="N", help="so many documents of every task, for a trial")
+    parser.add_argument("--limit", type=limit, metavar="N", help="so many documents of every task, for a trial")
     parser.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks, over the recipe's")
     parser.add_argument(
         "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
@@ -86,13 +85,10 @@ def adjusted(args: argparse.Namespace) -> Recipe:
     from lm_eval_deepen.config.recipes import recipe_file
     from lm_eval_deepen.leaderboard.recipe import read_recipe
 
-    if args.limit is not None and (not 0 < args.limit < math.inf or (args.limit > 1 and args.limit % 1)):
-        raise ConfigError(f"--limit must be a number of documents, or a share below 1; got {args.limit}")
     members = pairs(args.member, "--member", "NAME=WHERE")
     recipe = read_recipe(recipe_file(args.recipe), members, _metadata(args.metadata))
     if args.limit is not None:
-        limit = args.limit if args.limit < 1 else int(args.limit)
-        tasks = tuple(spec.replace(limit=limit) for spec in recipe.tasks)
+        tasks = tuple(spec.replace(limit=args.limit) for spec in recipe.tasks)
         recipe = dataclasses.replace(recipe, tasks=tasks)
     return recipe
 

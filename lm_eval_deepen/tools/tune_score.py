@@ -156,7 +156,7 @@ def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: a
         "members": {name: {task: round(score, 6) for task, score in own.items()} for name, own in search.alone.items()},
         "search": [f"{one.what}: {one.mean:.6f}" for one in search.log],
     }
-    return {**keys, "evidence": record(configure(keys), hashes, about)}
+    return {"kind": "ensemble", **keys, "evidence": record(configure(keys), hashes, about)}
 
 
 def placed(keys: Mapping[str, Any]) -> dict[str, Any]:
