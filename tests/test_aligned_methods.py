@@ -304,9 +304,9 @@ def test_eva_refuses_what_it_cannot_align(store: MatrixStore) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"neighbours": 0}, "neighbours must be a whole number of at least 1, got 0"),
-        ({"filter_top": 0}, "filter_top must be a whole number of at least 1, got 0"),
-        ({"similarity_floor": 1.0}, "similarity_floor must be a cosine of at least 0 and below 1, got 1.0"),
+        ({"neighbours": 0}, "neighbours must be a whole number of at least 1; got 0"),
+        ({"filter_top": 0}, "filter_top must be a whole number of at least 1; got 0"),
+        ({"similarity_floor": 1.0}, "similarity_floor must be a number of at least 0 and below 1; got 1.0"),
         ({"similarity_floor": -0.1}, "similarity_floor must be"),
     ],
 )

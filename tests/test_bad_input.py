@@ -66,7 +66,10 @@ def test_a_tokenizer_without_a_byte_mapping(pico, tmp_path, no_weights):
     folder = tmp_path / "wordpiece"
     shutil.copytree(pico["bytelevel"], folder)
     spec = json.loads((folder / "tokenizer.json").read_text())
-    vocab = {"[UNK]": 0, **{f"##{i}": i for i in range(1, 300)}}
+    vocab = {
+        token["content"]: token["id"] for token in spec["added_tokens"]
+    }  # as the file says, else that is the fault
+    vocab |= {"[UNK]": len(vocab), **{f"##{i}": i for i in range(len(vocab) + 1, 300)}}
     spec |= {
         "model": {
             "type": "WordPiece",

@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig, LogitsProcessorList
 
 from lm_eval_deepen.errors import RequestError, did_you_mean
+from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.sampling import Sampler, from_chance
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning, by precedence
@@ -212,6 +213,11 @@ class Settings:
         ends = frozenset() if eos is None else frozenset(eos.tolist())
         return Plan(sampler, math.ceil(config.max_length) - len(prompt), ends)
 
+    @property
+    def device(self) -> torch.device:
+        """Where scores are computed; the weights of a model that was offloaded are nowhere until then."""
+        return working_device(self.model.get_input_embeddings())
+
     def _config(self, own: GenerationConfig, asked: Asked, prompt: Sequence[int]) -> GenerationConfig:
         """Return what ``generate`` would make of its arguments, the model's config and transformers' defaults."""
         config = copy.deepcopy(own)
@@ -227,20 +233,20 @@ class Settings:
             config.min_length = config.min_new_tokens + len(prompt)
         eos = config.eos_token_id
         ids = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else list(eos), dtype=torch.long)
-        config._eos_token_tensor = None if ids is None else ids.to(self.model.device)
+        config._eos_token_tensor = None if ids is None else ids.to(self.device)
         return config
 
     def _processors(
         self, config: GenerationConfig, prompt: Sequence[int], source: Sequence[int]
     ) -> LogitsProcessorList:
         """Return what ``generate`` would apply to the next token's scores, in its order."""
-        seen = torch.tensor([list(source or prompt)], device=self.model.device)
+        seen = torch.tensor([list(source or prompt)], device=self.device)
         processors = self.model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt),
             encoder_input_ids=seen,
             logits_processor=LogitsProcessorList(),
-            device=self.model.device,
+            device=self.device,
             model_kwargs={},
         )
         return processors if self.solo else from_chance(processors)
@@ -299,10 +305,10 @@ class Settings:
             raise Unsupported
         if config.do_sample and config.temperature is not None and not _divides(config.temperature):
             raise ValueError(f"logits divided by a temperature of {config.temperature!r} are no finite numbers")
-        ids = torch.tensor([list(prompt)], device=self.model.device)
+        ids = torch.tensor([list(prompt)], device=self.device)
         head = self.model.get_output_embeddings()
         size = head.weight.shape[0] if hasattr(head, "weight") else self.model.config.get_text_config().vocab_size
-        scores = torch.zeros(1, size, device=self.model.device)
+        scores = torch.zeros(1, size, device=self.device)
         for forced in (config.forced_bos_token_id, config.forced_eos_token_id):
             if forced is not None:
                 scores[:, forced]  # applied to the first or the last token only
