@@ -124,7 +124,7 @@ def codec_of(tokenizer: Any, name: str, config: MemberConfig | None) -> TextCode
 def load(folder: Path) -> tuple[Found, Any, TextCodec | None]:
     """Load a tokenizer as a member's; by its file where its class is refused."""
     found = Found(folder.name)
-    config = MemberConfig(folder.name, str(folder), 1.0)
+    config = MemberConfig(name=folder.name, pretrained=str(folder))
     try:
         tokenizer = load_tokenizer(config)
     except DeepenError as error:
