@@ -18,8 +18,10 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pico as pico_models  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("nightly", max_examples=2_500, deadline=None, print_blob=True)
 
 
 @pytest.fixture(scope="session")

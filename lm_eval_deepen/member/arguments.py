@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.member.devices import place
+
+# Arguments of `from_pretrained` that are true or false; those of ``HFLM`` say so themselves.
+SWITCHES = ("load_in_4bit", "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "use_safetensors")
+
+
+def switches() -> tuple[str, ...]:
+    """Return the loading arguments that are true or false and nothing else."""
+    from lm_eval.models.huggingface import HFLM
+
+    annotations = {name: str(p.annotation) for name, p in inspect.signature(HFLM.__init__).parameters.items()}
+    return (*(name for name, kind in annotations.items() if "bool" in kind and "str" not in kind), *SWITCHES)
 
 
 def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
@@ -31,6 +43,12 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "
                 "float32. Leave it out."
             )
+        for key in switches():
+            if given.get(key) is not None and not (isinstance(given[key], int) and given[key] in (0, 1)):
+                raise ConfigError(
+                    f"{where} {key}={given[key]!r} must be true or false. Give it without quotes: as text it would "
+                    "count as true."
+                )
         prefix = given.get("prefix_token_id")
         if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
             raise ConfigError(

@@ -12,6 +12,7 @@ from harness import deepen, hf, requests
 
 from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.member.arguments import switches
 
 PAIRS = [("The quick brown fox", " jumps over"), ("", "Paris"), ("Question: Where?\nAnswer:", " in the forest")]
 
@@ -107,6 +108,14 @@ def test_07_a_prefix_token_that_is_none_is_an_error_that_names_it(pico, tmp_path
         deepen(pico["bytelevel"], prefix_token_id=prefix)
     with pytest.raises(ConfigError, match=words):
         pair(pico, tmp_path, first={"prefix_token_id": prefix})
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "trust_remote_code", "enable_thinking", "truncation", "load_in_8bit"])
+def test_07_a_switch_given_as_text_is_an_error(pico, tmp_path, key):
+    """`hf` takes the text "false" for true."""
+    assert {"logits_cache", "use_fast_tokenizer", "parallelize", "gptqmodel"} <= set(switches())
+    with pytest.raises(ConfigError, match=f"'metaspace': {key}='false' must be true or false.*without quotes"):
+        pair(pico, tmp_path, second={key: "false"})
 
 
 def test_07_trust_remote_code(pico, tmp_path, monkeypatch):
