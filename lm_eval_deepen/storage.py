@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 from lm_eval_deepen.errors import DeepenError, StorageError
 
+_STALE_S = 24 * 3600
 _SHOWN = 40  # characters of a file's name in that of its temporary one: names have an end, too
 _UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # file systems that bring nothing to a disk
 _DESCRIPTORS = ("/dev/std", "/dev/fd/", "/proc/")
@@ -159,17 +161,23 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
-    """Write data as JSON, in one step.
+def write_json(path: Path, data: Any, indent: int | None = 2, sole: bool = False) -> None:
+    """Write data as JSON, in one step; `sole` as for `replacing`.
 
     Raises:
         StorageError: as `write_text`.
     """
-    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), sole)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, sole: bool = False) -> None:
     """Write bytes in one step; its folder is made if need be. A device or a pipe is written as it is.
+
+    Args:
+        path: the file.
+        data: the bytes.
+        sole: as for `replacing`.
 
     Raises:
         StorageError: as `write_text`.
@@ -179,7 +187,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             with open(path, "ab", buffering=0) as stream:
                 _write_all(stream.fileno(), data)
             return
-    with replacing(path) as temporary, _explained(path, "written"), open(temporary, "wb") as file:
+    with replacing(path, sole) as temporary, _explained(path, "written"), open(temporary, "wb") as file:
         file.write(data)
 
 
@@ -231,7 +239,8 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is made if need be.
-        sole: whether a lock says that nobody else writes it: what killed writers left is removed then.
+        sole: whether a lock says that nobody else writes it: what killed writers left is removed then, and else where
+            it is older than any write takes.
 
     Raises:
         StorageError: it cannot be written; what was there is there still.
@@ -244,9 +253,10 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             raise OSError(errno.EISDIR if target.is_dir() else errno.EINVAL, "it is no ordinary file", str(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if sole:
-            for stale in target.parent.glob(f"{glob.escape(start)}*.tmp"):
-                stale.unlink(missing_ok=True)
+        for stale in target.parent.glob(f"{glob.escape(start)}*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has finished
+                if sole or time.time() - stale.stat().st_mtime > _STALE_S:
+                    stale.unlink()
     temporary = target.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with _explained(path, "written"):

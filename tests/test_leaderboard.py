@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -568,6 +569,12 @@ def finished(pico, folder, tmp_path_factory):
     return root / "recipe.yaml", root / "out"
 
 
+@pytest.fixture(scope="module")
+def columns(finished):
+    recipe = read_recipe(finished[0])
+    return recipe, load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     recipe, out = finished
@@ -636,15 +643,16 @@ DAMAGED = [(kind, damage, old) for kind in DAMAGE for damage in DAMAGE[kind] for
 
 
 @pytest.mark.parametrize(("kind", "damage", "old"), [case for case in DAMAGED if not case[2] or case[:2] not in UNSEEN])
-def test_a_damaged_cell_is_an_error_and_redo_evaluates_that_cell_alone(kind, damage, old, copied):
+def test_a_damaged_cell_is_an_error_and_redo_evaluates_that_cell_alone(kind, damage, old, copied, columns):
     """Cells of versions that wrote no digests too, as far as the files show it."""
-    recipe, out = copied
+    _, out = copied
     if old:
         data_of(files_of(out, "mark"), sha256={})
     DAMAGE[kind][damage](files_of(out, kind))
+    read, tasks = columns
     with pytest.raises(ResultError, match=r"B/conf_choice.cell.json: the cell is damaged .*--redo evaluates it again"):
-        planned(recipe, out)
-    assert planned(recipe, out, redo=True).missing == [("B", "conf_choice")]
+        plan(read, tasks, out)
+    assert plan(read, tasks, out, redo=True).missing == [("B", "conf_choice")]
 
 
 def test_what_redo_mends_is_what_it_was(copied, capsys):
@@ -679,6 +687,24 @@ def test_a_disk_that_fills_up_while_the_harness_writes_leaves_no_cell(copied, sh
     with pytest.raises(ResultError, match="the harness could not write it .*is the disk full"):
         measured(recipe, out)
     assert planned(recipe, out).missing == [("B", "conf_choice")] and not list(out.rglob(".cell-*"))
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_kill_between_any_two_files_of_a_cell_costs_that_cell_alone(copied, moves):
+    recipe, out = copied
+    files_of(out, "mark").unlink()
+    if (child := os.fork()) == 0:
+        done, real = iter(range(100)), os.replace
+        os.replace = lambda *places: os._exit(9) if next(done) == moves else real(*places)
+        with contextlib.suppress(BaseException):
+            measured(recipe, out)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert planned(recipe, out).missing == [("B", "conf_choice")]
+    before = json.loads((out / "leaderboard.json").read_text())
+    table = measured(recipe, out)
+    assert [row.score for row in table.rows] == [row["score"] for row in before["rows"]]
+    assert not [path for path in out.rglob("*") if path.suffix == ".tmp" or path.name.startswith(".cell-")]
 
 
 def test_a_value_that_is_no_number_takes_its_own_row_out_of_the_column_alone(copied):

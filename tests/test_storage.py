@@ -183,7 +183,14 @@ def test_whoever_writes_alone_clears_what_killed_writers_left(tmp_path):
     assert len(left) == 3
     with storage.replacing(tmp_path / f"{long}-1", sole=True):
         pass
-    assert len({path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")}) == 2  # of that file alone
+    kept = [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    assert len(kept) == 2  # of that file alone
+    storage.write_text(tmp_path / "a.json", "x")
+    assert len([path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]) == 2  # another process may write it
+    for path in kept:
+        os.utime(path, (0, 0))
+    storage.write_text(tmp_path / "a.json", "x")
+    assert len([path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]) == 1
 
 
 @pytest.mark.parametrize(

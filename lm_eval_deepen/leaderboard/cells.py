@@ -220,7 +220,7 @@ def write_cell(
             move_file(written / name, mark.parent / name)
     before = _names(mark)
     cell = Cell(mark, wanted, results, names, cost, count, facts, digests)
-    write_json(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)})
+    write_json(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)}, sole=True)
     for name in before:
         remove_file(mark.parent / name)
     return cell
