@@ -1,7 +1,9 @@
 """One member against `--model hf` on the sample tasks: largest difference per scored token, and texts that differ.
 
     python benchmarks/parity.py --data DIR [--limit 4] [--tasks ...]
+    python benchmarks/parity.py --architectures [MODEL_TYPE ...] [--into docs/conformance.md]
 
+The second form compares tiny random models of every architecture that transformers can make, on all three types.
 DIR holds the JSONL samples that `task_configs/samples` reads. Prints a line per model and task, and one JSON line last.
 """
 
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -18,6 +22,8 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.tools.paths import data_folder
+
+BEGIN, END = "<!-- architectures -->", "<!-- end of architectures -->"
 
 
 def samples(model: str, arguments: dict[str, Any], args: argparse.Namespace) -> dict[str, list[Any]]:
@@ -51,13 +57,35 @@ def compare(tokenizer: Any, ours: list[Any], theirs: list[Any]) -> dict[str, flo
     return {"nats_per_token": worst, "texts": texts, "greedy": greedy}
 
 
+def of_architectures(names: Sequence[str], page: Path | None) -> None:
+    """Compare tiny models of some architectures, or of all, with `hf`; write the table between a page's markers."""
+    import architectures
+
+    found = []
+    for row in architectures.rows(names):
+        found.append(row)
+        print(f"{row.name:28} {row.path:12} {dict(row.outcomes) or row.why}", flush=True)
+    text = f"{architectures.summary(found)}\n\n{architectures.table(found)}"
+    if page is not None:
+        before, rest = page.read_text(encoding="utf8").split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf8")
+    print(json.dumps({"transformers": version("transformers"), "summary": architectures.summary(found)}))
+
+
 def main() -> None:
     """Compare both models of the demo, alone and with all weight on the main member of a pair."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="the folder of the benchmarks' samples")
+    parser.add_argument("--architectures", nargs="*", metavar="MODEL_TYPE", help="compare tiny models of these; of all")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --architectures: write the table into a page")
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--tasks", nargs="+", default=["deepen_samples"])
     args = parser.parse_args()
+    if args.architectures is not None:
+        of_architectures(args.architectures, args.into)
+        return
+    if args.data is None:
+        parser.error("--data is missing: the folder of the benchmarks' samples")
     folders = {model.name: str(prepare(model)) for model in (SMOLLM2, GEMMA3)}
     found: dict[str, Any] = {}
     for name, folder in folders.items():

@@ -7,10 +7,13 @@ in `TWEAKS`. The weights are random.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 LAYERS = 4  # the usual patterns of hybrid models repeat every four layers
 CONTEXT = 256
@@ -40,7 +43,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_topk moe_k".split(), 2),
     **dict.fromkeys("mamba_n_heads mamba_num_heads".split(), 8),
     **dict.fromkeys("mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank".split(), 8),
-    **dict.fromkeys("linear_num_key_heads linear_num_value_heads index_n_heads".split(), 2),
+    **dict.fromkeys("linear_num_key_heads linear_num_value_heads".split(), 2),
     **dict.fromkeys("sliding_window sliding_window_size window_size attention_window_size local_attention".split(), 8),
     **dict.fromkeys("attention_chunk_size chunk_size mamba_chunk_size local_attention_window_len".split(), 8),
     **dict.fromkeys("local_attn_chunk_length lsh_attn_chunk_length index_topk".split(), 8),
@@ -49,6 +52,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(
         "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size".split(), "vocabulary"
     ),
+    "index_n_heads": 16,  # with few of them, scores of keys are equal, and any may be chosen
     "hidden_size_per_layer_input": 8,
     "query_pre_attn_scalar": 8,
     "n_group": 1,
@@ -75,7 +79,6 @@ _PARTS = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 TWEAKS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], **_MAMBA},
-    "bart": {"is_decoder": True},
     "bailing_hybrid": {"layer_group_size": 2},
     "cohere_compass_text": {
         "layer_types": _PARTS,
@@ -109,6 +112,25 @@ TWEAKS: dict[str, dict[str, Any]] = {
 }
 
 
+CORPUS = (
+    "The quick brown fox jumps over the lazy dog. Question: What is the largest planet of the solar system?\nAnswer: "
+    "Jupiter, and Paris is the capital of France.\nIn 1969 the first people walked on the moon.\ndef add(a, b):\n"
+)
+
+
+@cache
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of any text: byte-level BPE, 320 pieces, EOS also for padding, no BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([CORPUS, CORPUS], trainer)
+    end = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **end)
+
+
 def tiny_config(kind: type[PretrainedConfig], vocabulary: int, **changes: Any) -> PretrainedConfig:
     """Return a tiny configuration of a class; arguments as `tiny_model`."""
     values = shrink(kind().to_dict(), vocabulary)
@@ -130,6 +152,8 @@ def shrink(values: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
             found[key] = _few(list(value))
         elif key in SIZES and isinstance(value, int) and not isinstance(value, bool):
             found[key] = vocabulary if SIZES[key] == "vocabulary" else SIZES[key]
+    if values.get("is_encoder_decoder"):
+        found |= {"is_encoder_decoder": False, "is_decoder": True}
     if values.get(MULTI_LATENT) and "num_key_value_heads" in found:
         found["num_key_value_heads"] = found["num_attention_heads"]
     return found
