@@ -158,10 +158,10 @@ def test_published_unite_scores_what_is_no_candidate_minus_infinity(store: Matri
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Gac(threshold=0.0), "threshold must be a probability above 0 and at most 1, got 0.0"),
+        (lambda: Gac(threshold=0.0), "threshold must be a number above 0 and up to 1; got 0.0"),
         (lambda: Gac(threshold=1.5), "threshold must be"),
-        (lambda: Unite(top_k=0), "top_k must be a whole number of at least 1, got 0"),
-        (lambda: Unite(tail="all"), "tail must be 'main' or 'none', got 'all'"),
+        (lambda: Unite(top_k=0), "top_k must be a whole number of at least 1; got 0"),
+        (lambda: Unite(tail="all"), "tail must be 'main' or 'none'; got 'all'"),
     ],
 )
 def test_bad_options_are_named(build, message: str) -> None:
