@@ -15,6 +15,8 @@ from lm_eval_deepen.engine.drafting import drafter
 from lm_eval_deepen.engine.following import path_of
 from lm_eval_deepen.engine.prompting import Prompter
 from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.host import configure
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", "walk", ""]
 CHOICES = [" jumps over the lazy dog", " two 🙂 walking", "\n\nmoon landing", "ing and singing"]
@@ -139,3 +141,10 @@ def test_covers_change_scores_and_off_is_as_before(make):
     on = make().loglikelihood(requests("loglikelihood", *pairs))
     off = make(covers="off").loglikelihood(requests("loglikelihood", *pairs))
     assert [value for value, _ in on] != pytest.approx([value for value, _ in off], abs=1e-4)
+
+
+def test_a_published_method_has_no_covers():
+    keys = {"pretrained": "a/b", "members": ["a/b", "c/d"], "compat": "reference"}
+    with pytest.raises(ConfigError, match="covers=on.*compat=reference"):
+        configure({**keys, "covers": "on"})
+    assert configure(keys).covers == "off"

@@ -219,7 +219,12 @@ class EnsembleConfig(Settings):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        """Refuse a weighting or a pooling that has nothing to work on."""
+        """Refuse keys that exclude each other, and a weighting or a pooling that has nothing to work on."""
+        if self.compat == "reference" and self.covers == "on":
+            raise ConfigError(
+                "covers=on is no part of a method as it was published; remove covers, or remove compat=reference",
+                key="covers", code="conflict",
+            )  # fmt: skip
         alone = len(self.members) == 1
         if self.weights_change and alone:
             raise ConfigError(
