@@ -331,6 +331,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval.tasks import TaskManager
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
 load, index, forwards = HFLM._create_model, TaskManager.__init__, []
 
 def count(*_):
