@@ -33,7 +33,7 @@ def words(monkeypatch):
 
 
 def must_end(generate):
-    """Try in a process of its own what may never end: 0.4.12 shortens texts that cannot get shorter, catching all."""
+    """Try in a process of its own what may never end: 0.4.12 goes on shortening what has its shortest length."""
     child = multiprocessing.get_context("fork").Process(target=generate, daemon=True)
     child.start()
     child.join(PATIENCE_S)
