@@ -12,8 +12,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm_eval_deepen.config.loading import RECIPE_KEYS, read_ensemble_file
-from lm_eval_deepen.config.recipes import shipped_recipes
+from lm_eval_deepen.config.files import read_ensemble_file
+from lm_eval_deepen.config.recipes import RecipeKeys, shipped_recipes
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.host import configure
 from lm_eval_deepen.tools.recipes import find_recipe, load_recipe
@@ -106,7 +106,7 @@ def test_the_translator_reads_the_sentence_that_its_task_asks_about() -> None:
 
 def test_recipe_keys_are_no_ensemble_keys(tmp_path: Path) -> None:
     path = write(tmp_path, source="a paper", note="a note", harness={"apply_chat_template": True})
-    assert not RECIPE_KEYS & read_ensemble_file(path).keys()
+    assert not {*RecipeKeys.names(), "kind"} & read_ensemble_file(path).keys()
     recipe = load_recipe(path)
     assert recipe.task == ("deepen_nq",)
     assert recipe.expected[0].score == 31.5

@@ -71,3 +71,18 @@ def shown(value: Any) -> str:
         return f"an object of type {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def conflict(key: str, message: str) -> ConfigError:
+    """Return the error of a key that cannot be honoured beside another one."""
+    return ConfigError(message, key=key, code="conflict")
+
+
+def misplaced(key: str, message: str) -> ConfigError:
+    """Return the error of a key that belongs somewhere else."""
+    return ConfigError(message, key=key, code="misplaced")
+
+
+def bad_value(key: str, message: str) -> ConfigError:
+    """Return the error of a value that a key does not take."""
+    return ConfigError(message, key=key, code="value")

@@ -57,7 +57,7 @@ class Keys(BaseModel):
             raise ConfigError(f"{what} must be a mapping with {', '.join(cls.names())}; got {shown(raw)}", code="value")
         if odd := [key for key in raw if not isinstance(key, str)]:
             raise ConfigError(*(unknown_key(key, cls.names()) for key in odd))
-        return cls(**{key: value for key, value in raw.items() if value is not None})
+        return cls(**given(raw))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class Options(Keys):
     COMPAT: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any], compat: str | None = None) -> Self:
+    def parse(cls, options: Mapping[str, Any], compat: str | None = None) -> Self:
         """Return the options that are given over those of a profile.
 
         Raises:
@@ -98,8 +98,8 @@ class Options(Keys):
         """
         implied = cls.profile(compat)
         problems = Problems()
-        for key in implied.keys() & given.keys():
-            value = exact(given[key], cls.model_fields[key].annotation, key)
+        for key in implied.keys() & options.keys():
+            value = exact(options[key], cls.model_fields[key].annotation, key)
             if value != implied[key]:
                 problems.add(
                     f"compat={compat} sets {key}={implied[key]!r}, but {key}={value!r} is given; remove {key}, or "
@@ -108,7 +108,7 @@ class Options(Keys):
                 )  # fmt: skip
         problems.refuse()
         try:
-            return cls(**{**implied, **given})
+            return cls(**{**implied, **options})
         except ConfigError as error:
             raise ConfigError(*(cls._needs(problem) for problem in error.problems)) from None
 
@@ -154,6 +154,11 @@ def exact(value: Any, annotation: Any, key: str) -> Any:
     if number is not None and int in found and number.is_integer():
         return int(number)
     return number if number is not None and float in found else value
+
+
+def given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have a value; None stands for "not given"."""
+    return {key: value for key, value in raw.items() if value is not None}
 
 
 def to_number(value: Any) -> float | None:

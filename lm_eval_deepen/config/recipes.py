@@ -10,10 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
 
 import lm_eval_deepen
-from lm_eval_deepen.config.describe import Shown
+from lm_eval_deepen.config.describe import Names, Shown
+from lm_eval_deepen.config.errors import bad_value
+from lm_eval_deepen.config.frozen import FrozenDict
 from lm_eval_deepen.config.keys import Keys
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.yaml_reading import read_yaml
@@ -51,6 +54,63 @@ class Asked(Keys):
         False, description="Whether prompts are rendered by every member's own chat template."
     )
     fewshot_as_multiturn: bool = Field(False, description="Whether few-shots are turns of the conversation.")
+
+
+class Expected(Keys):
+    """A score that was published for an ensemble."""
+
+    task: str = Field(description="Which of the recipe's tasks.")
+    score: float | None = Field(
+        None, description="As published, in per cent unless `metric` says otherwise; none where no source gives it."
+    )
+    table: str | None = Field(None, description="Where the publication has it.")
+    read_in: str | None = Field(None, description="The source the score was read in; needed with a score.")
+    note: str | None = Field(None, description="What else to know; needed without a score.")
+    metric: str = Field("exact_match", description="What was measured.")
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if self.score is not None and not self.read_in:
+            raise ConfigError("a score needs read_in, the source it was read in", key="read_in", code="missing")
+        if self.score is None and not self.note:
+            raise ConfigError("without a score, a note must say why", key="note", code="missing")
+        return self
+
+
+class Harness(Asked):
+    """Options of ``lm_eval run`` that belong to a recipe."""
+
+    gen_kwargs: Annotated[FrozenDict | str | None, Shown("a mapping, or key=value,...")] = Field(
+        None, description="Generation arguments over the tasks' own."
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return what is given, as ``simple_evaluate`` takes it."""
+        return {key: value for key, value in self.to_dict().items() if key in self.model_fields_set}
+
+
+class RecipeKeys(Keys):
+    """What a recipe says beside its ensemble, for people and for ``inspect``, without effect on an evaluation."""
+
+    title: str = Field("", description="One line.")
+    task: Names = Field((), description="Tasks or groups of tasks that it is evaluated on.")
+    harness: Harness = Field(Harness(), description="Options of `lm_eval run` that belong to it.")
+    expected: Annotated[tuple[Expected, ...], Shown("a list with one entry for each published score")] = Field(
+        (), description="Published scores."
+    )
+    source: str = Field("", description="Where the ensemble is from.")
+    note: str = Field("", description="What else to know.")
+
+    @model_validator(mode="after")
+    def _expects_its_tasks(self) -> Self:
+        for i, entry in enumerate(self.expected):
+            if entry.task not in self.task:
+                tasks = ", ".join(self.task)
+                raise bad_value(
+                    f"expected[{i}].task",
+                    f"expected[{i}]: task must be one of the recipe's ({tasks}); got {entry.task!r}",
+                )
+        return self
 
 
 def data_folder(what: str) -> Path:

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, Field
 from lm_eval_deepen.building import BuildRecipe
 from lm_eval_deepen.building.texts import TaskSource, task_folders
 from lm_eval_deepen.config import FrozenDict, MemberConfig, Names, Shown
+from lm_eval_deepen.config.files import beside
 from lm_eval_deepen.config.frozen import thaw
-from lm_eval_deepen.config.loading import beside, given
+from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.config.recipes import LARGEST_SEED, Asked
 from lm_eval_deepen.config.recipes import read_recipe as read_keys
 from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from lm_eval_deepen.config import EnsembleConfig, Keys, MemberConfig, Shown
 from lm_eval_deepen.config.ensemble import PLACEMENT_KEYS
-from lm_eval_deepen.config.loading import given
+from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.host import catalogue, configure
@@ -284,7 +284,7 @@ def _configured(
     name: str, members: Sequence[MemberConfig], common: Mapping[str, Any], own: Mapping[str, Any]
 ) -> EnsembleConfig:
     """Return the configuration of a row around members that are configured already."""
-    loading = catalogue().loading_keys() | {"hf_kwargs"}  # of `common`: the members have them
+    loading = catalogue().loading_keys | {"hf_kwargs"}  # of `common`: the members have them
     beside = {key: value for key, value in common.items() if key not in loading}
     with blamed(f"row {name!r}"):
         return configure({**beside, **own, "members": list(members)})

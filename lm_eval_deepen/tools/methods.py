@@ -48,7 +48,7 @@ class Section:
     def options(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the facts of every option by its name."""
         from lm_eval_deepen.config.describe import allowed, choices, default
-        from lm_eval_deepen.config.loading import Composition
+        from lm_eval_deepen.config.schema import Composition
         from lm_eval_deepen.host import catalogue
 
         named = catalogue().kinds if self.keys is Composition else {}
@@ -102,14 +102,13 @@ def chosen() -> list[Section]:
 def all_sections() -> list[Section]:
     """Return all keys that a person can give anywhere, those of ensembles first."""
     from lm_eval_deepen.building.recipe import BuildKeys
-    from lm_eval_deepen.config.ensemble import LoadingKeys, MemberKeys, Settings
-    from lm_eval_deepen.config.loading import Composition
+    from lm_eval_deepen.config.recipes import Expected, Harness, RecipeKeys
+    from lm_eval_deepen.config.schema import Composition, LoadingKeys, MemberKeys, Settings
     from lm_eval_deepen.distill import DistillRecipe
     from lm_eval_deepen.inverse import SOLVERS
     from lm_eval_deepen.leaderboard.builds import BuiltRowKeys
     from lm_eval_deepen.leaderboard.recipe import LeaderboardKeys, TaskSpec
     from lm_eval_deepen.leaderboard.rows import Grid
-    from lm_eval_deepen.tools.recipes import Expected, Harness, RecipeKeys
 
     def plain(kind: str, name: str, keys: type[Keys]) -> Section:
         return Section(kind, name, (inspect.getdoc(keys) or "").splitlines()[0], "none", keys)

@@ -1,0 +1,76 @@
+"""Files of ensembles: their keys, with model folders beside them made reachable, under keys given elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.config.catalogue import PATH_KEYS
+from lm_eval_deepen.config.keys import given
+from lm_eval_deepen.config.recipes import SUFFIXES, RecipeKeys, find_recipe_file, read_recipe
+from lm_eval_deepen.errors import ConfigError
+
+
+def ensemble_file(value: Any) -> Path | None:
+    """Return the file of an ensemble that `pretrained` names; None where it names a model.
+
+    Raises:
+        ConfigError: a file that is not there, or nearly the name of a shipped recipe.
+    """
+    if not isinstance(value, str):
+        return None
+    try:
+        return find_recipe_file(value)
+    except ConfigError as error:
+        raise error.beneath("pretrained") from None
+
+
+def read_ensemble_file(path: Path) -> dict[str, Any]:
+    """Return the keys of an ensemble file; model folders found beside it are made reachable from here.
+
+    Raises:
+        ConfigError: the file is not YAML, holds no ensemble, or names another ensemble file.
+    """
+    raw = read_recipe(path, "ensemble")
+    found = given(beside({key: value for key, value in raw.items() if key not in RecipeKeys.names()}, path.parent))
+    main = found.get("pretrained")
+    if isinstance(main, str) and Path(main).suffix in SUFFIXES and not os.path.isdir(main):
+        raise ConfigError(
+            f"{path}: pretrained={main} is an ensemble file too; name the main model there", key="pretrained"
+        )
+    members = found.get("members")
+    if isinstance(members, str):
+        found["members"] = members = [part.strip() for part in members.split("+")]
+    if isinstance(members, (list, tuple)):
+        found["members"] = [beside(member, path.parent) for member in members]
+    return found
+
+
+def merge_file(path: Path, inline: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an ensemble file, overridden by the keys given beside `pretrained`."""
+    found = read_ensemble_file(path)
+    if "members" in inline:
+        found.pop("pretrained", None)
+    members = found.get("members")
+    if "weights" in inline and isinstance(members, list):
+        found["members"] = [
+            {key: value for key, value in member.items() if key != "weight"} if isinstance(member, Mapping) else member
+            for member in members
+        ]
+    return found | {key: value for key, value in inline.items() if key != "pretrained"}
+
+
+def beside(member: Any, folder: Path) -> Any:
+    """Return a member (or a file's top level) whose relative paths reach folders beside the file."""
+    if isinstance(member, str):
+        return beside({"pretrained": member}, folder)["pretrained"]
+    if not isinstance(member, Mapping):
+        return member
+    resolved = dict(member)
+    for key in PATH_KEYS:
+        value = member.get(key)
+        if isinstance(value, str) and value and not os.path.isabs(value) and (folder / value).exists():
+            resolved[key] = os.path.normpath(folder / value)
+    return resolved

@@ -1,0 +1,188 @@
+"""Every key of an ensemble and of its members: type, default, range and meaning beside each.
+
+Options of methods, weightings, poolings and solvers stand in the file of each; keys of recipes in `recipes`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lm_eval_deepen.config.describe import Shown
+from lm_eval_deepen.config.errors import bad_value
+from lm_eval_deepen.config.frozen import FrozenDict
+from lm_eval_deepen.config.keys import Keys, to_number
+
+QUOTE = "quote it if it is a number"
+SAVED = "save a model that is loaded already, and its tokenizer, with save_pretrained, and give the folder"
+
+
+def _batch_size(value: Any) -> Any:
+    """Return a positive number, ``auto`` or ``auto:N``, as `--model hf` takes them."""
+    number = to_number(value)
+    if number is not None and number.is_integer() and number >= 1:
+        return int(number)
+    if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
+        return value
+    raise ValueError(value)
+
+
+def _pattern(value: str) -> str:
+    """Return a regular expression with one group."""
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        said = f"source_pattern {value!r} is no regular expression ({error}); correct it"
+        raise bad_value("source_pattern", said) from error
+    if groups != 1:
+        raise bad_value(
+            "source_pattern",
+            f"source_pattern {value!r} has {groups} groups; it needs one, which is the source text. Write other groups "
+            "as (?:...)",
+        )
+    return value
+
+
+def _as_written(value: Any) -> Any:
+    """Return a bare ``off`` or ``on`` as it was written: YAML reads it as a truth value."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+class Composition(Keys):
+    """Keys that say what an ensemble is made of; what they name has keys of its own."""
+
+    pretrained: Annotated[Any, Shown("a hub name, a folder or a YAML file")] = Field(
+        None, description="The main member, in whose vocabulary texts are generated; or a YAML file with these keys."
+    )
+    members: Annotated[Any, Shown("a list of models (inline: A+B)", "the main member alone")] = Field(
+        None, description="All members, the main member first; in JSON and YAML each is a name or a mapping."
+    )
+    weights: Annotated[Any, Shown("a list of numbers (inline: 0.6+0.4)", "equal weights")] = Field(
+        None, description="One weight for each member; they sum to 1."
+    )
+    method: Annotated[Any, Shown("the name of a method")] = Field(
+        "deepen", description="How the members' next-token distributions are fused."
+    )
+    weighting: Annotated[Any, Shown("the name of a weighting", "the weights as given")] = Field(
+        None, description="Where the weights come from instead."
+    )
+    pooling: Annotated[Any, Shown("the name of a pooling", "steps are fused")] = Field(
+        None, description="How the members' own answers are combined, instead of fusing their steps."
+    )
+
+
+class Settings(Keys):
+    """Keys of an ensemble that stand for themselves, beside its members and its method."""
+
+    compat: Annotated[str | None, Shown(default="the options as given")] = Field(
+        None, description="A named set of the method's options: `reference` is its paper's."
+    )
+    seed: int = Field(0, ge=0, description="Seeds whatever is drawn at random.")
+    chat_fallback: Literal["error", "plain"] = Field(
+        "error",
+        description="What a member without a chat template does with a conversation: it is an error, or it reads the "
+        "messages as plain text.",
+    )
+    matrix_dir: Annotated[str | None, Shown("the path of a folder", "the user's cache folder")] = Field(
+        None, description="Where relative matrices and maps of vocabularies are kept."
+    )
+    batch_size: Annotated[
+        int | str, AfterValidator(_batch_size), Shown("a whole number of at least 1, auto or auto:N")
+    ] = Field(1, description="The number of texts that are decoded together; scoring packs tokens by itself.")
+    max_batch_size: int = Field(64, ge=1, description="The largest batch that `batch_size: auto` takes.")
+    speculate: Annotated[Literal["off", "lookup", "draft"], BeforeValidator(_as_written)] = Field(
+        "off",
+        description="Where greedy decoding takes drafts from, which it verifies: from repeated text, or from the "
+        "smallest member. It changes no text.",
+    )
+    skip_when: Literal["never", "agree", "confident"] = Field(
+        "never",
+        description="Which steps are left to the main member: those where all members agree on the most likely piece, "
+        "or those where the main member is confident.",
+    )
+    skip_above: float = Field(
+        0.9, gt=0, le=1, description="The probability from which the main member is confident, for `skip_when`."
+    )
+    skip_check: bool = Field(
+        False, description="Whether skipped steps are fused all the same, to count what skipping changes."
+    )
+    self_check: bool = Field(
+        True,
+        description="Whether the ensemble is measured on a small text before the first request. It changes no result.",
+    )
+    covers: Annotated[Literal["off", "on"], BeforeValidator(_as_written)] = Field(
+        "off",
+        description="Whether the other members are asked what follows where the main member's token ends inside one of "
+        "theirs.",
+    )
+    evidence: Annotated[FrozenDict, Shown("a mapping, as `lm-eval-deepen tune` writes it")] = Field(
+        FrozenDict(), description="What `lm-eval-deepen tune` measured: it is shown in results and changes nothing."
+    )
+
+
+class MemberKeys(Keys):
+    """Keys of one member, beside the arguments that it is loaded with."""
+
+    name: Annotated[str, Shown("non-empty text", "the end of `pretrained`", QUOTE)] = Field(
+        "", min_length=1, pattern=r"\S", description="The member's name in messages and results, unique."
+    )
+    pretrained: Annotated[str, Shown("a hub name or a path, as text", remedy=f"{QUOTE}; {SAVED}")] = Field(
+        pattern=r"\S", description="A model's hub name or folder, as `--model hf` takes it."
+    )
+    weight: Annotated[float | None, Shown(default="equal weights")] = Field(
+        None, ge=0, description="The member's share. All members have one, or none has; they sum to 1."
+    )
+    temperature: float = Field(1.0, gt=0, description="Divides the member's logits before fusion.")
+    hf_kwargs: FrozenDict = Field(FrozenDict(), description="Arguments handed to `from_pretrained` unchecked.")
+    source_pattern: Annotated[
+        Annotated[str, AfterValidator(_pattern)] | None, Shown("non-empty text", "the whole prompt")
+    ] = Field(
+        None,
+        min_length=1,
+        description="Of an encoder-decoder member: a regular expression with one group, whose last match in the prompt "
+        "is what the encoder reads.",
+    )
+    source_language: Annotated[str | None, Shown("non-empty text")] = Field(
+        None,
+        min_length=1,
+        description="Of an encoder-decoder member: the source's language, as its tokenizer names it.",
+    )
+    target_language: Annotated[str | None, Shown("non-empty text")] = Field(
+        None, min_length=1, description="Of an encoder-decoder member: the language to be written, likewise."
+    )
+
+    allow_altered_tokenizer: bool = Field(
+        False, description="Whether a tokenizer is taken as it was loaded where its own file says otherwise."
+    )
+    allow_missing_weights: bool = Field(
+        False,
+        description="Whether the model is loaded although its files lack weights of it, or hold them in another shape; "
+        "these are random.",
+    )
+    allow_unexpected_weights: bool = Field(
+        False, description="Whether the model is loaded although its files hold weights that it has no place for."
+    )
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What is said of an encoder-decoder member's source, as the configuration spells it."""
+        keys = ("source_language", "source_pattern", "target_language")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @property
+    def allowed(self) -> dict[str, bool]:
+        """What is allowed of the member that is an error otherwise."""
+        return {key: True for key in ALLOWANCES if getattr(self, key)}
+
+
+ALLOWANCES = tuple(name for name in MemberKeys.names() if name.startswith("allow_"))
+
+
+class LoadingKeys(Keys):
+    """Arguments that a member is loaded with and whose values are checked here; the others are left to the harness."""
+
+    max_length: Annotated[int | None, Shown(default="the model's own")] = Field(
+        None, ge=1, description="The longest text, in the member's tokens."
+    )
