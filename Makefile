@@ -23,12 +23,12 @@ venv: $(VENV)/.installed
 models: $(VENV)/.models
 
 # torch first and alone: any other requirement on it would pick the newest build instead of the pinned one.
-$(VENV)/.installed: pyproject.toml constraints.txt startup/lm_eval_deepen_hook.pth startup/lm_eval_deepen_hook.start
+$(VENV)/.installed: pyproject.toml constraints.txt lm_eval_deepen/_startup/lm_eval_deepen_hook.pth lm_eval_deepen/_startup/lm_eval_deepen_hook.start
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 # What every interpreter of the environment loads at its start, compiled even where PYTHONDONTWRITEBYTECODE is set.
-	$(BIN)/python -m compileall -q lm_eval_deepen/__init__.py lm_eval_deepen/_hook.py
+	$(BIN)/python -m compileall -q lm_eval_deepen/__init__.py lm_eval_deepen/_startup/__init__.py lm_eval_deepen/_startup/hook.py
 	touch $@
 
 # Their files are all that is needed: the code around them would compile a C++ inference library.
@@ -45,7 +45,7 @@ test: $(VENV)/.models
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check --config lint/host.toml lm_eval_deepen/host.py lm_eval_deepen/answering.py lm_eval_deepen/pooled.py lm_eval_deepen/main_member.py lm_eval_deepen/distributed.py lm_eval_deepen/caches.py lm_eval_deepen/unanswered.py
+	$(BIN)/lint-imports
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

@@ -23,17 +23,17 @@ import torch
 from spaces import KINDS, load, own, size, take
 
 from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.bits_per_byte import Reading, Variant, quiet
 from lm_eval_deepen.engine.ensemble import view
-from lm_eval_deepen.engine.reading import Reading, Variant, quiet
 from lm_eval_deepen.fusion import METHODS
+from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.fusion.deepen import Deepen, DeepenFuser
-from lm_eval_deepen.fusion.seam import Fuser
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.pieces import Tokenizers, anchor_classes, class_matrix
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side
-from lm_eval_deepen.tools.bits import orders
+from lm_eval_deepen.tuning.bits import orders
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 
 FEW = (4_096, 1_000)  # anchors, spread over the common pieces

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lm_eval_deepen.errors import DeepenError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.member.runner import PlainRunner
 
 PATIENCE_S = 240

@@ -25,15 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_deepen.config import FrozenDict
 from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.bits_per_byte import Reading
 from lm_eval_deepen.engine.ensemble import view
-from lm_eval_deepen.engine.reading import Reading
+from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.fusion.seam import MemberView, Spelling
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tools.bits import TEMPERATURES, Own, orders, own
-from lm_eval_deepen.tools.bits_table import compare
-from lm_eval_deepen.tools.search import Candidate, Fusers
+from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, orders, own
+from lm_eval_deepen.tuning.bits_table import compare
+from lm_eval_deepen.tuning.search import Candidate, Fusers
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 AVERAGES = ("linear", "geometric")

@@ -103,7 +103,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Return what is compared; converts the demo's models where none are given."""
     models = args.models
     if not models:
-        from lm_eval_deepen.tools.demo_models import DEMO_MODELS, prepare
+        from lm_eval_deepen.build.demo_models import DEMO_MODELS, prepare
 
         models = [str(prepare(model)) for model in DEMO_MODELS]
     scale = QUICK if args.quick else Scale()

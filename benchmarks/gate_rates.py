@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
-from lm_eval_deepen.tools.gate import pairs_of, single_run, wanted_columns
+from lm_eval_deepen.cli.gate import pairs_of, single_run, wanted_columns
+from lm_eval_deepen.results.regression import Pair, Rule, decide, details
 
 Background = Callable[[np.random.Generator], list[Pair]]
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.reading import Document, Reading, look_up
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, look_up
 from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.weighting.bayes import BayesWeigher
 from lm_eval_deepen.weighting.experts import Experts
 
@@ -207,9 +207,9 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         for name, member in zip(names, config.members, strict=True):
             if name not in loaded:
-                from lm_eval_deepen.member import Member
+                from lm_eval_deepen.member import load_member
 
-                loaded[name] = Member.load(member, "cpu")
+                loaded[name] = load_member(member, "cpu")
         ensemble = Ensemble.assemble(config, [loaded[name] for name in names])
         assert isinstance(ensemble.weigher, BayesWeigher)
         for split, kind, path in todo:

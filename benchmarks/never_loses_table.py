@@ -21,7 +21,7 @@ from never_loses import KINDS, TEMPERATURES
 from torch import Tensor
 
 from lm_eval_deepen.engine.stretches import StretchReading, weigh
-from lm_eval_deepen.tools.bits_table import Change, compare
+from lm_eval_deepen.tuning.bits_table import Change, compare
 from lm_eval_deepen.weighting.experts import Experts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "relative-space.md"

@@ -20,8 +20,8 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.tools.paths import data_folder
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
+from lm_eval_deepen.cli.paths import data_folder
 
 BEGIN, END = "<!-- architectures -->", "<!-- end of architectures -->"
 

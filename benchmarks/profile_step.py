@@ -26,7 +26,7 @@ from costs.sides import Bench, endless  # noqa: E402
 from costs.timers import OTHER, Timers, members_of, sections  # noqa: E402
 from costs.workloads import generation, prompts, scoring  # noqa: E402
 
-from lm_eval_deepen.host import DeepenLM  # noqa: E402
+from lm_eval_deepen.harness.model import DeepenLM  # noqa: E402
 
 
 def profile(bench: Bench, model: DeepenLM, action: Callable[[], Any]) -> tuple[Timers, list[str]]:

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.host import DeepenLM
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, find_anchors
 
 STOP = "\n"

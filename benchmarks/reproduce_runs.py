@@ -25,11 +25,11 @@ from typing import Any
 
 import yaml
 
-from lm_eval_deepen.runs import Measured
-from lm_eval_deepen.runs.aggregation import mean_scores
-from lm_eval_deepen.runs.rows import rows_of as rows_against_the_best
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.tools.leaderboard_table import check_markers, write_into
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
+from lm_eval_deepen.leaderboard.table import check_markers, write_into
+from lm_eval_deepen.results import Measured
+from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.rows import rows_of as rows_against_the_best
 
 TASKS = ("mmlu", "arc_challenge", "gsm8k", "piqa", "triviaqa", "nq")
 MEMBERS = {"SmolLM2": (SMOLLM2, "HuggingFaceTB/SmolLM2-135M-Instruct"), "Gemma3": (GEMMA3, "google/gemma-3-270m")}
@@ -40,7 +40,7 @@ METRIC = "exact_match"
 
 def run(command: str, *arguments: str) -> None:
     """Run a subcommand of ``lm-eval-deepen``; a failure ends the run."""
-    words = [sys.executable, "-m", "lm_eval_deepen.tools.cli", command, *arguments]
+    words = [sys.executable, "-m", "lm_eval_deepen.cli.main", command, *arguments]
     print(f"$ lm-eval-deepen {command} {' '.join(arguments)}", file=sys.stderr, flush=True)
     subprocess.run(words, check=True, stdout=sys.stderr)
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_deepen.runs import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.runs.aggregation import AGGREGATIONS, group_scores
-from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
-from lm_eval_deepen.statistics import paired_interval, proportion_interval
-from lm_eval_deepen.statistics.distributions import binomial
+from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
+from lm_eval_deepen.results.aggregation import AGGREGATIONS, group_scores
+from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.statistics import paired_interval, proportion_interval
+from lm_eval_deepen.results.statistics.distributions import binomial
 
 ALPHA = 0.05
 DOCUMENTS = (30, 100, 300, 1000)

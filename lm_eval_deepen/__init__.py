@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Ensemble": "lm_eval_deepen.engine",
-    "configure": "lm_eval_deepen.host",
-    "DeepenLM": "lm_eval_deepen.host",
+    "configure": "lm_eval_deepen.harness.model",
+    "DeepenLM": "lm_eval_deepen.harness.model",
 }
 
 

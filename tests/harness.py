@@ -7,7 +7,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 
 def requests(kind: str, *arguments: tuple) -> list[Instance]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lm_eval_deepen.engine.prompting import Prompter, Span
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.harness.model import DeepenLM
 
 
 def member_logp(member, tokens) -> torch.Tensor:

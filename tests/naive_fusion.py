@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.fusion.seam import MemberView
+from lm_eval_deepen.fusion.base import MemberView
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 END = "end of text"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.fusion.seam import MemberView, Spelling
+from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 BYTES = [bytes([byte]) for byte in b"abcs0123456789"]  # the pieces <0x61>, <0x62>, ... of byte fallback

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, RequestError
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.loading_check import check_tree
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 
@@ -187,7 +187,7 @@ def test_where_generate_is_not_the_forward_pass_it_is_refused_and_scores_are_tho
 def test_a_long_text_changes_nothing_for_a_short_one_beside_it(saved):
     """Where positions follow the length of a text, every text has a forward pass of its own."""
     folder = saved("llama", **LONGROPE)
-    runner = Member.load(MemberConfig(name="m", pretrained=str(folder)), "cpu").runner
+    runner = load_member(MemberConfig(name="m", pretrained=str(folder)), "cpu").runner
     assert isinstance(runner, PlainRunner) and runner.alone
     short, long = list(range(5, 20)), list(range(9, 60))
     assert torch.equal(runner.states_at([short, long])[0], runner.states_at([short])[0])

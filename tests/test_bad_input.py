@@ -10,7 +10,7 @@ from harness import requests
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_deepen.errors import ConfigError, DeepenError, MatrixError, MemberError, RequestError, VocabularyError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ import yaml
 from harness import deepen, requests
 from naive import member_logp, score_span
 
-from lm_eval_deepen.engine import texts
-from lm_eval_deepen.engine.checks import examine, flat_spaces, judge
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.reading import Document, Reading, Variant
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.engine import calibration as texts
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.self_check import examine, flat_spaces, judge
 from lm_eval_deepen.errors import ConfigError, RequestError
-from lm_eval_deepen.host import DeepenLM, configure
-from lm_eval_deepen.tools import cli
-from lm_eval_deepen.tools.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
-from lm_eval_deepen.tools.bits_table import Line, compare, table
-from lm_eval_deepen.tools.search import search
-from lm_eval_deepen.tools.tune_score import placed
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
+from lm_eval_deepen.tuning.bits_table import Line, compare, table
+from lm_eval_deepen.tuning.by_score import placed
+from lm_eval_deepen.tuning.search import search
 
 DOCUMENTS = (
     Document("Paris is the capital of France."),
@@ -192,7 +192,7 @@ def few_stages(monkeypatch):
     stages = {"_spaces": lambda at, spaces: (), "_common_temperature": lambda at: (), "_temperatures": lambda at: (),
               "_finer_weights": lambda at: ()}  # fmt: skip
     for name, stage in stages.items():
-        monkeypatch.setattr(f"lm_eval_deepen.tools.search.{name}", stage)
+        monkeypatch.setattr(f"lm_eval_deepen.tuning.search.{name}", stage)
 
 
 @pytest.mark.parametrize("keys", [{"weighting": "adaptive", "dev_scores": [0.3, 0.2]}, {"weighting": "uniform"}])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_deepen.tools import cli
+from lm_eval_deepen.cli import main as cli
 
 
 def built(pico: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str], options: str) -> list[str]:

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from sibling_models import merge_of, tensors, write_sibling
 
 import lm_eval_deepen
-from lm_eval_deepen import distill
-from lm_eval_deepen.building import build, making, merging, parse_build, read_build, texts
-from lm_eval_deepen.building.provenance import DamagedError, lineage
-from lm_eval_deepen.building.weights import weights_sha256
-from lm_eval_deepen.engine.texts import load_documents
+from lm_eval_deepen.build import build, distill, parse_build, read_build, texts
+from lm_eval_deepen.build import merge as merging
+from lm_eval_deepen.build import publish as making
+from lm_eval_deepen.build.provenance import DamagedError, lineage
+from lm_eval_deepen.build.weights import weights_sha256
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.engine.calibration import load_documents
 from lm_eval_deepen.errors import ConfigError, DeepenError, StorageError
-from lm_eval_deepen.tools import cli
 
 CLM = {"method": "clm", "target": "base", "train_tokens": 100}
 
@@ -88,10 +89,10 @@ def test_a_trained_model_is_what_distill_makes_of_the_recipe(family, tmp_path, t
 
 def test_bits_per_byte_are_those_of_the_model(family, tmp_path, averaged):
     from lm_eval_deepen.engine import Ensemble
-    from lm_eval_deepen.engine.reading import Reading
-    from lm_eval_deepen.engine.texts import default_text
-    from lm_eval_deepen.host import configure
-    from lm_eval_deepen.tools.bits import own
+    from lm_eval_deepen.engine.bits_per_byte import Reading
+    from lm_eval_deepen.engine.calibration import default_text
+    from lm_eval_deepen.harness.model import configure
+    from lm_eval_deepen.tuning.bits import own
 
     found = build(parsed(merge_of("linear", ["s1", "s2"], base=None), tmp_path), tmp_path / "out", family)
     documents = load_documents([default_text()])
@@ -173,7 +174,7 @@ def test_a_training_is_checked_when_its_recipe_is_read(tmp_path, raw, message):
 
 
 def test_models_of_the_hub_count_by_their_commit(tmp_path, monkeypatch):
-    from lm_eval_deepen.building import provenance, recipe
+    from lm_eval_deepen.build import provenance, recipe
 
     first = parsed({**CLM, "target": "org/model"}, tmp_path)
     unknown = first.identity({})  # there is no hub here
@@ -190,7 +191,7 @@ def test_models_of_the_hub_count_by_their_commit(tmp_path, monkeypatch):
 
 
 def test_the_default_text_is_part_of_what_is_built(family, tmp_path, monkeypatch):
-    from lm_eval_deepen.distill import corpus
+    from lm_eval_deepen.build.distill import corpus
 
     first = parsed(CLM, tmp_path).identity(family)
     monkeypatch.setattr(corpus, "neutral_documents", lambda: ["another Python's documentation"])
@@ -281,7 +282,7 @@ def test_what_distill_really_makes_is_taken(family, pico, tmp_path, method):
 def tasks(tmp_path, monkeypatch):
     """The conformance tasks as tasks of the installation, one with its own validation split."""
     local_tasks(tmp_path)
-    monkeypatch.setattr("lm_eval_deepen.leaderboard.tasks.data_folder", lambda kind: tmp_path)
+    monkeypatch.setattr("lm_eval_deepen.harness.tasks.data_folder", lambda kind: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 

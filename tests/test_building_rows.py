@@ -12,17 +12,17 @@ import yaml
 from run_files import local_tasks
 from sibling_models import merge_of, write_sibling
 
-from lm_eval_deepen import distill
-from lm_eval_deepen.building import merging
-from lm_eval_deepen.building.texts import TaskSource
+from lm_eval_deepen.build import distill
+from lm_eval_deepen.build import merge as merging
+from lm_eval_deepen.build.texts import TaskSource
 from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard import execution
+from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.execution import execute, plan
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.seeds import averaged
-from lm_eval_deepen.leaderboard.tasks import load_tasks
-from lm_eval_deepen.runs import Measured, Scores, mean_scores
-from lm_eval_deepen.tools import leaderboard_table
+from lm_eval_deepen.results import Measured, Scores, mean_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE = {"task": "conf_choice", "metric": "acc"}
@@ -33,7 +33,7 @@ CLM = {"method": "clm", "target": "base", "train_tokens": 1000}
 def quick(monkeypatch):
     """Without the list of installed packages, and without measuring every built model."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    monkeypatch.setattr("lm_eval_deepen.building.making._bits_per_byte", lambda folder: {})
+    monkeypatch.setattr("lm_eval_deepen.build.publish._bits_per_byte", lambda folder: {})
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_training_on_what_is_evaluated_is_refused(write, tmp_path, builders, mon
     members[1] = {"name": "s0", "build": {"recipe": "clm.yaml", "text": "task:conf_choice"}}
     builds = read_recipe(write(members=members, metadata={"a": 1}), metadata={"b": 2}).builds
     assert builds.tasks == builds.recipes["s0"].tasks == TaskSource((str(tasks),), '{"a": 1, "b": 2}')
-    monkeypatch.setattr("lm_eval_deepen.building.texts.files", lambda *_: [])
+    monkeypatch.setattr("lm_eval_deepen.build.texts.files", lambda *_: [])
     told = r"model 's0', trained on task:conf_choice, was fitted on 2 of the 5 documents of task 'conf_choice'"
     with pytest.raises(ConfigError, match=told):
         planned(write(members=members), tmp_path / "out")

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from run_files import DATE, edited, synthesised
 
-from lm_eval_deepen.runs import find_runs
-from lm_eval_deepen.runs.comparable import objections
+from lm_eval_deepen.results import find_runs
+from lm_eval_deepen.results.comparable import objections
 
 
 def set_in(*keys_and_value):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from run_files import doctored, edited, evaluate_dummy, local_tasks, synthesised, wrong
 
-from lm_eval_deepen.tools import cli
+from lm_eval_deepen.cli import main as cli
 
 FEW = ("--resamples", "200")
 

@@ -193,7 +193,7 @@ def test_options_of_different_seams_may_not_share_a_name() -> None:
 
 
 def test_the_host_knows_all_of_them() -> None:
-    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.harness.model import configure
 
     assert configure({**PAIR, "weighting": "confidence", "method": "unite", "top_k": 5}).options.top_k == 5
     with pytest.raises(ConfigError, match="Poolings: logp-mean, mbr, vote"):

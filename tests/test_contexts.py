@@ -12,15 +12,15 @@ import naive
 import pytest
 from harness import requests
 
-from lm_eval_deepen.engine.checks import examine
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.drafting import drafter
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.reading import Document, Reading, Variant
-from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.drafts import drafter
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.engine.self_check import examine
+from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import SpellingError, UnansweredError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 LONG = "In 1969 the first people walked on the moon; über 中国 🙂 there were many. " * 4
 CONTEXTS = ["The quick brown fox", "café 中国", "walk " * 30, "", LONG]

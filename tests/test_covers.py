@@ -10,13 +10,13 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.engine.covers import NOTHING
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.drafting import drafter
+from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.following import path_of
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", "walk", ""]
 CHOICES = [" jumps over the lazy dog", " two 🙂 walking", "\n\nmoon landing", "ing and singing"]

@@ -13,7 +13,7 @@ import json, sys
 import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 model = DeepenLM.create_from_arg_obj(json.loads(sys.argv[1]), {"batch_size": 4, "device": "cpu"})
 results = lm_eval.simple_evaluate(
     model=model, tasks=["deepen_demo"], limit=3, bootstrap_iters=10,

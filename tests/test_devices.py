@@ -11,10 +11,11 @@ import torch
 from harness import deepen, requests
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_deepen import Ensemble, host
-from lm_eval_deepen.distributed import _refuse_fixed_devices
+from lm_eval_deepen import Ensemble
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness import model as host
+from lm_eval_deepen.harness.distributed import _refuse_fixed_devices
+from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.member.devices import existing_devices, place
 
 ADVICE = "Give one of cpu, or leave device out: members then load on the first GPU where there is one, else on the CPU"

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm_eval_deepen.build.distill.alignment import by_bytes, by_dtw, warp
+from lm_eval_deepen.build.distill.corpus import Tokens
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.distill.alignment import by_bytes, by_dtw, warp
-from lm_eval_deepen.distill.corpus import Tokens
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.member import Member, load_member
 
 TEXT = "The café, 中国 and 🙂👨‍👩‍👧:\n\tdef f(x):\r\n    return x  + 1 ∮ Sofia is the capital of Bulgaria."
 
 
 @pytest.fixture(scope="module")
 def members(pico: dict[str, Path]) -> dict[str, Member]:
-    return {name: Member.load(MemberConfig(name=name, pretrained=str(path)), "cpu") for name, path in pico.items()}
+    return {name: load_member(MemberConfig(name=name, pretrained=str(path)), "cpu") for name, path in pico.items()}
 
 
 def starts(tokens: list[bytes]) -> np.ndarray:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_deepen import distill
-from lm_eval_deepen.distill import builder, externalise, training
-from lm_eval_deepen.distill.corpus import Tokens, blocks_of
-from lm_eval_deepen.distill.fusing import Targets
-from lm_eval_deepen.distill.store import GROUP
+from lm_eval_deepen.build import distill
+from lm_eval_deepen.build.distill import builder, training
+from lm_eval_deepen.build.distill import teacher_logits as externalise
+from lm_eval_deepen.build.distill.corpus import Tokens, blocks_of
+from lm_eval_deepen.build.distill.fusing import Targets
+from lm_eval_deepen.build.distill.store import GROUP
 from lm_eval_deepen.errors import ConfigError, MemberError
 
 FIRST_STEPS = 2

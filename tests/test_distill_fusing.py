@@ -12,12 +12,12 @@ import torch
 from test_distill_alignment import edit_distance, members  # noqa: F401
 from torch.nn import functional
 
-from lm_eval_deepen.distill.corpus import Tokens
-from lm_eval_deepen.distill.externalise import block_rows
-from lm_eval_deepen.distill.fusing import Entries, fuse, mass_by_kind, project, shares
-from lm_eval_deepen.distill.loss import IGNORED, FusedBatch, distillation_loss
-from lm_eval_deepen.distill.matching import BYTES, NEAREST, NONE, ROLE, VocabularyMap, match
-from lm_eval_deepen.distill.store import BlockRows
+from lm_eval_deepen.build.distill.corpus import Tokens
+from lm_eval_deepen.build.distill.fusing import Entries, fuse, mass_by_kind, project, shares
+from lm_eval_deepen.build.distill.loss import IGNORED, FusedBatch, distillation_loss
+from lm_eval_deepen.build.distill.store import BlockRows
+from lm_eval_deepen.build.distill.teacher_logits import block_rows
+from lm_eval_deepen.build.distill.token_alignment import BYTES, NEAREST, NONE, ROLE, VocabularyMap, match
 from lm_eval_deepen.vocabulary import ByteVocab
 
 SURFACES = ["\n", "\t", "\r", "é", "中", "🙂", " ", "\x00", "\x7f"]

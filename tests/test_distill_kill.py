@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pico as pico_models
 
-from lm_eval_deepen import distill
-from lm_eval_deepen.distill import training
+from lm_eval_deepen.build import distill
+from lm_eval_deepen.build.distill import training
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from lm_eval_deepen import distill
+from lm_eval_deepen.build import distill
 recipe, out, members = map(json.loads, sys.argv[1:])
 distill.build(recipe, Path(out), members)
 """

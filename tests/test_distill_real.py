@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.distill.alignment import by_bytes, by_dtw
+from lm_eval_deepen.build.distill.corpus import Tokens, neutral_documents
+from lm_eval_deepen.build.distill.teacher_logits import block_rows
+from lm_eval_deepen.build.distill.token_alignment import BYTES, match
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.distill.alignment import by_bytes, by_dtw
-from lm_eval_deepen.distill.corpus import Tokens, neutral_documents
-from lm_eval_deepen.distill.externalise import block_rows
-from lm_eval_deepen.distill.matching import BYTES, match
-from lm_eval_deepen.member import Member
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.member import Member, load_member
 
 pytestmark = [
     pytest.mark.real,
@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def pair() -> list[Member]:
     configs = [MemberConfig(name=model.name, pretrained=str(prepare(model))) for model in (SMOLLM2, GEMMA3)]
-    return [Member.load(config, "cpu") for config in configs]
+    return [load_member(config, "cpu") for config in configs]
 
 
 def test_the_real_pair_shares_most_contexts_and_dtw_finds_fewer(pair) -> None:

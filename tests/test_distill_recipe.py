@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen import distill
-from lm_eval_deepen.distill import DistillRecipe, corpus
-from lm_eval_deepen.distill.corpus import blocks_of, neutral_documents, read_corpus, training_order
-from lm_eval_deepen.distill.store import GROUP, BlockRows, DistributionStore
+from lm_eval_deepen.build import distill
+from lm_eval_deepen.build.distill import DistillRecipe, corpus
+from lm_eval_deepen.build.distill.corpus import blocks_of, neutral_documents, read_corpus, training_order
+from lm_eval_deepen.build.distill.store import GROUP, BlockRows, DistributionStore
 from lm_eval_deepen.errors import ConfigError, MatrixError, ResultError
 
 MEMBERS = {"smollm2": "no/such-model", "gemma": "no/such-model-either"}

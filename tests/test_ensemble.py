@@ -10,10 +10,10 @@ import pytest
 import torch
 from harness import deepen, requests
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import MemberError, RequestError
 
 CONTEXTS = ["The quick brown fox", "Question: What is 1 + 1?\nAnswer:", "café 中国", "walk", "", "ends\n"]

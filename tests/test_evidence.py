@@ -9,11 +9,11 @@ import pytest
 import torch
 from harness import deepen, requests
 
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.rolling import rolling_spans
-from lm_eval_deepen.host import DeepenLM
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.windows import rolling_spans
+from lm_eval_deepen.harness.model import DeepenLM
 
 TRIM = (
     "{% for m in messages %}<s>[{{ 'U' if m['role'] == 'user' else m['role'] }}] {{ m['content'] | trim }}</s>"

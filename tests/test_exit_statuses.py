@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from run_files import DATE, doctored, synthesised
 
+from lm_eval_deepen.cli import gate
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.cli.ending import FAULT, INTERRUPTED
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.tools import cli, gate
-from lm_eval_deepen.tools.ending import FAULT, INTERRUPTED
 
 ENSEMBLE = {
     "fingerprint": "0" * 64,
@@ -176,7 +177,7 @@ def test_outputs_that_cannot_be_written_are_2(pair, tmp_path, capsys):
 
 
 def run(*arguments: object, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
-    command = " ".join([sys.executable, "-m", "lm_eval_deepen.tools.cli", *map(str, arguments), redirect])
+    command = " ".join([sys.executable, "-m", "lm_eval_deepen.cli.main", *map(str, arguments), redirect])
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, env={**os.environ, **environment}, timeout=120, check=False
     )

@@ -12,13 +12,13 @@ from tensor_worlds import member, rows, trio, vocabulary
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.fusion._deepen_step import support_bytes
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.inverse import SOLVERS
 from lm_eval_deepen.relative.gathered import GatheredOperator, share_columns
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side, split, supports
 from lm_eval_deepen.relative.topk import argmax, largest, scan
 from lm_eval_deepen.relative.tops import WIDER, Rule, tops
+from lm_eval_deepen.solvers import SOLVERS
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
 
 NEG_INF = float("-inf")

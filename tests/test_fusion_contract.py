@@ -16,7 +16,7 @@ from lm_eval_deepen.config import Options
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion import METHODS as REGISTRY
-from lm_eval_deepen.fusion.seam import Fuser, MemberView
+from lm_eval_deepen.fusion.base import Fuser, MemberView
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -207,7 +207,7 @@ def test_methods_are_frozen_options_with_a_paper_and_a_meaning_for_each() -> Non
 
 GOOD = """
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.fusion.seam import fusion
+from lm_eval_deepen.fusion.base import fusion
 
 @fusion("dropped", paper="none")
 class Dropped(Options):

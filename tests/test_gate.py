@@ -15,8 +15,8 @@ import pytest
 import yaml
 from run_files import DATE, ROOT, doctored, edited, evaluate_dummy, synthesised, wrong
 
-from lm_eval_deepen.tools import cli
-from lm_eval_deepen.tools import gate as gate_tool
+from lm_eval_deepen.cli import gate as gate_tool
+from lm_eval_deepen.cli import main as cli
 
 CHOICE, SHORT = "deepen_demo_choice", "deepen_demo_short"
 DEMO = ROOT / "task_configs"

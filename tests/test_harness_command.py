@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 
 @pytest.fixture

@@ -11,15 +11,16 @@ import pytest
 import torch
 import yaml
 
+from lm_eval_deepen.cli.main import main
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.memory import kv_bytes
 from lm_eval_deepen.errors import MemberError
-from lm_eval_deepen.host import configure
-from lm_eval_deepen.tools import inspect_cost, inspect_files
-from lm_eval_deepen.tools.cli import main
-from lm_eval_deepen.tools.inspect_files import ModelFiles, TensorHeader, look_up, read_header
-from lm_eval_deepen.tools.inspect_members import Inspected, estimate_parameters
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.preflight import cost as inspect_cost
+from lm_eval_deepen.preflight import files as inspect_files
+from lm_eval_deepen.preflight.files import ModelFiles, TensorHeader, look_up, read_header
+from lm_eval_deepen.preflight.members import Inspected, estimate_parameters
 
 LLAMA_13B = {
     "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
@@ -332,7 +333,7 @@ def test_headers_of_a_hub_model_are_asked_for_and_an_estimate_stands_in(monkeypa
 
 @pytest.mark.real
 def test_the_demo_pair_is_ready_and_its_published_space_is_flat(capsys: pytest.CaptureFixture) -> None:
-    from lm_eval_deepen.tools.demo_models import DEMO_MODELS, is_available, prepare
+    from lm_eval_deepen.build.demo_models import DEMO_MODELS, is_available, prepare
 
     if not all(map(is_available, DEMO_MODELS)):
         pytest.skip("the models of the extra `demo` are not there")

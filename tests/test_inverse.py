@@ -7,13 +7,13 @@ import torch
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.inverse import SOLVERS
-from lm_eval_deepen.inverse.adamw import adamw, gradient, schedule
-from lm_eval_deepen.inverse.em import em
-from lm_eval_deepen.inverse.exact import exact
-from lm_eval_deepen.inverse.mirror import mirror
-from lm_eval_deepen.inverse.trust import within
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+from lm_eval_deepen.solvers import SOLVERS
+from lm_eval_deepen.solvers.adamw import adamw, gradient, schedule
+from lm_eval_deepen.solvers.em import em
+from lm_eval_deepen.solvers.exact import exact
+from lm_eval_deepen.solvers.mirror import mirror
+from lm_eval_deepen.solvers.trust import within
 
 NEG_INF = float("-inf")
 

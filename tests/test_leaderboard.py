@@ -18,23 +18,24 @@ import pytest
 import yaml
 from run_files import local_tasks
 
-from lm_eval_deepen import answering
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.cli.compare import measure as paired
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion import METHODS
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness import requests as answering
+from lm_eval_deepen.harness.model import DeepenLM
+from lm_eval_deepen.harness.tasks import doc_hashes, evaluated, load_tasks
+from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution
+from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.cells import SUFFIX
 from lm_eval_deepen.leaderboard.execution import execute, plan
 from lm_eval_deepen.leaderboard.recipe import read_recipe
-from lm_eval_deepen.leaderboard.tasks import doc_hashes, evaluated, load_tasks
 from lm_eval_deepen.leaderboard.tuned import record
 from lm_eval_deepen.pooling import POOLINGS
-from lm_eval_deepen.runs import find_runs
-from lm_eval_deepen.runs.rows import compare
-from lm_eval_deepen.statistics import Comparisons, holm, step_down
-from lm_eval_deepen.tools import cli, leaderboard_table
-from lm_eval_deepen.tools.compare import measure as paired
-from lm_eval_deepen.unanswered import attempt
+from lm_eval_deepen.results import find_runs
+from lm_eval_deepen.results.rows import compare
+from lm_eval_deepen.results.statistics import Comparisons, holm, step_down
 
 ONE = {"orders": ["A+B"]}
 CHOICE = {"task": "conf_choice", "metric": ["acc", "acc_norm"]}
@@ -191,7 +192,7 @@ def test_files_that_are_no_recipe(tmp_path):
 
 
 def test_an_unknown_task_is_named_with_the_nearest(write, monkeypatch, folder):
-    import lm_eval_deepen.leaderboard.tasks as tasks
+    import lm_eval_deepen.harness.tasks as tasks
 
     manager = tasks.TaskManager
     # Without the harness's own task files, which take seconds to read.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from harness import deepen, requests
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.reading import Document, Reading, Variant
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score, score_together
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", ""]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
 from lm_eval_deepen.member.text import complete_character, incomplete_tail
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
@@ -24,7 +24,7 @@ TEXTS = ["", " ", "walk", "The quick brown", "ends\n", "café", "▁ literal", "
 
 @pytest.fixture(scope="module")
 def members(pico):
-    return {name: Member.load(MemberConfig(name=name, pretrained=str(pico[name])), "cpu") for name in FAMILIES}
+    return {name: load_member(MemberConfig(name=name, pretrained=str(pico[name])), "cpu") for name in FAMILIES}
 
 
 def plain(runner, sequences):
@@ -121,13 +121,13 @@ def test_eager_attention_takes_the_same_masks(pico, family):
 
 def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeypatch, caplog):
     """A mask that the model ignores is noticed when it loads, and the slow path gives the same numbers."""
-    fast = Member.load(MemberConfig(name="fast", pretrained=str(pico["bytelevel"])), "cpu")
+    fast = load_member(MemberConfig(name="fast", pretrained=str(pico["bytelevel"])), "cpu")
     body = TreeRunner.body
     monkeypatch.setattr(
         TreeRunner, "body", lambda self, ids, at, allowed, *rest: body(self, ids, at, torch.ones_like(allowed), *rest)
     )
     with caplog.at_level(logging.WARNING):
-        slow = Member.load(MemberConfig(name="slow", pretrained=str(pico["bytelevel"])), "cpu")
+        slow = load_member(MemberConfig(name="slow", pretrained=str(pico["bytelevel"])), "cpu")
     monkeypatch.undo()
     assert isinstance(slow.runner, PlainRunner) and "'slow'" in caplog.text and "forwarded in full" in caplog.text
     paths = [[7, 8, 9], [7, 8, 10, 11], [7, 8]]
@@ -138,8 +138,8 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
 
 
 def test_temperature_divides_the_logits(pico):
-    warm = Member.load(MemberConfig(name="warm", pretrained=str(pico["bytelevel"]), temperature=2.0), "cpu")
-    cold = Member.load(MemberConfig(name="cold", pretrained=str(pico["bytelevel"])), "cpu")
+    warm = load_member(MemberConfig(name="warm", pretrained=str(pico["bytelevel"]), temperature=2.0), "cpu")
+    cold = load_member(MemberConfig(name="cold", pretrained=str(pico["bytelevel"])), "cpu")
     expected = torch.log_softmax(cold.logp(cold.states_at([[5, 6]])) / 2, dim=-1)
     assert torch.allclose(warm.logp(warm.states_at([[5, 6]])), expected, atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_temperature_divides_the_logits(pico):
 def test_a_member_that_cannot_load_is_named(tmp_path):
     config = MemberConfig(name="broken", pretrained=str(tmp_path), loading=FrozenDict({"dtype": "float32"}))
     with pytest.raises(MemberError, match="'broken': cannot load"):
-        Member.load(config, "cpu")
+        load_member(config, "cpu")
 
 
 def test_every_eos_of_the_configs_ends_a_text(members):

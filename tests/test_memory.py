@@ -9,7 +9,7 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.engine import memory
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 

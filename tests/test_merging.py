@@ -12,10 +12,10 @@ import pytest
 import torch
 from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
 
-from lm_eval_deepen.building import build, parse_build, read_build
-from lm_eval_deepen.building.architecture import IncompatibleError, check_alike
-from lm_eval_deepen.building.merging import METHODS
-from lm_eval_deepen.building.weights import weights_sha256
+from lm_eval_deepen.build import build, parse_build, read_build
+from lm_eval_deepen.build.architecture import IncompatibleError, check_alike
+from lm_eval_deepen.build.merge import METHODS
+from lm_eval_deepen.build.weights import weights_sha256
 from lm_eval_deepen.errors import ConfigError
 
 needs_mergekit = pytest.mark.skipif(
@@ -39,7 +39,7 @@ def parsed(raw, tmp_path):
 @pytest.fixture
 def merged(family, tmp_path, monkeypatch):
     """Builds a configuration and returns the folder; without measuring, which test_building does."""
-    monkeypatch.setattr("lm_eval_deepen.building.making._bits_per_byte", lambda folder: {})
+    monkeypatch.setattr("lm_eval_deepen.build.publish._bits_per_byte", lambda folder: {})
 
     def merged(raw, name="out", seed=0):
         build(parsed({**raw, "seed": seed}, tmp_path), tmp_path / name, family)
@@ -129,7 +129,7 @@ def test_tokenizer_and_configuration_come_from_the_first_model(merged, family, t
 @needs_mergekit
 def test_an_ordinary_model_folder_comes_out(merged):
     from lm_eval_deepen.engine import Ensemble
-    from lm_eval_deepen.host import configure
+    from lm_eval_deepen.harness.model import configure
 
     folder = merged(merge_of("ties", ["s1", "s2"]))
     logp = Ensemble.load(configure({"pretrained": str(folder)}), "cpu").next_logp("The capital of")

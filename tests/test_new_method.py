@@ -12,10 +12,10 @@ import pytest
 from dropped_in import dropped_in
 from harness import deepen, requests
 
+from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion import METHODS
-from lm_eval_deepen.host import configure
-from lm_eval_deepen.tools import cli
+from lm_eval_deepen.harness.model import configure
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "add_a_fusion_method.md").read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ import lm_eval.__main__ as harness
 import pytest
 from lm_eval.tasks import TaskManager
 
+from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.config.recipes import KINDS, shipped_recipes
 from lm_eval_deepen.errors import CacheError, ConfigError, DeepenError, RequestError
-from lm_eval_deepen.host import DeepenLM, configure
-from lm_eval_deepen.tools import cli
+from lm_eval_deepen.harness.model import DeepenLM, configure
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "task_configs" / "demo"
@@ -216,7 +216,7 @@ def test_all_problems_of_a_file_are_told_at_once(folder) -> None:
 
 
 def test_every_shipped_recipe_says_its_kind_and_is_found_by_name_everywhere(folder) -> None:
-    from lm_eval_deepen.building import read_build
+    from lm_eval_deepen.build import read_build
     from lm_eval_deepen.config.recipes import find_recipe_file, recipe_file
 
     by_kind = {kind: shipped_recipes(kind) for kind in KINDS}

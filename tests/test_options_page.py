@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from dropped_in import dropped_in
 
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.cli import methods
 from lm_eval_deepen.config import MemberConfig, Options
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.host import configure
-from lm_eval_deepen.inverse import SOLVERS
-from lm_eval_deepen.tools import cli, methods
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parents[1]
 

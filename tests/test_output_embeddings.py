@@ -14,7 +14,7 @@ from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.spaces import unit_rows
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tools.search import (
+from lm_eval_deepen.tuning.search import (
     BYTE_SPACES,
     EMBEDDING_SPACES,
     OUTPUT_SPACES,

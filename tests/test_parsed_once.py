@@ -8,12 +8,12 @@ import pytest
 from harness import deepen
 from pydantic import BaseModel
 
-from lm_eval_deepen import host
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.config.recipes import shipped_recipes
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness import model as host
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.harness.recipes import find_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
-from lm_eval_deepen.tools.recipes import find_recipe
 
 
 @pytest.fixture

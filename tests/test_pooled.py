@@ -7,9 +7,9 @@ import itertools
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.answering import share_passes
 from lm_eval_deepen.errors import RequestError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.harness.requests import share_passes
 
 NAMES = ("bytelevel", "metaspace", "padded")
 PAIRS = list(itertools.product(["The quick brown fox", "café"], [" jumps over", " two"]))

@@ -9,9 +9,9 @@ from dropped_in import dropped_in
 
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.pooling import POOLINGS
+from lm_eval_deepen.pooling.base import Scored, check_request, fused_takes_part
 from lm_eval_deepen.pooling.logp_mean import LogpMean
 from lm_eval_deepen.pooling.mbr import Mbr, chrf, word_f1
-from lm_eval_deepen.pooling.seam import Scored, check_request, fused_takes_part
 from lm_eval_deepen.pooling.vote import Vote
 
 NAMES = sorted(POOLINGS)
@@ -169,7 +169,7 @@ def test_mbr_of_two_equal_members_is_a_tie_that_the_fused_answer_breaks() -> Non
 
 def test_a_new_file_is_a_new_method(tmp_path) -> None:
     (tmp_path / "new_one.py").write_text(
-        "from lm_eval_deepen.config import Options\nfrom lm_eval_deepen.pooling.seam import pooling\n\n"
+        "from lm_eval_deepen.config import Options\nfrom lm_eval_deepen.pooling.base import pooling\n\n"
         '@pooling("first", paper="none")\nclass First(Options):\n    pass\n'
     )
     with dropped_in(POOLINGS, tmp_path):

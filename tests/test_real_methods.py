@@ -14,16 +14,16 @@ import torch
 from tensor_worlds import view
 from transformers import AutoTokenizer
 
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
 from lm_eval_deepen.fusion._edit import distance
+from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.fusion.eva import Eva, procrustes
 from lm_eval_deepen.fusion.gac import Gac
 from lm_eval_deepen.fusion.mined import Mined
-from lm_eval_deepen.fusion.seam import MemberView, Spelling
 from lm_eval_deepen.fusion.unite import Unite
 from lm_eval_deepen.member import Prompt, TextCodec
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, is_available, prepare
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

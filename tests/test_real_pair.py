@@ -9,10 +9,10 @@ import naive
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.prompting import Prompter, Span
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import score
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, is_available, prepare
 
 pytestmark = [
     pytest.mark.real,

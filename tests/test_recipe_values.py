@@ -10,11 +10,11 @@ import pytest
 import yaml
 from sibling_models import merge_of
 
-from lm_eval_deepen.building.recipe import read_build
+from lm_eval_deepen.build.recipe import read_build
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
-from lm_eval_deepen.tools.recipes import load_recipe
 
 NAN, INF = math.nan, math.inf
 NO_NUMBER: tuple[Any, ...] = (NAN, INF, -INF, True, "x", [], {}, [1], {"a": 1})

@@ -111,7 +111,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Install:
     """A wheel whose model class is a stub, beside a harness without its thousands of task files."""
     folder = tmp_path_factory.mktemp("stubbed")
     installed = Install(folder / "env", "standard", folder / "dist")
-    (installed.site / "lm_eval_deepen" / "host.py").write_text(STUB_HOST)
+    (installed.site / "lm_eval_deepen" / "harness" / "model.py").write_text(STUB_HOST)
     harness = Path(lm_eval.__file__).parent
     tasks = {entry.name for entry in (harness / "tasks").iterdir() if entry.is_dir()}
     shutil.copytree(harness, installed.site / "lm_eval", ignore=lambda _, names: tasks.intersection(names))
@@ -122,7 +122,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Install:
     return installed
 
 
-EXPECTED = {"deepen": "lm_eval_deepen.host:DeepenLM", "dummy": "DummyLM", "hf": True}
+EXPECTED = {"deepen": "lm_eval_deepen.harness.model:DeepenLM", "dummy": "DummyLM", "hf": True}
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ EXPECTED = {"deepen": "lm_eval_deepen.host:DeepenLM", "dummy": "DummyLM", "hf": 
         "import lm_eval.api.registry",
         "import lm_eval.evaluator",
         "import lm_eval_deepen, lm_eval_deepen.errors",
-        "import lm_eval_deepen._registration as r; r.register()",
-        "import lm_eval_deepen._hook as h; h.install(); h.install()",
+        "import lm_eval_deepen._startup.registration as r; r.register()",
+        "import lm_eval_deepen._startup.hook as h; h.install(); h.install()",
     ],
 )
 def test_deepen_and_the_built_in_models_resolve_whatever_was_imported_first(install: Install, first: str):
@@ -142,7 +142,7 @@ def test_deepen_and_the_built_in_models_resolve_whatever_was_imported_first(inst
 
 
 def test_our_model_class_imported_first_hides_no_built_in_model(install: Install):
-    found = install.json(f"import lm_eval_deepen.host\n{REGISTRY}")
+    found = install.json(f"import lm_eval_deepen.harness.model\n{REGISTRY}")
     assert found == EXPECTED
 
 
@@ -155,7 +155,7 @@ def test_hook_installed_after_the_harness_registers_at_once(install: Install):
 def test_off_switch_leaves_the_harness_alone_and_the_wrapper_overrides_it(install: Install):
     off = {"LM_EVAL_DEEPEN_NO_HOOK": "1"}
     assert install.json(REGISTRY, **off) == {**EXPECTED, "deepen": None}
-    forced = "from lm_eval_deepen._registration import register\nregister()\n"
+    forced = "from lm_eval_deepen._startup.registration import register\nregister()\n"
     assert install.json(forced + REGISTRY, **off) == EXPECTED
 
 
@@ -171,7 +171,7 @@ from importlib.metadata import distribution
 [entry] = [e for e in distribution("lm_eval_deepen").entry_points if e.group == "lm_eval.models"]
 print(json.dumps([entry.name, entry.value]))
 """
-    assert install.json(code) == ["deepen", "lm_eval_deepen.host:DeepenLM"]
+    assert install.json(code) == ["deepen", "lm_eval_deepen.harness.model:DeepenLM"]
 
 
 def test_start_up_imports_only_the_hook(install: Install):
@@ -183,7 +183,7 @@ def test_start_up_imports_only_the_hook(install: Install):
         without = install.json(code)
     finally:
         hook.with_suffix(".off").rename(hook)
-    assert set(with_hook) - set(without) == {"lm_eval_deepen", "lm_eval_deepen._hook"}
+    assert set(with_hook) - set(without) == {"lm_eval_deepen", "lm_eval_deepen._startup.hook"}
 
 
 def test_a_start_up_file_without_its_package_is_silent(wheel: Install):
@@ -204,7 +204,7 @@ def refuse(*args, **kwargs):
     raise TypeError("frozen")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import lm_eval_deepen._registration as r
+    import lm_eval_deepen._startup.registration as r
     registry.model_registry.register, kept = refuse, registry.model_registry.register
     r.register_or_warn()
     registry.model_registry.register = kept
@@ -223,7 +223,7 @@ def test_harness_without_lazy_models_is_refused_with_the_remedy(install: Install
     code = """
 import lm_eval.models, lm_eval.api.registry as registry
 del registry.model_registry
-from lm_eval_deepen._registration import register
+from lm_eval_deepen._startup.registration import register
 register()
 """
     done = install.run("-c", code)
@@ -247,14 +247,14 @@ print(json.dumps([type(models.__spec__.loader).__name__, "MODEL_MAPPING" in sour
     [
         ["-m", "lm_eval"],
         ["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", "-m", "lm_eval"],
-        ["-m", "lm_eval_deepen.tools.cli"],
+        ["-m", "lm_eval_deepen.cli.main"],
     ],
     ids=["lm_eval", "accelerate", "wrapper"],
 )
 def test_command_line_evaluates_deepen_with_no_extra_flag(wheel: Install, command: list[str], tmp_path: Path):
     run = ["run", "--model", "deepen", "--model_args", "pretrained=x", "--tasks", "hook_probe"]
     run += ["--include_path", str(wheel.site.parent / "tasks"), "--output_path", str(tmp_path)]
-    env = {"LM_EVAL_DEEPEN_NO_HOOK": "1"} if "lm_eval_deepen.tools.cli" in command else {}
+    env = {"LM_EVAL_DEEPEN_NO_HOOK": "1"} if "lm_eval_deepen.cli.main" in command else {}
     done = wheel.run(*command, *run, **env)
     assert done.returncode == 0, done.stderr
     [written] = tmp_path.rglob("results_*.json")
@@ -270,7 +270,7 @@ def test_wheel_ships_tasks_hook_and_licence_but_no_lint_configuration(wheel: Ins
     assert any(f.endswith("licenses/LICENSE") for f in wheel.files)
     for name in wheel.files:
         assert not name.endswith("ruff.toml")
-        assert not name.startswith(("tests/", "task_configs/", "startup/", "lint/"))
+        assert not name.startswith(("tests/", "task_configs/", "benchmarks/", "docs/"))
 
 
 def test_start_file_names_the_callable_that_the_pth_file_calls():
@@ -282,7 +282,7 @@ def test_start_file_names_the_callable_that_the_pth_file_calls():
 
 
 def test_path_command_finds_the_shipped_tasks(install: Install):
-    done = install.run("-m", "lm_eval_deepen.tools.cli", "path", "tasks")
+    done = install.run("-m", "lm_eval_deepen.cli.main", "path", "tasks")
     assert done.returncode == 0, done.stderr
     assert (Path(done.stdout.strip()) / "demo").is_dir()
     # An editable install must read the checkout, not a copy made when it was installed.

@@ -8,11 +8,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lm_eval_deepen.runs import Measured, corrected, rows_of
-from lm_eval_deepen.runs.aggregation import mean_scores
-from lm_eval_deepen.tools import report
-from lm_eval_deepen.tools.report_chart import Point, chart
-from lm_eval_deepen.tools.report_html import html
+from lm_eval_deepen.results import Measured, corrected, report, rows_of
+from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.chart import Point, chart
+from lm_eval_deepen.results.page import html
 
 
 def sample_rows():

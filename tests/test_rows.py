@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lm_eval_deepen.runs import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.runs.aggregation import mean_scores
-from lm_eval_deepen.runs.regression import Pair, Rule, decide, details
-from lm_eval_deepen.runs.rows import MCNEMAR, SIGN_FLIP
-from lm_eval_deepen.statistics import mcnemar
+from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
+from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP
+from lm_eval_deepen.results.statistics import mcnemar
 
 # Rows --------------------------------------------------------------------------------------------------
 

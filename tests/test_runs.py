@@ -9,16 +9,9 @@ import pytest
 from run_files import DATE, ROOT, evaluate_dummy, local_tasks, record, synthesised
 
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.runs import (
-    Key,
-    Scores,
-    common_keys,
-    find_runs,
-    read_samples,
-    samples_of,
-)
-from lm_eval_deepen.runs.aggregation import mean_scores
-from lm_eval_deepen.runs.samples import mismatch
+from lm_eval_deepen.results import Key, Scores, common_keys, find_runs, read_samples, samples_of
+from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.samples import mismatch
 
 LATER = "2026-02-02T03-04-05.000006"
 
@@ -231,8 +224,8 @@ def test_nothing_here_needs_tensors_or_the_harness():
     import sys
 
     code = (
-        "import sys, lm_eval_deepen.runs, lm_eval_deepen.runs.regression, lm_eval_deepen.tools.gate, "
-        "lm_eval_deepen.tools.compare, lm_eval_deepen.tools.report_html; "
+        "import sys, lm_eval_deepen.results, lm_eval_deepen.results.regression, lm_eval_deepen.cli.gate, "
+        "lm_eval_deepen.cli.compare, lm_eval_deepen.results.page; "
         "print([m for m in ('torch', 'transformers', 'lm_eval', 'scipy') if m in sys.modules])"
     )
     env = {**os.environ, "LM_EVAL_DEEPEN_NO_HOOK": "1"}

@@ -7,7 +7,7 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "1 2 3", "café 中国", "walk walk", "Question: What is"]
 

@@ -17,14 +17,14 @@ import yaml
 from harness import requests
 from lm_eval.tasks import TaskManager
 
+from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.harness.recipes import find_recipe
 from lm_eval_deepen.member import Member, Prompt
-from lm_eval_deepen.member.seq2seq import as_source, divide
-from lm_eval_deepen.tools import cli
-from lm_eval_deepen.tools.recipes import find_recipe
+from lm_eval_deepen.member.encoder_decoder_runner import as_source, divide
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,8 +185,8 @@ def test_every_source_is_encoded_once(ensemble: Any, monkeypatch: pytest.MonkeyP
 
 def test_held_encodings_are_bounded_and_do_not_change_texts(ensemble: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = texts(ensemble("bytelevel", "translator", batch_size=4))
-    monkeypatch.setattr("lm_eval_deepen.member.seq2seq.SOURCES_KEPT", 1)
-    monkeypatch.setattr("lm_eval_deepen.member.seq2seq.TOKENS_PER_FORWARD", 8)
+    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder_runner.SOURCES_KEPT", 1)
+    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder_runner.TOKENS_PER_FORWARD", 8)
     model = ensemble("bytelevel", "translator", batch_size=4)
     assert texts(model) == expected
     assert len(model.ensemble.members[1].runner._encoded) == 1

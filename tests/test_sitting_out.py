@@ -12,9 +12,9 @@ import pytest
 from harness import deepen, requests
 from transformers import AutoConfig, GenerationConfig
 
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import DeepenError, MemberError
 
 QUOTE = "\u2019"

@@ -10,11 +10,11 @@ from harness import deepen, requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.drafting import Cheapest, Drafter, Lookup, drafter, look_up
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.drafts import Cheapest, Drafter, Lookup, drafter, look_up
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "walk walk walk", "ends\n", "1 2 3 1 2 3 1"]
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "bytelevel"), ("padded", "bytelevel"), ("padded", "padded")]

@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.statistics import (
+from lm_eval_deepen.results.statistics import (
     Comparisons,
     change_interval,
     detectable_drop,
@@ -33,8 +33,8 @@ from lm_eval_deepen.statistics import (
     standard_error,
     step_down,
 )
-from lm_eval_deepen.statistics import intervals as intervals_module
-from lm_eval_deepen.statistics.distributions import student_quantile
+from lm_eval_deepen.results.statistics import intervals as intervals_module
+from lm_eval_deepen.results.statistics.distributions import student_quantile
 
 ROOT = Path(__file__).resolve().parents[1]
 level = runpy.run_path(str(ROOT / "benchmarks" / "statistics_level.py"))

@@ -8,9 +8,9 @@ from harness import deepen, requests
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.engine.decoding import Generation, Job, Row, append, generate
-from lm_eval_deepen.engine.drafting import drafter
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.drafts import drafter
+from lm_eval_deepen.engine.generation import Generation, Job, Row, append, generate
+from lm_eval_deepen.engine.prompts import Prompter
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "1 2 3 1 2 3 1"]
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]

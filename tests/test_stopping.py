@@ -8,8 +8,8 @@ import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.decoding import Generation, Job, Row, append, generate
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.generation import Generation, Job, Row, append, generate
+from lm_eval_deepen.engine.prompts import Prompter
 
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]
 

@@ -16,8 +16,8 @@ from vocabulary_helpers import CORPUS, SPACE, byte_level, sentencepiece_bpe, uni
 
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.host import configure
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.text import TextCodec
 from lm_eval_deepen.member.tokenizer_files import TokenizerFiles
@@ -119,7 +119,7 @@ def test_a_class_forced_onto_another_family_is_named_as_the_cause(tmp_path: Path
 def test_a_member_is_compared_before_its_weights_are_looked_for(tmp_path: Path, pico: dict[str, Path]) -> None:
     path = folder(tmp_path, cl100k(), "gpt2", tokenizer_class="GPT2Tokenizer")
     with pytest.raises(MemberError, match="is not the one of"):
-        Member.load(member(path), "cpu")
+        load_member(member(path), "cpu")
     with pytest.raises(MemberError, match="is not the one of"):
         deepen(pico["bytelevel"], path)
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 import lm_eval_deepen
+from lm_eval_deepen.build import demo_models
+from lm_eval_deepen.build.demo_models import DEMO_MODELS, GEMMA3, SMOLLM2, DemoModel
+from lm_eval_deepen.cli import demo, paths, run
+from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.tools import cli, demo, demo_models, paths, run, table
-from lm_eval_deepen.tools.demo_models import DEMO_MODELS, GEMMA3, SMOLLM2, DemoModel
-from lm_eval_deepen.tools.table import Cell, Row
+from lm_eval_deepen.results import tables as table
+from lm_eval_deepen.results.tables import Cell, Row
 
 # Command line ------------------------------------------------------------------------------------------
 
@@ -23,7 +26,7 @@ from lm_eval_deepen.tools.table import Cell, Row
 def test_help_lists_every_subcommand_and_imports_neither_torch_nor_the_harness():
     code = """
 import contextlib, io, sys
-from lm_eval_deepen.tools.cli import main
+from lm_eval_deepen.cli.main import main
 out = io.StringIO()
 with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
     main(["--help"])

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
 from lm_eval_deepen.leaderboard import fitting
-from lm_eval_deepen.leaderboard.recipe import TaskSpec, read_recipe
-from lm_eval_deepen.leaderboard.tasks import load_tasks
+from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import read_tuned, shared_documents
-from lm_eval_deepen.tools import tune_score
+from lm_eval_deepen.tuning import by_score as tune_score
 
 OPTIONS = ["one", "two fish", "the fox", "nothing at all"]
 

@@ -13,11 +13,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import CacheHook, CachingLM, hash_args
 from lm_eval.tasks import TaskManager
 
-from lm_eval_deepen import answering, unanswered
-from lm_eval_deepen.engine.reading import Document, Reading
-from lm_eval_deepen.engine.texts import load_documents
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading
+from lm_eval_deepen.engine.calibration import load_documents
 from lm_eval_deepen.errors import MemberError, RequestError, UnansweredError
-from lm_eval_deepen.unanswered import SHOWN, Unanswered, error_of
+from lm_eval_deepen.harness import requests as answering
+from lm_eval_deepen.harness import unanswered
+from lm_eval_deepen.harness.unanswered import SHOWN, Unanswered, error_of
 
 HALF = "\ud83d"  # of a smile
 GREEDY = {"until": ["e"], "max_gen_toks": 4}
@@ -161,7 +162,7 @@ def test_a_member_without_room_gives_no_text_to_choose_from(paths, tmp_path):
 
 
 def answering_model(members, **options):
-    from lm_eval_deepen.host import DeepenLM
+    from lm_eval_deepen.harness.model import DeepenLM
 
     return DeepenLM(members[0]["pretrained"], members=members, device="cpu", self_check=False, **options)
 

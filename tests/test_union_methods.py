@@ -12,12 +12,12 @@ from harness import deepen, requests
 from tensor_worlds import renormalised, rows, trio, view
 
 from lm_eval_deepen.engine.ensemble import view as member_view
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion._maps import first_pieces
 from lm_eval_deepen.fusion._union import unite_vocabularies
+from lm_eval_deepen.fusion.base import Spelling
 from lm_eval_deepen.fusion.gac import Gac
-from lm_eval_deepen.fusion.seam import Spelling
 from lm_eval_deepen.fusion.unite import Unite
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab

@@ -11,10 +11,10 @@ from dropped_in import dropped_in
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.weighting import WEIGHTINGS
 from lm_eval_deepen.weighting.adaptive import Adaptive
+from lm_eval_deepen.weighting.base import PromptLoss, Weigher
 from lm_eval_deepen.weighting.confidence import Confidence
 from lm_eval_deepen.weighting.explicit import Explicit
 from lm_eval_deepen.weighting.perplexity import Perplexity
-from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
 
 NAMES = sorted(WEIGHTINGS)
 REQUIRED = {"adaptive": {"dev_scores": (0.2, 0.6, 0.2)}}
@@ -155,7 +155,7 @@ def test_bad_options_are_named(build, message: str) -> None:
 NEW = """
 from typing import ClassVar
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.seam import weighting
+from lm_eval_deepen.weighting.base import weighting
 
 @weighting("NAME", paper="none")
 class New(Options):

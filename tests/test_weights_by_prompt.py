@@ -9,10 +9,10 @@ import pytest
 import torch
 from harness import deepen
 
-from lm_eval_deepen.engine.decoding import Job, generate
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score, score_together
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", ""]
 CHOICES = [" jumps over", " two 🙂", "\n\nmoon"]

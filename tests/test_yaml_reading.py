@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm_eval_deepen import yaml_reading
-from lm_eval_deepen.building.recipe import read_build
+from lm_eval_deepen.build.recipe import read_build
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.config import yaml_files as yaml_reading
+from lm_eval_deepen.config.yaml_files import parse_json, parse_yaml, read_yaml
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
-from lm_eval_deepen.tools import cli
-from lm_eval_deepen.tools.recipes import load_recipe
-from lm_eval_deepen.yaml_reading import parse_json, parse_yaml, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{of}'] * 9)}]\n" for of, name in zip("abcdefgh", "bcdefghi", strict=True)

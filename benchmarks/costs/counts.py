@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from costs.workloads import Document
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.harness.model import DeepenLM
 
 
 @dataclass(frozen=True)

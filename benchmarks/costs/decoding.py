@@ -13,7 +13,7 @@ from costs.scoring import alternate
 from costs.sides import HF_BATCH_SIZES, Bench, BenchmarkError, endless, rows_read
 from costs.timers import Timers, members_of
 from costs.workloads import generation, prompts, scoring, unequal_lengths
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 GOALS = {"off": 1.1, "lookup": 0.8, "draft": 0.8}
 

@@ -74,7 +74,7 @@ def memory(settings: Any, work: str) -> dict[str, Any]:
 
 def matrices(settings: Any) -> dict[str, Any]:
     """Build the pair's matrices by the product's command; return seconds, bytes on disk and peak memory."""
-    from lm_eval_deepen.tools import build
+    from lm_eval_deepen.cli import build
 
     with tempfile.TemporaryDirectory() as folder:
         ensemble = json.dumps(settings.arguments(range(len(settings.models)), rows="embedding"))

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from costs.timers import Timers, counted, members_of
 from costs.workloads import Scale, Shape, Source, generation, scoring, shapes
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.member import Member
 
 HF_BATCH_SIZES = (1, 8)

@@ -18,8 +18,8 @@ from lm_eval_deepen.config.describe import Names, Shown
 from lm_eval_deepen.config.errors import bad_value
 from lm_eval_deepen.config.frozen import FrozenDict
 from lm_eval_deepen.config.keys import Keys
+from lm_eval_deepen.config.yaml_files import read_yaml
 from lm_eval_deepen.errors import ConfigError, did_you_mean
-from lm_eval_deepen.yaml_reading import read_yaml
 
 log = logging.getLogger(__name__)
 

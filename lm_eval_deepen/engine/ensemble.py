@@ -13,21 +13,21 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.covers import CoverReader, stand_in
+from lm_eval_deepen.engine.encoder_decoder import check_specialists
 from lm_eval_deepen.engine.selective import Selective
-from lm_eval_deepen.engine.specialists import check_specialists
 from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, Spelling
-from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
+from lm_eval_deepen.member import Member, Prompt, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.weighting.base import PromptLoss, Weigher
 from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
 from lm_eval_deepen.weighting.experts import Experts, posteriors
-from lm_eval_deepen.weighting.seam import PromptLoss, Weigher
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.scoring import SpanScore
@@ -73,7 +73,7 @@ class Ensemble:
             tokenizers = [load_tokenizer(member) for member in config.members]
             check_vocabularies(config, tokenizers)
         loaded = zip(config.members, tokenizers, strict=True)
-        return cls.assemble(config, tuple(Member.load(member, device, tokenizer) for member, tokenizer in loaded))
+        return cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
 
     @classmethod
     def assemble(cls, config: EnsembleConfig, members: Sequence[Member], fuser: Fuser | None = None) -> Ensemble:
@@ -354,7 +354,7 @@ class Ensemble:
 
     def next_logp(self, text: str) -> Tensor:
         """Return log-probabilities [K] of what follows `text`, over ``out_vocab``."""
-        from lm_eval_deepen.engine.prompting import Prompter  # it needs this module
+        from lm_eval_deepen.engine.prompts import Prompter  # it needs this module
 
         prompts = Prompter(self).prompts(text)
         paths = [self.path(m, prompt, (), b"") for m, prompt in enumerate(prompts)]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.chat import ChatPrompt
 from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.member.chat import ChatPrompt
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble

@@ -13,11 +13,11 @@ from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.walk import Prefilled
-from lm_eval_deepen.weighting.seam import PromptLoss
+from lm_eval_deepen.weighting.base import PromptLoss
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.decoding import Job
     from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.engine.generation import Job
 
 Path = tuple[int, ...]
 

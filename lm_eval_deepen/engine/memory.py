@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from lm_eval_deepen.engine.drafting import LONGEST
+from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.evidence import Path, Read
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.weighting.seam import PromptLoss
+from lm_eval_deepen.weighting.base import PromptLoss
 
 LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of the demo pair, which fill its heads
 

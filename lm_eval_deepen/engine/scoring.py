@@ -19,7 +19,7 @@ from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read, evidence
 from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
-from lm_eval_deepen.engine.prompting import Span
+from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import common_prefix
 from lm_eval_deepen.relative.topk import argmax

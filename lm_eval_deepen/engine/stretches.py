@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.chat import ChatPrompt
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
-from lm_eval_deepen.engine.prompting import require_text
+from lm_eval_deepen.engine.prompts import require_text
 from lm_eval_deepen.errors import RequestError, VocabularyError
+from lm_eval_deepen.member.chat import ChatPrompt
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import Experts, posteriors

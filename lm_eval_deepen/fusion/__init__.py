@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lm_eval_deepen.fusion.seam import METHODS
+from lm_eval_deepen.fusion.base import METHODS
 
 __all__ = ["METHODS"]

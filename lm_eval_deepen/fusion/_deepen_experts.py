@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.fusion._threads import in_parts
-from lm_eval_deepen.fusion.seam import Fused
-from lm_eval_deepen.inverse.em import SMALLEST
+from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.average import FLOOR
 from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, sit_out, split
 from lm_eval_deepen.relative.topk import NEG_INF
+from lm_eval_deepen.solvers.em import SMALLEST
 
 if TYPE_CHECKING:
     from lm_eval_deepen.fusion._deepen_step import DeepenFuser

@@ -15,9 +15,7 @@ from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
 from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._threads import in_parts
-from lm_eval_deepen.fusion.seam import Fused
-from lm_eval_deepen.inverse.exact import exact_gain
-from lm_eval_deepen.inverse.trust import within
+from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.average import geometric as pool_geometrically
 from lm_eval_deepen.relative.average import linear
 from lm_eval_deepen.relative.gathered import share_columns
@@ -25,6 +23,8 @@ from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, Support, sit_out, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
 from lm_eval_deepen.relative.tops import WIDER, tops
+from lm_eval_deepen.solvers.exact import exact_gain
+from lm_eval_deepen.solvers.trust import within
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:

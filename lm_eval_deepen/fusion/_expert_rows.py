@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.fusion.seam import Fused, Fuser
+from lm_eval_deepen.fusion.base import Fused, Fuser
 
 if TYPE_CHECKING:
     from lm_eval_deepen.weighting.experts import Experts

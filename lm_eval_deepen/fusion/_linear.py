@@ -22,7 +22,7 @@ from lm_eval_deepen.fusion._rows import (
     shares_of,
     within_groups,
 )
-from lm_eval_deepen.fusion.seam import Fused
+from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.support import sit_out
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError, VocabularyError
 from lm_eval_deepen.fusion._rows import text_ids
-from lm_eval_deepen.fusion.seam import MemberView, Spelling
+from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.relative.files import identity_hash, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.store import explained

@@ -12,15 +12,15 @@ from typing_extensions import Self
 from lm_eval_deepen.config import Choice, Options, Shown
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion._deepen_step import Alone, DeepenFuser
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
-from lm_eval_deepen.inverse import SOLVERS
-from lm_eval_deepen.inverse.seam import Solver
+from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.build import BYTE_ROWS, MatrixSpec
 from lm_eval_deepen.relative.flatness import row_entropy_share
 from lm_eval_deepen.relative.pieces import Tokenizers
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
 from lm_eval_deepen.relative.support import make_side
 from lm_eval_deepen.relative.tops import Rule
+from lm_eval_deepen.solvers import SOLVERS
+from lm_eval_deepen.solvers.seam import Solver
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

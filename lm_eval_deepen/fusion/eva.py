@@ -16,7 +16,7 @@ from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.fusion._maps import stored_map
 from lm_eval_deepen.fusion._rows import Roles, gather_groups, text_ids
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, find_anchors

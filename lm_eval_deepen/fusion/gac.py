@@ -11,7 +11,7 @@ from torch import Tensor
 from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._union import unite_vocabularies
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

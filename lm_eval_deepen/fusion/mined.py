@@ -13,7 +13,7 @@ from lm_eval_deepen.fusion._edit import nearest
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._maps import stored_map
 from lm_eval_deepen.fusion._rows import text_ids
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
+from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_step import DeepenFuser
+from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.fusion.seam import Fuser, MemberView, fusion
 
 if TYPE_CHECKING:
     from lm_eval_deepen.relative.store import MatrixStore

@@ -28,7 +28,7 @@ from lm_eval_deepen.fusion._rows import (
     within_groups,
 )
 from lm_eval_deepen.fusion._union import Union, unite_vocabularies
-from lm_eval_deepen.fusion.seam import Fused, Fuser, MemberView, fusion
+from lm_eval_deepen.fusion.base import Fused, Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.support import sit_out
 from lm_eval_deepen.relative.topk import largest

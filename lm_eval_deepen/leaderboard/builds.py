@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from lm_eval_deepen.building.architecture import IncompatibleError
-from lm_eval_deepen.building.making import build
-from lm_eval_deepen.building.merging import check_inputs, require
-from lm_eval_deepen.building.provenance import lineage, read_provenance, tasks_of
-from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
-from lm_eval_deepen.building.texts import ANYWHERE, TASK, TaskSource, task_hashes
+from lm_eval_deepen.build.architecture import IncompatibleError
+from lm_eval_deepen.build.merge import check_inputs, require
+from lm_eval_deepen.build.provenance import lineage, read_provenance, tasks_of
+from lm_eval_deepen.build.publish import build
+from lm_eval_deepen.build.recipe import BuildRecipe, parse_build, read_build
+from lm_eval_deepen.build.texts import ANYWHERE, TASK, TaskSource, task_hashes
 from lm_eval_deepen.config import Keys, Shown
 from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.errors import ConfigError, DeepenError, blamed
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.leaderboard.tasks import LoadedTask
+    from lm_eval_deepen.harness.tasks import LoadedTask
     from lm_eval_deepen.member import Member
 
 PREFIX = "built:"  # of `pretrained`, where a model is yet to be built

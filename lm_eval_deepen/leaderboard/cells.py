@@ -13,12 +13,12 @@ from typing import Any
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen.errors import ResultError, StorageError
+from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.models import Cost
 from lm_eval_deepen.leaderboard.rows import Row
-from lm_eval_deepen.leaderboard.tasks import LoadedTask
-from lm_eval_deepen.runs.aggregation import to_number
-from lm_eval_deepen.runs.files import TaskRun, read_results
-from lm_eval_deepen.runs.samples import Samples, read_samples
+from lm_eval_deepen.results.aggregation import to_number
+from lm_eval_deepen.results.files import TaskRun, read_results
+from lm_eval_deepen.results.samples import Samples, read_samples
 from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, working_folder, write_json
 
 SUFFIX = ".cell.json"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lm_eval_deepen.building.recipe import BuildRecipe
-from lm_eval_deepen.distill.recipe import FUSELLM_KEYS, DistillRecipe
+from lm_eval_deepen.build.distill.recipe import FUSELLM_KEYS, DistillRecipe
+from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.leaderboard.builds import BuiltRow
 
 DISTILLED, CONTROL = "fusellm", "clm"

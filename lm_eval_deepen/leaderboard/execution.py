@@ -14,22 +14,22 @@ from typing import Any
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_deepen.building.architecture import read_config
+from lm_eval_deepen.build.architecture import read_config
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config.frozen import thaw
-from lm_eval_deepen.engine.checks import flat_spaces
+from lm_eval_deepen.engine.self_check import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
-from lm_eval_deepen.fusion.seam import Fuser
+from lm_eval_deepen.fusion.base import Fuser
+from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.recipe import Recipe
 from lm_eval_deepen.leaderboard.rows import Row
-from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.configuration import is_encoder_decoder
-from lm_eval_deepen.pooling.seam import check_request
+from lm_eval_deepen.pooling.base import check_request
 from lm_eval_deepen.storage import locked
 
 Key = tuple[str, str]  # row, task

@@ -9,14 +9,14 @@ from typing import Any
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.fusion.seam import Fuser
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.fusion.base import Fuser
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.harness.pooled import alone
+from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.execution import evaluate
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.recipe import DEFAULT_SEEDS
-from lm_eval_deepen.leaderboard.tasks import LoadedTask
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.pooled import alone
 
 RATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _TIE = 1e-9

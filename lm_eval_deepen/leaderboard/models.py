@@ -12,16 +12,16 @@ import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
-from lm_eval_deepen.answering import Answering, share_passes
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
-from lm_eval_deepen.distributed import Ranks
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.fusion.seam import Fuser
-from lm_eval_deepen.host import DeepenLM
-from lm_eval_deepen.main_member import MainMemberView
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.fusion.base import Fuser
+from lm_eval_deepen.harness.distributed import Ranks
+from lm_eval_deepen.harness.main_member import MainMemberView
+from lm_eval_deepen.harness.model import DeepenLM
+from lm_eval_deepen.harness.requests import Answering, share_passes
+from lm_eval_deepen.member import Member, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer
 
@@ -210,7 +210,7 @@ def load_members(
     for config, names in ensembles:
         if fuses(config):
             check_vocabularies(config, [tokenizers[name] for name in names])
-    return {member.name: Member.load(member, device, tokenizers[member.name]) for member in members}
+    return {member.name: load_member(member, device, tokenizers[member.name]) for member in members}
 
 
 def share_by_members(models: Sequence[RowModel]) -> None:

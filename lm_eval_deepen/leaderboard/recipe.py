@@ -6,45 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from lm_eval_deepen.building import BuildRecipe
-from lm_eval_deepen.building.texts import TaskSource, task_folders
+from lm_eval_deepen.build import BuildRecipe
+from lm_eval_deepen.build.texts import TaskSource, task_folders
 from lm_eval_deepen.config import FrozenDict, MemberConfig, Names, Shown
 from lm_eval_deepen.config.files import beside
 from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.config.keys import given
-from lm_eval_deepen.config.recipes import LARGEST_SEED, Asked
+from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.config.recipes import read_recipe as read_keys
 from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
-from lm_eval_deepen.host import configure
+from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.harness.tasks import Asking, TaskSpec
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
-from lm_eval_deepen.statistics.paired import MOST_RESAMPLES
+from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
-
-
-class Asking(Asked):
-    """What may be said of one task, or beside `tasks` of all of them."""
-
-    metric: Names = Field(
-        (), description="Metrics that are shown, as `acc` or `exact_match,strict-match`; by default all."
-    )
-    system_instruction: str | None = Field(None, description="Put before every prompt.")
-    gen_kwargs: FrozenDict = Field(FrozenDict(), description="Generation arguments over the tasks' own.")
-
-
-class TaskSpec(Asking):
-    """What is asked of one task, or group of tasks."""
-
-    task: str = Field(min_length=1, description="The name of a task, or of a group of tasks.")
-    split: Literal["test", "validation"] | None = Field(
-        None, description="`validation` evaluates the development split where the task also has a test split."
-    )
 
 
 def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from lm_eval_deepen.config.ensemble import PLACEMENT_KEYS
 from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 from lm_eval_deepen.fusion import METHODS
-from lm_eval_deepen.host import catalogue, configure
+from lm_eval_deepen.harness.model import catalogue, configure
 from lm_eval_deepen.leaderboard.builds import BuiltRow
 from lm_eval_deepen.leaderboard.tuned import Tuned, read_tuned
 from lm_eval_deepen.pooling import POOLINGS

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lm_eval_deepen.runs import Measured, Scores
+from lm_eval_deepen.results import Measured, Scores
 
 SEEDS, SPREAD = "seeds", "sd over seeds"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.config.yaml_files import read_yaml
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.yaml_reading import read_yaml
 
 KEY = "evidence"  # of an ensemble file: what speaks for its options
 _PREFIX = 16  # hexadecimal digits kept of a document's hash: 64 bits

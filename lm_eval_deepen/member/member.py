@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.config import MemberConfig
-from lm_eval_deepen.errors import ConfigError, DeepenError, MemberError, RenderError, RequestError, one_line
-from lm_eval_deepen.member.devices import place, weight_of
+from lm_eval_deepen.errors import ConfigError, MemberError, RenderError, RequestError, one_line
+from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
+from lm_eval_deepen.member.devices import weight_of
 from lm_eval_deepen.member.loading_check import (
     LONG,
     check_reading,
@@ -25,21 +24,12 @@ from lm_eval_deepen.member.loading_check import (
     needs_a_pass_alone,
     sharpest,
 )
-from lm_eval_deepen.member.preflight import files_of, load_tokenizer, reusable
+from lm_eval_deepen.member.preflight import files_of
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.text import Prompt, TextCodec
-from lm_eval_deepen.member.weights import check_weights, weights_reports
 
 log = logging.getLogger(__name__)
 Codec = TypeVar("Codec", bound=TextCodec)
-
-
-def loading_keys() -> frozenset[str]:
-    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
-    from lm_eval.models.huggingface import HFLM
-
-    named = inspect.signature(HFLM.__init__).parameters.values()
-    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
 
 
 class Member:
@@ -75,43 +65,6 @@ class Member:
                 "EOS."
             )
         self.runner: TreeRunner | PlainRunner = self._runner()
-
-    @classmethod
-    def load(cls, config: MemberConfig, device: str | None = None, tokenizer: Any | None = None) -> Member:
-        """Load a member through ``HFLM``, so that it takes every loading argument of ``--model hf``.
-
-        Args:
-            config: what to load.
-            device: where, if `config` does not say.
-            tokenizer: the member's tokenizer, if it is loaded already.
-
-        Raises:
-            ConfigError: a device that this machine lacks.
-            MemberError: loading failed (the cause is chained), or the weights are not those of the files.
-        """
-        from lm_eval.models.huggingface import HFLM
-
-        from lm_eval_deepen.member.specialist import Specialist  # it needs this module
-
-        arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
-        arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
-        tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
-        if reusable(tokenizer):
-            arguments["tokenizer"] = tokenizer
-        try:
-            with weights_reports() as reports:
-                try:
-                    lm = HFLM(pretrained=config.pretrained, **arguments)
-                finally:
-                    check_weights(reports, f"member {config.name!r}:", config.allowed)
-            return next(kind for kind in (Specialist, cls) if lm.backend in kind.BACKENDS)(config, lm)
-        except DeepenError:
-            raise
-        except Exception as error:
-            raise MemberError(
-                f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: "
-                f"{one_line(error)}. Check the path or hub name and the member's loading arguments."
-            ) from error
 
     def _runner(self) -> TreeRunner | PlainRunner:
         """Return the fastest forward passes that are right for the model.

@@ -28,7 +28,7 @@ from lm_eval_deepen.vocabulary import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from lm_eval_deepen.chat import ChatPrompt
+    from lm_eval_deepen.member.chat import ChatPrompt
 
 SEGMENT_CACHE = 65_536
 

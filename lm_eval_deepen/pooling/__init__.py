@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lm_eval_deepen.pooling.seam import POOLINGS
+from lm_eval_deepen.pooling.base import POOLINGS
 
 __all__ = ["POOLINGS"]

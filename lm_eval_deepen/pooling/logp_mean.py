@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.pooling.seam import Pooled, Scored, ballots, pooling
+from lm_eval_deepen.pooling.base import Pooled, Scored, ballots, pooling
 
 
 @pooling("logp-mean", paper="none")

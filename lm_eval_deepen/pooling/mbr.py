@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
+from lm_eval_deepen.pooling.base import Pooled, ballots, best, pooling
 
 ORDERS = range(1, 7)  # chrF: character n-grams of 1 to 6, recall counting twice as much as precision
 BETA_SQUARED = 4.0

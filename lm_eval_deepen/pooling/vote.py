@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.pooling.seam import Pooled, ballots, best, pooling
+from lm_eval_deepen.pooling.base import Pooled, ballots, best, pooling
 
 
 def _pattern(value: str) -> str:

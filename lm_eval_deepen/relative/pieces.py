@@ -20,7 +20,7 @@ from lm_eval_deepen.vocabulary.anchors import AnchorSet
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.fusion.seam import MemberView
+    from lm_eval_deepen.fusion.base import MemberView
 
 
 @dataclass(frozen=True)

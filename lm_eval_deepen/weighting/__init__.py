@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lm_eval_deepen.weighting.seam import WEIGHTINGS
+from lm_eval_deepen.weighting.base import WEIGHTINGS
 
 __all__ = ["WEIGHTINGS"]

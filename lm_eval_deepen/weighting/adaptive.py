@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting.seam import weighting
+from lm_eval_deepen.weighting.base import weighting
 
 
 @weighting("adaptive", paper="arXiv:2404.12715")

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_eval_deepen.config import Options, Shown
+from lm_eval_deepen.weighting.base import PromptLoss, weighting
 from lm_eval_deepen.weighting.experts import Experts, posteriors
-from lm_eval_deepen.weighting.seam import PromptLoss, weighting
 
 
 @weighting("bayes", paper="arXiv:1302.2820")

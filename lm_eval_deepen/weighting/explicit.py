@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting.seam import weighting
+from lm_eval_deepen.weighting.base import weighting
 
 
 @weighting("explicit", paper="none")

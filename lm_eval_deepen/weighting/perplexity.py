@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.seam import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import PromptLoss, weighting
 
 
 @weighting("perplexity", paper="arXiv:2404.11531")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.seam import weighting
+from lm_eval_deepen.weighting.base import weighting
 
 
 @weighting("uniform", paper="arXiv:2404.12715")

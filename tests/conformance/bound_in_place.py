@@ -2,6 +2,6 @@
 
 import lm_eval.models.huggingface
 
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 lm_eval.models.huggingface.HFLM = DeepenLM

@@ -19,7 +19,7 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.models.huggingface import HFLM
 from test_registration import Install
 
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layout of the throw-away environment is POSIX")
 SCRIPT = Path(sys.executable).with_name("lm_eval")
@@ -108,7 +108,7 @@ def test_02_a_wheel_and_an_editable_install_register_alike(installs, kind):
     assert (install.site / "lm_eval_deepen").is_dir() is (kind == "standard")
     [entries] = [name for name in install.files if name.endswith("entry_points.txt")]
     text = (install.site / entries).read_text()
-    assert "[lm_eval.models]" in text and "deepen = lm_eval_deepen.host:DeepenLM" in text
+    assert "[lm_eval.models]" in text and "deepen = lm_eval_deepen.harness.model:DeepenLM" in text
 
 
 def test_02_both_installs_give_the_same_answers(runs, read_results):

@@ -13,7 +13,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.host import DeepenLM, configure
+from lm_eval_deepen.harness.model import DeepenLM, configure
 
 
 def command_line(monkeypatch, *arguments: str) -> dict:

@@ -11,7 +11,7 @@ from custom_model import write_custom_code, write_gguf
 from harness import deepen, hf, requests
 
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.member.arguments import switches
 
 PAIRS = [("The quick brown fox", " jumps over"), ("", "Paris"), ("Question: Where?\nAnswer:", " in the forest")]

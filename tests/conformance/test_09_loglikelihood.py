@@ -11,7 +11,7 @@ import pytest
 from harness import deepen, hf, requests
 from lm_eval.tasks import TaskManager
 
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.errors import RequestError
 

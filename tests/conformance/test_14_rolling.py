@@ -6,7 +6,7 @@ import naive
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.windows import rolling_spans
 
 FAMILIES = ["bytelevel", "metaspace", "padded"]
 TEXTS = ["The quick brown fox.", "café 中国 🙂 and 10 + 20 = 30\n\n\tend", "a", " leading", "<bos>literal"]

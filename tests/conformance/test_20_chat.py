@@ -12,10 +12,10 @@ import naive
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.chat import ChatPrompt, plain_rendering
-from lm_eval_deepen.engine.prompting import Prompter
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
+from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + (m['content'] | trim) + '\n' }}{% endfor %}"

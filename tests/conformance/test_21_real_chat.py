@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.tools.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.engine.prompts import Prompter
 
 pytestmark = [
     pytest.mark.real,

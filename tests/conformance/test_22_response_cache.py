@@ -17,9 +17,9 @@ from harness import deepen, hf, requests
 from lm_eval.api.model import CacheHook, CachingLM, hash_args
 from processes import compact, job_of, log_of, run_worker
 
-from lm_eval_deepen.caches import FINGERPRINT_KEY
 from lm_eval_deepen.engine import memory
 from lm_eval_deepen.errors import CacheError
+from lm_eval_deepen.harness.response_cache import FINGERPRINT_KEY
 
 TASKS = ["conf_choice", "conf_text", "conf_answer"]
 PAIRS = [

@@ -11,7 +11,7 @@ import pytest
 from harness import deepen, hf
 from processes import compact, job_of, reports, run_worker
 
-from lm_eval_deepen.chat import ChatPrompt
+from lm_eval_deepen.member.chat import ChatPrompt
 
 TASKS = ["conf_choice", "conf_answer"]
 CHAT = {

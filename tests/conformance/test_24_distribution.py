@@ -1,7 +1,7 @@
 """Item 24: processes of one launch give the single process's result, and none of them waits for ever.
 
 The harness shards documents over ranks for models that ask for it. That changes randomly drawn few-shots, and
-fails where a rank has no document, so `lm_eval_deepen.distributed` shares the requests instead.
+fails where a rank has no document, so `lm_eval_deepen.harness.distributed` shares the requests instead.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from harness import deepen, hf, requests
 from lm_eval.api.model import CachingLM
 from processes import PATIENCE_S, compact, free_port, job_of, log_of, reports, run_worker
 
-from lm_eval_deepen import distributed
-from lm_eval_deepen.distributed import Ranks
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness import distributed
+from lm_eval_deepen.harness.distributed import Ranks
+from lm_eval_deepen.harness.model import DeepenLM
 
 TASKS = ["conf_choice", "conf_text", "conf_answer"]
 FULL = {"tasks": TASKS, "num_fewshot": 2}

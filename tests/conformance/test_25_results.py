@@ -8,7 +8,7 @@ import pytest
 from harness import deepen, hf, requests
 from lm_eval.utils import handle_non_serializable
 
-from lm_eval_deepen.distributed import Ranks
+from lm_eval_deepen.harness.distributed import Ranks
 
 REQUESTS = {
     "loglikelihood": ("The fox", " jumps"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.prompting import Prompter
-from lm_eval_deepen.engine.rolling import rolling_spans
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.windows import rolling_spans
 
 BOS = {"metaspace": (2, "<bos>"), "padded": (1, "<s>")}  # the first adds it by itself, the second does not
 CASES = list(itertools.product(BOS, [None, True, False]))

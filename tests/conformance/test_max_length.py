@@ -11,7 +11,7 @@ from harness import deepen, hf
 from lm_eval.models import utils
 from transformers import Gemma3Config
 
-from lm_eval_deepen.host import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM
 
 if not hasattr(utils, "resolve_max_length"):
     pytest.skip("this harness resolves lengths in another order", allow_module_level=True)

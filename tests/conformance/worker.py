@@ -24,7 +24,7 @@ from processes import compact  # noqa: E402
 
 import lm_eval_deepen.relative.store as store  # noqa: E402
 from lm_eval_deepen.errors import DeepenError  # noqa: E402
-from lm_eval_deepen.host import DeepenLM  # noqa: E402
+from lm_eval_deepen.harness.model import DeepenLM  # noqa: E402
 
 
 class Worker:

@@ -24,7 +24,7 @@ from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
 from lm_eval_deepen.config import EnsembleConfig  # noqa: E402
 from lm_eval_deepen.config.recipes import shipped_recipes  # noqa: E402
-from lm_eval_deepen.host import configure  # noqa: E402
+from lm_eval_deepen.harness.model import configure  # noqa: E402
 
 DIGESTS = ("0" * 64, "1" * 64, "2" * 64, "3" * 64, "4" * 64)  # of models that recipes name
 
@@ -40,7 +40,7 @@ def configurations() -> dict[str, Any]:
 
 def recipes() -> dict[str, Any]:
     """Return fingerprint and JSON form of every shipped ensemble."""
-    from lm_eval_deepen.tools.recipes import load_recipe
+    from lm_eval_deepen.harness.recipes import load_recipe
 
     found = {}
     for path in shipped_recipes("ensemble").values():
@@ -91,8 +91,8 @@ def leaderboards() -> dict[str, Any]:
 
 def builds() -> dict[str, Any]:
     """Return the identities of every shipped model to build, and what a training's keys come to."""
-    from lm_eval_deepen.building import read_build
-    from lm_eval_deepen.distill import DistillRecipe
+    from lm_eval_deepen.build import read_build
+    from lm_eval_deepen.build.distill import DistillRecipe
 
     found = {}
     for kind in ("merge", "distill"):
@@ -160,7 +160,7 @@ def help_texts() -> dict[str, Any]:
     """Return what every command takes: its arguments with choices, defaults and help; wording apart from layout."""
     import importlib
 
-    from lm_eval_deepen.tools import cli
+    from lm_eval_deepen.cli import main as cli
 
     found: dict[str, Any] = {}
     for name, (module, summary) in cli.COMMANDS.items():

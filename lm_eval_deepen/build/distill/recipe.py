@@ -1,0 +1,143 @@
+"""What a recipe for `lm_eval_deepen.build.distill` says, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
+
+from lm_eval_deepen.config import Keys, Names, Shown
+from lm_eval_deepen.config.recipes import LARGEST_SEED
+from lm_eval_deepen.errors import ConfigError, Problems, did_you_mean
+
+METHODS = ("fusellm", "clm")
+ABOUT = frozenset({"title", "note", "source", "models"})  # for people and for whoever resolves names
+FUSELLM_KEYS = frozenset({"sources", "clm_weight", "fusion", "alignment", "top_k", "tail"})
+
+
+def _shard(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(value) != 2 or not 0 <= value[0] < value[1]:
+        raise ValueError(value)
+    return value
+
+
+class DistillRecipe(Keys):
+    """One build. The keys from `clm_weight` to `tail`, and `sources`, are of `method: fusellm` alone."""
+
+    method: Literal["fusellm", "clm"] = Field(
+        description="`fusellm`, or `clm`: the same training without sources, the control."
+    )
+    target: str = Field(min_length=1, description="The model that is trained, by its name in the recipe.")
+    sources: Names = Field(
+        (),
+        description="The models whose distributions it learns; the target itself, as it is before training, may be "
+        "among them, as in the paper.",
+    )
+    text: Names = Field(
+        (),
+        description="Text files (documents separated by blank lines, or JSON lines with `text`); none takes the "
+        "neutral text of Python's own documentation.",
+    )
+    held_out: float = Field(
+        0.2, gt=0, le=0.9, description="The share of the documents that is never trained on, by any shard or seed."
+    )
+    shard: Annotated[tuple[int, ...], AfterValidator(_shard), Shown("[i, n] with 0 <= i < n")] = Field(
+        (0, 1), description="Train on every n-th of the other documents, from the i-th on."
+    )
+    train_tokens: Annotated[int | None, Shown(default="one pass")] = Field(
+        None, ge=1, description="The tokens of the target to predict; passes over the text are repeated."
+    )
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds the order of the blocks.")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="The learning rate of AdamW at its peak.")
+    warmup: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="The share of the steps in which the learning rate rises; then it falls along a cosine.",
+    )
+    weight_decay: float = Field(0.0, ge=0, le=10, description="The weight decay of AdamW.")
+    batch_size: int = Field(4, ge=1, description="The number of blocks in a step.")
+    context_length: int = Field(256, ge=1, description="The largest number of the target's tokens in a block.")
+    checkpoint_steps: Annotated[int | None, Shown(default="five in all")] = Field(
+        None, ge=1, description="After so many steps a checkpoint is written."
+    )
+    device: Annotated[str | None, Shown(default="the first accelerator, else the CPU")] = Field(
+        None, description="Where models run."
+    )
+    clm_weight: float = Field(
+        0.9, ge=0, le=1, description="The lambda of the loss, lambda * CLM + (1 - lambda) * fusion (section 3.1)."
+    )
+    fusion: Literal["mince", "avgce"] = Field(
+        "mince",
+        description="Which sources a block is learned from: `mince` takes the one that predicts it best, `avgce` takes "
+        "all, weighted by how well they do.",
+    )
+    alignment: Literal["bytes", "dtw"] = Field(
+        "bytes",
+        description="How positions are paired: `bytes` pairs those with equal contexts, `dtw` is the paper's dynamic "
+        "time warping.",
+    )
+    top_k: int = Field(10, ge=1, description="The number of entries kept of a source's distribution, six bytes each.")
+    tail: Literal["rest", "renormalised"] = Field(
+        "rest",
+        description="What stands for the other entries: `rest` is one event with their mass, `renormalised` nothing.",
+    )
+    store: Annotated[str | None, Shown(default="the user's cache folder")] = Field(
+        None, description="The folder of distributions and of the target's own bits per byte."
+    )
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], members: Mapping[str, str]) -> DistillRecipe:
+        """Check a recipe and return it with its defaults.
+
+        Args:
+            raw: the keys of the recipe; `ABOUT` are for others.
+            members: model names that the recipe may use.
+
+        Raises:
+            ConfigError: unknown, missing or impossible keys and values, or a model that is not among `members`.
+        """
+        found = cls.read({key: value for key, value in raw.items() if key not in ABOUT})
+        problems = Problems()
+        for key, names in (("target", [found.target]), ("sources", found.sources)):
+            for name in names:
+                if name not in members:
+                    listed = ", ".join(members) or "none"
+                    near = did_you_mean(name, members)
+                    problems.add(f"{key} {name!r} is not among its models: {listed}.{near}", key, "unknown_name")
+        for name in found.text:
+            if not Path(name).expanduser().is_file():
+                looked = Path(name).expanduser().absolute().parent
+                problems.add(f"text {name!r} is no file (looked in {looked})", "text", "value")
+        problems.refuse()
+        return found.replace(clm_weight=1.0) if found.method == "clm" else found
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse keys that the method has no use for."""
+        foreign = sorted(FUSELLM_KEYS & self.model_fields_set)
+        if self.method == "clm" and foreign:
+            raise ConfigError(
+                f"method clm trains on text alone, but {foreign[0]!r} is given; remove it, or use method fusellm",
+                key=foreign[0], code="conflict",
+            )  # fmt: skip
+        if self.method == "fusellm" and not self.sources:
+            raise ConfigError("method fusellm needs 'sources', named as in models", key="sources", code="missing")
+        if len(set(self.sources)) < len(self.sources):
+            raise ConfigError(
+                f"sources {', '.join(self.sources)} name a model twice; name each once", key="sources", code="value"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every key of the recipe, defaults included, as plain data."""
+        found = super().to_dict()
+        return {key: found[key] for key in found if self.method == "fusellm" or key not in FUSELLM_KEYS}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that decide the result; `build` adds what the names and files stand for."""
+        apart = {"target", "sources", "text", "store", "device", "checkpoint_steps"}
+        return {key: value for key, value in self.to_dict().items() if key not in apart}

@@ -1,0 +1,258 @@
+"""Continued training of the target with ``transformers.Trainer``; here are the data, the loss and the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from lm_eval_deepen.build.distill.corpus import Tokens
+from lm_eval_deepen.build.distill.fusing import Targets
+from lm_eval_deepen.build.distill.loss import IGNORED, FusedBatch, distillation_loss
+from lm_eval_deepen.build.distill.recipe import DistillRecipe
+from lm_eval_deepen.errors import ConfigError, MemberError, StorageError, one_line
+from lm_eval_deepen.member.weights import check_weights, weights_reports
+from lm_eval_deepen.storage import make_folder, read_json, reason, write_json
+
+log = logging.getLogger(__name__)
+
+COMPLETE = "complete"
+CHECKPOINTS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBlocks(Dataset):
+    """Blocks in the order of training.
+
+    Attributes:
+        blocks: what the target reads.
+        order: indices of blocks.
+        fused: what the sources say, by index of a block; None without sources.
+    """
+
+    blocks: Sequence[Tokens]
+    order: Sequence[int]
+    fused: Mapping[int, Targets] | None
+
+    def __len__(self) -> int:
+        """Return the number of blocks, repetitions included."""
+        return len(self.order)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        """Return inputs and labels [T]: at position i the model has read the prefix and i tokens of the text."""
+        block = self.blocks[self.order[at]]
+        lead = len(block.prefix) - 1
+        found: dict[str, Any] = {
+            "input_ids": [*block.prefix, *block.ids[:-1]],
+            "labels": [IGNORED] * lead + list(block.ids),
+            "lead": lead,
+        }
+        return found if self.fused is None else {**found, "targets": self.fused[self.order[at]]}
+
+
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a batch, padded on the right: positions without a label are neither read by others nor learnt."""
+    width = max(len(example["labels"]) for example in examples)
+    shape = (len(examples), width)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for row, example in enumerate(examples):
+        size = len(example["labels"])
+        ids[row, :size] = torch.tensor(example["input_ids"])
+        labels[row, :size] = torch.tensor(example["labels"])
+        mask[row, :size] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if "targets" in examples[0]:
+        batch |= _collated([(example["lead"], example["targets"]) for example in examples], width)
+    return batch
+
+
+def _collated(found: Sequence[tuple[int, Targets]], width: int) -> dict[str, Any]:
+    entries = max(targets.ids.shape[1] for _, targets in found)
+    ids = np.zeros((len(found), width, entries), dtype=np.int64)
+    p = np.zeros((len(found), width, entries), dtype=np.float32)
+    rest, covered = np.zeros((len(found), width), np.float32), np.zeros((len(found), width), bool)
+    for row, (lead, targets) in enumerate(found):
+        here = slice(lead, lead + len(targets.covered))
+        ids[row, here, : targets.ids.shape[1]], p[row, here, : targets.p.shape[1]] = targets.ids, targets.p
+        rest[row, here], covered[row, here] = targets.rest, targets.covered
+    parts = {"fused_ids": ids, "fused_p": p, "fused_rest": rest, "fused_covered": covered}
+    return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+
+class FusionTrainer(Trainer):
+    """A trainer with the loss of FuseLLM that takes blocks in the order of its dataset."""
+
+    def __init__(self, *args: Any, clm_weight: float, **kwargs: Any) -> None:
+        """Take what ``Trainer`` takes, and lambda."""
+        super().__init__(*args, **kwargs)
+        self.clm_weight = clm_weight
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over its batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch that `collate` made."""
+        names = ("fused_ids", "fused_p", "fused_rest", "fused_covered")
+        fused = FusedBatch(*(inputs[name] for name in names)) if names[0] in inputs else None
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        loss = distillation_loss(outputs.logits, inputs["labels"], self.clm_weight, fused)
+        return (loss.total, outputs) if return_outputs else loss.total
+
+
+class MarkComplete(TrainerCallback):
+    """Marks checkpoints that were written to their end."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the mark."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE, _sizes(folder))
+
+
+def claim(path: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder of an unfinished build, or accept the one that an interrupted build of the same left.
+
+    Args:
+        path: the file in it that says what is built.
+        identity: what is built.
+
+    Raises:
+        ConfigError: it belongs to another build, or cannot be made.
+    """
+    folder, wanted = path.parent, json.loads(json.dumps(identity))
+    try:
+        make_folder(folder)
+        there = path.exists()
+        if not there:
+            write_json(path, wanted, indent=1)
+    except (OSError, StorageError) as error:
+        raise ConfigError(f"{folder} cannot be used ({reason(error)}); give another output folder") from error
+    if not there:
+        return
+    try:
+        found = dict(read_json(path))
+    except (StorageError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} holds an interrupted build, and what it says of itself is damaged ({error}); delete the folder "
+            "to start anew"
+        ) from error
+    if found != wanted:
+        keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        raise ConfigError(
+            f"{folder} holds an interrupted build of something else (other {', '.join(keys)}); delete it to start "
+            "anew, or go on with the recipe it belongs to"
+        )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that was written to its end, and whose files are as they were then."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def _is_whole(mark: Path) -> bool:
+    try:
+        return bool(read_json(mark) == _sizes(mark.parent))
+    except StorageError as error:
+        log.warning("%s: the checkpoint is left alone", error)
+        return False
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the bytes of a checkpoint's files, by name."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
+
+
+def steps_of(recipe: DistillRecipe, blocks: int) -> int:
+    """Return the number of optimizer steps."""
+    return math.ceil(blocks / recipe.batch_size)
+
+
+def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: Path, cpu: bool) -> dict[str, Any]:
+    """Train from the last complete checkpoint on, or from the start; write the model to ``folder/model``.
+
+    Args:
+        recipe: learning rate, seed and the like.
+        pretrained: the target before training.
+        data: what it reads, in order.
+        folder: where checkpoints are.
+        cpu: whether to train on the CPU although there is an accelerator.
+
+    Returns:
+        Steps, and the mean loss over each tenth of them.
+
+    Raises:
+        MemberError: the target cannot be loaded, or its weights are not those of its files.
+    """
+    try:
+        with weights_reports() as reports:
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    except (OSError, ValueError) as error:
+        raise MemberError(
+            f"target {recipe.target!r}: cannot load {pretrained!r} for training: {one_line(error)}"
+        ) from error
+    check_weights(reports, f"target {recipe.target!r}:")
+    steps = steps_of(recipe, len(data))
+    with _random_states_kept():
+        trainer = FusionTrainer(
+            model=model, args=_arguments(recipe, folder, steps, cpu), train_dataset=data, data_collator=collate,
+            callbacks=[MarkComplete()], clm_weight=recipe.clm_weight,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": steps, "loss": [round(value, 4) for value in logged]}
+
+
+def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool) -> TrainingArguments:
+    warmup = math.ceil(recipe.warmup * steps)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup,
+        weight_decay=recipe.weight_decay,
+        seed=recipe.seed,
+        full_determinism=not cpu and torch.cuda.is_available(),
+        use_cpu=cpu,
+        logging_steps=max(1, math.ceil(steps / 10)),
+        save_steps=recipe.checkpoint_steps or max(1, math.ceil(steps / CHECKPOINTS)),
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else batches are as many times larger, and the result is another
+    return arguments
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Leave the process's random generators as they were: ``Trainer`` seeds all of them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,171 @@
+"""What a built model says of itself: ``provenance.json`` in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lm_eval_deepen
+from lm_eval_deepen.build.recipe import BuildRecipe
+from lm_eval_deepen.build.texts import TASK
+from lm_eval_deepen.build.weights import snapshot_of, weights_sha256
+from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.storage import read_json, write_json
+
+FILE = "provenance.json"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "mergekit")
+LINEAGE = "trained"  # weights -> tokens: every training that the weights descend from
+TASKS = "trained_on_tasks"  # tasks whose training or validation splits were in it
+_KINDS: Mapping[str, type] = {
+    "method": str,
+    "identity": str,
+    "weights_sha256": str,
+    "seed": int,
+    "models": Mapping,
+    LINEAGE: Mapping,
+    TASKS: list,
+    "bits_per_byte": Mapping,
+}
+
+
+class DamagedError(ConfigError):
+    """A built model that is not what was built: ``--redo`` builds it again."""
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """Return what a built model says of itself; None where a folder says nothing.
+
+    Raises:
+        DamagedError: it cannot be read, or says what cannot be.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+        if why := _impossible(found):
+            raise StorageError(why)
+    except StorageError as error:
+        raise DamagedError(f"{path} is damaged ({error}); build the model again with --redo") from error
+    return dict(found)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Return the provenance of a model that was built to its end, whose weights are those that were built.
+
+    Raises:
+        DamagedError: something of it is gone or was changed since.
+    """
+    found = read_provenance(folder)
+    if found is None:
+        return None
+    if missing := [key for key in _KINDS if key not in found]:
+        raise DamagedError(f"{folder / FILE} is damaged (it has no {missing[0]}); build the model again with --redo")
+    try:
+        weights = weights_sha256(folder)
+    except (ConfigError, OSError) as error:
+        raise DamagedError(f"{folder}: its weights are gone ({error}); build the model again with --redo") from error
+    if weights != found["weights_sha256"]:
+        raise DamagedError(
+            f"{folder}: its weights are damaged, or others: sha256 {weights[:12]}, {found['weights_sha256'][:12]} was "
+            "built; build the model again with --redo"
+        )
+    return found
+
+
+def _impossible(found: Any) -> str:
+    """Return what of a provenance cannot be, empty where nothing is wrong; keys may be missing: others write it too."""
+    if not isinstance(found, Mapping):
+        return "it holds no JSON object"
+    for key, kind in _KINDS.items():
+        if key in found and not isinstance(found[key], kind):
+            return f"its {key} is {str(found[key])[:40]!r}"
+    if not all(type(tokens) is int for tokens in found.get(LINEAGE, {}).values()):
+        return f"its {LINEAGE} maps weights to something else than tokens"
+    if not isinstance(found.get("bits_per_byte", {}).get("value", 0.0), float):
+        return "its bits_per_byte is no number"
+    return ""
+
+
+def provenance(
+    recipe: BuildRecipe, identity: str, folder: Path, members: Mapping[str, str], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what is written down of a model that was just built.
+
+    Args:
+        recipe: what was built.
+        identity: digest of what decides its weights.
+        folder: where it is.
+        members: name -> place of the models it was made from.
+        found: what the builder says, which is kept.
+    """
+    weights = weights_sha256(folder)
+    places = recipe.places(members)
+    tokens = int(found.get("tokens_trained", 0))
+    trained: dict[str, int] = {weights: tokens} if tokens else {}
+    for place in places.values():
+        trained = {**lineage(place), **trained}
+    tasks = {name.removeprefix(TASK) for name in recipe.texts if name.startswith(TASK)}
+    tasks |= {task for place in places.values() for task in tasks_of(place)}
+    return {
+        **{key: value for key, value in found.items() if key != "recipe"},
+        **({"settings": found["recipe"]} if "recipe" in found else {}),  # with what the recipe leaves to defaults
+        "method": recipe.method,
+        "recipe": dict(recipe.content),
+        "recipe_sha256": recipe.sha256,
+        "identity": identity,
+        "seed": recipe.seed,
+        "models": {name: _named(name, place) for name, place in places.items()},
+        "weights_sha256": weights,
+        "tokens_trained": tokens,
+        LINEAGE: trained,
+        TASKS: sorted(tasks),
+        "versions": {**found.get("versions", {}), **versions()},
+    }
+
+
+def _named(name: str, place: str) -> dict[str, str]:
+    if Path(place).is_dir():
+        return {"weights_sha256": weights_sha256(Path(place))}
+    found, folder = {"pretrained": place}, snapshot_of(place)
+    if folder is not None:
+        found["revision"] = folder.name
+        with contextlib.suppress(ConfigError):  # the builder may keep its weights elsewhere
+            found["weights_sha256"] = weights_sha256(folder)
+    return found
+
+
+def lineage(place: str) -> dict[str, int]:
+    """Return weights -> tokens of every training that a model descends from, as far as its folder says."""
+    said = read_provenance(Path(place)) if Path(place).is_dir() else None
+    return {} if said is None else dict(said.get(LINEAGE, {}))
+
+
+def tasks_of(place: str) -> list[str]:
+    """Return the tasks that a model, or what it was made from, was trained on, as far as its folder says."""
+    said = read_provenance(Path(place)) if Path(place).is_dir() else None
+    return [] if said is None else list(map(str, said.get(TASKS, ())))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what builds models, of those packages that are installed."""
+    found = {"lm_eval_deepen": lm_eval_deepen.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``provenance.json`` into a model's folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_json(folder / FILE, content)

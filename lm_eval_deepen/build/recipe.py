@@ -1,0 +1,285 @@
+"""The recipe of one built model: read, checked as far as files alone allow, and identified."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lm_eval_deepen.build import texts
+from lm_eval_deepen.build.weights import commit_of, weights_sha256
+from lm_eval_deepen.config import FrozenDict, Keys, Names
+from lm_eval_deepen.config.errors import unknown_name
+from lm_eval_deepen.config.frozen import thaw
+from lm_eval_deepen.config.recipes import LARGEST_SEED, read_recipe, recipe_file
+from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
+from lm_eval_deepen.storage import sha256
+
+MERGE_KEY = "merge_method"
+TRAINED = ("clm", "fusellm")  # values of `method`: what lm_eval_deepen.build.distill makes
+RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # merges that draw at random
+_PLACEMENT = frozenset({"models", "device", "store", "checkpoint_steps"})  # of a training: decide no weight
+_TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source that are no model
+
+
+@dataclass(frozen=True)
+class BuildRecipe:
+    """One model to build.
+
+    Attributes:
+        source: the file it was read from, or where it stands, for messages.
+        folder: where relative paths are read.
+        content: what the method takes, as it was written: for a merge a configuration of mergekit, verbatim.
+        seed: of whatever is drawn at random.
+        title: one line.
+        note: what else to know.
+        tasks: where the tasks are whose texts it may name.
+    """
+
+    source: str
+    folder: Path
+    content: Mapping[str, Any]
+    seed: int = 0
+    title: str = ""
+    note: str = ""
+    tasks: texts.TaskSource = texts.ANYWHERE
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether weights are merged; else a model is trained."""
+        return MERGE_KEY in self.content
+
+    @property
+    def method(self) -> str:
+        """Name of the method, of mergekit or of ours."""
+        return str(self.content[MERGE_KEY if self.is_merge else "method"])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a merge depends on its seed."""
+        return self.is_merge and self.method in RANDOM
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models it is made from, as they are spelt, in the order in which they stand there."""
+        found: dict[str, None] = {}
+
+        def keep(name: str) -> str:
+            found[name] = None
+            return name
+
+        self._visit(keep)
+        return tuple(found)
+
+    @property
+    def architecture_of(self) -> str:
+        """The model whose architecture the built one has."""
+        first = self.content.get("base_model") if self.is_merge else self.content.get("target")
+        return str(first) if first in self.models else self.models[0]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a model is trained on, as it is spelt; empty for a merge, and for the default text."""
+        given = None if self.is_merge else self.content.get("text")
+        return (given,) if isinstance(given, str) else tuple(map(str, given or ()))
+
+    def with_seed(self, seed: int) -> BuildRecipe:
+        """Return the recipe with another seed."""
+        return replace(self, seed=seed)
+
+    def located(self, members: Mapping[str, str]) -> dict[str, Any]:
+        """Return the configuration of a merge with every model's name replaced by its place."""
+        return self._visit(lambda name: self.place(name, members))
+
+    def text_files(self) -> list[Path]:
+        """Return the files that a model is trained on; none where the recipe names none."""
+        where = f"{self.source}: text"
+        return texts.files(list(self.texts), self.folder, where, self.tasks) if self.texts else []
+
+    def places(self, members: Mapping[str, str]) -> dict[str, str]:
+        """Return where every model is that it is made from, by the name it is spelt with.
+
+        Args:
+            members: name -> folder or hub name. Next come the recipe's own `models` (of a trained model), folders
+                beside the recipe, and the hub.
+        """
+        return {name: self.place(name, members) for name in self.models}
+
+    def place(self, name: str, members: Mapping[str, str]) -> str:
+        """Return where a model is: a folder, or a hub name.
+
+        Raises:
+            ConfigError: a name that looks like a folder, and is none, or like a misspelt member.
+        """
+        known = {**self._own_models, **members}
+        place = known.get(name, name)
+        for folder in (Path(place).expanduser(), self.folder / Path(place).expanduser()):
+            if folder.is_dir():
+                return os.path.normpath(folder)
+        if name not in known and (place.startswith((".", "/", "~")) or "/" not in place):
+            listed = f" Members: {', '.join(known)}." if known else ""
+            raise ConfigError(
+                f"{self.source}: model {name!r} is no member, and no folder in {self.folder.absolute()}."
+                f"{did_you_mean(name, known)}{listed} Say where it is with --member {name}=FOLDER, or give a hub name "
+                "as ORGANISATION/MODEL"
+            )
+        return place
+
+    @property
+    def _own_models(self) -> Mapping[str, str]:
+        found: Any = {} if self.is_merge else self.content.get("models") or {}
+        if not isinstance(found, Mapping) or not all(isinstance(place, str) for place in found.values()):
+            raise ConfigError(f"{self.source}: models must map names to folders or hub names; got {found!r}")
+        return found
+
+    def identity(self, members: Mapping[str, str], digests: Mapping[str, str] | None = None) -> str:
+        """Return the SHA-256 hex digest of what decides the built weights.
+
+        Args:
+            members: name -> place, as for `places`.
+            digests: identities of models that are not built yet, by name.
+
+        Models in folders count by their weights, texts by their content, models of the hub by their name.
+        """
+        known = digests or {}
+        facts = {
+            "recipe": self._deciding,
+            "seed": self.seed,
+            "models": {name: known.get(name) or _model_digest(self.place(name, members)) for name in self.models},
+            "texts": [sha256(path) for path in self.text_files()] or self._default_text(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _default_text(self) -> list[str]:
+        if self.is_merge:
+            return []
+        from lm_eval_deepen.build.distill.corpus import neutral_documents, text_digest
+
+        return [text_digest(neutral_documents())]  # it comes with Python, and differs between versions
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 hex digest of the recipe alone."""
+        facts = {"recipe": self._deciding, "seed": self.seed}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _deciding(self) -> dict[str, Any]:
+        """The keys that decide the weights, beside the seed and what the names stand for."""
+        return {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
+
+    def _visit(self, change: Callable[[str], str]) -> dict[str, Any]:
+        """Return a copy of the content with every spelt model replaced by what `change` returns."""
+        names_model = _names_merged if self.is_merge else _names_trained
+
+        def visit(value: Any, key: str, inside: str) -> Any:
+            if isinstance(value, str):
+                return change(value) if names_model(key, inside, value) else value
+            if isinstance(value, list):
+                return [visit(item, key, inside) for item in value]
+            if isinstance(value, Mapping):
+                return {name: visit(item, name, key) for name, item in value.items()}
+            return value
+
+        return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
+
+
+def _names_trained(key: str, inside: str, value: str) -> bool:
+    return key in ("target", "sources") and not inside
+
+
+def _names_merged(key: str, inside: str, value: str) -> bool:
+    """Tell whether a text of mergekit's configuration is a model's name."""
+    tokenizer = key == "tokenizer_source" or (key == "source" and inside == "tokenizer")
+    return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
+
+
+def _model_digest(place: str) -> str:
+    return weights_sha256(Path(place)) if os.path.isdir(place) else f"{place}@{commit_of(place) or 'unknown'}"
+
+
+class BuildKeys(Keys):
+    """Keys of a model to build, beside those of the merge or of the training."""
+
+    kind: Literal["merge", "distill"] | None = Field(
+        None, description="Whether weights are merged, or a model trained."
+    )
+    title: str = Field("", description="One line.")
+    note: str = Field("", description="What else to know.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds whatever is drawn at random.")
+    include_path: Names = Field((), description="Folders with the tasks whose texts are trained on.")
+    metadata: FrozenDict = Field(FrozenDict(), description="What these tasks are told.")
+
+
+def read_build(recipe: str | Path, changes: Mapping[str, Any] | None = None, folder: Path | None = None) -> BuildRecipe:
+    """Read the recipe of a built model.
+
+    Args:
+        recipe: the YAML file, or the name of a shipped one.
+        changes: keys that stand for those of the file.
+        folder: where a relative path is read; None: the current folder.
+
+    Raises:
+        ConfigError: what is no recipe, by file and key.
+    """
+    path = recipe_file(str(recipe), folder)
+    return parse_build(read_recipe(path, "merge", "distill"), str(path), path.parent, changes)
+
+
+def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] | None = None) -> BuildRecipe:
+    """Return the recipe that parsed YAML spells.
+
+    Raises:
+        ConfigError: it says neither how to merge nor how to train, or says both.
+    """
+    with blamed(source):
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"a recipe holds {MERGE_KEY}, or method; got {type(raw).__name__}")
+        keys = {**raw, **(changes or {})}
+        if (MERGE_KEY in keys) == ("method" in keys):
+            raise ConfigError(
+                f"give {MERGE_KEY}: linear, slerp, ties, ... (weights are merged), or method: {' or '.join(TRAINED)} "
+                f"(a model is trained), and not both; got the keys {', '.join(map(str, keys)) or 'none'}",
+                key="method", code="conflict",
+            )  # fmt: skip
+        if "method" in keys and keys["method"] not in TRAINED:
+            problem = unknown_name("method", keys["method"], TRAINED)
+            raise ConfigError(replace(problem, message=f"{problem.message}; merges are named by {MERGE_KEY}"))
+        own = BuildKeys.read({key: value for key, value in keys.items() if key in BuildKeys.names()})
+        folders = texts.task_folders(own.include_path, folder)
+    found = BuildRecipe(
+        source=source,
+        folder=folder,
+        content={key: value for key, value in keys.items() if key not in BuildKeys.names()},
+        seed=own.seed,
+        title=own.title,
+        note=own.note,
+        tasks=texts.TaskSource(folders, json.dumps(thaw(own.metadata), sort_keys=True)),
+    )
+    if found.is_merge:
+        from lm_eval_deepen.build.merge import check
+
+        check(found)
+    else:
+        _check_training(found)
+    return found
+
+
+def _check_training(recipe: BuildRecipe) -> None:
+    """Refuse what no training can be made of; its models and texts are looked for later."""
+    from lm_eval_deepen.build.distill import DistillRecipe
+
+    content = {**recipe.content, "seed": recipe.seed, "text": None}
+    recipe._own_models  # noqa: B018  # refuses what is no mapping of names
+    if recipe.content.get("text") is not None:
+        texts.names(recipe.content["text"], f"{recipe.source}: text")
+    named = [content.get("target"), *texts.listed(content.get("sources"))]
+    with blamed(recipe.source):
+        DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})

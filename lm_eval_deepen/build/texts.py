@@ -1,0 +1,166 @@
+"""Texts to train on, by name: files, or the training or validation split of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import cache_folder, sha256, write_bytes
+
+TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where tasks are found beside the harness's and ours, and what they are told.
+
+    Attributes:
+        include_path: folders.
+        metadata: a JSON object, as ``--metadata`` of the harness.
+    """
+
+    include_path: tuple[str, ...] = ()
+    metadata: str = "{}"
+
+    def under(self, other: TaskSource) -> TaskSource:
+        """Return this source with what another one has beside it; what both say, this one decides."""
+        return TaskSource(
+            tuple(dict.fromkeys((*self.include_path, *other.include_path))),
+            json.dumps({**json.loads(other.metadata), **json.loads(self.metadata)}, sort_keys=True),
+        )
+
+
+ANYWHERE = TaskSource()
+
+
+def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) -> list[Path]:
+    """Return the files of a list of texts, made first where they are no files.
+
+    Args:
+        value: a name or a list of names: a file (relative ones are read beside the recipe, environment variables are
+            filled in), or ``task:NAME``.
+        folder: where relative paths are read.
+        where: the recipe and its key, for messages.
+        tasks: where tasks are found.
+
+    Raises:
+        ConfigError: a text that is not there.
+    """
+    return [_file(name, folder, where, tasks) for name in names(value, where)]
+
+
+def names(value: Any, where: str) -> list[str]:
+    """Return a text's name, or those of a list, as a list.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
+        raise ConfigError(
+            f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
+            f"{value!r}"
+        )
+    return listed
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a recipe's list, or a single value as one."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
+    """Return the folders of a recipe's ``include_path``, a folder or a list; relative ones are beside the recipe.
+
+    Raises:
+        ConfigError: what is no folder.
+    """
+    found = []
+    listed = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"include_path must be a folder or a list of folders; got {value!r}")
+    for name in listed:
+        place = folder / Path(name).expanduser()
+        if not place.is_dir():
+            raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
+        found.append(str(place))
+    return tuple(found)
+
+
+def _file(name: str, folder: Path, where: str, tasks: TaskSource) -> Path:
+    if name.startswith(TASK):
+        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks))
+    path = folder / Path(os.path.expandvars(name)).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {path} is no file; relative paths are read beside the recipe. Give a file, or "
+            f"{TASK}NAME for a task's training split"
+        )
+    return path.absolute()
+
+
+def _kept(name: str, documents: Sequence[str]) -> Path:
+    """Return a file with these documents in the user's cache, written if need be; its name holds their digest."""
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents if text.strip())
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    path = cache_folder() / "texts" / f"{name}-{digest[:12]}.jsonl"
+    if not path.is_file() or sha256(path) != digest:
+        write_bytes(path, content.encode())
+    return path
+
+
+def task_texts(name: str, tasks: TaskSource = ANYWHERE) -> list[str]:
+    """Return what a task asks, each with its answer, from the split that may be trained on; never its test split.
+
+    Args:
+        name: the task.
+        tasks: where tasks are found.
+
+    Raises:
+        ConfigError: an unknown task, one with several tasks in it, or one without such a split.
+    """
+    return [text for text, _ in _examples(name, tasks)]
+
+
+@lru_cache(maxsize=16)
+def task_hashes(name: str, tasks: TaskSource = ANYWHERE) -> tuple[str, ...]:
+    """Return the harness's ``doc_hash`` of the documents of `task_texts`."""
+    from lm_eval_deepen.harness.tasks import doc_hashes
+
+    return tuple(doc_hashes([document for _, document in _examples(name, tasks)]))
+
+
+def _examples(name: str, tasks: TaskSource) -> list[tuple[str, Any]]:
+    from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
+
+    [loaded] = load_tasks([TaskSpec(task=name)], tasks.include_path, json.loads(tasks.metadata))
+    if list(loaded.leaves) != [name]:
+        raise ConfigError(f"text {TASK}{name} is a group; name one of its tasks: {', '.join(loaded.leaves)}")
+    task = loaded.leaves[name]
+    if task.has_training_docs():
+        documents = list(task.training_docs())
+    elif task.has_validation_docs() and task.has_test_docs():
+        documents = list(task.validation_docs())
+    else:
+        raise ConfigError(
+            f"text {TASK}{name}: the task has no training split, nor a validation split beside its test split, so that "
+            "a model trained on it would have seen what it is evaluated on; choose another text"
+        )
+    return [(_spelt(task, document), document) for document in documents]
+
+
+def _spelt(task: Any, document: Any) -> str:
+    """Return a document as a task's few-shots spell it: what is asked, and the answer."""
+    asked, answer = task.doc_to_text(document), task.doc_to_target(document)
+    if isinstance(answer, list):
+        answer = answer[0]
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        answer = task.doc_to_choice(document)[answer]
+    return f"{asked}{task.config.target_delimiter}{answer}"

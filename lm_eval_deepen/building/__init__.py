@@ -1,6 +1,0 @@
-"""Models made from other models, as ordinary model folders: weight merging and distillation, by one recipe each."""
-
-from lm_eval_deepen.building.making import build
-from lm_eval_deepen.building.recipe import BuildRecipe, parse_build, read_build
-
-__all__ = ["BuildRecipe", "build", "parse_build", "read_build"]

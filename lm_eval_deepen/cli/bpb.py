@@ -1,0 +1,102 @@
+"""``lm-eval-deepen bpb ENSEMBLE --text FILES``: how well an ensemble predicts text, against its members."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.cli.arguments import count
+from lm_eval_deepen.cli.build import add_ensemble
+from lm_eval_deepen.storage import check_place, write_json
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.bits_per_byte import Document
+    from lm_eval_deepen.tuning.bits_table import Line
+
+HELP = (
+    "Bits per byte of a text under each member (also at a temperature fitted on other text, the fair opponent), under "
+    "the ensemble with each member as the main one, and under mixtures taken only where all tokenisations end. "
+    "Intervals are over documents, paired, and allow for the best member being picked on these. Control tokens "
+    "are never scored."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    add_ensemble(parser)
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE",
+        help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dev", nargs="+", metavar="FILE",
+        help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the table."""
+    from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
+    from lm_eval_deepen.tuning.bits_table import best, facts, level, table
+
+    if args.json:
+        check_place(args.json)
+    documents = load_documents(args.text or [default_text()], args.limit)
+    dev = load_documents(args.dev, args.limit) if args.dev else None
+    lines = measure(load(args.ensemble, args.device), documents, dev)
+    num_bytes = sum(document.num_bytes for document in documents)
+    reference, each = best(opponents(lines)), level(lines, opponents(lines))
+    print(f"{len(documents)} documents, {num_bytes} bytes\n")
+    print(table(lines, reference, num_bytes, each))
+    if args.json:
+        found: dict[str, Any] = {
+            "documents": len(documents),
+            "bytes": num_bytes,
+            "text_sha256": digest(documents),
+            "reference": reference.system,
+            "systems": [facts(line, reference, num_bytes, each) for line in lines],
+        }
+        write_json(args.json, found)
+    return 0
+
+
+def load(spelt: str, device: str) -> Ensemble:
+    """Return the ensemble that a command line names."""
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.harness.model import configure
+    from lm_eval_deepen.harness.recipes import parse_ensemble
+
+    return Ensemble.load(configure(parse_ensemble(spelt)), device)
+
+
+def measure(ensemble: Ensemble, documents: Sequence[Document], dev: Sequence[Document] | None) -> list[Line]:
+    """Return one line per system: members, members with a fitted temperature, ensembles, controls."""
+    from lm_eval_deepen.tuning.bits import controls, fused_bits, orders, own, read_orders
+    from lm_eval_deepen.tuning.bits_table import Line
+
+    ensembles = orders(ensemble)
+    elsewhere = [own(reading) for reading in read_orders(ensembles, dev, members=1)] if dev else [None] * len(ensembles)
+    readings = read_orders(ensembles, documents)
+    alone = [own(reading) for reading in readings]
+    lines = [Line(f"{found.name} alone", found.bits) for found in alone]
+    for found, other in zip(alone, elsewhere, strict=True):
+        bits, chosen = found.fitted(other)
+        note = "temperature " + " and ".join(f"{t:.2f}" for t in dict.fromkeys(chosen))
+        lines.append(Line(f"{found.name} alone, fitted", bits, note))
+    for reading in readings:
+        lines.append(Line(f"ensemble, {reading.ensemble.main.name} main", fused_bits(reading)))
+    shared = controls(readings)
+    lines.append(Line("linear where all tokenisations end", shared["linear"], "control"))
+    lines.append(Line("geometric where all tokenisations end", shared["geometric"], "control, not normalised"))
+    return lines
+
+
+def opponents(lines: Sequence[Line]) -> list[Line]:
+    """Return the members at their fitted temperatures; the best of them is what the others are compared with."""
+    return [line for line in lines if line.system.endswith("fitted")]

@@ -1,0 +1,125 @@
+"""``lm-eval-deepen compare A B ...``: result folders of the harness side by side, paired by document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lm_eval_deepen.cli.arguments import share, whole
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
+from lm_eval_deepen.results import Row, Run, corrected, find_runs, report, rows_of
+from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
+from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
+from lm_eval_deepen.storage import write_text
+
+HELP = (
+    "Compare result folders of the harness (written with --log_samples), ours or anyone's, of any model type: "
+    "scores, paired differences with intervals, tests corrected over the table, agreement, oracle."
+)
+BEST = "best"
+FORMATS = ("text", "md", "json", "html")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="DIR",
+        help="a result folder (each model's sub-folder is a run of its own) or one results_*.json",
+    )  # fmt: skip
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="names for the tables, one per DIR")
+    parser.add_argument(
+        "--against", metavar="NAME",
+        help=f"the reference: a run's name, or {BEST!r}, the best of each metric (default: the first run)",
+    )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to compare (default: all in common)")
+    parser.add_argument(
+        "--metric", nargs="+", metavar="NAME",
+        help="metrics to compare, as acc or exact_match,strict-match (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alpha", type=share, default=0.05, metavar="P", help="level of significance (default: %(default)s)"
+    )
+    parser.add_argument("--mid-p", action="store_true", help="McNemar's test with mid-p instead of exact p-values")
+    parser.add_argument(
+        "--resamples", type=whole(1, MOST_RESAMPLES), default=RESAMPLES, metavar="N",
+        help="of the permutation test of real-valued metrics (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print or write the table."""
+    runs = read_runs(args.runs, args.names)
+    reference = reference_of(runs, args.against)
+    notes = [note for run in runs for note in run.notes]
+    tasks = tasks_in_common(runs, args.tasks, notes)
+    rows: list[Row] = []
+    for column in wanted_columns(runs, tasks, args.metric):
+        try:
+            measured = measure(runs, *column, notes)
+        except NotPairedError as error:
+            if args.metric:
+                raise
+            notes.append(f"not compared: {error}")
+            continue
+        rows += rows_of(measured, reference, resamples=args.resamples, seed=args.seed, mid_p=args.mid_p)
+    if not rows:
+        raise ResultError("nothing to compare:\n  " + "\n  ".join(notes))
+    notes += groups(runs, reference)
+    text = rendered(corrected(rows), args.alpha, list(dict.fromkeys(notes)), args.format)
+    if args.output:
+        write_text(args.output, text + "\n")
+    else:
+        print(text)
+    return 0
+
+
+def read_runs(paths: Sequence[Path], names: Sequence[str] | None) -> list[Run]:
+    """Return the runs of all folders, each under a name of its own.
+
+    Raises:
+        ResultError: fewer than two runs, or names that do not fit.
+    """
+    if names and len(names) != len(paths):
+        raise ResultError(f"--names: {len(names)} names for {len(paths)} folders; give one for each.")
+    found = [run for i, path in enumerate(paths) for run in find_runs(path, names[i] if names else None)]
+    if len(found) < 2:
+        raise ResultError(f"{paths[0]}: one run alone cannot be compared; give a second result folder.")
+    labels = [run.label for run in found]
+    if len(set(labels)) < len(labels):
+        if names:
+            raise ResultError(f"--names: {', '.join(labels)} are not all different.")
+        found = [Run(str(run.folder), run.folder, run.tasks, run.notes) for run in found]
+    return found
+
+
+def reference_of(runs: Sequence[Run], against: str | None) -> list[str]:
+    """Return the names whose best is the reference.
+
+    Raises:
+        ResultError: no run has that name.
+    """
+    labels = [run.label for run in runs]
+    if against == BEST:
+        return labels
+    if against is not None and against not in labels:
+        near = did_you_mean(against, [*labels, BEST])
+        raise ResultError(f"--against {against!r}: the runs are {', '.join(labels)}, or {BEST}.{near}")
+    return [against or labels[0]]
+
+
+def rendered(rows: Sequence[Row], alpha: float, notes: Sequence[str], fmt: str) -> str:
+    """Return the table in one of `FORMATS`."""
+    if fmt == "json":
+        return json.dumps(report.to_dict(rows, alpha, notes), indent=2, ensure_ascii=False)
+    if fmt == "html":
+        from lm_eval_deepen.results.page import html
+
+        return html(rows, alpha, notes)
+    return (report.markdown if fmt == "md" else report.plain)(rows, alpha, notes)

@@ -1,0 +1,128 @@
+"""``lm-eval-deepen demo``: two small models alone and as an ensemble, evaluated by ``lm_eval`` itself."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen._startup import registration as _registration
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
+from lm_eval_deepen.cli.arguments import count
+from lm_eval_deepen.cli.paths import data_folder
+from lm_eval_deepen.results.tables import Row, read_cells, render
+from lm_eval_deepen.storage import make_folder, write_text
+
+HELP = (
+    "Evaluate SmolLM2-135M-Instruct and Gemma-3-270M alone and as an ensemble"
+    " (`--model deepen`) in both orders, and print the results side by side."
+)
+READING = (
+    "± is one standard error over a task's items: a difference below about two of them says nothing.\n"
+    "It is left out where all items came out alike: the sample standard deviation is then 0, the error is not.\n"
+    "A+B: an ensemble with A as its main member. alone: an ensemble of one, which gives what `--model hf` gives,\n"
+    "sooner (the tests compare them); `--hf` runs the single models with `--model hf` itself.\n"
+    "wall: from loading to results; an ensemble's first run also builds its matrices."
+)
+BATCH_SIZE = 8
+TASKS = ["deepen_demo"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the table: a model class of the harness and its arguments."""
+
+    label: str
+    slug: str
+    model: str
+    model_args: dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's own arguments."""
+    parser.add_argument("--limit", type=count, metavar="N", help="evaluate the first N items of each task only")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/demo"), metavar="DIR", help="result files (%(default)s)"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=TASKS, metavar="TASK", help="tasks of lm_eval (default: deepen_demo)"
+    )
+    parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
+    parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")
+    parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU, else cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the models, evaluate every system, print the table."""
+    # Before torch and the hub client are imported, which read them once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    make_folder(args.output)
+    smollm2, gemma3 = (prepare(model, args.redo) for model in (SMOLLM2, GEMMA3))
+    _registration.register()
+    from lm_eval.tasks import TaskManager
+
+    # One for all systems, and without the harness's thousands of task files where none is asked for: reading
+    # them takes longer than loading a model.
+    task_manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=args.tasks != TASKS)
+    rows = []
+    plan = systems(smollm2, gemma3, "hf" if args.hf else "deepen")
+    for number, system in enumerate(plan, 1):
+        print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
+        rows.append(evaluate(system, args, task_manager))
+    print(f"\n{render(rows)}\n\n{READING}\nResult files: {args.output}")
+    return 0
+
+
+def systems(smollm2: Path, gemma3: Path, model: str) -> list[System]:
+    """Return what is compared: each one alone, by the model class `model`, then both orders of the pair."""
+    return [
+        _alone("SmolLM2-135M", smollm2, model),
+        _alone("Gemma-3-270M", gemma3, model),
+        _ensemble("SmolLM2-135M+Gemma-3-270M", [smollm2, gemma3]),
+        _ensemble("Gemma-3-270M+SmolLM2-135M", [gemma3, smollm2]),
+    ]
+
+
+def _alone(label: str, folder: Path, model: str) -> System:
+    model_args = {"pretrained": str(folder), "dtype": "float32"}
+    return System(f"{label} ({'hf' if model == 'hf' else 'alone'})", label, model, model_args)
+
+
+def _ensemble(label: str, folders: Sequence[Path]) -> System:
+    members = [{"pretrained": str(folder)} for folder in folders]
+    model_args = {"pretrained": str(folders[0]), "members": members, "dtype": "float32"}
+    return System(label, label, "deepen", model_args)
+
+
+def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Row:
+    """Evaluate one system with ``lm_eval.simple_evaluate`` and write its result file."""
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    start = time.perf_counter()
+    results = simple_evaluate(
+        model=system.model,
+        model_args=system.model_args,
+        tasks=list(args.tasks),
+        batch_size=BATCH_SIZE,
+        # Without one, `hf` of 0.4.13 takes cuda for granted when it is called from Python.
+        device=args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
+        limit=args.limit,
+        log_samples=False,
+        task_manager=task_manager,
+    )
+    seconds = time.perf_counter() - start
+    gc.collect()  # the models of this system, before the next one is loaded
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_text(args.output / f"{system.slug}.json", text + "\n")
+    return Row(system.label, read_cells(results), seconds)

@@ -1,0 +1,70 @@
+"""``lm-eval-deepen gate``: has a candidate become worse than its baseline? For CI; see docs/ci.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from lm_eval_deepen.cli.arguments import nonnegative, share, whole
+from lm_eval_deepen.results.gate import judge, single_run
+from lm_eval_deepen.results.gate_report import Status, markdown, plain
+from lm_eval_deepen.results.regression import Rule
+from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
+from lm_eval_deepen.storage import append_text, write_json
+
+HELP = (
+    "Test whether the candidate's evaluation is worse than the baseline's, paired by document. "
+    "Exit status: 0 pass, 1 regressed, 2 wrong usage, unreadable results or an output that cannot be written, 3 not "
+    "comparable."
+)
+EXIT: dict[Status, int] = {"pass": 0, "regressed": 1, "not comparable": 3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="result folder of the baseline")
+    parser.add_argument("--candidate", type=Path, required=True, metavar="DIR", help="result folder of the candidate")
+    parser.add_argument(
+        "--alpha", type=share, default=0.05, metavar="P",
+        help="chance of an alarm without a cause, over all tests together (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-effect", type=nonnegative, default=0.0, metavar="X",
+        help="smallest observed drop that counts, in the metric's unit (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--power", type=share, default=0.8, metavar="P",
+        help="chance of detection that the minimal detectable effect is stated for (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", nargs="+", metavar="NAME",
+        help="metrics to test, as acc or exact_match,strict-match (default: all; fewer see smaller drops)",
+    )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to test (default: all of the baseline)")
+    parser.add_argument(
+        "--allow-config-change", action="store_true",
+        help="accept another ensemble configuration (fingerprint) in the candidate, and name it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE",
+        help="append the outcome as Markdown (default: $GITHUB_STEP_SUMMARY, if set)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge, print, write the files asked for; returns 0, 1 or 3."""
+    rule = Rule(args.alpha, args.min_effect, args.power, seed=args.seed)
+    baseline, candidate = single_run(args.baseline), single_run(args.candidate)
+    report = judge(baseline, candidate, rule, args.tasks, args.metric, args.allow_config_change)
+    print(plain(report))
+    if args.json:
+        write_json(args.json, {**report.to_dict(), "exit_status": EXIT[report.status]})
+    summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        append_text(Path(summary), markdown(report) + "\n")
+    return EXIT[report.status]

@@ -1,0 +1,56 @@
+"""``lm-eval-deepen inspect RECIPE``: what an ensemble needs, before any weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from lm_eval_deepen.cli.arguments import count, pairs, positive
+
+HELP = (
+    "Pre-flight report of an ensemble: anchors and overlap, relative matrices, memory per device, where texts begin "
+    "and end, round trip of the tokenizers, cost of the recipe's tasks. Reads tokenizers, configurations and headers, "
+    "and of the weights only embeddings, where rows are made from them. Ends in 'ready' (exit status 0) or in numbered "
+    "problems (1)."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", help="a YAML file, the name of a shipped recipe, or what --model_args takes")
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="read a member from there: a folder, a hub name"
+    )
+    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="GB",
+        help="of each device, to plan for another machine (default: what is free)",
+    )
+    parser.add_argument("--batch-size", type=count, metavar="N", help="texts decoded together (default: the recipe's)")
+    parser.add_argument("--no-tasks", action="store_true", help="leave the recipe's tasks alone: no cost, no data")
+    parser.add_argument(
+        "--bandwidth", type=positive, default=2000, metavar="GB/S",
+        help="at which weights are read, for the hours (default: %(default)s, the peak of one 80 GB A100)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tflops", type=positive, default=150, metavar="N",
+        help="that are reached, for the hours (default: %(default)s, half the peak of one A100)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lm_eval_deepen.preflight.cost import Machine
+    from lm_eval_deepen.preflight.report import Plan, inspect
+    from lm_eval_deepen.preflight.text import rendered
+
+    machine = Machine(args.bandwidth * 1e9, args.tflops * 1e12)
+    plan = Plan(args.device, args.memory, args.batch_size, not args.no_tasks, machine)
+    report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
+    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else rendered(report))
+    return 1 if report.problems else 0

@@ -1,0 +1,112 @@
+"""``lm-eval-deepen leaderboard RECIPE``: members, ensembles, methods and weightings on tasks of one's choice."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.cli.arguments import limit, pairs
+from lm_eval_deepen.config.yaml_files import parse_json
+from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.storage import write_text
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.leaderboard.recipe import Recipe
+
+HELP = (
+    "Evaluate the rows of a recipe (members alone, ensembles in every order, methods, weightings, poolings) on its "
+    "tasks, cell by cell: finished cells are kept, and rows of the same members share their passes. Prints one table "
+    "with paired differences to the best single member, corrected over the table."
+)
+FORMATS = ("text", "md", "json", "html")
+FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboard.html"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed (default: %(default)s)")
+    parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
+    parser.add_argument("--limit", type=limit, metavar="N", help="so many documents of every task, for a trial")
+    parser.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks, over the recipe's")
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
+    )
+    parser.add_argument(
+        "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
+    )
+    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what is missing, then print and write the table."""
+    # Before torch and the hub client are imported, which read them once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lm_eval_deepen.harness.tasks import load_tasks
+    from lm_eval_deepen.leaderboard import table as leaderboard_table
+    from lm_eval_deepen.leaderboard.execution import execute, plan
+
+    recipe = adjusted(args)
+    if args.into is not None:
+        leaderboard_table.check_markers(args.into)
+    out = args.out or Path("results") / Path(args.recipe).stem
+    tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
+    todo = plan(recipe, tasks, out, args.redo, args.built)
+    if args.dry_run:
+        print(leaderboard_table.listing(todo))
+        return 0
+    cells = execute(todo, args.device or default_device(), say)
+    table = leaderboard_table.measure(todo, cells)
+    for kind, name in FILES.items():
+        write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")
+    if args.into is not None:
+        leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
+    print(leaderboard_table.rendered(table, args.format))
+    say(f"cells, {', '.join(FILES.values())}: {out}")
+    if todo.failed:
+        listed = [f"row {row!r}, task {task!r}: {reason}" for (row, task), reason in todo.failed.items()]
+        count = "1 cell has" if len(listed) == 1 else f"{len(listed)} cells have"
+        raise ResultError("\n".join([f"{count} no results; all others are finished.", *listed]))
+    return 0
+
+
+def adjusted(args: argparse.Namespace) -> Recipe:
+    """Return the recipe with what the command line changes."""
+    from lm_eval_deepen.config.recipes import recipe_file
+    from lm_eval_deepen.leaderboard.recipe import read_recipe
+
+    members = pairs(args.member, "--member", "NAME=WHERE")
+    recipe = read_recipe(recipe_file(args.recipe), members, _metadata(args.metadata))
+    if args.limit is not None:
+        tasks = tuple(spec.replace(limit=args.limit) for spec in recipe.tasks)
+        recipe = dataclasses.replace(recipe, tasks=tasks)
+    return recipe
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    given: Any = {} if text is None else parse_json(text, "--metadata")
+    if not isinstance(given, dict):
+        raise ConfigError(f"--metadata must be a JSON object; got {text}")
+    return given
+
+
+def default_device() -> str:
+    """Return the first GPU where there is one, else the CPU."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def say(text: str) -> None:
+    """Tell the user how far it is."""
+    print(text, file=sys.stderr, flush=True)

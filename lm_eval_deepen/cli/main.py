@@ -1,0 +1,85 @@
+"""Entry point of ``lm-eval-deepen``: picks a subcommand and imports only that one's module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import lm_eval_deepen
+from lm_eval_deepen.cli.arguments import Parser
+from lm_eval_deepen.cli.ending import STATUSES, ended
+
+PROG = "lm-eval-deepen"
+
+
+class Subcommand(Protocol):
+    """What the module of a subcommand provides."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the subcommand's own arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work; returns the exit status."""
+
+
+# The summaries stand here, not in the modules, so that `--help` imports none of them.
+COMMANDS = {
+    "demo": ("lm_eval_deepen.cli.demo", "evaluate two small models alone and as an ensemble"),
+    "bpb": ("lm_eval_deepen.cli.bpb", "bits per byte of a text under members, ensemble and controls"),
+    "build": ("lm_eval_deepen.cli.build", "build the relative matrices of an ensemble"),
+    "compare": ("lm_eval_deepen.cli.compare", "result folders side by side, paired by document, with tests"),
+    "gate": ("lm_eval_deepen.cli.gate", "CI check: is a candidate's evaluation worse than its baseline's?"),
+    "inspect": ("lm_eval_deepen.cli.inspect", "pre-flight report of a recipe, before any weight is loaded"),
+    "leaderboard": ("lm_eval_deepen.cli.leaderboard", "members, ensembles and methods on tasks, in one table"),
+    "make": ("lm_eval_deepen.cli.make", "build a model: weights merged, or models distilled into one"),
+    "methods": ("lm_eval_deepen.cli.methods", "list fusion methods, weightings and pooling methods"),
+    "path": ("lm_eval_deepen.cli.paths", "print the folder of the shipped tasks or recipes"),
+    "tune": ("lm_eval_deepen.cli.tune", "choose an ensemble's options on unlabelled text"),
+    "run": ("lm_eval_deepen.cli.run", "`lm_eval run` with the model `deepen` registered in any case"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: this process's); returns the exit status, as `ending` has it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:
+        # Everything after it belongs to the harness's own parser, `--help` included.
+        return ended(lambda: _run_harness(argv[1:]), guest=True)
+    return ended(lambda: _dispatch(argv))
+
+
+def _run_harness(argv: list[str]) -> int:
+    from lm_eval_deepen.cli.run import run_harness
+
+    return run_harness(argv)
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = Parser(prog=PROG, description=lm_eval_deepen.__doc__, epilog=STATUSES)
+    parser.add_argument("--version", action="version", version=f"{PROG} {lm_eval_deepen.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    module: Subcommand | None = None
+    for name, (path, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if name == chosen:
+            module = _load(path)
+            subparser.description = module.HELP
+            module.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    assert module is not None  # argparse has refused every other word
+    return module.run(args)
+
+
+def _load(path: str) -> Subcommand:
+    module: Subcommand = importlib.import_module(path)  # type: ignore[assignment]
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

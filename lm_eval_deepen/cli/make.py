@@ -1,0 +1,52 @@
+"""``lm-eval-deepen make RECIPE OUT``: an ordinary model folder, merged or distilled from other models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.cli.arguments import pairs
+
+HELP = (
+    "Build a model from other models, as a recipe says: merge weights (merge_method: a configuration of mergekit), "
+    "continue training (method: clm) or distil several models into one (method: fusellm). Writes a model folder, "
+    "which `--model hf --model_args pretrained=OUT` evaluates, and provenance.json in it."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("out", type=Path, help="the model's folder")
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE",
+        help="where a model is that the recipe names: a folder, a hub name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
+        help="keys that stand for the recipe's, values as in YAML: --set seed=1 'shard=[0, 3]'",
+    )  # fmt: skip
+    parser.add_argument("--redo", action="store_true", help="build again what OUT holds, or what was begun there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the model and say what it is."""
+    from lm_eval_deepen.build import build, read_build
+
+    members = pairs(args.member, "--member", "NAME=WHERE")
+    changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE").items()}
+    recipe = read_build(args.recipe, changes)
+    found = build(recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True))
+    tokens = sum(found["trained"].values())
+    print(f"{args.out}: {found['method']} of {', '.join(found['models'])}, seed {found['seed']}")
+    print(f"  weights {found['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
+    print(f"  {found['bits_per_byte']['value']:.4f} bits per byte of {found['bits_per_byte']['text']}")
+    return 0
+
+
+def _value(key: str, text: str) -> Any:
+    from lm_eval_deepen.config.yaml_files import parse_yaml
+
+    return parse_yaml(text, f"--set {key}")

@@ -1,0 +1,138 @@
+"""``lm-eval-deepen tune ENSEMBLE --objective bpb --text FILE``: choose options on unlabelled text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.cli.arguments import count, natural, positive
+from lm_eval_deepen.cli.build import add_ensemble
+from lm_eval_deepen.storage import check_place, write_text
+from lm_eval_deepen.tuning import by_score as tune_score
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.bits_per_byte import Document
+    from lm_eval_deepen.tuning.search import Chosen
+
+HELP = (
+    "Choose space, average, weights, temperatures and solver of an ensemble by the bits per byte of unlabelled text, "
+    "and write an ensemble file with the evidence in it. Options are chosen on every other document and reported on "
+    "the rest. Never give it a benchmark's test split."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    add_ensemble(parser)
+    parser.add_argument(
+        "--objective", choices=["bpb", "score"], default="bpb",
+        help="bits per byte of text, or the score of a dev split (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE",
+        help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument(
+        "--spaces", choices=["bytes", "all"], default="bytes",
+        help="bytes: spaces made from bytes alone; all: those from embeddings too, whose matrices take minutes to "
+        "build (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    _add_score_arguments(parser)
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the objective takes beside the ensemble, --limit, --output and --device."""
+    group = parser.add_argument_group("--objective score")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks with a development (validation) split")
+    group.add_argument(
+        "--evaluated", nargs="+", metavar="TASK",
+        help="tasks the ensemble will be evaluated on, which must share no document (default: --tasks)",
+    )  # fmt: skip
+    group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")
+    group.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks")
+    group.add_argument("--num-fewshot", "--num_fewshot", type=natural, metavar="N", help="instead of the tasks' own")
+    group.add_argument(
+        "--gen-kwargs", "--gen_kwargs", metavar="KEY=VALUE,...", help="generation arguments over the tasks' own"
+    )
+    group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
+    group.add_argument(
+        "--weights", choices=tune_score.WEIGHTS, default="both",
+        help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt), nothing else; "
+        "keep: as they are; both: the best of all these (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight-step", type=positive, default=0.1, metavar="W", help="of the grid (default: %(default)s)"
+    )
+    group.add_argument(
+        "--learning-rates", nargs="+", type=positive, metavar="LR",
+        help="to try, where the inverse takes one (default: 0.05 to 0.3)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, report and write the file."""
+    check_place(args.output)
+    if args.objective == "score":
+        return tune_score.run(args)
+    import yaml
+
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.calibration import default_text, load_documents
+    from lm_eval_deepen.errors import RequestError
+    from lm_eval_deepen.harness.recipes import parse_ensemble
+    from lm_eval_deepen.tuning.search import search
+
+    config = tune_score.checked(parse_ensemble(args.ensemble))
+    documents = load_documents(args.text or [default_text()], args.limit)
+    if len(documents) < 2:
+        raise RequestError("one document cannot be used to choose and to report; give two or more.")
+    ensemble = Ensemble.load(config, args.device)
+    chosen = search(ensemble, documents[::2], everything=args.spaces == "all")
+    for line in chosen.log:
+        print(line)
+    keys = tune_score.placed(chosen.config.to_dict())
+    written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents)}
+    write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    print(f"\nwritten to {args.output}")
+    return 0
+
+
+def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> dict[str, Any]:
+    """Return what speaks for the choice, from the documents it was not made on; printed, too."""
+    import lm_eval_deepen
+    from lm_eval_deepen.engine.calibration import digest
+    from lm_eval_deepen.tuning.bits import orders, own, read_orders
+    from lm_eval_deepen.tuning.bits_table import Line, best, facts, level, table
+
+    dev, rest = documents[::2], documents[1::2]
+    ensembles = orders(ensemble)
+    fitted = [own(reading) for reading in read_orders(ensembles, dev, members=1)]
+    readings = read_orders(ensembles, rest, members=1)
+    lines = []
+    for reading, other in zip(readings, fitted, strict=True):
+        bits, (temperature,) = own(reading).fitted(other)
+        lines.append(Line(f"{reading.ensemble.main.name} alone", bits, f"temperature {temperature:.2f}"))
+    members, reference = list(lines), best(lines)
+    lines.append(Line("as given", chosen.before(rest)))
+    lines.append(Line("as chosen", chosen.after(rest)))
+    each = level(lines, members)
+    num_bytes = sum(document.num_bytes for document in rest)
+    print(f"\n{len(rest)} documents that nothing was chosen on, {num_bytes} bytes\n")
+    print(table(lines, reference, num_bytes, each))
+    return {
+        "objective": "bpb",
+        "version": lm_eval_deepen.__version__,
+        "text_sha256": digest(documents),
+        "documents": {"chosen_on": len(dev), "reported_on": len(rest)},
+        "bytes_reported_on": num_bytes,
+        "reference": reference.system,
+        "systems": [facts(line, reference, num_bytes, each) for line in lines],
+        "search": list(chosen.log),
+    }

@@ -1,0 +1,269 @@
+"""Bits per byte: one pass of the members over some documents, which then answers for any fusion of them.
+
+Kept are states, not distributions: n x d numbers. Logits are computed again, in chunks, for all the variants that
+are asked for at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.engine.covers import Plan, plans_of
+from lm_eval_deepen.engine.encoder_decoder import require_scoring
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
+from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.engine.windows import rolling_spans
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.weighting.experts import posteriors
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+SHOWN = 20  # documents that an error lists
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to predict, and what it follows.
+
+    Attributes:
+        text: what is predicted.
+        context: what comes before it; conditioned on alone.
+    """
+
+    text: str
+    context: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An ensemble of the same members in the same order, and the temperature of each of them."""
+
+    ensemble: Ensemble
+    temperatures: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ensemble: Ensemble) -> Variant:
+        """Return the ensemble as it is configured, with a trace of its own."""
+        return cls(quiet(ensemble), tuple(member.config.temperature for member in ensemble.members))
+
+
+def quiet(ensemble: Ensemble) -> Ensemble:
+    """Return the ensemble with a trace of its own: what is measured is not counted as evaluated."""
+    return replace(ensemble, trace=Trace([member.name for member in ensemble.members]))
+
+
+@dataclass(frozen=True)
+class Position:
+    """A token that is scored.
+
+    Attributes:
+        document: index of its document.
+        target: the main member's token.
+        left: bytes of the document after it.
+        paths: every member's tokens before it, None where a member sits out.
+        plans: every member's covers there, None where it has none (see `lm_eval_deepen.engine.covers`).
+    """
+
+    document: int
+    target: int
+    left: int
+    paths: tuple[tuple[int, ...] | None, ...]
+    plans: tuple[Plan | None, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The members' states at every scored token of some documents, cut as the main member cuts them.
+
+    Attributes:
+        ensemble: the members, the main member first.
+        documents: what was read.
+        positions: the n scored tokens, in the order of the text.
+        states: every member's states [n_m, ...].
+        place: the row of `states` per member and position, None where the member sits out.
+        sources: of every member, the row of `states` at each place that covers read.
+    """
+
+    ensemble: Ensemble
+    documents: tuple[Document, ...]
+    positions: tuple[Position, ...]
+    states: tuple[Tensor, ...]
+    place: tuple[tuple[int | None, ...], ...]
+    sources: tuple[Mapping[tuple[int, ...], int], ...]
+
+    @classmethod
+    def of(cls, ensemble: Ensemble, documents: Sequence[Document], members: int | None = None) -> Reading:
+        """Read documents; control tokens are conditioned on, never scored.
+
+        Args:
+            ensemble: the members.
+            documents: what they read.
+            members: read by the first so many alone; 1 is enough for `own_logp`.
+
+        Raises:
+            RequestError: an ensemble that does not fuse steps, weights that depend on prompts, or a document
+                without text.
+        """
+        require_scoring(ensemble)
+        if len(ensemble.active) < 2:
+            raise RequestError(
+                "bits per byte compare members with their ensemble: give at least two members, not all weight on "
+                "the main one, and a method that fuses steps."
+            )
+        if ensemble.reads_prompts:
+            raise RequestError(
+                f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
+                "has not. Measure with constant weights: leave weighting out."
+            )
+        positions = _positions(ensemble, documents)
+        states, place, sources = [], [], []
+        for m, member in enumerate(ensemble.active[:members]):
+            at: dict[tuple[int, ...], int] = {}
+            rows = [None if (path := p.paths[m]) is None else at.setdefault(path, len(at)) for p in positions]
+            plans = [plan for p in positions if (plan := p.plans[m]) is not None]
+            sources.append({c.source: at.setdefault(c.source, len(at)) for plan in plans for c in plan.covers})
+            states.append(member.states_at(list(at)) if at else torch.empty(0))
+            place.append(tuple(rows))
+        return cls(ensemble, tuple(documents), tuple(positions), tuple(states), tuple(place), tuple(sources))
+
+    def logp(self, variants: Sequence[Variant]) -> Tensor:
+        """Return the log-probability of every scored token under every variant [variants, n], in nats."""
+        found: list[list[Tensor]] = [[] for _ in variants]
+        for part, raw, index, present, target in self._chunks():
+            rows = len(part)
+            everything = torch.arange(rows, device=target.device)
+            cool: dict[tuple[int, float], Tensor] = {}  # by member and temperature: most variants share them
+            covered: dict[tuple[int, float], Tensor] = {}
+            for variant, parts in zip(variants, found, strict=True):
+                wanted = list(enumerate(variant.temperatures))
+                for m, t in wanted:
+                    if (m, t) not in cool:
+                        cool[m, t] = cooled(raw[m], t)
+                logp = [cool[key][:rows] for key in wanted]
+                for m, reader in variant.ensemble.covers.items():
+                    key = wanted[m]
+                    if key not in covered:
+                        plans = [self.positions[i].plans[m] for i in part]
+                        covered[key] = reader.rows(logp[m], plans, partial(look_up, cool[key], index[m]))
+                    logp[m] = covered[key]
+                if variant.ensemble.learns:  # what experts give does not depend on the weights, which are learnt below
+                    parts.append(variant.ensemble.fuse_by_expert(logp, present).at(everything, target).cpu())
+                else:
+                    parts.append(variant.ensemble.fuse(logp, present)[everything, target].cpu())
+        pairs = zip(variants, map(torch.cat, found), strict=True)
+        return torch.stack([self._learnt(v.ensemble, part) if v.ensemble.learns else part for v, part in pairs])
+
+    def _learnt(self, ensemble: Ensemble, by_expert: Tensor) -> Tensor:
+        """Return the mixture's log-probability of every token [n] from the experts' [n, K], document by document."""
+        owner = torch.tensor([p.document for p in self.positions])
+        found = torch.empty(len(owner), dtype=torch.float64)
+        for document in owner.unique().tolist():
+            mine = owner == document
+            found[mine] = posteriors(ensemble.experts.log_prior, by_expert[mine].T)[1]
+        return found.float()
+
+    def own_logp(self, temperatures: Sequence[float]) -> Tensor:
+        """Return the main member's own log-probability of every token at every temperature [T, n], in nats."""
+        parts = [
+            torch.stack(
+                [cooled(raw[0], t)[torch.arange(len(part), device=target.device), target] for t in temperatures]
+            )
+            for part, raw, _, _, target in self._chunks(members=1)
+        ]
+        return torch.cat(parts, dim=1).cpu()
+
+    def bits(self, logp: Tensor) -> Tensor:
+        """Return bits per document [..., D] (fp64) from log-probabilities of the tokens [..., n]."""
+        owner = torch.tensor([p.document for p in self.positions])
+        bits = torch.zeros(*logp.shape[:-1], len(self.documents), dtype=torch.float64)
+        return bits.index_add_(-1, owner, -logp.double() / math.log(2))
+
+    def _chunks(
+        self, members: int | None = None
+    ) -> Iterator[tuple[range, list[Tensor], list[dict[tuple[int, ...], int]], Tensor, Tensor]]:
+        """Yield b positions, log-probabilities at temperature 1, presence [b, M] and targets [b].
+
+        A member's rows [b + s, V_m] are those of the positions, then s more at places that their covers read; which
+        row is whose, by tokens, comes with them.
+        """
+        active = self.ensemble.active[:members]
+        device = self.ensemble.device
+        step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in active))
+        for start in range(0, len(self.positions), step):
+            part = range(start, min(start + step, len(self.positions)))
+            raw, present, index = [], [], []
+            for m, member in enumerate(active):
+                wanted = [self.place[m][i] for i in part]
+                plans = [plan for i in part if (plan := self.positions[i].plans[m]) is not None]
+                paths = [self.positions[i].paths[m] for i in part]
+                found = {path: at for at, path in enumerate(paths) if path is not None}
+                for source in (cover.source for plan in plans for cover in plan.covers):
+                    if source not in found:
+                        found[source] = len(wanted)
+                        wanted.append(self.sources[m][source])
+                index.append(found)
+                if len(self.states[m]):
+                    rows = torch.tensor([0 if at is None else at for at in wanted])
+                    raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
+                else:  # it takes in no text of any document
+                    raw.append(torch.full((len(part), member.vocab_size), -math.log(member.vocab_size), device=device))
+                present.append(torch.tensor([path is not None for path in paths]))
+            target = torch.tensor([self.positions[i].target for i in part], device=device)
+            yield part, raw, index, torch.stack(present, dim=1).to(device), target
+
+
+def look_up(rows: Tensor, index: Mapping[tuple[int, ...], int], path: tuple[int, ...], ids: Tensor) -> Tensor:
+    """Return log-probabilities [n] of some ids after some tokens, off rows [b, V]."""
+    return rows[index[path], ids.to(rows.device)]
+
+
+def cooled(logp: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities [b, V] at a temperature from those at 1."""
+    return logp if temperature == 1 else torch.log_softmax(logp / temperature, dim=-1)
+
+
+def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> list[Position]:
+    """Return the positions of all documents, or raise one RequestError that names every document without any."""
+    prompter = Prompter(ensemble)
+    found: list[Position] = []
+    refused: list[str] = []
+    for index, document in enumerate(documents):
+        try:
+            found += _positions_of(ensemble, prompter, index, document)
+        except RequestError as error:
+            refused.append(f"document {index}: {error}")
+    if refused:
+        listed = [*refused[:SHOWN], *([f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else [])]
+        raise RequestError("\n  ".join([f"{len(refused)} of {len(documents)} documents cannot be read:", *listed]))
+    return found
+
+
+def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: Document) -> Iterator[Position]:
+    pieces = ensemble.main.codec.vocab.pieces
+    if not document.text.strip():
+        raise RequestError("it has no text to predict; leave it out.")
+    spans: list[Span]
+    if document.context:
+        spans = [prompter.span(document.context, document.text)]
+    else:
+        spans = rolling_spans(ensemble, document.text)
+    left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
+    for span in spans:
+        for at, token in enumerate(span.target):
+            left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
+            paths = span.paths(ensemble, at)
+            yield Position(index, token, left, paths, plans_of(ensemble, paths))

@@ -1,0 +1,157 @@
+"""Drafts for greedy decoding: tokens proposed ahead, which all members then verify in one block.
+
+Drafting changes no text: a drafted token stands only where the fused distribution would have chosen it. Blocks
+and single steps differ by rounding alone, so that a text can differ only where its two best pieces are nearly
+tied; these steps are listed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lm_eval_deepen.engine.following import Path, path_of
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.relative.topk import argmax, largest
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.engine.following import Follower
+    from lm_eval_deepen.engine.generation import Row
+
+LONGEST = 8  # tokens drafted at once
+FIRST = 4
+NGRAM = (3, 2)  # lengths of the ends that are looked up, longest first
+NEAR_TIE = 1e-4  # nats between the two best pieces, below which rounding may decide
+
+
+class Drafter:
+    """Where drafts come from; this one drafts nothing, so that texts grow one token at a time.
+
+    Attributes:
+        counts: steps, blocks (forward passes of a row), drafted and accepted tokens.
+        near_ties: steps whose two best pieces are so close that rounding may decide.
+    """
+
+    def __init__(self) -> None:
+        """Start without counts."""
+        self.counts: Counter[str] = Counter()
+        self.near_ties: list[dict[str, Any]] = []
+
+    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+        """Return main tokens proposed to follow each row; empty where there is no proposal."""
+        return [() for _ in rows]
+
+    def note(self, row: Row, logp: Tensor) -> None:
+        """See a fused row [K] that the next token is chosen from."""
+
+    def learn(self, row: Row, drafted: int, accepted: int) -> None:
+        """See how many drafted tokens were what was chosen."""
+
+
+class _Adaptive(Drafter):
+    """Counts what became of drafts, and adapts a row's next draft to its last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts.update(steps=0, blocks=0, drafted=0, accepted=0)
+        self._lengths: dict[int, int] = {}
+
+    def length(self, row: Row) -> int:
+        """Return how many tokens to draft for a row: the choice is the next one after them."""
+        if not row.job.sampler.plain_greedy or row.out.reason:
+            return 0
+        return min(self._lengths.get(row.index, FIRST), row.job.max_new - len(row.out.ids) - 1)
+
+    def note(self, row: Row, logp: Tensor) -> None:
+        """Count a step, and list it where its two best pieces are nearly tied."""
+        self.counts["steps"] += 1
+        second, best = sorted(largest(logp[None], 2)[0][0].tolist())
+        if best - second < NEAR_TIE:
+            self.near_ties.append({"request": row.index, "token": len(row.out.ids), "margin": best - second})
+
+    def learn(self, row: Row, drafted: int, accepted: int) -> None:
+        """Count, and draft more for a row whose draft stood, less where it fell."""
+        self.counts["blocks"] += 1
+        if not drafted:
+            return
+        self.counts["drafted"] += drafted
+        self.counts["accepted"] += accepted
+        length = self._lengths.get(row.index, FIRST)
+        self._lengths[row.index] = min(LONGEST, length + 2) if accepted == drafted else max(1, accepted + 1)
+
+
+class Lookup(_Adaptive):
+    """Proposes what followed the last tokens where they occurred before, in the prompt or in the text."""
+
+    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+        """Return the tokens after the latest earlier occurrence of each row's end."""
+        return [look_up((*row.job.prompts[0].ids, *row.out.ids), self.length(row)) for row in rows]
+
+
+def look_up(tokens: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return up to `count` tokens that followed the latest earlier occurrence of the last few `tokens`."""
+    if count <= 0:
+        return ()
+    for size in NGRAM:
+        end = tokens[-size:]
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start : start + size] == end:
+                return tokens[start + size : start + size + count]
+    return ()
+
+
+class Cheapest(_Adaptive):
+    """Proposes what the member with the fewest parameters would generate on its own."""
+
+    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+        """Return each row's greedy continuation by one member, in tokens of the main member."""
+        sizes = [sum(p.numel() for p in follower.member.lm.model.parameters()) for follower in followers]
+        follower = followers[sizes.index(min(sizes))]
+        lengths = [self.length(row) for row in rows]
+        routes: list[list[Path | None]] = [
+            [path_of(ensemble, follower.m, row.job, tuple(row.out.ids), row.out.data)] for row in rows
+        ]
+        lengths = [0 if route[0] is None else length for route, length in zip(routes, lengths, strict=True)]
+        while any(length >= len(route) for route, length in zip(routes, lengths, strict=True)):
+            states = follower.states(routes)
+            ends = list(accumulate(map(len, routes)))
+            best = argmax(follower.member.logp(states[[end - 1 for end in ends]])).tolist()
+            for at, token in enumerate(best):
+                path = routes[at][-1]
+                if path is None or lengths[at] < len(routes[at]):
+                    continue
+                if self._ends(follower, path, token):
+                    lengths[at] = 0
+                else:
+                    routes[at].append((*path, token))
+        return [
+            _as_main(ensemble, follower, route[-1][len(route[0]) :]) if route[0] and route[-1] else ()
+            for route in routes
+        ]
+
+    @staticmethod
+    def _ends(follower: Follower, path: Path, token: int) -> bool:
+        vocab = follower.member.codec.vocab.events
+        return token in vocab.control or token in vocab.unused or len(path) >= follower.member.max_length
+
+
+def _as_main(ensemble: Ensemble, follower: Follower, ids: Sequence[int]) -> tuple[int, ...]:
+    """Return a member's tokens as the main member's."""
+    if follower.m in ensemble.siblings:
+        return tuple(ids)
+    data = follower.member.codec.vocab.decode(ids)
+    try:
+        return ensemble.main.codec.encode(data.decode())
+    except (UnicodeDecodeError, VocabularyError):  # no whole characters, or a text that the main member cannot spell
+        return ()
+
+
+def drafter(speculate: str) -> Drafter:
+    """Return where drafts come from, for the option ``speculate``."""
+    kinds: dict[str, type[Drafter]] = {"off": Drafter, "lookup": Lookup, "draft": Cheapest}
+    return kinds[speculate]()

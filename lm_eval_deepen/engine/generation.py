@@ -1,0 +1,343 @@
+"""Continuous batched decoding from the fused distribution, with a KV cache on every member.
+
+Five verbs: admit (waiting jobs take the place of finished ones), draft, follow (every member takes in the bytes
+so far and the draft), fuse, choose.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.engine.covers import plans_of
+from lm_eval_deepen.engine.drafts import Drafter
+from lm_eval_deepen.engine.evidence import evidence
+from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_after, text_of
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD
+from lm_eval_deepen.member.sampling import Sampler
+from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.weighting.experts import posteriors
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.fusion._expert_rows import ExpertRows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to generate.
+
+    Attributes:
+        prompts: one per active member, the main member first.
+        max_new: most tokens of the main member to generate.
+        stops: strings that end the text.
+        sampler: how tokens are chosen.
+        generator: the row's own source of randomness, None for greedy decoding.
+        dummy: whether a space that begins the text is the main tokenizer's dummy prefix.
+        ends: token ids that end the text; None for the main member's.
+    """
+
+    prompts: tuple[Prompt, ...]
+    max_new: int
+    stops: tuple[str, ...] = ()
+    sampler: Sampler = Sampler()
+    generator: torch.Generator | None = None
+    dummy: bool = False
+    ends: frozenset[int] | None = None
+
+
+@dataclass
+class Generation:
+    """A finished text.
+
+    Attributes:
+        ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
+            are its tokens, others are of the union vocabulary.
+        data: their bytes; none where one member ran alone.
+        logp: fused natural-log probability of each piece that was chosen.
+        reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
+        end: the end-of-text token that was chosen, if one was.
+        refusal: why it could not be finished.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    data: bytes = b""
+    logp: list[float] = field(default_factory=list)
+    reason: str = ""
+    end: int | None = None
+    refusal: str = ""
+
+
+@dataclass
+class Row:
+    """A text in the making.
+
+    Attributes:
+        index: of its job.
+        job: what to generate.
+        out: the continuation so far.
+        weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
+    """
+
+    index: int
+    job: Job
+    out: Generation = field(default_factory=Generation)
+    weights: Tensor | None = None
+
+
+def generate(
+    ensemble: Ensemble, jobs: Sequence[Job], batch_size: int, drafter: Drafter | None = None
+) -> Iterator[tuple[int, Generation]]:
+    """Generate texts, `batch_size` at a time; a finished one leaves its place to the next.
+
+    Args:
+        ensemble: the members and their fuser.
+        jobs: what to generate.
+        batch_size: how many texts are decoded together.
+        drafter: where drafts of greedy texts come from; the texts do not depend on it.
+
+    Yields:
+        The index of a job and its text, as soon as it is finished.
+    """
+    order = sorted(range(len(jobs)), key=lambda index: jobs[index].prompts[0].ids)
+    for index in order:
+        if jobs[index].max_new <= 0:
+            yield index, Generation(reason="length")
+    waiting = deque(Row(index, jobs[index]) for index in order if jobs[index].max_new > 0)
+    decoder = _Decoder(ensemble, waiting, batch_size, drafter or Drafter())
+    while decoder.refill():
+        for row in decoder.step():
+            yield row.index, row.out
+
+
+class _Decoder:
+    """The rows being decoded, and every member following them."""
+
+    def __init__(self, ensemble: Ensemble, waiting: deque[Row], batch_size: int, drafter: Drafter) -> None:
+        self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
+        self.rows: list[Row] = []
+        self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
+        self.ready: deque[Row] = deque()
+
+    def refill(self) -> bool:
+        """Put waiting texts into free places, drop finished ones from the others; return whether any is left."""
+        free = [at for at, row in enumerate(self.rows) if row.out.reason]
+        free += range(len(self.rows), self.size)
+        while free and (self.ready or self.waiting):
+            if not self.ready:
+                self._prefill()
+            places, free = free[: len(self.ready)], free[len(self.ready) :]
+            for at in places:
+                self.rows[at : at + 1] = [self.ready.popleft()]
+            for follower in self.followers:
+                follower.admit(places)
+        keep = [at for at, row in enumerate(self.rows) if not row.out.reason]
+        if len(keep) < len(self.rows):
+            self.rows = [self.rows[at] for at in keep]
+            for follower in self.followers:
+                follower.keep(keep)
+        return bool(self.rows)
+
+    def _prefill(self) -> None:
+        """Take in the prompts of waiting texts, and find their weights where these depend on prompts.
+
+        Several at once, since a short forward pass costs nearly as much as a long one; not more than fill one, since
+        their keys and values wait beside those of the rows.
+        """
+        tokens = 0
+        while self.waiting and len(self.ready) < self.size:
+            tokens += len(self.waiting[0].job.prompts[0].ids)
+            if self.ready and tokens > NODES_PER_FORWARD:
+                break
+            self.ready.append(self.waiting.popleft())
+        by_prompt = self.ensemble.reads_prompts
+        wanted = [evidence(self.ensemble, row.job.prompts) for row in self.ready] if by_prompt else None
+        losses = [
+            follower.prefill(
+                [row.job.prompts[follower.m] for row in self.ready],
+                None if wanted is None else [found[follower.m] for found in wanted],
+            )
+            for follower in self.followers
+        ]
+        if by_prompt:
+            weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)))
+            for row, own in zip(self.ready, weights, strict=True):
+                row.weights = own
+        elif self.ensemble.learns:
+            for row in self.ready:
+                row.weights = self.ensemble.experts.log_prior
+
+    def step(self) -> list[Row]:
+        """Extend every row by at least one token and return those that are finished by it."""
+        ensemble = self.ensemble
+        drafts = self.drafter.draft(ensemble, self.rows, self.followers)
+        routes = [self._routes(row, draft) for row, draft in zip(self.rows, drafts, strict=True)]
+        drafts = [draft[: len(route) - 1] for draft, route in zip(drafts, routes, strict=True)]
+        paths = [[[places[follower.m] for places in route] for route in routes] for follower in self.followers]
+        scores: Tensor | None = None
+        if ensemble.fuser is None:  # tokens are chosen from logits, as in `generate`: penalties depend on their zero
+            scores = self.followers[0].logits(paths[0])
+            logp = [torch.log_softmax(scores, dim=-1)]
+        else:
+            plans = [[plans_of(ensemble, places) for places in route] for route in routes] if ensemble.covers else []
+            logp = [
+                follower.follow_covered(own, [[plan[follower.m] for plan in route] for route in plans])
+                if follower.m in ensemble.covers
+                else follower.follow(own)
+                for follower, own in zip(self.followers, paths, strict=True)
+            ]
+        present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
+        present = present.to(ensemble.device)
+        by_expert = None
+        if ensemble.learns:
+            by_expert = ensemble.fuse_by_expert(logp, present)
+            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present)
+        else:
+            base = None
+            if ensemble.reads_prompts:
+                pairs = zip(self.rows, routes, strict=True)
+                base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
+            fused = ensemble.fuse(logp, present, base)  # [sum of (1 + drafted), K]
+        scores = fused if scores is None else scores
+        finished, start = [], 0
+        best = argmax(scores).tolist()
+        for row, draft in zip(self.rows, drafts, strict=True):
+            own, before = slice(start, start + len(draft) + 1), len(row.out.ids)
+            self._take(row, draft, scores[own], fused[own], best[own])
+            if by_expert is not None and row.weights is not None:
+                row.weights = _learnt(by_expert, start, row.weights, row.out.ids[before:])[-1]
+            start += len(draft) + 1
+            if row.out.reason:
+                finished.append(row)
+        return finished
+
+    def _log_posteriors(self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the experts' log posterior [sum of (1 + drafted), K] after 0, 1, ... of each row's drafted tokens."""
+        found, start = [], 0
+        for row, draft in zip(self.rows, drafts, strict=True):
+            assert row.weights is not None
+            found.append(_learnt(by_expert, start, row.weights, draft))
+            start += len(draft) + 1
+        return torch.cat(found)
+
+    def _routes(self, row: Row, draft: Sequence[int]) -> list[tuple[Path | None, ...]]:
+        """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.
+
+        A member takes in a draft in one block where its tokens before and after a drafted token begin alike.
+        """
+        ids, data = tuple(row.out.ids), row.out.data
+        routes = [self._paths(row, ids, data)]
+        self._count_outgrown(row, ids, data, routes[0])
+        for token in draft:
+            ids, data = (*ids, token), data + piece_of(self.ensemble, token)
+            paths = self._paths(row, ids, data)
+            pairs = list(zip(routes[-1], paths, strict=True))
+            if paths[0] is None or not all(_goes_on(before, after) for before, after in pairs):
+                break
+            routes.append(paths)
+            self._count_outgrown(row, ids, data, paths)
+        return routes
+
+    def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
+        return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
+
+    def _count_outgrown(self, row: Row, ids: Path, data: bytes, paths: Sequence[Path | None]) -> None:
+        """Count the members whose context a text has outgrown, among those that sit out."""
+        text = text_after(row.job, data)
+        out = [m for m, path in enumerate(paths) if path is None]
+        self.ensemble.trace.record_outgrown(
+            [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
+        )
+
+    def _is_full(self, row: Row) -> bool:
+        """Return whether a text has outgrown the main member's context, or none of the members can take it in."""
+        ids, main = tuple(row.out.ids), row.job.prompts[0]
+        if self.ensemble.is_own(ids):
+            return not self.ensemble.main.fits(main.ids + ids)
+        text = text_after(row.job, row.out.data)
+        full = self.ensemble.outgrown(0, main.before(text), ids, text)
+        return full or not any(self._paths(row, ids, row.out.data))
+
+    def _too_long(self, row: Row) -> str:
+        """Return why a text of one member cannot go on, where it cannot.
+
+        ``hf`` goes on past ``max_length`` where a checkpoint's `max_new_tokens`, or a request's `max_length`, says so,
+        and past the positions that the model was made for.
+        """
+        main, size = self.ensemble.main, len(row.job.prompts[0].ids) + len(row.out.ids)
+        if size <= max(main.max_length, main.own_context):
+            return ""
+        return (
+            f"prompt and text come to {size} tokens, more than the {main.own_context} that member {main.name!r} was "
+            "made for, and no stop string or end of text came before. Lower max_length, or max_new_tokens in the "
+            "model's generation_config.json."
+        )
+
+    def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
+        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
+
+        Args:
+            row: the row.
+            draft: tokens that were proposed to follow.
+            scores: what tokens are chosen from, after none, one, ... of them [n, K].
+            fused: their log-probabilities [n, K].
+            best: position of the largest score in each [n].
+        """
+        sampler = row.job.sampler
+        for at, logp in enumerate(fused):
+            token = best[at]
+            if not sampler.plain_greedy:
+                before = [token for token in row.job.prompts[0].ids if token >= 0]  # a source's tokens are negative
+                try:
+                    token = sampler.choose(scores[at], [*before, *row.out.ids], row.job.generator)
+                except RequestError as error:  # of this text alone: the others go on
+                    row.out.reason, row.out.refusal = "refused", str(error)
+                    return
+            self.drafter.note(row, logp)
+            append(self.ensemble, row, token, float(logp[token]))
+            if not row.out.reason and self.ensemble.is_hf:
+                row.out.refusal = self._too_long(row)
+                row.out.reason = "refused" if row.out.refusal else ""
+            elif not row.out.reason and self._is_full(row):
+                row.out.reason = "length"
+            if row.out.reason or at == len(draft) or token != draft[at]:
+                self.drafter.learn(row, len(draft), at)
+                return
+
+
+def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return the log posterior [T + 1, K] before each of T tokens and after them, which rows from `start` on fuse."""
+    if not tokens:
+        return log_posterior[None]
+    index = torch.arange(start, start + len(tokens))
+    return posteriors(log_posterior, by_expert.at(index, torch.tensor(tokens)).T.cpu())[0]
+
+
+def _goes_on(before: Path | None, after: Path | None) -> bool:
+    """Return whether tokens begin with those before, or the member sits out both times."""
+    if before is None or after is None:
+        return before is after
+    return after[: len(before)] == before
+
+
+def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:
+    """Extend a row by a piece, or finish it."""
+    ends = ensemble.main.eos_ids if row.job.ends is None else row.job.ends
+    if token in ends:
+        row.out.reason, row.out.end = "eos", token
+        return
+    row.out.ids.append(token)
+    row.out.logp.append(logp)
+    row.out.data += piece_of(ensemble, token)
+    text = text_of(ensemble, row.out.ids, row.out.data)
+    if any(stop in text for stop in row.job.stops):
+        row.out.reason = "stop"
+    elif len(row.out.ids) >= row.job.max_new:
+        row.out.reason = "length"

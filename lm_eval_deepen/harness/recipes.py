@@ -1,0 +1,111 @@
+"""Recipes of ensembles: ensemble files that also say on what they are evaluated, and which scores were published.
+
+``--model_args pretrained=RECIPE.yaml`` takes them as they are; what they say beside the ensemble is for people and for
+``lm-eval-deepen inspect``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from lm_eval_deepen.config.files import ensemble_file, read_ensemble_file
+from lm_eval_deepen.config.keys import given
+from lm_eval_deepen.config.recipes import RecipeKeys, read_recipe
+from lm_eval_deepen.config.yaml_files import parse_json, refuse_repeated
+from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.config import EnsembleConfig
+
+
+class Recipe(RecipeKeys):
+    """A recipe that was read."""
+
+    name: str = Field(description="The file's name, or what was given inline.")
+    arguments: Any = Field(description="The ensemble alone, as `--model_args` takes it.")
+
+    @cached_property
+    def config(self) -> EnsembleConfig:
+        """The ensemble, checked; ConfigError where it cannot be honoured."""
+        from lm_eval_deepen.harness.model import configure
+
+        return configure(dict(self.arguments))
+
+    def configure(self, elsewhere: Mapping[str, str] | None = None) -> EnsembleConfig:
+        """Return the ensemble, checked.
+
+        Args:
+            elsewhere: what stands for a member instead of what the recipe names: name -> folder or hub name.
+
+        Raises:
+            ConfigError: an argument that cannot be honoured, or a name in `elsewhere` that no member has.
+        """
+        config = self.config
+        if not elsewhere:
+            return config
+        names = [member.name for member in config.members]
+        for name in elsewhere:
+            if name not in names:
+                raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
+        placed = [member.replace(pretrained=elsewhere.get(member.name, member.pretrained)) for member in config.members]
+        return config.replace(members=tuple(placed))
+
+
+def parse_ensemble(text: str) -> dict[str, Any]:
+    """Return model arguments from a file name, a JSON object or ``key=value,...``.
+
+    Raises:
+        ConfigError: JSON that cannot be read.
+    """
+    if text.lstrip().startswith("{"):
+        return parse_json(text, "the ensemble")
+    if "=" in text:
+        from lm_eval.utils import simple_parse_args_string
+
+        refuse_repeated(text, "the ensemble")
+        return simple_parse_args_string(text)
+    return {"pretrained": text}
+
+
+def find_recipe(text: str) -> Recipe:
+    """Return the recipe of a file, of a shipped recipe's name, or of what ``--model_args`` takes.
+
+    Raises:
+        ConfigError: none of these, or a recipe that says something unknown.
+    """
+    arguments = parse_ensemble(text)
+    file = ensemble_file(arguments.get("pretrained"))
+    if file is None:
+        return Recipe(name=text, arguments=arguments)
+    recipe = load_recipe(file)
+    inline = {key: value for key, value in arguments.items() if key != "pretrained"}
+    return recipe.replace(arguments={"pretrained": str(file), **inline}) if inline else recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; everything it says is checked, nothing is loaded.
+
+    Raises:
+        ConfigError: naming the file, and every key that cannot be honoured.
+    """
+    from lm_eval_deepen.harness.model import catalogue
+
+    raw, arguments, problems = given(read_recipe(path, "ensemble")), read_ensemble_file(path), Problems()
+    for key in [key for key in arguments if key not in catalogue().keys()]:
+        problems.found.append(catalogue().unknown(key, RecipeKeys.names()))
+        del arguments[key]
+    said = RecipeKeys()
+    with problems.collected():
+        own = {key: value for key, value in raw.items() if key in RecipeKeys.names()}
+        said = RecipeKeys(**own | ({"harness": {}} if own.get("harness") == [] else {}))
+    recipe = Recipe(name=path.name, arguments=arguments, **dict(said))
+    with problems.collected():
+        recipe.configure()
+    with blamed(str(path)):
+        problems.refuse()
+    return recipe

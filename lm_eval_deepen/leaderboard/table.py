@@ -1,0 +1,337 @@
+"""The table of a leaderboard: every row against the best single member, paired by document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from lm_eval_deepen.build.architecture import DIFFERENCES
+from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, StorageError
+from lm_eval_deepen.harness.tasks import LoadedTask
+from lm_eval_deepen.leaderboard.cells import Cell
+from lm_eval_deepen.leaderboard.execution import Key, Plan
+from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
+from lm_eval_deepen.results import Measured, Row, Run, corrected, report, rows_of
+from lm_eval_deepen.results.page import html
+from lm_eval_deepen.results.pairing import groups, wanted_columns
+from lm_eval_deepen.results.pairing import measure as paired
+from lm_eval_deepen.results.rows import compare
+from lm_eval_deepen.results.statistics.paired import RESAMPLES
+from lm_eval_deepen.storage import read_text, write_text
+
+BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
+SECONDS, FUSING, TOKENS = "s/doc", "fusing s/doc", "tokens/doc"
+PARAMETERS, SPEED, TRAINED = "parameters (M)", "tokens/s", "training tokens (k)"
+READING_BUILDS = (
+    f"{PARAMETERS}: of all the models that a row runs, in millions. {SPEED}: tokens forwarded per model and second. "
+    f"{TRAINED}: thousands of tokens that its models, and what they were made from, were trained on by recipes here, "
+    "each training once; what they were trained on before is not counted.",
+    f"{SEEDS}: a row that is repeated over seeds shows the mean over them, of every document; {SPREAD} is the standard "
+    "deviation of their scores (n - 1), which the intervals (over documents) do not contain.",
+)
+READING = (
+    "A member alone is an ensemble of one, which gives what `--model hf` gives.",
+    "The reference of every column is the best single member on these documents; a row that is not marked better is "
+    "not significantly better than it.",
+    f"{SECONDS}: seconds per document as if the row had run alone; rows of the same members in the same order share "
+    "their forward passes in scoring tasks (those weighted by prompts among themselves), and of a shared pass a row is "
+    f"charged everything but the other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all "
+    "members together forwarded.",
+    "A row that pools answers is charged what the pooled rows took, whose answers it shares.",
+)
+_MARKS = {"better": " ▲", "worse": " ▼", "not significant": "", None: " (ref)"}
+_KEY = "▲, ▼: significantly better, worse than the best single member (ref) after correction at {alpha:g}."
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measured leaderboard.
+
+    Attributes:
+        recipe: what was asked for.
+        rows: a line per system and column, corrected over all of them.
+        meaningless: reasons, by system and column.
+        notes: what else is to be said.
+    """
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    meaningless: Mapping[tuple[str, str], str]
+    notes: Sequence[str]
+
+
+def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
+    """Return the table of finished cells.
+
+    Raises:
+        ResultError: files that cannot be read, or a metric that no task has.
+    """
+    recipe = plan.recipe
+    empty = {**plan.meaningless, **{key: " ".join(reason.split()) for key, reason in plan.failed.items()}}
+    rows: list[Row] = []
+    meaningless: dict[tuple[str, str], str] = {}
+    notes = list(recipe.notes)
+    for task in plan.tasks:
+        runs = [
+            Run(row.name, cells[row.name, task.name].mark.parent, cells[row.name, task.name].runs())
+            for row in recipe.rows
+            if (row.name, task.name) in cells
+        ]
+        if not runs:  # encoder-decoder members alone and a task that scores given texts, or no cell was finished
+            reasons = {empty[row.name, task.name] for row in recipe.rows}
+            notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
+            continue
+        found = _columns(plan, task, runs, cells, notes, meaningless)
+        members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
+        notes += groups(runs, members or [run.label for run in runs])
+        for row in recipe.rows:
+            if (cell := cells.get((row.name, task.name))) is not None:
+                notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
+        rows += found
+        for row in recipe.rows:
+            if reason := empty.get((row.name, task.name)):
+                meaningless |= {(row.group, line.column): reason for line in found}
+    if not rows:
+        raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
+    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)))
+
+
+def _columns(
+    plan: Plan,
+    task: LoadedTask,
+    runs: Sequence[Run],
+    cells: Mapping[Key, Cell],
+    notes: list[str],
+    meaningless: dict[tuple[str, str], str],
+) -> list[Row]:
+    """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column."""
+    recipe = plan.recipe
+    alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
+    grouped = _groups(recipe)
+    rows: list[Row] = []
+    for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
+        try:
+            kept, empty = _with_scores(runs, *column, grouped)
+            measured = paired(kept, *column, notes)
+        except NotPairedError as error:
+            if task.spec.metric:
+                raise
+            notes.append(f"not compared: {error}")
+            continue
+        extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
+        for name, built in recipe.builds.recipes.items():
+            if name in extra and not built.is_merge:
+                extra[name][SEEDS] = 1.0
+        measured = type(measured)(
+            measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
+        )
+        measured = averaged(measured, grouped)
+        notes += against_controls(measured, recipe)
+        here = [name for name in alone if name in measured.scores]
+        if alone and not here:
+            notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
+            continue
+        found = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
+        meaningless |= {(group, found[0].column): reason for group, reason in empty.items()}
+        rows += found
+    return rows
+
+
+def _with_scores(
+    runs: Sequence[Run], task: str, metric: str, flt: str, groups: Mapping[str, Sequence[str]]
+) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs whose every document has a finite value, and why the rows of the others have no score.
+
+    Raises:
+        NotPairedError: no run has, or the metric is none of documents.
+    """
+    reasons: dict[str, str] = {}
+    for run in runs:
+        one = run.task(task)
+        table = one.samples.under(flt)
+        try:
+            one.scores(metric, flt, [key for key, sample in table.items() if metric in sample.values])
+        except NotPairedError:
+            raise
+        except ResultError as error:
+            reasons[run.label] = str(error)
+    empty = {group: reasons[name] for group, names in groups.items() for name in names if name in reasons}
+    kept = [run for run in runs if not any(run.label in groups[group] for group in empty)]
+    if not kept:
+        raise NotPairedError(f"{task}: no row has a score: {next(iter(empty.values()))}")
+    return kept, empty
+
+
+def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
+    """Return how distilled models differ from their controls: the same training on the text alone."""
+    found = []
+    for name, control in recipe.builds.controls.items():
+        if name not in measured.scores or control not in measured.scores:
+            continue
+        first, second = measured.scores[control], measured.scores[name]
+        line = compare(control, first, second, recipe.resamples or RESAMPLES)
+        change = report.signed(line.difference) + report.signed_interval(line.low, line.high)
+        column = f"{measured.task} {measured.metric}"
+        found.append(
+            f"{column}: {name} against its control, {control}: {change}, p {report.probability(line.p)} "
+            "(paired by document, not corrected)"
+        )
+    return found
+
+
+def _groups(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the rows of every line of the table: several where a row is repeated over seeds."""
+    found: dict[str, list[str]] = {}
+    for row in recipe.rows:
+        found.setdefault(row.group, []).append(row.name)
+    return found
+
+
+def _costs(cell: Cell, with_models: bool) -> dict[str, float | None]:
+    count = max(1, cell.documents)
+    cost, facts = cell.cost, cell.facts
+    found: dict[str, float | None] = {
+        SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count,
+    }  # fmt: skip
+    if with_models and facts:
+        found[PARAMETERS] = facts["parameters"] / 1e6
+        found[SPEED] = cost.tokens / facts["models"] / cost.seconds if cost.seconds else None
+        found[TRAINED] = facts["training_tokens"] / 1e3
+    return found
+
+
+def listing(plan: Plan) -> str:
+    """Return the rows and what is to do, for a look before a long run."""
+    lines = [["row", *(task.name for task in plan.tasks), "fingerprint"]]
+    for row in plan.recipe.rows:
+        states = []
+        for task in plan.tasks:
+            key = (row.name, task.name)
+            states.append("n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do")
+        lines.append([row.name, *states, row.config.fingerprint()[:12]])
+    told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
+    builds = plan.recipe.builds
+    wanted = builds.needed(name for row in plan.recipe.rows for name in row.members if _is_missing(plan, row.name))
+    if absent := [name for name in wanted if not builds.folder(name, plan.built).is_dir()]:
+        told.insert(1, f"to build in {plan.built}: {', '.join(absent)}")
+    reasons = dict.fromkeys(f"n/a: {reason}" for reason in plan.meaningless.values())
+    return "\n".join([report.aligned(lines), "", *told, *reasons])
+
+
+def _is_missing(plan: Plan, row: str) -> bool:
+    return any(row == name for name, _ in plan.missing)
+
+
+def summary(table: Table) -> list[list[str]]:
+    """Return one line per row of the recipe, one column per task and metric, as text."""
+    columns = report.columns(table.rows)
+    found = {(line.system, name): line for name, lines in columns.items() for line in lines}
+    reasons = _reasons(table)
+    text = [["system", *columns]]
+    for name in _groups(table.recipe):
+        line = [name]
+        for column in columns:
+            if (name, column) in found:
+                line.append(_short(found[name, column], table.recipe.alpha))
+            else:
+                line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
+        text.append(line)
+    return text
+
+
+def _tag(reason: str, reasons: Sequence[str]) -> str:
+    """Return what stands for a reason in a cell: what differs between models, else the number of the note."""
+    label = reason.partition(": ")[0]
+    return label if label in DIFFERENCES else str(reasons.index(reason) + 1)
+
+
+def _short(row: Row, alpha: float) -> str:
+    interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.score:.3f}{interval}{_MARKS[row.verdict(alpha)]}"
+
+
+def _reasons(table: Table) -> list[str]:
+    return list(dict.fromkeys(table.meaningless.values()))
+
+
+def remarks(table: Table) -> list[str]:
+    """Return the notes: why some cells are empty, what the table does not show."""
+    reasons = _reasons(table)
+    told = [f"n/a ({tag}): {reason}" if (tag := _tag(reason, reasons)).isdigit() else reason for reason in reasons]
+    reading = [*READING, *(READING_BUILDS if table.recipe.builds.recipes else ())]
+    return [*told, *reading, *table.notes]
+
+
+def conclusion(table: Table) -> str:
+    """Return in a sentence which ensembles are better than their best member."""
+    alpha = table.recipe.alpha
+    compared = [row for row in table.rows if row.comparison and row.system not in _members(table)]
+    better = [row for row in compared if row.verdict(alpha) == "better"]
+    what = "ensembles and built models" if table.recipe.builds.recipes else "ensembles"
+    told = f"Of {len(compared)} comparisons of {what} with the best single member, {len(better)} are significantly"
+    listed = ": " + "; ".join(f"{row.system} on {row.column}" for row in better) if better else ""
+    worse = sum(row.verdict(alpha) == "worse" for row in compared)
+    return f"{told} better{listed}. {worse} are significantly worse."
+
+
+def _members(table: Table) -> set[str]:
+    return {row.name for row in table.recipe.alone}
+
+
+def rendered(table: Table, fmt: str) -> str:
+    """Return the leaderboard as ``text``, ``md``, ``json`` or ``html``."""
+    alpha = table.recipe.alpha
+    told = [_KEY.format(alpha=alpha), conclusion(table)]
+    if fmt == "json":
+        data = report.to_dict(table.rows, alpha, table.notes)
+        empty = [{"system": s, "column": c, "reason": r} for (s, c), r in table.meaningless.items()]
+        return json.dumps({"title": table.recipe.title, **data, "not_applicable": empty}, indent=2, ensure_ascii=False)
+    if fmt == "html":
+        return html(table.rows, alpha, remarks(table), table.recipe.title, [_html_summary(table), *map(_p, told)])
+    if fmt == "md":
+        title, lines = report.literal(table.recipe.title), "\n".join(map(report.literal, told))
+        parts = [f"### {title}", report.markdown_table(summary(table)), lines]
+        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table))])
+    parts = [report.printable(table.recipe.title), report.aligned(summary(table)), "\n".join(told)]
+    return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
+
+
+def _p(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _html_summary(table: Table) -> str:
+    top, *lines = summary(table)
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in top)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        for first, *rest in lines
+    )
+    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def check_markers(path: Path) -> None:
+    """Raise ConfigError where a Markdown file lacks the markers, before anything is evaluated."""
+    _text_with_markers(path)
+
+
+def _text_with_markers(path: Path) -> str:
+    try:
+        text = read_text(path)
+    except StorageError as error:
+        raise ConfigError(f"--into {path}: {error}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"--into {path}: the table goes between {BEGIN} and {END}, once each, in an existing file")
+    return text
+
+
+def write_into(path: Path, table: str) -> None:
+    """Replace what lies between the markers of a Markdown file."""
+    text = _text_with_markers(path)
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    inserted = f"{BEGIN}\n\n{table}\n\n{END}"
+    write_text(path, head + (inserted.replace("\n", "\r\n") if "\r\n" in text else inserted) + tail)

@@ -1,0 +1,57 @@
+"""From a member's configuration to the member: a causal language model, or an encoder-decoder."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import DeepenError, MemberError, one_line
+from lm_eval_deepen.member.devices import place
+from lm_eval_deepen.member.encoder_decoder import Specialist
+from lm_eval_deepen.member.member import Member
+from lm_eval_deepen.member.preflight import load_tokenizer, reusable
+from lm_eval_deepen.member.weights import check_weights, weights_reports
+
+
+def loading_keys() -> frozenset[str]:
+    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
+    from lm_eval.models.huggingface import HFLM
+
+    named = inspect.signature(HFLM.__init__).parameters.values()
+    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
+
+
+def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any | None = None) -> Member:
+    """Load a member through ``HFLM``, so that it takes every loading argument of ``--model hf``.
+
+    Args:
+        config: what to load.
+        device: where, if `config` does not say.
+        tokenizer: the member's tokenizer, if it is loaded already.
+
+    Raises:
+        ConfigError: a device that this machine lacks.
+        MemberError: loading failed (the cause is chained), or the weights are not those of the files.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
+    arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
+    tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
+    if reusable(tokenizer):
+        arguments["tokenizer"] = tokenizer
+    try:
+        with weights_reports() as reports:
+            try:
+                lm = HFLM(pretrained=config.pretrained, **arguments)
+            finally:
+                check_weights(reports, f"member {config.name!r}:", config.allowed)
+        return next(kind for kind in (Specialist, Member) if lm.backend in kind.BACKENDS)(config, lm)
+    except DeepenError:
+        raise
+    except Exception as error:
+        raise MemberError(
+            f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: "
+            f"{one_line(error)}. Check the path or hub name and the member's loading arguments."
+        ) from error

@@ -1,0 +1,1 @@
+"""What an ensemble needs, known before a weight is loaded: members, matrices, memory, the cost of tasks."""

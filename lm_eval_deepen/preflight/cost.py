@@ -1,0 +1,140 @@
+"""What a recipe's tasks would take: documents and tokens, from the tasks themselves, and hours on a stated machine."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.config.recipes import data_folder
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.preflight.files import first_line
+from lm_eval_deepen.preflight.members import Inspected
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.harness.recipes import Recipe
+    from lm_eval_deepen.member.text import TextCodec
+
+SAMPLE_DOCUMENTS = 16  # per task, evenly spaced
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """What one task asks for, in tokens of the main member, extrapolated from a sample of its documents.
+
+    Attributes:
+        task: its name.
+        documents: how many it has.
+        read_tokens: that are read, prompts with their few-shots; text that documents share counts every time.
+        written_tokens: that are generated at most.
+        longest: tokens of the longest document of the sample, with what is generated.
+        scores: whether it asks for the probability of given texts.
+    """
+
+    task: str
+    documents: int
+    read_tokens: int
+    written_tokens: int
+    longest: int
+    scores: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumptions about the machine.
+
+    Attributes:
+        bandwidth: bytes per second at which weights are read.
+        flops: floating-point operations per second.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+def task_costs(recipe: Recipe, codec: TextCodec, problems: list[str]) -> list[TaskCost]:
+    """Return what the recipe's tasks ask for; a task that cannot be loaded is added to `problems`."""
+    if not recipe.task:
+        return []
+    with _quiet():
+        try:
+            loaded = _load(recipe.task)
+        except Exception as error:  # whatever a task's data raises: it would stop the evaluation as well
+            problems.append(f"tasks {', '.join(recipe.task)} cannot be loaded: {first_line(error)}")
+            return []
+        costs = []
+        for name, task in loaded.items():
+            try:
+                costs.append(_cost(name, task, codec, recipe))
+            except VocabularyError as error:
+                problems.append(f"task {name!r} has a text that the main member's tokenizer cannot spell: {error}")
+        return costs
+
+
+def _load(names: Sequence[str]) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=str(data_folder("tasks")))
+    return manager.load(list(names))["tasks"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's remarks and progress bars for every task out of the report."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _cost(name: str, task: Any, codec: TextCodec, recipe: Recipe) -> TaskCost:
+    total = len(task.eval_docs)
+    sample = sorted({i * total // min(SAMPLE_DOCUMENTS, total) for i in range(min(SAMPLE_DOCUMENTS, total))})
+    if (shots := recipe.harness.num_fewshot) is not None:
+        task.set_config(key="num_fewshot", value=shots)
+    task.set_fewshot_seed(seed=1234)
+    task.build_all_requests(samples=sample)
+    read, written, longest = 0, 0, 0
+    for request in task.instances:
+        text, new = _text(request)
+        tokens = len(codec.encode(text))
+        read, written, longest = read + tokens, written + new, max(longest, tokens + new)
+    limit = recipe.harness.limit
+    documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
+    scores = any(request.request_type != "generate_until" for request in task.instances)
+    read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))
+    return TaskCost(name, documents, read, written, longest, scores)
+
+
+def _text(request: Any) -> tuple[str, int]:
+    """Return the text that a request makes members read, and how many tokens it may generate."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if request.request_type == "generate_until":
+        context, given = request.args
+        return str(context), int(normalize_gen_kwargs(given)["max_gen_toks"])
+    return "".join(map(str, request.args)), 0
+
+
+def hours(costs: Sequence[TaskCost], members: Sequence[Inspected], batch: int, machine: Machine) -> float | None:
+    """Return an estimate of the hours that the tasks take; None where a member's size is unknown.
+
+    Reading is bound by arithmetic: two operations per parameter and token. Writing is bound by the weights, which every
+    step of a batch reads once from every member; members take turns. Loading and fusing are left out.
+    """
+    if any(member.active is None or member.weight_bytes is None for member in members):
+        return None
+    active = sum(member.active or 0 for member in members)
+    stored = sum(member.weight_bytes or 0 for member in members)
+    read = sum(cost.read_tokens for cost in costs)
+    written = sum(cost.written_tokens for cost in costs)
+    return (2 * active * read / machine.flops + stored * written / batch / machine.bandwidth) / 3600

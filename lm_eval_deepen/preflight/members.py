@@ -1,0 +1,278 @@
+"""What a member of a recipe is, as far as it can be known before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.preflight.files import DTYPE_BYTES, STORED_BYTES, HubUnreachable, ModelFiles, look_up
+from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.member.text import TextCodec
+
+SPREAD = "all GPUs"
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One member.
+
+    Attributes:
+        config: how it would be loaded.
+        device: where.
+        files: what its files say; None where they could not be had.
+        codec: its tokenizer as bytes; None where that could not be had.
+        eos: ids that end a text.
+        chat_template: whether it can render a conversation; None where that is unknown.
+        labels: how its tokenizer spells the control tokens at both ends of a text.
+        generates_only: whether it is an encoder-decoder model, which scores no text.
+        start: the first tokens of an encoder-decoder model's decoder; empty where it cannot be started.
+    """
+
+    config: MemberConfig
+    device: str
+    files: ModelFiles | None = None
+    codec: TextCodec | None = None
+    eos: tuple[int, ...] = ()
+    chat_template: bool | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    generates_only: bool = False
+    start: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The member's name."""
+        return self.config.name
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters, from the headers of its weights, else estimated from its configuration."""
+        if self.files is None:
+            return None
+        if self.files.tensors:
+            return sum(header.count for header in self.files.tensors.values())
+        return estimate_parameters(self.files)
+
+    @property
+    def active(self) -> int | None:
+        """Parameters that one token passes through: fewer than all in a mixture of experts."""
+        total, files = self.parameters, self.files
+        if total is None or files is None:
+            return None
+        experts, used = files.get("num_local_experts"), files.get("num_experts_per_tok")
+        if not experts or not used:
+            return total
+        return total - round(_experts(files) * (1 - used / experts))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype it would be loaded in."""
+        asked = self.config.loading_dict().get("dtype")
+        if asked not in (None, "auto"):
+            return str(asked).removeprefix("torch.")
+        return self.files.dtype if self.files else "float32"
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of its weights when loaded."""
+        if self.parameters is None or self.files is None:
+            return None
+        given = {**self.config.loading_dict(), **self.config.hf_kwargs_dict()}
+        if given.get("load_in_4bit") or given.get("load_in_8bit"):
+            return self.parameters // (2 if given.get("load_in_4bit") else 1)
+        if self.dtype in DTYPE_BYTES:
+            return self.parameters * DTYPE_BYTES[self.dtype]
+        return sum(header.count * STORED_BYTES.get(header.dtype, 4) for header in self.files.tensors.values())
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of keys and values that one token takes up."""
+        if self.files is None:
+            return None
+        files, heads = self.files, self.files.get("num_attention_heads", 1)
+        width = files.get("head_dim") or files.get("hidden_size", 0) // heads
+        kv_heads = files.get("num_key_value_heads") or heads
+        return 2 * files.get("num_hidden_layers", 0) * kv_heads * width * DTYPE_BYTES.get(self.dtype, 2)
+
+    @property
+    def spelt(self) -> int:
+        """How many of the sample texts its tokenizer spells exactly."""
+        assert self.codec is not None
+        if not self.generates_only:
+            return len(SAMPLE_TEXTS)  # else `codec` could not be built
+        from lm_eval_deepen.member.text import Prompt
+
+        return sum(self.codec.follow(Prompt((), "", ()), text.encode()) is not None for text in SAMPLE_TEXTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON data."""
+        codec, files = self.codec, self.files
+        found: dict[str, Any] = {
+            "name": self.name,
+            "pretrained": self.config.pretrained,
+            "weight": self.config.weight,
+            "device": self.device,
+            "parameters": self.parameters,
+            "active_parameters": self.active,
+            "parameters_from": None if files is None else "weights" if files.tensors else "configuration",
+            "dtype": self.dtype,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes,
+            "context": files.get("max_position_embeddings") if files else None,
+            "chat_template": self.chat_template,
+        }
+        if codec is not None:
+            found["vocabulary"] = {
+                "logits": len(codec.vocab),
+                "pieces": len(codec.vocab.ids_of),
+                "control": len(codec.vocab.control),
+                "unused": len(codec.vocab.unused),
+            }
+            found["eos"] = {str(i): self.labels[i] for i in self.eos}
+            edges = {"bos": codec.opening.control}
+            if self.generates_only:
+                edges = {"source_prefix": codec.opening.control, "decoder_start": self.start}
+            found |= {key: {str(i): self.labels[i] for i in ids} for key, ids in edges.items()}
+            found["dummy_space"] = codec.opening.dummy
+            found["round_trip_texts"] = self.spelt
+        return found
+
+
+def inspect_members(
+    configs: Sequence[MemberConfig], device: str, problems: list[str], notes: list[str]
+) -> list[Inspected]:
+    """Return what can be known of members; what goes wrong is added to `problems`, what to know to `notes`."""
+    found, offline = [], False
+    for config in configs:
+        try:
+            found.append(_inspect(config, device, problems, notes, offline))
+        except HubUnreachable as error:  # every further try would take as long
+            offline = True
+            problems.append(str(error))
+            found.append(Inspected(config, device))
+    return found
+
+
+def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
+    from lm_eval_deepen.member.configuration import is_encoder_decoder
+
+    given = config.loading_dict()
+    device = SPREAD if given.get("parallelize") else str(given.get("device") or device)  # it overrides a device
+    if given.get("gguf_file"):
+        notes.append(f"member {config.name!r} is a GGUF file: only loading it tells its size and tokenizer.")
+        return Inspected(config, device)
+    try:
+        files = look_up(config, offline)
+    except HubUnreachable:
+        raise
+    except DeepenError as error:
+        problems.append(str(error))
+        return Inspected(config, device)
+    if files.why_not:
+        notes.append(f"member {config.name!r}: its size is estimated from its configuration ({files.why_not}).")
+    generates_only = is_encoder_decoder(given, files.config)
+    if generates_only:
+        notes.append(
+            f"member {config.name!r} is an encoder-decoder model: it reads "
+            f"{'the whole prompt' if config.source_pattern is None else 'what source_pattern finds'}, and takes "
+            "part in generation only. Of the sample texts it spells some; where it cannot spell a text, it sits out."
+        )
+    elif config.source:
+        problems.append(
+            f"member {config.name!r}: {', '.join(config.source)} belong to encoder-decoder members. Leave them out."
+        )
+    known = Inspected(config, device, files, generates_only=generates_only)
+    try:
+        return _with_tokenizer(known, files, problems)
+    except DeepenError as error:
+        problems.append(" ".join(str(error).split()))
+        return known
+
+
+def _with_tokenizer(found: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
+    """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
+    from lm_eval_deepen.member.encoder_decoder import DecoderCodec
+    from lm_eval_deepen.member.preflight import files_of, load_tokenizer
+    from lm_eval_deepen.member.text import TextCodec
+
+    tokenizer: Any = load_tokenizer(found.config)
+    start = _begin_decoder(found.config, files, tokenizer, problems) if found.generates_only else ()
+    eos = _eos_ids(files, tokenizer)
+    given = found.config.loading_dict()
+    asked = given.get("prefix_token_id")
+    prefix = next((i for i in (asked, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    codec = (DecoderCodec if found.generates_only else TextCodec).build(
+        tokenizer,
+        size=_logits(files, len(tokenizer)),
+        eos=eos,
+        prefix_id=prefix,
+        add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
+        name=found.name,
+        files=files_of(found.config),
+        checked=True,
+    )
+    template = getattr(tokenizer, "chat_template", None) is not None
+    labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}
+    return replace(found, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
+
+
+def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, problems: list[str]) -> tuple[int, ...]:
+    """Tell the tokenizer the source's language, and return the decoder's first tokens; empty, and a problem, for none.
+
+    Raises:
+        ConfigError: a language that the tokenizer does not know.
+    """
+    from lm_eval_deepen.member.encoder_decoder import check_languages, decoder_start
+
+    check_languages(config, tokenizer)
+    if config.source_language is not None:
+        tokenizer.src_lang = config.source_language
+    try:
+        return decoder_start(config, tokenizer, files.setting)
+    except DeepenError as error:
+        problems.append(str(error))
+        return ()
+
+
+def _logits(files: ModelFiles, default: int) -> int:
+    """Return the number of logits: rows of the embedding where its header is known."""
+    if files.embedding is not None:
+        return files.tensors[files.embedding].shape[0]
+    return int(files.get("vocab_size", default))
+
+
+def _eos_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
+    """Return every id that ends a text, in the order in which a loaded member has them."""
+    from lm_eval_deepen.member.member import ends_of_text
+
+    return ends_of_text(files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
+
+
+def estimate_parameters(files: ModelFiles) -> int | None:
+    """Return the parameters of a decoder with gated feed-forward layers; None where its configuration says too little.
+
+    Embedding and head, and per layer query, key, value, output and three feed-forward matrices (per expert); norms and
+    biases are left out, below 0.1 %.
+    """
+    width, layers, vocabulary = files.get("hidden_size"), files.get("num_hidden_layers"), files.get("vocab_size")
+    inner = files.get("intermediate_size")
+    if not (width and layers and vocabulary and inner):
+        return None
+    heads = files.get("num_attention_heads", 1)
+    head = files.get("head_dim") or width // heads
+    kv = (files.get("num_key_value_heads") or heads) * head
+    attention = 2 * width * heads * head + 2 * width * kv
+    tables = 1 if files.get("tie_word_embeddings") else 2
+    feed_forward = 3 * width * inner * (files.get("num_local_experts") or 1)
+    return tables * vocabulary * width + layers * (attention + feed_forward)
+
+
+def _experts(files: ModelFiles) -> int:
+    """Return the parameters of all experts."""
+    inner = files.get("moe_intermediate_size") or files.get("intermediate_size", 0)
+    layers, width = files.get("num_hidden_layers", 0), files.get("hidden_size", 0)
+    return layers * files.get("num_local_experts") * 3 * width * inner

@@ -1,0 +1,176 @@
+"""From the values of documents to the score of a task, as the harness aggregates them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lm_eval_deepen.errors import NotPairedError, ResultError
+from lm_eval_deepen.results.samples import Key, Sample
+from lm_eval_deepen.results.statistics import CONFIDENCE, Interval, pseudo_values, score_interval, standard_error
+from lm_eval_deepen.results.statistics.intervals import is_binary
+from lm_eval_deepen.results.statistics.paired import Statistic, Values, mean_of_first
+
+_LN2 = math.log(2)
+_AGREES = 1e-6  # relative: a score of the results file and the same one from its samples
+
+# Aggregations of `lm_eval.api.metrics` that depend on the documents through means: (values of a document, function).
+AGGREGATIONS: Mapping[str, tuple[int, Statistic]] = {
+    "mean": (1, mean_of_first),
+    "perplexity": (1, lambda means: np.exp(-means[..., 0])),
+    "weighted_perplexity": (2, lambda means: np.exp(-means[..., 0] / means[..., 1])),
+    "bits_per_byte": (2, lambda means: -means[..., 0] / means[..., 1] / _LN2),
+}
+# What the harness takes where a task's configuration names none, and of these what is over a whole corpus at once.
+_DEFAULTS = {
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+    **{name: name for name in ("f1", "bleu", "chrf", "chrf++", "ter", "bypass")},
+    "mcc": "matthews_corrcoef",
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One metric of one system on given documents.
+
+    Attributes:
+        values: one row per document [n, k]; k is 1 but for sums over words or bytes.
+        statistic: from the means of the columns to the score.
+        averaged: whether the score is the plain mean of the documents' values.
+    """
+
+    values: Values
+    statistic: Statistic = mean_of_first
+    averaged: bool = True
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.values)
+
+    @property
+    def score(self) -> float:
+        """The aggregated score."""
+        return float(self.statistic(self.values.mean(axis=0)))
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the score; None with fewer than two documents."""
+        return standard_error(self.values, self.statistic)
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the score with its confidence interval."""
+        return score_interval(self.values, self.statistic, confidence)
+
+    @property
+    def shares(self) -> Values:
+        """Every document's share in the score [n]: their mean is the score; of an average, the documents' values."""
+        return pseudo_values(self.values, self.statistic)
+
+    @property
+    def binary(self) -> bool:
+        """Whether every document is right or wrong, 1 or 0, and the score their mean."""
+        return self.averaged and is_binary(self.values)
+
+    @property
+    def per_document(self) -> Values:
+        """The score of every document alone [n]."""
+        return self.statistic(self.values)
+
+
+def mean_scores(values: Sequence[float]) -> Scores:
+    """Return the scores of a metric that is averaged, from one number per document."""
+    return Scores(np.asarray(values, dtype=np.float64)[:, None])
+
+
+def group_scores(tasks: Sequence[Scores], by_size: bool) -> Scores:
+    """Return a group's score as a mean over the documents of its tasks, whose scores are averages.
+
+    Args:
+        tasks: one metric of every task.
+        by_size: every document counts alike; else every task, and a document by what it is of its task.
+    """
+    total = sum(task.documents for task in tasks)
+    weights = [1.0 if by_size else total / (len(tasks) * task.documents) for task in tasks]
+    return Scores(np.concatenate([weight * task.values for weight, task in zip(weights, tasks, strict=True)]))
+
+
+def scores_of(
+    table: Mapping[Key, Sample], keys: Sequence[Key], metric: str, aggregation: str | None, where: str
+) -> Scores:
+    """Return the values of a metric for the documents `keys`, in that order.
+
+    Args:
+        table: the run's outcomes under one filter.
+        keys: the documents.
+        metric: name of the metric.
+        aggregation: its name in the task's configuration; None for the harness's default.
+        where: task and run, for messages.
+
+    Raises:
+        NotPairedError: a metric that is not compared document by document (BLEU, F1 over a corpus, a mean of the
+            documents that have a value).
+        ResultError: a value that is no finite number.
+    """
+    name = aggregation or _DEFAULTS.get(metric, "mean")
+    if name == "nanmean":
+        if any(table[key].values[metric] != table[key].values[metric] for key in keys):
+            raise NotPairedError(f"{where}: {metric} has documents without a value (NaN), which its mean leaves out")
+        name = "mean"  # the same where every value is a number
+    if name not in AGGREGATIONS:
+        raise NotPairedError(
+            f"{where}: {metric} is aggregated by {name!r}, which is not a function of means over documents; compare "
+            f"another metric. Supported: {', '.join(AGGREGATIONS)}."
+        )
+    width, statistic = AGGREGATIONS[name]
+    samples = [table[key] for key in keys]
+    rows = [_row(s.values[metric], width, f"{where}: {metric} of document {s.doc_id}") for s in samples]
+    return Scores(np.array(rows, dtype=np.float64), statistic, name == "mean")
+
+
+def _row(value: Any, width: int, what: str) -> list[float]:
+    row = list(value) if isinstance(value, (list, tuple)) else [value]
+    numbers = [number for number in map(to_number, row) if number is not None]
+    if not len(row) == len(numbers) == width:
+        expected = "a finite number" if width == 1 else f"{width} finite numbers"
+        raise ResultError(
+            f"{what} should be {expected}, got {value!r:.40}; the file is damaged, or the model fails there: "
+            "evaluate the task again, or leave the metric out with --metric."
+        )
+    return numbers
+
+
+def configured_aggregation(task_config: Mapping[str, Any], metric: str) -> str | None:
+    """Return the aggregation that a task's configuration names for a metric, or None."""
+    listed = task_config.get("metric_list")
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, Mapping) and entry.get("metric") == metric:
+            return _name(entry.get("aggregation"))
+    return None
+
+
+def _name(aggregation: Any) -> str | None:
+    # A function of the task's own is written as its source: the task says what it does, not we.
+    return None if aggregation is None else str(aggregation).strip().partition("\n")[0]
+
+
+def agrees(reported: Any, computed: float) -> bool:
+    """Return whether a score of the results file is the one that its samples give."""
+    number = to_number(reported)
+    return number is not None and math.isclose(number, computed, rel_tol=_AGREES, abs_tol=_AGREES)
+
+
+def to_number(value: Any) -> float | None:
+    """Return a finite number of a results file; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None

@@ -1,0 +1,94 @@
+"""Is a candidate worse than its baseline: what is tested, what prevents a verdict, and the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import NotPairedError, ResultError
+from lm_eval_deepen.results.comparable import objections
+from lm_eval_deepen.results.files import Run, find_runs
+from lm_eval_deepen.results.gate_report import GateReport, Status, Tested
+from lm_eval_deepen.results.pairing import wanted_columns
+from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.samples import common_keys
+
+
+def single_run(path: Path) -> Run:
+    """Return the only run in a folder.
+
+    Raises:
+        ResultError: there are several.
+    """
+    runs = find_runs(path)
+    if len(runs) > 1:
+        inside = ", ".join(str(run.folder) for run in runs)
+        raise ResultError(f"{path}: holds the results of {len(runs)} models; give one of them: {inside}")
+    return runs[0]
+
+
+def judge(
+    baseline: Run,
+    candidate: Run,
+    rule: Rule,
+    tasks: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    allow_config_change: bool = False,
+) -> GateReport:
+    """Return the outcome of the check.
+
+    Raises:
+        ResultError: the baseline lacks a task or metric that was asked for, or a file cannot be read.
+    """
+    chosen = list(dict.fromkeys(tasks)) if tasks else list(baseline.tasks)
+    for task in chosen:
+        baseline.task(task)
+    columns = wanted_columns([baseline], chosen, metrics)
+    found = objections(baseline, candidate, chosen, allow_config_change)
+    notes = [*baseline.notes, *candidate.notes, *found.notes]
+    report: dict[str, Any] = {"baseline": baseline.label, "candidate": candidate.label, "rule": rule}
+    if found.reasons:
+        return GateReport(status="not comparable", reasons=found.reasons, notes=tuple(notes), tests=(), **report)
+    pairs, reasons = pairs_of(baseline, candidate, columns, notes, explicit=bool(metrics))
+    if reasons:
+        return GateReport(status="not comparable", reasons=tuple(reasons), notes=tuple(notes), tests=(), **report)
+    tests = tuple(
+        Tested(pair, decision, details(pair, len(pairs), rule))
+        for pair, decision in zip(pairs, decide(pairs, rule), strict=True)
+    )
+    status: Status = "regressed" if any(test.decision.regressed for test in tests) else "pass"
+    return GateReport(status=status, reasons=(), notes=tuple(notes), tests=tests, **report)
+
+
+def pairs_of(
+    baseline: Run, candidate: Run, columns: Sequence[tuple[str, str, str]], notes: list[str], explicit: bool
+) -> tuple[list[Pair], list[str]]:
+    """Return what can be tested and why the rest prevents a verdict; what is merely left out goes to `notes`."""
+    pairs: list[Pair] = []
+    reasons: list[str] = []
+    for task, metric, flt in columns:
+        one, two = baseline.tasks[task], candidate.tasks[task]
+        good = one.higher_is_better(metric)
+        if (metric, flt) not in two.columns:
+            reasons.append(f"{task}: {two.results_path} has no {metric},{flt}")
+            continue
+        values = [sum(metric in sample.values for sample in run.samples.under(flt).values()) for run in (one, two)]
+        if len(set(values)) > 1:
+            reasons.append(f"{task}: {metric} is given for {values[0]} and {values[1]} documents")
+            continue
+        try:
+            if good is None:
+                raise NotPairedError(f"{one.where}: it is unknown which way {metric} is good (higher_is_better)")
+            keys = common_keys([one.samples, two.samples], flt, metric)
+            pair = Pair(task, metric, flt, good, one.scores(metric, flt, keys), two.scores(metric, flt, keys))
+            doubts = [run.contradiction(metric, flt) for run in (one, two)]
+        except NotPairedError as error:
+            # Asked for by name, it must be tested; otherwise the other metrics still can be.
+            (reasons if explicit else notes).append(f"not tested: {error}")
+            continue
+        notes.extend(doubt for doubt in doubts if doubt)
+        pairs.append(pair)
+    if not pairs and not reasons:
+        reasons.append("no metric of the chosen tasks can be tested document by document, see the notes")
+    return pairs, reasons

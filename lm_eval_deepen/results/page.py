@@ -1,0 +1,150 @@
+"""One self-contained HTML page of measured and compared systems: tables, charts, no script, nothing fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from lm_eval_deepen.results.chart import Point, chart
+from lm_eval_deepen.results.report import cells, columns, extras, head, heading, number, reading, signed
+from lm_eval_deepen.results.rows import Row
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --mark: #0550ae; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9da7b3; --line: #3d444d; --paper: #0d1117; --mark: #79c0ff; }
+}
+body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 72rem; padding: 0 1rem; }
+h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+th[scope=row], thead th:first-child { text-align: left; }
+figure { margin: 1rem 0; }
+figcaption, .reading { color: var(--soft); }
+svg { max-width: 100%; height: auto; }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
+svg .soft { fill: var(--soft); }
+svg .axis { stroke: var(--line); }
+svg .zero { stroke: var(--soft); stroke-dasharray: 4 3; }
+svg .bar { stroke: var(--mark); stroke-width: 2; fill: none; }
+svg .dot { fill: var(--mark); stroke: var(--mark); stroke-width: 2; }
+svg .hollow { fill: var(--paper); stroke: var(--mark); stroke-width: 2; }
+"""
+
+
+def html(
+    rows: Sequence[Row],
+    alpha: float,
+    notes: Sequence[str] = (),
+    title: str = "Comparison",
+    before: Sequence[str] = (),
+) -> str:
+    """Return the page: for every task and metric two charts with error bars, and the table that says the same.
+
+    `before` is HTML that comes first.
+    """
+    names = extras(rows)
+    blocks = [_section(i, group, alpha, names) for i, group in enumerate(columns(rows).values(), 1)]
+    told = " ".join([f"Significance at {alpha:g}.", *reading(rows)])
+    remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            f"<h1>{escape(title)}</h1>",
+            *before,
+            *blocks,
+            f'<p class="reading">{escape(told)}</p>',
+            f"<h2>Notes</h2>\n<ul>{remarks}</ul>" if notes else "",
+            "</main>",
+            "</body>",
+            "</html>",
+        ]
+    )
+
+
+def _section(index: int, group: Sequence[Row], alpha: float, names: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            f'<section aria-labelledby="s{index}">',
+            f'<h2 id="s{index}">{escape(group[0].column)}</h2>',
+            _scores(f"c{index}", group),
+            _differences(f"d{index}", group, alpha),
+            _table(group, alpha, names),
+            "</section>",
+        ]
+    )
+
+
+def _scores(identity: str, group: Sequence[Row]) -> str:
+    points = [
+        Point(
+            label=row.system,
+            value=row.score,
+            low=row.low,
+            high=row.high,
+            text=number(row.score),
+            filled=row.comparison is not None,
+        )
+        for row in group
+    ]
+    caption = "Score with its 95 % interval over documents; the hollow mark is the reference."
+    return _figure(chart(identity, f"Scores, {group[0].column}", caption, points), caption)
+
+
+def _differences(identity: str, group: Sequence[Row], alpha: float) -> str:
+    points = [
+        Point(
+            label=row.system,
+            value=row.comparison.difference,
+            low=row.comparison.low,
+            high=row.comparison.high,
+            text=signed(row.comparison.difference),
+            filled=row.verdict(alpha) != "not significant",
+        )
+        for row in group
+        if row.comparison
+    ]
+    if not points:
+        return ""
+    reference = next(row.comparison.reference for row in group if row.comparison)
+    caption = (
+        f"Difference to {reference} with its paired 95 % interval; hollow marks are not significant after correction "
+        "over the table."
+    )
+    return _figure(chart(identity, f"Differences, {group[0].column}", caption, points, zero=True), caption)
+
+
+def _figure(drawing: str, caption: str) -> str:
+    return f"<figure>\n{drawing}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+
+
+def _table(group: Sequence[Row], alpha: float, names: Sequence[str]) -> str:
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head_of(group, names))
+    body = []
+    for row in group:
+        first, *rest = cells(row, alpha, names)
+        body.append(
+            f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        )
+    return (
+        f'<div class="wide"><table>\n<caption>{escape(heading(group))}</caption>\n'
+        f"<thead><tr>{top}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table></div>"
+    )
+
+
+def head_of(group: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Return the headings of one table on a page whose rows have the further figures `names`."""
+    own = extras(group)
+    return [heading_ for heading_ in head(group) if heading_ not in own] + list(names)

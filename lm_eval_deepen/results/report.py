@@ -1,0 +1,200 @@
+"""Tables of measured and compared systems, as plain text, Markdown and JSON: pure functions of their rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lm_eval_deepen.results.rows import Row
+
+_HEAD = (
+    "system", "score [95 % interval]", "difference [95 % interval]", "p", "p (corrected)", "verdict", "agreement",
+    "oracle",
+)  # fmt: skip
+READING = (
+    "Intervals are over documents; the difference is to the reference, paired by document.",
+    "p: two-sided, of {tests}, for this comparison alone; p (corrected): for all comparisons shown, by Holm's "
+    "procedure. The verdict is that of p (corrected). An interval that just leaves 0 out may stand beside a p above "
+    "0.05: the test is the stricter of the two.",
+    "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
+)
+PICKED = (
+    "The reference is the best of {candidates} on these very documents, which favours it: p (corrected) also counts "
+    "the comparisons with the others that could have been the reference, and intervals of differences are widened, so "
+    "that 95 % of those shown contain the true difference. p alone does not allow for it."
+)
+
+_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_WHOLE_TAG = re.compile(r"<([A-Za-z/!?][^<>]*)>")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # "<0.0001" begins none
+_LINK = re.compile(r"\]([(\[])")
+_MARKS = re.compile(r"[`*]|~(?=~)")
+
+
+def number(value: float) -> str:
+    """Return a score with four decimals, or four digits where it is large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign."""
+    return f"{value:+.4f}" if abs(value) < 1000 else f"{value:+.5g}"
+
+
+def probability(value: float | None) -> str:
+    """Return a p-value; small ones as a bound."""
+    if value is None:
+        return "-"
+    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows by task, metric and filter, in order."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.column, []).append(row)
+    return grouped
+
+
+def heading(rows: Sequence[Row]) -> str:
+    """Return what a column is: task and metric, which way is good, documents, reference."""
+    first = rows[0]
+    way = {True: "higher is better", False: "lower is better", None: "which way is good is unknown"}
+    reference = next((row.system for row in rows if row.comparison is None), None)
+    against = f", reference: {reference}" if reference else ""
+    return f"{first.column} ({way[first.higher_is_better]}), {first.documents} documents{against}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return an interval as text behind its estimate; nothing where it cannot be told."""
+    return "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
+
+
+def signed_interval(low: float | None, high: float | None) -> str:
+    """Return the interval of a difference as text behind its estimate; nothing where it cannot be told."""
+    return "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+
+
+def extras(rows: Sequence[Row]) -> list[str]:
+    """Return the headings of further figures, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row.extra))
+
+
+def head(rows: Sequence[Row]) -> list[str]:
+    """Return the headings of the table."""
+    return [*_HEAD, *extras(rows)]
+
+
+def verdict(row: Row, alpha: float) -> str:
+    """Return the verdict in words; the reference's row says so."""
+    found = row.verdict(alpha)
+    if found is None:
+        return "reference"
+    return "not significantly different" if found == "not significant" else f"significantly {found}"
+
+
+def cells(row: Row, alpha: float, names: Sequence[str]) -> list[str]:
+    """Return one row as text, in the order of `head`."""
+    compared = row.comparison
+    shown = [row.system, number(row.score) + interval(row.low, row.high)]
+    if compared is None:
+        shown += ["-", "-", "-", verdict(row, alpha), "-"]
+    else:
+        agreement = "-" if compared.agreement is None else f"{compared.agreement:.3f}"
+        shown.append(signed(compared.difference) + signed_interval(compared.low, compared.high))
+        shown += [probability(compared.p), probability(compared.p_holm), verdict(row, alpha), agreement]
+    shown.append("-" if row.oracle is None else number(row.oracle))
+    for name in names:
+        value = row.extra.get(name)
+        shown.append("-" if value is None else f"{value:.4g}")
+    return shown
+
+
+def reading(rows: Sequence[Row]) -> list[str]:
+    """Return how to read the table, in sentences."""
+    pools = dict.fromkeys(row.pool for row in rows if row.oracle is not None)
+    pool = ", ".join(next(iter(pools))) if len(pools) == 1 else "the reference and the row's own system"
+    tests = " or ".join(dict.fromkeys(row.comparison.test for row in rows if row.comparison))
+    told = [line.format(pool=pool, tests=tests or "no test") for line in READING]
+    picked = list(dict.fromkeys(row.comparison.candidates for row in rows if row.comparison))
+    if any(len(names) > 1 for names in picked):
+        systems = {row.system for row in rows}
+        listed = "all systems" if all(set(names) == systems for names in picked) else ", ".join(picked[0])
+        told.insert(2, PICKED.format(candidates=listed if len(picked) == 1 else "several"))
+    return told
+
+
+def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+    """Return a table per task and metric for a terminal."""
+    names, blocks = extras(rows), []
+    for group in columns(rows).values():
+        table = aligned([head(rows), *(cells(row, alpha, names) for row in group)])
+        blocks.append(f"{printable(heading(group))}\n{table}")
+    blocks.append("\n".join([f"Significance at {alpha:g}.", *map(printable, reading(rows))]))
+    if notes:
+        blocks.append("\n".join(["Notes:", *(f"  - {printable(note)}" for note in notes)]))
+    return "\n\n".join(blocks)
+
+
+def markdown(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+    """Return a table per task and metric as GitHub's Markdown."""
+    names, blocks = extras(rows), []
+    for group in columns(rows).values():
+        table = markdown_table([head(rows), *(cells(row, alpha, names) for row in group)])
+        blocks.append(f"#### {literal(heading(group))}\n\n{table}")
+    blocks.append(" ".join([f"Significance at {alpha:g}.", *(literal(line, code=True) for line in reading(rows))]))
+    if notes:
+        blocks.append("\n".join(f"- {literal(note, code=True)}" for note in notes))
+    return "\n\n".join(blocks)
+
+
+def to_dict(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return everything as JSON data."""
+    listed = []
+    for row in rows:
+        entry = {**asdict(row), "pool": list(row.pool), "verdict": row.verdict(alpha) or "reference"}
+        entry["filter"] = entry.pop("flt")
+        listed.append(entry)
+    return {"alpha": alpha, "rows": listed, "notes": list(notes)}
+
+
+def aligned(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return the table in columns, the first `left` and words to the left; a rule below the headings."""
+    shown = [[printable(cell) for cell in line] for line in table]
+    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
+    lines = [
+        "  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]).rstrip()
+        for line in shown
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return a text in one line, what would steer a terminal (or turn the text around) spelt out."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
+
+
+def literal(text: str, code: bool = False) -> str:
+    """Return what GitHub's Markdown shows as this text, whatever names of systems and tasks are made of.
+
+    Args:
+        text: any text; it becomes one line.
+        code: whether words between backticks are code, as in the sentences here.
+    """
+    shown = printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    shown = _ENTITY.sub("&amp;", shown)
+    shown = _TAG.sub("&lt;", _WHOLE_TAG.sub(r"&lt;\1&gt;", shown))
+    shown = _LINK.sub(r"]\\\1", shown)
+    return shown if code else _MARKS.sub(r"\\\g<0>", shown)
+
+
+def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return the table as GitHub's Markdown, text to the left and numbers to the right."""
+    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(table[0]))) + "|")
+    return "\n".join(lines)
