@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_deepen.cli.gate import pairs_of, single_run, wanted_columns
-from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.gate import pairs_of, single_run
+from lm_eval_deepen.results.pairing import wanted_columns
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
 
 Background = Callable[[np.random.Generator], list[Pair]]
 
@@ -76,14 +77,14 @@ def rate(hits: int, total: int) -> dict[str, float]:
     return {"rate": round(share, 4), "stderr": round(math.sqrt(share * (1 - share) / total), 4)}
 
 
-def alarms(background: Background, rule: Rule, repetitions: int, seed: int) -> int:
+def alarms(background: Background, rule: GateRule, repetitions: int, seed: int) -> int:
     """Return how many repetitions the gate fails."""
     generator = np.random.default_rng(seed)
     return sum(any(found.regressed for found in decide(background(generator), rule)) for _ in range(repetitions))
 
 
 def detection(
-    pairs: Sequence[Pair], index: int, sizes: Sequence[float], rule: Rule, repetitions: int, seed: int
+    pairs: Sequence[Pair], index: int, sizes: Sequence[float], rule: GateRule, repetitions: int, seed: int
 ) -> dict[str, Any]:
     """Return detection rates by size of a regression of one metric, against both backgrounds."""
     found: dict[str, Any] = {}
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pairs = read_pairs(args)
-    rule = Rule(alpha=args.alpha, resamples=args.resamples, seed=args.seed)
+    rule = GateRule(alpha=args.alpha, resamples=args.resamples, seed=args.seed)
     report: dict[str, Any] = {"alpha": args.alpha, "repetitions": args.repetitions, "columns": []}
     false = {
         "all tests together": rate(

@@ -32,7 +32,7 @@ import numpy as np
 
 from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
 from lm_eval_deepen.results.aggregation import AGGREGATIONS, group_scores
-from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
 from lm_eval_deepen.results.statistics import paired_interval, proportion_interval
 from lm_eval_deepen.results.statistics.distributions import binomial
 
@@ -285,7 +285,7 @@ def group_coverage(documents: int, by_size: bool, repetitions: int, seed: int = 
 
 def gate(documents: int, tests: int, changed: float, repetitions: int, seed: int = 0) -> dict[str, Any]:
     """Return the gate's false alarms, and how often it finds the drop that it calls detectable, right and wrong."""
-    rule = Rule()
+    rule = GateRule()
     generator = np.random.default_rng([seed, documents, tests])
 
     def pair(worse: float, better: float, task: str = "t") -> Pair:
@@ -319,7 +319,7 @@ def gate(documents: int, tests: int, changed: float, repetitions: int, seed: int
 
 def gate_real(documents: int, tests: int, repetitions: int, seed: int = 0) -> dict[str, Any]:
     """Return the same of a real-valued metric, bits per byte."""
-    rule = Rule(resamples=200)
+    rule = GateRule(resamples=200)
     population = bits_per_byte("", 0.7)
     generator = np.random.default_rng([seed, documents, tests, 1])
 

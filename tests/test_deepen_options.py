@@ -7,7 +7,7 @@ import pytest
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.build import MatrixSpec
-from lm_eval_deepen.relative.tops import Rule
+from lm_eval_deepen.relative.tops import TopRule
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_compat_reference_is_a_valid_set_of_options() -> None:
     [
         ({}, None),
         ({"support": "full"}, None),
-        ({"support": 64}, Rule(64, None, 0.1)),
-        ({"support": 64.0}, Rule(64, None, 0.1)),
-        ({"rows": "embedding"}, Rule(512, None, 0.1)),
-        ({"support": 0.999}, Rule(None, 0.999, 0.1)),
-        ({"support": "0.999", "max_support": "512", "max_truncated": "1e-2"}, Rule(512, 0.999, 0.01)),
-        ({"support": "64", "max_truncated": 1}, Rule(64, None, 1.0)),
+        ({"support": 64}, TopRule(64, None, 0.1)),
+        ({"support": 64.0}, TopRule(64, None, 0.1)),
+        ({"rows": "embedding"}, TopRule(512, None, 0.1)),
+        ({"support": 0.999}, TopRule(None, 0.999, 0.1)),
+        ({"support": "0.999", "max_support": "512", "max_truncated": "1e-2"}, TopRule(512, 0.999, 0.01)),
+        ({"support": "64", "max_truncated": 1}, TopRule(64, None, 1.0)),
     ],
 )
-def test_a_support_is_everything_a_number_or_a_share(given: dict, rule: Rule | None) -> None:
+def test_a_support_is_everything_a_number_or_a_share(given: dict, rule: TopRule | None) -> None:
     """As YAML and the command line give it."""
     built = Deepen.parse(given)
     assert built.support_rule() == rule

@@ -110,7 +110,7 @@ def test_every_prompt_is_the_same_text(model):
         texts = set()
         for member, prompt in zip(ensemble.active, Prompter(ensemble).prompts(context, 8), strict=True):
             data = member.codec.vocab.decode(prompt.ids)
-            texts.add(data[1:] if member.codec.dummy and data.startswith(b" ") else data)
+            texts.add(data[1:] if member.codec.prefix_space and data.startswith(b" ") else data)
         assert texts == {context.encode()}
 
 
@@ -149,8 +149,8 @@ def test_generation_equals_the_naive_loop(model):
     jobs = [Job(Prompter(model.ensemble).prompts(context, 12), 12) for context in CONTEXTS]
     found = dict(generate(model.ensemble, jobs, 4))
     for index, context in enumerate(CONTEXTS):
-        if context == "" and model.ensemble.main.codec.dummy:
-            continue  # the host sets Job.dummy for this one
+        if context == "" and model.ensemble.main.codec.prefix_space:
+            continue  # the host sets Job.prefix_space for this one
         ids, logp = naive.generate_ids(model, context, 12)
         assert found[index].ids == ids
         assert found[index].logp == pytest.approx(logp, abs=2e-4)

@@ -17,7 +17,7 @@ from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side, split, supports
 from lm_eval_deepen.relative.topk import argmax, largest, scan
-from lm_eval_deepen.relative.tops import WIDER, Rule, tops
+from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
 from lm_eval_deepen.solvers import SOLVERS
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
 
@@ -208,7 +208,7 @@ def test_splitting_is_adding_up(world) -> None:
             assert torch.equal(world[0][m].mask == 0, torch.tensor(is_text))
 
 
-def slow_top(p: np.ndarray, m, rule: Rule) -> tuple[list[int], bool]:
+def slow_top(p: np.ndarray, m, rule: TopRule) -> tuple[list[int], bool]:
     """One member's own pieces of one row, likeliest first, and whether the bound asked for more than the rule."""
     text = [i for i, piece in enumerate(m.vocabulary.pieces) if piece]
     order = sorted(text, key=lambda i: -p[i])
@@ -219,7 +219,7 @@ def slow_top(p: np.ndarray, m, rule: Rule) -> tuple[list[int], bool]:
     return order[: max(asked, needed)], needed > asked
 
 
-def slow_supports(logp: list[np.ndarray], used: list[bool], rule: Rule) -> list[list[int]]:
+def slow_supports(logp: list[np.ndarray], used: list[bool], rule: TopRule) -> list[list[int]]:
     """The supports of one row, as sets of ids."""
     own = [slow_top(np.exp(x.astype(np.float64)), m, rule)[0] for x, m in zip(logp, LONG, strict=True)]
     anchors = find_anchors([m.vocabulary for m in LONG], names=list("abcd"))
@@ -236,19 +236,19 @@ def slow_supports(logp: list[np.ndarray], used: list[bool], rule: Rule) -> list[
 
 
 RULES = [
-    Rule(1, None, 1.0),
-    Rule(30, None, 1.0),
-    Rule(400, None, 1.0),
-    Rule(30, None, 0.2),
-    Rule(None, 0.5, 1.0),
-    Rule(None, 0.9, 1.0),
-    Rule(25, 0.9, 1.0),
-    Rule(25, 0.7, 0.1),
+    TopRule(1, None, 1.0),
+    TopRule(30, None, 1.0),
+    TopRule(400, None, 1.0),
+    TopRule(30, None, 0.2),
+    TopRule(None, 0.5, 1.0),
+    TopRule(None, 0.9, 1.0),
+    TopRule(25, 0.9, 1.0),
+    TopRule(25, 0.7, 0.1),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_supports_are_unions_of_sets(world, rule: Rule) -> None:
+def test_supports_are_unions_of_sets(world, rule: TopRule) -> None:
     logp, used = logp_of(), torch.cat([torch.ones(4, 1, dtype=torch.bool), WEIGHTS[:, 1:] > 0], dim=1)
     parts = split(logp, world[0], with_end=True, grouped=True)
     own = [tops(parts, m, side, torch.arange(4), used[:, m], rule, 3_000) for m, side in enumerate(world[0])]
@@ -278,7 +278,7 @@ def test_no_more_pieces_than_it_takes(seed: int, scale: float, mass: float, boun
     here = torch.tensor([True, True])
     text = (x + side.mask).double().log_softmax(1).exp()
     order = text.sort(dim=1, descending=True).values.cumsum(1)
-    for rule in (Rule(None, mass, bound), Rule(most, mass, bound), Rule(most, None, bound)):
+    for rule in (TopRule(None, mass, bound), TopRule(most, mass, bound), TopRule(most, None, bound)):
         found = tops(parts, 0, side, torch.arange(2), here, rule, len(vocab))
         early = tops(parts, 0, side, torch.arange(2), here, rule, rule.first)
         assert found.enough.all()
@@ -295,7 +295,7 @@ def test_no_more_pieces_than_it_takes(seed: int, scale: float, mass: float, boun
                 assert set(early.ids[i].tolist()) - {len(vocab)} == set(ids.tolist())
 
 
-def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.ndarray], rule: Rule) -> np.ndarray:
+def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.ndarray], rule: TopRule) -> np.ndarray:
     """One fused row with truncated supports, in double precision."""
     probabilities = [np.exp(x) for x in logp]
     masses = [slow_masses(p, m) for p, m in zip(probabilities, LONG, strict=True)]
@@ -324,10 +324,10 @@ def slow_row(logp: list[np.ndarray], weights: list[float], relative: list[np.nda
         return np.log(out)
 
 
-EVERYTHING = Rule(1_000_000, None, 1.0)
+EVERYTHING = TopRule(1_000_000, None, 1.0)
 
 
-def is_too_wide(longest: int, rule: Rule) -> bool:
+def is_too_wide(longest: int, rule: TopRule) -> bool:
     """Whether a row with that many pieces of a member is fused in full: a look at fewer did not do."""
     width = rule.first
     while width < longest:

@@ -98,7 +98,7 @@ WORDS = ["", " ", "\n", SPACE, "t", "th", "the", "he", "\u00e9", "\u4e2d", "\u04
 def test_a_prompt_of_one_word_grows_as_the_whole_is_spelt(family: str) -> None:
     """The dummy space and the word after it may be one piece, which the continuation makes longer."""
     _, codec = DUMMIES[family]
-    assert codec.dummy
+    assert codec.prefix_space
     for prompt in WORDS:
         for continuation in WORDS:
             start = codec.prompt(prompt).before(continuation.encode())

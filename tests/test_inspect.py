@@ -78,7 +78,7 @@ def test_the_report_agrees_with_the_loaded_ensemble(
         assert fact["kv_bytes_per_token"] == kv_bytes(member)
         assert fact["eos"].keys() == {str(i) for i in member.eos_ids}
         assert fact["bos"].keys() == {str(i) for i in member.codec.automatic_prefix}
-        assert fact["dummy_space"] == member.codec.dummy
+        assert fact["dummy_space"] == member.codec.prefix_space
         assert fact["dtype"] == "float32" and fact["weight_bytes"] == 4 * fact["parameters"]
         assert fact["context"] == member.max_length
     facts = ensemble.fuser.facts

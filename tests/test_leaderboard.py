@@ -19,7 +19,6 @@ import yaml
 from run_files import local_tasks
 
 from lm_eval_deepen.cli import main as cli
-from lm_eval_deepen.cli.compare import measure as paired
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.harness import requests as answering
@@ -34,6 +33,7 @@ from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import record
 from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.results import find_runs
+from lm_eval_deepen.results.pairing import measure as paired
 from lm_eval_deepen.results.rows import compare
 from lm_eval_deepen.results.statistics import Comparisons, holm, step_down
 
@@ -339,7 +339,7 @@ def test_an_error_names_row_and_task_and_keeps_what_is_finished(write, tmp_path,
 
 def test_a_row_without_an_answer_to_a_request_stops_no_other(write, tmp_path, monkeypatch, capsys):
     """The cell is left out and says why; all others are there, that of the row which shares its pass too."""
-    prepare = answering.Answering.prepare
+    prepare = answering.RequestHandler.prepare
 
     def refusing(self, kind, request, *rest):
         here = request.task_name == "conf_choice" and request.doc_id == 1 and len(self.ensemble.active) > 1
@@ -349,7 +349,7 @@ def test_a_row_without_an_answer_to_a_request_stops_no_other(write, tmp_path, mo
 
     path, out = write(grid=ONE | {"methods": ["deepen", "gac"]}, tasks=[CHOICE, "conf_answer"]), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(answering.Answering, "prepare", refusing)
+        patch.setattr(answering.RequestHandler, "prepare", refusing)
         assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert "error: 1 cell has no results; all others are finished.\nrow 'A+B deepen', task 'conf_choice':" in told

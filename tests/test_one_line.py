@@ -114,7 +114,7 @@ def test_a_program_gets_the_exception(folder) -> None:
 
 
 def test_a_process_of_its_own_ends_so(folder) -> None:
-    code = "from lm_eval_deepen import _registration; _registration.register()\nimport lm_eval.__main__ as main"
+    code = "from lm_eval_deepen._startup.registration import register; register()\nimport lm_eval.__main__ as main"
     code += "\nmain.cli_evaluate()"
     ended = subprocess.run(
         [

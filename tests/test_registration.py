@@ -147,7 +147,7 @@ def test_our_model_class_imported_first_hides_no_built_in_model(install: Install
 
 
 def test_hook_installed_after_the_harness_registers_at_once(install: Install):
-    code = "import lm_eval.models\nfrom lm_eval_deepen import _hook\n_hook.install()\n" + REGISTRY
+    code = "import lm_eval.models\nfrom lm_eval_deepen._startup import hook\nhook.install()\n" + REGISTRY
     assert install.json(code, LM_EVAL_DEEPEN_NO_HOOK="0") == EXPECTED
     assert install.json(code, LM_EVAL_DEEPEN_NO_HOOK="1") == {**EXPECTED, "deepen": None}
 
@@ -183,7 +183,11 @@ def test_start_up_imports_only_the_hook(install: Install):
         without = install.json(code)
     finally:
         hook.with_suffix(".off").rename(hook)
-    assert set(with_hook) - set(without) == {"lm_eval_deepen", "lm_eval_deepen._startup.hook"}
+    assert set(with_hook) - set(without) == {
+        "lm_eval_deepen",
+        "lm_eval_deepen._startup",
+        "lm_eval_deepen._startup.hook",
+    }
 
 
 def test_a_start_up_file_without_its_package_is_silent(wheel: Install):
@@ -274,8 +278,8 @@ def test_wheel_ships_tasks_hook_and_licence_but_no_lint_configuration(wheel: Ins
 
 
 def test_start_file_names_the_callable_that_the_pth_file_calls():
-    pth = (ROOT / "startup" / "lm_eval_deepen_hook.pth").read_text("utf-8").splitlines()
-    start = (ROOT / "startup" / "lm_eval_deepen_hook.start").read_text("utf-8").split()
+    pth = (ROOT / "lm_eval_deepen" / "_startup" / "lm_eval_deepen_hook.pth").read_text("utf-8").splitlines()
+    start = (ROOT / "lm_eval_deepen" / "_startup" / "lm_eval_deepen_hook.start").read_text("utf-8").split()
     assert len(pth) == 1 and pth[0].startswith("import ")
     [(module, _, function)] = [entry.partition(":") for entry in start]
     assert f"{module.rpartition('.')[2]}.{function}()" in pth[0]

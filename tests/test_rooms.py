@@ -17,9 +17,12 @@ def contracts(checkout: Path) -> subprocess.CompletedProcess[str]:
     """Check the contracts of a copy of the package, as `make lint` does."""
     code = "from importlinter.cli import lint_imports_command as command; command()"
     return subprocess.run(
-        [sys.executable, "-c", code, "--no-cache"], cwd=checkout, env={"PYTHONPATH": str(checkout), "HOME": str(checkout)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, "--no-cache"],
+        cwd=checkout,
+        env={"PYTHONPATH": str(checkout), "HOME": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture

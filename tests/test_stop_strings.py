@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from lm_eval_deepen.engine.drafts import drafter
-from lm_eval_deepen.engine.generation import Generation, Job, Row, append, generate
+from lm_eval_deepen.engine.generation import BatchRow, Generation, Job, append, generate
 from lm_eval_deepen.engine.prompts import Prompter
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "1 2 3 1 2 3 1"]
@@ -93,7 +93,7 @@ def test_a_text_stops_where_a_look_at_all_of_it_stops(model, data):
     whole = b"".join(pieces).decode()
     stops, most = data.draw(stop_strings(whole)), data.draw(st.integers(1, len(ids)))
     count, reason = slow_stop(model, ids, stops, most, ended=False)
-    row = Row(0, Job((), most, tuple(stops)), Generation())
+    row = BatchRow(0, Job((), most, tuple(stops)), Generation())
     for token in ids:
         if row.out.reason:
             break

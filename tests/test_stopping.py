@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.generation import Generation, Job, Row, append, generate
+from lm_eval_deepen.engine.generation import BatchRow, Generation, Job, append, generate
 from lm_eval_deepen.engine.prompts import Prompter
 
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]
@@ -109,7 +109,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(pico):
 def test_a_stop_string_waits_for_whole_characters_over_several_tokens(pair, stop):
     """Byte by byte: no part of the stop ends the text, its last byte does."""
     main = pair.ensemble.main
-    row = Row(0, Job((), 99, (stop,)), Generation())
+    row = BatchRow(0, Job((), 99, (stop,)), Generation())
     for byte in f"x{stop}".encode():
         assert row.out.reason == ""
         append(pair.ensemble, row, main.codec.vocab.ids_of[bytes([byte])][-1], 0.0)

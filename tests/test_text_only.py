@@ -140,7 +140,7 @@ def test_merges_and_whole_words_never_make_control_or_bytes() -> None:
         ("<0", "x4"),
         ("<0x4", "1>"),
     ]
-    tokenizer = sentencepiece_bpe(merges, dummy=False, ignore_merges=True)
+    tokenizer = sentencepiece_bpe(merges, prefix_space=False, ignore_merges=True)
     vocab, encode = prepare(tokenizer)
     assert [vocab.pieces[i] for i in encode("</s>")] == [b"</", b"s>"]
     assert vocab.decode(encode("a<0x41>")) == b"a<0x41>"
@@ -151,7 +151,7 @@ def test_merges_and_whole_words_never_make_control_or_bytes() -> None:
 
 
 def test_an_end_token_that_the_file_does_not_mark_is_text_too() -> None:
-    tokenizer = sentencepiece_bpe([*CAFE, ("<", "e"), ("<e", ">")], dummy=False)
+    tokenizer = sentencepiece_bpe([*CAFE, ("<", "e"), ("<e", ">")], prefix_space=False)
     end = tokenizer.token_to_id("<e>")
     assert tokenizer.encode("<e>", add_special_tokens=False).ids == [end]
     vocab, encode = prepare(tokenizer, eos=(end,))

@@ -149,7 +149,7 @@ def test_an_equivalent_rewriting_is_accepted(tmp_path: Path, legacy: bool, caplo
 
 def test_a_dummy_space_that_the_file_has_not_is_a_difference(tmp_path: Path) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
-    path = folder(tmp_path / "none", sentencepiece_bpe(MERGES, dummy=False), **names)
+    path = folder(tmp_path / "none", sentencepiece_bpe(MERGES, prefix_space=False), **names)
     with pytest.raises(MemberError, match=r"the text 'a' begins as \['▁', 'a'\] instead of \['a'\]"):
         load(path)
     first = sentencepiece_bpe(MERGES)

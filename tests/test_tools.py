@@ -18,7 +18,7 @@ from lm_eval_deepen.cli import demo, paths, run
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.results import tables as table
-from lm_eval_deepen.results.tables import Cell, Row
+from lm_eval_deepen.results.tables import DemoCell, DemoRow
 
 # Command line ------------------------------------------------------------------------------------------
 
@@ -128,15 +128,15 @@ RESULTS = {
 
 def test_cells_are_the_metrics_of_tasks_with_their_standard_error():
     assert table.read_cells(RESULTS) == {
-        ("choice", "acc"): Cell(0.8125, 0.04),
-        ("short", "exact_match (first)"): Cell(1.0, None),
+        ("choice", "acc"): DemoCell(0.8125, 0.04),
+        ("short", "exact_match (first)"): DemoCell(1.0, None),
     }
 
 
 def test_table_aligns_columns_and_marks_what_was_not_measured():
     rows = [
-        Row("A", {("choice", "acc"): Cell(0.5, 0.05), ("short", "em"): Cell(0.25)}, 3.21),
-        Row("A+B", {("choice", "acc"): Cell(0.625, 0.125)}, 100.0),
+        DemoRow("A", {("choice", "acc"): DemoCell(0.5, 0.05), ("short", "em"): DemoCell(0.25)}, 3.21),
+        DemoRow("A+B", {("choice", "acc"): DemoCell(0.625, 0.125)}, 100.0),
     ]
     assert table.render(rows).splitlines() == [
         "               choice  short     wall",

@@ -10,6 +10,7 @@ import lm_eval
 import pytest
 import yaml
 
+from lm_eval_deepen.cli import tune as command
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
@@ -51,14 +52,10 @@ def tune(pico, data, tmp_path):
         members = [str(pico["bytelevel"]), str(pico["metaspace"])]
         ensemble.write_text(yaml.safe_dump({"members": members, "matrix_dir": str(tmp_path / "m"), **options}))
         parser = argparse.ArgumentParser()
-        parser.add_argument("ensemble")
-        parser.add_argument("--limit", type=int)
-        parser.add_argument("--output")
-        parser.add_argument("--device")
-        tune_score.add_arguments(parser)
+        command.add_arguments(parser)
         output = tmp_path / "tuned.yaml"
         where = ["--metadata", json.dumps({"data_dir": str(data)}), "--output", str(output), "--device", "cpu"]
-        assert tune_score.run(parser.parse_args([str(ensemble), *where, *arguments])) == 0
+        assert command.run(parser.parse_args([str(ensemble), "--objective", "score", *where, *arguments])) == 0
         return yaml.safe_load(output.read_text())
 
     return tune
@@ -207,7 +204,6 @@ def test_generation_arguments_reach_the_tasks_and_the_record(tune):
     written = tune("--tasks", "deepen_piqa", "--weights", "keep", "--gen-kwargs", "max_gen_toks=2")
     assert written["evidence"]["gen_kwargs"] == "max_gen_toks=2"
     parser = argparse.ArgumentParser()
-    tune_score.add_arguments(parser)
-    args = parser.parse_args(["--gen-kwargs", "max_gen_toks=2"])
-    args.limit = None
+    command.add_arguments(parser)
+    args = parser.parse_args(["ensemble.yaml", "--gen-kwargs", "max_gen_toks=2"])
     assert tune_score._spec(args, "deepen_piqa", "validation").gen_kwargs == {"max_gen_toks": 2}

@@ -222,10 +222,10 @@ def test_one_error_lists_the_documents_of_every_task(paths, tmp_path, cached):
     assert ("the same command goes on from there" in told) == cached and ("With --use_cache" in told) != cached
     if not cached:
         return
-    asked, answer = [], answering.Answering.prepare
+    asked, answer = [], answering.RequestHandler.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            answering.Answering,
+            answering.RequestHandler,
             "prepare",
             lambda self, kind, request, *rest: (asked.append(request), answer(self, kind, request, *rest))[1],
         )

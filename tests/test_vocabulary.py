@@ -130,7 +130,7 @@ def test_added_tokens_are_text_unless_special() -> None:
 
 
 def test_an_added_space_mark_decodes_to_a_space() -> None:
-    tokenizer = sentencepiece_bpe([(SPACE, SPACE)], dummy=False)
+    tokenizer = sentencepiece_bpe([(SPACE, SPACE)], prefix_space=False)
     tokenizer.add_tokens([AddedToken(SPACE * 2, normalized=False)])
     assert vocab_of(tokenizer).pieces[tokenizer.token_to_id(SPACE * 2)] == b"  "
 

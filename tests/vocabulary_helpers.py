@@ -49,15 +49,15 @@ def byte_level(extra: list[AddedToken] | None = None) -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_bpe(merges: list[tuple[str, str]], *, dummy: bool = True, **options: Any) -> Tokenizer:
-    """Llama's arrangement (``dummy``) or Gemma's: space marks, byte fallback, merges by hand."""
+def sentencepiece_bpe(merges: list[tuple[str, str]], *, prefix_space: bool = True, **options: Any) -> Tokenizer:
+    """Llama's arrangement (``prefix_space``) or Gemma's: space marks, byte fallback, merges by hand."""
     names = ["<unk>", "<s>", "</s>", *BYTE_PIECES, *dict.fromkeys([*ALPHABET, *(a + b for a, b in merges)])]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True, **options))
     replace = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if dummy else replace
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix_space else replace
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy else steps)
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix_space else steps)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
@@ -84,6 +84,6 @@ def families() -> dict[str, Tokenizer]:
     return {
         "byte_level": byte_level([AddedToken("\n\n", normalized=False), AddedToken("<table>", rstrip=True)]),
         "llama": sentencepiece_bpe(CAFE),
-        "gemma": sentencepiece_bpe(CAFE, dummy=False),
+        "gemma": sentencepiece_bpe(CAFE, prefix_space=False),
         "unigram": unigram(byte_fallback=True),
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval.api.instance import Instance
@@ -20,7 +21,7 @@ from costs.timers import Timers, counted, members_of
 from costs.workloads import Scale, Shape, Source, generation, scoring, shapes
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import DeepenLM, configure
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.member import Member, load_member
 
 HF_BATCH_SIZES = (1, 8)
 
@@ -140,19 +141,14 @@ class Bench:
 
     @contextmanager
     def _shared_members(self) -> Iterator[None]:
-        load = Member.load
-
         def shared(config: Any, *args: Any, **kwargs: Any) -> Member:
             key = config.replace(weight=1.0)
             if key not in self._members:
-                self._members[key] = load(config, *args, **kwargs)
+                self._members[key] = load_member(config, *args, **kwargs)
             return self._members[key]
 
-        Member.load = shared  # type: ignore[method-assign,assignment]
-        try:
+        with patch("lm_eval_deepen.engine.ensemble.load_member", shared):
             yield
-        finally:
-            Member.load = load  # type: ignore[method-assign]
 
     def seconds(self, action: Callable[[], Any]) -> float:
         """Return how long `action` takes, and keep its processor time in `cpu_seconds`."""

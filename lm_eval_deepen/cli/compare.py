@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lm_eval_deepen.cli.arguments import share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
-from lm_eval_deepen.results import Row, Run, corrected, find_runs, report, rows_of
+from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
 from lm_eval_deepen.storage import write_text
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     reference = reference_of(runs, args.against)
     notes = [note for run in runs for note in run.notes]
     tasks = tasks_in_common(runs, args.tasks, notes)
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     for column in wanted_columns(runs, tasks, args.metric):
         try:
             measured = measure(runs, *column, notes)
@@ -114,7 +114,7 @@ def reference_of(runs: Sequence[Run], against: str | None) -> list[str]:
     return [against or labels[0]]
 
 
-def rendered(rows: Sequence[Row], alpha: float, notes: Sequence[str], fmt: str) -> str:
+def rendered(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str], fmt: str) -> str:
     """Return the table in one of `FORMATS`."""
     if fmt == "json":
         return json.dumps(report.to_dict(rows, alpha, notes), indent=2, ensure_ascii=False)

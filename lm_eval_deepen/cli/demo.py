@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen._startup import registration as _registration
+from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.cli.arguments import count
 from lm_eval_deepen.cli.paths import data_folder
-from lm_eval_deepen.results.tables import Row, read_cells, render
+from lm_eval_deepen.results.tables import DemoRow, read_cells, render
 from lm_eval_deepen.storage import make_folder, write_text
 
 HELP = (
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     make_folder(args.output)
     smollm2, gemma3 = (prepare(model, args.redo) for model in (SMOLLM2, GEMMA3))
-    _registration.register()
+    registration.register()
     from lm_eval.tasks import TaskManager
 
     # One for all systems, and without the harness's thousands of task files where none is asked for: reading
@@ -103,7 +103,7 @@ def _ensemble(label: str, folders: Sequence[Path]) -> System:
     return System(label, label, "deepen", model_args)
 
 
-def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Row:
+def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> DemoRow:
     """Evaluate one system with ``lm_eval.simple_evaluate`` and write its result file."""
     import torch
     from lm_eval import simple_evaluate
@@ -125,4 +125,4 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Row
     gc.collect()  # the models of this system, before the next one is loaded
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     write_text(args.output / f"{system.slug}.json", text + "\n")
-    return Row(system.label, read_cells(results), seconds)
+    return DemoRow(system.label, read_cells(results), seconds)

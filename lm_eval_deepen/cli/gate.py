@@ -9,7 +9,7 @@ from pathlib import Path
 from lm_eval_deepen.cli.arguments import nonnegative, share, whole
 from lm_eval_deepen.results.gate import judge, single_run
 from lm_eval_deepen.results.gate_report import Status, markdown, plain
-from lm_eval_deepen.results.regression import Rule
+from lm_eval_deepen.results.regression import GateRule
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
 from lm_eval_deepen.storage import append_text, write_json
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Judge, print, write the files asked for; returns 0, 1 or 3."""
-    rule = Rule(args.alpha, args.min_effect, args.power, seed=args.seed)
+    rule = GateRule(args.alpha, args.min_effect, args.power, seed=args.seed)
     baseline, candidate = single_run(args.baseline), single_run(args.candidate)
     report = judge(baseline, candidate, rule, args.tasks, args.metric, args.allow_config_change)
     print(plain(report))

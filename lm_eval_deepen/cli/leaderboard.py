@@ -15,7 +15,7 @@ from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.leaderboard.recipe import Recipe
+    from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 
 HELP = (
     "Evaluate the rows of a recipe (members alone, ensembles in every order, methods, weightings, poolings) on its "
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def adjusted(args: argparse.Namespace) -> Recipe:
+def adjusted(args: argparse.Namespace) -> LeaderboardRecipe:
     """Return the recipe with what the command line changes."""
     from lm_eval_deepen.config.recipes import recipe_file
     from lm_eval_deepen.leaderboard.recipe import read_recipe

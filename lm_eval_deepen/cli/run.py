@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lm_eval_deepen._startup import registration as _registration
+from lm_eval_deepen._startup import registration
 
 
 def run_harness(argv: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def run_harness(argv: Sequence[str]) -> int:
     Returns:
         0; the harness leaves through `SystemExit` or its own exceptions otherwise.
     """
-    _registration.register()
+    registration.register()
     from lm_eval.__main__ import cli_evaluate
 
     saved = sys.argv

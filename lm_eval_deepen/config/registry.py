@@ -37,7 +37,7 @@ class Registry(Mapping[str, Entry]):
     """
 
     def __init__(
-        self, kind: str, package: str | None = None, decorator: str = "register", helpers: Collection[str] = ("seam",)
+        self, kind: str, package: str | None = None, decorator: str = "register", helpers: Collection[str] = ("base",)
     ) -> None:
         """Make a registry.
 

@@ -74,7 +74,7 @@ class Position:
         document: index of its document.
         target: the main member's token.
         left: bytes of the document after it.
-        paths: every member's tokens before it, None where a member sits out.
+        paths: every member's tokens before it, None where a member abstains.
         plans: every member's covers there, None where it has none (see `lm_eval_deepen.engine.covers`).
     """
 
@@ -94,7 +94,7 @@ class Reading:
         documents: what was read.
         positions: the n scored tokens, in the order of the text.
         states: every member's states [n_m, ...].
-        place: the row of `states` per member and position, None where the member sits out.
+        place: the row of `states` per member and position, None where the member abstains.
         sources: of every member, the row of `states` at each place that covers read.
     """
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.member import TextCodec
 
-Path = tuple[int, ...]
+TokenPrefix = tuple[int, ...]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
 PRECISION = 1e-4  # largest share of a row's mass that pieces too unlikely to be looked at may have
@@ -55,7 +55,7 @@ class Cover:
         pending: the pending bytes.
     """
 
-    source: Path
+    source: TokenPrefix
     token: int
     first: int
     last: int
@@ -92,15 +92,17 @@ class CoverReader:
         self.main, self.other, self.stand_in = main, other, stand_in
         vocab = other.vocab.events
         ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
-        twins = {i: ids for ids in vocab.ids_of.values() for i in ids}
+        duplicates = {i: ids for ids in vocab.ids_of.values() for i in ids}
         # ids with the same bytes follow each other
-        self.sorted = [i for first in ids for i in twins[first] if i not in vocab.control and i not in vocab.unused]
+        self.sorted = [
+            i for first in ids for i in duplicates[first] if i not in vocab.control and i not in vocab.unused
+        ]
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
         self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...]], dict[int, int]] = OrderedDict()
         self._targets: dict[int, int] = {}
 
-    def plan(self, main_path: Path, path: Path) -> Plan | None:
+    def plan(self, main_path: TokenPrefix, path: TokenPrefix) -> Plan | None:
         """Return the covers at a place, None where no piece goes on beyond it.
 
         Args:
@@ -133,7 +135,7 @@ class CoverReader:
     def _alone(self, cover: Cover) -> bool:
         return not self._goes_on(cover)
 
-    def _word(self, path: Path) -> tuple[bytes, tuple[int, ...]]:
+    def _word(self, path: TokenPrefix) -> tuple[bytes, tuple[int, ...]]:
         """Return the bytes and tokens of the main member since the last space or line break."""
         pieces, at, data = self.main.vocab.pieces, len(path), b""
         while at > 0 and path[at - 1] >= 0:
@@ -145,7 +147,9 @@ class CoverReader:
                 break
         return data, path[at:]
 
-    def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Path, Tensor], Tensor]) -> Tensor:
+    def rows(
+        self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[TokenPrefix, Tensor], Tensor]
+    ) -> Tensor:
         """Return the member's distributions of what comes next, in its own pieces.
 
         Args:
@@ -169,7 +173,9 @@ class CoverReader:
             out[row, unique] = torch.logaddexp(out[row, unique], masses.log())
         return out
 
-    def _extra(self, plan: Plan, look_up: Callable[[Path, Tensor], Tensor]) -> tuple[Tensor, Tensor, float] | None:
+    def _extra(
+        self, plan: Plan, look_up: Callable[[TokenPrefix, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, float] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own last token.
 
         Pieces that together could add less than `PRECISION` of the latter are left out.
@@ -231,7 +237,7 @@ class CoverReader:
         return self._targets[token]
 
 
-def plans_of(ensemble: Ensemble, paths: Sequence[Path | None]) -> tuple[Plan | None, ...]:
+def plans_of(ensemble: Ensemble, paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
     """Return the covers of every active member [M] at a place, given all members' tokens; None where there are none."""
     plans: list[Plan | None] = [None] * len(paths)
     for m, reader in ensemble.covers.items():

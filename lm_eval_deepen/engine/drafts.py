@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lm_eval_deepen.engine.following import Path, path_of
+from lm_eval_deepen.engine.following import TokenPrefix, path_of
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.engine.following import Follower
-    from lm_eval_deepen.engine.generation import Row
+    from lm_eval_deepen.engine.generation import BatchRow
 
 LONGEST = 8  # tokens drafted at once
 FIRST = 4
@@ -42,14 +42,16 @@ class Drafter:
         self.counts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
 
-    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+    def draft(
+        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+    ) -> list[tuple[int, ...]]:
         """Return main tokens proposed to follow each row; empty where there is no proposal."""
         return [() for _ in rows]
 
-    def note(self, row: Row, logp: Tensor) -> None:
+    def note(self, row: BatchRow, logp: Tensor) -> None:
         """See a fused row [K] that the next token is chosen from."""
 
-    def learn(self, row: Row, drafted: int, accepted: int) -> None:
+    def learn(self, row: BatchRow, drafted: int, accepted: int) -> None:
         """See how many drafted tokens were what was chosen."""
 
 
@@ -61,20 +63,20 @@ class _Adaptive(Drafter):
         self.counts.update(steps=0, blocks=0, drafted=0, accepted=0)
         self._lengths: dict[int, int] = {}
 
-    def length(self, row: Row) -> int:
+    def length(self, row: BatchRow) -> int:
         """Return how many tokens to draft for a row: the choice is the next one after them."""
         if not row.job.sampler.plain_greedy or row.out.reason:
             return 0
         return min(self._lengths.get(row.index, FIRST), row.job.max_new - len(row.out.ids) - 1)
 
-    def note(self, row: Row, logp: Tensor) -> None:
+    def note(self, row: BatchRow, logp: Tensor) -> None:
         """Count a step, and list it where its two best pieces are nearly tied."""
         self.counts["steps"] += 1
         second, best = sorted(largest(logp[None], 2)[0][0].tolist())
         if best - second < NEAR_TIE:
             self.near_ties.append({"request": row.index, "token": len(row.out.ids), "margin": best - second})
 
-    def learn(self, row: Row, drafted: int, accepted: int) -> None:
+    def learn(self, row: BatchRow, drafted: int, accepted: int) -> None:
         """Count, and draft more for a row whose draft stood, less where it fell."""
         self.counts["blocks"] += 1
         if not drafted:
@@ -88,7 +90,9 @@ class _Adaptive(Drafter):
 class Lookup(_Adaptive):
     """Proposes what followed the last tokens where they occurred before, in the prompt or in the text."""
 
-    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+    def draft(
+        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+    ) -> list[tuple[int, ...]]:
         """Return the tokens after the latest earlier occurrence of each row's end."""
         return [look_up((*row.job.prompts[0].ids, *row.out.ids), self.length(row)) for row in rows]
 
@@ -108,12 +112,14 @@ def look_up(tokens: tuple[int, ...], count: int) -> tuple[int, ...]:
 class Cheapest(_Adaptive):
     """Proposes what the member with the fewest parameters would generate on its own."""
 
-    def draft(self, ensemble: Ensemble, rows: Sequence[Row], followers: Sequence[Follower]) -> list[tuple[int, ...]]:
+    def draft(
+        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+    ) -> list[tuple[int, ...]]:
         """Return each row's greedy continuation by one member, in tokens of the main member."""
         sizes = [sum(p.numel() for p in follower.member.lm.model.parameters()) for follower in followers]
         follower = followers[sizes.index(min(sizes))]
         lengths = [self.length(row) for row in rows]
-        routes: list[list[Path | None]] = [
+        routes: list[list[TokenPrefix | None]] = [
             [path_of(ensemble, follower.m, row.job, tuple(row.out.ids), row.out.data)] for row in rows
         ]
         lengths = [0 if route[0] is None else length for route, length in zip(routes, lengths, strict=True)]
@@ -135,7 +141,7 @@ class Cheapest(_Adaptive):
         ]
 
     @staticmethod
-    def _ends(follower: Follower, path: Path, token: int) -> bool:
+    def _ends(follower: Follower, path: TokenPrefix, token: int) -> bool:
         vocab = follower.member.codec.vocab.events
         return token in vocab.control or token in vocab.unused or len(path) >= follower.member.max_length
 

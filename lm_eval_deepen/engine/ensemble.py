@@ -116,9 +116,9 @@ class Ensemble:
         return frozenset(m for m, member in enumerate(self.active) if member.codec.identity == own)
 
     def path(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
-        """Return the tokens that active member `m` takes in; None where it sits out, as `outgrown` says why.
+        """Return the tokens that active member `m` takes in; None where it abstains, as `outgrown` says why.
 
-        A pure function of the text: whether a member sits out depends on no other text and on no step before.
+        A pure function of the text: whether a member abstains depends on no other text and on no step before.
         Arguments as `tokens`.
         """
         found = self.tokens(m, prompt, main_ids, data)

@@ -20,7 +20,7 @@ from lm_eval_deepen.member.chat import ChatPrompt
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
 
-Path = tuple[int, ...]
+TokenPrefix = tuple[int, ...]
 Stretch = tuple[int, int]  # first byte, and the byte after the last one
 
 
@@ -28,7 +28,7 @@ Stretch = tuple[int, int]  # first byte, and the byte after the last one
 class Read:
     """A token of a prompt and the tokens before it."""
 
-    before: Path
+    before: TokenPrefix
     token: int
 
 

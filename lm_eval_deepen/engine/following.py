@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.engine.generation import Job
 
-Path = tuple[int, ...]
+TokenPrefix = tuple[int, ...]
 
 
 class Follower:
@@ -32,9 +32,9 @@ class Follower:
         self.walker = self.member.runner.walker()
         self.cache = self.member.runner.rows()
         self.ready: deque[Prefilled] = deque()
-        self.held: list[Path] = []  # the tokens that each row took in last
+        self.held: list[TokenPrefix] = []  # the tokens that each row took in last
         self.kept: dict[
-            Path, Tensor
+            TokenPrefix, Tensor
         ] = {}  # distributions [V_m] of the last step, which covers may read in the next one
 
     def prefill(
@@ -67,10 +67,10 @@ class Follower:
         for at, text in zip(places, texts, strict=True):
             self.held[at : at + 1] = [text.tokens]
 
-    def states(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+    def states(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
         """Return the states [n, ...] at the ends of every row's paths, each of which begins with the one before.
 
-        None in the place of all paths of a row: the member sits out, and stays where it was.
+        None in the place of all paths of a row: the member abstains, and stays where it was.
         """
         sequences, reads = [], []
         for at, route in enumerate(routes):
@@ -80,11 +80,13 @@ class Follower:
             reads.append([len(path) for path in paths])
         return self.cache.advance(sequences, reads)
 
-    def follow(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+    def follow(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
         """Return log-probabilities [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logp(self.states(routes)).to(self.ensemble.device)
 
-    def follow_covered(self, routes: Sequence[Sequence[Path | None]], plans: Sequence[Sequence[Plan | None]]) -> Tensor:
+    def follow_covered(
+        self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
+    ) -> Tensor:
         """Return what comes next [n, V_m] in this member's pieces, its covers counted; see `states`.
 
         Args:
@@ -115,7 +117,7 @@ class Follower:
         self.kept = {path: row.clone() if path in here else row for path, row in known.items() if path in read | latest}
         return out
 
-    def logits(self, routes: Sequence[Sequence[Path | None]]) -> Tensor:
+    def logits(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
         """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logits(self.states(routes)).to(self.ensemble.device)
 
@@ -126,7 +128,7 @@ class Follower:
         self.held = [self.held[row] for row in rows]
 
 
-def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Path | None:
+def path_of(ensemble: Ensemble, m: int, job: Job, ids: TokenPrefix, data: bytes) -> TokenPrefix | None:
     """Return the tokens of active member `m` for a job's prompt and its text so far, as `Ensemble.path`."""
     text = text_after(job, data)
     return ensemble.path(m, job.prompts[m].before(text), ids, text)
@@ -134,7 +136,7 @@ def path_of(ensemble: Ensemble, m: int, job: Job, ids: Path, data: bytes) -> Pat
 
 def text_after(job: Job, data: bytes) -> bytes:
     """Return the text that stands after a job's prompt, from the bytes of the main member's pieces."""
-    return data[1:] if job.dummy and data[:1] == b" " else data
+    return data[1:] if job.prefix_space and data[:1] == b" " else data
 
 
 def piece_of(ensemble: Ensemble, token: int) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.following import Follower, Path, path_of, piece_of, text_after, text_of
+from lm_eval_deepen.engine.following import Follower, TokenPrefix, path_of, piece_of, text_after, text_of
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
@@ -40,7 +40,7 @@ class Job:
         stops: strings that end the text.
         sampler: how tokens are chosen.
         generator: the row's own source of randomness, None for greedy decoding.
-        dummy: whether a space that begins the text is the main tokenizer's dummy prefix.
+        prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
         ends: token ids that end the text; None for the main member's.
     """
 
@@ -49,7 +49,7 @@ class Job:
     stops: tuple[str, ...] = ()
     sampler: Sampler = Sampler()
     generator: torch.Generator | None = None
-    dummy: bool = False
+    prefix_space: bool = False
     ends: frozenset[int] | None = None
 
 
@@ -76,7 +76,7 @@ class Generation:
 
 
 @dataclass
-class Row:
+class BatchRow:
     """A text in the making.
 
     Attributes:
@@ -110,7 +110,7 @@ def generate(
     for index in order:
         if jobs[index].max_new <= 0:
             yield index, Generation(reason="length")
-    waiting = deque(Row(index, jobs[index]) for index in order if jobs[index].max_new > 0)
+    waiting = deque(BatchRow(index, jobs[index]) for index in order if jobs[index].max_new > 0)
     decoder = _Decoder(ensemble, waiting, batch_size, drafter or Drafter())
     while decoder.refill():
         for row in decoder.step():
@@ -120,11 +120,11 @@ def generate(
 class _Decoder:
     """The rows being decoded, and every member following them."""
 
-    def __init__(self, ensemble: Ensemble, waiting: deque[Row], batch_size: int, drafter: Drafter) -> None:
+    def __init__(self, ensemble: Ensemble, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
         self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
-        self.rows: list[Row] = []
+        self.rows: list[BatchRow] = []
         self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
-        self.ready: deque[Row] = deque()
+        self.ready: deque[BatchRow] = deque()
 
     def refill(self) -> bool:
         """Put waiting texts into free places, drop finished ones from the others; return whether any is left."""
@@ -174,7 +174,7 @@ class _Decoder:
             for row in self.ready:
                 row.weights = self.ensemble.experts.log_prior
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[BatchRow]:
         """Extend every row by at least one token and return those that are finished by it."""
         ensemble = self.ensemble
         drafts = self.drafter.draft(ensemble, self.rows, self.followers)
@@ -227,7 +227,7 @@ class _Decoder:
             start += len(draft) + 1
         return torch.cat(found)
 
-    def _routes(self, row: Row, draft: Sequence[int]) -> list[tuple[Path | None, ...]]:
+    def _routes(self, row: BatchRow, draft: Sequence[int]) -> list[tuple[TokenPrefix | None, ...]]:
         """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.
 
         A member takes in a draft in one block where its tokens before and after a drafted token begin alike.
@@ -245,10 +245,12 @@ class _Decoder:
             self._count_outgrown(row, ids, data, paths)
         return routes
 
-    def _paths(self, row: Row, ids: Path, data: bytes) -> tuple[Path | None, ...]:
+    def _paths(self, row: BatchRow, ids: TokenPrefix, data: bytes) -> tuple[TokenPrefix | None, ...]:
         return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
 
-    def _count_outgrown(self, row: Row, ids: Path, data: bytes, paths: Sequence[Path | None]) -> None:
+    def _count_outgrown(
+        self, row: BatchRow, ids: TokenPrefix, data: bytes, paths: Sequence[TokenPrefix | None]
+    ) -> None:
         """Count the members whose context a text has outgrown, among those that sit out."""
         text = text_after(row.job, data)
         out = [m for m, path in enumerate(paths) if path is None]
@@ -256,7 +258,7 @@ class _Decoder:
             [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
         )
 
-    def _is_full(self, row: Row) -> bool:
+    def _is_full(self, row: BatchRow) -> bool:
         """Return whether a text has outgrown the main member's context, or none of the members can take it in."""
         ids, main = tuple(row.out.ids), row.job.prompts[0]
         if self.ensemble.is_own(ids):
@@ -265,7 +267,7 @@ class _Decoder:
         full = self.ensemble.outgrown(0, main.before(text), ids, text)
         return full or not any(self._paths(row, ids, row.out.data))
 
-    def _too_long(self, row: Row) -> str:
+    def _too_long(self, row: BatchRow) -> str:
         """Return why a text of one member cannot go on, where it cannot.
 
         ``hf`` goes on past ``max_length`` where a checkpoint's `max_new_tokens`, or a request's `max_length`, says so,
@@ -280,7 +282,7 @@ class _Decoder:
             "model's generation_config.json."
         )
 
-    def _take(self, row: Row, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
+    def _take(self, row: BatchRow, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
         """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
 
         Args:
@@ -320,14 +322,14 @@ def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Se
     return posteriors(log_posterior, by_expert.at(index, torch.tensor(tokens)).T.cpu())[0]
 
 
-def _goes_on(before: Path | None, after: Path | None) -> bool:
-    """Return whether tokens begin with those before, or the member sits out both times."""
+def _goes_on(before: TokenPrefix | None, after: TokenPrefix | None) -> bool:
+    """Return whether tokens begin with those before, or the member abstains both times."""
     if before is None or after is None:
         return before is after
     return after[: len(before)] == before
 
 
-def append(ensemble: Ensemble, row: Row, token: int, logp: float) -> None:
+def append(ensemble: Ensemble, row: BatchRow, token: int, logp: float) -> None:
     """Extend a row by a piece, or finish it."""
     ends = ensemble.main.eos_ids if row.job.ends is None else row.job.ends
     if token in ends:

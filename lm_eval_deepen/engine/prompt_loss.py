@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.engine.evidence import Path, Read
+from lm_eval_deepen.engine.evidence import Read, TokenPrefix
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.weighting.base import PromptLoss
 
@@ -15,7 +15,10 @@ LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of
 
 
 def prompt_losses(
-    member: Member, wanted: Sequence[Sequence[Read] | None], states: Callable[[Sequence[Path]], Tensor], step: int
+    member: Member,
+    wanted: Sequence[Sequence[Read] | None],
+    states: Callable[[Sequence[TokenPrefix]], Tensor],
+    step: int,
 ) -> list[PromptLoss | None]:
     """Return one member's loss on each prompt.
 
@@ -25,7 +28,7 @@ def prompt_losses(
         states: gives the states [n, ...] after token sequences.
         step: how many rows of logits to compute at once.
     """
-    targets: dict[Path, dict[int, float]] = {}
+    targets: dict[TokenPrefix, dict[int, float]] = {}
     for read in (read for found in wanted for read in found or ()):
         targets.setdefault(read.before, {})[read.token] = 0.0
     paths = list(targets)

@@ -26,7 +26,7 @@ class Span:
     Attributes:
         prompts: one per active member, the main member first.
         target: the main member's continuation tokens.
-        skip: how many of the target's first bytes are a dummy prefix and no text.
+        skip: how many of the target's first bytes are a prefix space and no text.
         lead: an unfinished character that the other members' prompts leave out.
     """
 
@@ -36,7 +36,7 @@ class Span:
     lead: bytes = b""
 
     def paths(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
-        """Return every active member's tokens before target number `count`; None where it sits out."""
+        """Return every active member's tokens before target number `count`; None where it abstains."""
         ids, data = self._text(ensemble, count)
         return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
 
@@ -175,7 +175,7 @@ class Prompter:
         """Split at the last main-token boundary, and whole character, inside the context.
 
         Returns:
-            Prompt tokens, continuation tokens, and the length of a dummy prefix in the latter.
+            Prompt tokens, continuation tokens, and the length of a prefix space in the latter.
         """
         codec = self.main.codec
         if isinstance(context, ChatPrompt):
@@ -183,10 +183,10 @@ class Prompter:
             return self.main.rendered_prompt(context).ids, codec.encode(continuation), 0
         whole = codec.encode_prompt(context + continuation, bos)
         fixed = 1 if bos else len(codec.automatic_prefix)
-        dummy = len(codec.vocab.decode(whole[fixed:])) - len((context + continuation).encode())
+        prefix_space = len(codec.vocab.decode(whole[fixed:])) - len((context + continuation).encode())
         if not context:
-            return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], dummy
-        return *self._divide(whole, fixed, len(context.encode()) + dummy), 0
+            return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], prefix_space
+        return *self._divide(whole, fixed, len(context.encode()) + prefix_space), 0
 
     def _divide(self, whole: tuple[int, ...], fixed: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the tokens of the first `size` bytes after `fixed` tokens, and the rest."""
@@ -273,14 +273,14 @@ class Prompter:
         """Return prompts of the same text for all members, cut on the left until every member has room.
 
         A member that has none even for the shortest prompt is not cut for: it takes part for as long as the text fits
-        into its context, and sits out the rest.
+        into its context, and abstains from the rest.
 
         Args:
             context: the request's context.
             head: the main member's tokens of it.
             room: how many of them the main member can take.
             following: continuation tokens that every member must take in after the prompt.
-            skip: length of the dummy prefix in them, in bytes.
+            skip: length of the prefix space in them, in bytes.
             reserve: tokens every member must have left after that.
 
         Raises:
@@ -328,7 +328,7 @@ class Prompter:
         else:
             seen = codec.vocab.decode(text)
             if not context.encode().startswith(seen):
-                seen = seen[1:]  # the dummy prefix
+                seen = seen[1:]  # the prefix space
         words = seen.decode()
         return (
             frozen(controls + text or codec.prefix_ids),

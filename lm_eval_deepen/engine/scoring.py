@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Walker = TreeWalker | PlainWalker
 
-Path = tuple[int, ...]
+TokenPrefix = tuple[int, ...]
 
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
@@ -57,9 +57,9 @@ class SpanScore:
 
 @dataclass
 class _Row:
-    """One position to read: the path of every active member (None sits out), and who reads it."""
+    """One position to read: the path of every active member (None abstains), and who reads it."""
 
-    paths: tuple[Path | None, ...]
+    paths: tuple[TokenPrefix | None, ...]
     prompts: tuple[Prompt, ...]
     outgrown: tuple[int, ...]  # the members that sit out because of their windows
     readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
@@ -236,7 +236,7 @@ class _Pass:
     ) -> None:
         self.member, self.m = member, m
         self.plans = plans or [None] * len(rows)
-        at: dict[Path, int] = {}
+        at: dict[TokenPrefix, int] = {}
         self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
         for reads in wanted:
             for read in reads or ():
@@ -246,17 +246,17 @@ class _Pass:
                 at.setdefault(cover.source, len(at))
         self.paths = [row.paths[m] for row in rows]
         self.left = Counter(cover.source for plan in self.plans if plan is not None for cover in plan.covers)
-        self.here: dict[Path, Tensor] = {}  # the rows [V] of the chunk in hand
-        self.kept: dict[Path, Tensor] = {}  # rows of earlier chunks that covers of later ones read
+        self.here: dict[TokenPrefix, Tensor] = {}  # the rows [V] of the chunk in hand
+        self.kept: dict[TokenPrefix, Tensor] = {}  # rows of earlier chunks that covers of later ones read
         self.at = at
         self.states = walker.states(list(at)) if at else torch.empty(0)  # [n, ...]
 
-    def states_of(self, paths: Sequence[Path]) -> Tensor:
+    def states_of(self, paths: Sequence[TokenPrefix]) -> Tensor:
         """Return the states [n, ...] after token sequences of this pass."""
         return self.states[[self.at[path] for path in paths]]
 
     def logp(self, chunk: range) -> Tensor:
-        """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member sits out."""
+        """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member abstains."""
         wanted = [self.place[i] for i in chunk]
         here = [i for i in wanted if i is not None]
         sources = self._sources(chunk)
@@ -272,14 +272,14 @@ class _Pass:
         logp[[at for at, i in enumerate(wanted) if i is not None]] = rows[: len(here)]
         return logp
 
-    def _sources(self, chunk: range) -> list[Path]:
+    def _sources(self, chunk: range) -> list[TokenPrefix]:
         """Return the places that covers of a chunk read and that are neither in it nor known from before."""
         own = {self.paths[i] for i in chunk}
         plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
         asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
         return [path for path in asked if path not in own and path not in self.kept]
 
-    def look_up(self, path: Path, ids: Tensor) -> Tensor:
+    def look_up(self, path: TokenPrefix, ids: Tensor) -> Tensor:
         """Return the log-probabilities [n] of some ids after some tokens, for a cover of the chunk in hand."""
         row = self.here[path] if path in self.here else self.kept[path]
         return row[ids.to(row.device)]

@@ -76,7 +76,7 @@ class MemberText:
     Attributes:
         head: the tokens before the text: control tokens, or the prompt of a conversation.
         ids: the tokens of the text.
-        ends: the offset in the text, in bytes, at which each of `ids` ends; 0 for a dummy prefix on its own.
+        ends: the offset in the text, in bytes, at which each of `ids` ends; 0 for a prefix space on its own.
     """
 
     head: tuple[int, ...]
@@ -91,7 +91,7 @@ class MemberText:
             member: whose tokens.
             text: the text.
             head: the tokens before it.
-            opens: whether the text opens a prompt, where a tokenizer may put a dummy space.
+            opens: whether the text opens a prompt, where a tokenizer may put a prefix space.
         """
         codec = member.codec
         try:
@@ -99,10 +99,10 @@ class MemberText:
         except VocabularyError:
             return None
         lengths = [len(codec.vocab.pieces[token]) for token in ids]
-        dummy = sum(lengths) - len(text.encode())
-        if dummy not in (0, 1):
+        prefix_space = sum(lengths) - len(text.encode())
+        if prefix_space not in (0, 1):
             return None
-        ends, at = [], -dummy
+        ends, at = [], -prefix_space
         for length in lengths:
             at += length
             ends.append(at)
@@ -251,7 +251,7 @@ class StretchPrompter:
                 paths.append(None)
                 cuts.append(())
                 continue
-            first = own.before(begin) if begin else 0  # a dummy prefix on its own stays
+            first = own.before(begin) if begin else 0  # a prefix space on its own stays
             head = own.head
             if not head and own.before(bounds[0]) == first:
                 head = member.codec.prefix_ids  # something must come before what is scored

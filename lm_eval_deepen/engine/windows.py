@@ -36,7 +36,7 @@ def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
 
     With several members control tokens are conditioned on, never scored, and windows shrink until every member takes
     in the same text. A member with too little context for the shortest windows, of one token after another one, is
-    left out of account: it sits out where the text does not fit.
+    left out of account: it abstains where the text does not fit.
 
     Raises:
         RequestError: what is no text, or that the main member cannot spell; its context is too short for any window.

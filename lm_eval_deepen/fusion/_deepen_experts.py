@@ -17,7 +17,7 @@ from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.average import FLOOR
 from lm_eval_deepen.relative.matrix import OneHotOperator
-from lm_eval_deepen.relative.support import Side, sit_out, split
+from lm_eval_deepen.relative.support import Side, abstain, split
 from lm_eval_deepen.relative.topk import NEG_INF
 from lm_eval_deepen.solvers.em import SMALLEST
 
@@ -86,7 +86,7 @@ class _Part:
         one_hot = [op for op in operators if isinstance(op, OneHotOperator)]
         self.operator = one_hot[0]
         active = weights.amax(1) > 0  # [b, M]
-        given = [logp[0], *(sit_out(rows, active[:, m]) for m, rows in enumerate(logp[1:], start=1))]
+        given = [logp[0], *(abstain(rows, active[:, m]) for m, rows in enumerate(logp[1:], start=1))]
         parts = split(given, sides, with_end=len(self.side.eos) > 0, one_hot=one_hot)
         self.log_sum, self.log_total, kept = parts.log_sum[:, 0], parts.log_total[:, 0], parts.log_kept[:, 0]
         share = weights.float() * parts.valid[:, None, :]  # [b, K, M]

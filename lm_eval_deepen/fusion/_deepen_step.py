@@ -20,7 +20,7 @@ from lm_eval_deepen.relative.average import geometric as pool_geometrically
 from lm_eval_deepen.relative.average import linear
 from lm_eval_deepen.relative.gathered import share_columns
 from lm_eval_deepen.relative.matrix import OneHotOperator
-from lm_eval_deepen.relative.support import Side, Support, sit_out, split, supports
+from lm_eval_deepen.relative.support import Side, Support, abstain, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
 from lm_eval_deepen.relative.tops import WIDER, tops
 from lm_eval_deepen.solvers.exact import exact_gain
@@ -86,7 +86,7 @@ class DeepenFuser:
 
     @torch.no_grad()
     def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
-        """Fuse rows; see the seam for shapes.
+        """Fuse rows; see `fusion.base` for shapes.
 
         Stats: ``end_mass`` of the result; ``residual_kl`` and ``lost_mass`` of the inverse; ``held_back``, the share
         of the change that the trust region took back;
@@ -150,7 +150,7 @@ def _fuse(
     weights = weights.to(device)
     active = weights > 0
     with_end = len(side.eos) > 0 or fuser.options.eos == "reference"
-    given = [main, *(sit_out(logp[i].to(device), active[:, i]) for i in range(1, len(logp)))]
+    given = [main, *(abstain(logp[i].to(device), active[:, i]) for i in range(1, len(logp)))]
     full = fuser.rule is None
     parts = split(given, sides, with_end=with_end, grouped=not full, one_hot=_one_hot(sides) if full else None)
     share = weights * parts.valid  # [B, M]

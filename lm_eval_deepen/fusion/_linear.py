@@ -24,7 +24,7 @@ from lm_eval_deepen.fusion._rows import (
 )
 from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.matrix import SparseMatrix
-from lm_eval_deepen.relative.support import sit_out
+from lm_eval_deepen.relative.support import abstain
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
@@ -71,7 +71,7 @@ class LinearFuser:
 
     @torch.no_grad()
     def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
-        """Fuse rows; see the seam for shapes.
+        """Fuse rows; see `fusion.base` for shapes.
 
         Stats: ``end_mass`` of the result; ``unmapped_mass``, the weighted mass of pieces without a counterpart;
         ``dropped_control_mass``, the weighted mass of the other members' control pieces and unused ids.
@@ -97,7 +97,7 @@ class LinearFuser:
     def _fuse(self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]) -> Fused:
         main, size, active = logp[0], logp[0].shape[1], weights > 0
         parts = [keep(main, roles[0])]
-        parts += [keep(sit_out(logp[m], active[:, m]), roles[m]) for m in range(1, len(logp))]
+        parts += [keep(abstain(logp[m], active[:, m]), roles[m]) for m in range(1, len(logp))]
         own = parts[0].logp
         mapped = [torch.nn.functional.pad(own.exp(), (0, len(self.out_vocab) - size))]
         for part, matrix in zip(parts[1:], maps, strict=True):

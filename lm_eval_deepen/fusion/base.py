@@ -1,4 +1,4 @@
-"""The seam of step-level fusion: what a method is given and what it returns.
+"""The plugin interface of step-level fusion: what a method is given and what it returns.
 
 A method is one file in this folder: a class of options, decorated with ``@fusion(name, paper=...)``, whose ``build``
 returns a `Fuser`.

@@ -18,9 +18,9 @@ from lm_eval_deepen.relative.flatness import row_entropy_share
 from lm_eval_deepen.relative.pieces import Tokenizers
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
 from lm_eval_deepen.relative.support import make_side
-from lm_eval_deepen.relative.tops import Rule
+from lm_eval_deepen.relative.tops import TopRule
 from lm_eval_deepen.solvers import SOLVERS
-from lm_eval_deepen.solvers.seam import Solver
+from lm_eval_deepen.solvers.base import Solver
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -211,15 +211,15 @@ class Deepen(Options):
         built: Solver = options(**{name: value for name, value in given.items() if value is not None})
         return built
 
-    def support_rule(self) -> Rule | None:
+    def support_rule(self) -> TopRule | None:
         """Return which pieces a member brings to a row's support, None for all of them."""
         if self.full:
             return None
         bound = DEFAULT_MAX_TRUNCATED if self.max_truncated is None else float(self.max_truncated)
         if isinstance(self.support, float):
-            return Rule(self.max_support, self.support, bound)
+            return TopRule(self.max_support, self.support, bound)
         assert not isinstance(self.support, str)
-        return Rule(DEFAULT_SUPPORT if self.support is None else self.support, None, bound)
+        return TopRule(DEFAULT_SUPPORT if self.support is None else self.support, None, bound)
 
     def matrix_spec(self) -> MatrixSpec:
         """Return how the relative matrices are made."""
@@ -258,8 +258,8 @@ class Deepen(Options):
         sides, matrices = [], []
         for member in members:
             vocabulary, matrix = member.vocabulary, store.get(member, anchors, spec, tokenizers)
-            ids, twins = anchor_ids(vocabulary, anchors), duplicates(vocabulary, anchors)
-            sides.append(make_side(vocabulary, matrix, ids, twins, spec.rows))
+            ids, duplicates_of = anchor_ids(vocabulary, anchors), duplicates(vocabulary, anchors)
+            sides.append(make_side(vocabulary, matrix, ids, duplicates_of, spec.rows))
             info = store.info(member, anchors, spec, tokenizers)
             which = {} if spec.from_bytes else {"embeddings": _said(member, spec.embeddings)}
             matrices.append(

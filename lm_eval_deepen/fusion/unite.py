@@ -30,7 +30,7 @@ from lm_eval_deepen.fusion._rows import (
 from lm_eval_deepen.fusion._union import Union, unite_vocabularies
 from lm_eval_deepen.fusion.base import Fused, Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
-from lm_eval_deepen.relative.support import sit_out
+from lm_eval_deepen.relative.support import abstain
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -142,7 +142,7 @@ class UniteFuser:
 
     @torch.no_grad()
     def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
-        """Fuse rows; see the seam for shapes.
+        """Fuse rows; see `fusion.base` for shapes.
 
         Stats: ``candidates``, how many a row had; ``candidate_mass``, the main member's mass on them; ``end_mass``
         of the result; ``dropped_control_mass``, the weighted mass of the other members' control pieces.
@@ -164,7 +164,7 @@ class UniteFuser:
         size, columns = logp[0].shape[1], len(self.out_vocab)
         active = weights > 0
         active[:, 0] = True  # its candidates are kept even where it has no weight
-        parts = [keep(sit_out(rows, active[:, m]), places[m].roles) for m, rows in enumerate(logp)]
+        parts = [keep(abstain(rows, active[:, m]), places[m].roles) for m, rows in enumerate(logp)]
         p = [gather_groups(part.logp.exp(), place.roles) for part, place in zip(parts, places, strict=True)]
         found, used = self._candidates(p, active, places)
         shares = shares_of(weights, parts)

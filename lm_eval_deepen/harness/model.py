@@ -25,7 +25,7 @@ from lm_eval_deepen.harness.command import end_in_one_line
 from lm_eval_deepen.harness.distributed import Ranks, shared
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.pooled import Pool
-from lm_eval_deepen.harness.requests import Answering
+from lm_eval_deepen.harness.requests import RequestHandler
 from lm_eval_deepen.harness.response_cache import claim, keep, settling
 from lm_eval_deepen.harness.unanswered import SetAside, Unanswered, attempt, complete, unanswered
 from lm_eval_deepen.member import Member
@@ -60,7 +60,7 @@ def configure(arguments: dict[str, Any]) -> EnsembleConfig:
     return parse_config(arguments, catalogue())
 
 
-class DeepenLM(Answering):
+class DeepenLM(RequestHandler):
     """Several causal language models, evaluated as one from their fused next-token distribution.
 
     Processes of one launch share requests inside the request methods; ``rank`` and ``world_size`` stay those of
@@ -146,7 +146,7 @@ class DeepenLM(Answering):
             claim(cache_hook.dbdict, self.ensemble_config.fingerprint(), self.ranks)
 
     @property
-    def source(self) -> Answering | Pool:
+    def source(self) -> RequestHandler | Pool:
         """What answers: the fused ensemble, or its members by themselves."""
         return self if self.pool is None else self.pool
 

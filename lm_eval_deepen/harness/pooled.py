@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import EnsembleConfig
-from lm_eval_deepen.harness.requests import Answering, Answers
+from lm_eval_deepen.harness.requests import Answers, RequestHandler
 from lm_eval_deepen.harness.unanswered import SetAside
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
@@ -31,9 +31,9 @@ class Pool:
     def __init__(
         self,
         config: EnsembleConfig,
-        fused: Answering,
+        fused: RequestHandler,
         members: Sequence[Member],
-        around: Callable[[EnsembleConfig, Sequence[Member]], Answering],
+        around: Callable[[EnsembleConfig, Sequence[Member]], RequestHandler],
     ) -> None:
         """Build a model around each member.
 

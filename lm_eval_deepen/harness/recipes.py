@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
 
 
-class Recipe(RecipeKeys):
+class EnsembleRecipe(RecipeKeys):
     """A recipe that was read."""
 
     name: str = Field(description="The file's name, or what was given inline.")
@@ -72,7 +72,7 @@ def parse_ensemble(text: str) -> dict[str, Any]:
     return {"pretrained": text}
 
 
-def find_recipe(text: str) -> Recipe:
+def find_recipe(text: str) -> EnsembleRecipe:
     """Return the recipe of a file, of a shipped recipe's name, or of what ``--model_args`` takes.
 
     Raises:
@@ -81,13 +81,13 @@ def find_recipe(text: str) -> Recipe:
     arguments = parse_ensemble(text)
     file = ensemble_file(arguments.get("pretrained"))
     if file is None:
-        return Recipe(name=text, arguments=arguments)
+        return EnsembleRecipe(name=text, arguments=arguments)
     recipe = load_recipe(file)
     inline = {key: value for key, value in arguments.items() if key != "pretrained"}
     return recipe.replace(arguments={"pretrained": str(file), **inline}) if inline else recipe
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path) -> EnsembleRecipe:
     """Read a recipe; everything it says is checked, nothing is loaded.
 
     Raises:
@@ -103,7 +103,7 @@ def load_recipe(path: Path) -> Recipe:
     with problems.collected():
         own = {key: value for key, value in raw.items() if key in RecipeKeys.names()}
         said = RecipeKeys(**own | ({"harness": {}} if own.get("harness") == [] else {}))
-    recipe = Recipe(name=path.name, arguments=arguments, **dict(said))
+    recipe = EnsembleRecipe(name=path.name, arguments=arguments, **dict(said))
     with problems.collected():
         recipe.configure()
     with blamed(str(path)):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Answers = Iterator[tuple[int, Any]]
 
 
-class Answering(MainMemberView):
+class RequestHandler(MainMemberView):
     """Turns requests into spans and jobs for the engine, and what it finds into answers.
 
     Attributes:
@@ -53,7 +53,7 @@ class Answering(MainMemberView):
         self._prompter = Prompter(ensemble)
         main, solo = ensemble.main, self._prompter.solo
         self._settings = Settings(base_model(main.lm.model), main.name, None if solo else main.eos_ids)
-        self.peers: list[Answering] = [self]
+        self.peers: list[RequestHandler] = [self]
         self.known: dict[tuple[str, tuple], Any] = {}
 
     def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
@@ -211,9 +211,9 @@ class Answering(MainMemberView):
         if plan.sampler.do_sample:
             repeats[context] += 1
             generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
-        dummy = not self._prompter.solo and not context and self.ensemble.main.codec.dummy
+        prefix_space = not self._prompter.solo and not context and self.ensemble.main.codec.prefix_space
         stops = tuple(stop for stop in until if stop)
-        return Job(prompts, plan.max_new, stops, plan.sampler, generator, dummy, plan.ends), until
+        return Job(prompts, plan.max_new, stops, plan.sampler, generator, prefix_space, plan.ends), until
 
     def _text(self, found: Generation, until: list[str]) -> str:
         """Return a generation as ``hf`` presents it: stop strings and thinking removed.
@@ -231,7 +231,7 @@ class Answering(MainMemberView):
         return postprocess_generated_text(text, stop=until, think_end_token=end if isinstance(end, str) else None)
 
 
-def share_passes(models: Sequence[Answering]) -> None:
+def share_passes(models: Sequence[RequestHandler]) -> None:
     """Make models around the same members score in one pass: what one is asked, all answer.
 
     They differ in method, options or weights. Each keeps the answers that it was not asked for yet.

@@ -24,7 +24,7 @@ from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
-from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
@@ -52,7 +52,7 @@ class Plan:
         failed: why a cell could not be finished, since some requests have no answer; `execute` fills it.
     """
 
-    recipe: Recipe
+    recipe: LeaderboardRecipe
     tasks: Sequence[LoadedTask]
     out: Path
     finished: dict[Key, Cell]
@@ -67,12 +67,14 @@ class Plan:
         return _identity(self.recipe, row, task)
 
 
-def _identity(recipe: Recipe, row: Row, task: LoadedTask) -> dict[str, Any]:
+def _identity(recipe: LeaderboardRecipe, row: Row, task: LoadedTask) -> dict[str, Any]:
     built = {name: recipe.builds.identity(name) for name in row.members if name in recipe.builds.recipes}
     return identity(row, task, recipe.seeds, built)
 
 
-def plan(recipe: Recipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None) -> Plan:
+def plan(
+    recipe: LeaderboardRecipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None
+) -> Plan:
     """Find out which cells are there; no model is loaded.
 
     Args:

@@ -23,7 +23,7 @@ _TIE = 1e-9
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredCandidate:
     """An ensemble that was scored on the development split.
 
     Attributes:
@@ -64,10 +64,10 @@ class Search:
         loaded = load_members(config.members, [(config, names)], device)
         self.members: list[Member] = [loaded[name] for name in names]
         self.fusers: dict[tuple, Fuser] = {}
-        self.log: list[Candidate] = []
+        self.log: list[ScoredCandidate] = []
         self.columns: dict[str, str] = {}
 
-    def run(self, weights: str, step: float, rates: Sequence[float] | None) -> Candidate:
+    def run(self, weights: str, step: float, rates: Sequence[float] | None) -> ScoredCandidate:
         """Return the best candidate; with `adaptive` and `keep`, of the learning rates alone.
 
         Raises:
@@ -105,7 +105,7 @@ class Search:
         members = zip(self.config.members, weights, strict=True)
         return self.config.replace(members=tuple(member.replace(weight=weight) for member, weight in members))
 
-    def _rated(self, best: Candidate, rates: Sequence[float] | None) -> list[tuple[str, EnsembleConfig]]:
+    def _rated(self, best: ScoredCandidate, rates: Sequence[float] | None) -> list[tuple[str, EnsembleConfig]]:
         """Return the best weights with other learning rates, where the method takes one."""
         found = []
         for rate in rates or RATES:
@@ -118,7 +118,9 @@ class Search:
             found.append((f"{best.what}, learning rate {rate:g}", config))
         return found
 
-    def _best(self, tried: Sequence[tuple[str, EnsembleConfig]], first: Candidate | None = None) -> Candidate:
+    def _best(
+        self, tried: Sequence[tuple[str, EnsembleConfig]], first: ScoredCandidate | None = None
+    ) -> ScoredCandidate:
         """Score candidates, print them, and return the best; of equals the one with the most even weights."""
         scored = self._score(tried, self.members)
         self.log += scored
@@ -130,7 +132,7 @@ class Search:
         equals = [one for one in scored if one.mean >= top - _TIE]
         return min(equals, key=lambda one: sum(weight**2 for weight in one.config.weights))
 
-    def _score(self, tried: Sequence[tuple[str, EnsembleConfig]], members: Sequence[Member]) -> list[Candidate]:
+    def _score(self, tried: Sequence[tuple[str, EnsembleConfig]], members: Sequence[Member]) -> list[ScoredCandidate]:
         """Score candidates, which share the members' passes."""
         models = [RowModel.build(config.replace(self_check=False), members, self.fusers) for _, config in tried]
         share_by_members(models)
@@ -138,7 +140,7 @@ class Search:
         for task in self.tasks:
             for model, found in zip(models, scores, strict=True):
                 found.update(self._evaluate(model, task))
-        return [Candidate(what, config, found) for (what, config), found in zip(tried, scores, strict=True)]
+        return [ScoredCandidate(what, config, found) for (what, config), found in zip(tried, scores, strict=True)]
 
     def _evaluate(self, model: RowModel, task: LoadedTask) -> dict[str, float]:
         """Return the score of every task of a column, negative where lower is better."""

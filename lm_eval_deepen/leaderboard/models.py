@@ -20,7 +20,7 @@ from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.model import DeepenLM
-from lm_eval_deepen.harness.requests import Answering, share_passes
+from lm_eval_deepen.harness.requests import RequestHandler, share_passes
 from lm_eval_deepen.member import Member, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer
@@ -177,7 +177,7 @@ class RowModel(DeepenLM):
         now = self._readings()
         seconds, tokens = now[0] - before[0], now[1] - before[1]
         fusing = {key: value - before[2][key] for key, value in now[2].items()}
-        sharing: Sequence[Answering] = self.peers if kind != "generate_until" and tokens else [self]
+        sharing: Sequence[RequestHandler] = self.peers if kind != "generate_until" and tokens else [self]
         total = sum(fusing[id(peer)] for peer in sharing)
         for peer in sharing:
             assert isinstance(peer, RowModel)
@@ -186,7 +186,7 @@ class RowModel(DeepenLM):
             peer.costs[self.task] = peer.costs.get(self.task, Cost()) + spent
 
 
-def _fusing(model: Answering) -> float:
+def _fusing(model: RequestHandler) -> float:
     return model.ensemble.fusing if isinstance(model.ensemble, TimedEnsemble) else 0.0
 
 

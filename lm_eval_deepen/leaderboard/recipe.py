@@ -65,7 +65,7 @@ class LeaderboardKeys(Asking):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LeaderboardRecipe:
     """A leaderboard as it was asked for.
 
     Attributes:
@@ -104,7 +104,7 @@ class Recipe:
 
 def read_recipe(
     path: Path, elsewhere: Mapping[str, str] | None = None, metadata: Mapping[str, Any] | None = None
-) -> Recipe:
+) -> LeaderboardRecipe:
     """Read a recipe; every row is configured, nothing is loaded.
 
     Args:
@@ -122,7 +122,7 @@ def read_recipe(
 
 def parse_recipe(
     raw: Mapping[str, Any], path: Path, elsewhere: Mapping[str, str], metadata: Mapping[str, Any]
-) -> Recipe:
+) -> LeaderboardRecipe:
     """Return the recipe that the keys of a file spell; relative paths are read beside `path`.
 
     Raises:
@@ -136,7 +136,7 @@ def parse_recipe(
     with problems.collected():
         members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source)
     problems.refuse()
-    return Recipe(
+    return LeaderboardRecipe(
         source=str(path),
         title=keys.title or f"Leaderboard of {' and '.join(member.name for member in members)}",
         members=members,

@@ -13,9 +13,9 @@ from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, Stor
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
-from lm_eval_deepen.leaderboard.recipe import Recipe
+from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
-from lm_eval_deepen.results import Measured, Row, Run, corrected, report, rows_of
+from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
 from lm_eval_deepen.results.page import html
 from lm_eval_deepen.results.pairing import groups, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
@@ -58,8 +58,8 @@ class Table:
         notes: what else is to be said.
     """
 
-    recipe: Recipe
-    rows: Sequence[Row]
+    recipe: LeaderboardRecipe
+    rows: Sequence[ScoreRow]
     meaningless: Mapping[tuple[str, str], str]
     notes: Sequence[str]
 
@@ -72,7 +72,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     """
     recipe = plan.recipe
     empty = {**plan.meaningless, **{key: " ".join(reason.split()) for key, reason in plan.failed.items()}}
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes = list(recipe.notes)
     for task in plan.tasks:
@@ -107,12 +107,12 @@ def _columns(
     cells: Mapping[Key, Cell],
     notes: list[str],
     meaningless: dict[tuple[str, str], str],
-) -> list[Row]:
+) -> list[ScoreRow]:
     """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column."""
     recipe = plan.recipe
     alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
     grouped = _groups(recipe)
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
         try:
             kept, empty = _with_scores(runs, *column, grouped)
@@ -166,7 +166,7 @@ def _with_scores(
     return kept, empty
 
 
-def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
+def against_controls(measured: Measured, recipe: LeaderboardRecipe) -> list[str]:
     """Return how distilled models differ from their controls: the same training on the text alone."""
     found = []
     for name, control in recipe.builds.controls.items():
@@ -183,7 +183,7 @@ def against_controls(measured: Measured, recipe: Recipe) -> list[str]:
     return found
 
 
-def _groups(recipe: Recipe) -> dict[str, list[str]]:
+def _groups(recipe: LeaderboardRecipe) -> dict[str, list[str]]:
     """Return the rows of every line of the table: several where a row is repeated over seeds."""
     found: dict[str, list[str]] = {}
     for row in recipe.rows:
@@ -249,7 +249,7 @@ def _tag(reason: str, reasons: Sequence[str]) -> str:
     return label if label in DIFFERENCES else str(reasons.index(reason) + 1)
 
 
-def _short(row: Row, alpha: float) -> str:
+def _short(row: ScoreRow, alpha: float) -> str:
     interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
     return f"{row.score:.3f}{interval}{_MARKS[row.verdict(alpha)]}"
 

@@ -26,7 +26,7 @@ class DecoderCodec(TextCodec):
     """Maps a decoder's continuations to tokens, as far as its tokenizer can spell them.
 
     Translators' tokenizers normalise text and have no byte pieces. A continuation that this one does not spell exactly
-    has no tokens (`follow` returns None): the member sits out, which is counted, and no text is ever altered.
+    has no tokens (`follow` returns None): the member abstains, which is counted, and no text is ever altered.
 
     Attributes:
         start: the decoder's first tokens: its start token, and the language to be written.
@@ -44,7 +44,7 @@ class DecoderCodec(TextCodec):
     def source_prompt(self, text: str) -> Prompt:
         """Return the prompt whose source is a text."""
         head = as_source(self.encode_source(text)) + self.start
-        return Prompt(head, " " if self.dummy else "", head)
+        return Prompt(head, " " if self.prefix_space else "", head)
 
     def follow(self, prompt: Prompt, continuation: bytes) -> tuple[int, ...] | None:
         """Return the tokens of a prompt and the continuation's bytes after it, None where it cannot spell them.
@@ -132,7 +132,7 @@ def check_languages(config: MemberConfig, tokenizer: Any) -> None:
             )
 
 
-class Specialist(Member):
+class EncoderDecoderMember(Member):
     """An encoder-decoder model, such as a translator, with its tokenizer.
 
     Its own prompt is a source text, cut out of the request's, for the encoder; the shared continuation goes to the

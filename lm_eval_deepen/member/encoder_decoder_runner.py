@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from lm_eval_deepen.member.runner import Paths, PlainRunner
+from lm_eval_deepen.member.runner import PlainRunner, TokenSequences
 from lm_eval_deepen.member.tree import pad
 
 SOURCES_KEPT = 128  # whose encoder output is held
@@ -45,7 +45,7 @@ class Seq2SeqRunner(PlainRunner):
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self._encoded: OrderedDict[Ids, Tensor] = OrderedDict()  # source -> states [S, d]
 
-    def states_at(self, paths: Paths) -> Tensor:
+    def states_at(self, paths: TokenSequences) -> Tensor:
         """Return the logits after the last token of every path [n, V].
 
         A path that begins another one is read off that one's forward pass.

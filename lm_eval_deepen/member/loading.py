@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import DeepenError, MemberError, one_line
 from lm_eval_deepen.member.devices import place
-from lm_eval_deepen.member.encoder_decoder import Specialist
+from lm_eval_deepen.member.encoder_decoder import EncoderDecoderMember
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.preflight import load_tokenizer, reusable
 from lm_eval_deepen.member.weights import check_weights, weights_reports
@@ -47,7 +47,7 @@ def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any 
                 lm = HFLM(pretrained=config.pretrained, **arguments)
             finally:
                 check_weights(reports, f"member {config.name!r}:", config.allowed)
-        return next(kind for kind in (Specialist, Member) if lm.backend in kind.BACKENDS)(config, lm)
+        return next(kind for kind in (EncoderDecoderMember, Member) if lm.backend in kind.BACKENDS)(config, lm)
     except DeepenError:
         raise
     except Exception as error:

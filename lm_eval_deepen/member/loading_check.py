@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member.attention import MaskMaker
-from lm_eval_deepen.member.runner import Paths, PlainRunner, TreeRunner
+from lm_eval_deepen.member.runner import PlainRunner, TokenSequences, TreeRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision
@@ -186,7 +186,7 @@ def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int],
     return first, [first[0], (first[1] + size // 2) % size, *first[2:]], third
 
 
-def _packed(runner: TreeRunner, paths: Paths, longest: int, by_column: bool = False) -> Tensor:
+def _packed(runner: TreeRunner, paths: TokenSequences, longest: int, by_column: bool = False) -> Tensor:
     """Return the logits [n, V] after paths that lie scattered in one forward pass, with others at the context's end.
 
     Args:

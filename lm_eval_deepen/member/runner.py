@@ -17,7 +17,7 @@ from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.tree import pad
 from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
-Paths = Sequence[Sequence[int]]  # token sequences, at least one token each
+TokenSequences = Sequence[Sequence[int]]  # token sequences, at least one token each
 NODES_PER_FORWARD = 512
 FEW_ROWS = 48
 PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at once
@@ -51,7 +51,7 @@ class TreeRunner:
                 use_cache=kv is not None,
             ).last_hidden_state
 
-    def states_at(self, paths: Paths) -> Tensor:
+    def states_at(self, paths: TokenSequences) -> Tensor:
         """Return the hidden state after the last token of every path [n, d].
 
         Every distinct prefix is forwarded once.
@@ -105,7 +105,7 @@ class PlainRunner:
         self.autocast = autocast
         self.forwarded = 0
 
-    def states_at(self, paths: Paths) -> Tensor:
+    def states_at(self, paths: TokenSequences) -> Tensor:
         """Return the logits after the last token of every path [n, V].
 
         A path that begins another one is read off that one's forward pass.
@@ -127,7 +127,7 @@ class PlainRunner:
         return torch.stack([found[tuple(path)] for path in paths])
 
     def _read(
-        self, batch: Paths, pending: Sequence[tuple[tuple[int, ...], int]]
+        self, batch: TokenSequences, pending: Sequence[tuple[tuple[int, ...], int]]
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         width = max(map(len, batch))
         mask = pad([[1] * len(path) for path in batch], width)

@@ -44,8 +44,8 @@ class Prompt:
         chat: the conversation that it renders; None for plain text.
         is_evidence: whether how well a member predicts it tells what the member is worth for the request. The words
             before a window of a long text are scored, and no prompt.
-        dummy: whether the tail is a dummy space, which gives way to a space that begins the continuation.
-        spelt: whether the member's tokenizer can spell the prompt; where it cannot, the member sits out.
+        prefix_space: whether the tail is a prefix space, which gives way to a space that begins the continuation.
+        spelt: whether the member's tokenizer can spell the prompt; where it cannot, the member abstains.
     """
 
     head: tuple[int, ...]
@@ -53,12 +53,12 @@ class Prompt:
     ids: tuple[int, ...]
     chat: ChatPrompt | None = None
     is_evidence: bool = True
-    dummy: bool = False
+    prefix_space: bool = False
     spelt: bool = True
 
     def before(self, continuation: bytes) -> Prompt:
-        """Return the prompt as it is before a continuation: without a dummy space where that has a space of its own."""
-        return replace(self, tail="") if self.dummy and continuation.startswith(b" ") else self
+        """Return the prompt before a continuation: without a prefix space where that has a space of its own."""
+        return replace(self, tail="") if self.prefix_space and continuation.startswith(b" ") else self
 
 
 def incomplete_tail(data: bytes) -> int:
@@ -90,13 +90,13 @@ class Opening:
 
     Attributes:
         control: the control tokens that it puts first.
-        dummy: whether it adds a space to a text that begins without one.
+        prefix_space: whether it adds a space to a text that begins without one.
         doubles: whether it adds that space to a text that begins with one, too.
         bos: the BOS token and its literal, where there is one.
     """
 
     control: tuple[int, ...] = ()
-    dummy: bool = False
+    prefix_space: bool = False
     doubles: bool = False
     bos: tuple[int, str] | None = None
 
@@ -184,7 +184,7 @@ class TextCodec:
     Attributes:
         name: the member's name, for messages.
         vocab: the pieces as bytes, one per logit [V].
-        pure: encodes text alone, exactly: no BOS, no dummy prefix, special-token text is text.
+        pure: encodes text alone, exactly: no BOS, no prefix space, special-token text is text.
         opening: what the tokenizer does to the beginning of a text.
         prefix_ids: what an empty prompt is conditioned on (the harness's prefix token).
         identity: equal for tokenizers that give every prompt the same tokens.
@@ -258,9 +258,9 @@ class TextCodec:
         return cls(name, vocab, pure, opening, (prefix_id,), identity)
 
     @property
-    def dummy(self) -> bool:
+    def prefix_space(self) -> bool:
         """Whether the tokenizer puts a space before a text."""
-        return self.opening.dummy
+        return self.opening.prefix_space
 
     @property
     def automatic_prefix(self) -> tuple[int, ...]:
@@ -277,7 +277,7 @@ class TextCodec:
         return count
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of `text` on its own: no BOS, no dummy prefix, nothing parsed as control.
+        """Return the tokens of `text` on its own: no BOS, no prefix space, nothing parsed as control.
 
         Raises:
             VocabularyError: the tokenizer cannot spell the text.
@@ -290,7 +290,7 @@ class TextCodec:
         return tuple(ids)
 
     def encode_prompt(self, text: str, bos: bool = False) -> tuple[int, ...]:
-        """Return the tokens of a prompt: automatic control tokens, dummy prefix, special-token text as text.
+        """Return the tokens of a prompt: automatic control tokens, prefix space, special-token text as text.
 
         Args:
             text: the prompt.
@@ -305,8 +305,8 @@ class TextCodec:
         return prefix + self.encode(self._opened(text))
 
     def _opened(self, text: str) -> str:
-        """Return a text with the dummy space that the tokenizer puts before it."""
-        space = self.opening.dummy and (self.opening.doubles or not text.startswith(" "))
+        """Return a text with the prefix space that the tokenizer puts before it."""
+        space = self.opening.prefix_space and (self.opening.doubles or not text.startswith(" "))
         return " " + text if space and text else text
 
     def strip_bos(self, text: str) -> tuple[str, bool]:
@@ -318,7 +318,12 @@ class TextCodec:
     def prompt(self, text: str) -> Prompt:
         """Return the prompt for plain text; an empty text is conditioned on the prefix token."""
         if not text:
-            return Prompt(self.prefix_ids, " " if self.dummy else "", self.prefix_ids, dummy=not self.opening.doubles)
+            return Prompt(
+                self.prefix_ids,
+                " " if self.prefix_space else "",
+                self.prefix_ids,
+                prefix_space=not self.opening.doubles,
+            )
         opened = self._opened(text)
         cut = last_safe_cut(opened) if self._cuts else 0
         try:
@@ -328,7 +333,7 @@ class TextCodec:
         return Prompt(head, opened[cut:], head + tail)
 
     def silent(self) -> Prompt:
-        """Return what stands for a prompt that the tokenizer cannot spell: the member sits out."""
+        """Return what stands for a prompt that the tokenizer cannot spell: the member abstains."""
         return Prompt(self.prefix_ids, "", self.prefix_ids, is_evidence=False, spelt=False)
 
     def rendered_prompt(self, text: str, ids: Sequence[int], literals: Iterable[str]) -> Prompt:
@@ -344,7 +349,7 @@ class TextCodec:
             " " + tail,
             tail,
             tail.lstrip(" "),
-        ):  # a space in front is a dummy; a control token may eat one
+        ):  # a space in front is a prefix space; a control token may eat one
             try:
                 encoded = self.encode(candidate)
             except VocabularyError:  # a template's text, which was normalised

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from lm_eval_deepen.errors import MemberError, VocabularyError
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_pieces
-from lm_eval_deepen.vocabulary.text_only import without_dummy
+from lm_eval_deepen.vocabulary.text_only import without_prefix_space
 from lm_eval_deepen.vocabulary.tokenizer_json import model_pieces, read_decoder, split_merge, stages
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class _Compared:
         return [self.difference("decoder", effect)]
 
     def splits(self) -> list[Difference]:
-        """Compare how texts are normalised, cut and divided into pieces, dummy spaces left aside."""
+        """Compare how texts are normalised, cut and divided into pieces, prefix spaces left aside."""
         parts = [part for part in ("normalizer", "pre_tokenizer") if self.differ(part)]
         file, loaded = _options(self.file), _options(self.loaded)
         options = {key for key in file.keys() | loaded.keys() if file.get(key) != loaded.get(key)}
@@ -381,10 +381,10 @@ def _triples() -> list[str]:
 
 
 class _Splitter:
-    """How a tokenizer cuts text, dummy spaces and added tokens left aside."""
+    """How a tokenizer cuts text, prefix spaces and added tokens left aside."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
-        self.spec = {**spec, **without_dummy(spec), "added_tokens": [], "post_processor": None}
+        self.spec = {**spec, **without_prefix_space(spec), "added_tokens": [], "post_processor": None}
         self.small = _small(self.spec)
 
     def split(self, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The seam of pooling: every member answers a request by itself, and the answers are combined.
+"""The plugin interface of pooling: every member answers a request by itself, and the answers are combined.
 
 A method is one file in this folder: a class of options, decorated with ``@pooling(name, paper=...)``. An ensemble
 uses one so::

@@ -23,7 +23,7 @@ class LogpMean(Options):
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"loglikelihood", "loglikelihood_rolling"})
 
     def combine(self, answers: Sequence[Scored], weights: Sequence[float]) -> Pooled:
-        """Combine scores; see the seam. Stats: ``spread``, the largest difference between members, in nats."""
+        """Combine scores; see `pooling.base`. Stats: ``spread``, the largest difference between members, in nats."""
         shares = ballots(len(answers), weights)
         used = [(share, answer) for share, answer in zip(shares, answers, strict=True) if share > 0]
         logp = math.fsum(share * answer.logp for share, answer in used)

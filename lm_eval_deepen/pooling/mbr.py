@@ -35,7 +35,7 @@ class Mbr(Options):
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
 
     def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
-        """Combine texts; see the seam. Stats: ``expected_utility`` of the winner, in [0, 1]."""
+        """Combine texts; see `pooling.base`. Stats: ``expected_utility`` of the winner, in [0, 1]."""
         shares = ballots(len(answers), weights)
         utility = chrf if self.utility == "chrf" else word_f1
         total = sum(shares)

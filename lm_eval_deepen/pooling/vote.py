@@ -56,7 +56,7 @@ class Vote(Options):
         return " ".join(text.casefold().split())
 
     def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:
-        """Combine texts; see the seam.
+        """Combine texts; see `pooling.base`.
 
         Stats: ``share``, the winner's share of all weight, 1 where no text has an answer; ``abstained``, texts without
         an answer.

@@ -15,7 +15,7 @@ from lm_eval_deepen.preflight.files import first_line
 from lm_eval_deepen.preflight.members import Inspected
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.harness.recipes import Recipe
+    from lm_eval_deepen.harness.recipes import EnsembleRecipe
     from lm_eval_deepen.member.text import TextCodec
 
 SAMPLE_DOCUMENTS = 16  # per task, evenly spaced
@@ -55,7 +55,7 @@ class Machine:
     flops: float
 
 
-def task_costs(recipe: Recipe, codec: TextCodec, problems: list[str]) -> list[TaskCost]:
+def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) -> list[TaskCost]:
     """Return what the recipe's tasks ask for; a task that cannot be loaded is added to `problems`."""
     if not recipe.task:
         return []
@@ -96,7 +96,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _cost(name: str, task: Any, codec: TextCodec, recipe: Recipe) -> TaskCost:
+def _cost(name: str, task: Any, codec: TextCodec, recipe: EnsembleRecipe) -> TaskCost:
     total = len(task.eval_docs)
     sample = sorted({i * total // min(SAMPLE_DOCUMENTS, total) for i in range(min(SAMPLE_DOCUMENTS, total))})
     if (shots := recipe.harness.num_fewshot) is not None:

@@ -137,7 +137,7 @@ class Inspected:
             if self.generates_only:
                 edges = {"source_prefix": codec.opening.control, "decoder_start": self.start}
             found |= {key: {str(i): self.labels[i] for i in ids} for key, ids in edges.items()}
-            found["dummy_space"] = codec.opening.dummy
+            found["dummy_space"] = codec.opening.prefix_space
             found["round_trip_texts"] = self.spelt
         return found
 
@@ -179,7 +179,7 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
         notes.append(
             f"member {config.name!r} is an encoder-decoder model: it reads "
             f"{'the whole prompt' if config.source_pattern is None else 'what source_pattern finds'}, and takes "
-            "part in generation only. Of the sample texts it spells some; where it cannot spell a text, it sits out."
+            "part in generation only. Of the sample texts it spells some; where it cannot spell a text, it abstains."
         )
     elif config.source:
         problems.append(

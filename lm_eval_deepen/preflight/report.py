@@ -10,7 +10,7 @@ from lm_eval_deepen.errors import ConfigError, DeepenError
 
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
-    from lm_eval_deepen.harness.recipes import Recipe
+    from lm_eval_deepen.harness.recipes import EnsembleRecipe
     from lm_eval_deepen.preflight.cost import Machine, TaskCost
     from lm_eval_deepen.preflight.ensemble import DeviceNeed, MatrixPlan, Overlap
     from lm_eval_deepen.preflight.members import Inspected
@@ -22,7 +22,7 @@ DEFAULT_TOKENS = 2048  # length of a text where no task says it
 class Report:
     """Everything that was found; `problems` stop an evaluation, `notes` do not."""
 
-    recipe: Recipe | None = None
+    recipe: EnsembleRecipe | None = None
     config: EnsembleConfig | None = None
     members: list[Inspected] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
@@ -140,7 +140,7 @@ def _together(report: Report, config: EnsembleConfig) -> None:
             )
 
 
-def _demands(report: Report, config: EnsembleConfig, recipe: Recipe, plan: Plan) -> None:
+def _demands(report: Report, config: EnsembleConfig, recipe: EnsembleRecipe, plan: Plan) -> None:
     """Estimate memory, and the cost of the recipe's tasks."""
     from lm_eval_deepen.preflight import cost as inspect_cost
     from lm_eval_deepen.preflight.ensemble import device_needs, too_small

@@ -90,7 +90,7 @@ def _edges(report: Report) -> str:
         codec = member.codec
         assert codec is not None
         begin = "nothing in front" if not codec.opening.control else "in front " + _ids(member, codec.opening.control)
-        begin += ", then a space" if codec.opening.dummy else ""
+        begin += ", then a space" if codec.opening.prefix_space else ""
         if member.generates_only:
             starts = _ids(member, member.start) if member.start else "nothing, which is a problem"
             begin = f"of the source {begin}; its decoder starts with {starts}"
@@ -103,7 +103,7 @@ def _edges(report: Report) -> str:
     if any(not member.generates_only for member in known):
         lines.append(f"  round trip: {len(SAMPLE_TEXTS)} sample texts come back byte for byte from these tokenizers")
     lines += [
-        f"  {member.name}: spells {member.spelt} of {len(SAMPLE_TEXTS)} sample texts exactly, and sits out for others"
+        f"  {member.name}: spells {member.spelt} of {len(SAMPLE_TEXTS)} sample texts exactly, and abstains for others"
         for member in known
         if member.generates_only
     ]

@@ -87,7 +87,7 @@ def described_rows(vocabulary: ByteVocab, rows: str = "text") -> Tensor:
     return mask
 
 
-def twins_apart(vocabulary: ByteVocab, anchors: Collection[bytes], rows: str) -> list[tuple[int, ...]]:
+def duplicates_apart(vocabulary: ByteVocab, anchors: Collection[bytes], rows: str) -> list[tuple[int, ...]]:
     """Return the ids of every piece of text that has several and is no anchor; none with rows ``all``, as published.
 
     They have one row, that of the piece which the tokenizer uses, as the ids of an anchor have.
@@ -147,7 +147,7 @@ def build_matrix(
     vocabulary: ByteVocab,
     embeddings: Tensor,
     anchor_ids: Sequence[int],
-    twins: Mapping[int, int],
+    duplicates: Mapping[int, int],
     spec: MatrixSpec,
     *,
     progress: bool = False,
@@ -159,7 +159,7 @@ def build_matrix(
         vocabulary: its pieces [V].
         embeddings: its embedding rows [>= V, d], those that ``spec.embeddings`` names, any float dtype.
         anchor_ids: its id of every anchor [A].
-        twins: other ids with an anchor's bytes -> that anchor's index; they get the anchor's row.
+        duplicates: other ids with an anchor's bytes -> that anchor's index; they get the anchor's row.
         spec: how rows are made and stored.
         progress: show a progress bar.
 
@@ -174,15 +174,15 @@ def build_matrix(
     mask = described_rows(vocabulary, spec.rows)
     device = embeddings.device
     source = torch.arange(len(vocabulary))
-    for alike in twins_apart(vocabulary, (), spec.rows):
+    for alike in duplicates_apart(vocabulary, (), spec.rows):
         source[list(alike)] = vocabulary.preferred(alike)
     anchor_rows = torch.tensor(list(anchor_ids), dtype=torch.int64)
-    for other, anchor in twins.items():
+    for other, anchor in duplicates.items():
         source[other] = anchor_rows[anchor]
     anchor_of = torch.full((len(vocabulary),), -1)
     if spec.pieces == "exact":
         anchor_of[anchor_rows] = torch.arange(len(anchor_rows))
-        for other, anchor in twins.items():
+        for other, anchor in duplicates.items():
             anchor_of[other] = anchor
     space = get_normalization(spec.normalization)
     shift = space.shift(embeddings[: len(vocabulary)], mask.to(device))

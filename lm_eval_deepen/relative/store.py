@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from lm_eval_deepen.errors import MatrixError, StorageError
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, twins_apart
+from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, duplicates_apart
 from lm_eval_deepen.relative.files import FORMAT, MatrixInfo, describe, identity_hash, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import RelativeMatrix
 from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
@@ -62,7 +62,7 @@ class MatrixStore:
             return {**common, "pieces": spec.pieces, "dtype": "float16", **spelt}
         temperature = {"temperature": float(spec.temperature)} if spec.entropy is None else {"entropy": spec.entropy}
         # A matrix without such pieces is what it was before these shared a row.
-        apart = twins_apart(member.vocabulary, frozenset(anchors.pieces), spec.rows)
+        apart = duplicates_apart(member.vocabulary, frozenset(anchors.pieces), spec.rows)
         return {
             **common,
             "embedding": member.fingerprint(spec.embeddings),
@@ -140,7 +140,7 @@ class MatrixStore:
                 return
             started = time.monotonic()
             vocabulary = member.vocabulary
-            ids, twins = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
+            ids, duplicates_of = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
             matrix: RelativeMatrix
             if spec.from_bytes:
                 spellers = tokenizers if spec.pieces == "canonical" else NO_TOKENIZERS
@@ -148,7 +148,7 @@ class MatrixStore:
                 matrix = class_matrix(classes, described_rows(vocabulary, spec.rows), len(anchors))
             else:
                 rows = member.load_rows(spec.embeddings)
-                matrix = build_matrix(member.name, vocabulary, rows, ids, twins, spec, progress=self.progress)
+                matrix = build_matrix(member.name, vocabulary, rows, ids, duplicates_of, spec, progress=self.progress)
             with explained(self.folder):
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)
 

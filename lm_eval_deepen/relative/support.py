@@ -50,14 +50,14 @@ class Side:
 
 
 def make_side(
-    vocabulary: ByteVocab, matrix: RelativeMatrix, anchor_ids: Sequence[int], twins: dict[int, int], rows: str
+    vocabulary: ByteVocab, matrix: RelativeMatrix, anchor_ids: Sequence[int], duplicates: dict[int, int], rows: str
 ) -> Side:
     """Return the side of a member; with rows ``all``, EOS and control pieces are ordinary pieces."""
     size = len(vocabulary)
     anchors = torch.tensor(list(anchor_ids), dtype=torch.int64)
     anchor_of = torch.full((size,), -1, dtype=torch.int64)
     anchor_of[anchors] = torch.arange(len(anchors))
-    for other, anchor in twins.items():
+    for other, anchor in duplicates.items():
         anchor_of[other] = anchor
     text = described_rows(vocabulary, rows)
     eos = torch.zeros(size, dtype=torch.bool)
@@ -237,6 +237,6 @@ def _restrict(rows: Tensor, index: Tensor, ids: Tensor) -> Support:
     return Support(places, ids, logp.sub_(mass[:, None]), mass, mask)
 
 
-def sit_out(logp: Tensor, active: Tensor) -> Tensor:
+def abstain(logp: Tensor, active: Tensor) -> Tensor:
     """Replace rows [B, V] of members that sit out by zeros: whatever is in them must not reach the result."""
     return logp if bool(active.all()) else torch.where(active[:, None], logp, 0.0)

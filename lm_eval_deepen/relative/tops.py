@@ -18,7 +18,7 @@ AT_FIRST = 512  # pieces that are looked at where a mass is asked for
 
 
 @dataclass(frozen=True)
-class Rule:
+class TopRule:
     """Which of its text pieces a member brings to a row's support.
 
     Attributes:
@@ -60,7 +60,7 @@ class Tops:
         return Tops(self.ids[index], self.enough[index], self.widened[index])
 
 
-def tops(parts: Split, member: int, side: Side, index: Tensor, active: Tensor, rule: Rule, width: int) -> Tops:
+def tops(parts: Split, member: int, side: Side, index: Tensor, active: Tensor, rule: TopRule, width: int) -> Tops:
     """Return a member's pieces for some rows, as far as the `width` most likely ones are enough.
 
     What is found for a row depends on the row alone.

@@ -2,14 +2,14 @@
 
 from lm_eval_deepen.results.aggregation import Scores, mean_scores, scores_of
 from lm_eval_deepen.results.files import Run, TaskRun, find_runs
-from lm_eval_deepen.results.rows import Comparison, Measured, Row, corrected, rows_of
+from lm_eval_deepen.results.rows import Comparison, Measured, ScoreRow, corrected, rows_of
 from lm_eval_deepen.results.samples import Key, Sample, Samples, common_keys, read_samples, samples_of
 
 __all__ = [
     "Comparison",
     "Key",
     "Measured",
-    "Row",
+    "ScoreRow",
     "Run",
     "Sample",
     "Samples",

@@ -11,7 +11,7 @@ from lm_eval_deepen.results.comparable import objections
 from lm_eval_deepen.results.files import Run, find_runs
 from lm_eval_deepen.results.gate_report import GateReport, Status, Tested
 from lm_eval_deepen.results.pairing import wanted_columns
-from lm_eval_deepen.results.regression import Pair, Rule, decide, details
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
 from lm_eval_deepen.results.samples import common_keys
 
 
@@ -31,7 +31,7 @@ def single_run(path: Path) -> Run:
 def judge(
     baseline: Run,
     candidate: Run,
-    rule: Rule,
+    rule: GateRule,
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     allow_config_change: bool = False,

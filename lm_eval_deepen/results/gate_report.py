@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lm_eval_deepen.results.regression import Decision, Details, Pair, Rule
+from lm_eval_deepen.results.regression import Decision, Details, GateRule, Pair
 from lm_eval_deepen.results.report import (
     aligned,
     literal,
@@ -88,7 +88,7 @@ class GateReport:
     status: Status
     baseline: str
     candidate: str
-    rule: Rule
+    rule: GateRule
     tests: tuple[Tested, ...]
     reasons: tuple[str, ...]
     notes: tuple[str, ...]

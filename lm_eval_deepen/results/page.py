@@ -7,7 +7,7 @@ from html import escape
 
 from lm_eval_deepen.results.chart import Point, chart
 from lm_eval_deepen.results.report import cells, columns, extras, head, heading, number, reading, signed
-from lm_eval_deepen.results.rows import Row
+from lm_eval_deepen.results.rows import ScoreRow
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --mark: #0550ae; }
@@ -36,7 +36,7 @@ svg .hollow { fill: var(--paper); stroke: var(--mark); stroke-width: 2; }
 
 
 def html(
-    rows: Sequence[Row],
+    rows: Sequence[ScoreRow],
     alpha: float,
     notes: Sequence[str] = (),
     title: str = "Comparison",
@@ -74,7 +74,7 @@ def html(
     )
 
 
-def _section(index: int, group: Sequence[Row], alpha: float, names: Sequence[str]) -> str:
+def _section(index: int, group: Sequence[ScoreRow], alpha: float, names: Sequence[str]) -> str:
     return "\n".join(
         [
             f'<section aria-labelledby="s{index}">',
@@ -87,7 +87,7 @@ def _section(index: int, group: Sequence[Row], alpha: float, names: Sequence[str
     )
 
 
-def _scores(identity: str, group: Sequence[Row]) -> str:
+def _scores(identity: str, group: Sequence[ScoreRow]) -> str:
     points = [
         Point(
             label=row.system,
@@ -103,7 +103,7 @@ def _scores(identity: str, group: Sequence[Row]) -> str:
     return _figure(chart(identity, f"Scores, {group[0].column}", caption, points), caption)
 
 
-def _differences(identity: str, group: Sequence[Row], alpha: float) -> str:
+def _differences(identity: str, group: Sequence[ScoreRow], alpha: float) -> str:
     points = [
         Point(
             label=row.system,
@@ -130,7 +130,7 @@ def _figure(drawing: str, caption: str) -> str:
     return f"<figure>\n{drawing}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
-def _table(group: Sequence[Row], alpha: float, names: Sequence[str]) -> str:
+def _table(group: Sequence[ScoreRow], alpha: float, names: Sequence[str]) -> str:
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head_of(group, names))
     body = []
     for row in group:
@@ -144,7 +144,7 @@ def _table(group: Sequence[Row], alpha: float, names: Sequence[str]) -> str:
     )
 
 
-def head_of(group: Sequence[Row], names: Sequence[str]) -> list[str]:
+def head_of(group: Sequence[ScoreRow], names: Sequence[str]) -> list[str]:
     """Return the headings of one table on a page whose rows have the further figures `names`."""
     own = extras(group)
     return [heading_ for heading_ in head(group) if heading_ not in own] + list(names)

@@ -34,7 +34,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GateRule:
     """When a difference counts as a regression.
 
     Attributes:
@@ -92,7 +92,7 @@ class Details:
     detectable: float | None
 
 
-def decide(pairs: Sequence[Pair], rule: Rule) -> list[Decision]:
+def decide(pairs: Sequence[Pair], rule: GateRule) -> list[Decision]:
     """Return a decision per pair. A regression of any of them is one of the whole."""
     tested = [_test(pair, rule) for pair in pairs]
     adjusted = holm([p for _, p in tested])
@@ -103,7 +103,7 @@ def decide(pairs: Sequence[Pair], rule: Rule) -> list[Decision]:
     ]
 
 
-def _test(pair: Pair, rule: Rule) -> tuple[str, float]:
+def _test(pair: Pair, rule: GateRule) -> tuple[str, float]:
     worse, better = _changes(pair)
     if pair.baseline.binary and pair.candidate.binary:
         return MCNEMAR, mcnemar(worse, better, "less")
@@ -127,7 +127,7 @@ def _sign(pair: Pair) -> float:
     return 1.0 if pair.higher_is_better else -1.0
 
 
-def details(pair: Pair, tested: int, rule: Rule) -> Details:
+def details(pair: Pair, tested: int, rule: GateRule) -> Details:
     """Return interval, counts and minimal detectable effect of one pair among `tested` ones."""
     interval = paired_interval(pair.baseline.values, pair.candidate.values, pair.baseline.statistic)
     worse, better = _changes(pair)

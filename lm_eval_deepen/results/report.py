@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lm_eval_deepen.results.rows import Row
+from lm_eval_deepen.results.rows import ScoreRow
 
 _HEAD = (
     "system", "score [95 % interval]", "difference [95 % interval]", "p", "p (corrected)", "verdict", "agreement",
@@ -52,15 +52,15 @@ def probability(value: float | None) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def columns(rows: Sequence[ScoreRow]) -> dict[str, list[ScoreRow]]:
     """Return the rows by task, metric and filter, in order."""
-    grouped: dict[str, list[Row]] = {}
+    grouped: dict[str, list[ScoreRow]] = {}
     for row in rows:
         grouped.setdefault(row.column, []).append(row)
     return grouped
 
 
-def heading(rows: Sequence[Row]) -> str:
+def heading(rows: Sequence[ScoreRow]) -> str:
     """Return what a column is: task and metric, which way is good, documents, reference."""
     first = rows[0]
     way = {True: "higher is better", False: "lower is better", None: "which way is good is unknown"}
@@ -79,17 +79,17 @@ def signed_interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
 
 
-def extras(rows: Sequence[Row]) -> list[str]:
+def extras(rows: Sequence[ScoreRow]) -> list[str]:
     """Return the headings of further figures, in order."""
     return list(dict.fromkeys(name for row in rows for name in row.extra))
 
 
-def head(rows: Sequence[Row]) -> list[str]:
+def head(rows: Sequence[ScoreRow]) -> list[str]:
     """Return the headings of the table."""
     return [*_HEAD, *extras(rows)]
 
 
-def verdict(row: Row, alpha: float) -> str:
+def verdict(row: ScoreRow, alpha: float) -> str:
     """Return the verdict in words; the reference's row says so."""
     found = row.verdict(alpha)
     if found is None:
@@ -97,7 +97,7 @@ def verdict(row: Row, alpha: float) -> str:
     return "not significantly different" if found == "not significant" else f"significantly {found}"
 
 
-def cells(row: Row, alpha: float, names: Sequence[str]) -> list[str]:
+def cells(row: ScoreRow, alpha: float, names: Sequence[str]) -> list[str]:
     """Return one row as text, in the order of `head`."""
     compared = row.comparison
     shown = [row.system, number(row.score) + interval(row.low, row.high)]
@@ -114,7 +114,7 @@ def cells(row: Row, alpha: float, names: Sequence[str]) -> list[str]:
     return shown
 
 
-def reading(rows: Sequence[Row]) -> list[str]:
+def reading(rows: Sequence[ScoreRow]) -> list[str]:
     """Return how to read the table, in sentences."""
     pools = dict.fromkeys(row.pool for row in rows if row.oracle is not None)
     pool = ", ".join(next(iter(pools))) if len(pools) == 1 else "the reference and the row's own system"
@@ -128,7 +128,7 @@ def reading(rows: Sequence[Row]) -> list[str]:
     return told
 
 
-def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+def plain(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str] = ()) -> str:
     """Return a table per task and metric for a terminal."""
     names, blocks = extras(rows), []
     for group in columns(rows).values():
@@ -140,7 +140,7 @@ def plain(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
     return "\n\n".join(blocks)
 
 
-def markdown(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str] = ()) -> str:
     """Return a table per task and metric as GitHub's Markdown."""
     names, blocks = extras(rows), []
     for group in columns(rows).values():
@@ -152,7 +152,7 @@ def markdown(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> st
     return "\n\n".join(blocks)
 
 
-def to_dict(rows: Sequence[Row], alpha: float, notes: Sequence[str] = ()) -> dict[str, Any]:
+def to_dict(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return everything as JSON data."""
     listed = []
     for row in rows:

@@ -62,7 +62,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """One system on one metric of one task.
 
     Attributes:
@@ -156,7 +156,7 @@ def rows_of(
     resamples: int = RESAMPLES,
     seed: int = 0,
     mid_p: bool = False,
-) -> list[Row]:
+) -> list[ScoreRow]:
     """Return a row per system, each compared with the best of `candidates`.
 
     A leaderboard passes its single members as `candidates` and `pool`: every row then states its difference to the
@@ -174,7 +174,7 @@ def rows_of(
     names = tuple(dict.fromkeys(candidates or measured.scores))
     reference, level = measured.best(names), measured.level(names, seed)
     return [
-        Row(
+        ScoreRow(
             task=measured.task,
             metric=measured.metric,
             flt=measured.flt,
@@ -246,7 +246,7 @@ def oracle(measured: Measured, pool: Sequence[str]) -> float | None:
     return float((stacked.max(axis=0) if measured.higher_is_better else stacked.min(axis=0)).mean())
 
 
-def corrected(rows: Sequence[Row]) -> list[Row]:
+def corrected(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     """Return the rows with p-values corrected over all comparisons among them, and for how references were picked."""
     columns: dict[tuple[str, str, str], list[int]] = {}
     for at, row in enumerate(rows):
@@ -262,7 +262,7 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _comparisons(rows: Sequence[Row]) -> Comparisons:
+def _comparisons(rows: Sequence[ScoreRow]) -> Comparisons:
     compared = [(row.system, row.comparison) for row in rows if row.comparison]
     return Comparisons(
         p_values=tuple(comparison.p for _, comparison in compared),

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Cell:
+class DemoCell:
     """One measured value; ``stderr`` is one standard error, or None where the harness gives none."""
 
     value: float
@@ -21,20 +21,20 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One system: its cells by ``(task, metric)`` and the wall time of its run."""
 
     system: str
-    cells: Mapping[tuple[str, str], Cell]
+    cells: Mapping[tuple[str, str], DemoCell]
     seconds: float
 
 
-def read_cells(results: Mapping[str, Any]) -> dict[tuple[str, str], Cell]:
+def read_cells(results: Mapping[str, Any]) -> dict[tuple[str, str], DemoCell]:
     """Return every metric of the tasks (not groups) of one ``simple_evaluate`` result.
 
     Keys of the harness are ``metric,filter`` and ``metric_stderr,filter``; the filter ``none`` is not shown.
     """
-    cells: dict[tuple[str, str], Cell] = {}
+    cells: dict[tuple[str, str], DemoCell] = {}
     for task in results["configs"]:
         scores = results["results"][task]
         for key, value in scores.items():
@@ -43,11 +43,11 @@ def read_cells(results: Mapping[str, Any]) -> dict[tuple[str, str], Cell]:
                 continue
             stderr = scores.get(f"{metric}_stderr,{flt}")
             label = metric if flt == "none" else f"{metric} ({flt})"
-            cells[task, label] = Cell(value, stderr if isinstance(stderr, (int, float)) else None)
+            cells[task, label] = DemoCell(value, stderr if isinstance(stderr, (int, float)) else None)
     return cells
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[DemoRow]) -> str:
     """Return the table: one line per system, one column per task and metric, the wall time last.
 
     A system that was not measured on a column shows ``-`` there.

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lm_eval_deepen.solvers.seam import SOLVERS
+from lm_eval_deepen.solvers.base import SOLVERS
 
 __all__ = ["SOLVERS"]

@@ -15,7 +15,7 @@ from lm_eval_deepen.storage import write_text
 if TYPE_CHECKING:
     from lm_eval_deepen.config import EnsembleConfig
     from lm_eval_deepen.harness.tasks import LoadedTask
-    from lm_eval_deepen.leaderboard.fitting import Candidate, Search
+    from lm_eval_deepen.leaderboard.fitting import ScoredCandidate, Search
 
 WEIGHTS = ("both", "grid", "adaptive", "keep")
 PLACES = ("pretrained", "tokenizer", "peft", "delta")  # keys of a member that may name a folder
@@ -102,7 +102,9 @@ def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[Load
                 ) from error
 
 
-def tuned_file(config: EnsembleConfig, found: Candidate, search: Search, args: argparse.Namespace) -> dict[str, Any]:
+def tuned_file(
+    config: EnsembleConfig, found: ScoredCandidate, search: Search, args: argparse.Namespace
+) -> dict[str, Any]:
     """Return the keys of the ensemble file: the best candidate, and as `evidence` how it was found and on what."""
     import lm_eval_deepen
     from lm_eval_deepen.harness.model import configure

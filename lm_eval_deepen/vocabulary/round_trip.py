@@ -41,19 +41,19 @@ REMEDY = (
 )
 
 
-def is_exact(vocab: ByteVocab, text: str, ids: Sequence[int], *, dummy: bool = False) -> bool:
+def is_exact(vocab: ByteVocab, text: str, ids: Sequence[int], *, prefix_space: bool = False) -> bool:
     """Return whether the pieces spell exactly the text's UTF-8 bytes.
 
     Args:
         vocab: the byte vocabulary.
         text: the text.
         ids: its tokens.
-        dummy: one space more in front is exact too (a prompt's dummy prefix).
+        prefix_space: one space more in front is exact too (a prompt's prefix space).
     """
     if any(not 0 <= i < len(vocab) for i in ids):
         return False
     spelt, data = vocab.decode(ids), text.encode()
-    return spelt == data or (dummy and spelt == b" " + data)
+    return spelt == data or (prefix_space and spelt == b" " + data)
 
 
 def require_exact(
@@ -63,7 +63,7 @@ def require_exact(
     *,
     name: str,
     unknown: int | None = None,
-    dummy: bool = False,
+    prefix_space: bool = False,
 ) -> None:
     """Raise unless `is_exact`; the message names the text and the pieces that go wrong.
 
@@ -73,12 +73,12 @@ def require_exact(
         ids: its tokens.
         name: the member's name.
         unknown: id of the tokenizer's unknown token; None takes any control piece for it.
-        dummy: see `is_exact`.
+        prefix_space: see `is_exact`.
 
     Raises:
         SpellingError: the pieces do not spell the text.
     """
-    if is_exact(vocab, text, ids, dummy=dummy):
+    if is_exact(vocab, text, ids, prefix_space=prefix_space):
         return
     where = f"member {name!r}: its tokenizer does not spell {_short(text)} exactly"
     outside = [i for i in ids if not 0 <= i < len(vocab)]

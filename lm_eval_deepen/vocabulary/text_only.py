@@ -1,7 +1,7 @@
 """Tokenizers rewritten to encode text and nothing else.
 
 A member's continuation must be tokens of exactly the continuation's bytes. A tokenizer as shipped adds
-control tokens and a dummy prefix, and reads special-token text as control; the rewrite does none of it.
+control tokens and a prefix space, and reads special-token text as control; the rewrite does none of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lm_eval_deepen.vocabulary.tokenizer_json import (
     unknown_id,
 )
 
-# They change a text only at its ends (dummy prefix, stripping), or only a text that is not NFC.
+# They change a text only at its ends (prefix space, stripping), or only a text that is not NFC.
 DROPPED_NORMALIZERS = frozenset({"Prepend", "Strip", "NFC"})
 # A Unicode noncharacter and a space: occurs in no document, and space marks leave no space to match.
 UNREACHABLE = "\ufdd0 "
@@ -39,7 +39,7 @@ def text_only_spec(
 ) -> dict[str, Any]:
     """Rewrite a ``tokenizer.json`` so that it encodes pure text; ids stay what they are.
 
-    No post-processor (BOS), dummy prefix, truncation, padding or BPE dropout; added tokens do not swallow
+    No post-processor (BOS), prefix space, truncation, padding or BPE dropout; added tokens do not swallow
     the spaces beside them; NFC normalisation is left out (it changes only text that is not NFC, and that
     has bytes of its own). Control pieces are renamed to what no text contains and merges into them (or
     into ``<0xNN>``) removed: a Unigram model, ``ignore_merges`` or a stray merge would otherwise read
@@ -90,8 +90,8 @@ def _spelt_otherwise(decoder: PieceDecoder, pieces: Mapping[int, str], token: Ma
     return token["id"] in pieces and decoder.bytes_of(pieces[token["id"]]) != token["content"].encode()
 
 
-def without_dummy(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the normalizer and the pre-tokenizer of a ``tokenizer.json`` without the dummy space that they add."""
+def without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the normalizer and the pre-tokenizer of a ``tokenizer.json`` without the prefix space that they add."""
     kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] != "Prepend"]
     return {
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
@@ -154,7 +154,7 @@ def exact_encoder(
         vocab: its byte vocabulary.
         encode: encodes with the tokenizer of `text_only_spec`.
         name: the member's name, for messages.
-        opening: encodes the beginning of a text where that differs: then one dummy space may come first.
+        opening: encodes the beginning of a text where that differs: then one prefix space may come first.
     """
     marks = read_decoder(spec, name=name).space_marks
     unknown = unknown_id(spec)
@@ -174,13 +174,13 @@ def exact_encoder(
     def run(text: str) -> list[int]:
         first = opening or encode
         ids = list(first(text))
-        if is_exact(vocab, text, ids, dummy=opening is not None):
+        if is_exact(vocab, text, ids, prefix_space=opening is not None):
             return ids
         ids = []
         for n, part in enumerate(traps.split(text)):
             if part:
                 ids += spell(part) if part in marks else (encode if n else first)(part)
-        require_exact(vocab, text, ids, name=name, unknown=unknown, dummy=opening is not None)
+        require_exact(vocab, text, ids, name=name, unknown=unknown, prefix_space=opening is not None)
         return ids
 
     return run

@@ -1,4 +1,4 @@
-"""The seam of weighting: where the members' weights come from, orthogonal to how distributions are fused.
+"""The plugin interface of weightings: where the members' weights come from, orthogonal to how distributions are fused.
 
 A weighting is one file in this folder: a class of options, decorated with ``@weighting(name, paper=...)``. It has
 weights to begin with (``start``, known before anything is loaded) and, where
@@ -10,7 +10,7 @@ these change while a run goes on, a `Weigher`. An ensemble uses one so::
     if weigher and weigher.reads_prompts:
         base = weigher.prepare(losses, configured)   # losses[r][m] is a PromptLoss
     # for every chunk of rows, each of some request
-    weights = base[request_of_row] * present         # a member that sits out has weight 0; then rows sum to 1
+    weights = base[request_of_row] * present         # a member that abstains has weight 0; then rows sum to 1
     if weigher and weigher.reads_steps:
         weights = weigher.weights(logp, weights)     # logp as given to Fuser.fuse: [B, V_m] per member
     fused = fuser.fuse(logp, weights)
@@ -108,5 +108,5 @@ class Weighting(Protocol):
         ...
 
 
-WEIGHTINGS = Registry("weighting", "lm_eval_deepen.weighting", "weighting", helpers=("seam", "experts"))
+WEIGHTINGS = Registry("weighting", "lm_eval_deepen.weighting", "weighting", helpers=("base", "experts"))
 weighting = WEIGHTINGS.register

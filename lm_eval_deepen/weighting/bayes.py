@@ -73,7 +73,7 @@ class BayesWeigher:
 
 
 def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tensor:
-    """Return the log posterior [K] after a prompt of which every member has a loss, or None where it sits out.
+    """Return the log posterior [K] after a prompt of which every member has a loss, or None where it abstains.
 
     The prompt is divided into stretches: at the places where the tokens of all members end. An expert gives a stretch
     the weighted mean of what the members give it by their own tokens, so that no distribution is fused for a prompt.

@@ -49,7 +49,7 @@ class ConfidenceWeigher:
 
     @torch.no_grad()
     def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return the weights [B, M]; see the seam."""
+        """Return the weights [B, M]; see `weighting.base`."""
         entropies = []
         for m, rows in enumerate(logp):
             rows = torch.where(base[:, m, None] > 0, rows.float(), 0.0)  # whatever is in a row that is not used

@@ -49,7 +49,7 @@ class PerplexityWeigher:
         self.options = options
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
-        """Return the weights [R, M]; see the seam."""
+        """Return the weights [R, M]; see `weighting.base`."""
         rows = []
         for members in losses:
             counts = [loss.num_bytes if self.options.loss_per == "byte" else loss.tokens for loss in members]

@@ -137,7 +137,7 @@ def test_04_start_up_imports_neither_torch_nor_the_harness(installs):
 
 
 def test_04_a_failing_hook_breaks_no_other_process(installs):
-    hook = installs["standard"].site / "lm_eval_deepen" / "_hook.py"
+    hook = installs["standard"].site / "lm_eval_deepen" / "_startup" / "hook.py"
     text = hook.read_text()
     hook.write_text("raise RuntimeError('broken hook')\n")
     try:

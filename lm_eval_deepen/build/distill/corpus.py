@@ -56,7 +56,7 @@ class Tokens:
             VocabularyError: the tokens do not spell the text.
         """
         ids = codec.encode_prompt(text)[len(codec.automatic_prefix) :]
-        require_exact(codec.vocab, text, ids, name=codec.name, dummy=True)
+        require_exact(codec.vocab, text, ids, name=codec.name, prefix_space=True)
         sizes = np.array([len(codec.vocab.pieces[token]) for token in ids], dtype=np.int64)
         ends = np.cumsum(sizes) - sizes
         return cls(codec.prefix_ids, ids, ends - (int(sizes.sum()) - len(text.encode())))

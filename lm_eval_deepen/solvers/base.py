@@ -1,4 +1,4 @@
-"""The seam of the inverse: find p' over the main vocabulary whose relative representation p' R is close to r.
+"""The plugin interface of solvers: find p' over the main vocabulary whose relative representation p' R is close to r.
 
 A solver is one file in this folder: a class of options, decorated with ``@solver(name, paper=...)``. It is batched over
 rows, sees R only as an operator, and keeps no state.
@@ -30,5 +30,5 @@ class Solver(Protocol):
         ...
 
 
-SOLVERS = Registry("inverse", "lm_eval_deepen.solvers", "solver", helpers=("seam", "residual", "trust"))
+SOLVERS = Registry("inverse", "lm_eval_deepen.solvers", "solver", helpers=("base", "residual", "trust"))
 solver = SOLVERS.register
