@@ -103,3 +103,8 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
             raise ConfigError(f"{option} has {name!r} twice ({found[name]!r} and {value!r}); give it once")
         found[name] = value
     return found
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, which means the same to every command, and what it means to ``lm_eval run``."""
+    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")

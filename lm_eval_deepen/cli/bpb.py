@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import count
+from lm_eval_deepen.cli.arguments import add_device, count
 from lm_eval_deepen.cli.build import add_ensemble
 from lm_eval_deepen.storage import check_place, write_json
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lm_eval_deepen.cli.arguments import add_device
 from lm_eval_deepen.harness.recipes import parse_ensemble
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
@@ -13,7 +14,7 @@ HELP = "Build the relative matrices or maps of vocabularies that an ensemble nee
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     add_ensemble(parser)
-    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.cli.arguments import count
+from lm_eval_deepen.cli.arguments import add_device, count
 from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.results.tables import DemoRow, read_cells, render
 from lm_eval_deepen.storage import make_folder, write_text
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
     parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")
-    parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU, else cpu)")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:

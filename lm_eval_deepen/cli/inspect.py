@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from lm_eval_deepen.cli.arguments import count, pairs, positive
+from lm_eval_deepen.cli.arguments import add_device, count, pairs, positive
 
 HELP = (
     "Pre-flight report of an ensemble: anchors and overlap, relative matrices, memory per device, where texts begin "
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--member", nargs="+", default=[], metavar="NAME=WHERE", help="read a member from there: a folder, a hub name"
     )
-    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    add_device(parser)
     parser.add_argument(
         "--memory",
         type=positive,

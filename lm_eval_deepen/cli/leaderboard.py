@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import limit, pairs
+from lm_eval_deepen.cli.arguments import add_device, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
     )
-    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    add_device(parser)
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import count, natural, positive
+from lm_eval_deepen.cli.arguments import add_device, count, natural, positive
 from lm_eval_deepen.cli.build import add_ensemble
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="where members load (default: %(default)s)")
+    add_device(parser)
     _add_score_arguments(parser)
 
 
