@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +216,7 @@ def test_the_profile_names_every_part(options):
     for parts in found["parts"].values():
         assert any(name.startswith("body of") for name in parts)
         assert timers.OTHER in parts
+    assert found["not_in_this_version"] == []
 
 
 @pytest.mark.parametrize("kind", ["samples", "synthetic"])
@@ -280,3 +283,22 @@ def test_the_command_runs_and_ends_with_one_json_line(options):
     found = json.loads(done.stdout.splitlines()[-1])
     assert [figure["name"] for figure in found["figures"]] == ["matrices_time", "matrices_peak", "matrices_size"]
     assert all(figure["value"] > 0 for figure in found["figures"])
+
+
+def test_the_gpu_script_is_rehearsed_on_the_cpu(pico, tmp_path):
+    """The models and the check, to be quick, with tokenizers as `gpu_prepare.sh` leaves them, but small."""
+    for name, source in (("first", "bytelevel"), ("second", "metaspace")):
+        shutil.copytree(pico[source], tmp_path / "given" / "tokenizers" / name, ignore=lambda *_: ["model.safetensors"])
+    asked = {"DEVICE": "cpu", "SIZE": "tiny", "DTYPES": "float32", "PARTS": "models check", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [BENCHMARKS / "gpu.sh", tmp_path / "given", tmp_path / "out"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "check.txt").read_text("utf-8").splitlines()[-1])
+    compared = {what: value for what, value in found.items() if isinstance(value, dict)}
+    assert len(compared) == 3
+    for value in compared.values():
+        assert value["nats_per_token"] < 1e-4 and value["texts_alike"] == value["texts"] == 4

@@ -29,7 +29,6 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "prefix trees": (
         "member.tree:TokenTree.add",
-        "member.tree:TokenTree.ancestors",
         "member.tree:TokenTree.preorder",
         "member.runner:TreeRunner.states_at",
         "member.walk:TreeWalker.states",
@@ -44,12 +43,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "engine.trace:Trace.record_present",
         "engine.trace:Trace.record_skipped",
     ),
-    "tokens of a byte prefix": ("engine.ensemble:Ensemble.path", "engine.prompting:Span.paths"),
-    "prompts, tokenisation": ("engine.prompting:Prompter.span", "engine.prompting:Prompter.prompts"),
-    "positions to read": ("engine.scoring:_rows", "engine.scoring:_states", "engine.scoring:_chunk_logp"),
+    "tokens of a byte prefix": ("engine.ensemble:Ensemble.path", "engine.prompts:Span.paths"),
+    "prompts, tokenisation": ("engine.prompts:Prompter.span", "engine.prompts:Prompter.prompts"),
+    "positions to read": ("engine.scoring:_rows",),
     "reading targets": ("engine.scoring:_read",),
-    "stops": ("engine.decoding:_append", "engine.decoding:_choose"),
-    "drafting": ("engine.drafting:Lookup.draft", "engine.drafting:Cheapest.draft"),
+    "stops": ("engine.generation:append", "engine.generation:_Decoder._take"),
+    "drafting": ("engine.drafts:Lookup.draft", "engine.drafts:Cheapest.draft"),
 }
 
 
