@@ -337,6 +337,19 @@ def test_translation_asks_after_four_examples_that_are_not_in_the_development_sp
         load("deepen_flores_en_de")
 
 
+@pytest.mark.parametrize("task", ["deepen_flores_de_en", "deepen_flores_en_ro", "deepen_flores_ro_en"])
+def test_the_other_directions_ask_as_the_first_does(data: Path, task: str) -> None:
+    names = {"en": ("English", "eng_Latn"), "de": ("German", "deu_Latn"), "ro": ("Romanian", "ron_Latn")}
+    (read, source), (written, target) = (names[code] for code in task.rsplit("_", 2)[1:])
+    for split in ("dev", "test"):
+        write_jsonl(data / "flores" / f"{source}-{target}" / f"{split}.jsonl", pairs(split, 5))
+    context, arguments = asked(task)
+    examples = "".join(f"{read}: dev {n}.\n{written}: DEV number {n} of some.\n\n" for n in range(4))
+    assert context == f"{examples}{read}: test 0.\n{written}:"
+    assert arguments["until"] == ["\n"] and arguments["max_gen_toks"] == 256
+    assert set(load(task).aggregation()) == {"bleu", "chrf"}
+
+
 def test_translation_pairs_the_hubs_sentences_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         ("facebook/flores", language, split): [{"id": n, "sentence": f"{language} {split} {n}"} for n in order]

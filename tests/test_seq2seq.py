@@ -451,14 +451,14 @@ def test_what_would_fail_is_a_numbered_problem(
 def test_the_translators_recipe_runs_under_the_harness(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As deepen_llama2_13b_nllb, on its task, with pico models in the place of its members."""
+    """As deepen_llama2_13b_nllb_en_de, on its task, with pico models in the place of its members."""
     data = tmp_path / "flores" / "eng_Latn-deu_Latn"
     data.mkdir(parents=True)
     for split, count in (("dev", 5), ("test", 2)):
         rows = [{"source": f"The fox {split} {n}.", "target": f"Der Fuchs {n}."} for n in range(count)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("LM_EVAL_DEEPEN_DATA", str(tmp_path))
-    shipped = find_recipe("deepen_llama2_13b_nllb")
+    shipped = find_recipe("deepen_llama2_13b_nllb_en_de")
     config = shipped.configure({"Llama-2-13b-hf": str(folders["bytelevel"]),
                                 "nllb-200-distilled-600M": str(folders["translator"])})  # fmt: skip
     arguments = config.to_dict() | {"matrix_dir": str(tmp_path)}

@@ -31,6 +31,14 @@ KINDS = {  # -> who takes it
     "merge": "`lm-eval-deepen make` takes it",
     "distill": "`lm-eval-deepen make` takes it",
 }
+# Names of recipes whose ensembles were not those that were published -> what to take instead.
+GONE = {
+    **{f"deepen_mmlu_{n}": f"deepen_one_by_one_mmlu_{n}" for n in (3, 5, 6, 7)},
+    **{f"deepen_nq_{n}": f"deepen_one_by_one_nq_{n}" for n in (3, 5, 6, 7)},
+    **{f"deepen_piqa_{n}": f"deepen_one_by_one_piqa_{n}" for n in (3, 5, 6, 7, 8, 9)},
+    **{f"deepen_{name}_{n}": f"deepen_one_by_one_{name}_7" for name in ("mmlu", "nq") for n in (8, 9)},
+    "deepen_llama2_13b_nllb": "deepen_llama2_13b_nllb_en_de",
+}
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 _NEAR = 0.8  # of a shipped name: what is more alike is a misspelt recipe, and no model
 
@@ -161,6 +169,12 @@ def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
     shipped, name = shipped_recipes(), text.removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
+    if name in GONE:
+        raise ConfigError(
+            f"{text}: no shipped recipe has this name any more, since its ensemble was not one that was published. "
+            f"Take {GONE[name]!r}; `lm-eval-deepen path recipes` prints where recipes are",
+            code="unknown_name",
+        )
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=_NEAR)
     family = re.match(r"(deepen|leaderboard|merge|clm|fusellm|instruct)_", text)
     if suffix:
