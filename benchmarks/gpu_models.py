@@ -3,8 +3,8 @@
     python benchmarks/gpu_models.py TOKENIZERS OUT [--size 1b|tiny]
 
 TOKENIZERS has the folders `first` and `second`, which `gpu_prepare.sh` fills. `1b` is a Llama of 1.1 and a Gemma 3 of
-1.0 billion parameters (262,144 pieces); `tiny` is for a rehearsal on a CPU. Weights are random and seeded: times, memory
-and agreement with `hf` are those of real models of these shapes, texts and scores say nothing.
+1.0 billion parameters (262,144 pieces); `tiny` is for a rehearsal on a CPU. Weights are random and seeded: times,
+memory and agreement with `hf` are those of real models of these shapes, texts and scores say nothing.
 """
 
 from __future__ import annotations
