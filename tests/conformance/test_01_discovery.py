@@ -15,9 +15,9 @@ from pathlib import Path
 import lm_eval.api.registry
 import pytest
 from harness import deepen
+from installed import Install
 from lm_eval.models.dummy import DummyLM
 from lm_eval.models.huggingface import HFLM
-from test_registration import Install
 
 from lm_eval_deepen.harness.model import DeepenLM
 

@@ -1,0 +1,295 @@
+"""Weight merging: what mergekit is given, what it gives, and everything that is refused before it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
+
+from lm_eval_deepen.build import build, parse_build, read_build
+from lm_eval_deepen.build.architecture import IncompatibleError, check_alike
+from lm_eval_deepen.build.merge import METHODS
+from lm_eval_deepen.build.weights import weights_sha256
+from lm_eval_deepen.errors import ConfigError
+
+needs_mergekit = pytest.mark.skipif(
+    importlib.util.find_spec("mergekit") is None, reason="mergekit is not installed: pip install '.[merge]'"
+)
+
+
+@pytest.fixture(scope="module")
+def family(pico, tmp_path_factory):
+    """A base and three siblings of it, by name."""
+    folder = tmp_path_factory.mktemp("family")
+    base = pico["bytelevel"]
+    found = {f"s{i}": str(write_sibling(base, folder / f"s{i}", i)) for i in (1, 2, 3)}
+    return {"base": str(base), **found}
+
+
+def parsed(raw, tmp_path):
+    return parse_build(raw, "recipe.yaml", tmp_path)
+
+
+@pytest.fixture
+def merged(family, tmp_path, monkeypatch):
+    """Builds a configuration and returns the folder; without measuring, which test_building does."""
+    monkeypatch.setattr("lm_eval_deepen.build.publish._bits_per_byte", lambda folder: {})
+
+    def merged(raw, name="out", seed=0):
+        build(parsed({**raw, "seed": seed}, tmp_path), tmp_path / name, family)
+        return tmp_path / name
+
+    return merged
+
+
+def test_every_method_of_the_table_has_its_parameters_checked():
+    assert set(METHODS) == set(MERGES)
+
+
+@needs_mergekit
+def test_the_parameters_known_here_are_those_of_mergekit():
+    from mergekit.merge_methods.registry import get
+
+    for name, parameters in METHODS.items():
+        assert parameters == {parameter.name for parameter in get(name).spec.parameters}
+
+
+@needs_mergekit
+@pytest.mark.parametrize("method", MERGES)
+def test_merging_a_model_with_itself_gives_the_model(merged, pico, tmp_path, method):
+    same = tensors(pico["bytelevel"])
+    twins = [str(write_sibling(pico["bytelevel"], tmp_path / name, 0, scale=0.0)) for name in ("one", "two")]
+    raw = merge_of(method, twins[:1] if method == "slerp" else twins, base=None if method == "linear" else "base")
+    found = tensors(merged(raw))
+    assert found.keys() == same.keys()
+    for name, value in same.items():
+        assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-7), name
+
+
+@needs_mergekit
+def test_linear_is_the_mean(merged, family):
+    found = tensors(merged(merge_of("linear", ["s1", "s2", "s3"], base=None)))
+    own = [tensors(Path(family[name])) for name in ("s1", "s2", "s3")]
+    for name, value in found.items():
+        assert torch.allclose(value, sum(one[name] for one in own) / 3, atol=1e-6), name
+
+
+@needs_mergekit
+def test_task_arithmetic_adds_the_differences(merged, family):
+    found = tensors(merged(merge_of("task_arithmetic", ["s1", "s2"], weight=0.3)))
+    base, first, second = (tensors(Path(family[name])) for name in ("base", "s1", "s2"))
+    for name, value in found.items():
+        want = base[name] + 0.3 * (first[name] - base[name]) + 0.3 * (second[name] - base[name])
+        assert torch.allclose(value, want, atol=1e-6), name
+
+
+@needs_mergekit
+def test_slerp_is_the_great_circle(merged, family):
+    found = tensors(merged(merge_of("slerp", ["base", "s1"], t=0.25)))
+    base, other = tensors(Path(family["base"])), tensors(Path(family["s1"]))
+    for name, value in found.items():
+        a, b = base[name].double().flatten(), other[name].double().flatten()
+        cosine = float((a @ b) / (a.norm() * b.norm()))
+        if cosine > 0.9995:
+            want = 0.75 * a + 0.25 * b
+        else:
+            angle = torch.arccos(torch.tensor(cosine, dtype=torch.float64))
+            want = (torch.sin(0.75 * angle) * a + torch.sin(0.25 * angle) * b) / torch.sin(angle)
+        assert torch.allclose(value.double().flatten(), want, atol=1e-5), name
+
+
+@needs_mergekit
+def test_a_merge_depends_on_its_seed_alone(merged, family, tmp_path, pico):
+    raw = merge_of("dare_ties", ["s1", "s2", "s3"])
+    first, again, other = merged(raw, "a"), merged(raw, "b"), merged(raw, "c", seed=1)
+    assert weights_sha256(first) == weights_sha256(again) != weights_sha256(other)
+    moved = {**family, "s1": str(write_sibling(pico["bytelevel"], tmp_path / "zz" / "elsewhere", 1))}
+    build(parsed(raw, tmp_path), tmp_path / "d", moved)
+    assert weights_sha256(tmp_path / "d") == weights_sha256(first)  # nor on where its models are
+    for method in ("linear", "ties"):
+        raw = merge_of(method, ["s1", "s2"], base=None if method == "linear" else "base")
+        assert weights_sha256(merged(raw, f"{method}0")) == weights_sha256(merged(raw, f"{method}1", seed=1))
+
+
+@needs_mergekit
+def test_tokenizer_and_configuration_come_from_the_first_model(merged, family, tmp_path):
+    other = configured(Path(family["s2"]), tmp_path / "other", rms_norm_eps=0.5)
+    for order, eps in ((["s1", str(other)], 1e-6), ([str(other), "s1"], 0.5)):
+        folder = merged(merge_of("linear", order, base=None), f"eps{eps}")
+        assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == eps
+        assert (folder / "tokenizer.json").read_bytes() == (Path(family["s1"]) / "tokenizer.json").read_bytes()
+
+
+@needs_mergekit
+def test_an_ordinary_model_folder_comes_out(merged):
+    from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.harness.model import configure
+
+    folder = merged(merge_of("ties", ["s1", "s2"]))
+    logp = Ensemble.load(configure({"pretrained": str(folder)}), "cpu").next_logp("The capital of")
+    assert torch.isfinite(logp).all() and float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
+
+
+# --- refusals
+
+
+DARE = {"weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([], r"recipe.yaml: a recipe holds merge_method, or method; got list"),
+        ({"models": []}, r"give merge_method: linear.* or method: clm or fusellm.*; got the keys models"),
+        ({"merge_method": "linear", "method": "clm"}, r"and not both"),
+        ({"method": "fusellmm"}, r"method 'fusellmm' is unknown. Did you mean 'fusellm'"),
+        ({**merge_of("linear", ["a", "b"]), "paramters": {}}, r"unknown key 'paramters'. Did you mean 'parameters'"),
+        ({**merge_of("linear", ["a", "b"]), "slices": [{}]}, r"one of models, slices, modules; got models and slices"),
+        ({"merge_method": "linear"}, r"one of models, slices, modules; got none of them"),
+        (merge_of("linear", ["a", "b"], wieght=1), r"parameters: parameter 'wieght' .*Did you mean 'weight'"),
+        (merge_of("linear", ["a", "a"]), r"model 'a' is listed twice"),
+        (merge_of("slerp", ["a"], weight=1), r"parameters: parameter 'weight' is none of slerp's"),
+        (merge_of("linear", ["a"], base=None), r"one model alone is no merge"),
+        (merge_of("ties", ["a", "b"], base=None), r"ties needs base_model, the model that the others were"),
+        (merge_of("slerp", ["a", "b"], base=None), r"slerp needs base_model, the model that it starts from; got none"),
+        (merge_of("slerp", ["a", "b"]), r"slerp merges two models, base_model and one other; got base and a, b"),
+        ({**merge_of("linear", ["a", "b"]), "models": ["a"]}, r"models must be a list of mappings with model"),
+        (merge_of("dare_ties", ["a"], **DARE), r"dare_ties drops .* below 1: .*got none, which is 1 to mergekit for a"),
+        (merge_of("dare_linear", ["a"], density=1.0, **DARE), r"density above 0 and below 1: .*; got 1.0 for a"),
+        (merge_of("dare_linear", ["a"], density=0, **DARE), r"; got 0 for a"),
+        (merge_of("dare_linear", ["a"], density="half", **DARE), r"; got 'half' for a"),
+        (merge_of("dare_ties", ["a"], density=[1, 1.0], **DARE), r"; got \[1, 1.0\] for a"),
+        ({**merge_of("dare_ties", ["a"], **DARE), "seed": "x"}, r"recipe.yaml: seed"),
+    ],
+)  # fmt: skip
+def test_recipes_that_mean_something_else_are_refused(tmp_path, raw, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        [1.0, {"filter": "mlp", "value": 0.5}],  # the first entry takes all
+        [{"filter": "mlp", "value": 0.5}],  # mergekit's default, 1, takes the rest
+        [{"filter": "mlp", "value": [1.0, 1.0]}, {"value": 1.0}, {"value": 0.5}],
+        [],
+    ],
+)
+def test_a_density_that_no_tensor_gets_is_none(tmp_path, density):
+    with pytest.raises(ConfigError, match="density above 0 and below 1"):
+        parsed(merge_of("dare_ties", ["a"], density=density, **DARE), tmp_path)
+
+
+def test_dropping_needs_a_model_beside_the_base(tmp_path):
+    with pytest.raises(ConfigError, match="dare_ties merges differences to base_model, and no other model is listed"):
+        parsed(merge_of("dare_ties", ["base"], density=0.5, **DARE), tmp_path)
+
+
+def test_a_key_that_an_older_file_lacks_is_no_difference(pico, tmp_path):
+    old = configured(pico["bytelevel"], tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    assert config["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
+    for key in ("head_dim", "tie_word_embeddings"):
+        config.pop(key, None)
+    (old / "config.json").write_text(json.dumps(config))
+    check_alike({"old": str(old), "new": str(pico["bytelevel"])}, True, True)
+    other = configured(pico["bytelevel"], tmp_path / "other", head_dim=2)
+    with pytest.raises(IncompatibleError, match="head_dim is 2 in other and [0-9]+ in old"):
+        check_alike({"other": str(other), "old": str(old)}, True, True)
+
+
+def test_a_density_may_stand_anywhere(tmp_path):
+    raw = merge_of("dare_ties", ["base", "a"], **DARE)  # the base has no difference, and needs no density
+    with pytest.raises(ConfigError, match="for a"):
+        parsed(raw, tmp_path)
+    parsed({**raw, "parameters": {"density": 0.5}}, tmp_path)
+    parsed({**raw, "parameters": {"density": [0.3, 1.0]}}, tmp_path)
+    parsed({**raw, "parameters": {"density": [{"filter": "mlp", "value": 0.5}, 1.0]}}, tmp_path)
+    sources = [{"model": "a", "layer_range": [0, 2], "parameters": DARE}]
+    sliced = {"merge_method": "dare_ties", "base_model": "base", "slices": [{"sources": sources}]}
+    with pytest.raises(ConfigError, match="got none"):
+        parsed(sliced, tmp_path)
+    parsed({**sliced, "slices": [{"sources": sources, "parameters": {"density": 0.5}}]}, tmp_path)
+
+
+def test_normalising_dare_is_warned_of(tmp_path):
+    raw = merge_of("dare_linear", ["a", "b"])
+    with pytest.warns(UserWarning, match="recipe.yaml: parameters: normalize: true with dare_linear divides"):
+        parsed({**raw, "parameters": {"normalize": True}}, tmp_path)
+    with pytest.warns(UserWarning, match="normalize: true with dare_linear"):
+        parsed({**raw, "parameters": {"normalize": "true"}}, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parsed({**raw, "parameters": {"normalize": False}}, tmp_path)
+        parsed({**merge_of("ties", ["a", "b"]), "parameters": {"normalize": True}}, tmp_path)
+
+
+def test_other_architectures_are_refused_before_weights_load(family, pico, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mergekit.merge", None)  # nothing may get so far
+    members = {**family, "gemma": str(pico["metaspace"])}
+    raw = merge_of("linear", ["s1", "gemma"], base=None)
+    told = r"architectures differ: architectures is \['LlamaForCausalLM'\] in s1 and \['Gemma3ForCausalLM'\] in gemma"
+    with pytest.raises(IncompatibleError, match=f"{told}.*method: fusellm"):
+        build(parsed(raw, tmp_path), tmp_path / "out", members)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_shapes_and_vocabularies_are_refused(family, tmp_path):
+    first = Path(family["s1"])
+    for key, value, label in (
+        ("hidden_size", 64, "architectures differ: hidden_size is 32 in s1 and 64 in other"),
+        ("num_hidden_layers", 3, "architectures differ: num_hidden_layers is 2 in s1 and 3 in other"),
+        ("vocab_size", 500, "vocabularies differ: vocab_size is 400 in s1 and 500 in other"),
+    ):
+        members = {**family, "other": str(configured(first, tmp_path / key, **{key: value}))}
+        with pytest.raises(IncompatibleError, match=label):
+            build(parsed(merge_of("ties", ["s1", "other"]), tmp_path), tmp_path / "out", members)
+    swapped = configured(first, tmp_path / "swapped")
+    raw = json.loads((swapped / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    one, two = (piece for piece, index in vocab.items() if index in (300, 301))
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (swapped / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(IncompatibleError, match="vocabularies differ: .* has the id 30[01] in s1 and 30[01] in swap"):
+        build(parsed(merge_of("ties", ["s1", "swapped"]), tmp_path), tmp_path / "out", {
+            **family, "swapped": str(swapped)})  # fmt: skip
+
+
+def test_models_that_are_nowhere_are_named_with_the_nearest(family, tmp_path):
+    told = r"recipe.yaml: model 's4' is no member, and no folder in .*Did you mean 's\d'.*--member s4=FOLDER"
+    with pytest.raises(ConfigError, match=told):
+        build(parsed(merge_of("linear", ["s1", "s4"]), tmp_path), tmp_path / "out", family)
+
+
+def test_without_mergekit_the_command_is_told(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mergekit", None)
+    with pytest.raises(ConfigError, match=r"mergekit, which is not installed: pip install 'lm_eval_deepen\[merge\]'"):
+        build(parsed(merge_of("linear", ["s1", "s2"]), tmp_path), tmp_path / "out", family)
+    with pytest.raises(ConfigError, match="not installed"):
+        parsed(merge_of("nearswap", ["a", "b"], t=0.1), tmp_path)
+
+
+@needs_mergekit
+def test_what_only_mergekit_has_is_taken_and_what_it_refuses_is_told(family, tmp_path):
+    recipe = parsed(merge_of("karcher", ["s1", "s2"], base=None, max_iter=3), tmp_path)
+    assert recipe.models == ("s1", "s2")
+    with pytest.raises(ConfigError, match="merge_method 'nearswop' is unknown. Did you mean 'nearswap'"):
+        parsed(merge_of("nearswop", ["a", "b"], t=0.1), tmp_path)
+    raw = merge_of("linear", ["s1", "s2"], normalize=True)  # no weight, which mergekit wants
+    with pytest.raises(ConfigError, match="mergekit refuses the merge: RuntimeError: Missing required parameter w"):
+        build(parsed(raw, tmp_path), tmp_path / "out", family)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_merges_are_sound():
+    folder = Path(__file__).resolve().parents[2] / "matrices"
+    found = {path.stem: read_build(path) for path in sorted(folder.glob("merge_*.yaml"))}
+    assert {recipe.method for recipe in found.values()} == set(METHODS)
+    assert all(f"merge_{recipe.method}" == name and recipe.title for name, recipe in found.items())
