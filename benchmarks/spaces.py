@@ -238,7 +238,7 @@ def solvers(ensembles, args) -> Iterator[dict[str, Any]]:
             started = time.process_time()
             variant.ensemble.fuse(raw, present)
             yield {"main": ensemble.main.name, "inverse": inverse, "steps": steps, "learning_rate": rate,
-                   "residual_kl": variant.ensemble.trace.summary()["mean_residual_kl"],
+                   "residual_kl": variant.ensemble.counters.summary()["mean_residual_kl"],
                    "ms_per_row": 1000 * (time.process_time() - started) / len(present)}  # fmt: skip
 
 

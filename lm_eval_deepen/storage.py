@@ -219,12 +219,21 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
+    append_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append bytes, as a text is appended.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
     with _explained(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _explained(path, "written"), open(path, "ab", buffering=0) as file:
         end = None if _is_stream(path) else os.fstat(file.fileno()).st_size
         try:
-            _write_all(file.fileno(), text.encode("utf-8", "backslashreplace"))
+            _write_all(file.fileno(), data)
         except BaseException:
             if end is not None:
                 os.ftruncate(file.fileno(), end)

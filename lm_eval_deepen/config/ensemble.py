@@ -79,6 +79,14 @@ class EnsembleConfig(Settings):
                 "weighting",
                 f"weighting={self.weighting} has nothing to weigh: there is one member; remove weighting",
             )
+        if self.trace_dir is not None and self.trace is None:
+            raise conflict("trace_dir", "trace_dir says where traces are written, and trace is not set; set trace=true")
+        if self.trace is not None and self.pooling is not None:
+            raise conflict(
+                "trace",
+                f"trace={self.trace} follows fused steps, and pooling={self.pooling} combines whole answers; "
+                "remove trace",
+            )
         if self.pooling is not None and alone:
             raise conflict(
                 "pooling",

@@ -29,6 +29,11 @@ def _batch_size(value: Any) -> Any:
     raise ValueError(value)
 
 
+def _documents(value: int | bool | None) -> int | bool | None:
+    """Return the number of documents to trace, or True for all of them; nothing for none."""
+    return value or None
+
+
 def _pattern(value: str) -> str:
     """Return a regular expression with one group."""
     try:
@@ -111,6 +116,18 @@ class Settings(Keys):
     self_check: bool = Field(
         True,
         description="Whether the ensemble is measured on a small text before the first request. It changes no result.",
+    )
+    trace: Annotated[
+        Annotated[int, Field(ge=0)] | bool | None,
+        AfterValidator(_documents),
+        Shown("true, false or a number of documents", "false"),
+    ] = Field(
+        None,
+        description="Whether every step of every document, or of the first ones of each task, is written to a file "
+        "beside the samples: what each member said, and what became of it. It changes no result.",
+    )
+    trace_dir: Annotated[str | None, Shown("the path of a folder", "where `--output_path` puts the samples")] = Field(
+        None, description="Where traces are written."
     )
     covers: Annotated[Literal["off", "on"], BeforeValidator(_as_written)] = Field(
         "off",

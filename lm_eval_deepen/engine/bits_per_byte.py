@@ -63,7 +63,7 @@ class Variant:
 
 def quiet(ensemble: Ensemble) -> Ensemble:
     """Return the ensemble with a trace of its own: what is measured is not counted as evaluated."""
-    return replace(ensemble, trace=Trace([member.name for member in ensemble.members]))
+    return replace(ensemble, counters=Trace([member.name for member in ensemble.members]))
 
 
 @dataclass(frozen=True)

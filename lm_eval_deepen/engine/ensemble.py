@@ -15,6 +15,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.covers import CoverReader, stand_in
 from lm_eval_deepen.engine.encoder_decoder import check_specialists
 from lm_eval_deepen.engine.selective import Selective
+from lm_eval_deepen.engine.steps import BY_METHOD, ONE_MEMBER, ONE_WEIGHT, FusionNotes
 from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
@@ -44,7 +45,7 @@ class Ensemble:
         members: all members, the main member first.
         fuser: None where fusion is skipped: one member, or all weight on the main member.
         weights: one weight per member [M], fp32, sum 1.
-        trace: what was counted while it ran.
+        counters: what was counted while it ran.
         weigher: what changes the weights by request or by step, None where they are constant.
         selective: which steps are left to the main member by choice, None where all are fused.
     """
@@ -53,7 +54,7 @@ class Ensemble:
     members: tuple[Member, ...]
     fuser: Fuser | None
     weights: Tensor
-    trace: Trace
+    counters: Trace
     weigher: Weigher | None = None
     selective: Selective | None = None
 
@@ -206,7 +207,7 @@ class Ensemble:
     def weighed(self, reading: StretchReading) -> StretchScore:
         """Return the score of a text that was read by stretches, and count it."""
         score = weigh(self.stretch_experts, reading, learn_from_prompt=self.learns and self.reads_prompts)
-        self.trace.record_stretches(score.weights, len(score.logp), reading.present.tolist())
+        self.counters.record_stretches(score.weights, len(score.logp), reading.present.tolist())
         return score
 
     @property
@@ -240,16 +241,22 @@ class Ensemble:
             found[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
         return found
 
-    def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
+    def fuse(
+        self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None
+    ) -> Tensor:
         """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
 
         Args:
             logp: one tensor per active member; a row of an absent member may hold anything finite.
             present: which members follow each row's bytes [B, M] (bool); the main member always does.
             base: the weights of each row's request [B, M]; by default the ensemble's.
+            notes: where to note what was done, for a trace.
         """
         if self.fuser is None:
-            self.trace.record_skipped(len(logp[0]))
+            self.counters.record_skipped(len(logp[0]))
+            if notes is not None:
+                notes.weights = torch.ones(len(logp[0]), 1)
+                notes.leave(ONE_MEMBER, torch.ones(len(logp[0]), dtype=torch.bool))
             return logp[0]
         self._check_rows(logp, present)
         weights = (self.weights if base is None else base).to(self.device) * present
@@ -259,8 +266,10 @@ class Ensemble:
         weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), alone)
         if self.weigher is not None and self.weigher.reads_steps:
             weights = self.weigher.weights(logp, weights)
+        if notes is not None:
+            notes.weights = weights
         with torch.inference_mode():
-            return self._fuse_rows(self.fuser, logp, weights)
+            return self._fuse_rows(self.fuser, logp, weights, notes)
 
     def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
         for member, rows in zip(self.members, logp, strict=True):
@@ -269,7 +278,7 @@ class Ensemble:
                     f"member {member.name!r} gave NaN log-probabilities. "
                     "Load it in another dtype (float32 or bfloat16)."
                 )
-        self.trace.record_present(present)
+        self.counters.record_present(present)
 
     def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor) -> ExpertRows:
         """Return rows under every expert; arguments as `fuse`. Only where the ensemble `learns`."""
@@ -288,7 +297,14 @@ class Ensemble:
                 fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], self.experts)
             return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(self.experts))
 
-    def mix(self, logp: Sequence[Tensor], rows: ExpertRows, log_posterior: Tensor, present: Tensor) -> Tensor:
+    def mix(
+        self,
+        logp: Sequence[Tensor],
+        rows: ExpertRows,
+        log_posterior: Tensor,
+        present: Tensor,
+        notes: FusionNotes | None = None,
+    ) -> Tensor:
         """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows.
 
         Args:
@@ -296,26 +312,40 @@ class Ensemble:
             rows: what the experts made of them.
             log_posterior: of the experts, for each row.
             present: which members take part in each row [B, M] (bool).
+            notes: where to note what was done, for a trace; the weights there are the experts' mean.
         """
         assert self.fuser is not None
         with torch.inference_mode():
             fused = rows.mixed(log_posterior.to(self.device))
         left = rows.left if isinstance(rows, SomeLeft) else torch.zeros(len(log_posterior), dtype=torch.bool)
-        self.trace.record_skipped(int(left.sum()))
+        if notes is not None:
+            shares = log_posterior.double().exp().to(self.device)
+            notes.weights = torch.einsum("bk,bkm->bm", shares, self.experts.among(present).to(self.device))
+            or_chosen = "" if self.selective is None else f", or skip_when={self.selective.when}"
+            notes.leave(BY_METHOD + or_chosen, left)
+        self.counters.record_skipped(int(left.sum()))
         if not bool(left.all()):
             vocabs = [member.codec.vocab.events for member in self.members]
             here = present if not bool(left.any()) else present[~left]
             own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
             result = fused.logp if not bool(left.any()) else fused.logp[~left]
-            self.trace.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
+            self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
         return fused.logp
 
-    def _fuse_rows(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+    def _fuse_rows(
+        self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, notes: FusionNotes | None = None
+    ) -> Tensor:
         left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
+        if notes is not None:
+            notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
+            notes.leave(BY_METHOD, left.clone())
         if self.selective is not None:
-            left |= self._selected(self.selective, fuser, logp, weights, ~left)
+            chosen = self._selected(self.selective, fuser, logp, weights, ~left)
+            left |= chosen
+            if notes is not None:
+                notes.leave(f"skip_when={self.selective.when}", chosen)
         skipped = int(left.sum())
-        self.trace.record_skipped(skipped)
+        self.counters.record_skipped(skipped)
         if not skipped:
             return self._fused(fuser, logp, weights)
         out = logp[0].new_full((len(left), len(fuser.out_vocab)), -torch.inf)
@@ -336,13 +366,13 @@ class Ensemble:
             after = argmax(fuser.fuse(own, weights[chosen]).logp).tolist()
             pairs = zip(argmax(own[0]).tolist(), after, strict=True)
             checked, changed = len(after), sum(not self.same_piece(before, now) for before, now in pairs)
-        self.trace.record_selected(int(chosen.sum()), checked, changed)
+        self.counters.record_selected(int(chosen.sum()), checked, changed)
         return chosen
 
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         fused = fuser.fuse(logp, weights)
         vocabs = [member.codec.vocab.events for member in self.members]
-        self.trace.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0)
+        self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0)
         return fused.logp
 
     def same_piece(self, a: int, b: int) -> bool:
@@ -388,7 +418,7 @@ class Ensemble:
             "members": described,
             **({"scores_are_lower_bounds": True} if self.is_union else {}),
             **facts,
-            **self.trace.summary(),
+            **self.counters.summary(),
         }
 
 

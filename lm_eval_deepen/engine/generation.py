@@ -18,6 +18,7 @@ from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import Follower, TokenPrefix, path_of, piece_of, text_after, text_of
+from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
@@ -42,6 +43,7 @@ class Job:
         generator: the row's own source of randomness, None for greedy decoding.
         prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
         ends: token ids that end the text; None for the main member's.
+        traced: whether the text comes with its steps.
     """
 
     prompts: tuple[Prompt, ...]
@@ -51,6 +53,7 @@ class Job:
     generator: torch.Generator | None = None
     prefix_space: bool = False
     ends: frozenset[int] | None = None
+    traced: bool = False
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Generation:
         reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
         end: the end-of-text token that was chosen, if one was.
         refusal: why it could not be finished.
+        steps: what every member said at each of its pieces, and at its end of text, where that was asked for.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -73,6 +77,7 @@ class Generation:
     reason: str = ""
     end: int | None = None
     refusal: str = ""
+    steps: list[Step] = field(default_factory=list)
 
 
 @dataclass
@@ -125,6 +130,7 @@ class _Decoder:
         self.rows: list[BatchRow] = []
         self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
         self.ready: deque[BatchRow] = deque()
+        self.reader = StepReader(ensemble)
 
     def refill(self) -> bool:
         """Put waiting texts into free places, drop finished ones from the others; return whether any is left."""
@@ -196,26 +202,35 @@ class _Decoder:
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
         present = present.to(ensemble.device)
         by_expert = None
+        notes = FusionNotes() if any(row.job.traced for row in self.rows) else None
         if ensemble.learns:
             by_expert = ensemble.fuse_by_expert(logp, present)
-            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present)
+            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present, notes)
         else:
             base = None
             if ensemble.reads_prompts:
                 pairs = zip(self.rows, routes, strict=True)
                 base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
-            fused = ensemble.fuse(logp, present, base)  # [sum of (1 + drafted), K]
+            fused = ensemble.fuse(logp, present, base, notes)  # [sum of (1 + drafted), K]
         scores = fused if scores is None else scores
         finished, start = [], 0
+        taken: list[tuple[BatchRow, int, int]] = []  # of traced rows: a row, where its distribution is, what was chosen
         best = argmax(scores).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):
             own, before = slice(start, start + len(draft) + 1), len(row.out.ids)
-            self._take(row, draft, scores[own], fused[own], best[own])
+            chosen = self._take(row, draft, scores[own], fused[own], best[own])
+            if row.job.traced:
+                taken += [(row, start + at, token) for at, token in enumerate(chosen)]
             if by_expert is not None and row.weights is not None:
                 row.weights = _learnt(by_expert, start, row.weights, row.out.ids[before:])[-1]
             start += len(draft) + 1
             if row.out.reason:
                 finished.append(row)
+        if notes is not None:
+            places, tokens = [at for _, at, _ in taken], [token for _, _, token in taken]
+            steps = self.reader.read(places, tokens, logp, present, fused, notes)
+            for (row, _, _), step in zip(taken, steps, strict=True):
+                row.out.steps.append(step)
         return finished
 
     def _log_posteriors(self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]]) -> Tensor:
@@ -254,7 +269,7 @@ class _Decoder:
         """Count the members whose context a text has outgrown, among those that sit out."""
         text = text_after(row.job, data)
         out = [m for m, path in enumerate(paths) if path is None]
-        self.ensemble.trace.record_outgrown(
+        self.ensemble.counters.record_outgrown(
             [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
         )
 
@@ -282,8 +297,10 @@ class _Decoder:
             "model's generation_config.json."
         )
 
-    def _take(self, row: BatchRow, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]) -> None:
-        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen.
+    def _take(
+        self, row: BatchRow, draft: Sequence[int], scores: Tensor, fused: Tensor, best: Sequence[int]
+    ) -> list[int]:
+        """Extend a row by what follows it, and by as much of its draft as is what would have been chosen; return that.
 
         Args:
             row: the row.
@@ -293,6 +310,7 @@ class _Decoder:
             best: position of the largest score in each [n].
         """
         sampler = row.job.sampler
+        chosen: list[int] = []
         for at, logp in enumerate(fused):
             token = best[at]
             if not sampler.plain_greedy:
@@ -301,7 +319,8 @@ class _Decoder:
                     token = sampler.choose(scores[at], [*before, *row.out.ids], row.job.generator)
                 except RequestError as error:  # of this text alone: the others go on
                     row.out.reason, row.out.refusal = "refused", str(error)
-                    return
+                    break
+            chosen.append(token)
             self.drafter.note(row, logp)
             append(self.ensemble, row, token, float(logp[token]))
             if not row.out.reason and self.ensemble.is_hf:
@@ -311,7 +330,8 @@ class _Decoder:
                 row.out.reason = "length"
             if row.out.reason or at == len(draft) or token != draft[at]:
                 self.drafter.learn(row, len(draft), at)
-                return
+                break
+        return chosen
 
 
 def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -28,12 +28,14 @@ class Span:
         target: the main member's continuation tokens.
         skip: how many of the target's first bytes are a prefix space and no text.
         lead: an unfinished character that the other members' prompts leave out.
+        traced: whether its score comes with its steps.
     """
 
     prompts: tuple[Prompt, ...]
     target: tuple[int, ...]
     skip: int = 0
     lead: bytes = b""
+    traced: bool = False
 
     def paths(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return every active member's tokens before target number `count`; None where it abstains."""

@@ -20,6 +20,7 @@ from lm_eval_deepen.engine.evidence import Read, evidence
 from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.engine.prompts import Span
+from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import common_prefix
 from lm_eval_deepen.relative.topk import argmax
@@ -43,11 +44,13 @@ class SpanScore:
         logp: fused natural-log probability of every target token.
         greedy: whether every target token's bytes are those of the most likely piece.
         by_expert: natural-log probability that every expert gives the whole span [K]; where the weights learn.
+        steps: what every member said at each target token, where the span is traced.
     """
 
     logp: list[float] = field(default_factory=list)
     greedy: bool = True
     by_expert: Tensor | None = None
+    steps: dict[int, Step] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -98,12 +101,16 @@ def score_together(
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
         rows = _rows(ensembles[0], spans, indices, by_prompt)
         results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
-        _score_round(ensembles, walkers, rows, results)
+        _score_round(ensembles, walkers, rows, results, {i for i in indices if spans[i].traced})
         yield from ((i, [found[i] for found in results]) for i in indices)
 
 
 def _score_round(
-    ensembles: Sequence[Ensemble], walkers: Sequence[Walker], rows: list[_Row], results: list[dict[int, SpanScore]]
+    ensembles: Sequence[Ensemble],
+    walkers: Sequence[Walker],
+    rows: list[_Row],
+    results: list[dict[int, SpanScore]],
+    traced: set[int],
 ) -> None:
     members, device = ensembles[0].active, ensembles[0].device
     reads_prompts = any(ensemble.reads_prompts for ensemble in ensembles)
@@ -119,11 +126,12 @@ def _score_round(
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
     bases = _bases(ensembles, prompts, passes, wanted, step)
     for ensemble in ensembles:
-        ensemble.trace.record_outgrown([m for row in rows for m in row.outgrown])
+        ensemble.counters.record_outgrown([m for row in rows for m in row.outgrown])
     ledgers = [
         _ledger(ensemble, base, rows, result) if ensemble.learns else None
         for ensemble, base, result in zip(ensembles, bases, results, strict=True)
     ]
+    tracers = [StepReader(ensemble) for ensemble in ensembles]
     for start in range(0, len(rows), step):
         chunk = range(start, min(start + step, len(rows)))
         raw = [found.logp(chunk).to(device) for found in passes]
@@ -132,18 +140,26 @@ def _score_round(
             for m, own in enumerate(raw)
         ]
         present = torch.tensor([[found.place[i] is not None for found in passes] for i in chunk], device=device)
-        for ensemble, base, ledger, result in zip(ensembles, bases, ledgers, results, strict=True):
-            here = rows[start : chunk.stop]
+        here = rows[start : chunk.stop]
+        seen = [(at, reader) for at, row in enumerate(here) for reader in row.readers if reader[0] in traced]
+        for ensemble, base, ledger, result, tracer in zip(ensembles, bases, ledgers, results, tracers, strict=True):
             logp = covered if ensemble.covers else raw
+            notes = FusionNotes() if seen else None
             if ledger is None:
                 weights = None if base is None else torch.stack([base[row.prompts] for row in here])
-                _read(ensemble, ensemble.fuse(logp, present, weights), here, result)
-                continue
-            by_expert = ensemble.fuse_by_expert(logp, present)
-            ledger.note(by_expert, [row.readers for row in here])
-            # Rows with the same prompts and paths have the same bytes before them, whoever reads them.
-            log_posterior = torch.stack([ledger.before(*row.readers[0][:2]) for row in here])
-            _read(ensemble, ensemble.mix(logp, by_expert, log_posterior, present), here, result)
+                fused = ensemble.fuse(logp, present, weights, notes)
+            else:
+                by_expert = ensemble.fuse_by_expert(logp, present)
+                ledger.note(by_expert, [row.readers for row in here])
+                # Rows with the same prompts and paths have the same bytes before them, whoever reads them.
+                log_posterior = torch.stack([ledger.before(*row.readers[0][:2]) for row in here])
+                fused = ensemble.mix(logp, by_expert, log_posterior, present, notes)
+            _read(ensemble, fused, here, result)
+            if notes is not None:
+                targets = [target for _, (_, _, target) in seen]
+                steps = tracer.read([at for at, _ in seen], targets, logp, present, fused, notes)
+                for (_, (span, position, _)), one in zip(seen, steps, strict=True):
+                    result[span].steps[position] = one
         for own in passes:
             own.done(chunk)
     for ledger, result in zip(ledgers, results, strict=True):

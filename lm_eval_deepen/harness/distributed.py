@@ -133,7 +133,7 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
                 method.__name__,
             )
             answers = method(self, requests, disable_tqdm=disable_tqdm)
-        self.traces = ranks.gather(self.ensemble.trace)
+        self.traces = ranks.gather(self.ensemble.counters)
         return answers
 
     return answer

@@ -27,6 +27,7 @@ from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.pooled import Pool
 from lm_eval_deepen.harness.requests import RequestHandler
 from lm_eval_deepen.harness.response_cache import claim, keep, settling
+from lm_eval_deepen.harness.step_files import StepFiles, choosing, folder_of
 from lm_eval_deepen.harness.unanswered import SetAside, Unanswered, attempt, complete, unanswered
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
@@ -86,8 +87,11 @@ class DeepenLM(RequestHandler):
             )
         device = arguments.pop("device", None)
         config = configure({"pretrained": pretrained, **arguments})
+        folder_of(config)  # before anything loads
         ranks = Ranks.join(config)
         self._adopt(Ensemble.load(config, device), ranks)
+        if config.trace is not None:
+            self.step_files = StepFiles(config, ranks.index, ranks.count)
 
     @classmethod
     def around(cls, config: EnsembleConfig, members: Sequence[Member]) -> DeepenLM:
@@ -100,7 +104,7 @@ class DeepenLM(RequestHandler):
     def _adopt(self, ensemble: Ensemble, ranks: Ranks) -> None:
         self.adopt(ensemble)
         self.ranks = ranks
-        self.traces = [ensemble.trace]  # of all processes
+        self.traces = [ensemble.counters]  # of all processes
         self.findings: dict[str, Any] | None = None  # of the self-check
         self._device = ensemble.device
         self.pool = None
@@ -153,6 +157,7 @@ class DeepenLM(RequestHandler):
     # The three request types.
 
     @complete
+    @choosing
     @shared
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability in nats, is_greedy) of each continuation after its context."""
@@ -160,12 +165,14 @@ class DeepenLM(RequestHandler):
         return self._answer("loglikelihood", requests, disable_tqdm)
 
     @complete
+    @choosing
     @shared
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability (nats) of each whole text."""
         return self._answer("loglikelihood_rolling", requests, disable_tqdm)
 
     @complete
+    @choosing
     @shared
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the generated text of each request, stop strings removed."""
@@ -175,7 +182,7 @@ class DeepenLM(RequestHandler):
         """Return the answers, each of which goes into the response cache as soon as it is there, or a `SetAside`."""
         self._check_once()
         answers: list[Any] = [None] * len(requests)
-        before = Counter(self.ensemble.trace.outgrown)
+        before = Counter(self.ensemble.counters.outgrown)
         quiet = disable_tqdm or self.ranks.index != 0
         told = False
         progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
@@ -194,7 +201,7 @@ class DeepenLM(RequestHandler):
                         answer.reason,
                     )
                 progress.update()
-        self._warn_of_contexts(self.ensemble.trace.outgrown - before)
+        self._warn_of_contexts(self.ensemble.counters.outgrown - before)
         return answers
 
     def _warn_of_contexts(self, steps: Counter[str]) -> None:

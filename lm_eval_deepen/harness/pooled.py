@@ -49,7 +49,7 @@ class Pool:
         self.answerers = [around(own, [member]) for own, member in zip(alone(config), members, strict=True)]
         self.members = list(members)
         self.fallback = config.chat_fallback
-        self.trace = fused.ensemble.trace
+        self.counters = fused.ensemble.counters
         if fused_takes_part(self.method):
             self.answerers.append(fused)
 
@@ -105,7 +105,7 @@ class Pool:
         else:
             pairs = [answer if isinstance(answer, tuple) else (answer, False) for answer in given]
             pooled = self.method.combine([Scored(*pair) for pair in pairs], weights)
-        self.trace.record_pooled(pooled.stats, [self.members[m].name for m in missing])
+        self.counters.record_pooled(pooled.stats, [self.members[m].name for m in missing])
         if kind == "generate_until":
             return pooled.answer
         return (pooled.answer.logp, pooled.answer.greedy) if kind == "loglikelihood" else pooled.answer.logp

@@ -27,6 +27,7 @@ from lm_eval_deepen.engine.stretches import (
 )
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.harness.main_member import MainMemberView
+from lm_eval_deepen.harness.step_files import StepFiles
 from lm_eval_deepen.harness.unanswered import SetAside, attempt
 from lm_eval_deepen.member.encoder_decoder_runner import divide
 from lm_eval_deepen.member.generation import Asked, Settings
@@ -45,7 +46,10 @@ class RequestHandler(MainMemberView):
     Attributes:
         peers: models around the same members that score in one pass, this one among them (see `share_passes`).
         known: answers that a peer's pass gave already, until they are asked for.
+        step_files: where the steps of traced requests are written; None where nothing is traced.
     """
+
+    step_files: StepFiles | None = None
 
     def adopt(self, ensemble: Ensemble) -> None:
         """Answer by this ensemble."""
@@ -74,7 +78,9 @@ class RequestHandler(MainMemberView):
                 yield index, made
                 continue
             owners.append(index)
-            prepared.append(made)
+            prepared.append(made if self.step_files is None else self.step_files.mark(request, made))
+        if self.step_files is not None:
+            self.step_files.announce(kind, prepared)
         kinds: dict[str, Callable[..., Answers]] = {
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
@@ -121,6 +127,8 @@ class RequestHandler(MainMemberView):
                 yield index, self._tell_peers("loglikelihood", requests[index], answers)
             return
         for index, found in self._score(spans):
+            if self.step_files is not None:
+                self.step_files.add_scores(requests[index], found)
             answers = [(score.total, score.greedy) for score in found]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
@@ -141,11 +149,16 @@ class RequestHandler(MainMemberView):
                 yield index, 0.0
         left = Counter(owners)
         windows: list[list[list[SpanScore]]] = [[] for _ in requests]
+        places: list[list[int]] = [[] for _ in requests]
         for at, scores in self._score(spans, ends):
             index = owners[at]
+            places[index].append(at)
             windows[index].append(scores)
             left[index] -= 1
             if not left[index]:
+                if self.step_files is not None:
+                    in_order = sorted(zip(places[index], windows[index], strict=True), key=lambda pair: pair[0])
+                    self.step_files.add_scores(requests[index], [found[0] for _, found in in_order])
                 columns = zip(self.peers, zip(*windows[index], strict=True), strict=True)
                 totals = [peer.ensemble.total(own) for peer, own in columns]
                 yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
@@ -190,8 +203,10 @@ class RequestHandler(MainMemberView):
         size = self._batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
         drafts = drafter(self.ensemble_config.speculate)
         for index, found in generate(self.ensemble, jobs, size, drafts):
+            if self.step_files is not None:
+                self.step_files.add_text(requests[index], found)
             yield index, SetAside(found.refusal) if found.refusal else self._text(found, stops[index])
-        self.ensemble.trace.record_drafts(drafts.counts, drafts.near_ties)
+        self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
 
     def _batch(self, longest: int) -> int:
         """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
+from lm_eval_deepen.engine.steps import FusionNotes
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.harness.distributed import Ranks
@@ -66,10 +67,12 @@ class TimedEnsemble(Ensemble):
         """Return the same ensemble, timed."""
         return cls(**{field.name: getattr(ensemble, field.name) for field in fields(Ensemble)})
 
-    def fuse(self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None) -> Tensor:
+    def fuse(
+        self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None
+    ) -> Tensor:
         """Fuse rows; see `Ensemble.fuse`."""
         start = self._now()
-        found = super().fuse(logp, present, base)
+        found = super().fuse(logp, present, base, notes)
         self.fusing += self._now() - start
         return found
 
@@ -123,10 +126,10 @@ class RowModel(DeepenLM):
         """Take up a task: what is counted from here on is of this one."""
         for model in {id(model): model for model in (self, *self.answerers)}.values():
             model.task = task
-            model.ensemble.trace = Trace(model.ensemble.trace.names)
-            model.traces = [model.ensemble.trace]
+            model.ensemble.counters = Trace(model.ensemble.counters.names)
+            model.traces = [model.ensemble.counters]
         if self.pool is not None:
-            self.pool.trace = self.ensemble.trace
+            self.pool.counters = self.ensemble.counters
 
     def pool_from(self, models: Sequence[RowModel]) -> None:
         """Pool the answers of these models, one per answerer, rather than of models of our own."""

@@ -63,6 +63,16 @@ class Row:
     tuned: Tuned | None = None
     repeats: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what a row cannot do: its cells share forward passes, and none of them writes beside them."""
+        if self.config.trace is not None:
+            raise ConfigError(
+                f"row {self.name!r} has trace={str(self.config.trace).lower()}, which a leaderboard does not write; "
+                "remove trace, and evaluate that ensemble with lm_eval run",
+                key="trace",
+                code="conflict",
+            )
+
     @property
     def group(self) -> str:
         """The name of its row in the table."""

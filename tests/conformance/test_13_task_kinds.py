@@ -48,7 +48,7 @@ def test_13_every_kind_of_task_runs_with_three_members(pico, evaluate, tmp_path)
     found = evaluate(trio, *KINDS)
     assert set(found["results"]) == set(KINDS)
     assert all(math.isfinite(value) for value in numbers(found).values())
-    assert trio.ensemble.trace.rows["fused"] > 100
+    assert trio.ensemble.counters.rows["fused"] > 100
 
 
 @pytest.mark.parametrize("members", [["metaspace"], ["metaspace", "bytelevel"]], ids="+".join)

@@ -67,7 +67,7 @@ class Worker:
         manager = TaskManager(include_path=self.job["tasks"], include_defaults=False)
         before = self.forwards
         found = lm_eval.simple_evaluate(model=self.lm, task_manager=manager, bootstrap_iters=0, **kwargs)
-        own = dict(self.lm.ensemble.trace.rows)
+        own = dict(self.lm.ensemble.counters.rows)
         return {"found": compact(found), "forwards": self.forwards - before, "own": own}
 
     def ask(self, kind: str, by_rank: list[list[list[Any]]]) -> Any:

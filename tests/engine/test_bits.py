@@ -78,9 +78,9 @@ def test_fused_bits_are_those_of_scoring(pair, reading) -> None:
 
 
 def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:
-    before = pair.trace.summary()
+    before = pair.counters.summary()
     fused_bits(Reading.of(pair, DOCUMENTS[:1]))
-    assert pair.trace.summary() == before
+    assert pair.counters.summary() == before
 
 
 def test_every_byte_of_a_document_is_counted_once(reading) -> None:

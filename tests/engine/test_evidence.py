@@ -178,7 +178,7 @@ def test_weights_of_a_conversation_equal_plain_losses(model) -> None:
     weights = torch.softmax(torch.tensor(means), dim=0)
     assert float((weights - 1 / 3).abs().max()) > 0.01
     ensemble = model.ensemble
-    fixed = type(ensemble)(ensemble.config, ensemble.members, ensemble.fuser, weights, ensemble.trace)
+    fixed = type(ensemble)(ensemble.config, ensemble.members, ensemble.fuser, weights, ensemble.counters)
     ((got, _),) = model.loglikelihood(requests("loglikelihood", (chat, "Yes")))
     assert got == pytest.approx(sum(naive.score_span(fixed, span)), abs=1e-3)
 

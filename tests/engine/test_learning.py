@@ -41,7 +41,7 @@ def experts_of(make, model):
     base = make().ensemble
     found = []
     for weights, kind in zip(nearly.float(), experts.kinds(), strict=True):
-        found.append(type(base)(base.config, base.members, base.fuser.pooled_as(*kind), weights, base.trace))
+        found.append(type(base)(base.config, base.members, base.fuser.pooled_as(*kind), weights, base.counters))
     return found
 
 
@@ -72,7 +72,7 @@ def test_one_pass_serves_learning_and_constant_weights(make):
     first = models[0].ensemble
     prompter = Prompter(first)
     spans = [prompter.span(*request) for request in REQUESTS]
-    same = [type(first)(m.ensemble.config, first.members, m.ensemble.fuser, m.ensemble.weights, m.ensemble.trace,
+    same = [type(first)(m.ensemble.config, first.members, m.ensemble.fuser, m.ensemble.weights, m.ensemble.counters,
                         m.ensemble.weigher) for m in models]  # fmt: skip
     together = dict(score_together(same, spans, 16))
     for at, ensemble in enumerate(same):

@@ -172,9 +172,9 @@ def test_weights_by_prompt_are_those_of_the_members_that_can_read_it(ensemble):
     for model, span in zip((trio, pair), spans, strict=True):
         fuse, seen = model.ensemble.fuse, []
 
-        def noted(logp, present, base, fuse=fuse, seen=seen):
+        def noted(logp, present, base, notes, fuse=fuse, seen=seen):
             seen.append(base[0].tolist())
-            return fuse(logp, present, base)
+            return fuse(logp, present, base, notes)
 
         model.ensemble.fuse = noted
         list(score(model.ensemble, [span], 512))
@@ -245,5 +245,5 @@ def test_a_member_that_sits_out_agrees_with_nobody_and_with_everybody(ensemble, 
     model = ensemble(names, (256, 256, 1), **options)
     span = Prompter(model.ensemble).span("The quick brown", " fox jumps over the lazy dog.")
     list(score(model.ensemble, [span], 512))
-    assert model.ensemble.trace.sat_out["m2"] == len(span.target)
+    assert model.ensemble.counters.sat_out["m2"] == len(span.target)
     assert model.get_model_info()["deepen"]["members_agree"] == 1  # the first two are the same model

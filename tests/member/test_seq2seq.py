@@ -229,7 +229,7 @@ def test_what_it_cannot_spell_it_sits_out(ensemble: Any, monkeypatch: pytest.Mon
     assert other.codec.follow(other.prompt(PROMPTS[0]), b"\t") is None
     assert other.codec.follow(other.prompt(PROMPTS[0]), b"\xe4\xb8") is None  # half a character
     assert texts(model, PROMPTS[:1], max_gen_toks=3) == ["\t\t\t"]
-    assert model.ensemble.trace.summary()["steps_sat_out"] == {"bytelevel": 0, "translator": 2}
+    assert model.ensemble.counters.summary()["steps_sat_out"] == {"bytelevel": 0, "translator": 2}
 
 
 def test_the_first_word_has_one_space_however_it_is_written(ensemble: Any) -> None:

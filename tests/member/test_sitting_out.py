@@ -84,7 +84,7 @@ def test_a_lossy_member_sits_out(pico: dict[str, Path], tmp_path: Path, main: st
     other = altered(pico["metaspace"], tmp_path / "lossy", lossy)
     model = deepen(pico[main], other, matrix_dir=str(tmp_path), speculate=speculate)
     check_scores(model, PAIRS)
-    sat_out = model.ensemble.trace.summary()["steps_sat_out"]
+    sat_out = model.ensemble.counters.summary()["steps_sat_out"]
     assert sat_out["m0"] == 0 and sat_out["m1"] > 10
     alone = deepen(pico[main])
     asked = requests("loglikelihood", PAIRS[0])  # its prompt cannot be spelt: all is left to the main member
@@ -129,7 +129,7 @@ def test_a_token_without_a_logit_is_text_to_several_and_a_named_refusal_to_one(
     for paths in ((larger, pico["metaspace"]), (pico["metaspace"], larger)):
         model = deepen(*paths, matrix_dir=str(tmp_path))
         check_scores(model, [text])
-        assert model.ensemble.trace.summary()["steps_sat_out"] == {"m0": 0, "m1": 0}
+        assert model.ensemble.counters.summary()["steps_sat_out"] == {"m0": 0, "m1": 0}
     alone = deepen(larger)
     for kind, asked in (
         ("loglikelihood", text),

@@ -55,7 +55,7 @@ def prompt_weights(model, prompts):
 def with_weights(model, weights):
     """Return a plain ensemble of the same members with fixed weights."""
     fixed = model.ensemble
-    return type(fixed)(fixed.config, fixed.members, fixed.fuser, weights, fixed.trace)
+    return type(fixed)(fixed.config, fixed.members, fixed.fuser, weights, fixed.counters)
 
 
 def test_weights_by_prompt_equal_plain_losses(pair):

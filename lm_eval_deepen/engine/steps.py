@@ -1,0 +1,234 @@
+"""What every member said at a step, and what became of it: read off rows that are fused anyway, so it changes nothing.
+
+A step is one distribution that was read: of a token that was generated, or of one that was given and scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.engine.selective import identity
+from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.relative.topk import argmax, largest
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.member import Member
+    from lm_eval_deepen.vocabulary import ByteVocab
+
+TOP = 5  # pieces that are kept of every member
+ONE_MEMBER, ONE_WEIGHT, BY_METHOD = "one member", "all weight on the main member", "left by the method"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of some vocabulary.
+
+    Attributes:
+        id: its token id there.
+        data: its bytes; a character may go on in the next piece. Empty for a control piece.
+        control: the name of a control piece, as an end of text; empty for text.
+    """
+
+    id: int
+    data: bytes
+    control: str = ""
+
+
+@dataclass(frozen=True)
+class MemberStep:
+    """What one member said at a step.
+
+    Attributes:
+        name: the member's.
+        weight: its weight in this step, among the members that took part; 0 where it abstained.
+        abstained: whether it could not take in the text before this step.
+        top: its likeliest pieces with their probabilities, the likeliest first; empty where it abstained.
+        chosen: its probability of the bytes that were chosen, or of an end of text; None where none of its pieces has
+            these bytes, and where it abstained.
+    """
+
+    name: str
+    weight: float
+    abstained: bool
+    top: tuple[tuple[Piece, float], ...]
+    chosen: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        piece: what was chosen, or given, in the pieces of the fused distribution.
+        logp: its fused natural-log probability.
+        entropy: of the fused distribution, in nats.
+        best: the likeliest piece of the fused distribution.
+        changed: whether that stands for other text than the main member's likeliest piece.
+        skipped: why the step was left to the main member; empty where it was fused.
+        members: what each said, the main member first.
+    """
+
+    piece: Piece
+    logp: float
+    entropy: float
+    best: Piece
+    changed: bool
+    skipped: str
+    members: tuple[MemberStep, ...]
+
+
+@dataclass
+class FusionNotes:
+    """What `Ensemble.fuse` did to B rows.
+
+    Attributes:
+        weights: the members' weights in each row [B, M].
+        left: rows that were left to the main member [B] (bool), by the reason.
+    """
+
+    weights: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    def leave(self, reason: str, rows: Tensor) -> None:
+        """Note that rows [B] (bool) are left for a reason; the first one counts."""
+        known = [other for other in self.left.values()]
+        self.left[reason] = rows & ~torch.stack(known).any(0) if known else rows
+
+    def reasons(self, count: int) -> list[str]:
+        """Return why each of `count` rows was left, empty where it was fused."""
+        found = [""] * count
+        for reason, rows in self.left.items():
+            for at in rows.nonzero()[:, 0].tolist():
+                found[at] = reason
+        return found
+
+
+class StepReader:
+    """Reads steps off the rows of an ensemble."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        """Read the steps of this ensemble."""
+        self.ensemble = ensemble
+
+    @cached_property
+    def _vocabs(self) -> list[ByteVocab | None]:
+        return [_vocabulary(member) for member in self.ensemble.active]
+
+    @property
+    def _out(self) -> ByteVocab | None:
+        return self._vocabs[0] if self.ensemble.fuser is None else self.ensemble.fuser.out_vocab
+
+    def read(
+        self,
+        rows: Sequence[int],
+        chosen: Sequence[int],
+        logp: Sequence[Tensor],
+        present: Tensor,
+        fused: Tensor,
+        notes: FusionNotes,
+    ) -> list[Step]:
+        """Return n steps.
+
+        Args:
+            rows: the row of each.
+            chosen: the id that was chosen, or given, in each.
+            logp: the active members' log-probabilities [B, V_m].
+            present: which members follow each row's bytes [B, M] (bool).
+            fused: the fused log-probabilities [B, K].
+            notes: what fusing them noted.
+        """
+        if not rows:
+            return []
+        index = torch.tensor(rows, device=fused.device)
+        made = fused[index]
+        values = made.gather(1, torch.tensor(chosen, device=fused.device)[:, None])[:, 0].tolist()
+        entropy = -(made.exp() * made.masked_fill(made == -torch.inf, 0)).sum(1)
+        pieces = [self._fused_piece(token) for token in chosen]
+        best = argmax(made).tolist()
+        changed = self._changed(best, argmax(logp[0][index.to(logp[0].device)]).tolist())
+        reasons = notes.reasons(len(fused))
+        weights = notes.weights.double().cpu()[rows].tolist()
+        here = present.cpu()[rows].tolist()
+        said = [
+            self._said(m, own[index.to(own.device)], chosen, [row[m] for row in weights], [row[m] for row in here])
+            for m, own in enumerate(logp)
+        ]
+        return [
+            Step(
+                piece=pieces[at],
+                logp=values[at],
+                entropy=float(entropy[at]),
+                best=self._fused_piece(best[at]),
+                changed=changed[at],
+                skipped=reasons[row],
+                members=tuple(own[at] for own in said),
+            )
+            for at, row in enumerate(rows)
+        ]
+
+    def _changed(self, best: Sequence[int], first: Sequence[int]) -> list[bool]:
+        """Return where the likeliest fused piece stands for other text than the main member's likeliest one."""
+        vocab, out = self._vocabs[0], self._out
+        pairs = list(zip(best, first, strict=True))
+        if vocab is None or out is None:
+            return [a != b for a, b in pairs]
+        return [identity(out, a) != identity(vocab, b) for a, b in pairs]
+
+    def _said(
+        self, m: int, own: Tensor, chosen: Sequence[int], weights: Sequence[float], here: Sequence[bool]
+    ) -> list[MemberStep]:
+        """Return what active member `m` said at steps, from its log-probabilities there [n, V_m]."""
+        values, ids = largest(own, min(TOP, own.shape[1]))
+        order = values.argsort(dim=1, descending=True)
+        tops = zip(ids.gather(1, order).tolist(), values.gather(1, order).exp().tolist(), strict=True)
+        found = []
+        for at, (tokens, shares) in enumerate(tops):
+            top = tuple(
+                (self._piece(m, token), share) for token, share in zip(tokens, shares, strict=True) if share > 0
+            )
+            same = self._ids(m, chosen[at]) if here[at] else ()
+            said = min(1.0, float(own[at, list(same)].exp().sum())) if same else None
+            name = self.ensemble.active[m].name
+            found.append(MemberStep(name, weights[at], not here[at], top if here[at] else (), said))
+        return found
+
+    def _ids(self, m: int, token: int) -> Sequence[int]:
+        """Return the ids of active member `m` that stand for a piece of the fused distribution."""
+        vocab, out = self._vocabs[m], self._out
+        if vocab is None or out is None:
+            return (token,)
+        if token in out.eos:
+            return vocab.eos
+        data = out.pieces[token]
+        return vocab.ids_of.get(data, ()) if data else (token,) if m in self.ensemble.siblings else ()
+
+    def _fused_piece(self, token: int) -> Piece:
+        """Return a piece of the fused distribution; those of the main member come first there."""
+        if self.ensemble.fuser is None or token < self.ensemble.main.vocab_size:
+            return self._piece(0, token)
+        return Piece(token, self.ensemble.fuser.out_vocab.pieces[token])
+
+    def _piece(self, m: int, token: int) -> Piece:
+        vocab, member = self._vocabs[m], self.ensemble.active[m]
+        if vocab is None:
+            return Piece(token, member.lm.tok_decode([token], skip_special_tokens=False).encode("utf-8", "replace"))
+        if data := vocab.pieces[token]:
+            return Piece(token, data)
+        named = None if token in vocab.unused else member.lm.tokenizer.convert_ids_to_tokens(token)
+        role = identity(vocab, token)
+        return Piece(token, b"", str(named) if named else str(role))
+
+
+def _vocabulary(member: Member) -> ByteVocab | None:
+    """Return a member's pieces as bytes; None for one alone whose tokenizer has no byte mapping."""
+    try:
+        return member.codec.vocab.events
+    except VocabularyError:
+        return None

@@ -1,0 +1,148 @@
+"""Reads traces of steps, as ``trace: true`` leaves them: what every member said, document by document.
+
+`docs/trace.md` describes the files. A run that was killed and went on from its response cache left several; together
+they have every document.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.storage import reason
+
+SCHEMA = "lm_eval_deepen trace 1"
+NAME = re.compile(r"trace_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)(_rank\d+)?\.jsonl\.gz$")
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """One file.
+
+    Attributes:
+        path: where it is.
+        head: its first line: task, fingerprint, method and members.
+        documents: its other lines, a request each.
+        cut: whether its end is missing, as where the process was killed while it wrote.
+    """
+
+    path: Path
+    head: Mapping[str, Any]
+    documents: Sequence[Mapping[str, Any]]
+    cut: bool = False
+
+
+def read_trace(path: Path) -> TraceFile:
+    """Read one file. What was written last may be cut off: the whole lines before it are read.
+
+    Raises:
+        ResultError: it cannot be read, is damaged, or follows another schema.
+    """
+    records, cut = [], False
+    for number, (line, cut) in enumerate(_lines(path), 1):
+        if cut:
+            break
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ResultError(
+                f"{path}:{number}: not a line of JSON ({error}); the file is damaged, run again"
+            ) from error
+        if not isinstance(record, dict):
+            raise ResultError(f"{path}:{number}: not a line of a trace; the file is damaged, run again")
+        records.append(record)
+    if not records:
+        raise ResultError(f"{path}: holds no trace; run again with trace=true")
+    head, *documents = records
+    if head.get("schema") != SCHEMA:
+        raise ResultError(
+            f"{path}: its schema is {head.get('schema')!r:.60}; this version reads {SCHEMA!r}. Read it with the "
+            "version that wrote it, or run again"
+        )
+    for number, document in enumerate(documents, 2):
+        if (odd := _odd(document, len(head.get("members") or ()))) is not None:
+            raise ResultError(f"{path}:{number}: {odd}; the file is damaged, run again")
+    return TraceFile(path, head, documents, cut)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the lines, and at a cut-off end an empty one with True."""
+    try:
+        with path.open("rb") as raw, gzip.open(raw) as file:
+            while True:
+                try:
+                    line = file.readline()
+                except (EOFError, gzip.BadGzipFile, zlib.error):
+                    yield "", True
+                    return
+                if not line:
+                    return
+                yield (line.decode(), False) if line.endswith(b"\n") else ("", True)
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({reason(error)}); run again with trace=true") from error
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{path}: holds what is no UTF-8 ({error}); the file is damaged, run again") from error
+
+
+def _odd(document: Mapping[str, Any], members: int) -> str | None:
+    """Return what of a document is of another type than a trace has it."""
+    steps = document.get("steps")
+    if not isinstance(steps, list) or type(document.get("doc_id")) not in (int, type(None)):
+        return "doc_id or steps are missing"
+    for at, step in enumerate(steps):
+        said = step.get("members") if isinstance(step, dict) else None
+        if not isinstance(said, list) or len(said) != members or "piece" not in step:
+            return f"step {at} has no piece, or not {members} members"
+        if any(not isinstance(one, dict) or not isinstance(one.get("top", []), list) for one in said):
+            return f"step {at} has a member that is none"
+    return None
+
+
+def find_traces(folder: Path) -> dict[str, list[TraceFile]]:
+    """Return the traces under a folder by task, the latest run of each: files of one fingerprint, the newest first.
+
+    Raises:
+        ResultError: no such folder, no trace in it, or one that cannot be read.
+    """
+    if not folder.exists():
+        raise ResultError(f"{folder}: no such folder; give what --output_path was given to lm_eval")
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("trace_*.jsonl.gz"))
+    dated = sorted(((match["date"], path) for path in paths if (match := NAME.match(path.name))), reverse=True)
+    if not dated:
+        raise ResultError(
+            f"{folder}: holds no trace_<task>_<date>.jsonl.gz; evaluate with trace=true in --model_args and "
+            "--output_path"
+        )
+    found: dict[str, list[TraceFile]] = {}
+    for _, path in dated:
+        file = read_trace(path)
+        others = found.setdefault(str(file.head.get("task")), [])
+        if not others or file.head.get("fingerprint") == others[0].head.get("fingerprint"):
+            others.append(file)
+    return found
+
+
+def documents_of(files: Sequence[TraceFile]) -> list[Mapping[str, Any]]:
+    """Return the documents of the files of a task, by number; of one that several have, the newest file's."""
+    found: dict[tuple, Mapping[str, Any]] = {}
+    for file in files:
+        for document in file.documents:
+            key = tuple(document.get(name) for name in ("doc_id", "doc_hash", "request", "repeat"))
+            found.setdefault((*key, document.get("type")), document)
+    return sorted(found.values(), key=lambda one: (one["doc_id"] or 0, one.get("request") or 0, one.get("repeat") or 0))
+
+
+def text_of(piece: Any) -> str:
+    """Return a piece as text: bytes that are no text by their values, a control piece by its name."""
+    if isinstance(piece, str):
+        return piece
+    if isinstance(piece, Mapping) and isinstance(piece.get("bytes"), str):
+        return "".join(f"\\x{piece['bytes'][i : i + 2]}" for i in range(0, len(piece["bytes"]), 2))
+    return f"⟨{piece.get('control')}⟩" if isinstance(piece, Mapping) else str(piece)
