@@ -28,6 +28,7 @@ from lm_eval_deepen.member.runner import PlainRunner
 PATIENCE_S = 240
 LONGEST_REASON = 200  # characters
 NATS_PER_TOKEN = 1e-5
+EQUAL, OFF = "equal", "off by"
 SHOTS = "Question: What is the largest planet of the solar system? It is not the Earth.\nAnswer:"
 LONG = "In 1969 the first people walked on the moon; in 2024 there were many. " * 4
 ENDLESS = {"until": [], "max_gen_toks": 12}
@@ -124,6 +125,10 @@ def compare(folder: Path | str, name: str = "", **loading: Any) -> Row:
         got, expected = (_ask(model, request, arguments) for model in (ours, theirs))
         outcomes[request] = _outcome(got, expected, theirs, arguments)
         tokens[request] = (runner.forwarded, counted[0])
+    if any(outcome.startswith(OFF) for outcome in outcomes.values()) and "dtype" not in loading:
+        double = compare(folder, dtype="float64", **loading).outcomes  # rounding goes away there, and nothing else does
+        rounded = [request for request in outcomes if outcomes[request].startswith(OFF) and double[request] == EQUAL]
+        outcomes |= {request: f"equal in float64 (float32: {outcomes[request]})" for request in rounded}
     return Row(name, kind, path_of(ours), outcomes, tokens)
 
 
@@ -160,14 +165,14 @@ def _outcome(got: Any, expected: Any, theirs: HFLM, arguments: Sequence[tuple[An
     if isinstance(got, Exception):
         return _reason(got)
     if isinstance(expected[0], str):
-        return "equal" if got == expected else "another text"
+        return EQUAL if got == expected else "another text"
     worst = 0.0
     for a, b, asked in zip(got, expected, arguments, strict=True):
         (a, flag), (b, other) = (a, b) if isinstance(a, (list, tuple)) else ((a, None), (b, None))
         if flag != other:
             return "another is_greedy"
         worst = max(worst, abs(a - b) / max(len(theirs.tok_encode(asked[-1])), 1))
-    return "equal" if worst <= NATS_PER_TOKEN else f"off by {worst:.0e} nats per token"
+    return EQUAL if worst <= NATS_PER_TOKEN else f"{OFF} {worst:.0e} nats per token"
 
 
 def _reason(error: Exception) -> str:
@@ -261,7 +266,7 @@ def table(found: Sequence[Row]) -> str:
 def summary(found: Sequence[Row]) -> str:
     """Return how many rows came out how, in a sentence."""
     loaded = [row for row in found if row.outcomes]
-    equal = [row for row in loaded if set(row.outcomes.values()) == {"equal"}]
+    equal = [row for row in loaded if all(outcome.startswith(EQUAL) for outcome in row.outcomes.values())]
     refused = [row for row in found if row.why.startswith("refused")]
     unmade = [row for row in found if row.why and row not in refused]
     on_tree = sum(row.path == "tree" for row in equal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from lm_eval_deepen.errors import MemberError, RenderError
 from lm_eval_deepen.harness.response_cache import rendering_digest
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
+
+LONGEST_NAMES = 40  # bytes of tokenizers' names; a file's name has 255, of which the harness takes up to 200
 
 
 class MainMemberView(TemplateLM):
@@ -80,8 +83,13 @@ class MainMemberView(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name under which the harness caches rendered requests: all members' tokenizers and how they render."""
+        """Name under which the harness caches rendered requests: all members' tokenizers and how they render.
+
+        It becomes part of a file's name, which not every harness keeps short enough: long names are hashed.
+        """
         names = "+".join(member.lm.tokenizer_name for member in self.ensemble.active)
+        if len(self.ensemble.active) > 1 and len(names.encode()) > LONGEST_NAMES:
+            names = f"{len(self.ensemble.active)}-members-{hashlib.sha256(names.encode()).hexdigest()[:12]}"
         names = f"{names}-plain" if self._plain_chat else names
         if len(self.ensemble.active) == 1 and not self._main.chat_template_args:
             return names  # as `hf`, which leaves out what is hashed here

@@ -187,8 +187,8 @@ class DeepenLM(RequestHandler):
         told = False
         progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
         with progress, settling(self.cache_hook):
-            for index, answer in self.source.answers(kind, requests):
-                answers[index] = answer
+            for index, found in self.source.answers(kind, requests):
+                answer = answers[index] = _as_asked(kind, requests[index], found)
                 if not isinstance(answer, SetAside):
                     keep(self.cache_hook, kind, requests[index].args, answer)
                 elif not told:  # at once, so that a person may rather end the run now
@@ -234,9 +234,15 @@ class DeepenLM(RequestHandler):
         raise NotImplementedError("an ensemble scores text: call loglikelihood with (context, continuation)")
 
     def _refuse_thinking(self, requests: Sequence[Instance]) -> None:
-        if any(member.lm.enable_thinking for member in self.ensemble.active):
+        if any(member.config.loading_dict().get("enable_thinking") for member in self.ensemble.active):
             names = sorted({request.task_name for request in requests if request.task_name})
             raise RequestError(
                 f"enable_thinking=True is not compatible with loglikelihood tasks; triggered by {', '.join(names)}. "
                 "Use generative tasks, or leave enable_thinking out."
             )
+
+
+def _as_asked(kind: str, request: Instance, answer: Any) -> Any:
+    """Return an answer as its request wants it: harness 0.5 asks for a text as for a continuation of "", a pair."""
+    pair = kind == "loglikelihood_rolling" and len(request.args) > 1 and not isinstance(answer, SetAside)
+    return (answer, False) if pair else answer

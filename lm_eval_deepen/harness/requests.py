@@ -108,9 +108,10 @@ class RequestHandler(MainMemberView):
         if kind == "loglikelihood":
             return attempt(self._prompter.span if stretches is None else stretches.span, *request.args)
         if kind == "loglikelihood_rolling":
+            text = request.args[-1]  # harness 0.5 puts an empty context before it
             if stretches is not None:
-                return attempt(stretches.rolling, *request.args)
-            return attempt(rolling_spans, self.ensemble, *request.args)
+                return attempt(stretches.rolling, text)
+            return attempt(rolling_spans, self.ensemble, text)
         return attempt(self._job, *request.args, Counter() if repeats is None else repeats)
 
     def _tell_peers(self, kind: str, request: Instance, answers: Sequence[Any]) -> Any:

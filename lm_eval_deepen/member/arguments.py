@@ -60,6 +60,11 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
                 f"{where} truncation=True cuts each member's prompt at its own end, and members must see the same "
                 "text. Leave it out: prompts are cut on the left, at the same place for all."
             )
+        if given.get("enable_thinking") and given.get("think_end_token") is None:
+            raise ConfigError(
+                f"{where} think_end_token is required with enable_thinking=True, as under --model hf: else the "
+                "thinking is scored as part of the answer. Give the token that ends it, such as '</think>'."
+            )
         if given.get("think_end_token") != main.get("think_end_token"):
             raise ConfigError(
                 f"{where} think_end_token={given.get('think_end_token')!r}, but the main member has "

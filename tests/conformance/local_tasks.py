@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from harness import HARNESS_05
+
 LOADER = """
 import json
 from pathlib import Path
@@ -31,8 +33,8 @@ def text(**_):
 
 QUESTIONS = [
     ("What is the capital of France?", ["Paris", "Rome", "Sofia"], 0),
-    ("How many days are there in a week?", ["5", "6", "7"], 2),
-    ("What is 10 + 20?", ["30", "40", "12"], 0),
+    ("How many days are there in a week?", ["five", "six", "seven"], 2),
+    ("What is 10 + 20?", ["thirty", "forty", "twelve"], 0),
     ("Where is the café?", ["in the forest", "über der Brücke", "中国 🙂"], 1),
     ("What walks on the moon?", ["people", "the dog", "a fox"], 0),
 ]
@@ -47,6 +49,13 @@ TEXTS = [
     "a",
 ]
 
+# What the formats of tasks do not share. In harness 0.5.0.dev1 acc_mutual_info fails whatever the model says.
+CONTEXTS = "doc_to_text: answer\ndoc_to_choice: heads\ndoc_to_target: rest"
+MUTUAL = "  - {metric: acc_mutual_info, aggregation: mean, higher_is_better: true}"
+if HARNESS_05:
+    CONTEXTS = 'doc_to_text: heads\ndoc_to_choice: ["{{rest}}"]\ndoc_to_target: answer\nmultiple_inputs: true'
+    MUTUAL = ""
+
 TASKS = {
     "conf_choice": """
 task: conf_choice
@@ -60,16 +69,16 @@ doc_to_target: answer
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-  - {metric: acc_mutual_info, aggregation: mean, higher_is_better: true}
-""",
+"""
+    + MUTUAL,
     "conf_blank": """
 task: conf_blank
 custom_dataset: !function loader.blank
 output_type: multiple_choice
 test_split: test
-doc_to_text: answer
-doc_to_choice: heads
-doc_to_target: rest
+"""
+    + CONTEXTS
+    + """
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from harness import deepen, hf
+from harness import HARNESS_05, deepen, hf
 
 KINDS = ("conf_choice", "conf_blank", "conf_cloze", "conf_text", "conf_answer", "conf_prefixed")
 
@@ -32,7 +32,8 @@ def test_13_every_kind_of_task_gives_the_results_of_hf(pico, evaluate):
     ours = evaluate(deepen(pico["metaspace"], batch_size=4), *KINDS, num_fewshot=1)
     assert set(ours["results"]) == set(KINDS)
     expected = numbers(theirs)
-    assert {"acc,none", "acc_norm,none", "acc_mutual_info,none"} <= set(ours["results"]["conf_choice"])
+    mutual = set() if HARNESS_05 else {"acc_mutual_info,none"}
+    assert {"acc,none", "acc_norm,none", *mutual} <= set(ours["results"]["conf_choice"])
     assert {"exact_match,first-word", "exact_match,whole"} <= set(ours["results"]["conf_answer"])
     for key, value in numbers(ours).items():
         assert value == pytest.approx(expected[key], rel=1e-4), key
@@ -51,6 +52,7 @@ def test_13_every_kind_of_task_runs_with_three_members(pico, evaluate, tmp_path)
     assert trio.ensemble.counters.rows["fused"] > 100
 
 
+@pytest.mark.skipif(HARNESS_05, reason="the metric of 0.5.0.dev1 fails before it has a score, with any model")
 @pytest.mark.parametrize("members", [["metaspace"], ["metaspace", "bytelevel"]], ids="+".join)
 def test_13_mutual_information_is_the_conditional_less_the_unconditional_score(pico, evaluate, tmp_path, members):
     model = deepen(*(pico[name] for name in members), matrix_dir=str(tmp_path))

@@ -51,3 +51,12 @@ def test_14_a_bos_is_never_scored_with_several_members(pico, tmp_path):
     assert not set(span.target) & model.ensemble.main.codec.vocab.control
     scored_by_hf = hf(pico["metaspace"]).tok_encode(TEXTS[0])
     assert list(span.target) == scored_by_hf[1:] and scored_by_hf[0] == 2
+
+
+def test_14_a_request_with_an_empty_context_is_answered_by_a_pair(pico, tmp_path):
+    """So harness 0.5 asks; earlier ones ask for the text alone and take a number."""
+    asked = requests("loglikelihood_rolling", *(("", text) for text in [*TEXTS, ""]))
+    pair = deepen(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path))
+    pooled = deepen(pico["bytelevel"], pico["metaspace"], pooling="logp-mean")
+    for model in (deepen(pico["bytelevel"]), pair, pooled):
+        assert model.loglikelihood_rolling(asked) == [(score, False) for score in ask(model, *TEXTS, "")]

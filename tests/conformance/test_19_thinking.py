@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from harness import deepen, hf, requests
+from harness import HARNESS_05, deepen, hf, requests
 
 from lm_eval_deepen.errors import RequestError
 
@@ -52,8 +52,9 @@ def test_19_thinking_refuses_loglikelihood(pico, tmp_path):
     arguments = {"enable_thinking": True, "think_end_token": "</think>"}
     batch = requests("loglikelihood", ("a", "b"))
     theirs = hf(pico["bytelevel"], **arguments)
-    with pytest.raises(ValueError, match="enable_thinking=True is not compatible with loglikelihood tasks.*task"):
-        theirs.loglikelihood(batch)
+    if not HARNESS_05:  # which scores what a model that thinks would say at once
+        with pytest.raises(ValueError, match="enable_thinking=True is not compatible with loglikelihood tasks.*task"):
+            theirs.loglikelihood(batch)
     ensembles = (
         deepen(pico["bytelevel"], **arguments),
         deepen(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path), **arguments),
@@ -68,7 +69,7 @@ def test_19_thinking_refuses_loglikelihood(pico, tmp_path):
 
 
 def test_19_thinking_needs_its_end_as_in_hf(pico):
-    for make in (hf, deepen):
+    for make in (deepen,) if HARNESS_05 else (hf, deepen):
         with pytest.raises(ValueError, match="think_end_token is required"):
             make(pico["bytelevel"], enable_thinking=True)
 
