@@ -175,7 +175,7 @@ def _outcome(got: Any, expected: Any, theirs: HFLM, arguments: Sequence[tuple[An
     return EQUAL if worst <= NATS_PER_TOKEN else f"{OFF} {worst:.0e} nats per token"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the beginning of an error, without the member's name and figures."""
     text = re.sub(r"^member '[^']*': | \(by [^)]*\)|cannot load '[^']*': ", "", " ".join(str(error).split()))
     text = text if isinstance(error, DeepenError) else f"{type(error).__name__}: {text}"
@@ -208,7 +208,7 @@ def made(name: str, kind: str, changes: Mapping[str, Any]) -> Row:
     try:
         with tempfile.TemporaryDirectory() as folder, _time_limit():
             return compare(folder, name, **write_tiny(kind, folder, **changes))
-    except Exception as error:
+    except (Exception, OutOfTimeError) as error:
         return Row(name, why=f"not made: {_reason(error)}")
 
 
@@ -232,18 +232,24 @@ def write_tiny(kind: str, folder: Path | str, **changes: Any) -> dict[str, str]:
     return loading | ({"backend": "causal"} if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else {})
 
 
+class OutOfTimeError(BaseException):
+    """A row took too long; no code that takes any Exception for a model's failure takes it for one."""
+
+
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"nothing came of it in {PATIENCE_S} s")
+    """Limit the processor's time: on a machine that others use, that of a clock says nothing of a model."""
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE_S)
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError(f"nothing came of it in {PATIENCE_S} s of the processor's time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE_S)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def table(found: Sequence[Row]) -> str:
