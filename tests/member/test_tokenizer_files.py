@@ -20,7 +20,7 @@ from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.text import TextCodec
-from lm_eval_deepen.member.tokenizer_files import TokenizerFiles
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, differences
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -180,32 +180,38 @@ def test_added_tokens_keep_the_ids_of_the_files(tmp_path: Path, where: str) -> N
     load(folder(tmp_path / "twice", twice, tokenizer_class="PreTrainedTokenizerFast"))
 
 
-def test_added_tokens_take_the_spaces_that_the_file_says(tmp_path: Path) -> None:
+def parts(path: str, **loaded: Any) -> list[str]:
+    """Name the parts in which a tokenizer would differ from its file if it were loaded with other ones."""
+    files = TokenizerFiles.find(path)
+    assert files is not None
+    found, _ = differences({**files.read(), **loaded}, files)
+    return [difference.part for difference in found]
+
+
+def test_added_tokens_take_the_spaces_that_the_files_say(tmp_path: Path) -> None:
     tokenizer = cl100k()
     tokenizer.add_special_tokens([AddedToken("<end>", rstrip=True)])
-    given = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<end>"]}
-    path = folder(tmp_path, tokenizer, **given)
-    try:
-        flags = [token["rstrip"] for token in json.loads(load(path).backend_tokenizer.to_str())["added_tokens"]]
-        assert flags[-1]
-    except MemberError as error:
-        assert "'<end>' takes other spaces" in str(error)
+    path = folder(tmp_path / "file", tokenizer, tokenizer_class="PreTrainedTokenizerFast")
+    load(path)
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    other = [*added[:-1], {**added[-1], "rstrip": False}]
+    assert parts(path, added_tokens=added) == [] and parts(path, added_tokens=other) == ["added_tokens"]
+    assert parts(path, added_tokens=added[:-1]) == ["added_tokens"]
+    assert parts(path, added_tokens=[*added, {**added[-1], "id": 400, "content": "<pad>"}]) == []
+    listed = {str(added[-1]["id"]): {**added[-1], "rstrip": False}}
+    load(folder(tmp_path / "config", tokenizer, added_tokens_decoder=listed))  # one of its files says so
 
 
 def test_a_bos_that_the_file_adds_is_added(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    given = {"bos_token": "<|endoftext|>", "tokenizer_class": "GPT2Tokenizer"}
-    for path, explained in ((folder(tmp_path / "a", tokenizer, **given), False),) + (
-        (folder(tmp_path / "b", tokenizer, add_bos_token=False, **given), True),
-    ):
-        loaded = AutoTokenizer.from_pretrained(path)("a").input_ids
-        if explained or loaded == tokenizer.encode("a").ids:
-            load(path)
-        else:
-            with pytest.raises(MemberError, match="post_processor"):
-                load(path)
-            load(path, add_bos_token=True)
+    path = folder(tmp_path / "file", tokenizer)
+    bare = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
+    bare["pair"] = [*bare["single"], {"Sequence": {"id": "B", "type_id": 1}}]
+    for other in (None, bare, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}):
+        assert parts(path, post_processor=other) == ["post_processor"]
+        assert parts(folder(tmp_path / "asked", tokenizer, add_bos_token=False), post_processor=other) == []
+    tokenizer.post_processor = None
+    assert parts(folder(tmp_path / "none", tokenizer), post_processor=bare) == []
 
 
 def codec_of(path: str, size: int | None = None, **given: Any) -> TextCodec:
