@@ -221,9 +221,9 @@ class StepReader:
             return Piece(token, member.lm.tok_decode([token], skip_special_tokens=False).encode("utf-8", "replace"))
         if data := vocab.pieces[token]:
             return Piece(token, data)
-        named = None if token in vocab.unused else member.lm.tokenizer.convert_ids_to_tokens(token)
-        role = identity(vocab, token)
-        return Piece(token, b"", str(named) if named else str(role))
+        if token in vocab.unused:
+            return Piece(token, b"", f"unused row {token}")
+        return Piece(token, b"", str(member.lm.tokenizer.convert_ids_to_tokens(token) or identity(vocab, token)))
 
 
 def _vocabulary(member: Member) -> ByteVocab | None:

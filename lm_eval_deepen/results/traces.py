@@ -66,8 +66,11 @@ def read_trace(path: Path) -> TraceFile:
             f"{path}: its schema is {head.get('schema')!r:.60}; this version reads {SCHEMA!r}. Read it with the "
             "version that wrote it, or run again"
         )
+    members = head.get("members")
+    if not isinstance(members, list) or any(not isinstance(member, dict) for member in members):
+        raise ResultError(f"{path}:1: names no members; the file is damaged, run again")
     for number, document in enumerate(documents, 2):
-        if (odd := _odd(document, len(head.get("members") or ()))) is not None:
+        if (odd := _odd(document, len(members))) is not None:
             raise ResultError(f"{path}:{number}: {odd}; the file is damaged, run again")
     return TraceFile(path, head, documents, cut)
 
@@ -146,3 +149,13 @@ def text_of(piece: Any) -> str:
     if isinstance(piece, Mapping) and isinstance(piece.get("bytes"), str):
         return "".join(f"\\x{piece['bytes'][i : i + 2]}" for i in range(0, len(piece["bytes"]), 2))
     return f"⟨{piece.get('control')}⟩" if isinstance(piece, Mapping) else str(piece)
+
+
+def bytes_of(piece: Any) -> bytes:
+    """Return a piece's bytes; none of a control piece."""
+    if isinstance(piece, str):
+        return piece.encode("utf-8", "replace")
+    try:
+        return bytes.fromhex(piece["bytes"])
+    except (TypeError, ValueError, LookupError):
+        return b""

@@ -1,0 +1,317 @@
+"""One self-contained page that shows traces: documents, the text by who decided each token, what every member said.
+
+The page is `trace_page.html.j2`; what it shows is JSON inside it, in which no ``<`` stands, so that no text can end it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.results.files import find_runs, fingerprint
+from lm_eval_deepen.results.traces import TraceFile, bytes_of, documents_of, find_traces, text_of
+
+TEMPLATE = "trace_page.html.j2"
+PROMPT = 3000  # characters of a prompt that are shown: its end
+ALL, NOBODY = -1, -2  # who would have chosen a token, beside the numbers of the members
+
+
+@dataclass
+class Side:
+    """What one folder holds.
+
+    Attributes:
+        name: how the page calls it.
+        facts: what was run, as pairs of a name and a value.
+        members: names, the main member first; none where there is no trace.
+        tasks: documents by task, in the page's form.
+        notes: what is missing, and why.
+    """
+
+    name: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
+    tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Strings:
+    """The strings of a page, each of which stands there once."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.at.setdefault(text, len(self.at))
+
+
+def page(folder: Path, other: Path | None = None, limit: int | None = None) -> str:
+    """Return the page of a folder with traces, beside another one if that is given.
+
+    Args:
+        folder: what ``--output_path`` or ``trace_dir`` was given.
+        other: another result folder; without traces its samples count.
+        limit: documents of each task that are shown; None for all.
+
+    Raises:
+        ResultError: no trace in the first folder, nothing in the second, or files that cannot be read.
+    """
+    strings = _Strings()
+    a = side(folder, strings, limit)
+    b = None if other is None else side(other, strings, limit, traced=False)
+    if b is not None and not set(a.tasks) & set(b.tasks):
+        raise ResultError(f"{other}: has no task of {folder}: {', '.join(b.tasks)} there, {', '.join(a.tasks)} here")
+    if b is not None and a.name == b.name:
+        a.name, b.name = str(folder), str(other)
+    data = {"a": _data(a), "b": b and _data(b), "strings": list(strings.at)}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template(TEMPLATE).render(
+        title=f"Trace of {a.name}" + (f" beside {b.name}" if b else ""),
+        sides=[one for one in (a, b) if one],
+        data=Markup(script_json(data)),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def script_json(data: Any) -> str:
+    """Return JSON that nothing in it can end the script element with."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def side(folder: Path, strings: _Strings, limit: int | None = None, traced: bool = True) -> Side:
+    """Return what a folder holds; with `traced`, it is an error if that is no trace."""
+    found = Side(folder.resolve().name)
+    traces: dict[str, list[TraceFile]] = {}
+    try:
+        traces = find_traces(folder)
+    except ResultError:
+        if traced or not folder.exists():
+            raise
+        found.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
+    samples = _samples(folder, traces, found)
+    if not traces and not samples:
+        raise ResultError(f"{folder}: holds neither traces nor samples; evaluate with --output_path and --log_samples")
+    for task, files in traces.items():
+        found.members = found.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
+        if any(file.cut for file in files):
+            found.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
+    _say(found, next(iter(traces.values()), []))
+    for task in traces or samples:
+        records = documents_of(traces[task]) if task in traces else []
+        found.tasks[task] = _documents(records, samples.get(task, {}), strings)
+        if limit is not None and len(found.tasks[task]) > limit:
+            found.notes.append(f"{task}: the first {limit} of {len(found.tasks[task])} documents are shown (--limit)")
+            del found.tasks[task][limit:]
+        if task in traces and not samples.get(task):
+            found.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
+    return found
+
+
+def _say(found: Side, files: Sequence[TraceFile]) -> None:
+    if files:
+        head = files[0].head
+        found.facts = [
+            ("method", str(head.get("method"))),
+            ("members", _short(", ".join(f"{one.get('name')} ({one.get('pretrained')})" for one in head["members"]))),
+            ("fingerprint", str(head.get("fingerprint"))[:16]),
+            ("started", str(head.get("started"))),
+            ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
+            *found.facts,
+        ]
+
+
+Samples = dict[str, dict[tuple, list[Mapping[str, Any]]]]  # by task, then by document
+
+
+def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], found: Side) -> Samples:
+    """Return the samples of the runs that the traces are of; without traces, those of the first run."""
+    try:
+        runs = find_runs(folder)
+    except ResultError:
+        return {}
+    kept: Samples = {}
+    for run in runs if traces else runs[:1]:
+        for task, one in run.tasks.items():
+            if traces and (task not in traces or fingerprint(one.results) != traces[task][0].head.get("fingerprint")):
+                continue
+            if task in kept:
+                continue
+            kept[task] = {}
+            for record in _records(one.samples_path):
+                kept[task].setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
+            if not found.facts:
+                found.facts = _facts(one.results)
+    return kept
+
+
+def _records(path: Path) -> Iterator[Mapping[str, Any]]:
+    for line in path.read_text("utf-8", "replace").split("\n"):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ResultError(f"{path}: holds what is no sample ({error}); evaluate the task again") from error
+        if isinstance(record, Mapping):
+            yield record
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    config = results.get("config") or {}
+    date = results.get("date")
+    told = {
+        "finished": datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        if isinstance(date, (int, float))
+        else None,
+        "model": results.get("model_name"),
+        "model_args": config.get("model_args"),
+        "limit": config.get("limit"),
+        "seeds": [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")],
+        "few-shots": results.get("n-shot"),
+        "lm_eval": results.get("lm_eval_version"),
+        "transformers": results.get("transformers_version"),
+    }
+    return [(key, _short(value)) for key, value in told.items() if value not in (None, {}, [])]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = "".join(chr(0x2400 + ord(c)) if c < " " and c != "\n" else c for c in text)  # pictures of control characters
+    return text if len(text) <= 400 else text[:399] + "…"
+
+
+def _documents(
+    records: Sequence[Mapping[str, Any]], samples: Mapping[tuple, Sequence[Mapping[str, Any]]], strings: _Strings
+) -> list[dict[str, Any]]:
+    by_document: dict[tuple, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_document.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
+    found = []
+    for key in by_document or samples:
+        asked = by_document.get(key, [])
+        requests = [_request(record, strings) for record in asked]
+        steps = [step for request in requests for step in request["steps"]]
+        scored = list(samples.get(key, ()))
+        found.append(
+            {
+                "id": key[0],
+                "hash": key[1],
+                "requests": requests,
+                "changed": sum(step["c"] for step in steps),
+                "steps": len(steps),
+                "agree": sum(step["w"] == ALL for step in steps) / len(steps) if steps else None,
+                **_outcome(scored),
+            }
+        )
+    return found
+
+
+def _outcome(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return scores, prompt, target and answer of a document, as far as there are samples."""
+    scores: dict[str, float] = {}
+    for record in scored:
+        for name in record.get("metrics") or ():
+            value = record.get(name)
+            if isinstance(value, (int, float)) and value == value and abs(value) != float("inf"):
+                flt = record.get("filter")
+                scores[name if flt in (None, "none") else f"{name},{flt}"] = float(value)
+    first = scored[0] if scored else {}
+    given = (first.get("arguments") or {}) if isinstance(first.get("arguments"), Mapping) else {}
+    one = given.get("gen_args_0")
+    prompt = one.get("arg_0") if isinstance(one, Mapping) else None
+    generated = isinstance(one, Mapping) and isinstance(one.get("arg_1"), Mapping)  # how, beside the prompt
+    answers = first.get("resps")
+    texts = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], list) else []
+    choices = [
+        str(argument["arg_1"])
+        for argument in given.values()
+        if isinstance(argument, Mapping) and isinstance(argument.get("arg_1"), str)
+    ]
+    return {
+        "scores": scores,
+        "prompt": None if not isinstance(prompt, str) else prompt if len(prompt) <= PROMPT else "…" + prompt[-PROMPT:],
+        "target": _short(first["target"]) if "target" in first else None,
+        "answer": texts[0] if generated and texts and isinstance(texts[0], str) else None,
+        "filtered": _short(_only(first.get("filtered_resps"))) if generated else None,
+        "choices": choices,
+        "values": [_value(answer) for answer in answers] if choices and isinstance(answers, list) else [],
+    }
+
+
+def _only(values: Any) -> Any:
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
+
+
+def _value(answer: Any) -> float | None:
+    """Return the log-probability of a choice in a sample, where it is ``[[logp, greedy]]``, numbers as text."""
+    try:
+        return float(answer[0][0])
+    except (TypeError, ValueError, LookupError):
+        return None
+
+
+def _request(record: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
+    steps = [_step(step, strings) for step in record["steps"]]
+    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for step, given in zip(steps, record["steps"], strict=True):
+        text += decoder.decode(bytes_of(given["piece"]))
+        step["n"] = len(text.encode("utf-16-le", "surrogatepass")) // 2  # where it ends, as scripts count
+    return {
+        "text": text,
+        "request": record.get("request"),
+        "repeat": record.get("repeat"),
+        "type": str(record.get("type")),
+        "end": str(record.get("reason") or ""),
+        "greedy": record.get("greedy"),
+        "logp": sum(step["l"] for step in steps if step["l"] is not None),
+        "steps": steps,
+    }
+
+
+def _step(step: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
+    said: list[list[Any] | None] = []
+    for one in step["members"]:
+        if one.get("abstained"):
+            said.append(None)
+            continue
+        top = [(strings(text_of(piece)), share) for piece, share in one.get("top", [])]
+        said.append([one.get("weight"), one.get("chosen"), [value for pair in top for value in pair]])
+    return {
+        "p": strings(text_of(step["piece"])),
+        "k": 0 if isinstance(step["piece"], str) else 1,
+        "l": step.get("logp") if isinstance(step.get("logp"), (int, float)) else None,
+        "e": step.get("entropy"),
+        "b": strings(text_of(step["best"])) if "best" in step else None,
+        "c": int(bool(step.get("changed"))),
+        "s": str(step.get("skipped") or ""),
+        "w": who(step),
+        "m": said,
+    }
+
+
+def who(step: Mapping[str, Any]) -> int:
+    """Return whose likeliest piece a token is: `ALL`, the first member's number, or `NOBODY`."""
+    here = [m for m, one in enumerate(step["members"]) if not one.get("abstained") and one.get("top")]
+    would = [m for m in here if _is_first(step["members"][m], step["piece"])]
+    if not would:
+        return NOBODY
+    return ALL if len(would) == len(here) else would[0]
+
+
+def _is_first(member: Mapping[str, Any], piece: Any) -> bool:
+    first, share = member["top"][0]
+    if isinstance(piece, Mapping) and "control" in piece:  # ends of text have a name of their own in each vocabulary
+        said = member.get("chosen")
+        return isinstance(first, Mapping) and "control" in first and said is not None and said >= 0.999 * share
+    return bool(first == piece)
+
+
+def _data(one: Side) -> dict[str, Any]:
+    return {"name": one.name, "members": one.members, "tasks": one.tasks}

@@ -1,0 +1,229 @@
+"""The page of traces: one file that needs nothing else, shows any text as text, and answers clicks and keys."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import synthesised
+
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.results.trace_page import ALL, NOBODY, page, script_json, who
+from lm_eval_deepen.results.traces import SCHEMA
+
+NODE = shutil.which("node")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--", "\u202eabc\u2066", "a\0b",
+           "x" * 100_000, "]]>", "{{ 7 * 7 }}", "\u2028", "שלום"]  # fmt: skip
+
+
+def step(piece: Any, *tops: Any, **facts: Any) -> dict[str, Any]:
+    members = [
+        {"abstained": True} if top is None else {"weight": 0.5, "top": [[top, 0.6], ["z", 0.1]], "chosen": 0.25}
+        for top in tops
+    ]
+    return {"piece": piece, "logp": -1.25, "entropy": 1.5, "members": members, **facts}
+
+
+def write_trace(
+    folder: Path, documents: list[list[dict[str, Any]]], task: str = "t", members: Any = ("one", "two")
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"schema": SCHEMA, "task": task, "fingerprint": "f" * 64, "method": "deepen", "started": "2026-01-01",
+            "members": [{"name": name, "pretrained": name} for name in members], "lm_eval_deepen": "0"}  # fmt: skip
+    lines = [head] + [
+        {
+            "doc_id": n,
+            "doc_hash": f"h{n}",
+            "request": 0,
+            "repeat": 0,
+            "type": "generate_until",
+            "reason": "stop",
+            "steps": steps,
+        }
+        for n, steps in enumerate(documents)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / f"trace_{task}_2026-01-01T00-00-00.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    here = write_trace(
+        tmp_path / "here",
+        [
+            [
+                step("The", "The", "The"),
+                step(" dog", " cat", " dog", changed=True),
+                step({"control": "<eos>"}, {"control": "</s>"}, None),
+            ],
+            [step({"bytes": "c3"}, {"bytes": "c3"}, "q"), step({"bytes": "a9"}, "a", "b", skipped="skip_when=agree")],
+            [step("same", "same", "same")],
+        ],
+    )  # fmt: skip
+    alone = [[step("The", "The"), step(" cat", " cat")], [step("é", "e")], [step("same", "same")]]
+    there = write_trace(tmp_path / "there", alone, members=("alone",))
+    return here, there
+
+
+def drive(text: str, folder: Path, *actions: Any) -> list[dict[str, Any]]:
+    """Return what the page shows at first and after each action."""
+    if NODE is None:
+        pytest.skip("no node to run the page's script")
+    path = folder / "page.html"
+    path.write_text(text, "utf-8")
+    script = Path(__file__).with_name("page_in_node.js")
+    command = [NODE, str(script), str(path)]
+    found = subprocess.run(command, input=json.dumps(actions), capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_keys_clicks_filters_and_search(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    text = page(*folders)
+    shown = drive(
+        text, tmp_path, ["key", "ArrowRight"], ["key", "ArrowLeft"], ["key", "ArrowRight", "shift"], ["key", "j"],
+        ["click", "t0-1"], ["choose", "filter", 3], ["choose", "filter", 5], ["choose", "filter", 0],
+        ["choose", "search", "É"], ["key", "k"],
+    )  # fmt: skip
+    start, right, left, changed, second, clicked, only_changed, differing, everything, searched, kept = shown
+    assert start["count"] == "3 of 3 documents" and start["what"] == "Document 0"
+    assert start["marked"] == ["t0-1", "t1-1"] and start["here"] == ["t0-1"]  # where the texts part
+    assert "The texts part at token 2." in start["strips"][0]
+    assert right["step"].startswith("Token 3 of 3: “⟨<eos>⟩”") and "abstained" in right["members"][1]
+    assert left["here"] == ["t0-1"] and "fusion changed the main member’s choice" in left["step"]
+    assert "fused 28.7 %" in left["step"] and "60.0 %" in left["members"][0]
+    assert changed["here"] == left["here"]  # there is no further one
+    assert second["what"] == "Document 1" and "not fused: skip_when=agree" in clicked["step"]
+    assert second["marked"] == []  # two tokens spell what one does there
+    assert only_changed["count"] == "1 of 3 documents" and differing["list"][0].startswith("#0 ")
+    assert differing["count"] == "1 of 3 documents" and everything["count"] == start["count"]
+    assert searched["count"] == "1 of 3 documents" and searched["what"] == kept["what"] == "Document 1"
+    assert "members agree 33 %" in start["list"][0] and "1 of 3 tokens changed" in start["list"][0]
+
+
+def test_scores_and_right_here_wrong_there(tmp_path: Path) -> None:
+    """Samples are joined by document and fingerprint; a folder without traces has its samples."""
+    for name, values in (("a", [1.0, 0.0]), ("b", [0.0, 0.0])):
+        synthesised(tmp_path / name, {"t": {"acc": values}})
+    [results] = (tmp_path / "a").rglob("results_*.json")
+    facts = json.loads(results.read_text())
+    facts["config"] = {**facts.get("config", {}), "deepen": {"fingerprint": "f" * 64}}
+    results.write_text(json.dumps(facts))
+    [samples] = (tmp_path / "a").rglob("samples_*.jsonl")
+    hashes = [json.loads(line)["doc_hash"] for line in samples.read_text().splitlines()]
+    write_trace(tmp_path / "a", [[step("x", "x", "x")], [step("y", "x", "y", changed=True)]])
+    [trace] = (tmp_path / "a").rglob("trace_*")
+    told = gzip.decompress(trace.read_bytes()).decode()
+    for n, found in enumerate(hashes):
+        told = told.replace(f'"h{n}"', json.dumps(found))
+    trace.write_bytes(gzip.compress(told.encode()))
+    text = page(tmp_path / "a", tmp_path / "b")
+    assert "has no traces" in text and "ffffffffffffffff" in text
+    start, gained = drive(text, tmp_path, ["choose", "filter", 6])
+    assert start["options"][6] == "right here, wrong in b" and start["scores"].startswith("acc 1")
+    assert gained["count"] == "1 of 2 documents" and "right" in gained["list"][0]
+
+
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
+    steps = [step(text, text, {"control": text}) for text in HOSTILE]
+    folder = write_trace(tmp_path / '<b>&"x', [steps], task="t<i>", members=("<u>one", "two\0"))
+    text = page(folder)
+    tags = Tags(text).found
+    assert [tag for tag, _ in tags].count("script") == 2 and not {"img", "b", "i", "u"} & {tag for tag, _ in tags}
+    assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
+    assert not re.search(r"""(src|href)=|url\(|https?://""", re.sub(r"(?s)<script type=.*?</script>", "", text))
+    assert "default-src 'none'" in text and "\0" not in text
+    data = text.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in data and set(HOSTILE) <= set(json.loads(data)["strings"])
+    [shown] = drive(text, tmp_path)
+    assert not {"IMG", "B<", "I", "U"} & set(shown["tags"]) and shown["tags"].count("SCRIPT") == 1
+    strip = shown["strips"][0]
+    assert HOSTILE[0] in strip and HOSTILE[1] in strip and "a\u2400b" in strip and "\0" not in strip
+    assert "\u202e" not in strip and "<U+202E>abc" in strip and "x" * 100_000 in strip and "{{ 7 * 7 }}" in strip
+    assert script_json({"a": "</script>"}) == '{"a":"\\u003c/script\\u003e"}'
+
+
+def test_who_decided() -> None:
+    assert who(step("a", "a", "a")) == ALL and who(step("a", "a", None)) == ALL
+    assert who(step("a", "a", "b")) == 0 and who(step("a", "b", "a")) == 1 and who(step("a", "b", "b")) == NOBODY
+    end = step({"control": "<eos>"}, {"control": "</s>"}, "a")
+    assert who(end) == NOBODY  # its likeliest control piece is not what ended the text
+    end["members"][0]["chosen"] = 0.6
+    assert who(end) == 0
+
+
+def test_ten_thousand_steps_and_a_limit(tmp_path: Path) -> None:
+    write_trace(tmp_path, [[step(f" {n}", f" {n % 7}", f" {n % 5}") for n in range(10_000)], [step("b", "b", "b")]])
+    text = page(tmp_path, limit=1)
+    assert "the first 1 of 2 documents are shown" in text and len(text) < 4_000_000
+    [_, last] = drive(text, tmp_path, ["key", "End"])
+    assert last["step"].startswith("Token 10000 of 10000")
+
+
+def test_the_command_says_where_the_page_is(folders: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["view", *map(str, folders)]) == 0
+    assert (folders[0] / "view.html").is_file() and str(folders[0] / "view.html") in capsys.readouterr().out
+    assert cli.main(["view", str(folders[0]), "--output", str(tmp_path / "b.html")]) == 0
+    for wrong, said in (["nowhere", "no such folder"], [str(tmp_path / "empty"), "holds no trace"]):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert cli.main(["view", wrong]) == 2 and said in capsys.readouterr().err
+    write_trace(tmp_path / "other", [[step("x", "x")]], task="u", members=("one",))
+    with pytest.raises(ResultError, match="has no task of"):
+        page(folders[0], tmp_path / "other")
+
+
+def test_colours_are_readable_in_light_and_dark(folders: tuple[Path, Path]) -> None:
+    """The contrast of text on whatever it stands on is 4.5 at least, as WCAG 2 asks."""
+    style = page(folders[0]).split("<style>")[1].split("</style>")[0]
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(themes) == 2 and themes[0].keys() == themes[1].keys()
+    for theme in themes:
+        for ground in ("paper", "raised", "all", "w0", "w1", "w2", "w3", "w4", "none"):
+            assert contrast(theme["ink"], theme[ground]) >= 4.5, ground
+        for ground in ("paper", "raised"):
+            assert contrast(theme["soft"], theme[ground]) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_it_without_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page(*folders), "utf-8")
+    for width in (360, 1280):
+        command = [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            f"--window-size={width},900", "--dump-dom", path.as_uri(),
+        ]  # fmt: skip
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in found.stderr and "Token 2 of 3" in found.stdout
