@@ -15,7 +15,9 @@ from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
 
 if TYPE_CHECKING:
+    from lm_eval_deepen.leaderboard.execution import Plan
     from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
+    from lm_eval_deepen.leaderboard.table import Table
 
 HELP = (
     "Evaluate the rows of a recipe (members alone, ensembles in every order, methods, weightings, poolings) on its "
@@ -52,32 +54,71 @@ def run(args: argparse.Namespace) -> int:
     # Before torch and the hub client are imported, which read them once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lm_eval_deepen.harness.tasks import load_tasks
     from lm_eval_deepen.leaderboard import table as leaderboard_table
-    from lm_eval_deepen.leaderboard.execution import execute, plan
 
     recipe = adjusted(args)
     if args.into is not None:
         leaderboard_table.check_markers(args.into)
     out = args.out or Path("results") / Path(args.recipe).stem
-    tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
-    todo = plan(recipe, tasks, out, args.redo, args.built)
     if args.dry_run:
-        print(leaderboard_table.listing(todo))
+        print(_listing(recipe, out, args))
         return 0
-    cells = execute(todo, args.device or default_device(), say)
-    table = leaderboard_table.measure(todo, cells)
-    for kind, name in FILES.items():
-        write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")
+    todo, table = evaluated(recipe, out, args.device, args.redo, args.built)
     if args.into is not None:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     print(leaderboard_table.rendered(table, args.format))
     say(f"cells, {', '.join(FILES.values())}: {out}")
+    refuse_failed(todo)
+    return 0
+
+
+def evaluated(
+    recipe: LeaderboardRecipe, out: Path, device: str | None, redo: bool = False, built: Path | None = None
+) -> tuple[Plan, Table]:
+    """Evaluate what is missing of a recipe and write its tables to `out`; return what was done, and the table."""
+    from lm_eval_deepen.harness.tasks import load_tasks
+    from lm_eval_deepen.leaderboard import table as leaderboard_table
+    from lm_eval_deepen.leaderboard.development import adapted
+    from lm_eval_deepen.leaderboard.execution import execute, plan
+
+    device = device or default_device()
+    tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
+    recipe = adapted(recipe, out, device, say, redo, built)
+    todo = plan(recipe, tasks, out, redo, built)
+    cells = execute(todo, device, say)
+    table = leaderboard_table.measure(todo, cells)
+    for kind, name in FILES.items():
+        write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")
+    return todo, table
+
+
+def refuse_failed(todo: Plan) -> None:
+    """Raise ResultError where a cell has no results."""
     if todo.failed:
         listed = [f"row {row!r}, task {task!r}: {reason}" for (row, task), reason in todo.failed.items()]
         count = "1 cell has" if len(listed) == 1 else f"{len(listed)} cells have"
         raise ResultError("\n".join([f"{count} no results; all others are finished.", *listed]))
-    return 0
+
+
+def _listing(recipe: LeaderboardRecipe, out: Path, args: argparse.Namespace) -> str:
+    """Return what there is to do, of rows with measured weights only once these are there."""
+    from lm_eval_deepen.harness.tasks import load_tasks
+    from lm_eval_deepen.leaderboard import table as leaderboard_table
+    from lm_eval_deepen.leaderboard.development import adapted, development_plan
+    from lm_eval_deepen.leaderboard.execution import plan
+
+    tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
+    first = development_plan(recipe, out, args.redo, args.built)
+    if first is None or not first.missing:
+        recipe = adapted(recipe, out, None, say, args.redo, args.built)
+        return leaderboard_table.listing(plan(recipe, tasks, out, args.redo, args.built))
+    others = dataclasses.replace(recipe, rows=tuple(row for row in recipe.rows if not row.adapts))
+    waiting = dict.fromkeys(row.group for row in recipe.rows if row.adapts)
+    told = [
+        f"first, {len(first.missing)} scores on development splits, for the weights of {', '.join(waiting)}",
+        leaderboard_table.listing(plan(others, tasks, out, args.redo, args.built)),
+    ]
+    return "\n\n".join(told)
 
 
 def adjusted(args: argparse.Namespace) -> LeaderboardRecipe:

@@ -39,6 +39,7 @@ class TaskSpec(Asking):
     """What is asked of one task, or group of tasks."""
 
     task: str = Field(min_length=1, description="The name of a task, or of a group of tasks.")
+    whole: bool = Field(False, description="Of a group of tasks: one column for all of it, and none for its tasks.")
     split: Literal["test", "validation"] | None = Field(
         None, description="`validation` evaluates the development split where the task also has a test split."
     )

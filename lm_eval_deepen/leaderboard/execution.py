@@ -94,6 +94,8 @@ def plan(
     for row in recipe.rows:
         different = recipe.builds.incompatible(row.members)
         for task in tasks:
+            if not row.has(task.name):
+                continue
             key = (row.name, task.name)
             if reason := different or no_answer(row, task):
                 meaningless[key] = reason

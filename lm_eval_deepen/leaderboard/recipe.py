@@ -23,6 +23,7 @@ from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.harness.tasks import Asking, TaskSpec
 from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
+from lm_eval_deepen.leaderboard.published import PublishedTable, check_published
 from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
 from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES
 
@@ -39,13 +40,20 @@ class LeaderboardKeys(Asking):
     """The keys of a leaderboard; those of `Asking` hold for all of its tasks."""
 
     title: str | None = Field(None, description="The heading of the table.")
-    members: Annotated[Any, Shown("a list with at least one entry")] = Field(
-        None, description="Models: each is a name or a mapping with `pretrained` or `build`, and a row of its own."
+    source: str = Field("", description="Where the table was published.")
+    note: str = Field("", description="What else to know.")
+    expected: Annotated[tuple[PublishedTable, ...], Shown("a list with one entry for each published table")] = Field(
+        (), description="Published scores, which the table shows beside those measured."
     )
+    members: Annotated[Any, Shown("a list with at least one entry")] = Field(
+        None, description="Models: each is a name or a mapping with `pretrained` or `build`, and a row of its own. "
+        "`tasks` names its only columns."
+    )  # fmt: skip
     common: FrozenDict = Field(FrozenDict(), description="Keys of an ensemble that all rows have alike.")
     rows: Annotated[Any, Shown("a list of mappings")] = Field(
         None, description="Rows: each has the keys of an ensemble, with the names of its members; or names an "
-        "`ensemble` file, or a model to `build`."
+        "`ensemble` file, or a model to `build`. `by_task` says by task what differs there; such a row has no other "
+        "columns. `dev_scores: measured` weighs by scores that are measured on every task's development split."
     )  # fmt: skip
     grid: Grid | None = Field(None, description="Rows that are every combination of some choices.")
     tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(
@@ -81,6 +89,7 @@ class LeaderboardRecipe:
         resamples: of the permutation test; None for the usual number.
         notes: combinations of the grid that mean nothing, and why.
         builds: models that are built before they are evaluated.
+        expected: published tables.
     """
 
     source: str
@@ -95,6 +104,7 @@ class LeaderboardRecipe:
     resamples: int | None = None
     notes: tuple[str, ...] = ()
     builds: Builds = field(default_factory=Builds)
+    expected: tuple[PublishedTable, ...] = ()
 
     @property
     def alone(self) -> tuple[Row, ...]:
@@ -134,8 +144,9 @@ def parse_recipe(
     with problems.collected():
         tasks = _tasks(keys, {key: raw[key] for key in Asking.names() if key in raw})
     with problems.collected():
-        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source)
+        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, _names(keys))
     problems.refuse()
+    check_published(keys.expected, [spec.task for spec in tasks], rows)
     return LeaderboardRecipe(
         source=str(path),
         title=keys.title or f"Leaderboard of {' and '.join(member.name for member in members)}",
@@ -149,11 +160,19 @@ def parse_recipe(
         resamples=keys.resamples,
         notes=tuple(dict.fromkeys(notes)),
         builds=builds,
+        expected=keys.expected,
     )
 
 
+def _names(keys: LeaderboardKeys) -> list[str]:
+    """Return the names of the tasks, as far as they have some."""
+    listed = keys.tasks if isinstance(keys.tasks, list) else []
+    found = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
+    return [name for name in found if isinstance(name, str)]
+
+
 def _rows(
-    keys: LeaderboardKeys, folder: Path, elsewhere: Mapping[str, str], source: TaskSource
+    keys: LeaderboardKeys, folder: Path, elsewhere: Mapping[str, str], source: TaskSource, tasks: Sequence[str]
 ) -> tuple[tuple[MemberConfig, ...], list[Row], Builds, list[str]]:
     """Return the members, all rows, what is built for them, and notes on combinations that mean nothing."""
     common = {"self_check": False, **keys.common}  # the members are measured beside
@@ -165,6 +184,7 @@ def _rows(
     built: dict[str, BuildRecipe] = {}
     listed = take_members(_listed(keys.members, "members"), folder, built)
     entries = [_member(entry, folder, f"members[{i}]") for i, entry in enumerate(listed)]
+    only = [_only(entry, tasks, f"members[{i}]") for i, entry in enumerate(entries)]
     members = _placed(configure({**common, "members": entries}).members, elsewhere)
     built = {name: recipe for name, recipe in built.items() if name not in elsewhere}
     built_rows, others = take_rows(keys.rows, folder, built)
@@ -174,10 +194,11 @@ def _rows(
     places = {member.name: member.pretrained for member in members if member.name not in built}
     built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
     builds = Builds(built, places, source, controls)
-    rows = [member_row(member, common) for member in members]
+    rows = [replace(member_row(member, common), tasks=own) for member, own in zip(members, only, strict=True)]
     rows += [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
     if keys.grid is not None or others or not built_rows:
-        rows += expand(others, keys.grid, {member.name: member for member in members}, common, folder, notes)
+        by_name = {member.name: member for member in members}
+        rows += expand(others, keys.grid, by_name, common, folder, notes, tasks)
     builds.needed(built)
     _check_names(rows)
     return members, rows, builds, notes
@@ -197,6 +218,19 @@ def _member(entry: Any, folder: Path, at: str) -> dict[str, Any]:
     if "weight" in found:
         raise ConfigError(f"{at} ({found['pretrained']}): a weight belongs to a row, as weights", key=f"{at}.weight")
     return dict(beside(found, folder))
+
+
+def _only(entry: dict[str, Any], tasks: Sequence[str], at: str) -> tuple[str, ...]:
+    """Take the only columns of a member out of its keys; empty for all."""
+    said = entry.pop("tasks", None)
+    names = [said] if isinstance(said, str) else [] if said is None else said
+    if not isinstance(names, list) or (said is not None and not names):
+        raise ConfigError(f"{at}: tasks must be a list with at least one task's name; got {said!r}", key=f"{at}.tasks")
+    for name in names:
+        if name not in tasks:
+            near = did_you_mean(str(name), tasks)
+            raise ConfigError(f"{at}: tasks: {name!r} is no task of the recipe.{near} Tasks: {', '.join(tasks)}")
+    return tuple(names)
 
 
 def _placed(members: Sequence[MemberConfig], elsewhere: Mapping[str, str]) -> tuple[MemberConfig, ...]:

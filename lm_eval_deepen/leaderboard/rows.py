@@ -22,6 +22,7 @@ from lm_eval_deepen.leaderboard.tuned import Tuned, read_tuned
 from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.weighting import WEIGHTINGS
 
+MEASURED = "measured"  # of `dev_scores`: the leaderboard measures them first
 _BY_MEMBER = ("weights", "dev_scores")  # lists in the order of the members; a mapping by name fits every order
 
 Members = Mapping[str, MemberConfig]  # by name
@@ -54,7 +55,11 @@ class Row:
         config: what is evaluated.
         members: names of the loaded members, the main one first; one name for a member alone.
         tuned: what a tuned ensemble file says of the documents it was fitted on, or None.
-        repeats: the row of the table that it is one of several seeds of; None for a row of its own.
+        repeats: the row of the table that it is a part of: one of several seeds, or one task's; None for a row of its
+            own.
+        tasks: the only columns that it has; empty for all.
+        adapts: whether its weights are the members' scores on the development split of its task, which are measured
+            first (see `development`); until then the members count alike.
     """
 
     name: str
@@ -62,6 +67,12 @@ class Row:
     members: tuple[str, ...]
     tuned: Tuned | None = None
     repeats: str | None = None
+    tasks: tuple[str, ...] = ()
+    adapts: bool = False
+
+    def has(self, task: str) -> bool:
+        """Return whether a column is one of the row's."""
+        return not self.tasks or task in self.tasks
 
     def __post_init__(self) -> None:
         """Refuse what a row cannot do: its cells share forward passes, and none of them writes beside them."""
@@ -103,7 +114,13 @@ def built_row(built: BuiltRow, pretrained: str, common: Mapping[str, Any]) -> Ro
 
 
 def expand(
-    listed: Any, grid: Grid | None, members: Members, common: Mapping[str, Any], folder: Path, notes: list[str]
+    listed: Any,
+    grid: Grid | None,
+    members: Members,
+    common: Mapping[str, Any],
+    folder: Path,
+    notes: list[str],
+    tasks: Sequence[str] = (),
 ) -> list[Row]:
     """Return the ensembles: those of the grid, then those listed, together where the order of members is the same.
 
@@ -114,6 +131,7 @@ def expand(
         common: keys that all rows have alike.
         folder: where relative paths of ensemble files are read.
         notes: combinations that mean nothing are added here.
+        tasks: names of the columns.
 
     Raises:
         ConfigError: options that cannot be honoured, by the row's name.
@@ -124,7 +142,7 @@ def expand(
     problems = Problems()
     for i, spec in enumerate(listed or []):
         with problems.collected():
-            rows.append(_listed_row(spec, f"rows[{i}]", members, common, folder))
+            rows += _listed_rows(spec, f"rows[{i}]", members, common, folder, tasks)
     problems.refuse()
     if not rows:
         raise ConfigError("no ensemble: give rows, grid, or both; members alone are rows anyway", key="rows")
@@ -132,13 +150,55 @@ def expand(
     return sorted(rows, key=lambda row: orders.index(row.members))
 
 
-def _listed_row(spec: Any, at: str, members: Members, common: Mapping[str, Any], folder: Path) -> Row:
+def _listed_rows(
+    spec: Any, at: str, members: Members, common: Mapping[str, Any], folder: Path, tasks: Sequence[str]
+) -> list[Row]:
+    """Return a listed row, or one for each task where `by_task` says how they differ, or weights are measured."""
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{at} must be a mapping with method, members, ...; got {spec!r}", key=at, code="value")
     keys = given(spec)
     name = keys.pop("name", None)
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise ConfigError(f"{at}: name must be non-empty text; got {name!r}", key=f"{at}.name", code="value")
+    by_task = keys.pop("by_task", None)
+    if by_task is None and keys.get("dev_scores") != MEASURED:
+        return [_listed_row(name, keys, at, members, common, folder)]
+    if by_task is None:
+        by_task = {task: {} for task in tasks}
+    if not isinstance(by_task, Mapping) or not by_task:
+        raise ConfigError(
+            f"{at}: by_task must be a mapping, of a task's name to the keys that differ there; got {by_task!r}",
+            key=f"{at}.by_task",
+        )
+    if name is None:
+        order = _order(keys.get("members", list(members)), members, at)
+        name = _grid_name(order, _parts({key: value for key, value in keys.items() if key != "members"}))
+    rows = []
+    for task, own in by_task.items():
+        if tasks and task not in tasks:
+            raise ConfigError(
+                f"row {name!r}: by_task names {task!r}, which is no task of the recipe."
+                f"{did_you_mean(str(task), tasks)} Tasks: {', '.join(tasks)}",
+                key=f"{at}.by_task",
+            )
+        if not isinstance(own or {}, Mapping):
+            raise ConfigError(f"row {name!r}: by_task: {task} must be a mapping; got {own!r}", key=f"{at}.by_task")
+        merged = {**keys, **given(own or {})}
+        adapts = merged.get("dev_scores") == MEASURED
+        if adapts:
+            if merged.pop("weighting", None) != "adaptive":
+                raise ConfigError(
+                    f"row {name!r}: dev_scores belong to weighting: adaptive; give both, or neither", key="dev_scores"
+                )
+            del merged["dev_scores"]
+        row = _listed_row(f"{name} [{task}]", merged, at, members, common, folder)
+        rows.append(replace(row, repeats=name, tasks=(str(task),), adapts=adapts))
+    return rows
+
+
+def _listed_row(
+    name: str | None, keys: dict[str, Any], at: str, members: Members, common: Mapping[str, Any], folder: Path
+) -> Row:
     if "ensemble" in keys:
         return _file_row(name or f"{Path(str(keys['ensemble'])).stem}", keys, members, common, folder)
     order = _order(keys.pop("members", list(members)), members, at)

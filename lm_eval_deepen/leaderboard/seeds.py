@@ -21,9 +21,9 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
 
     Args:
         measured: one metric of one task, by row.
-        groups: rows by group; those of one row are left alone.
+        groups: rows by group; those of one row get the group's name and are left alone.
     """
-    of_row = {name: group for group, names in groups.items() if len(names) > 1 for name in names}
+    of_row = {name: group for group, names in groups.items() if names != [group] for name in names}
     scores: dict[str, Scores] = {}
     extra: dict[str, Mapping[str, float | None]] = {}
     for name in measured.scores:
@@ -32,6 +32,9 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
             scores[name], extra[name] = measured.scores[name], measured.extra.get(name, {})
         elif group not in scores:
             rows = [row for row in groups[group] if row in measured.scores]
+            if len(groups[group]) == 1:  # the group's only row in this column
+                scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
+                continue
             scores[group] = _mean([measured.scores[row] for row in rows])
             extra[group] = {
                 **_means([measured.extra.get(row, {}) for row in rows]),

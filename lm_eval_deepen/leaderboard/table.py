@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, Stor
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
+from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
 from lm_eval_deepen.results.page import html
-from lm_eval_deepen.results.pairing import groups, wanted_columns
+from lm_eval_deepen.results.pairing import groups, measured_group, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
 from lm_eval_deepen.results.rows import compare
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
@@ -32,6 +33,10 @@ READING_BUILDS = (
     "each training once; what they were trained on before is not counted.",
     f"{SEEDS}: a row that is repeated over seeds shows the mean over them, of every document; {SPREAD} is the standard "
     "deviation of their scores (n - 1), which the intervals (over documents) do not contain.",
+)
+READING_PUBLISHED = (
+    f"{PUBLISHED}: the published score. {DISTANCE}: the measured score less the published one, in standard errors of "
+    "the measured one, which are over documents; within 2 they agree. A published score is of all documents."
 )
 READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
@@ -82,7 +87,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             if (row.name, task.name) in cells
         ]
         if not runs:  # encoder-decoder members alone and a task that scores given texts, or no cell was finished
-            reasons = {empty[row.name, task.name] for row in recipe.rows}
+            reasons = {empty[row.name, task.name] for row in recipe.rows if row.has(task.name)}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
         found = _columns(plan, task, runs, cells, notes, meaningless)
@@ -93,7 +98,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
                 notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
         rows += found
         for row in recipe.rows:
-            if reason := empty.get((row.name, task.name)):
+            if (reason := empty.get((row.name, task.name))) and row.has(task.name):
                 meaningless |= {(row.group, line.column): reason for line in found}
     if not rows:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
@@ -111,12 +116,16 @@ def _columns(
     """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column."""
     recipe = plan.recipe
     alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
-    grouped = _groups(recipe)
+    grouped = _groups(recipe, task.name)
     rows: list[ScoreRow] = []
-    for column in wanted_columns(runs, list(task.leaves), task.spec.metric):
+    for column in _wanted(runs, task):
         try:
-            kept, empty = _with_scores(runs, *column, grouped)
-            measured = paired(kept, *column, notes)
+            if task.spec.whole:
+                kept, empty = list(runs), {}
+                measured = _whole(runs, *column)
+            else:
+                kept, empty = _with_scores(runs, *column, grouped)
+                measured = paired(kept, *column, notes)
         except NotPairedError as error:
             if task.spec.metric:
                 raise
@@ -129,7 +138,7 @@ def _columns(
         measured = type(measured)(
             measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
         )
-        measured = averaged(measured, grouped)
+        measured = with_published(averaged(measured, grouped), recipe, task.name)
         notes += against_controls(measured, recipe)
         here = [name for name in alone if name in measured.scores]
         if alone and not here:
@@ -139,6 +148,36 @@ def _columns(
         meaningless |= {(group, found[0].column): reason for group, reason in empty.items()}
         rows += found
     return rows
+
+
+def _wanted(runs: Sequence[Run], task: LoadedTask) -> list[tuple[str, str, str]]:
+    """Return the columns of a task as (task, metric, filter); a group that is shown whole is one task."""
+    every = wanted_columns(runs, list(task.leaves), task.spec.metric)
+    if not task.spec.whole:
+        return every
+    return list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in every))
+
+
+def _whole(runs: Sequence[Run], group: str, metric: str, flt: str) -> Measured:
+    """Return the score of a whole group by row, over all documents of its tasks.
+
+    Raises:
+        NotPairedError: it is no mean over documents.
+    """
+    measured, _ = measured_group(runs, group, f"{metric},{flt}")
+    if measured is None:
+        raise NotPairedError(f"{group} {metric}: the score of the whole group is no mean over documents of its tasks")
+    return measured
+
+
+def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> Measured:
+    """Return the metric with the published scores beside those measured, and how far the latter are from them."""
+    found = dict(measured.extra)
+    for name, scores in measured.scores.items():
+        if (known := figure(recipe.expected, name, task, measured.metric)) is not None:
+            away = distance(scores.score, scores.stderr, scores.documents, known.score)
+            found[name] = {**found.get(name, {}), PUBLISHED: known.score, DISTANCE: away}
+    return replace(measured, extra=found)
 
 
 def _with_scores(
@@ -183,11 +222,12 @@ def against_controls(measured: Measured, recipe: LeaderboardRecipe) -> list[str]
     return found
 
 
-def _groups(recipe: LeaderboardRecipe) -> dict[str, list[str]]:
-    """Return the rows of every line of the table: several where a row is repeated over seeds."""
+def _groups(recipe: LeaderboardRecipe, task: str | None = None) -> dict[str, list[str]]:
+    """Return the rows of every line of the table, or of one task's: several where a row is repeated over seeds."""
     found: dict[str, list[str]] = {}
     for row in recipe.rows:
-        found.setdefault(row.group, []).append(row.name)
+        if task is None or row.has(task):
+            found.setdefault(row.group, []).append(row.name)
     return found
 
 
@@ -211,6 +251,9 @@ def listing(plan: Plan) -> str:
         states = []
         for task in plan.tasks:
             key = (row.name, task.name)
+            if not row.has(task.name):
+                states.append("-")
+                continue
             states.append("n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do")
         lines.append([row.name, *states, row.config.fingerprint()[:12]])
     told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
@@ -237,8 +280,10 @@ def summary(table: Table) -> list[list[str]]:
         for column in columns:
             if (name, column) in found:
                 line.append(_short(found[name, column], table.recipe.alpha))
-            else:
+            elif (name, column) in table.meaningless:
                 line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
+            else:  # no column of this row's
+                line.append("-")
         text.append(line)
     return text
 
@@ -263,6 +308,14 @@ def remarks(table: Table) -> list[str]:
     reasons = _reasons(table)
     told = [f"n/a ({tag}): {reason}" if (tag := _tag(reason, reasons)).isdigit() else reason for reason in reasons]
     reading = [*READING, *(READING_BUILDS if table.recipe.builds.recipes else ())]
+    if table.recipe.expected:
+        reading += [
+            READING_PUBLISHED,
+            *(
+                f"{one.table}: read in {one.read_in}" + (f". {one.note}" if one.note else "")
+                for one in table.recipe.expected
+            ),
+        ]
     return [*told, *reading, *table.notes]
 
 

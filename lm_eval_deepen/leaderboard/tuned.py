@@ -33,6 +33,11 @@ class Tuned:
     about: Mapping[str, Any]
 
 
+def kept_digits(digest: str) -> str:
+    """Return what is kept of a document's ``doc_hash``."""
+    return digest[:_PREFIX]
+
+
 def record(config: EnsembleConfig, hashes: Iterable[str], about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the value of the key `evidence` for an ensemble file.
 
@@ -41,7 +46,7 @@ def record(config: EnsembleConfig, hashes: Iterable[str], about: Mapping[str, An
         hashes: the harness's ``doc_hash`` of the documents it was fitted on.
         about: objective, tasks, split and scores, as plain data.
     """
-    kept = sorted({digest[:_PREFIX] for digest in hashes})
+    kept = sorted({kept_digits(digest) for digest in hashes})
     return {
         **about,
         "fingerprint": config.fingerprint(),

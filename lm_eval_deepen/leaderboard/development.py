@@ -1,0 +1,116 @@
+"""DeePEn-Adapt in a leaderboard: weights from the members' scores on the development split of each task.
+
+Rows with ``dev_scores: measured`` are weighed before anything is evaluated on a test split: every member of theirs is
+evaluated alone on the task's validation split, cell by cell as any other row, in a folder of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.tasks import LoadedTask, load_tasks
+from lm_eval_deepen.leaderboard.cells import Cell
+from lm_eval_deepen.leaderboard.execution import Plan, execute, plan
+from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
+from lm_eval_deepen.leaderboard.rows import Row
+from lm_eval_deepen.leaderboard.tuned import Tuned, kept_digits
+from lm_eval_deepen.results.files import Run
+from lm_eval_deepen.results.pairing import wanted_columns
+
+FOLDER = "development"
+
+
+def development_plan(
+    recipe: LeaderboardRecipe, out: Path, redo: bool = False, built: Path | None = None
+) -> Plan | None:
+    """Return what is to be measured on development splits; None where no row asks for it.
+
+    Raises:
+        ConfigError: a task without a development split, or a column that is a development split already.
+        ResultError: a cell is of another evaluation.
+    """
+    wanted: dict[str, dict[str, None]] = {}
+    for row in recipe.rows:
+        if row.adapts:
+            for member in row.members:
+                wanted.setdefault(member, {}).update(dict.fromkeys(row.tasks))
+    if not wanted:
+        return None
+    names = {task for tasks in wanted.values() for task in tasks}
+    for spec in recipe.tasks:
+        if spec.task in names and spec.split == "validation":
+            raise ConfigError(
+                f"task {spec.task!r}: dev_scores: measured looks at its development split, which is what the recipe "
+                "evaluates; remove split: validation"
+            )
+    rows = [replace(row, tasks=tuple(wanted[row.name])) for row in recipe.alone if row.name in wanted]
+    specs = tuple(spec.replace(split="validation") for spec in recipe.tasks if spec.task in names)
+    members = tuple(member for member in recipe.members if member.name in wanted)
+    asked = replace(recipe, members=members, rows=tuple(rows), tasks=specs, expected=())
+    tasks = load_tasks(specs, recipe.include_path, recipe.metadata)
+    return plan(asked, tasks, out / FOLDER, redo, built or out / "built")
+
+
+def adapted(
+    recipe: LeaderboardRecipe,
+    out: Path,
+    device: str | None,
+    say: Callable[[str], None],
+    redo: bool = False,
+    built: Path | None = None,
+) -> LeaderboardRecipe:
+    """Return the recipe with the weights of the rows that ask for measured ones; what is missing is measured.
+
+    Raises:
+        ConfigError: scores that give no proportion, or of which lower is better.
+        ResultError: a member has no score on a development split.
+    """
+    todo = development_plan(recipe, out, redo, built)
+    if todo is None:
+        return recipe
+    if todo.missing:
+        say(f"measuring {len(todo.missing)} scores on development splits, for weights")
+    cells = execute(todo, device, say)
+    for (name, task), reason in todo.failed.items():
+        raise ConfigError(f"member {name!r} has no score on the development split of {task!r}: {reason}")
+    by_name = {task.name: task for task in todo.tasks}
+    rows = [_weighed(row, by_name[row.tasks[0]], cells) if row.adapts else row for row in recipe.rows]
+    return replace(recipe, rows=tuple(rows))
+
+
+def _weighed(row: Row, task: LoadedTask, cells: Mapping[tuple[str, str], Cell]) -> Row:
+    """Return a row with w_m = s_m / sum of s, as ``weighting: adaptive`` has it, and the documents of these scores."""
+    scores = [_score(cells[member, task.name], member, task) for member in row.members]
+    if not any(scores):
+        raise ConfigError(
+            f"row {row.name!r}: all members score 0 on the development split of {task.name!r}, which is no proportion. "
+            "Give it more documents (limit), or weights"
+        )
+    total = sum(scores)
+    members = [m.replace(weight=score / total) for m, score in zip(row.config.members, scores, strict=True)]
+    documents = frozenset(kept_digits(digest) for hashes in task.documents.values() for digest in hashes)
+    config = row.config.replace(members=tuple(members))
+    about = {"dev_scores": dict(zip(row.members, scores, strict=True))}
+    tuned = Tuned(f"the development split of {task.name}", config.fingerprint(), documents, about)
+    return replace(row, config=config, tuned=tuned, adapts=False)
+
+
+def _score(cell: Cell, member: str, task: LoadedTask) -> float:
+    """Return a member's score, the mean over a group's tasks."""
+    runs = cell.runs()
+    run = Run(member, cell.mark.parent, runs)
+    columns = wanted_columns([run], list(task.leaves), task.spec.metric)
+    metric, flt = columns[0][1:]
+    found = []
+    for name in task.leaves:
+        values = runs[name].results
+        if values["higher_is_better"][name].get(metric) is False:
+            raise ConfigError(
+                f"task {task.name!r}: of {metric} lower is better, and weights are in proportion to scores of which "
+                "higher is better; name another metric"
+            )
+        found.append(float(values["results"][name][f"{metric},{flt}"]))
+    return sum(found) / len(found)

@@ -1,0 +1,112 @@
+"""Published tables: what others measured, beside what is measured here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from lm_eval_deepen.config import FrozenDict, Keys, Shown
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.leaderboard.rows import Row
+
+PUBLISHED, DISTANCE = "published", "from published (SE)"
+PER_CENT = frozenset({"bleu", "chrf", "ter"})  # metrics that the harness itself gives in per cent
+AGREES = 2.0  # standard errors
+Verdict = Literal["agrees", "differs", "cannot be told"]
+
+
+class PublishedTable(Keys):
+    """Scores of one published table, or picture."""
+
+    table: str = Field(min_length=1, description="Which table or figure of the publication.")
+    read_in: str = Field(min_length=1, description="The source that the scores were read in.")
+    note: str | None = Field(None, description="What else to know.")
+    metric: str | None = Field(None, description="What was measured; by default the only metric that a column shows.")
+    scores: Annotated[FrozenDict, Shown("a mapping of task to row to score, in per cent")] = Field(
+        description="By task, then by row."
+    )
+
+    @field_validator("scores")
+    @classmethod
+    def _are_numbers(cls, scores: FrozenDict) -> FrozenDict:
+        for task, rows in scores.items():
+            if not isinstance(rows, Mapping) or not rows:
+                raise ConfigError(f"scores of {task} must be a mapping of row to score; got {rows!r}", key="scores")
+            for row, score in rows.items():
+                if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+                    raise ConfigError(f"scores: {task}: {row}: a score must be a number; got {score!r}", key="scores")
+        return scores
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published score.
+
+    Attributes:
+        score: in the unit of the harness's metric.
+        table: where it stands.
+        read_in: where it was read.
+    """
+
+    score: float
+    table: str
+    read_in: str
+
+
+def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows: Iterable[Row]) -> None:
+    """Raise ConfigError where a table names a task or a row that the recipe has not, or a score stands twice."""
+    groups = {row.group: row for row in rows}
+    has = {(row.group, task) for row in rows for task in tasks if row.has(task)}
+    seen: set[tuple[str, str, str | None]] = set()
+    for i, table in enumerate(tables):
+        for task, scores in table.scores.items():
+            if task not in tasks:
+                near = did_you_mean(task, tasks)
+                raise ConfigError(f"expected[{i}]: {task!r} is no task of the recipe.{near} Tasks: {', '.join(tasks)}")
+            for name in scores:
+                if name not in groups:
+                    near = did_you_mean(name, groups)
+                    raise ConfigError(
+                        f"expected[{i}]: {name!r} is no row of the recipe.{near} Rows: {', '.join(groups)}"
+                    )
+                if (name, task) not in has:
+                    raise ConfigError(f"expected[{i}]: row {name!r} does not have the column {task!r}")
+                if (name, task, table.metric) in seen:
+                    raise ConfigError(f"expected[{i}]: the score of row {name!r} on {task!r} stands twice")
+                seen.add((name, task, table.metric))
+
+
+def in_unit(score: float, metric: str) -> float:
+    """Return a score that is given in per cent in the unit of the harness's metric."""
+    return score if metric in PER_CENT else score / 100
+
+
+def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str) -> Figure | None:
+    """Return the published score of a row in a column; None where there is none."""
+    for table in tables:
+        score: Any = table.scores.get(task, {}).get(row)
+        if score is not None and table.metric in (None, metric):
+            return Figure(in_unit(float(score), metric), table.table, table.read_in)
+    return None
+
+
+def distance(measured: float, stderr: float | None, documents: int, published: float) -> float | None:
+    """Return measured less published in standard errors of the measured score; None where these are not known.
+
+    The standard error is over documents. Where all documents have the same score it is 0, which says nothing; then it
+    is that of so many documents if the published share of right answers were true.
+    """
+    if not stderr and documents and 0 < published < 1:
+        stderr = math.sqrt(published * (1 - published) / documents)
+    return (measured - published) / stderr if stderr else None
+
+
+def verdict(distance: float | None) -> Verdict:
+    """Return whether a score agrees with the published one within two standard errors."""
+    if distance is None:
+        return "cannot be told"
+    return "agrees" if abs(distance) <= AGREES else "differs"
