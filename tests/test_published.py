@@ -12,6 +12,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval_deepen.config.recipes import GONE, recipe_file, shipped_recipes
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.recipes import find_recipe, load_recipe
+from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 TASKS = Path(__file__).resolve().parents[1] / "task_configs" / "deepen_paper"
 SHORT = {"MMLU": "mmlu", "ARC-C": "arc", "GSM8K": "gsm8k", "PIQA": "piqa", "TriviaQA": "triviaqa", "NQ": "nq"}
@@ -84,3 +85,105 @@ def test_a_recipe_that_went_names_the_one_to_take(name: str) -> None:
         for find in (find_recipe, recipe_file):
             with pytest.raises(ConfigError, match=f"{given}: no shipped recipe has this name .*Take '{GONE[name]}'"):
                 find(given)
+
+
+# --- leaderboards
+
+
+def published_rows(name: str) -> tuple[dict[str, dict[str, float]], str]:
+    """Return the scores of a table by row and task, and its picture; LLM-Blender needs a trained ranker."""
+    columns = list(published.COLUMNS.values())
+    if name == "paper_main_table":
+        rows = {row: dict(zip(columns, scores, strict=True)) for row, scores in published.MAIN.items()}
+        kept = {row: scores for row, scores in rows.items() if "LLM-Blender" not in row}
+        return {row: {t: s for t, s in scores.items() if s is not None} for row, scores in kept.items()}, (
+            published.MAIN_PICTURE
+        )
+    if name == "paper_members_one_by_one":
+        found: dict[str, dict[str, float]] = {}
+        for column, series in published.ONE_BY_ONE.items():
+            task = published.COLUMNS[column]
+            found.setdefault(series[0][0], {})[task] = series[0][1]
+            for size in range(2, len(series) + 1):
+                found.setdefault(f"{size} members", {})[task] = series[size - 1][1]
+        for (member, column), score in published.ONE_BY_ONE_ALONE.items():
+            found.setdefault(member, {})[published.COLUMNS[column]] = score
+        return found, published.ONE_BY_ONE_PICTURE
+    if name == "paper_dense_sparse":
+        tasks = ("deepen_gsm8k", "deepen_piqa")
+        rows = {row: dict(zip(tasks, scores, strict=True)) for row, scores in published.DENSE_SPARSE.items()}
+        return rows, published.DENSE_SPARSE_PICTURE
+    found = {}
+    for at, (direction, (task, *_)) in enumerate(published.DIRECTIONS.items()):
+        for row, scores in published.TRANSLATOR.items():
+            found.setdefault(f"{row} {direction}" if row.startswith("NLLB") else row, {})[task] = scores[at]
+    return found, published.TRANSLATOR_PICTURE
+
+
+PAPER = ("paper_main_table", "paper_members_one_by_one", "paper_dense_sparse", "paper_translator")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_table_has_every_published_score_and_no_other(name: str) -> None:
+    recipe = read_recipe(recipe_file(name))
+    rows, picture = published_rows(name)
+    found: dict[str, dict[str, float]] = {}
+    for table in recipe.expected:
+        assert picture in table.read_in
+        for task, scores in table.scores.items():
+            for row, score in scores.items():
+                found.setdefault(row, {})[task] = score
+    assert found == rows
+    hub = [member.pretrained for member in recipe.members]
+    assert set(hub) <= set(published.MODELS.values())
+    for member in recipe.members:
+        assert member.pretrained == published.MODELS[member.name.partition(" ")[0]]
+
+
+@pytest.mark.parametrize("column", published.COLUMNS)
+def test_the_main_tables_rows_have_the_members_of_their_benchmark(column: str) -> None:
+    task = published.COLUMNS[column]
+    recipe = read_recipe(recipe_file("paper_main_table"))
+    rows = {row.group: row for row in recipe.rows if row.repeats and row.has(task)}
+    for name, row in rows.items():
+        wanted = published.TOP_2 if name.startswith("Top-2") else published.TOP_4
+        assert list(row.members) == wanted[column], name
+        assert row.adapts == ("Adapt" in name)
+        if "DeePEn" in name:
+            assert row.config.compat == "reference" and row.config.method == "deepen"
+            rate = 0.5 if (column, name) == ("GSM8K", "Top-2 DeePEn-Avg") else 0.15
+            assert row.config.options.learning_rate == rate
+        pooling = {"Top-4 Voting": "vote", "Top-4 MBR": "mbr"}.get(name)
+        if name == "Top-4 DeePEn-Adapt + Voting/MBR":
+            pooling = "mbr" if column in ("TriviaQA", "NQ") else "vote"
+            assert row.config.fuses_steps
+        assert row.config.pooling == pooling
+        if "MinED" in name:
+            assert row.config.method == "mined"
+    assert {name for name in rows} == {
+        name for name, scores in published.MAIN.items()
+        if "Top" in name and "Blender" not in name and scores[list(published.COLUMNS).index(column)] is not None
+    }  # fmt: skip
+
+
+def test_the_series_adds_the_members_of_the_figure() -> None:
+    recipe = read_recipe(recipe_file("paper_members_one_by_one"))
+    found = {(row.repeats, row.tasks[0]): (list(row.members), row.adapts) for row in recipe.rows if row.repeats}
+    assert found == {
+        (f"{size} members", published.COLUMNS[column]): ([name for name, _ in series[:size]], True)
+        for column, series in published.ONE_BY_ONE.items()
+        for size in range(2, len(series) + 1)
+    }
+
+
+def test_the_translators_table_pairs_each_direction_with_its_translator() -> None:
+    recipe = read_recipe(recipe_file("paper_translator"))
+    by_name = {member.name: member for member in recipe.members}
+    for direction, (task, read, written, source, target) in published.DIRECTIONS.items():
+        [row] = [row for row in recipe.rows if row.repeats == "DeePEn" and row.has(task)]
+        translator = by_name[row.members[1]]
+        assert row.members == ("LLaMA2-13B", f"NLLB-600M {direction}")
+        assert translator.source_pattern == rf"{read}: (.*)\n{written}:"
+        assert (translator.source_language, translator.target_language) == (source, target)
+        [alone] = [row for row in recipe.alone if row.name == translator.name]
+        assert alone.tasks == (task,)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 from lm_eval_deepen.cli.arguments import add_device, count, pairs, positive
+from lm_eval_deepen.storage import read_json
 
 HELP = (
     "Pre-flight report of an ensemble: anchors and overlap, relative matrices, memory per device, where texts begin "
@@ -39,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tflops", type=positive, default=150, metavar="N",
         help="that are reached, for the hours (default: %(default)s, half the peak of one A100)",
     )  # fmt: skip
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR",
+        help="of `reproduce`, whose scores stand beside those published (default: results/NAME_OF_RECIPE)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -52,5 +59,19 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine(args.bandwidth * 1e9, args.tflops * 1e12)
     plan = Plan(args.device, args.memory, args.batch_size, not args.no_tasks, machine)
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
+    report.measured = _measured(args.results or Path("results") / Path(args.recipe).stem)
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else rendered(report))
     return 1 if report.problems else 0
+
+
+def _measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `reproduce` measured of the ensemble, by task and metric; nothing where it did not run."""
+    from lm_eval_deepen.cli.reproduce import JSON
+    from lm_eval_deepen.leaderboard.reproduction import ENSEMBLE
+
+    if not (folder / JSON).is_file():
+        return {}
+    data = read_json(folder / JSON)
+    if data.get("miniature"):
+        return {}
+    return {row["column"]: row for row in data["rows"] if row["row"] == ENSEMBLE and row["measured"] is not None}

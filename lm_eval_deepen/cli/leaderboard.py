@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm_eval_deepen.cli.arguments import add_device, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
@@ -73,7 +73,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluated(
-    recipe: LeaderboardRecipe, out: Path, device: str | None, redo: bool = False, built: Path | None = None
+    recipe: LeaderboardRecipe,
+    out: Path,
+    device: str | None,
+    redo: bool = False,
+    built: Path | None = None,
+    when_zero: Literal["refuse", "equal"] = "refuse",
 ) -> tuple[Plan, Table]:
     """Evaluate what is missing of a recipe and write its tables to `out`; return what was done, and the table."""
     from lm_eval_deepen.harness.tasks import load_tasks
@@ -83,7 +88,7 @@ def evaluated(
 
     device = device or default_device()
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
-    recipe = adapted(recipe, out, device, say, redo, built)
+    recipe = adapted(recipe, out, device, say, redo, built, when_zero)
     todo = plan(recipe, tasks, out, redo, built)
     cells = execute(todo, device, say)
     table = leaderboard_table.measure(todo, cells)

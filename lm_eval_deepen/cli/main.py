@@ -39,6 +39,7 @@ COMMANDS = {
     "make": ("lm_eval_deepen.cli.make", "build a model: weights merged, or models distilled into one"),
     "methods": ("lm_eval_deepen.cli.methods", "list fusion methods, weightings and pooling methods"),
     "path": ("lm_eval_deepen.cli.paths", "print the folder of the shipped tasks or recipes"),
+    "reproduce": ("lm_eval_deepen.cli.reproduce", "run a published table again, beside its published scores"),
     "tune": ("lm_eval_deepen.cli.tune", "choose an ensemble's options on unlabelled text"),
     "view": ("lm_eval_deepen.cli.view", "a page of what the members said, step by step"),
     "run": ("lm_eval_deepen.cli.run", "`lm_eval run` with the model `deepen` registered in any case"),

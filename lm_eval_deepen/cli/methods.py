@@ -107,6 +107,7 @@ def all_sections() -> list[Section]:
     from lm_eval_deepen.config.schema import Composition, LoadingKeys, MemberKeys, Settings
     from lm_eval_deepen.harness.tasks import TaskSpec
     from lm_eval_deepen.leaderboard.builds import BuiltRowKeys
+    from lm_eval_deepen.leaderboard.published import PublishedTable
     from lm_eval_deepen.leaderboard.recipe import LeaderboardKeys
     from lm_eval_deepen.leaderboard.rows import Grid
     from lm_eval_deepen.solvers import SOLVERS
@@ -126,6 +127,7 @@ def all_sections() -> list[Section]:
         plain("recipe of kind ensemble", "harness", Harness),
         plain("recipe of kind leaderboard", "", LeaderboardKeys),
         plain("recipe of kind leaderboard", "an entry of tasks", TaskSpec),
+        plain("recipe of kind leaderboard", "an entry of expected", PublishedTable),
         plain("recipe of kind leaderboard", "grid", Grid),
         plain("recipe of kind leaderboard", "an entry of rows that is built", BuiltRowKeys),
         plain("recipe of kind merge or distill", "", BuildKeys),

@@ -40,6 +40,9 @@ class TaskSpec(Asking):
 
     task: str = Field(min_length=1, description="The name of a task, or of a group of tasks.")
     whole: bool = Field(False, description="Of a group of tasks: one column for all of it, and none for its tasks.")
+    miniature: str | None = Field(
+        None, description="The task of ours that stands for it in a miniature, without effect on an evaluation."
+    )
     split: Literal["test", "validation"] | None = Field(
         None, description="`validation` evaluates the development split where the task also has a test split."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.tasks import LoadedTask, load_tasks
@@ -61,8 +62,11 @@ def adapted(
     say: Callable[[str], None],
     redo: bool = False,
     built: Path | None = None,
+    when_zero: Literal["refuse", "equal"] = "refuse",
 ) -> LeaderboardRecipe:
     """Return the recipe with the weights of the rows that ask for measured ones; what is missing is measured.
+
+    Where all members of a row score 0, which is no proportion, that is an error, or weights stay equal and it is said.
 
     Raises:
         ConfigError: scores that give no proportion, or of which lower is better.
@@ -77,13 +81,22 @@ def adapted(
     for (name, task), reason in todo.failed.items():
         raise ConfigError(f"member {name!r} has no score on the development split of {task!r}: {reason}")
     by_name = {task.name: task for task in todo.tasks}
-    rows = [_weighed(row, by_name[row.tasks[0]], cells) if row.adapts else row for row in recipe.rows]
+    rows = [_weighed(row, by_name[row.tasks[0]], cells, when_zero, say) if row.adapts else row for row in recipe.rows]
     return replace(recipe, rows=tuple(rows))
 
 
-def _weighed(row: Row, task: LoadedTask, cells: Mapping[tuple[str, str], Cell]) -> Row:
+def _weighed(
+    row: Row,
+    task: LoadedTask,
+    cells: Mapping[tuple[str, str], Cell],
+    when_zero: Literal["refuse", "equal"],
+    say: Callable[[str], None],
+) -> Row:
     """Return a row with w_m = s_m / sum of s, as ``weighting: adaptive`` has it, and the documents of these scores."""
     scores = [_score(cells[member, task.name], member, task) for member in row.members]
+    if not any(scores) and when_zero == "equal":
+        say(f"row {row.name!r}: all members score 0 on the development split; its weights are equal")
+        scores = [1.0] * len(scores)
     if not any(scores):
         raise ConfigError(
             f"row {row.name!r}: all members score 0 on the development split of {task.name!r}, which is no proportion. "

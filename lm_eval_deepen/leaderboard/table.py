@@ -17,6 +17,7 @@ from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, 
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
+from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.page import html
 from lm_eval_deepen.results.pairing import groups, measured_group, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
@@ -53,6 +54,27 @@ _KEY = "▲, ▼: significantly better, worse than the best single member (ref) 
 
 
 @dataclass(frozen=True)
+class Reported:
+    """A score of a metric that cannot be compared by document (BLEU), as the harness gives it.
+
+    Attributes:
+        system: the row.
+        column: task and metric.
+        score: the score.
+        stderr: the harness's own standard error; None where it gives none.
+        documents: how many were evaluated.
+        published: the published score, in the same unit; None where there is none.
+    """
+
+    system: str
+    column: str
+    score: float
+    stderr: float | None
+    documents: int
+    published: float | None
+
+
+@dataclass(frozen=True)
 class Table:
     """A measured leaderboard.
 
@@ -61,12 +83,14 @@ class Table:
         rows: a line per system and column, corrected over all of them.
         meaningless: reasons, by system and column.
         notes: what else is to be said.
+        reported: published metrics that cannot be compared by document.
     """
 
     recipe: LeaderboardRecipe
     rows: Sequence[ScoreRow]
     meaningless: Mapping[tuple[str, str], str]
     notes: Sequence[str]
+    reported: Sequence[Reported] = ()
 
 
 def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
@@ -79,7 +103,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     empty = {**plan.meaningless, **{key: " ".join(reason.split()) for key, reason in plan.failed.items()}}
     rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
-    notes = list(recipe.notes)
+    notes, reported = list(recipe.notes), list[Reported]()
     for task in plan.tasks:
         runs = [
             Run(row.name, cells[row.name, task.name].mark.parent, cells[row.name, task.name].runs())
@@ -90,7 +114,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             reasons = {empty[row.name, task.name] for row in recipe.rows if row.has(task.name)}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
-        found = _columns(plan, task, runs, cells, notes, meaningless)
+        found = _columns(plan, task, runs, cells, notes, meaningless, reported)
         members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
         notes += groups(runs, members or [run.label for run in runs])
         for row in recipe.rows:
@@ -100,9 +124,12 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         for row in recipe.rows:
             if (reason := empty.get((row.name, task.name))) and row.has(task.name):
                 meaningless |= {(row.group, line.column): reason for line in found}
-    if not rows:
+    if not rows and not reported:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
-    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)))
+    for one in reported:
+        known = "" if one.published is None else f", published {report.number(one.published)}"
+        notes.append(f"{one.column}, as reported, without a test: {one.system} {report.number(one.score)}{known}")
+    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)), reported)
 
 
 def _columns(
@@ -112,21 +139,29 @@ def _columns(
     cells: Mapping[Key, Cell],
     notes: list[str],
     meaningless: dict[tuple[str, str], str],
+    reported: list[Reported],
 ) -> list[ScoreRow]:
-    """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column."""
+    """Return the rows of a task's columns; those without a score in one go to `meaningless`, by column.
+
+    A published metric that cannot be compared by document goes to `reported`.
+    """
     recipe = plan.recipe
     alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
     grouped = _groups(recipe, task.name)
     rows: list[ScoreRow] = []
-    for column in _wanted(runs, task):
+    for column in _wanted(runs, task, _is_whole(recipe, task)):
         try:
-            if task.spec.whole:
-                kept, empty = list(runs), {}
+            if _is_whole(recipe, task):
+                kept, empty = list(runs), dict[str, str]()
                 measured = _whole(runs, *column)
             else:
                 kept, empty = _with_scores(runs, *column, grouped)
                 measured = paired(kept, *column, notes)
         except NotPairedError as error:
+            if as_reported := _as_reported(recipe, runs, *column, task, cells):
+                reported += as_reported
+                notes.append(f"not compared: {error}")
+                continue
             if task.spec.metric:
                 raise
             notes.append(f"not compared: {error}")
@@ -150,10 +185,16 @@ def _columns(
     return rows
 
 
-def _wanted(runs: Sequence[Run], task: LoadedTask) -> list[tuple[str, str, str]]:
+def _is_whole(recipe: LeaderboardRecipe, task: LoadedTask) -> bool:
+    """Return whether a group is one column: it is asked for, or a published score is of the whole group."""
+    published = any(task.name in one.scores for one in recipe.expected)
+    return task.name not in task.leaves and (task.spec.whole or published)
+
+
+def _wanted(runs: Sequence[Run], task: LoadedTask, whole: bool) -> list[tuple[str, str, str]]:
     """Return the columns of a task as (task, metric, filter); a group that is shown whole is one task."""
     every = wanted_columns(runs, list(task.leaves), task.spec.metric)
-    if not task.spec.whole:
+    if not whole:
         return every
     return list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in every))
 
@@ -168,6 +209,30 @@ def _whole(runs: Sequence[Run], group: str, metric: str, flt: str) -> Measured:
     if measured is None:
         raise NotPairedError(f"{group} {metric}: the score of the whole group is no mean over documents of its tasks")
     return measured
+
+
+def _as_reported(
+    recipe: LeaderboardRecipe,
+    runs: Sequence[Run],
+    name: str,
+    metric: str,
+    flt: str,
+    task: LoadedTask,
+    cells: Mapping[Key, Cell],
+) -> list[Reported]:
+    """Return what the harness gives for a metric of which some score was published; nothing where none was."""
+    groups = {row.name: row.group for row in recipe.rows}
+    found = []
+    for run in runs:
+        results = next(iter(run.tasks.values())).results
+        values = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
+        score, stderr = to_number(values.get(f"{metric},{flt}")), to_number(values.get(f"{metric}_stderr,{flt}"))
+        known = figure(recipe.expected, groups[run.label], task.name, metric)
+        if score is not None:
+            published = None if known is None else known.score
+            count = cells[run.label, task.name].documents
+            found.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, count, published))
+    return found if any(one.published is not None for one in found) else []
 
 
 def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> Measured:

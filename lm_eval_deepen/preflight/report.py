@@ -32,6 +32,7 @@ class Report:
     batch: int = 1
     tasks: list[TaskCost] = field(default_factory=list)
     hours: float | None = None
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by task and metric
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -44,6 +45,7 @@ class Report:
             "recipe": self.recipe.name if self.recipe else None,
             "title": self.recipe.title if self.recipe else None,
             "expected": expected,
+            "measured": dict(self.measured),
             "config": self.config.to_dict() if self.config else None,
             "members": [member.to_dict() for member in self.members],
             "overlaps": to_json(self.overlaps),
@@ -96,9 +98,21 @@ def inspect(ensemble: str, elsewhere: Mapping[str, str], plan: Plan) -> Report:
     except ConfigError as error:
         report.problems += map(str, error.problems)
         return report
-    _members(report, report.config, plan)
-    _together(report, report.config)
-    _demands(report, report.config, report.recipe, plan)
+    return report_on(report.recipe, report.config, plan)
+
+
+def report_on(recipe: EnsembleRecipe, config: EnsembleConfig, plan: Plan) -> Report:
+    """Return the report on an ensemble that was read.
+
+    Args:
+        recipe: what it says of tasks and of the harness.
+        config: the ensemble.
+        plan: the machine and the run.
+    """
+    report = Report(recipe=recipe, config=config)
+    _members(report, config, plan)
+    _together(report, config)
+    _demands(report, config, recipe, plan)
     return report
 
 

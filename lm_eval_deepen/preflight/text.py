@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.leaderboard.published import PER_CENT
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def rendered(report: Report) -> str:
     """Return the report, which ends in "ready" or in numbered problems."""
     parts = [_heading(report), _members(report.members), _edges(report), _anchors(report), _matrices(report)]
-    parts += [_memory(report), _cost(report), _expected(report)]
+    parts += [memory(report), _cost(report), _expected(report)]
     if report.notes:
         parts.append("\n".join(["notes", *(f"  - {note}" for note in report.notes)]))
     if report.problems:
@@ -139,7 +140,8 @@ def _matrices(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _memory(report: Report) -> str:
+def memory(report: Report) -> str:
+    """Return what each device must hold."""
     if not any(need.total for need in report.devices):
         return ""
     lines = [f"memory, {report.batch} text{'s' if report.batch > 1 else ''} at a time"]
@@ -175,8 +177,17 @@ def _expected(report: Report) -> str:
     for entry in report.recipe.expected:
         score = "not known here" if entry.score is None else f"{entry.score:g}"
         where = f" ({entry.table})" if entry.table else ""
-        lines.append(f"  {entry.task}: {score}{where}")
+        lines.append(f"  {entry.task}: {score}{where}{_beside(report.measured.get(f'{entry.task} {entry.metric}'))}")
     return "\n".join(lines)
+
+
+def _beside(row: Mapping[str, Any] | None) -> str:
+    """Return what was measured, in the unit of the published score."""
+    if row is None:
+        return ""
+    unit = 100 if row["column"].split()[-1] not in PER_CENT else 1
+    away = "" if row["distance"] is None else f", {row['distance']:+.1f} standard errors: {row['verdict']}"
+    return f"; measured {unit * row['measured']:.2f}{away}"
 
 
 def _count(number: int) -> str:

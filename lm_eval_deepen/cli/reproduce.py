@@ -1,0 +1,167 @@
+"""``lm-eval-deepen reproduce RECIPE``: a published table, run again cell by cell, beside what was published."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.cli.arguments import add_device, pairs, whole
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import write_text
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
+    from lm_eval_deepen.preflight.report import Report
+
+HELP = (
+    "Run the table of a recipe (an ensemble's beside its members alone, or a leaderboard's): check tokenizers, memory, "
+    "data and revisions, say what it needs, evaluate cell by cell, and print published, measured, difference and "
+    "verdict. Finished cells are kept, as by `leaderboard`. --miniature runs the same rows and columns with small "
+    "models and a few documents."
+)
+DATA = "LM_EVAL_DEEPEN_DATA"
+JSON, MARKDOWN = "reproduction.json", "reproduction.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the subcommand takes."""
+    parser.add_argument("recipe", help="a YAML file of kind ensemble or leaderboard, or the name of a shipped one")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
+    )
+    parser.add_argument(
+        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
+    )
+    parser.add_argument(
+        "--miniature", action="store_true", help="small models, few documents, synthetic ones where there is no sample"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="of a miniature, given to the members in turn (default: the demo's)",
+    )
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="so many documents of every task (miniature: 4)")
+    parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
+    parser.add_argument("--dry-run", action="store_true", help="check, say what it needs, and evaluate nothing")
+    parser.add_argument("--no-check", action="store_true", help="leave out the check of tokenizers, memory and data")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, evaluate what is missing, and print the comparison."""
+    # Before torch and the hub client are imported, which read them once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.models and not args.miniature:
+        raise ConfigError("--models are those of a miniature; add --miniature, or replace a member with --member")
+    recipe, out = asked(args)
+    with _data_folder(recipe):
+        return _run(args, recipe, out)
+
+
+def _run(args: argparse.Namespace, recipe: LeaderboardRecipe, out: Path) -> int:
+    from lm_eval_deepen.cli.leaderboard import evaluated, refuse_failed, say
+    from lm_eval_deepen.leaderboard import reproduction
+
+    if not args.no_check:
+        report = checked(recipe, args.device)
+        print("\n".join(needs(recipe, report)) + "\n")
+        if report.problems:
+            numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
+            print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
+            return 1
+    if args.dry_run:
+        return 0
+    todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
+    data = reproduction.to_dict(table, args.miniature)
+    write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
+    print(reproduction.rendered(table, args.miniature))
+    if not args.miniature:
+        print(reproduction.summary(data["rows"]))
+    say(f"cells, {JSON}, {MARKDOWN}, leaderboard.md: {out}")
+    refuse_failed(todo)
+    return 0
+
+
+@contextlib.contextmanager
+def _data_folder(recipe: LeaderboardRecipe) -> Iterator[None]:
+    """Let groups of tasks, which look at the variable alone, find a miniature's data."""
+    before = os.environ.get(DATA)
+    if folder := recipe.metadata.get("data_dir"):
+        os.environ[DATA] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(DATA, None)
+        os.environ |= {} if before is None else {DATA: before}
+
+
+def asked(args: argparse.Namespace) -> tuple[LeaderboardRecipe, Path]:
+    """Return the recipe as a leaderboard with what the command line changes, and where its results go."""
+    from lm_eval_deepen.config.recipes import recipe_file
+    from lm_eval_deepen.errors import blamed
+    from lm_eval_deepen.leaderboard import miniature
+    from lm_eval_deepen.leaderboard.recipe import parse_recipe
+    from lm_eval_deepen.leaderboard.reproduction import leaderboard_keys
+
+    path = recipe_file(args.recipe)
+    raw, told = leaderboard_keys(path), {}
+    out = args.out or Path("results") / (path.stem + ("-miniature" if args.miniature else ""))
+    if args.miniature:
+        raw = miniature.miniature(raw, args.models or miniature.MODELS, args.limit or 4)
+        given = os.environ.get(DATA)
+        made = miniature.sample_data(out / "data", Path(given).expanduser() if given else None)
+        print(f"synthetic documents, which say nothing: {', '.join(made) or 'none'} (samples come from {DATA})\n")
+        told = {"data_dir": str((out / "data").resolve())}
+    with blamed(str(path)):
+        recipe = parse_recipe(raw, path, pairs(args.member, "--member", "NAME=WHERE"), told)
+    if args.limit is not None:
+        recipe = dataclasses.replace(recipe, tasks=tuple(spec.replace(limit=args.limit) for spec in recipe.tasks))
+    return recipe, out
+
+
+def checked(recipe: LeaderboardRecipe, device: str | None) -> Report:
+    """Return the pre-flight report on all members together, with the options of the largest ensemble."""
+    from lm_eval_deepen.harness.recipes import EnsembleRecipe
+    from lm_eval_deepen.preflight.cost import Machine
+    from lm_eval_deepen.preflight.report import Plan, report_on
+
+    largest = max(recipe.rows, key=lambda row: len(row.members))
+    members = [member for member in recipe.members if member.name not in recipe.builds.recipes]
+    first = [member for name in largest.members for member in members if member.name == name]
+    ordered = [*first, *(member for member in members if member not in first)]
+    config = largest.config.replace(members=tuple(one.replace(weight=1 / len(ordered)) for one in ordered))
+    asked = EnsembleRecipe(
+        name=recipe.source, title=recipe.title, task=[spec.task for spec in recipe.tasks], arguments={}
+    )
+    tasks = not recipe.metadata  # a miniature's data are its own
+    return report_on(asked, config, Plan(device, None, None, tasks, Machine(2000e9, 150e12)))
+
+
+def needs(recipe: LeaderboardRecipe, report: Report) -> list[str]:
+    """Return what a table needs, in lines: models and revisions, memory, cells, hours."""
+    from lm_eval_deepen.preflight.text import memory
+
+    cells = [(row, spec) for row in recipe.rows for spec in recipe.tasks if row.has(spec.task)]
+    told = [f"{recipe.title}: {len(recipe.rows)} rows, {len(recipe.tasks)} tasks, {len(cells)} cells"]
+    for member in recipe.members:
+        revision = member.loading_dict().get("revision")
+        told.append(
+            f"  {member.name}: {member.pretrained}, " + (f"revision {revision}" if revision else "its newest revision")
+        )
+    told.append(memory(report))
+    if report.hours is not None and report.members:
+        passes = sum(len(row.members) for row, _ in cells) / (len(report.members) * len(recipe.tasks))
+        told.append(
+            f"at most about {report.hours * passes:,.1f} hours at one A100's bandwidth, without loading and fusing"
+        )
+    told += [f"note: {note}" for note in report.notes]
+    return [line for line in told if line]

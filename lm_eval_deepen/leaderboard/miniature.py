@@ -1,0 +1,175 @@
+"""Miniatures: the rows and columns of any leaderboard with small models and a few documents.
+
+A miniature runs every line of a recipe. Its data are local samples where there are some, and otherwise synthetic
+documents in the same layout, which say nothing: its scores are no results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.storage import write_text
+
+MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
+DOCUMENTS = 8  # synthetic ones of every split
+MOST_ANCHORS = 2000  # dense matrices of the large vocabularies of small models would not fit
+_TOKENS = 16  # that a long answer may have
+_LONG = ("gsm8k", "flores")
+_OWN = ("name", "pretrained", "tasks", "build", "temperature")  # of a member; the rest is about its model
+_SUBJECTS = ("anatomy", "high_school_physics")
+_PAIRS = ("eng_Latn-deu_Latn", "deu_Latn-eng_Latn", "eng_Latn-ron_Latn", "ron_Latn-eng_Latn")
+
+
+def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict[str, Any]:
+    """Return the keys of a leaderboard with small models in turn, few documents and small matrices.
+
+    Args:
+        raw: the leaderboard's keys.
+        models: at least one folder or hub name, given to the members in turn.
+        limit: the most documents of a task.
+
+    Raises:
+        ConfigError: no model is given.
+    """
+    if not models:
+        raise ConfigError("--models: give at least one model")
+    found = dict(raw)
+    members = []
+    for at, entry in enumerate(raw.get("members") or []):
+        keys = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
+        kept = {key: value for key, value in keys.items() if key in _OWN and key != "build"}
+        members.append({"name": _name(keys), **kept, "pretrained": models[at % len(models)]})
+    found["members"] = members
+    found["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
+    if raw.get("rows"):
+        found["rows"] = [_row(row) for row in raw["rows"]]
+    found["tasks"], names = _tasks(raw, limit)
+    found["rows"] = [_renamed(row, names) for row in found.get("rows") or []] or None
+    found["members"] = [
+        {**one, "tasks": [names[task] for task in _listed(one["tasks"])]} if "tasks" in one else one for one in members
+    ]
+    found["expected"] = [
+        {**table, "scores": {names.get(task, task): rows for task, rows in table["scores"].items()}}
+        for table in raw.get("expected") or []
+    ]
+    return {key: value for key, value in found.items() if value is not None and key != "limit"}
+
+
+def _name(keys: Mapping[str, Any]) -> str:
+    return str(keys.get("name") or str(keys["pretrained"]).rpartition("/")[2])
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose dense matrices are small."""
+    found = dict(row)
+    if "by_task" in found:
+        found["by_task"] = {task: dict(own or {}) for task, own in found["by_task"].items()}
+    dense = found.get("compat") == "reference"
+    for keys in (found, *found.get("by_task", {}).values()):
+        if "max_anchors" in keys:
+            keys["max_anchors"] = min(keys["max_anchors"], MOST_ANCHORS)
+    if dense:
+        found.setdefault("max_anchors", MOST_ANCHORS)
+    return found
+
+
+def _tasks(raw: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the columns, and the names that they have now by the names that they had."""
+    found, names = [], {}
+    for entry in raw.get("tasks") or []:
+        keys = {"task": entry} if isinstance(entry, str) else dict(entry)
+        name = keys["task"]
+        if stand_in := keys.pop("miniature", None):
+            keys = {"task": stand_in}
+        names[name] = keys["task"]
+        keys["limit"] = min(limit, keys.get("limit") or limit)
+        if any(word in keys["task"] for word in _LONG):
+            keys["gen_kwargs"] = {"max_gen_toks": _TOKENS}
+        found.append(keys)
+    return found, names
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    if "by_task" not in row:
+        return dict(row)
+    return {**row, "by_task": {names.get(task, task): own for task, own in row["by_task"].items()}}
+
+
+# --- data
+
+
+def sample_data(folder: Path, given: Path | None) -> list[str]:
+    """Make a data folder for the tasks of ``task_configs``: samples where `given` has some, else synthetic documents.
+
+    Returns:
+        The benchmarks with synthetic documents.
+    """
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, files in synthetic().items():
+        place = folder / name
+        if given is not None and (given / name).is_dir():
+            if not place.exists():
+                place.symlink_to((given / name).resolve(), target_is_directory=True)
+            continue
+        made.append(name)
+        for path, rows in files.items():
+            target = place / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return made
+
+
+def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return made-up documents of every benchmark: by benchmark, then by file. They test nothing but the machinery."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    splits = ("fewshot", "dev", "test")
+    found["mmlu"] = {
+        f"{subject}/{split}.jsonl": [
+            {**row, "domain": subject.replace("_", " ")} for row in _letters(f"{subject} {split}", "ABCD")
+        ]
+        for subject in _SUBJECTS
+        for split in splits
+    }
+    found["arc_challenge"] = {f"{split}.jsonl": list(_letters(split, "ABCD")) for split in splits[1:]}
+    found["piqa"] = {f"{split}.jsonl": list(_letters(split, "AB")) for split in splits[1:]}
+    for name in ("nq", "triviaqa"):
+        found[name] = {
+            f"{split}.jsonl": [
+                {
+                    "question": f"{name} {split}: what follows {n}",
+                    "answer": f"{n + 1}" if split == "fewshot" else [f"{n + 1}"],
+                }
+                for n in range(DOCUMENTS)
+            ]
+            for split in splits
+        }
+    found["gsm8k"] = {
+        f"{split}.jsonl": [
+            {"question": f"{split}: {n} birds and one more?", "answer": f"{n} + 1 = {n + 1}.\nThe answer is {n + 1}"}
+            for n in range(DOCUMENTS)
+        ]
+        for split in splits
+    }
+    found["flores"] = {
+        f"{pair}/{split}.jsonl": [
+            {"source": f"{split}: bird {n}.", "target": f"{split}: bird number {n}."} for n in range(DOCUMENTS)
+        ]
+        for pair in _PAIRS
+        for split in splits[1:]
+    }
+    return found
+
+
+def _letters(what: str, letters: str) -> Iterable[dict[str, Any]]:
+    for n in range(DOCUMENTS):
+        options = {letter: f"{n + at}" for at, letter in enumerate(letters)}
+        yield {"question": f"{what}: which is {n + n % len(letters)}?", **options, "answer": letters[n % len(letters)]}

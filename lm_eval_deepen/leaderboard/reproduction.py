@@ -1,0 +1,144 @@
+"""Published tables run again: any recipe as a leaderboard, and what is measured beside what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_deepen.config.files import read_ensemble_file
+from lm_eval_deepen.config.keys import given
+from lm_eval_deepen.config.recipes import read_recipe
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.model import catalogue
+from lm_eval_deepen.harness.recipes import load_recipe
+from lm_eval_deepen.leaderboard.published import AGREES, DISTANCE, PUBLISHED, Verdict, distance, verdict
+from lm_eval_deepen.leaderboard.table import Table
+from lm_eval_deepen.results import report
+
+ENSEMBLE = "ensemble"  # the name of an ensemble recipe's row
+_ALIKE = ("batch_size", "chat_fallback")  # keys of an ensemble that its members alone need, too
+
+
+def leaderboard_keys(path: Path) -> dict[str, Any]:
+    """Return the keys of a leaderboard: a leaderboard's own, or those of an ensemble beside its members alone.
+
+    Raises:
+        ConfigError: a recipe of another kind, or one that says no task.
+    """
+    raw = given(read_recipe(path, "leaderboard", "ensemble"))
+    return raw if raw.keys() & {"tasks", "grid", "rows"} else _of_ensemble(path)
+
+
+def _of_ensemble(path: Path) -> dict[str, Any]:
+    recipe, keys = load_recipe(path), read_ensemble_file(path)
+    if not recipe.task:
+        raise ConfigError(f"{path}: the recipe says no task; add `task`", key="task")
+    names = [member.name for member in recipe.configure().members]
+    listed = keys.pop("members")
+    members = [
+        {**({"pretrained": one} if isinstance(one, str) else one), "name": name}
+        for one, name in zip(listed, names, strict=True)
+    ]
+    weights = [member.pop("weight", None) for member in members]
+    keys.pop("pretrained", None)
+    if all(weight is not None for weight in weights):
+        keys["weights"] = weights
+    alike = {key: keys.pop(key) for key in list(keys) if key in {*_ALIKE, *catalogue().loading_keys}}
+    tables = [
+        {
+            "table": entry.table or recipe.title or path.stem,
+            "read_in": entry.read_in,
+            "metric": entry.metric,
+            "scores": {entry.task: {ENSEMBLE: entry.score}},
+        }
+        for entry in recipe.expected
+        if entry.score is not None
+    ]
+    metrics = {entry.task: entry.metric for entry in recipe.expected}
+    return {
+        "title": recipe.title or path.stem,
+        "members": members,
+        "common": alike,
+        "rows": [{"name": ENSEMBLE, "members": names, **keys}],
+        "tasks": [{"task": task, **({"metric": metrics[task]} if task in metrics else {})} for task in recipe.task],
+        "expected": tables,
+        **recipe.harness.given(),
+    }
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One score beside the published one.
+
+    Attributes:
+        row: the system.
+        column: task and metric.
+        published: as published, in the metric's unit; None where it was not.
+        measured: the score here; None where there is none.
+        stderr: its standard error, over documents.
+        distance: measured less published, in standard errors; None where these are not known.
+    """
+
+    row: str
+    column: str
+    published: float | None
+    measured: float | None
+    stderr: float | None
+    distance: float | None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether they agree within two standard errors; None without a published score."""
+        return None if self.published is None else verdict(self.distance)
+
+
+def reproduced(table: Table) -> list[Reproduced]:
+    """Return every measured score with the published one, where there is one."""
+    found = []
+    for row in table.rows:
+        known, away = row.extra.get(PUBLISHED), row.extra.get(DISTANCE)
+        found.append(Reproduced(row.system, row.column, known, row.score, row.stderr, away))
+    for one in table.reported:
+        away = None if one.published is None else distance(one.score, one.stderr, one.documents, one.published)
+        found.append(Reproduced(one.system, one.column, one.published, one.score, one.stderr, away))
+    return found
+
+
+def to_dict(table: Table, stands_in: bool) -> dict[str, Any]:
+    """Return the comparison as JSON data."""
+    entries = [{**vars(one), "verdict": one.verdict} for one in reproduced(table)]
+    return {"title": table.recipe.title, "miniature": stands_in, "agrees_within": AGREES, "rows": entries}
+
+
+def rendered(table: Table, stands_in: bool, markdown: bool = False) -> str:
+    """Return published, measured, difference and verdict of every score, in per cent where the metric is a share."""
+    head = ["system", "task", "published", "measured", "difference", "in SE", "verdict"]
+    lines = [head]
+    for one in reproduced(table):
+        apart = "-" if one.published is None or one.measured is None else f"{one.measured - one.published:+.4f}"
+        lines.append([
+            one.row, one.column, _number(one.published), _number(one.measured), apart,
+            "-" if one.distance is None else f"{one.distance:+.1f}", one.verdict or "-",
+        ])  # fmt: skip
+    told = [
+        f"verdict: a measured score agrees with the published one within {AGREES:g} standard errors over documents."
+    ]
+    if stands_in:
+        told.append("Miniature: other models and few documents, so that differences and verdicts mean nothing.")
+    title = table.recipe.title
+    if markdown:
+        return "\n\n".join([f"### {report.literal(title)}", report.markdown_table(lines), *told])
+    return "\n\n".join([report.printable(title), report.aligned(lines, left=2), "\n".join(told)])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else report.number(value)
+
+
+def summary(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many scores agree, in a sentence."""
+    counts = {word: sum(entry["verdict"] == word for entry in entries) for word in ("agrees", "differs")}
+    known = sum(entry["published"] is not None for entry in entries)
+    return f"Of {known} published scores {counts['agrees']} agree, {counts['differs']} differ."

@@ -1,0 +1,115 @@
+"""``reproduce``: every shipped table runs as a miniature; what is published stands beside what is measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.config.recipes import shipped_recipes
+from lm_eval_deepen.leaderboard import miniature, reproduction
+from lm_eval_deepen.leaderboard.recipe import read_recipe
+
+TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_"))]
+ENSEMBLES = list(shipped_recipes("ensemble"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.delenv("LM_EVAL_DEEPEN_DATA", raising=False)
+
+
+@pytest.fixture
+def reproduce(pico: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs a miniature of one document; returns the status, what was printed, and the comparison."""
+
+    def reproduce(name: str, *more: str):
+        models = ["--models", str(pico["bytelevel"]), str(pico["metaspace"])]
+        out = tmp_path / "out"
+        status = cli.main(
+            ["reproduce", name, "--miniature", *models, "--limit", "1", "--device", "cpu", "--out", str(out), *more]
+        )
+        told = capsys.readouterr()
+        file = out / "reproduction.json"
+        return status, told.out + told.err, json.loads(file.read_text()) if file.is_file() else None
+
+    return reproduce
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_line_of_every_table_runs(name: str, reproduce) -> None:
+    status, told, found = reproduce(name)
+    assert status == 0, told
+    recipe = read_recipe(shipped_recipes()[name])
+    assert {row["row"] for row in found["rows"]} == {row.group for row in recipe.rows}
+    scores = [score for table in recipe.expected for rows in table.scores.values() for score in rows.values()]
+    assert sum(row["published"] is not None for row in found["rows"]) == len(scores)
+    assert "differences and verdicts mean nothing" in told
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_every_ensemble_runs_beside_its_members(name: str, reproduce) -> None:
+    status, told, found = reproduce(name, "--no-check")
+    assert status == 0, told
+    recipe = reproduction.leaderboard_keys(shipped_recipes()[name])
+    assert {row["row"] for row in found["rows"]} == {"ensemble", *(member["name"] for member in recipe["members"])}
+    published = [row["published"] for row in found["rows"] if row["published"] is not None]
+    assert len(published) == len(recipe["expected"])
+
+
+def test_it_says_what_it_needs_and_keeps_cells(reproduce, tmp_path: Path) -> None:
+    status, told, found = reproduce("deepen_piqa_2", "--dry-run")
+    assert status == 0 and found is None
+    assert re.search(r"3 rows, 1 tasks, 3 cells", told) and "its newest revision" in told and "memory" in told
+    status, told, found = reproduce("deepen_piqa_2")
+    assert status == 0 and "[3/3]" in told and re.search(r"ensemble +deepen_piqa exact_match +0\.7887", told)
+    status, told, again = reproduce("deepen_piqa_2")
+    assert "[1/" not in told and again == found
+
+
+def test_what_a_full_run_prints(tmp_path: Path, pico, capsys) -> None:
+    """Models of one's own in the place of the recipe's, documents from samples."""
+    data, out = tmp_path / "data", tmp_path / "full"
+    assert "piqa" in miniature.sample_data(data, None)
+    members = ["--member", f"Yi-6B={pico['bytelevel']}", f"Skywork-13B-base={pico['metaspace']}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_EVAL_DEEPEN_DATA", str(data))
+        status = cli.main(["reproduce", "deepen_piqa_2", *members, "--out", str(out), "--device", "cpu"])
+    told = capsys.readouterr().out
+    assert status == 0 and "Of 1 published scores" in told and "mean nothing" not in told
+    [row] = [row for row in json.loads((out / "reproduction.json").read_text())["rows"] if row["published"]]
+    assert row["verdict"] == ("agrees" if abs(row["distance"]) <= 2 else "differs")
+    cli.main(["inspect", "deepen_piqa_2", *members, "--no-tasks", "--results", str(out)])
+    told = capsys.readouterr().out
+    assert re.search(rf"deepen_piqa: 78\.87 \(main results.*\); measured {100 * row['measured']:.2f}", told), told
+
+
+def test_a_model_that_cannot_be_had_is_a_numbered_problem(tmp_path: Path, capsys) -> None:
+    status = cli.main(["reproduce", "deepen_nq_2", "--out", str(tmp_path), "--device", "cpu", "--dry-run"])
+    assert status == 1 and re.search(r"cannot run it here:\n  1\. .*Llama-2-13b-hf", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["deepen_nq_2", "--models", "a"], "--models are those of a miniature"),
+        (["merge_ties"], "is a recipe of kind merge"),
+        (["deepen_nq_3"], "Take 'deepen_one_by_one_nq_3'"),
+    ],
+)
+def test_what_cannot_be_reproduced(arguments, message, capsys) -> None:
+    assert cli.main(["reproduce", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_samples_are_taken_where_there_are_some(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    (given / "nq").mkdir(parents=True)
+    (given / "nq" / "test.jsonl").write_text("{}\n")
+    made = miniature.sample_data(tmp_path / "data", given)
+    assert "nq" not in made and "piqa" in made
+    assert (tmp_path / "data" / "nq" / "test.jsonl").read_text() == "{}\n"

@@ -1,0 +1,197 @@
+"""Rows by task, weights measured on development splits, groups as one column, and published scores beside measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.tasks import load_tasks
+from lm_eval_deepen.leaderboard import miniature
+from lm_eval_deepen.leaderboard.development import adapted
+from lm_eval_deepen.leaderboard.execution import plan
+from lm_eval_deepen.leaderboard.published import distance, verdict
+from lm_eval_deepen.leaderboard.recipe import read_recipe
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def write(pico, tmp_path):
+    """Writes a recipe of three members with synthetic samples, with some keys changed."""
+    miniature.sample_data(tmp_path / "data", None)
+
+    def write(**changes):
+        names = {"A": "bytelevel", "B": "metaspace", "C": "padded"}
+        raw = {
+            "members": [{"name": name, "pretrained": str(pico[model])} for name, model in names.items()],
+            "common": {"matrix_dir": str(tmp_path / "matrices")},
+            "rows": [{"name": "pair", "method": "gac", "by_task": {
+                "deepen_sample_arc": {"members": ["A", "B"]}, "deepen_sample_piqa": {"members": ["C", "A"]}}}],
+            "tasks": [{"task": name, "metric": "acc"} for name in ("deepen_sample_arc", "deepen_sample_piqa")],
+            "metadata": {"data_dir": str(tmp_path / "data")},
+            "resamples": 200,
+            **changes,
+        }  # fmt: skip
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}))
+        return path
+
+    return write
+
+
+def run(path: Path, *more: str) -> dict:
+    out = path.parent / "out"
+    assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu", *more]) == 0
+    return json.loads((out / "leaderboard.json").read_text())
+
+
+SCORES = {"deepen_sample_arc": {"pair": 50.0, "A": 25}, "deepen_sample_piqa": {"pair": 60}}
+TABLE = {"table": "table 1", "read_in": "a picture", "metric": "acc", "scores": SCORES}
+
+
+def test_a_row_has_other_members_on_every_task_and_one_line_in_the_table(write, capsys):
+    path = write(expected=[TABLE])
+    recipe = read_recipe(path)
+    assert [(row.name, row.group, row.members, row.tasks) for row in recipe.rows[3:]] == [
+        ("pair [deepen_sample_arc]", "pair", ("A", "B"), ("deepen_sample_arc",)),
+        ("pair [deepen_sample_piqa]", "pair", ("C", "A"), ("deepen_sample_piqa",)),
+    ]
+    found = run(path)
+    assert [(row["system"], row["task"]) for row in found["rows"] if row["system"] == "pair"] == [
+        ("pair", "deepen_sample_arc"), ("pair", "deepen_sample_piqa"),
+    ]  # fmt: skip
+    by = {(row["system"], row["task"]): row for row in found["rows"]}
+    for (system, task), published in {("pair", "deepen_sample_arc"): 0.5, ("A", "deepen_sample_arc"): 0.25}.items():
+        row = by[system, task]
+        assert row["extra"]["published"] == published
+        want = distance(row["score"], row["stderr"], row["documents"], published)
+        assert row["extra"]["from published (SE)"] == want and want is not None
+    assert "published" not in by["B", "deepen_sample_arc"]["extra"]
+    told = capsys.readouterr().out
+    assert "from published (SE)" in told and "table 1: read in a picture" in told and "seeds" not in told
+
+
+def test_members_may_have_columns_of_their_own(write):
+    members = yaml.safe_load(write().read_text())["members"]
+    members[1]["tasks"] = "deepen_sample_arc"
+    found = run(write(members=members))
+    assert [row["task"] for row in found["rows"] if row["system"] == "B"] == ["deepen_sample_arc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [{"name": "x", "by_task": {"deepen_sample_arx": {}}}]}, "by_task names 'deepen_sample_arx'.*Did you"),
+        ({"rows": [{"name": "x", "by_task": []}]}, "by_task must be a mapping"),
+        ({"rows": [{"name": "x", "by_task": {"deepen_sample_arc": 3}}]}, "must be a mapping; got 3"),
+        ({"rows": [{"name": "x", "dev_scores": "measured"}]}, "dev_scores belong to weighting: adaptive"),
+        ({"expected": [{**TABLE, "scores": {"deepen_sample_arx": {"A": 1}}}]}, "expected.0.: 'deepen_sample_arx'"),
+        ({"expected": [{**TABLE, "scores": {"deepen_sample_arc": {"a": 1}}}]}, "'a' is no row of the recipe"),
+        ({"expected": [{**TABLE, "scores": {"deepen_sample_arc": {"A": math.nan}}}]}, "a score must be a number"),
+        ({"expected": [{**TABLE, "scores": {"deepen_sample_arc": {"A": "1"}}}]}, "a score must be a number"),
+        ({"expected": [TABLE, TABLE]}, "stands twice"),
+        ({"expected": [{key: TABLE[key] for key in TABLE if key != "read_in"}]}, "read_in"),
+        ({"members": [{"pretrained": "x", "tasks": ["y"]}]}, "'y' is no task of the recipe"),
+    ],
+)  # fmt: skip
+def test_what_such_a_recipe_must_not_say(write, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(write(**changes))
+
+
+def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path, capsys):
+    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
+    tasks = [{"task": name, "metric": "acc"} for name in ("deepen_sample_piqa", "deepen_sample_mmlu")]
+    path, out = write(rows=[adapt], tasks=tasks), tmp_path / "out"
+    assert cli.main(["leaderboard", str(path), "--out", str(out), "--dry-run", "--device", "cpu"]) == 0
+    assert "first, 4 scores on development splits, for the weights of Adapt" in capsys.readouterr().out
+    found = run(path)
+    recipe = read_recipe(path)
+    weighed = adapted(recipe, out, "cpu", lambda text: None)
+    for row in weighed.rows[3:]:
+        [task] = row.tasks
+        scores = []
+        for name in "AB":
+            mark = json.loads((out / "development" / name / f"{task}.cell.json").read_text())
+            results = json.loads((out / "development" / name / mark["results"]).read_text())
+            assert results["configs"][task].get("test_split") is None
+            scores.append(results["results"][task]["acc,none"])
+        assert row.config.weights == pytest.approx([score / sum(scores) for score in scores])
+        assert row.tuned is not None and not row.adapts
+    assert {row["system"] for row in found["rows"]} == {"A", "B", "C", "Adapt"}
+    before = {str(path): path.stat().st_mtime_ns for path in out.rglob("*.cell.json")}
+    assert len(before) == 4 + 8 and run(path)["rows"] == found["rows"]
+    assert {str(path): path.stat().st_mtime_ns for path in out.rglob("*.cell.json")} == before
+
+
+def test_development_documents_that_are_evaluated_too_are_refused(write, tmp_path):
+    """The task's own splits are disjoint; a recipe that evaluates the development split is not."""
+    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
+    path = write(rows=[adapt], tasks=[{"task": "deepen_sample_arc", "split": "validation"}])
+    with pytest.raises(ConfigError, match="looks at its development split, which is what the recipe evaluates"):
+        adapted(read_recipe(path), tmp_path / "out", "cpu", lambda text: None)
+    recipe = read_recipe(write(rows=[adapt], tasks=["deepen_sample_piqa"]))
+    weighed = adapted(recipe, tmp_path / "out", "cpu", lambda text: None)
+    tasks = load_tasks([spec.replace(split="validation") for spec in recipe.tasks], (), recipe.metadata)
+    with pytest.raises(ConfigError, match="the development split of deepen_sample_piqa"):
+        plan(weighed, tasks, tmp_path / "other")
+
+
+def test_scores_of_zero_are_no_proportion(write, tmp_path):
+    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
+    recipe = read_recipe(write(rows=[adapt], tasks=[{"task": "deepen_sample_nq", "limit": 1}]))
+    with pytest.raises(ConfigError, match="all members score 0 on the development split of 'deepen_sample_nq'"):
+        adapted(recipe, tmp_path / "out", "cpu", lambda text: None)
+    told: list[str] = []
+    equal = adapted(recipe, tmp_path / "out", "cpu", told.append, when_zero="equal")
+    assert equal.rows[-1].config.weights == (0.5, 0.5) and "its weights are equal" in told[-1]
+
+
+def test_a_published_score_of_a_group_is_of_the_whole_group(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_EVAL_DEEPEN_DATA", str(tmp_path / "data"))
+    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+    table = {**TABLE, "metric": "exact_match", "scores": {"deepen_mmlu": {"pair": 30}}}
+    path = write(rows=rows, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}], expected=[table])
+    found = run(path)
+    assert {row["task"] for row in found["rows"]} == {"deepen_mmlu"}
+    pair = next(row for row in found["rows"] if row["system"] == "pair")
+    assert pair["documents"] == 2 * miniature.DOCUMENTS and pair["extra"]["published"] == 0.3
+    out = write(rows=rows, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}])
+    assert {row["task"] for row in run(out)["rows"]} == {"deepen_mmlu_anatomy", "deepen_mmlu_high_school_physics"}
+
+
+def test_a_metric_that_is_no_mean_is_shown_as_reported_where_it_was_published(write, capsys):
+    tasks = [{"task": "deepen_flores_en_de", "metric": "bleu", "limit": 2, "gen_kwargs": {"max_gen_toks": 4}}]
+    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+    table = {**TABLE, "metric": "bleu", "scores": {"deepen_flores_en_de": {"pair": 33.34}}}
+    assert run(write(rows=rows, tasks=tasks, expected=[table]))["rows"] == []
+    told = capsys.readouterr().out
+    assert re.search(r"deepen_flores_en_de bleu, as reported, without a test: pair \d+\.\d+, published 33\.34", told)
+    path = write(rows=rows, tasks=tasks)
+    assert cli.main(["leaderboard", str(path), "--out", str(path.parent / "out"), "--device", "cpu"]) == 2
+    assert "not a function of means over documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measured", "stderr", "documents", "published", "want", "word"),
+    [
+        (0.5, 0.05, 100, 0.45, 1.0, "agrees"),
+        (0.5, 0.05, 100, 0.61, -2.2, "differs"),
+        (0.0, 0.0, 100, 0.5, -10.0, "differs"),  # of so many documents, if the published share were true
+        (0.0, None, 0, 0.5, None, "cannot be told"),
+        (0.0, 0.0, 10, 33.3, None, "cannot be told"),
+    ],
+)
+def test_the_distance_to_a_published_score(measured, stderr, documents, published, want, word):
+    found = distance(measured, stderr, documents, published)
+    assert found == (want if want is None else pytest.approx(want)) and verdict(found) == word
