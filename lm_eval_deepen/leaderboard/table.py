@@ -29,11 +29,10 @@ BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
 SECONDS, FUSING, TOKENS = "s/doc", "fusing s/doc", "tokens/doc"
 PARAMETERS, SPEED, TRAINED = "parameters (M)", "tokens/s", "training tokens (k)"
 READING_BUILDS = (
-    f"{PARAMETERS}: of all the models that a row runs, in millions. {SPEED}: tokens forwarded per model and second. "
-    f"{TRAINED}: thousands of tokens that its models, and what they were made from, were trained on by recipes here, "
-    "each training once; what they were trained on before is not counted.",
-    f"{SEEDS}: a row that is repeated over seeds shows the mean over them, of every document; {SPREAD} is the standard "
-    "deviation of their scores (n - 1), which the intervals (over documents) do not contain.",
+    f"{PARAMETERS}: millions, of all models that a row runs. {SPEED}: tokens per model and second. {TRAINED}: "
+    "thousands of tokens of the trainings by recipes here from which the row's models descend, each training once.",
+    f"{SEEDS}: a row over several seeds shows the mean of every document. {SPREAD}: the standard deviation of the "
+    "seeds' scores (n - 1), which the intervals do not contain.",
 )
 READING_PUBLISHED = (
     f"{PUBLISHED}: the published score. {DISTANCE}: the measured score less the published one, in standard errors of "
@@ -41,13 +40,12 @@ READING_PUBLISHED = (
 )
 READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
-    "The reference of every column is the best single member on these documents; a row that is not marked better is "
-    "not significantly better than it.",
-    f"{SECONDS}: seconds per document as if the row had run alone; rows of the same members in the same order share "
-    "their forward passes in scoring tasks (those weighted by prompts among themselves), and of a shared pass a row is "
-    f"charged everything but the other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all "
-    "members together forwarded.",
-    "A row that pools answers is charged what the pooled rows took, whose answers it shares.",
+    "The reference of a column is the best single member on these documents. A row without a mark is not significantly "
+    "better.",
+    f"{SECONDS}: seconds per document as if the row had run alone. In scoring tasks, rows of the same members in the "
+    "same order share forward passes (rows weighted by prompts among themselves); a row pays for everything but the "
+    f"other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all members forwarded.",
+    "A row that pools answers pays for the rows whose answers it takes.",
 )
 _MARKS = {"better": " ▲", "worse": " ▼", "not significant": "", None: " (ref)"}
 _KEY = "▲, ▼: significantly better, worse than the best single member (ref) after correction at {alpha:g}."

@@ -16,14 +16,14 @@ _HEAD = (
 READING = (
     "Intervals are over documents; the difference is to the reference, paired by document.",
     "p: two-sided, of {tests}, for this comparison alone; p (corrected): for all comparisons shown, by Holm's "
-    "procedure. The verdict is that of p (corrected). An interval that just leaves 0 out may stand beside a p above "
-    "0.05: the test is the stricter of the two.",
+    "procedure. p (corrected) gives the verdict. An interval that just leaves 0 out may stand beside a p above 0.05: "
+    "the test is stricter.",
     "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
 )
 PICKED = (
-    "The reference is the best of {candidates} on these very documents, which favours it: p (corrected) also counts "
-    "the comparisons with the others that could have been the reference, and intervals of differences are widened, so "
-    "that 95 % of those shown contain the true difference. p alone does not allow for it."
+    "The reference is the best of {candidates} on these very documents, which favours it. So p (corrected) also counts "
+    "comparisons with the others that could have been the reference, and the intervals are wider: 95 % of those shown "
+    "contain the true difference. p alone does not allow for this."
 )
 
 _BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
