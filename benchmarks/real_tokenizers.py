@@ -6,7 +6,7 @@
 Every tokenizer is loaded as a member's is. One that is refused for its class is taken as its file has it, too. Random
 strings of hostile parts are then encoded, cut and continued:
 
-* bytes: the tokens spell the string's bytes, or the tokenizer says that it cannot (it would sit out);
+* bytes: the tokens spell the string's bytes, or the tokenizer says that it cannot (it would abstain);
 * cuts: the string as a whole has the tokens of its segments;
 * follow: a prompt and a continuation have the tokens of both in one piece, whatever their boundary; inside a
   character the tokens have the bytes so far;
@@ -239,7 +239,7 @@ def main() -> None:
         return
     logging.basicConfig(level=logging.WARNING)
     transformers.logging.set_verbosity_error()
-    print("| tokenizer | class | pieces | as a member | bytes | cuts | follow | inside | library | sits out |")
+    print("| tokenizer | class | pieces | as a member | bytes | cuts | follow | inside | library | abstains |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     everything = []
     for name in args.only:

@@ -2,9 +2,9 @@
 
 * ``bytelevel``: Llama, byte-level BPE, ChatML template, EOS is also the padding token, no BOS.
 * ``metaspace``: Gemma 3 with a sliding-window layer; SentencePiece-style BPE with byte fallback,
-  no dummy prefix, BOS added by the post-processor.
+  no prefix space, BOS added by the post-processor.
 * ``padded``: GPT-NeoX whose embedding has 37 rows more than the tokenizer has pieces (the last 5
-  are zero); SentencePiece-style BPE with byte fallback and a dummy prefix; two EOS ids; no BOS added.
+  are zero); SentencePiece-style BPE with byte fallback and a prefix space; two EOS ids; no BOS added.
 
 Everything is seeded: two builds give the same weights and the same tokenizers.
 """
@@ -128,7 +128,7 @@ def train_byte_fallback(texts: list[str], specials: list[str], pieces: int) -> T
 
 
 def train_metaspace() -> PreTrainedTokenizerFast:
-    """Gemma's arrangement: spaces replaced, no dummy prefix, BOS from the post-processor."""
+    """Gemma's arrangement: spaces replaced, no prefix space, BOS from the post-processor."""
     tokenizer = train_byte_fallback([CORPUS, FOREIGN], ["<pad>", "<eos>", "<bos>", "<unk>"], 560)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -146,7 +146,7 @@ def train_metaspace() -> PreTrainedTokenizerFast:
 
 
 def train_padded() -> PreTrainedTokenizerFast:
-    """Llama 2's arrangement: a dummy space before the first word, stripped by the decoder."""
+    """Llama 2's arrangement: a prefix space before the first word, stripped by the decoder."""
     texts = [line for line in CORPUS.splitlines(keepends=True)[::2]]
     tokenizer = train_byte_fallback(texts, ["<unk>", "<s>", "</s>", "<|end|>"], 460)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)

@@ -31,7 +31,7 @@ def spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def byte_level(extra: list[AddedToken] | None = None) -> Tokenizer:
-    """GPT-2's arrangement, with a dummy prefix and a BOS that the rewrite must remove."""
+    """GPT-2's arrangement, with a prefix space and a BOS that the rewrite must remove."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -82,7 +82,7 @@ class Generation:
 
 @dataclass
 class BatchRow:
-    """A text in the making.
+    """A text that is being written.
 
     Attributes:
         index: of its job.
@@ -266,7 +266,7 @@ class _Decoder:
     def _count_outgrown(
         self, row: BatchRow, ids: TokenPrefix, data: bytes, paths: Sequence[TokenPrefix | None]
     ) -> None:
-        """Count the members whose context a text has outgrown, among those that sit out."""
+        """Count the members whose context a text has outgrown, among those that abstain."""
         text = text_after(row.job, data)
         out = [m for m, path in enumerate(paths) if path is None]
         self.ensemble.counters.record_outgrown(

@@ -48,7 +48,7 @@ class Span:
         return tuple(ensemble.tokens(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
 
     def outgrown(self, ensemble: Ensemble, count: int) -> tuple[int, ...]:
-        """Return the members that sit out before target number `count` because of their contexts."""
+        """Return the members that abstain before target number `count` because of their contexts."""
         ids, data = self._text(ensemble, count)
         return tuple(m for m, prompt in enumerate(self.prompts) if ensemble.outgrown(m, prompt, ids, data))
 

@@ -64,7 +64,7 @@ class _Row:
 
     paths: tuple[TokenPrefix | None, ...]
     prompts: tuple[Prompt, ...]
-    outgrown: tuple[int, ...]  # the members that sit out because of their windows
+    outgrown: tuple[int, ...]  # the members that abstain because of their windows
     readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
 
 

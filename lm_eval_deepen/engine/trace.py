@@ -70,7 +70,7 @@ class Trace:
             self.sat_out[name] += out
 
     def record_outgrown(self, members: Sequence[int]) -> None:
-        """Count the members that sit out a row each because the text does not fit into their contexts."""
+        """Count the members that abstain from a row each because the text does not fit into their contexts."""
         self.outgrown.update(self.names[m] for m in members)
 
     def record_fused(

@@ -1,6 +1,6 @@
 """Methods that map each member's distribution to common pieces by a fixed sparse matrix, and average there.
 
-GaC, MinED and EVA are one formula, p = sum_m w_m p_m T_m, with T_m [V_m, K] of their own making.
+GaC, MinED and EVA are one formula, p = sum_m w_m p_m T_m, each with its own T_m [V_m, K].
 """
 
 from __future__ import annotations

@@ -205,12 +205,13 @@ class DeepenLM(RequestHandler):
         return answers
 
     def _warn_of_contexts(self, steps: Counter[str]) -> None:
-        """Say which members sat out steps of the requests at hand because texts do not fit into their contexts."""
+        """Warn of members that abstained from steps because texts do not fit into their contexts."""
         for member in self.ensemble.active:
             if steps[member.name]:
                 log.warning(
-                    "member %r sat out %d steps, whose texts do not fit into its context of %d tokens: the others "
-                    "answered them without it. Use fewer few-shots, lower max_gen_toks, or leave the member out.",
+                    "member %r abstained from %d steps, whose texts do not fit into its context of %d tokens: the "
+                    "others answered them without it. Use fewer few-shots, a lower max_gen_toks, or leave the member "
+                    "out.",
                     member.name,
                     steps[member.name],
                     member.max_length,

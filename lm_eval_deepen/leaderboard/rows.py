@@ -270,13 +270,13 @@ def _axis(found: Any, key: str, every: Iterable[str]) -> list[Any]:
     return [point for value in found for point in ([*every] or [value] if value == "all" else [value])]
 
 
-def _entry(value: Any, seam: str) -> dict[str, Any]:
+def _entry(value: Any, axis: str) -> dict[str, Any]:
     """Return one point of an axis as keys of an ensemble: a name, or a mapping with options; none is nothing."""
     if value is None or value == "none":
         return {}
-    found = {seam: value} if isinstance(value, str) else value
+    found = {axis: value} if isinstance(value, str) else value
     if not isinstance(found, Mapping):
-        raise ConfigError(f"grid: a {seam} is a name, or a mapping with its options; got {value!r}")
+        raise ConfigError(f"grid: a {axis} is a name, or a mapping with its options; got {value!r}")
     return dict(found)
 
 
@@ -324,24 +324,24 @@ def _changing(row: str, weighting: Mapping[str, Any], order: Sequence[str]) -> b
 
 def _parts(keys: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a listed row's keys as a grid has them: its method with all options, its weighting, its pooling."""
-    seams = [{seam: keys[seam]} for seam in ("weighting", "pooling") if seam in keys]
-    return [{key: value for key, value in keys.items() if key not in ("weighting", "pooling")}, *seams]
+    choices = [{axis: keys[axis]} for axis in ("weighting", "pooling") if axis in keys]
+    return [{key: value for key, value in keys.items() if key not in ("weighting", "pooling")}, *choices]
 
 
 def _grid_name(order: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:
-    labels = [_label(part, seam) for part in parts for seam in ("method", "weighting", "pooling") if seam in part]
+    labels = [_label(part, axis) for part in parts for axis in ("method", "weighting", "pooling") if axis in part]
     labels += [_label(part, None) for part in parts if part and not {"method", "weighting", "pooling"} & part.keys()]
     return " ".join(["+".join(order), *labels])
 
 
-def _label(keys: Mapping[str, Any], seam: str | None) -> str:
+def _label(keys: Mapping[str, Any], axis: str | None) -> str:
     """Return an ensemble's keys for a name: ``deepen(inverse=adamw)``."""
     if "name" in keys:
         return str(keys["name"])
-    others = [f"{key}={_shown(value)}" for key, value in keys.items() if key != seam]
-    if seam is None:
+    others = [f"{key}={_shown(value)}" for key, value in keys.items() if key != axis]
+    if axis is None:
         return ", ".join(others)
-    return f"{keys[seam]}({', '.join(others)})" if others else str(keys[seam])
+    return f"{keys[axis]}({', '.join(others)})" if others else str(keys[axis])
 
 
 def _shown(value: Any) -> str:

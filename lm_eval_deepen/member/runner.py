@@ -64,9 +64,9 @@ class TreeRunner:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the model's logits [n, V] (its dtype) from hidden states [n, d]."""
-        dummy = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
-            return self.model(input_ids=dummy, use_cache=False).logits[0]
+            return self.model(input_ids=one_token, use_cache=False).logits[0]
 
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""

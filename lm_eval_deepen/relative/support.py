@@ -238,5 +238,5 @@ def _restrict(rows: Tensor, index: Tensor, ids: Tensor) -> Support:
 
 
 def abstain(logp: Tensor, active: Tensor) -> Tensor:
-    """Replace rows [B, V] of members that sit out by zeros: whatever is in them must not reach the result."""
+    """Replace rows [B, V] of members that abstain by zeros: whatever is in them must not reach the result."""
     return logp if bool(active.all()) else torch.where(active[:, None], logp, 0.0)

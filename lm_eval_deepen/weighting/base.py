@@ -76,7 +76,7 @@ class Weigher(Protocol):
         Args:
             logp: the members' natural log-probabilities [B, V_m]; a row of a member with weight 0 may hold
                 anything.
-            base: the weights so far [B, M], of the request and without the members that sit out.
+            base: the weights so far [B, M], of the request and without the members that abstain.
         """
         ...
 

@@ -61,11 +61,11 @@ def test_aligned_positions_have_read_the_same_text_under_real_tokenizers(members
     read = {}
     for name, tokens in zip(names, (target, source), strict=True):
         vocab = members[name].codec.vocab
-        dummy = len(vocab.decode(tokens.ids)) - len(TEXT.encode())  # a space that only this tokenizer has put first
-        assert dummy == (name == "padded")
+        extra = len(vocab.decode(tokens.ids)) - len(TEXT.encode())  # a space that only this tokenizer has put first
+        assert extra == (name == "padded")
         # what of the text has been read before each token; None where the space itself is yet to come
         whole = [vocab.decode(tokens.ids[:i]) for i in range(len(tokens.ids))]
-        read[name] = [spelt[dummy:] if len(spelt) >= dummy else None for spelt in whole]
+        read[name] = [spelt[extra:] if len(spelt) >= extra else None for spelt in whole]
         assert all(text is None or TEXT.encode().startswith(text) for text in read[name])
     at = by_bytes(target.ends, source.ends)
     for i, text in enumerate(read[names[0]]):

@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_deepen.build import distill
-from lm_eval_deepen.build.distill import builder, training
-from lm_eval_deepen.build.distill import teacher_logits as externalise
+from lm_eval_deepen.build.distill import builder, teacher_logits, training
 from lm_eval_deepen.build.distill.corpus import Tokens, blocks_of
 from lm_eval_deepen.build.distill.fusing import Targets
 from lm_eval_deepen.build.distill.store import GROUP
@@ -150,14 +149,14 @@ def test_an_interrupted_build_goes_on_and_ends_up_the_same(world, plain, tmp_pat
     recipe, members = world
     recipe, out = fusellm(recipe, store=str(tmp_path / "store")), tmp_path / "out"
     blocks = 3 * sum(source["blocks_chosen"] for source in plain["sources"].values())
-    rows, loss = externalise.block_rows, training.FusionTrainer.compute_loss
+    rows, loss = teacher_logits.block_rows, training.FusionTrainer.compute_loss
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(externalise, "block_rows", Counted(rows, dies_at=GROUP + 3))
+        patch.setattr(teacher_logits, "block_rows", Counted(rows, dies_at=GROUP + 3))
         distill.build(recipe, out, members)
     assert len(list((tmp_path / "store").glob("*/*.safetensors"))) == 1 and not out.exists()
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(externalise, "block_rows", counted := Counted(rows))
+        patch.setattr(teacher_logits, "block_rows", counted := Counted(rows))
         patch.setattr(training.FusionTrainer, "compute_loss", Counted(loss, dies_at=FIRST_STEPS + 2))
         distill.build(recipe, out, members)
     assert counted.calls == blocks - GROUP  # the group that was written is not read again
@@ -166,7 +165,7 @@ def test_an_interrupted_build_goes_on_and_ends_up_the_same(world, plain, tmp_pat
     (partial / "checkpoint-4").mkdir()  # one that was not written to its end
 
     with monkeypatch.context() as patch:
-        patch.setattr(externalise, "block_rows", counted := Counted(rows))
+        patch.setattr(teacher_logits, "block_rows", counted := Counted(rows))
         patch.setattr(training.FusionTrainer, "compute_loss", trained := Counted(loss))
         found = distill.build(recipe, out, members)
     assert counted.calls == 0 and trained.calls == plain["steps"] - FIRST_STEPS

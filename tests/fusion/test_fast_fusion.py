@@ -262,7 +262,7 @@ def test_supports_are_unions_of_sets(world, rule: TopRule) -> None:
         expected = slow_supports([x[i].numpy() for x in logp], used[i].tolist(), rule)
         for m, (support, ids, x) in enumerate(zip(found, expected, logp, strict=True)):
             if not used[i, m]:
-                continue  # what is left of a member that sits out has no weight
+                continue  # what is left of a member that abstains has no weight
             assert support.ids[i][support.mask[i]].tolist() == ids
             assert support.log_mass[i].item() == pytest.approx(torch.logsumexp(x[i, ids].double(), 0).item(), abs=5e-6)
 

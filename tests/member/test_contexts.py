@@ -1,4 +1,4 @@
-"""A text that one member has no room for: that member sits out, which is counted, and nothing else changes.
+"""A text that one member has no room for: that member abstains, which is counted, and nothing else changes.
 
 Where the main member's context ends, a text ends.
 """
@@ -64,7 +64,8 @@ def test_a_text_that_outgrows_another_member_goes_on_without_it(ensemble, order,
     told = model.get_model_info()["deepen"]
     assert 0 < beyond(model)["m1"] <= told["steps_sat_out"]["m1"] < told["steps_fused"] + told["steps_skipped"]
     assert (
-        f"member 'm1' sat out {beyond(model)['m1']} steps, whose texts do not fit into its context of 36" in caplog.text
+        f"member 'm1' abstained from {beyond(model)['m1']} steps, whose texts do not fit into its context of 36"
+        in caplog.text
     )
     for request, text in zip(batch, together, strict=True):
         assert model.generate_until([request]) == [text]
@@ -139,7 +140,7 @@ def test_a_text_is_scored_in_windows_of_the_members_that_have_room_for_one(ensem
 
 
 def test_a_conversation_that_one_member_has_no_room_for(ensemble):
-    """It is never cut: that member sits out. The main member's is, where it can still be answered, a shorter text."""
+    """It is never cut: that member abstains. The main member's is, where it can still be answered, a shorter text."""
     model = ensemble(("bytelevel", "padded"), (64, 20), chat_fallback="plain")
     chat = model.apply_chat_template([{"role": "user", "content": "Where is the fox?"}])
     prompts = Prompter(model.ensemble).prompts(chat, 8)
@@ -185,7 +186,7 @@ def test_weights_by_prompt_are_those_of_the_members_that_can_read_it(ensemble):
 
 
 def test_a_prompt_that_another_member_cannot_spell(ensemble, monkeypatch):
-    """That member sits out the request; the main member's is set aside. So it is for a text in the middle."""
+    """That member abstains from the request; the main member's is set aside. So it is for a text in the middle."""
     model = ensemble(("bytelevel", "metaspace"), (256, 256))
     main, other = model.ensemble.members
 

@@ -79,7 +79,7 @@ def test_decoders_that_do_more_are_refused(steps: list[Any]) -> None:
 
 
 def dummies() -> dict[str, Tokenizer]:
-    """The same vocabulary with a dummy prefix, which is spelt in several ways."""
+    """The same vocabulary with a prefix space, which is spelt in several ways."""
     found = {name: sentencepiece_bpe(DUMMY) for name in ("prepend", "always", "first", "nested")}
     for name in ("always", "first"):
         found[name].normalizer = None
@@ -96,7 +96,7 @@ WORDS = ["", " ", "\n", SPACE, "t", "th", "the", "he", "\u00e9", "\u4e2d", "\u04
 
 @pytest.mark.parametrize("family", DUMMIES)
 def test_a_prompt_of_one_word_grows_as_the_whole_is_spelt(family: str) -> None:
-    """The dummy space and the word after it may be one piece, which the continuation makes longer."""
+    """The prefix space and the word after it may be one piece, which the continuation makes longer."""
     _, codec = DUMMIES[family]
     assert codec.prefix_space
     for prompt in WORDS:
@@ -104,7 +104,7 @@ def test_a_prompt_of_one_word_grows_as_the_whole_is_spelt(family: str) -> None:
             start = codec.prompt(prompt).before(continuation.encode())
             whole = codec.encode_prompt(prompt + continuation)
             found = codec.follow(start, continuation.encode())
-            if not prompt:  # it is conditioned on the prefix token, and then on the dummy space alone
+            if not prompt:  # it is conditioned on the prefix token, and then on the prefix space alone
                 whole = codec.prefix_ids + (whole[len(codec.automatic_prefix) :] or codec.encode(" "))
             assert found == whole, (prompt, continuation)
 

@@ -159,7 +159,7 @@ def test_every_eos_of_the_configs_ends_a_text(members):
 @pytest.mark.parametrize("prompt", TEXTS)
 @pytest.mark.parametrize("continuation", TEXTS)
 def test_following_spells_exactly_the_bytes(members, family, prompt, continuation):
-    """Whole characters and parts of them; no control piece, no second BOS, no second dummy prefix."""
+    """Whole characters and parts of them; no control piece, no second BOS, no second prefix space."""
     codec = members[family].codec
     start = codec.prompt(prompt)
     data = continuation.encode()

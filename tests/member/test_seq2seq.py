@@ -342,7 +342,7 @@ def test_a_decoder_that_cannot_be_started_is_named(ensemble: Any, folders: dict[
 
 
 def test_prompts_without_a_source_and_sources_that_are_too_long(ensemble: Any) -> None:
-    """A translator sits out a source that it has no room for, and answers nothing of its own without one."""
+    """A translator abstains from a source that it has no room for, and answers nothing of its own without one."""
     long = "English: " + "dog " * 100 + "\nGerman:"
     model = ensemble("bytelevel", "translator")
     with pytest.raises(RequestError, match=r"'translator': source_pattern .* finds no source text in the prompt that"):
@@ -354,7 +354,7 @@ def test_prompts_without_a_source_and_sources_that_are_too_long(ensemble: Any) -
     model = ensemble("translator", "bytelevel", max_length=96)
     with pytest.raises(RequestError, match="a source of .* tokens does not fit into the context of 96 tokens"):
         texts(model, (long,))
-    assert texts(model, ("so it is. " * 60 + PROMPTS[0],))[0]  # prompts are not cut: the other one sits out
+    assert texts(model, ("so it is. " * 60 + PROMPTS[0],))[0]  # prompts are not cut: the other one abstains
     assert model.get_model_info()["deepen"]["steps_beyond_context"]["bytelevel"] > 0
 
 

@@ -1,4 +1,4 @@
-"""A member sits out what its tokenizer cannot spell, counted; nothing that was accepted at load ends a run."""
+"""A member abstains from what its tokenizer cannot spell, counted; nothing that was accepted at load ends a run."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_pieces_agree_with_the_librarys_decoder(data: st.DataObject, family: str
     vocab = vocab_of(tokenizer)
     text_ids = [i for i in range(len(vocab)) if i not in vocab.control | vocab.byte_fallback]
     ids = data.draw(st.lists(st.sampled_from(text_ids), max_size=8))
-    expected = tokenizer.decode([text_ids[0], *ids])  # the first token alone loses a dummy space
+    expected = tokenizer.decode([text_ids[0], *ids])  # the first token alone loses a prefix space
     assert vocab.decode([text_ids[0], *ids]).decode(errors="replace") == expected
 
 

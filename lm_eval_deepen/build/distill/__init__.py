@@ -1,7 +1,7 @@
 """Distilling several models into one: FuseLLM (arXiv 2401.10491) and its control, plain continued training.
 
-Pure parts (`matching`, `alignment`, `fusing`, `loss`) know no model; `externalise` reads members, `training` knows
-``transformers.Trainer``, and `builder` puts them together. Importing the package loads none of them.
+Pure parts (`token_alignment`, `alignment`, `fusing`, `loss`) know no model. `teacher_logits` reads members,
+`training` knows ``transformers.Trainer``, and `builder` puts them together. Importing the package loads none of them.
 """
 
 from __future__ import annotations

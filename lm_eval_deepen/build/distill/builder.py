@@ -282,7 +282,7 @@ def _read_sources(
     config: DistillRecipe, members: Mapping[str, str], text: Text, root: Path, clock: Clock, target: Member,
     weights: str,
 ) -> list[Source]:  # fmt: skip
-    """Externalise every source, one model in memory beside the target's."""
+    """Store the teacher logits of every source, with one model in memory beside the target's."""
     texts = [text.train[i] for i in text.used]
     found = []
     for name in config.sources:

@@ -17,7 +17,7 @@ from lm_eval_deepen.build.distill.corpus import Tokens, text_digest
 from lm_eval_deepen.build.distill.fusing import Targets, fuse, mass_by_kind, project, shares
 from lm_eval_deepen.build.distill.recipe import DistillRecipe
 from lm_eval_deepen.build.distill.store import DistributionStore
-from lm_eval_deepen.build.distill.teacher_logits import externalise
+from lm_eval_deepen.build.distill.teacher_logits import store_teacher_logits
 from lm_eval_deepen.build.distill.token_alignment import VocabularyMap, match
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.member import Member, TextCodec
@@ -60,7 +60,7 @@ def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, 
         "text": text_digest(texts), "prefix": list(member.codec.prefix_ids),
     }  # fmt: skip
     store = DistributionStore(root, member.name, identity, len(tokens))
-    externalise(member, tokens, top_k, store)
+    store_teacher_logits(member, tokens, top_k, store)
     return Source(member.name, weights, member.codec, roles_of(member.lm.tokenizer), tokens, store)
 
 

@@ -27,7 +27,7 @@ def check_length(member: Member, blocks: Sequence[Tokens]) -> None:
         )
 
 
-def externalise(member: Member, blocks: Sequence[Tokens], top_k: int, store: DistributionStore) -> None:
+def store_teacher_logits(member: Member, blocks: Sequence[Tokens], top_k: int, store: DistributionStore) -> None:
     """Write what is missing of a source's distributions; groups that are there are kept.
 
     Raises:
@@ -38,7 +38,7 @@ def externalise(member: Member, blocks: Sequence[Tokens], top_k: int, store: Dis
     check_length(member, blocks)
     missing = store.missing()
     total = sum(map(len, missing))
-    with tqdm(total=total, desc=f"externalise {member.name}", unit="block", disable=not total) as bar:
+    with tqdm(total=total, desc=f"teacher logits of {member.name}", unit="block", disable=not total) as bar:
         for group in missing:
             rows = []
             for index in group:
