@@ -103,3 +103,40 @@ TRANSLATOR = {  # the directions in the order above
     "NLLB-600M": (32.30, 41.49, 31.91, 42.39),
     "DeePEn": (33.34, 43.70, 32.95, 42.84),
 }
+
+# Tables of others that have a DeePEn row, by recipe: our task -> row -> score, and the source
+RIVALS = {
+    "rival_unite_table_3": ("arXiv 2410.03777, table 3", ["OpenChat", "Mistral-7B", "DeepSeek-7B"], {
+        "deepen_gsm8k": {"OpenChat": 73.46, "DeePEn": 73.06, "GaC": 62.85, "UniTE": 73.31},
+        "deepen_piqa": {"OpenChat": 87.10, "DeePEn": 76.04, "GaC": 67.85, "UniTE": 87.50},
+        "deepen_mmlu": {"OpenChat": 60.80, "DeePEn": 61.91, "GaC": 55.15, "UniTE": 62.13},
+        "deepen_arc_challenge": {"OpenChat": 78.05, "DeePEn": 72.14, "GaC": 73.04, "UniTE": 78.70},
+        "deepen_triviaqa": {"OpenChat": 61.77, "DeePEn": 67.24, "GaC": 62.22, "UniTE": 65.80},
+        "deepen_nq": {"OpenChat": 31.08, "DeePEn": 28.26, "GaC": 20.72, "UniTE": 31.78},
+    }),
+    "rival_unite_table_4": ("arXiv 2410.03777, table 4", ["LLaMA3-8B", "Qwen2-7B"], {
+        "deepen_gsm8k": {"UniTE": 84.17},
+        "deepen_piqa": {"UniTE": 85.53},
+        "deepen_arc_challenge": {"UniTE": 85.07},
+        "deepen_mmlu": {"UniTE": 69.78},
+    }),
+    "rival_adafuse": ("arXiv 2601.06022", ["Llama-3.1-8B", "Mistral-7B"], {
+        "deepen_nq": {"DeePEn": 37.42},
+        "squad_completion": {"DeePEn": 71.51},
+        "deepen_triviaqa": {"DeePEn": 73.85},
+        "deepen_gsm8k": {"DeePEn": 67.63},
+        "deepen_flores_en_de": {"DeePEn": 37.56},
+        "deepen_flores_de_en": {"DeePEn": 42.33},
+    }),
+    "rival_safe_table_2": ("arXiv 2510.15346, table 2", ["InternLM3", "Qwen2.5"], {
+        "mmlu_redux_generative": {"UniTE": 73.39},
+        "minerva_math500": {"UniTE": 59.6},
+        "deepen_gsm8k": {"UniTE": 75.06},
+        "bbh_cot_fewshot": {"UniTE": 79.58},
+        "deepen_arc_challenge": {"UniTE": 87.97},
+    }),
+    "rival_lvr": ("arXiv 2510.08102", ["Qwen2.5-3B", "Falcon3-7B"], {
+        "deepen_gsm8k": {"Qwen2.5-3B": 79.1, "Falcon3-7B": 77.9},
+        "minerva_math500": {"Qwen2.5-3B": 42.4, "Falcon3-7B": 30.2},
+    }),
+}  # fmt: skip

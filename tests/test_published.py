@@ -187,3 +187,27 @@ def test_the_translators_table_pairs_each_direction_with_its_translator() -> Non
         assert (translator.source_language, translator.target_language) == (source, target)
         [alone] = [row for row in recipe.alone if row.name == translator.name]
         assert alone.tasks == (task,)
+
+
+@pytest.mark.parametrize("name", published.RIVALS)
+def test_a_rivals_table_has_its_published_scores(name: str) -> None:
+    source, members, scores = published.RIVALS[name]
+    recipe = read_recipe(recipe_file(name))
+    found: dict[str, dict[str, float]] = {}
+    for table in recipe.expected:
+        assert source in table.read_in
+        for task, rows in table.scores.items():
+            found.setdefault(task, {}).update(rows)
+    assert found == scores and {spec.task for spec in recipe.tasks} == set(scores)
+    assert {member.name for member in recipe.members} == set(members)
+    ensembles = recipe.rows[len(recipe.members) :]
+    assert all(set(row.members) == set(members) for row in ensembles)
+    for row in ensembles:
+        assert row.config.method == {"DeePEn": "deepen", "GaC": "gac", "UniTE": "unite"}[row.name]
+        published_here = name.startswith(("rival_unite", "rival_adafuse"))
+        assert row.name != "DeePEn" or (row.config.compat == "reference") == published_here
+
+
+def test_there_is_a_test_of_every_shipped_table() -> None:
+    tables = {name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_"))}
+    assert tables == {*PAPER, *published.RIVALS}

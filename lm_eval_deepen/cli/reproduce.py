@@ -140,7 +140,7 @@ def checked(recipe: LeaderboardRecipe, device: str | None) -> Report:
     ordered = [*first, *(member for member in members if member not in first)]
     config = largest.config.replace(members=tuple(one.replace(weight=1 / len(ordered)) for one in ordered))
     asked = EnsembleRecipe(
-        name=recipe.source, title=recipe.title, task=[spec.task for spec in recipe.tasks], arguments={}
+        name=recipe.source, title=recipe.title, task=tuple(spec.task for spec in recipe.tasks), arguments={}
     )
     tasks = not recipe.metadata  # a miniature's data are its own
     return report_on(asked, config, Plan(device, None, None, tasks, Machine(2000e9, 150e12)))

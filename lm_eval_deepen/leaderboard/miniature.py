@@ -52,10 +52,8 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     found["members"] = [
         {**one, "tasks": [names[task] for task in _listed(one["tasks"])]} if "tasks" in one else one for one in members
     ]
-    found["expected"] = [
-        {**table, "scores": {names.get(task, task): rows for task, rows in table["scores"].items()}}
-        for table in raw.get("expected") or []
-    ]
+    kept = [(table, {t: s for t, s in table["scores"].items() if names[t] == t}) for table in raw.get("expected") or []]
+    found["expected"] = [{**table, "scores": scores} for table, scores in kept if scores]
     return {key: value for key, value in found.items() if value is not None and key != "limit"}
 
 

@@ -14,7 +14,8 @@ from lm_eval_deepen.leaderboard import miniature, reproduction
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_"))]
-ENSEMBLES = list(shipped_recipes("ensemble"))
+# The sizes between are rows of paper_members_one_by_one.
+ENSEMBLES = [name for name in shipped_recipes("ensemble") if not re.search(r"one_by_one_\w+_[345678]$", name)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,11 @@ def test_every_line_of_every_table_runs(name: str, reproduce) -> None:
     assert status == 0, told
     recipe = read_recipe(shipped_recipes()[name])
     assert {row["row"] for row in found["rows"]} == {row.group for row in recipe.rows}
-    scores = [score for table in recipe.expected for rows in table.scores.values() for score in rows.values()]
+    own = {spec.task for spec in recipe.tasks if spec.miniature is None}
+    scores = [
+        score for table in recipe.expected for task, rows in table.scores.items() if task in own
+        for score in rows.values()
+    ]  # fmt: skip
     assert sum(row["published"] is not None for row in found["rows"]) == len(scores)
     assert "differences and verdicts mean nothing" in told
 

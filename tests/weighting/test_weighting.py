@@ -12,6 +12,7 @@ from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.weighting import WEIGHTINGS
 from lm_eval_deepen.weighting.adaptive import Adaptive
 from lm_eval_deepen.weighting.base import PromptLoss, Weigher
+from lm_eval_deepen.weighting.best_by_prompt import BestByPrompt
 from lm_eval_deepen.weighting.confidence import Confidence
 from lm_eval_deepen.weighting.explicit import Explicit
 from lm_eval_deepen.weighting.perplexity import Perplexity
@@ -103,6 +104,15 @@ def test_adaptive_is_proportional_to_the_scores() -> None:
     assert Adaptive(dev_scores=[1, 0]).dev_scores == (1, 0)
     with pytest.raises(ConfigError, match="dev_scores has 2 values for 3 members; give one per member"):
         Adaptive(dev_scores=(0.2, 0.6)).start(None, 3)
+
+
+def test_best_by_prompt_gives_a_request_to_the_member_that_predicts_it_best() -> None:
+    found = BestByPrompt().build().prepare(LOSSES, CONFIGURED)
+    assert found.tolist() == [[0, 1, 0], [0, 0, 1], pytest.approx(CONFIGURED.tolist())]
+    equal = [[PromptLoss(9.0, 3, 30), PromptLoss(9.0, 5, 30), PromptLoss(12.0, 1, 30)]]  # by bytes, not by tokens
+    assert BestByPrompt().build().prepare(equal, CONFIGURED).tolist() == [[1, 0, 0]]
+    sharp = Perplexity(loss_per="byte", loss_temperature=1e-4).build().prepare(LOSSES, CONFIGURED)
+    torch.testing.assert_close(found, sharp)
 
 
 def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
