@@ -10,9 +10,9 @@ from lm_eval_deepen.results.trace_page import page
 from lm_eval_deepen.storage import write_text
 
 HELP = (
-    "Write one HTML page of the traces in a result folder (`trace=true` of an ensemble writes them): the documents, the "
-    "texts coloured by whose choice each token is, every member's distribution at each step. With a second folder, "
-    "where the two part. The page needs no network."
+    "Write one HTML page of the traces in a result folder (`trace=true` of an ensemble writes them): the documents, "
+    "the texts coloured by whose choice each token is, every member's distribution at each step. With "
+    "another folder, where the two part. The page needs no network."
 )
 
 

@@ -18,7 +18,7 @@ from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.steps import BY_METHOD, ONE_MEMBER, ONE_WEIGHT, FusionNotes
 from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import MemberError, RequestError
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
@@ -32,6 +32,7 @@ from lm_eval_deepen.weighting.experts import Experts, posteriors
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine.scoring import SpanScore
+    from lm_eval_deepen.engine.texts import GeneratedText, ScoredText
 
 log = logging.getLogger(__name__)
 
@@ -382,8 +383,71 @@ class Ensemble:
         pieces = self.fuser.out_vocab.pieces
         return bool(pieces[a]) and pieces[a] == pieces[b]
 
+    def generate(self, texts: Sequence[str], *, traced: bool = False, **arguments: Any) -> tuple[GeneratedText, ...]:
+        """Continue texts, `batch_size` of the configuration at a time; the harness's `generate_until` gives the same.
+
+        Args:
+            texts: the prompts.
+            traced: whether each text comes with its steps.
+            arguments: how, as a task's `generation_kwargs`: `until`, `max_gen_toks` (256), `do_sample`, `temperature`.
+                What is drawn at random depends on torch's seed, the prompt, and how often it is among `texts` before.
+
+        Raises:
+            RequestError: a prompt or an argument that cannot be honoured.
+        """
+        from lm_eval_deepen.engine.texts import generated  # it needs this module
+
+        self._require_steps("generate")
+        return generated(self, list(texts), arguments, traced)
+
+    def score(
+        self, context: str | Sequence[str], continuations: Sequence[str], *, traced: bool = False
+    ) -> tuple[ScoredText, ...]:
+        """Score continuations, all in one pass; the harness's `loglikelihood` gives the same.
+
+        Args:
+            context: what comes before: one for all, or one for each.
+            continuations: what is scored.
+            traced: whether each score comes with its steps.
+
+        Raises:
+            RequestError: a text that cannot be scored.
+        """
+        from lm_eval_deepen.engine.texts import scored
+
+        self._require_steps("score")
+        contexts = [context] * len(continuations) if isinstance(context, str) else list(context)
+        if len(contexts) != len(continuations):
+            raise RequestError(
+                f"{len(contexts)} contexts for {len(continuations)} continuations; give one, or one for each"
+            )
+        return scored(self, list(zip(contexts, continuations, strict=True)), traced)
+
+    def trace(self, text: str) -> ScoredText:
+        """Return what every member said at each token of a text; its score is the harness's `loglikelihood_rolling`.
+
+        Raises:
+            RequestError: a text that cannot be scored, or a method that scores by stretches and has no steps.
+        """
+        from lm_eval_deepen.engine.texts import read
+
+        self._require_steps("trace")
+        if self.by_stretches:
+            raise RequestError(
+                f"method={self.config.method} scores texts by stretches, which have no steps; use score for the score, "
+                "or generate(..., traced=True) for the steps of a text"
+            )
+        return read(self, text)
+
+    def _require_steps(self, what: str) -> None:
+        if self.config.pooling is not None:
+            raise RequestError(
+                f"pooling={self.config.pooling} combines whole answers, and {what} fuses steps; remove pooling, "
+                "or use DeepenLM"
+            )
+
     def next_logp(self, text: str) -> Tensor:
-        """Return log-probabilities [K] of what follows `text`, over ``out_vocab``."""
+        """Return log-probabilities [K] of what follows `text`, over ``out_vocab``; see `pieces`."""
         from lm_eval_deepen.engine.prompts import Prompter  # it needs this module
 
         prompts = Prompter(self).prompts(text)
@@ -391,6 +455,11 @@ class Ensemble:
         pairs = zip(self.active, paths, strict=True)
         logp = [m.logp(m.states_at([m.idle if path is None else path])).to(self.device) for m, path in pairs]
         return self.fuse(logp, torch.tensor([[path is not None for path in paths]], device=self.device))[0]
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The pieces [K] that fused distributions range over, as bytes; control pieces have none."""
+        return self.main.codec.vocab.pieces if self.fuser is None else self.fuser.out_vocab.pieces
 
     def describe(self) -> dict[str, Any]:
         """Return members, fusion and counts for the results file."""

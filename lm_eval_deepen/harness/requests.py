@@ -6,15 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.generation import Generation, Job, generate
-from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
-from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.engine.generation import Job
+from lm_eval_deepen.engine.memory import nodes_per_forward
+from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
 from lm_eval_deepen.engine.stretches import (
     StretchPrompter,
@@ -25,14 +21,11 @@ from lm_eval_deepen.engine.stretches import (
     read_stretches,
     without_evidence,
 )
+from lm_eval_deepen.engine.texts import Texts
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.step_files import StepFiles
 from lm_eval_deepen.harness.unanswered import SetAside, attempt
-from lm_eval_deepen.member.encoder_decoder_runner import divide
-from lm_eval_deepen.member.generation import Asked, Settings
-from lm_eval_deepen.member.runner import base_model
-from lm_eval_deepen.member.sampling import row_generator
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -44,6 +37,7 @@ class RequestHandler(MainMemberView):
     """Turns requests into spans and jobs for the engine, and what it finds into answers.
 
     Attributes:
+        texts: makes jobs of prompts, and texts of what is generated.
         peers: models around the same members that score in one pass, this one among them (see `share_passes`).
         known: answers that a peer's pass gave already, until they are asked for.
         step_files: where the steps of traced requests are written; None where nothing is traced.
@@ -54,9 +48,7 @@ class RequestHandler(MainMemberView):
     def adopt(self, ensemble: Ensemble) -> None:
         """Answer by this ensemble."""
         self.ensemble_config, self.ensemble = ensemble.config, ensemble
-        self._prompter = Prompter(ensemble)
-        main, solo = ensemble.main, self._prompter.solo
-        self._settings = Settings(base_model(main.lm.model), main.name, None if solo else main.eos_ids)
+        self.texts = Texts(ensemble)
         self.peers: list[RequestHandler] = [self]
         self.known: dict[tuple[str, tuple], Any] = {}
 
@@ -93,7 +85,7 @@ class RequestHandler(MainMemberView):
         """Raise RequestError where this ensemble has no answer to any request of a type."""
         if kind != "generate_until":
             require_scoring(self.ensemble)
-        elif self._prompter.solo:
+        elif self.texts.prompter.solo:
             self.ensemble.main.check_generation()
 
     def prepare(self, kind: str, request: Instance, repeats: Counter[str] | None = None) -> Any:
@@ -106,13 +98,13 @@ class RequestHandler(MainMemberView):
         """
         stretches = StretchPrompter(self.ensemble) if self.ensemble.by_stretches else None
         if kind == "loglikelihood":
-            return attempt(self._prompter.span if stretches is None else stretches.span, *request.args)
+            return attempt(self.texts.prompter.span if stretches is None else stretches.span, *request.args)
         if kind == "loglikelihood_rolling":
             text = request.args[-1]  # harness 0.5 puts an empty context before it
             if stretches is not None:
                 return attempt(stretches.rolling, text)
             return attempt(rolling_spans, self.ensemble, text)
-        return attempt(self._job, *request.args, Counter() if repeats is None else repeats)
+        return attempt(self.texts.job, *request.args, Counter() if repeats is None else repeats)
 
     def _tell_peers(self, kind: str, request: Instance, answers: Sequence[Any]) -> Any:
         """Leave the peers their answers and return our own."""
@@ -173,7 +165,7 @@ class RequestHandler(MainMemberView):
         yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)
         left = Counter(owners)
         found: dict[int, StretchReading] = {}
-        nodes = nodes_per_forward(self.ensemble, self._batch(1))
+        nodes = nodes_per_forward(self.ensemble, self.texts.batch(1))
         powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
         for at, reading in read_stretches(self.ensemble.active, windows, nodes, powers):
             found[at] = reading
@@ -188,7 +180,7 @@ class RequestHandler(MainMemberView):
         """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""
         lengths = [len(span.prompts[0].ids) + len(span.target) for span in spans]
         longest = max(lengths, default=1)
-        nodes = nodes_per_forward(self.ensemble, self._batch(longest) * longest)
+        nodes = nodes_per_forward(self.ensemble, self.texts.batch(longest) * longest)
         ensembles = [peer.ensemble for peer in self.peers]
         start = 0
         for end in [*ends, len(spans)]:
@@ -200,51 +192,10 @@ class RequestHandler(MainMemberView):
 
     def _generate(self, requests: Sequence[Instance], prepared: Sequence[tuple[Job, list[str]]]) -> Answers:
         jobs, stops = [job for job, _ in prepared], [until for _, until in prepared]
-        most = self.ensemble.main.max_length  # a text ends where the main member's context does
-        size = self._batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
-        drafts = drafter(self.ensemble_config.speculate)
-        for index, found in generate(self.ensemble, jobs, size, drafts):
+        for index, found in self.texts.generations(jobs):
             if self.step_files is not None:
                 self.step_files.add_text(requests[index], found)
-            yield index, SetAside(found.refusal) if found.refusal else self._text(found, stops[index])
-        self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
-
-    def _batch(self, longest: int) -> int:
-        """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""
-        size = self.ensemble_config.batch_size
-        if isinstance(size, int):
-            return size
-        return safe_batch(self.ensemble, longest, self.ensemble_config.max_batch_size)
-
-    def _job(self, context: str, arguments: dict, repeats: Counter[str]) -> tuple[Job, list[str]]:
-        asked = Asked.read(arguments, self.max_gen_toks)
-        eos = None if self.eot_token_id is None else self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        until = handle_stop_sequences(asked.until, eos=eos)
-        prompts = self._prompter.prompts(context, asked.max_gen_toks)
-        source, tokens = divide(prompts[0].ids)
-        plan = self._settings.plan(asked, tokens, source)
-        generator = None
-        if plan.sampler.do_sample:
-            repeats[context] += 1
-            generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
-        prefix_space = not self._prompter.solo and not context and self.ensemble.main.codec.prefix_space
-        stops = tuple(stop for stop in until if stop)
-        return Job(prompts, plan.max_new, stops, plan.sampler, generator, prefix_space, plan.ends), until
-
-    def _text(self, found: Generation, until: list[str]) -> str:
-        """Return a generation as ``hf`` presents it: stop strings and thinking removed.
-
-        One member's end of text stays in the text where it is no special token, as in ``hf``.
-        """
-        ids, end = found.ids, self._main.think_end_token
-        if self._prompter.solo and found.end is not None:
-            ids = [*ids, found.end]
-        if isinstance(end, int) and end in ids:
-            ids = ids[len(ids) - ids[::-1].index(end) :]
-        text = self.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")
-        if isinstance(end, int):
-            text = text.lstrip()
-        return postprocess_generated_text(text, stop=until, think_end_token=end if isinstance(end, str) else None)
+            yield index, SetAside(found.refusal) if found.refusal else self.texts.finished(found, stops[index])
 
 
 def share_passes(models: Sequence[RequestHandler]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import GenerationConfig, LogitsProcessorList
 
 from lm_eval_deepen.errors import RequestError, did_you_mean
@@ -97,6 +97,18 @@ class Asked:
         else:
             kwargs["temperature"] = float(kwargs["temperature"])
         return cls(list(until), length, total, kwargs)
+
+
+def with_end(until: list[str], end: str | None) -> list[str]:
+    """Return the strings that end a text with the end of text among them, as ``hf`` has it."""
+    found: list[str] = handle_stop_sequences(until, eos=end)
+    return found
+
+
+def presented(text: str, until: Sequence[str], think_end: str | None) -> str:
+    """Return a text up to its first stop string and behind its thinking, as ``hf`` presents it."""
+    found: str = postprocess_generated_text(text, stop=list(until), think_end_token=think_end)
+    return found
 
 
 def _check_until(given: Mapping[str, Any]) -> None:

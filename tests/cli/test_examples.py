@@ -24,3 +24,10 @@ def test_the_script_runs(pico) -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
     assert "most likely next piece: b" in found.stdout
+
+
+def test_the_notebook_runs(pico) -> None:
+    command = [sys.executable, str(EXAMPLES / "notebook.py"), str(pico["bytelevel"]), str(pico["metaspace"])]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "likeliest: " in found.stdout and "score of the text: -" in found.stdout and "changed: True" in found.stdout

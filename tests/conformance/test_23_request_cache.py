@@ -76,7 +76,7 @@ def test_the_other_members_rendering_counts(pico, chatty, matrices, evaluate, ca
     first = {"role": "system", "content": "Be brief."} if CHAT["system_instruction"] else prompt.messages[0]
     assert prompt.messages[0] == first and prompt.messages[-1]["role"] == "user"
     seen = model.ensemble.members[1].lm.tok_decode(
-        list(model._prompter.prompts(prompt, 4)[1].ids), skip_special_tokens=True
+        list(model.texts.prompter.prompts(prompt, 4)[1].ids), skip_special_tokens=True
     )
     assert (
         seen.startswith(f"{first['role']}: {first['content']}\n")

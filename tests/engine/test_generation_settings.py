@@ -248,7 +248,7 @@ def test_what_settings_do_to_a_fused_distribution_depends_on_no_shift(pair, sett
     torch.manual_seed(4)
     prompt = pair.tok_encode(LONG)
     asked = Asked.read({**PLAIN, **settings}, 256)
-    sampler = pair._settings.plan(asked, prompt).sampler
+    sampler = pair.texts.settings.plan(asked, prompt).sampler
     seen = torch.tensor([[*prompt, 17, 300, 17]])
     logp = torch.log_softmax(3 * torch.randn(1, 400), dim=-1)
     made = [torch.softmax(sampler.processors(seen, logp + shift), dim=-1) for shift in (0.0, 9.5, -40.0)]

@@ -58,7 +58,7 @@ def test_only_states_that_are_read_meet_the_head(model, monkeypatch):
         monkeypatch.setattr(member.runner, "logp", counted)
     batch = requests("loglikelihood", *itertools.product([SHOTS + QUESTIONS[0]], CHOICES))
     model.loglikelihood(batch)
-    spans = [model._prompter.span(*request.args) for request in batch]
+    spans = [model.texts.prompter.span(*request.args) for request in batch]
     for m, member in enumerate(model.ensemble.active):
         paths = {span.paths(model.ensemble, at) for span in spans for at in range(len(span.target))}
         assert sum(count for who, count in rows if who is member) == sum(path[m] is not None for path in paths)
@@ -87,7 +87,7 @@ def test_auto_runs_and_changes_nothing(pico, tmp_path):
     pair = [pico["bytelevel"], pico["metaspace"]]
     batch = requests("generate_until", *((q, {"until": [], "max_gen_toks": 6}) for q in QUESTIONS))
     auto = deepen(*pair, batch_size="auto", matrix_dir=str(tmp_path))
-    assert auto._batch(50) == 64
+    assert auto.texts.batch(50) == 64
     assert auto.generate_until(batch) == deepen(*pair, matrix_dir=str(tmp_path)).generate_until(batch)
 
 

@@ -23,7 +23,7 @@ def make(pico, folder, **options):
 
 def rows_of(model):
     """Return the members' distributions after each context, [B, V_m] each."""
-    prompts = [model._prompter.prompts(context) for context in CONTEXTS]
+    prompts = [model.texts.prompter.prompts(context) for context in CONTEXTS]
     return [m.logp(m.states_at([p[i].ids for p in prompts])) for i, m in enumerate(model.ensemble.members)]
 
 

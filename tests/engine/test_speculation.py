@@ -104,7 +104,7 @@ def test_sampled_texts_are_never_drafted(model):
     batch = requests("generate_until", *((context, arguments) for context in CONTEXTS))
     plain = model.generate_until(batch)
     drafts = Lookup()
-    jobs = [model._job(context, arguments, Counter())[0] for context in CONTEXTS]
+    jobs = [model.texts.job(context, arguments, Counter())[0] for context in CONTEXTS]
     found = dict(generate(model.ensemble, jobs, 3, drafts))
     assert [model.tok_decode(found[i].ids) for i in range(len(jobs))] == plain
     assert drafts.counts["drafted"] == 0

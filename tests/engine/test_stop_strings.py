@@ -101,9 +101,9 @@ def test_a_text_stops_where_a_look_at_all_of_it_stops(model, data):
     event(reason)
     assert (len(row.out.ids), row.out.reason) == (count, reason)
     assert row.out.data == b"".join(pieces[:count])
-    assert model._text(row.out, stops) == cut(model.tok_decode(ids[:count]), stops)
+    assert model.texts.finished(row.out, stops) == cut(model.tok_decode(ids[:count]), stops)
     if reason == "length" and count == len(ids):  # whole characters: the text is its bytes
-        assert model._text(row.out, stops) == whole
+        assert model.texts.finished(row.out, stops) == whole
 
 
 @FEW

@@ -114,4 +114,4 @@ def test_a_stop_string_waits_for_whole_characters_over_several_tokens(pair, stop
         assert row.out.reason == ""
         append(pair.ensemble, row, main.codec.vocab.ids_of[bytes([byte])][-1], 0.0)
     assert row.out.reason == "stop"
-    assert pair._text(row.out, [stop]) == "x"
+    assert pair.texts.finished(row.out, [stop]) == "x"

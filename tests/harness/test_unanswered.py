@@ -140,7 +140,7 @@ def test_faults_of_members_and_of_the_program_are_never_set_aside(paths, monkeyp
         raise TypeError("a fault of the program")
 
     with monkeypatch.context() as patch:
-        patch.setattr(one._prompter, "span", broken)
+        patch.setattr(one.texts.prompter, "span", broken)
         with pytest.raises(TypeError, match="a fault of the program"):
             one.loglikelihood(batch)
     monkeypatch.setattr(one.ensemble.main.runner, "body", broken)

@@ -99,7 +99,7 @@ def test_weights_by_step_follow_the_members_entropies(pair):
 
 def test_ensembles_that_differ_in_weights_or_method_share_one_pass(pair):
     first = pair(weights=[0.7, 0.3])
-    spans = [first._prompter.span(*request) for request in itertools.product(CONTEXTS, CHOICES)]
+    spans = [first.texts.prompter.span(*request) for request in itertools.product(CONTEXTS, CHOICES)]
     members = [{"name": f"m{i}", "pretrained": m.config.pretrained} for i, m in enumerate(first.ensemble.members)]
     arguments = {"pretrained": members[0]["pretrained"], "members": members}
     folder = first.ensemble_config.matrix_dir

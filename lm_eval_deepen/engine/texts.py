@@ -1,0 +1,212 @@
+"""Texts in, texts out: what the harness's requests and calls from Python have in common.
+
+`Texts` turns a prompt with generation arguments into a job and a finished generation into its text. The dataclasses
+are what `Ensemble.generate`, `Ensemble.score` and `Ensemble.trace` return.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_eval_deepen.engine.drafts import drafter
+from lm_eval_deepen.engine.encoder_decoder import require_scoring
+from lm_eval_deepen.engine.generation import Generation, Job, generate
+from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
+from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.engine.scoring import SpanScore, score
+from lm_eval_deepen.engine.steps import Step
+from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, without_evidence
+from lm_eval_deepen.engine.windows import rolling_spans
+from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.encoder_decoder_runner import divide
+from lm_eval_deepen.member.generation import Asked, Settings, presented, with_end
+from lm_eval_deepen.member.runner import base_model
+from lm_eval_deepen.member.sampling import row_generator
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A text that was generated.
+
+    Attributes:
+        prompt: what it continues.
+        text: the continuation, without the stop string that ended it.
+        logp: fused natural-log probability (nats) of each piece that was chosen [T]; pieces behind a stop string's
+            beginning are among them, the end of text is not.
+        reason: ``eos``, ``stop`` or ``length``.
+        steps: what every member said at each piece, and at the end of text; empty where it was not asked for.
+    """
+
+    prompt: str
+    text: str
+    logp: tuple[float, ...]
+    reason: str
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text that was scored.
+
+    Attributes:
+        context: what comes before it.
+        text: what was scored.
+        logp: its fused natural-log probability, in nats.
+        greedy: whether each of its tokens is the likeliest.
+        token_logp: natural-log probability (nats) of each of the main member's tokens [T], or of each stretch where the
+            method scores by stretches. They sum to `logp`, but where weights learn across the windows of a text.
+        steps: what every member said at each token; empty where it was not asked for.
+    """
+
+    context: str
+    text: str
+    logp: float
+    greedy: bool
+    token_logp: tuple[float, ...]
+    steps: tuple[Step, ...] = ()
+
+
+class Texts:
+    """Texts for one ensemble.
+
+    Attributes:
+        ensemble: the members and their fuser.
+        prompter: makes the members' prompts.
+        settings: how the main member's checkpoint generates.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        """Read the ensemble's active members."""
+        self.ensemble = ensemble
+        self.prompter = Prompter(ensemble)
+        main = ensemble.main
+        ends = None if self.prompter.solo else main.eos_ids
+        self.settings = Settings(base_model(main.lm.model), main.name, ends)
+
+    def batch(self, longest: int) -> int:
+        """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""
+        size = self.ensemble.config.batch_size
+        if isinstance(size, int):
+            return size
+        return safe_batch(self.ensemble, longest, self.ensemble.config.max_batch_size)
+
+    def nodes(self, spans: Sequence[Span]) -> int:
+        """Return how many tokens a member forwards at once to score spans."""
+        longest = max((len(span.prompts[0].ids) + len(span.target) for span in spans), default=1)
+        return nodes_per_forward(self.ensemble, self.batch(longest) * longest)
+
+    def job(self, context: str, arguments: Mapping[str, Any], repeats: Counter[str]) -> tuple[Job, list[str]]:
+        """Return the job of a prompt, and the strings that end its text.
+
+        Args:
+            context: the prompt.
+            arguments: how to generate, as a task's `generation_kwargs`.
+            repeats: how often each prompt was sampled before: samples of one prompt differ.
+
+        Raises:
+            RequestError: arguments that cannot be honoured, or a prompt without room.
+        """
+        lm, solo = self.ensemble.main.lm, self.prompter.solo
+        asked = Asked.read(arguments, lm.max_gen_toks)
+        end = None if lm.eot_token_id is None else lm.tok_decode([lm.eot_token_id], skip_special_tokens=False)
+        until = with_end(asked.until, end)
+        prompts = self.prompter.prompts(context, asked.max_gen_toks)
+        source, tokens = divide(prompts[0].ids)
+        plan = self.settings.plan(asked, tokens, source)
+        generator = None
+        if plan.sampler.do_sample:
+            repeats[context] += 1
+            generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
+        prefix_space = not solo and not context and self.ensemble.main.codec.prefix_space
+        stops = tuple(stop for stop in until if stop)
+        return Job(prompts, plan.max_new, stops, plan.sampler, generator, prefix_space, plan.ends), until
+
+    def generations(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Generation]]:
+        """Yield the index of each job and its generation, as soon as it is finished."""
+        most = self.ensemble.main.max_length  # a text ends where the main member's context does
+        size = self.batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
+        drafts = drafter(self.ensemble.config.speculate)
+        yield from generate(self.ensemble, jobs, size, drafts)
+        self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
+
+    def finished(self, found: Generation, until: Sequence[str]) -> str:
+        """Return a generation as ``hf`` presents it: stop strings and thinking removed.
+
+        One member's end of text stays in the text where it is no special token, as in ``hf``.
+        """
+        lm, ids = self.ensemble.main.lm, found.ids
+        end = lm.think_end_token
+        if self.prompter.solo and found.end is not None:
+            ids = [*ids, found.end]
+        if isinstance(end, int) and end in ids:
+            ids = ids[len(ids) - ids[::-1].index(end) :]
+        text = lm.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")
+        if isinstance(end, int):
+            text = text.lstrip()
+        return presented(text, until, end if isinstance(end, str) else None)
+
+
+def generated(
+    ensemble: Ensemble, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
+) -> tuple[GeneratedText, ...]:
+    """Return one text for each prompt; see `Ensemble.generate`."""
+    texts, repeats = Texts(ensemble), Counter[str]()
+    if texts.prompter.solo:
+        ensemble.main.check_generation()
+    prepared = [texts.job(prompt, arguments, repeats) for prompt in prompts]
+    found: dict[int, GeneratedText] = {}
+    for index, one in texts.generations([replace(job, traced=traced) for job, _ in prepared]):
+        if one.refusal:
+            raise RequestError(f"prompt {index}: {one.refusal}")
+        text = texts.finished(one, prepared[index][1])
+        found[index] = GeneratedText(prompts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
+    return tuple(found[index] for index in range(len(prompts)))
+
+
+def scored(ensemble: Ensemble, pairs: Sequence[tuple[str, str]], traced: bool) -> tuple[ScoredText, ...]:
+    """Return the scores of (context, continuation) pairs; see `Ensemble.score`."""
+    require_scoring(ensemble)
+    texts = Texts(ensemble)
+    if ensemble.by_stretches:
+        prompter = StretchPrompter(ensemble)
+        return _by_stretches(texts, pairs, [prompter.span(*pair) for pair in pairs])
+    spans = [replace(texts.prompter.span(*pair), traced=traced) for pair in pairs]
+    found = dict(score(ensemble, spans, texts.nodes(spans)))
+    return tuple(_scored(pair, [found[index]], found[index].total) for index, pair in enumerate(pairs))
+
+
+def read(ensemble: Ensemble, text: str) -> ScoredText:
+    """Return the score of a whole text, however long, with its steps; see `Ensemble.trace`."""
+    require_scoring(ensemble)
+    texts = Texts(ensemble)
+    spans = [replace(span, traced=True) for span in rolling_spans(ensemble, text)]
+    found = dict(score(ensemble, spans, texts.nodes(spans)))
+    windows = [found[index] for index in range(len(spans))]
+    return _scored(("", text), windows, ensemble.total(windows) if windows else 0.0)
+
+
+def _scored(pair: tuple[str, str], windows: Sequence[SpanScore], total: float) -> ScoredText:
+    steps = tuple(window.steps[at] for window in windows for at in sorted(window.steps))
+    logp = tuple(value for window in windows for value in window.logp)
+    return ScoredText(*pair, total, all(window.greedy for window in windows), logp, steps)
+
+
+def _by_stretches(
+    texts: Texts, pairs: Sequence[tuple[str, str]], spans: Sequence[StretchSpan]
+) -> tuple[ScoredText, ...]:
+    ensemble = texts.ensemble
+    kept = list(spans) if ensemble.reads_prompts else [without_evidence(span) for span in spans]
+    nodes = nodes_per_forward(ensemble, texts.batch(1))
+    readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
+    weighed = [ensemble.weighed(readings[index]) for index in range(len(pairs))]
+    return tuple(
+        ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, weighed, strict=True)
+    )
