@@ -78,7 +78,7 @@ def blamed(where: str) -> Iterator[None]:
 
 
 class Problems:
-    """Collects what is wrong with a configuration, so that a person is told all of it at once."""
+    """Collects all errors of a configuration, so that one message names them all."""
 
     def __init__(self) -> None:
         """Begin with none."""

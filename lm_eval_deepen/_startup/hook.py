@@ -1,4 +1,4 @@
-"""What runs at the start of every interpreter: leave a finder behind that waits for ``lm_eval.models``.
+"""Every interpreter runs this at its start: it leaves a finder behind that waits for ``lm_eval.models``.
 
 Called from ``lm_eval_deepen_hook.pth`` and, from Python 3.15, ``lm_eval_deepen_hook.start``. Processes that
 have nothing to do with the harness pay for this module, so it is small and imports nothing that is not

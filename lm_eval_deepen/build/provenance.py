@@ -1,4 +1,4 @@
-"""What a built model says of itself: ``provenance.json`` in its folder."""
+"""``provenance.json``: the record of how a model was built, in its folder."""
 
 from __future__ import annotations
 

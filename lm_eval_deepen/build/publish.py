@@ -1,4 +1,4 @@
-"""Builds a model from its recipe into a folder: in one step for whoever looks, resumable for what takes long."""
+"""Builds a model from its recipe. The folder appears in one step; long work can be resumed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def build(
         identity: of the model, where the caller knows it already.
         redo: build again what is there.
         mend: build again what is damaged.
-        say: told what is going on.
+        say: called with progress messages.
 
     Raises:
         DeepenError: a recipe that cannot be built; what was at `out` is there still.

@@ -1,4 +1,4 @@
-"""What identifies the weights of a model folder."""
+"""Digests that identify the weights of a model folder."""
 
 from __future__ import annotations
 

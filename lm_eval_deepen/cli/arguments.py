@@ -1,4 +1,4 @@
-"""The command line's own words: what arguments may be, and one line that names the nearest where one is misspelt."""
+"""Types of command-line arguments, and errors in one line that name the nearest spelling."""
 
 from __future__ import annotations
 

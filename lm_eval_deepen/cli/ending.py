@@ -1,4 +1,4 @@
-"""How a command ends: its exit status says what its documentation says, whatever goes wrong on the way."""
+"""The one place where a command ends: every error becomes the exit status that the documentation gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key that an ensemble may have: ours, the options of whatever there is to choose, arguments for loading."""
+"""All keys of an ensemble: our own, the options of methods and the like, and loading arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people are told of a field: the values it takes and its default, in error messages, lists and docs alike."""
+"""Describes a field to people: its values and its default, for error messages, lists and docs."""
 
 from __future__ import annotations
 

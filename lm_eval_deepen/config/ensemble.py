@@ -1,4 +1,4 @@
-"""The configuration of an ensemble as it was understood: its fingerprint, its JSON form."""
+"""The parsed configuration of an ensemble, with its fingerprint and its JSON form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way from what pydantic refuses to what a person is told: the key, what was got, what is allowed."""
+"""Turns pydantic's errors into messages for people: the key, what was got, what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of ensembles: their keys, with model folders beside them made reachable, under keys given elsewhere."""
+"""Ensemble files: keys given elsewhere go over theirs, and relative model folders are found beside the file."""
 
 from __future__ import annotations
 

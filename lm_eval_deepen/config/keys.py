@@ -1,4 +1,4 @@
-"""The base of whatever a person configures: a class of typed keys, each with its range, default and meaning beside it.
+"""The base class of all configuration: typed keys, each with its range, default and meaning beside it.
 
 A value has one exact reading, or it is refused: ``5.0`` and ``"5"`` are whole numbers (the harness reads ``-1`` as
 ``-1.0``, YAML reads ``1e-3`` as text), ``true`` is no number, ``1`` is no truth value, ``3`` is no text.

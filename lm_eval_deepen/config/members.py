@@ -1,4 +1,4 @@
-"""The members of an ensemble: each one's keys over those that stand beside `members`."""
+"""The members of an ensemble: a member's own keys go over those beside `members`."""
 
 from __future__ import annotations
 

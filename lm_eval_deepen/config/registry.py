@@ -1,4 +1,4 @@
-"""Whatever is chosen by name, such as fusion methods: a registry for each kind, filled by the files of a folder."""
+"""A registry for each kind of thing that is chosen by name, such as fusion methods; the files of a folder fill it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads configurations, YAML and JSON: what is ambiguous, or would take for ever, is refused by line."""
+"""Reads YAML and JSON configurations. Ambiguous or endless input is refused, with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an ensemble with an encoder-decoder member cannot do: refused, never answered without that member."""
+"""Refuses what an ensemble with an encoder-decoder member cannot do. It is never answered without that member."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of a request's prompts tell how well each member predicts: those of the same bytes for every member.
+"""The tokens of a request's prompts on which members are compared: those of the same bytes for every member.
 
 Members read one text differently: one has a BOS before its first word, another has nothing, a third puts a space
 there; chat templates wrap the same messages in words of their own. A loss compares members only where all of them

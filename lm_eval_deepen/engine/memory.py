@@ -1,4 +1,4 @@
-"""What a batch needs in memory: the model behind ``batch_size: auto``, and behind how scoring is packed."""
+"""The memory of a batch: formulas for ``batch_size: auto`` and for the packing of scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well each member predicts a prompt: what weights that depend on prompts are made of."""
+"""Each member's loss on a prompt, for weights that depend on prompts."""
 
 from __future__ import annotations
 

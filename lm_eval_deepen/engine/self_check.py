@@ -1,4 +1,4 @@
-"""What an evaluation tells its user about the ensemble itself, in the log and in the results file."""
+"""The self-check: what an evaluation reports about the ensemble itself, in the log and in the results file."""
 
 from __future__ import annotations
 

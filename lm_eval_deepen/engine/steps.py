@@ -1,4 +1,4 @@
-"""What every member said at a step, and what became of it: read off rows that are fused anyway, so it changes nothing.
+"""Records what every member said at a step, and the fused result. It reads rows that are fused anyway.
 
 A step is one distribution that was read: of a token that was generated, or of one that was given and scored.
 """

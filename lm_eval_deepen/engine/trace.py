@@ -1,4 +1,4 @@
-"""What fusion did, counted while it runs: a read-only tap, no influence on results."""
+"""Counts what fusion does while it runs. It changes no result."""
 
 from __future__ import annotations
 

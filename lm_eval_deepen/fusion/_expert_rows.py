@@ -1,4 +1,4 @@
-"""Rows fused by several static ensembles at once: what each of them gives to a token, and their mixture."""
+"""Rows fused by several static ensembles at once: the probability that each gives to a token, and their mixture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps between vocabularies that take long to make: made once, kept in the folder of the relative matrices.
+"""Maps between vocabularies that take long to build: built once, kept in the folder of the relative matrices.
 
 They have the file format of a sparse relative matrix: an identity that is checked, a checksum, one write.
 """

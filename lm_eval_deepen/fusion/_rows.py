@@ -1,4 +1,4 @@
-"""What the methods that work on probabilities share: the events of a row, and equal events that share one mass."""
+"""Shared by the methods that work on probabilities: the events of a row, and equal events that share one mass."""
 
 from __future__ import annotations
 

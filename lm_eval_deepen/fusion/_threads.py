@@ -1,4 +1,4 @@
-"""Rows of a step on several cores: torch does not spread operations that scatter or gather over its threads."""
+"""Fuses the rows of a step on several cores, since torch runs operations that scatter or gather on one thread."""
 
 from __future__ import annotations
 

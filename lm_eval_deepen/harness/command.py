@@ -1,4 +1,4 @@
-"""How the harness's own command ends where we end it: in one line, not in the stack of everything that was at work."""
+"""Errors of this package end the harness's own command in one line, not in a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the harness reads off a model beside its answers: all of it is the main member's."""
+"""What the harness reads off a model besides its answers. All of it is the main member's."""
 
 from __future__ import annotations
 

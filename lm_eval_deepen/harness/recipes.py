@@ -1,4 +1,4 @@
-"""Recipes of ensembles: ensemble files that also say on what they are evaluated, and which scores were published.
+"""Recipes of ensembles: ensemble files that also name tasks and published scores.
 
 ``--model_args pretrained=RECIPE.yaml`` takes them as they are; what they say beside the ensemble is for people and for
 ``lm-eval-deepen inspect``.

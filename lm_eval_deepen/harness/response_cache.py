@@ -1,4 +1,4 @@
-"""The harness's caches as one ensemble's own: of responses (``--use_cache``) and of requests (``--cache_requests``).
+"""The harness's caches, one per ensemble: of responses (``--use_cache``) and of requests (``--cache_requests``).
 
 The harness keeps responses in a database of pickles: reading it runs what its writer put there. So a database that
 others can write to is refused, and of every other one nothing but numbers, texts and tuples of them is read.

@@ -1,4 +1,4 @@
-"""Requests that cannot be answered: set aside while all others are, then listed in one error."""
+"""Requests without an answer: set aside while all others are answered, then listed in one error."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Builds:
         Args:
             names: of the models.
             folder: where they are kept.
-            say: told what is going on.
+            say: called with progress messages.
             mend: build again what is damaged, which is an error else.
 
         Raises:

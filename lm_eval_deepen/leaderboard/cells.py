@@ -1,4 +1,4 @@
-"""Cells on disk: the harness's own files of one row on one task, and a mark that says what they are."""
+"""Cells on disk: the harness's own files of one row on one task, and a mark with their identity."""
 
 from __future__ import annotations
 

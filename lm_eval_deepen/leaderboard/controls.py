@@ -24,7 +24,7 @@ def with_controls(
     Args:
         recipes: of members and rows, by name; those of added rows are added.
         rows: that are built.
-        notes: told what is added.
+        notes: a list to which added rows are noted.
 
     Returns:
         The control by the distilled model, both by the name of their row in the table (of several seeds, one row),

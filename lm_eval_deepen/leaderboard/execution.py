@@ -1,4 +1,4 @@
-"""Runs what is missing of a leaderboard, cell by cell, around members that are loaded once."""
+"""Runs the missing cells of a leaderboard around members that are loaded once."""
 
 from __future__ import annotations
 

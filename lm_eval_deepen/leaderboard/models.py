@@ -1,4 +1,4 @@
-"""The rows of a leaderboard as models around the same loaded members, and what each of them costs."""
+"""The rows of a leaderboard as models around the same loaded members, and the cost of each."""
 
 from __future__ import annotations
 

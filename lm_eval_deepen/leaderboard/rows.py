@@ -130,7 +130,7 @@ def expand(
         members: by name.
         common: keys that all rows have alike.
         folder: where relative paths of ensemble files are read.
-        notes: combinations that mean nothing are added here.
+        notes: a list to which skipped combinations are added.
         tasks: names of the columns.
 
     Raises:

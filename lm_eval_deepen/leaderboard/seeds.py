@@ -1,4 +1,4 @@
-"""Rows that are repeated over seeds: one line of the table, the mean over them and how much they scatter."""
+"""Rows that are repeated over seeds: one line of the table with their mean and spread."""
 
 from __future__ import annotations
 

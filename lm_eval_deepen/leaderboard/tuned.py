@@ -1,4 +1,4 @@
-"""What a tuned ensemble file says of the documents it was fitted on, and the refusal to be evaluated on these."""
+"""Documents that a tuned ensemble was fitted on, and the refusal to evaluate it on them."""
 
 from __future__ import annotations
 

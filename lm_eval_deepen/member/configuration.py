@@ -1,4 +1,4 @@
-"""What a model's configuration says before anything is loaded, with what transformers adds to it."""
+"""A model's configuration before anything is loaded, with what transformers adds to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices that members load on: those of this machine, and nothing in the place of one that it lacks."""
+"""Devices that members load on: those of this machine. A device that it lacks is never replaced by another."""
 
 from __future__ import annotations
 

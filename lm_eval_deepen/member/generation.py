@@ -1,4 +1,4 @@
-"""What a request asks of generation, and with one member its checkpoint: as ``HFLM`` and ``generate`` read it.
+"""The generation settings of a request and, with one member, of its checkpoint, as ``HFLM`` and ``generate`` read them.
 
 Every field of transformers' ``GenerationConfig`` has the effect here that it has in ``generate``, or is refused by its
 name. transformers itself puts the logits processors together; a field that it gains one day, and that nothing here

@@ -1,4 +1,4 @@
-"""What a model must show when it loads: that it reads from left to right, and whether it can walk a prefix tree.
+"""Checks a model when it loads: it reads from left to right, and it can or cannot walk a prefix tree.
 
 Both checks compare forward passes that must agree, and measure how far they are apart by what would go unnoticed
 otherwise: by how much an earlier token, or another position, changes what the model says. So they tell as much of flat

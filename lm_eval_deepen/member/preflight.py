@@ -1,4 +1,4 @@
-"""What can be known of an ensemble before any weight is loaded: its tokenizers."""
+"""Checks an ensemble's tokenizers before any weight is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy or drawn, by transformers' own logits processors."""
+"""Chooses the next token, greedily or by drawing, with transformers' own logits processors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer that was loaded, against the files that it was loaded from.
+"""Compares a loaded tokenizer with the files that it was loaded from.
 
 transformers rebuilds some tokenizers from the vocabulary in ``tokenizer.json`` and the name of a class, and takes the
 class's pre-tokenizer, normalizer and decoder for the file's. Pieces still spell every text, so nothing fails: texts

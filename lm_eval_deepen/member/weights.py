@@ -1,4 +1,4 @@
-"""What transformers reports of the weights that it loads: a model whose weights are not those of its files is refused.
+"""Refuses a model whose weights are not those of its files, by transformers' own report.
 
 A layer that its files lack is initialised at random and scores in silence; a weight that the model lacks is left out.
 """

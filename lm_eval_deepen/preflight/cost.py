@@ -1,4 +1,4 @@
-"""What a recipe's tasks would take: documents and tokens, from the tasks themselves, and hours on a stated machine."""
+"""The cost of a recipe's tasks: documents and tokens, from the tasks themselves, and hours on a stated machine."""
 
 from __future__ import annotations
 

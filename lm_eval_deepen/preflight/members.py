@@ -1,4 +1,4 @@
-"""What a member of a recipe is, as far as it can be known before its weights are loaded."""
+"""Facts about a recipe's members that are known before their weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How flat relative rows are: flat ones tell pieces hardly apart."""
+"""Measures how flat relative rows are. Flat rows hardly distinguish pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many of a member's likeliest text pieces a truncated step works on: so many, or those that hold so much mass.
+"""How many of a member's likeliest text pieces a truncated step works on: a number, or a share of the mass.
 
 The mass that is left out is bounded: where a row's own share of pieces would leave out more, it gets more of them.
 """

@@ -1,4 +1,4 @@
-"""Whether two runs were put the same task: what a regression check must refuse to compare.
+"""Whether two runs had the same task. A regression check must refuse to compare others.
 
 The candidate of a check may be anything: another checkpoint, another library, other code. What must be equal is the
 task's side: documents, prompts, few-shots, expected answers, decoding arguments, scoring. An ensemble's

@@ -1,4 +1,4 @@
-"""Staged search: one thing after another, each on one pass over the logits."""
+"""Staged search: one option after another, each on one pass over the logits."""
 
 from __future__ import annotations
 

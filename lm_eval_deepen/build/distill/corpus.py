@@ -1,4 +1,4 @@
-"""The text that is trained on: documents, those held out of it, and blocks that every model reads from the start."""
+"""The training text: its documents, the held-out ones, and the blocks that every model reads from their start."""
 
 from __future__ import annotations
 

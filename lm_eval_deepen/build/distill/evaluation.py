@@ -1,4 +1,4 @@
-"""Bits per byte of held-out documents, and what two builds differ by."""
+"""Bits per byte of held-out documents, and the difference of two builds."""
 
 from __future__ import annotations
 

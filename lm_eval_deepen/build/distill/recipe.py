@@ -1,4 +1,4 @@
-"""What a recipe for `lm_eval_deepen.build.distill` says, checked before any model is loaded."""
+"""The recipe of a training, checked before any model is loaded."""
 
 from __future__ import annotations
 
