@@ -46,6 +46,19 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parsed
 
 
+class Names(argparse.Action):
+    """One list of the names given, whether commas or spaces stand between them."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Keep the names."""
+        names = [name.strip() for text in values for name in text.split(",") if name.strip()]
+        if not names:
+            raise argparse.ArgumentError(self, "names nothing")
+        setattr(namespace, self.dest, names)
+
+
 count, natural = whole(1), whole(0)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import share, whole
+from lm_eval_deepen.cli.arguments import Names, share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="NAME",
         help=f"the reference: a run's name, or {BEST!r}, the best of each metric (default: the first run)",
     )  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to compare (default: all in common)")
+    parser.add_argument(
+        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to compare (default: all in common)"
+    )
     parser.add_argument(
         "--metric", nargs="+", metavar="NAME",
         help="metrics to compare, as acc or exact_match,strict-match (default: all)",

@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.cli.arguments import add_device, count
+from lm_eval_deepen.cli.arguments import Names, add_device, count
 from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.results.tables import DemoRow, read_cells, render
 from lm_eval_deepen.storage import make_folder, write_text
@@ -52,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("results/demo"), metavar="DIR", help="result files (%(default)s)"
     )
     parser.add_argument(
-        "--tasks", nargs="+", default=TASKS, metavar="TASK", help="tasks of lm_eval (default: deepen_demo)"
+        "--tasks",
+        nargs="+",
+        action=Names,
+        default=TASKS,
+        metavar="TASK",
+        help="tasks of lm_eval (default: deepen_demo)",
     )
     parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
     parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")

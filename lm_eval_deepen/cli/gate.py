@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import nonnegative, share, whole
+from lm_eval_deepen.cli.arguments import Names, nonnegative, share, whole
 from lm_eval_deepen.results.gate import judge, single_run
 from lm_eval_deepen.results.gate_report import Status, markdown, plain
 from lm_eval_deepen.results.regression import GateRule
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", nargs="+", metavar="NAME",
         help="metrics to test, as acc or exact_match,strict-match (default: all; fewer see smaller drops)",
     )  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to test (default: all of the baseline)")
+    parser.add_argument(
+        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to test (default: all of the baseline)"
+    )
     parser.add_argument(
         "--allow-config-change", action="store_true",
         help="accept another ensemble configuration (fingerprint) in the candidate, and name it",

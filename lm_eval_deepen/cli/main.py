@@ -46,6 +46,25 @@ COMMANDS = {
 }
 
 
+# One of each, which its `--help` and docs/commands.md show.
+EXAMPLES = {
+    "demo": "demo --limit 8",
+    "bpb": "bpb ensemble.yaml --text notes.txt",
+    "build": "build ensemble.yaml",
+    "compare": "compare results/alone results/pair --tasks piqa,gsm8k",
+    "gate": "gate --baseline results/main --candidate results/change --min-effect 0.01",
+    "inspect": "inspect ensemble.yaml",
+    "leaderboard": "leaderboard leaderboard.yaml --limit 4",
+    "make": "make merge.yaml merged",
+    "methods": "methods --all",
+    "path": "path tasks",
+    "reproduce": "reproduce deepen_nq_22 --miniature",
+    "tune": "tune ensemble.yaml --text notes.txt --output tuned.yaml",
+    "view": "view results --output trace.html",
+    "run": "run --model deepen --model_args pretrained=A,members=A+B --tasks piqa",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: this process's); returns the exit status, as `ending` has it."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -68,7 +87,7 @@ def _dispatch(argv: list[str]) -> int:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     module: Subcommand | None = None
     for name, (path, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary)
+        subparser = subparsers.add_parser(name, help=summary, epilog=f"Example: {PROG} {EXAMPLES[name]}")
         if name == chosen:
             module = _load(path)
             subparser.description = module.HELP

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import add_device, count, natural, positive
+from lm_eval_deepen.cli.arguments import Names, add_device, count, natural, positive
 from lm_eval_deepen.cli.build import add_ensemble
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the objective takes beside the ensemble, --limit, --output and --device."""
     group = parser.add_argument_group("--objective score")
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks with a development (validation) split")
     group.add_argument(
-        "--evaluated", nargs="+", metavar="TASK",
+        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks with a development (validation) split"
+    )
+    group.add_argument(
+        "--evaluated", nargs="+", action=Names, metavar="TASK",
         help="tasks the ensemble will be evaluated on, which must share no document (default: --tasks)",
     )  # fmt: skip
     group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")

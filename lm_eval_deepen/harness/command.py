@@ -18,11 +18,17 @@ def end_in_one_line() -> None:
     With ``--verbosity DEBUG``, or ``LMEVAL_LOG_LEVEL=DEBUG``, the traceback is shown as well. Elsewhere, as in a
     notebook, exceptions stay what the caller makes of them.
     """
-    if _under_command() and sys.excepthook is sys.__excepthook__:
+    if under_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _hook
 
 
-def _under_command() -> bool:
+def has_failed() -> bool:
+    """Tell whether an error ended the command."""
+    return hasattr(sys, "last_value")
+
+
+def under_command() -> bool:
+    """Tell whether the harness's command line is what runs this."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "cli_evaluate" and frame.f_globals.get("__package__") == "lm_eval":
@@ -40,6 +46,7 @@ def is_debugging() -> bool:
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.last_value = error
     ours = issubclass(kind, (DeepenError, KeyboardInterrupt))
     if not ours or is_debugging():
         sys.__excepthook__(kind, error, trace)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -21,13 +22,14 @@ from lm_eval_deepen.engine.self_check import examine
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion import METHODS
+from lm_eval_deepen.harness.closing import tell_at_the_end
 from lm_eval_deepen.harness.command import end_in_one_line
 from lm_eval_deepen.harness.distributed import Ranks, shared
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.pooled import Pool
 from lm_eval_deepen.harness.requests import RequestHandler
 from lm_eval_deepen.harness.response_cache import claim, keep, settling
-from lm_eval_deepen.harness.step_files import StepFiles, choosing, folder_of
+from lm_eval_deepen.harness.step_files import StepFiles, choosing, folder_of, samples_folder
 from lm_eval_deepen.harness.unanswered import SetAside, Unanswered, attempt, complete, unanswered
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
@@ -92,6 +94,7 @@ class DeepenLM(RequestHandler):
         self._adopt(Ensemble.load(config, device), ranks)
         if config.trace is not None:
             self.step_files = StepFiles(config, ranks.index, ranks.count)
+        tell_at_the_end(self)
 
     @classmethod
     def around(cls, config: EnsembleConfig, members: Sequence[Member]) -> DeepenLM:
@@ -106,6 +109,7 @@ class DeepenLM(RequestHandler):
         self.ranks = ranks
         self.traces = [ensemble.counters]  # of all processes
         self.findings: dict[str, Any] | None = None  # of the self-check
+        self.results_in: Path | None = None  # where the harness writes, once it has asked for something
         self._device = ensemble.device
         self.pool = None
         if ensemble.config.pooling is not None:
@@ -181,6 +185,7 @@ class DeepenLM(RequestHandler):
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         """Return the answers, each of which goes into the response cache as soon as it is there, or a `SetAside`."""
         self._check_once()
+        self.results_in = samples_folder()
         answers: list[Any] = [None] * len(requests)
         before = Counter(self.ensemble.counters.outgrown)
         quiet = disable_tqdm or self.ranks.index != 0

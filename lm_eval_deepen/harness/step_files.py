@@ -59,13 +59,21 @@ def folder_of(config: EnsembleConfig) -> Path | None:
         except StorageError as error:
             raise ConfigError(f"trace_dir: {error}", key="trace_dir") from error
         return where
-    tracker = _tracker()
-    if tracker is None or not tracker.output_path:
+    folder = samples_folder()
+    if folder is None:
         raise ConfigError(
             f"trace={str(config.trace).lower()} has no place to write to: give --output_path DIR (and --log_samples, "
             "whose samples the trace belongs to), or trace_dir=DIR",
             key="trace",
         )
+    return folder
+
+
+def samples_folder() -> Path | None:
+    """Return where the harness is going to write samples, as far as it has said; None where it will not."""
+    tracker = _tracker()
+    if tracker is None or not tracker.output_path:
+        return None
     path = Path(tracker.output_path)
     if path.suffix == ".json":
         return path.parent
@@ -92,12 +100,14 @@ class StepFiles:
         self.started = datetime.now().isoformat().replace(":", "-")
         self.wanted: set[tuple[str, int | None]] | None = None  # documents; None for all
         self.files: dict[str, Path] = {}
+        self.folder: Path | None = None  # known where the harness has begun to ask
         self.lines: dict[str, list[str]] = defaultdict(list)
         self.size = 0  # characters that wait
         self.seen: Counter[tuple] = Counter()
 
     def choose(self, requests: Sequence[Instance]) -> None:
         """Choose the documents of a call to trace: all, or the first of every task."""
+        self.folder = self.folder or folder_of(self.config)
         if self.config.trace is True:
             return
         by_task: dict[str, set[int]] = defaultdict(set)
@@ -132,7 +142,7 @@ class StepFiles:
             steps,
             _megabytes(usual / COMPRESSED),
             _megabytes(most),
-            folder_of(self.config),
+            self.folder or folder_of(self.config),
         )
 
     def add_text(self, request: Instance, found: Generation) -> None:
@@ -178,7 +188,7 @@ class StepFiles:
         self.size = 0
 
     def _file(self, task: str) -> Path:
-        folder = folder_of(self.config)
+        folder = self.folder = self.folder or folder_of(self.config)
         assert folder is not None
         end = f"_rank{self.rank}" if self.ranks > 1 else ""
         return folder / f"trace_{task.replace('/', '_')}_{self.started}{end}.jsonl.gz"

@@ -1,0 +1,75 @@
+"""What the harness's command says of the ensemble at its end: two lines, what fusion did and where everything is."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.harness.command import has_failed, under_command
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.harness.model import DeepenLM
+
+
+def tell_at_the_end(model: DeepenLM) -> None:
+    """Sum up the ensemble when the harness's command line ends, in the process that shows its results.
+
+    Elsewhere, as in a notebook, nothing is said: `DeepenLM.get_model_info` has it.
+    """
+    if under_command() and model.ranks.index == 0:
+        atexit.register(_tell, model)
+
+
+def _tell(model: DeepenLM) -> None:
+    if not has_failed():
+        for line in summary(model):
+            print(line, file=sys.stderr, flush=True)
+
+
+def summary(model: DeepenLM) -> list[str]:
+    """Return what fusion did in a run and where results are; nothing where no step was read and no answer pooled."""
+    counts = Trace.total(model.traces).summary()
+    did = _did(counts)
+    if not did:
+        return []
+    names = " + ".join(member.name for member in model.ensemble.members)
+    return [f"ensemble {names}: {'; '.join([*did, _warned(model.findings)])}.", _where(model)]
+
+
+def _did(counts: dict[str, Any]) -> list[str]:
+    did = []
+    if fused := counts["steps_fused"]:
+        did.append(
+            f"fusion changed the likeliest token in {counts['argmax_differs_from_main']:.1%} of {fused:,} steps, the "
+            f"members agreed in {counts['members_agree']:.1%}"
+        )
+    if skipped := counts["steps_skipped"]:
+        did.append(f"{skipped:,} steps were left to the main member")
+    if stretches := counts.get("scored_by_stretches"):
+        did.append(f"{stretches['texts']:,} texts were scored by stretches")
+    if pooled := counts.get("pooled"):
+        did.append(f"the answers to {pooled['requests']:,} requests were combined")
+    if out := {name: steps for name, steps in counts["steps_sat_out"].items() if steps}:
+        did.append("steps that a member sat out: " + ", ".join(f"{name} {steps:,}" for name, steps in out.items()))
+    return did
+
+
+def _warned(findings: dict[str, Any] | None) -> str:
+    warnings = (findings or {}).get("warnings") or []
+    if not warnings:
+        return "no warning"
+    return f"{len(warnings)} warning{'s' * (len(warnings) > 1)} ({', '.join(one['code'] for one in warnings)})"
+
+
+def _where(model: DeepenLM) -> str:
+    results, traces = model.results_in, model.step_files and model.step_files.folder
+    look = f"; look at them with: lm-eval-deepen view {traces}" if traces else ""
+    if results and traces:
+        return (
+            f"results and traces: {results}" if results == traces else f"results: {results}; traces: {traces}"
+        ) + look
+    if results or traces:
+        return (f"results: {results}" if results else f"traces: {traces}") + look
+    return "no results were kept: --output_path and --log_samples keep them."
