@@ -21,6 +21,8 @@ _TOKENS = 16  # that a long answer may have
 _LONG = ("gsm8k", "flores")
 _OWN = ("name", "pretrained", "tasks", "build", "temperature")  # of a member; the rest is about its model
 _SUBJECTS = ("anatomy", "high_school_physics")
+_REVIEWS = ("drugs", "yelp", "apps")
+_GOOD, _FAIR, _BAD = ("great", "works well", "very happy"), ("it is okay", "average"), ("terrible", "broken", "a waste")
 _PAIRS = ("eng_Latn-deu_Latn", "deu_Latn-eng_Latn", "eng_Latn-ron_Latn", "ron_Latn-eng_Latn")
 
 
@@ -38,11 +40,15 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     if not models:
         raise ConfigError("--models: give at least one model")
     found = dict(raw)
-    members = []
+    members: list[dict[str, Any]] = []
     for at, entry in enumerate(raw.get("members") or []):
-        keys = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
-        kept = {key: value for key, value in keys.items() if key in _OWN and key != "build"}
-        members.append({"name": _name(keys), **kept, "pretrained": models[at % len(models)]})
+        keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
+        kept = {key: value for key, value in keys.items() if key in _OWN}
+        if "build" in keys:
+            kept["build"] = _build(keys["build"], models[0])
+        else:
+            kept["pretrained"] = models[at % len(models)]
+        members.append({"name": _name(keys), **kept})
     found["members"] = members
     found["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
     if raw.get("rows"):
@@ -52,22 +58,42 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     found["members"] = [
         {**one, "tasks": [names[task] for task in _listed(one["tasks"])]} if "tasks" in one else one for one in members
     ]
-    kept = [(table, {t: s for t, s in table["scores"].items() if names[t] == t}) for table in raw.get("expected") or []]
-    found["expected"] = [{**table, "scores": scores} for table, scores in kept if scores]
+    found["expected"] = [shown for table in raw.get("expected") or [] if (shown := _published(table, names))]
     return {key: value for key, value in found.items() if value is not None and key != "limit"}
+
+
+def _build(recipe: Any, model: str) -> dict[str, Any]:
+    """Return the recipe of a member that is trained from the first model, on little text.
+
+    Raises:
+        ConfigError: the recipe is in a file of its own.
+    """
+    if not isinstance(recipe, Mapping) or "models" not in recipe:
+        raise ConfigError(
+            f"a member is built by {recipe!r}: a miniature takes members whose recipe stands in the leaderboard, with "
+            "`models`; run this one with `lm-eval-deepen leaderboard`"
+        )
+    small = {"train_tokens": 200, "context_length": 64, "batch_size": 2}
+    return {**recipe, **small, "models": dict.fromkeys(recipe["models"], model)}
 
 
 def _name(keys: Mapping[str, Any]) -> str:
     return str(keys.get("name") or str(keys["pretrained"]).rpartition("/")[2])
 
 
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _published(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return a published table without the tasks that others stand in for; None where nothing is left."""
+    scores = {task: rows for task, rows in table["scores"].items() if names[task] == task}
+    return {**table, "scores": scores} if scores else None
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row whose dense matrices are small."""
-    found = dict(row)
+    found: dict[str, Any] = dict(row)
     if "by_task" in found:
         found["by_task"] = {task: dict(own or {}) for task, own in found["by_task"].items()}
     dense = found.get("compat") == "reference"
@@ -164,6 +190,29 @@ def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
         for pair in _PAIRS
         for split in splits[1:]
     }
+    found["reviews"] = {
+        f"{kind}/{split}.jsonl": synthetic_reviews(kind, split, 3 * DOCUMENTS)
+        for kind in _REVIEWS
+        for split in splits[1:]
+    }
+    return found
+
+
+def synthetic_reviews(kind: str, split: str, count: int) -> list[dict[str, Any]]:
+    """Return made-up reviews with ratings: short sentences from a few words, told apart by those of praise and blame.
+
+    Args:
+        kind: `drugs` (rated 1 to 10), `yelp` or `apps` (1 to 5).
+        split: part of the text, so that no review is in two splits.
+        count: how many.
+    """
+    things = {"drugs": "pills", "yelp": "restaurant", "apps": "app"}
+    top = 10 if kind == "drugs" else 5
+    found = []
+    for n in range(count):
+        words, rating = ((_BAD, 1), (_FAIR, (top + 1) // 2), (_GOOD, top))[n % 3]
+        said = words[n // 3 % len(words)]
+        found.append({"text": f"{split} {n}: this {things[kind]} was {said}, visit {n}.", "rating": rating})
     return found
 
 

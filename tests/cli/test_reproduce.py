@@ -10,12 +10,14 @@ import pytest
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.config.recipes import shipped_recipes
+from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard import miniature, reproduction
-from lm_eval_deepen.leaderboard.recipe import read_recipe
+from lm_eval_deepen.leaderboard.recipe import parse_recipe, read_recipe
 
-TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_"))]
-# The sizes between are rows of paper_members_one_by_one.
-ENSEMBLES = [name for name in shipped_recipes("ensemble") if not re.search(r"one_by_one_\w+_[345678]$", name)]
+TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_", "mllm_"))]
+ENSEMBLES = list(shipped_recipes("ensemble"))
+# One of each kind is run; the others are rows of the paper's tables, which are.
+RUN = ("deepen_mmlu_2", "deepen_one_by_one_nq_2", "deepen_llama2_13b_nllb_en_ro", "deepen_llama2_70b_mixtral")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,8 @@ def reproduce(pico: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_line_of_every_table_runs(name: str, reproduce) -> None:
+    if name.startswith("mllm_"):
+        pytest.importorskip("mergekit", reason="mergekit is not installed: pip install '.[merge]'")
     status, told, found = reproduce(name)
     assert status == 0, told
     recipe = read_recipe(shipped_recipes()[name])
@@ -57,7 +61,21 @@ def test_every_line_of_every_table_runs(name: str, reproduce) -> None:
 
 
 @pytest.mark.parametrize("name", ENSEMBLES)
-def test_every_ensemble_runs_beside_its_members(name: str, reproduce) -> None:
+def test_every_ensemble_is_a_table_of_itself_and_its_members(name: str, pico: dict[str, Path]) -> None:
+    path = shipped_recipes()[name]
+    keys = miniature.miniature(reproduction.leaderboard_keys(path), [str(pico["bytelevel"]), str(pico["padded"])], 1)
+    small, whole = parse_recipe(keys, path, {}, {}), parse_recipe(reproduction.leaderboard_keys(path), path, {}, {})
+    config = load_recipe(path).configure()
+    [row] = [row for row in whole.rows if row.group == "ensemble"]
+    own = row.config.replace(self_check=config.self_check)
+    assert [member.pretrained for member in own.members] == [member.pretrained for member in config.members]
+    assert (own.fingerprint(), own.weights) == (config.fingerprint(), config.weights)
+    assert [row.name for row in small.rows] == [row.name for row in whole.rows]
+    assert {spec.limit for spec in small.tasks} == {1}
+
+
+@pytest.mark.parametrize("name", [name for name in ENSEMBLES if name in RUN or not name.startswith("deepen_")])
+def test_every_kind_of_ensemble_runs_beside_its_members(name: str, reproduce) -> None:
     status, told, found = reproduce(name, "--no-check")
     assert status == 0, told
     recipe = reproduction.leaderboard_keys(shipped_recipes()[name])
