@@ -323,6 +323,17 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def link_folder(path: Path, target: Path) -> None:
+    """Make `path` a link to the folder `target`, where nothing stands at `path` yet.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with _explained(path, "used"):
+        if not path.exists():
+            path.symlink_to(target.resolve(), target_is_directory=True)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder with what is in it; a link to one is removed alone.
 

@@ -402,3 +402,15 @@ def test_a_place_is_checked_before_the_work(tmp_path):
     storage.check_place(tmp_path / "a" / "b")
     storage.check_place(Path("/dev/stdout"))
     assert (tmp_path / "a").is_dir() and not (tmp_path / "a" / "b").exists()
+
+
+def test_a_folder_is_linked_once_and_a_place_that_is_taken_stays(tmp_path):
+    target, other, place = tmp_path / "data", tmp_path / "other", tmp_path / "place"
+    for folder in (target, other):
+        folder.mkdir()
+    (target / "a").write_text("x")
+    storage.link_folder(place, target)
+    storage.link_folder(place, other)
+    assert (place / "a").read_text() == "x"
+    with pytest.raises(storage.StorageError, match="nowhere"):
+        storage.link_folder(tmp_path / "nowhere" / "place", target)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.storage import link_folder, make_folder, write_text
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
 DOCUMENTS = 8  # synthetic ones of every split
@@ -137,17 +137,16 @@ def sample_data(folder: Path, given: Path | None) -> list[str]:
         The benchmarks with synthetic documents.
     """
     made = []
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, files in synthetic().items():
         place = folder / name
         if given is not None and (given / name).is_dir():
-            if not place.exists():
-                place.symlink_to((given / name).resolve(), target_is_directory=True)
+            link_folder(place, given / name)
             continue
         made.append(name)
         for path, rows in files.items():
             target = place / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return made
 
