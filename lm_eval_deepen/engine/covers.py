@@ -22,7 +22,8 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 TokenPrefix = tuple[int, ...]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
+TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depend: each has a byte at least
 PRECISION = 1e-4  # largest share of a row's mass that pieces too unlikely to be looked at may have
 RESTS_KEPT = 4_096  # words whose rests are remembered
 NOTHING = Prompt((), "", ())
@@ -47,7 +49,7 @@ class Cover:
     """A prefix of the member's tokens, and the pieces that begin with the bytes after it.
 
     Attributes:
-        source: the member's tokens, at whose end its distribution is read.
+        source: the place, among the member's tokens, at which its distribution is read: whatever names it.
         token: the member's own next token, by which the following cover goes on.
         first: where the pieces that begin with the pending bytes start in the vocabulary sorted by bytes.
         last: where they end.
@@ -55,7 +57,7 @@ class Cover:
         pending: the pending bytes.
     """
 
-    source: TokenPrefix
+    source: Any
     token: int
     first: int
     last: int
@@ -102,12 +104,13 @@ class CoverReader:
         self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...]], dict[int, int]] = OrderedDict()
         self._targets: dict[int, int] = {}
 
-    def plan(self, main_path: TokenPrefix, path: TokenPrefix) -> Plan | None:
+    def plan(self, main_path: Sequence[int], path: Sequence[int], place: Callable[[int], Any]) -> Plan | None:
         """Return the covers at a place, None where no piece goes on beyond it.
 
         Args:
-            main_path: the main member's tokens.
-            path: the other member's tokens of the same bytes.
+            main_path: the main member's tokens; of more than `TOKENS_READ` the last ones serve.
+            path: the other member's tokens of the same bytes; as many.
+            place: gives the place after the first n tokens of `path`, by which a distribution is looked up.
         """
         word, tokens = self._word(main_path)
         pieces = self.other.vocab.pieces
@@ -121,7 +124,7 @@ class CoverReader:
             first = bisect_left(self.keys, pending)
             last = bisect_left(self.keys, pending + b"\xff" * 8, lo=first)
             before = word[: len(word) - len(pending)]
-            covers.append(Cover(path[:at], path[at], first, last, before, pending))
+            covers.append(Cover(place(at), path[at], first, last, before, pending))
         while covers and covers[-1].last - covers[-1].first <= 1 and self._alone(covers[-1]):
             covers.pop()  # nothing is longer than the pending bytes, and no cover before it needs the token
         if not any(self._goes_on(cover) for cover in covers):
@@ -135,7 +138,7 @@ class CoverReader:
     def _alone(self, cover: Cover) -> bool:
         return not self._goes_on(cover)
 
-    def _word(self, path: TokenPrefix) -> tuple[bytes, tuple[int, ...]]:
+    def _word(self, path: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
         """Return the bytes and tokens of the main member since the last space or line break."""
         pieces, at, data = self.main.vocab.pieces, len(path), b""
         while at > 0 and path[at - 1] >= 0:
@@ -145,17 +148,15 @@ class CoverReader:
             at, data = at - 1, piece + data
             if data[:1] in (b" ", b"\n"):
                 break
-        return data, path[at:]
+        return data, tuple(path[at:])
 
-    def rows(
-        self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[TokenPrefix, Tensor], Tensor]
-    ) -> Tensor:
+    def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Return the member's distributions of what comes next, in its own pieces.
 
         Args:
             logp: its log-probabilities [B, V_m] after its own last token.
             plans: of every row, its covers.
-            look_up: gives the log-probabilities [n] of some ids [n] after some tokens.
+            look_up: gives the log-probabilities [n] of some ids [n] at the source of a cover.
         """
         out = logp
         for row, plan in enumerate(plans):
@@ -173,9 +174,7 @@ class CoverReader:
             out[row, unique] = torch.logaddexp(out[row, unique], masses.log())
         return out
 
-    def _extra(
-        self, plan: Plan, look_up: Callable[[TokenPrefix, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, float] | None:
+    def _extra(self, plan: Plan, look_up: Callable[[Any, Tensor], Tensor]) -> tuple[Tensor, Tensor, float] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own last token.
 
         Pieces that together could add less than `PRECISION` of the latter are left out.
@@ -238,13 +237,20 @@ class CoverReader:
 
 
 def plans_of(ensemble: Ensemble, paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
-    """Return the covers of every active member [M] at a place, given all members' tokens; None where there are none."""
+    """Return the covers of every active member [M] at a place, given all members' tokens; None where there are none.
+
+    Their sources are tokens.
+    """
     plans: list[Plan | None] = [None] * len(paths)
     for m, reader in ensemble.covers.items():
         main, own = paths[0], paths[m]
         if main is not None and own is not None:
-            plans[m] = reader.plan(main, own)
+            plans[m] = reader.plan(main, own, partial(_first, own))
     return tuple(plans)
+
+
+def _first(tokens: TokenPrefix, count: int) -> TokenPrefix:
+    return tokens[:count]
 
 
 def _follow(codec: TextCodec, data: bytes) -> tuple[int, ...] | None:

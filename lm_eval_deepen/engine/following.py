@@ -12,6 +12,7 @@ from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.walk import Prefilled
 from lm_eval_deepen.weighting.base import PromptLoss
 
@@ -126,6 +127,46 @@ class Follower:
         if rows:
             self.cache.keep(rows)
         self.held = [self.held[row] for row in rows]
+
+
+class GrowingPaths:
+    """Every active member's tokens of one job's text: what `path_of` gives, reading again no more than a word."""
+
+    def __init__(self, ensemble: Ensemble, job: Job) -> None:
+        """Start at the end of the prompts."""
+        self.ensemble, self.job = ensemble, job
+        self.text = b""  # what was taken in
+        self.cursors: dict[int, TextCursor] = {}  # behind it, of members whose tokens follow from bytes
+
+    def grow(self, data: bytes) -> None:
+        """Take in a text, which begins with the one before, from the bytes of the main member's pieces."""
+        text = text_after(self.job, data)
+        if len(text) == len(self.text):
+            return
+        if not self.text:
+            self.cursors = {}  # a prompt may end differently before the text that has begun
+        for cursor in self.cursors.values():
+            cursor.take(text[len(self.text) :])
+        self.text = text
+
+    def paths(self, ids: TokenPrefix, data: bytes) -> tuple[TokenPrefix | None, ...]:
+        """Return every member's tokens for its prompt and a text that begins with what was taken in."""
+        own = self.ensemble.is_own(ids)
+        text = b"" if len(self.ensemble.active) == 1 else text_after(self.job, data)
+        found: list[TokenPrefix | None] = []
+        for m, member in enumerate(self.ensemble.active):
+            begins = bool(text) and not self.text  # by a draft: the prompt before it may end differently
+            if begins or member.generates_only or (own and m in self.ensemble.siblings):
+                found.append(path_of(self.ensemble, m, self.job, ids, data))
+                continue
+            if m not in self.cursors:
+                self.cursors[m] = TextCursor(member.codec, self.job.prompts[m].before(self.text))
+                self.cursors[m].take(self.text)
+            cursor = self.cursors[m]
+            end = cursor.end(text[len(self.text) :])
+            path = None if end is None else (*cursor.fixed[: end[0]], *end[1])
+            found.append(path if path is not None and member.fits(path) else None)
+        return tuple(found)
 
 
 def path_of(ensemble: Ensemble, m: int, job: Job, ids: TokenPrefix, data: bytes) -> TokenPrefix | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.following import Follower, TokenPrefix, path_of, piece_of, text_after, text_of
+from lm_eval_deepen.engine.following import Follower, GrowingPaths, TokenPrefix, piece_of, text_after, text_of
 from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member import Prompt
@@ -89,12 +89,14 @@ class BatchRow:
         job: what to generate.
         out: the continuation so far.
         weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
+        paths: its members' tokens while it grows.
     """
 
     index: int
     job: Job
     out: Generation = field(default_factory=Generation)
     weights: Tensor | None = None
+    paths: GrowingPaths | None = None
 
 
 def generate(
@@ -261,14 +263,19 @@ class _Decoder:
         return routes
 
     def _paths(self, row: BatchRow, ids: TokenPrefix, data: bytes) -> tuple[TokenPrefix | None, ...]:
-        return tuple(path_of(self.ensemble, m, row.job, ids, data) for m in range(len(row.job.prompts)))
+        if row.paths is None:
+            row.paths = GrowingPaths(self.ensemble, row.job)
+        row.paths.grow(row.out.data)
+        return row.paths.paths(ids, data)
 
     def _count_outgrown(
         self, row: BatchRow, ids: TokenPrefix, data: bytes, paths: Sequence[TokenPrefix | None]
     ) -> None:
         """Count the members whose context a text has outgrown, among those that abstain."""
-        text = text_after(row.job, data)
         out = [m for m, path in enumerate(paths) if path is None]
+        if not out:
+            return
+        text = text_after(row.job, data)
         self.ensemble.counters.record_outgrown(
             [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
         )
@@ -358,7 +365,7 @@ def append(ensemble: Ensemble, row: BatchRow, token: int, logp: float) -> None:
     row.out.ids.append(token)
     row.out.logp.append(logp)
     row.out.data += piece_of(ensemble, token)
-    text = text_of(ensemble, row.out.ids, row.out.data)
+    text = text_of(ensemble, row.out.ids, row.out.data) if row.job.stops else ""
     if any(stop in text for stop in row.job.stops):
         row.out.reason = "stop"
     elif len(row.out.ids) >= row.job.max_new:

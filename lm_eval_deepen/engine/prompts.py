@@ -47,11 +47,6 @@ class Span:
         ids, data = self._text(ensemble, count)
         return tuple(ensemble.tokens(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
 
-    def outgrown(self, ensemble: Ensemble, count: int) -> tuple[int, ...]:
-        """Return the members that abstain before target number `count` because of their contexts."""
-        ids, data = self._text(ensemble, count)
-        return tuple(m for m, prompt in enumerate(self.prompts) if ensemble.outgrown(m, prompt, ids, data))
-
     def _text(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...], bytes]:
         """Return the first `count` target tokens, and what they are to the other members."""
         ids, data = self.target[:count], b""

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.engine.covers import Plan
+from lm_eval_deepen.engine.covers import TOKENS_READ, CoverReader, Plan
 from lm_eval_deepen.engine.evidence import Read, evidence
 from lm_eval_deepen.engine.learning import Ledger
+from lm_eval_deepen.engine.places import Place, places
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
 from lm_eval_deepen.member import Member, Prompt
-from lm_eval_deepen.member.tree import common_prefix
+from lm_eval_deepen.member.tree import TokenTree, common_prefix
 from lm_eval_deepen.relative.topk import argmax
 
 if TYPE_CHECKING:
@@ -60,11 +61,10 @@ class SpanScore:
 
 @dataclass
 class _Row:
-    """One position to read: the path of every active member (None abstains), and who reads it."""
+    """One position to read, and who reads it."""
 
-    paths: tuple[TokenPrefix | None, ...]
-    prompts: tuple[Prompt, ...]
-    outgrown: tuple[int, ...]  # the members that abstain because of their windows
+    place: Place
+    prompts: int  # which of the round's prompts come before it, where weights depend on them
     readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
 
 
@@ -99,34 +99,35 @@ def score_together(
     walkers = [member.runner.walker(nodes) for member in ensembles[0].active]
     by_prompt = any(ensemble.reads_prompts or ensemble.learns for ensemble in ensembles)
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
-        rows = _rows(ensembles[0], spans, indices, by_prompt)
+        trees = [TokenTree() for _ in walkers]
+        rows, prompts = _rows(ensembles[0], spans, indices, trees, by_prompt)
         results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
-        _score_round(ensembles, walkers, rows, results, {i for i in indices if spans[i].traced})
+        traced = {i for i in indices if spans[i].traced}
+        _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
         yield from ((i, [found[i] for found in results]) for i in indices)
 
 
 def _score_round(
     ensembles: Sequence[Ensemble],
     walkers: Sequence[Walker],
+    trees: Sequence[TokenTree],
     rows: list[_Row],
+    prompts: Sequence[tuple[Prompt, ...]],
     results: list[dict[int, SpanScore]],
     traced: set[int],
 ) -> None:
     members, device = ensembles[0].active, ensembles[0].device
     reads_prompts = any(ensemble.reads_prompts for ensemble in ensembles)
-    prompts = list(dict.fromkeys(row.prompts for row in rows if row.prompts)) if reads_prompts else []
+    prompts = prompts if reads_prompts else []
     found = [evidence(ensembles[0], own) for own in prompts]
     wanted = [[reads[m] for reads in found] for m in range(len(members))]
     covers = next((ensemble.covers for ensemble in ensembles if ensemble.covers), {})
-    plans = {
-        m: [reader.plan(row.paths[0], path) if row.paths[0] and (path := row.paths[m]) else None for row in rows]
-        for m, reader in covers.items()
-    }
-    passes = [_Pass(member, m, walkers[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
+    plans = {m: [_plan(reader, trees, m, row.place) for row in rows] for m, reader in covers.items()}
+    passes = [_Pass(member, m, walkers[m], trees[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
     bases = _bases(ensembles, prompts, passes, wanted, step)
     for ensemble in ensembles:
-        ensemble.counters.record_outgrown([m for row in rows for m in row.outgrown])
+        ensemble.counters.record_outgrown([m for row in rows for m in row.place.outgrown])
     ledgers = [
         _ledger(ensemble, base, rows, result) if ensemble.learns else None
         for ensemble, base, result in zip(ensembles, bases, results, strict=True)
@@ -170,7 +171,7 @@ def _score_round(
 
 def _ledger(
     ensemble: Ensemble,
-    base: dict[tuple[Prompt, ...], Tensor] | None,
+    base: Sequence[Tensor] | None,
     rows: Sequence[_Row],
     results: dict[int, SpanScore],
 ) -> Ledger:
@@ -185,20 +186,17 @@ def _ledger(
 
 def _bases(
     ensembles: Sequence[Ensemble],
-    prompts: list[tuple[Prompt, ...]],
+    prompts: Sequence[tuple[Prompt, ...]],
     passes: Sequence[_Pass],
     wanted: Sequence[Sequence[Sequence[Read] | None]],
     step: int,
-) -> list[dict[tuple[Prompt, ...], Tensor] | None]:
-    """Return every ensemble's weights [M] by prompt, None where they do not depend on it."""
+) -> list[Sequence[Tensor] | None]:
+    """Return every ensemble's weights [M] of every one of some prompts, None where they do not depend on it."""
     if not prompts:
         return [None] * len(ensembles)
     columns = [prompt_losses(p.member, wanted[p.m], p.states_of, step) for p in passes]
     losses = list(zip(*columns, strict=True))
-    return [
-        dict(zip(prompts, ensemble.prompt_weights(losses), strict=True)) if ensemble.reads_prompts else None
-        for ensemble in ensembles
-    ]
+    return [list(ensemble.prompt_weights(losses)) if ensemble.reads_prompts else None for ensemble in ensembles]
 
 
 def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
@@ -223,64 +221,80 @@ def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
         yield found
 
 
-def _rows(ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int], by_prompt: bool) -> list[_Row]:
-    """Return the distinct positions that spans read, told apart by their prompts where weights depend on these."""
+def _rows(
+    ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int], trees: Sequence[TokenTree], by_prompt: bool
+) -> tuple[list[_Row], list[tuple[Prompt, ...]]]:
+    """Return the distinct positions that spans read, told apart by their prompts where weights depend on these.
+
+    Returns:
+        The positions, whose tokens are added to the members' trees, and the prompts that tell them apart.
+    """
     rows: dict[tuple, _Row] = {}
+    numbers: dict[tuple[Prompt, ...], int] = {}
     for index in indices:
-        prompts = spans[index].prompts if by_prompt else ()
-        for at, target in enumerate(spans[index].target):
-            paths = spans[index].paths(ensemble, at)
-            row = rows.get((paths, prompts))
+        span = spans[index]
+        number = numbers.setdefault(span.prompts, len(numbers)) if by_prompt and span.target else 0
+        for at, (target, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
+            row = rows.get((place.nodes, number))
             if row is None:
-                outgrown = spans[index].outgrown(ensemble, at) if None in paths else ()
-                row = rows[paths, prompts] = _Row(paths, prompts, outgrown)
+                row = rows[place.nodes, number] = _Row(place, number)
             row.readers.append((index, at, target))
-    return list(rows.values())
+    return list(rows.values()), list(numbers)
+
+
+def _plan(reader: CoverReader, trees: Sequence[TokenTree], m: int, place: Place) -> Plan | None:
+    """Return the covers of member `m` at a place, whose sources are nodes of its tree."""
+    main, own = place.nodes[0], place.nodes[m]
+    if main is None or own is None:
+        return None
+    tokens, nodes = trees[m].last(own, TOKENS_READ)
+    return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, lambda count: nodes[count - 1])
 
 
 class _Pass:
-    """One member's pass over the rows of a round: a state for each of its token paths."""
+    """One member's pass over the rows of a round: a state for each node of its tree that is read."""
 
     def __init__(
         self,
         member: Member,
         m: int,
         walker: Walker,
+        tree: TokenTree,
         rows: Sequence[_Row],
         wanted: Sequence[Sequence[Read] | None],
         plans: Sequence[Plan | None] | None = None,
     ) -> None:
-        self.member, self.m = member, m
+        self.member, self.m, self.tree = member, m, tree
         self.plans = plans or [None] * len(rows)
-        at: dict[TokenPrefix, int] = {}
-        self.place = [None if (path := row.paths[m]) is None else at.setdefault(path, len(at)) for row in rows]
+        at: dict[int, int] = {}  # by node
+        self.nodes = [row.place.nodes[m] for row in rows]
+        self.place = [None if node is None else at.setdefault(node, len(at)) for node in self.nodes]
         for reads in wanted:
             for read in reads or ():
-                at.setdefault(read.before, len(at))
+                at.setdefault(tree.add(read.before), len(at))
         for plan in self.plans:
             for cover in plan.covers if plan is not None else ():
                 at.setdefault(cover.source, len(at))
-        self.paths = [row.paths[m] for row in rows]
         self.left = Counter(cover.source for plan in self.plans if plan is not None for cover in plan.covers)
-        self.here: dict[TokenPrefix, Tensor] = {}  # the rows [V] of the chunk in hand
-        self.kept: dict[TokenPrefix, Tensor] = {}  # rows of earlier chunks that covers of later ones read
+        self.here: dict[int, Tensor] = {}  # the rows [V] of the chunk in hand
+        self.kept: dict[int, Tensor] = {}  # rows of earlier chunks that covers of later ones read
         self.at = at
-        self.states = walker.states(list(at)) if at else torch.empty(0)  # [n, ...]
+        self.states = walker.read(tree, list(at)) if at else torch.empty(0)  # [n, ...]
 
     def states_of(self, paths: Sequence[TokenPrefix]) -> Tensor:
         """Return the states [n, ...] after token sequences of this pass."""
-        return self.states[[self.at[path] for path in paths]]
+        return self.states[[self.at[self.tree.add(path)] for path in paths]]
 
     def logp(self, chunk: range) -> Tensor:
         """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member abstains."""
         wanted = [self.place[i] for i in chunk]
         here = [i for i in wanted if i is not None]
         sources = self._sources(chunk)
-        rows = self.member.logp(self.states[[*here, *(self.at[path] for path in sources)]]) if here else None
+        rows = self.member.logp(self.states[[*here, *(self.at[node] for node in sources)]]) if here else None
         if rows is None:
             size = self.member.vocab_size
             return torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
-        own = [path for i in chunk if (path := self.paths[i]) is not None]
+        own = [node for i in chunk if (node := self.nodes[i]) is not None]
         self.here = dict(zip([*own, *sources], rows, strict=True)) if self.left else {}
         if len(here) == len(wanted):
             return rows[: len(here)]
@@ -288,16 +302,16 @@ class _Pass:
         logp[[at for at, i in enumerate(wanted) if i is not None]] = rows[: len(here)]
         return logp
 
-    def _sources(self, chunk: range) -> list[TokenPrefix]:
+    def _sources(self, chunk: range) -> list[int]:
         """Return the places that covers of a chunk read and that are neither in it nor known from before."""
-        own = {self.paths[i] for i in chunk}
+        own = {self.nodes[i] for i in chunk}
         plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
         asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
-        return [path for path in asked if path not in own and path not in self.kept]
+        return [node for node in asked if node not in own and node not in self.kept]
 
-    def look_up(self, path: TokenPrefix, ids: Tensor) -> Tensor:
-        """Return the log-probabilities [n] of some ids after some tokens, for a cover of the chunk in hand."""
-        row = self.here[path] if path in self.here else self.kept[path]
+    def look_up(self, node: int, ids: Tensor) -> Tensor:
+        """Return the log-probabilities [n] of some ids after a node, for a cover of the chunk in hand."""
+        row = self.here[node] if node in self.here else self.kept[node]
         return row[ids.to(row.device)]
 
     def done(self, chunk: range) -> None:
@@ -305,8 +319,8 @@ class _Pass:
         for i in chunk:
             plan = self.plans[i]
             self.left.subtract(cover.source for cover in (plan.covers if plan is not None else ()))
-        self.kept = {path: row for path, row in self.kept.items() if self.left[path] > 0}
-        self.kept |= {path: row.clone() for path, row in self.here.items() if self.left[path] > 0}
+        self.kept = {node: row for node, row in self.kept.items() if self.left[node] > 0}
+        self.kept |= {node: row.clone() for node, row in self.here.items() if self.left[node] > 0}
         self.here = {}
 
 

@@ -372,14 +372,27 @@ class TextCodec:
         data = prompt.tail.encode() + continuation
         if not data:
             return prompt.ids
-        try:
-            ids = self._continue(data)
-        except VocabularyError:  # a text that the tokenizer alters
-            return None
+        ids = self.spell(data)
         return None if ids is None else prompt.head + ids
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a text can be cut before a space after a letter or digit, and both sides spelt on their own."""
+        return self._cuts
+
+    def spell(self, data: bytes, invalid: bool = False) -> tuple[int, ...] | None:
+        """Return the tokens of some bytes that need not be whole characters, None where they cannot be spelt.
+
+        Args:
+            data: the bytes.
+            invalid: whether they follow bytes that are not UTF-8.
+        """
+        try:
+            return self._spell_invalid(data) if invalid else self._continue(data)
+        except VocabularyError:  # a text that the tokenizer alters
+            return None
+
     def _continue(self, data: bytes) -> tuple[int, ...] | None:
-        """Return the tokens of some bytes that need not be whole characters."""
         unfinished = incomplete_tail(data)
         try:
             text = data[: len(data) - unfinished].decode()

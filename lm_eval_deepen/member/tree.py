@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -32,19 +33,35 @@ class TokenTree:
         before, nodes = self._last
         shared = common_prefix(before, path)
         nodes = nodes[:shared]
-        node = nodes[-1] if nodes else -1
-        for depth in range(shared, len(path)):
-            key = (node, path[depth])
+        nodes += self._added(nodes[-1] if nodes else -1, path[shared:])
+        self._last = (path, nodes)
+        return nodes[-1]
+
+    def extend(self, node: int, tokens: Sequence[int]) -> int:
+        """Add tokens after a node (-1: none) and return the node of the last one."""
+        nodes = self._added(node, tokens)
+        return nodes[-1] if nodes else node
+
+    def _added(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """Add tokens after a node (-1: none) and return their nodes."""
+        nodes = []
+        first = self.depths[node] + 1 if node >= 0 else 0
+        for depth, token in enumerate(tokens, start=first):
+            key = (node, token)
             found = self._children.get(key)
             if found is None:
                 found = self._children[key] = len(self.tokens)
-                self.tokens.append(path[depth])
+                self.tokens.append(token)
                 self.parents.append(node)
                 self.depths.append(depth)
             node = found
             nodes.append(node)
-        self._last = (path, nodes)
-        return node
+        return nodes
+
+    def last(self, node: int, count: int) -> tuple[list[int], list[int]]:
+        """Return the last `count` tokens of the way to a node, or all of them, and their nodes."""
+        nodes = list(islice(self.way_up(node), count))[::-1]
+        return [self.tokens[n] for n in nodes], nodes
 
     def way_up(self, node: int) -> Iterator[int]:
         """Yield a node and its ancestors, up to a first token; nothing for -1."""

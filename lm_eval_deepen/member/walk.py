@@ -58,7 +58,7 @@ class TreeWalker:
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the state at every one of some nodes of a tree [n, d]; the whole tree is forwarded."""
-        found = {node: state for node, state, _ in self._visit(tree, frozenset(nodes))}
+        found = {node: state for node, state, _, _ in self._visit(tree, frozenset(nodes))}
         return torch.stack([found[node] for node in nodes])
 
     def prefill(
@@ -70,20 +70,27 @@ class TreeWalker:
         places = [tree.add(path) for path in read]
         states: dict[int, Tensor] = {}
         held: dict[int, list[LayerKV]] = {}
-        for node, state, columns in self._visit(tree, frozenset(ends + places)):
+        whole = frozenset(ends)
+        for node, state, depth, columns in self._visit(tree, whole | frozenset(places)):
             states[node] = state
-            if node in ends:
-                held[node] = self.kv.take(columns)
+            if node in whole:
+                at = torch.arange(depth + 1) if columns is None else _way(tree, node, columns)
+                held[node] = self.kv.take(at)
         texts = [Prefilled(tuple(path), states[node], held[node]) for path, node in zip(paths, ends, strict=True)]
         return texts, torch.stack([states[node] for node in places]) if places else torch.empty(0)
 
-    def _visit(self, tree: TokenTree, wanted: frozenset[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Forward a tree and yield every wanted node with its state [d] and its way's columns [depth + 1]."""
+    def _visit(
+        self, tree: TokenTree, wanted: frozenset[int]
+    ) -> Iterator[tuple[int, Tensor, int, dict[int, int] | None]]:
+        """Forward a tree and yield every wanted node with its state [d] and its depth.
+
+        With it come the columns of the nodes on its way; None where they are the first ones, in order.
+        """
         order, way = tree.preorder(self.tokens)
         self._cut(len(way))
         for depth, node in enumerate(way):
             if node in wanted:
-                yield node, self.hidden[depth], torch.arange(depth + 1)
+                yield node, self.hidden[depth], depth, None
         for start, stop in _chunks(len(order), self.nodes):
             chunk = order[start:stop]
             held = tree.depths[chunk[0]]
@@ -93,7 +100,7 @@ class TreeWalker:
             hidden = self._forward(tree, chunk, columns)
             for node in chunk:
                 if node in wanted:
-                    yield node, hidden[columns[node] - held], _way(tree, node, columns)
+                    yield node, hidden[columns[node] - held], tree.depths[node], columns
             last = tree.parents[order[stop]] if stop < len(order) else chunk[-1]
             way = self._move(tree, last, columns, hidden)
 

@@ -1,0 +1,115 @@
+"""Where the tokens of a span are read: nodes of every member's tree of token prefixes, in time linear in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lm_eval_deepen.engine.prompts import Span
+from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.cursor import TextCursor
+from lm_eval_deepen.member.tree import TokenTree
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.engine.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Place:
+    """The beginning of a text that comes before one of its main tokens.
+
+    Attributes:
+        nodes: the node of every active member's tokens [M] in its tree; None where it abstains.
+        outgrown: the members that abstain because the text has outgrown their contexts.
+    """
+
+    nodes: tuple[int | None, ...]
+    outgrown: tuple[int, ...]
+
+
+def places(ensemble: Ensemble, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
+    """Yield the place before every target token of a span, and add what the members take in to their trees.
+
+    Args:
+        ensemble: the members.
+        span: what is scored.
+        trees: one for each active member.
+    """
+    ways: list[_OwnWay | _TextWay] = []
+    for m, (prompt, tree) in enumerate(zip(span.prompts, trees, strict=True)):
+        longest = None if ensemble.is_hf else ensemble.active[m].max_length
+        if m in ensemble.siblings:
+            ways.append(_OwnWay(tree, prompt, longest))
+        else:
+            ways.append(_TextWay(tree, TextCursor(ensemble.active[m].codec, prompt), longest))
+    several = len(ways) > 1
+    skip, data = span.skip, span.lead
+    for target in span.target:
+        for way in ways:
+            way.take_bytes(data)
+        yield Place(tuple(way.node() for way in ways), tuple(m for m, way in enumerate(ways) if way.outgrown))
+        if several:  # one member alone needs no bytes
+            piece = ensemble.main.codec.vocab.pieces[target]
+            data, skip = piece[skip:], max(0, skip - len(piece))
+        for way in ways:
+            way.take_token(target)
+
+
+class _OwnWay:
+    """The way of a member whose tokens are the main member's."""
+
+    def __init__(self, tree: TokenTree, prompt: Prompt, longest: int | None) -> None:
+        self.tree, self.longest = tree, longest
+        self.tokens: list[int] = list(prompt.ids)
+        self.added, self.at = 0, -1  # how many tokens are in the tree, and the node of the last of them
+        self.outgrown = False
+
+    def take_bytes(self, data: bytes) -> None:
+        """Tokens alone count."""
+
+    def take_token(self, token: int) -> None:
+        """Go on by a token."""
+        self.tokens.append(token)
+
+    def node(self) -> int | None:
+        """Return the node of all tokens so far, None where they are too many."""
+        self.outgrown = self.longest is not None and len(self.tokens) > self.longest
+        if self.outgrown:
+            return None
+        self.added, self.at = len(self.tokens), _grown(self.tree, self.at, self.tokens, self.added, len(self.tokens))
+        return self.at
+
+
+class _TextWay:
+    """The way of a member with a tokenizer of its own."""
+
+    def __init__(self, tree: TokenTree, cursor: TextCursor, longest: int | None) -> None:
+        self.tree, self.cursor, self.longest = tree, cursor, longest
+        self.added, self.at = 0, -1
+        self.outgrown = False
+
+    def take_bytes(self, data: bytes) -> None:
+        """Go on by some bytes."""
+        if data:
+            self.cursor.take(data)
+
+    def take_token(self, token: int) -> None:
+        """Bytes alone count."""
+
+    def node(self) -> int | None:
+        """Return the node of the tokens of all bytes so far, None where they are too many or cannot be spelt."""
+        end = self.cursor.end()
+        self.outgrown = end is not None and self.longest is not None and end[0] + len(end[1]) > self.longest
+        if end is None or self.outgrown:
+            return None
+        count, rest = end
+        if not count:
+            return self.tree.add(rest)
+        self.added, self.at = count, _grown(self.tree, self.at, self.cursor.fixed, self.added, count)
+        return self.tree.extend(self.at, rest)
+
+
+def _grown(tree: TokenTree, node: int, tokens: Sequence[int], added: int, count: int) -> int:
+    """Return the node of the first `count` tokens, of which `added` are in the tree and end at `node`."""
+    return tree.add(tokens[:count]) if not added else tree.extend(node, tokens[added:count])
