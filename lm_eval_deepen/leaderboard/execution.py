@@ -24,6 +24,7 @@ from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
+from lm_eval_deepen.leaderboard.provenance import versions
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
@@ -286,7 +287,7 @@ def evaluate(
         fewshot_random_seed=d,
     )
     assert found is not None  # there is one process
-    return dict(found)
+    return {**versions(), **found}
 
 
 class _blamed:

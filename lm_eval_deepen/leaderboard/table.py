@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from lm_eval_deepen.build.architecture import DIFFERENCES
 from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, StorageError
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
+from lm_eval_deepen.leaderboard.provenance import provenance
 from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
@@ -82,6 +84,7 @@ class Table:
         meaningless: reasons, by system and column.
         notes: what else is to be said.
         reported: published metrics that cannot be compared by document.
+        provenance: where the numbers come from, by name.
     """
 
     recipe: LeaderboardRecipe
@@ -89,6 +92,7 @@ class Table:
     meaningless: Mapping[tuple[str, str], str]
     notes: Sequence[str]
     reported: Sequence[Reported] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
@@ -102,6 +106,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes, reported = list(recipe.notes), list[Reported]()
+    evaluations: list[Mapping[str, Any]] = []
     for task in plan.tasks:
         runs = [
             Run(row.name, cells[row.name, task.name].mark.parent, cells[row.name, task.name].runs())
@@ -112,6 +117,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             reasons = {empty[row.name, task.name] for row in recipe.rows if row.has(task.name)}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
+        evaluations += [next(iter(run.tasks.values())).results for run in runs]
         found = _columns(plan, task, runs, cells, notes, meaningless, reported)
         members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
         notes += groups(runs, members or [run.label for run in runs])
@@ -127,7 +133,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     for one in reported:
         known = "" if one.published is None else f", published {report.number(one.published)}"
         notes.append(f"{one.column}, as reported, without a test: {one.system} {report.number(one.score)}{known}")
-    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)), reported)
+    where_from = provenance(recipe, evaluations)
+    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)), reported, where_from)
 
 
 def _columns(
@@ -405,13 +412,16 @@ def rendered(table: Table, fmt: str) -> str:
     if fmt == "json":
         data = report.to_dict(table.rows, alpha, table.notes)
         empty = [{"system": s, "column": c, "reason": r} for (s, c), r in table.meaningless.items()]
-        return json.dumps({"title": table.recipe.title, **data, "not_applicable": empty}, indent=2, ensure_ascii=False)
+        whole = {"title": table.recipe.title, "provenance": dict(table.provenance), **data, "not_applicable": empty}
+        return json.dumps(whole, indent=2, ensure_ascii=False)
     if fmt == "html":
-        return html(table.rows, alpha, remarks(table), table.recipe.title, [_html_summary(table), *map(_p, told)])
+        before = [_html_summary(table), *map(_p, told)]
+        return html(table.rows, alpha, remarks(table), table.recipe.title, before, table.provenance)
     if fmt == "md":
         title, lines = report.literal(table.recipe.title), "\n".join(map(report.literal, told))
         parts = [f"### {title}", report.markdown_table(summary(table)), lines]
-        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table))])
+        facts = "\n".join(f"- {name}: {report.literal(text)}" for name, text in table.provenance.items())
+        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table)), "Where from:\n\n" + facts])
     parts = [report.printable(table.recipe.title), report.aligned(summary(table)), "\n".join(told)]
     return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
 

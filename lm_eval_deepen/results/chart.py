@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
+Look = Literal["dot", "hollow", "diamond"]
 _WIDTH, _LINE, _TOP, _BOTTOM, _RIGHT = 720, 26, 10, 34, 90
 _CHARACTER = 7  # width of one in a label, about
 _LABELS = (60, 300)  # least and most room for labels
@@ -15,14 +17,14 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One line of a chart: a value, the ends of its error bar if it has one, its text, and how the mark looks."""
+    """One line of a chart: a value, the ends of its error bar if it has one, its text, and its mark."""
 
     label: str
     value: float
     low: float | None
     high: float | None
     text: str
-    filled: bool
+    look: Look
 
 
 def chart(identity: str, title: str, description: str, points: Sequence[Point], zero: bool = False) -> str:
@@ -48,15 +50,26 @@ def chart(identity: str, title: str, description: str, points: Sequence[Point], 
         parts.append(f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="{_TOP}" y2="{bottom}"/>')
     for index, point in enumerate(points):
         y = _TOP + _LINE * index + _LINE // 2
-        shown = point.label if len(point.label) * _CHARACTER <= _LABELS[1] else f"{point.label[:40]}..."
-        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>')
+        told = f"<title>{escape(f'{point.label}: {point.text}')}</title>"
+        parts.append(
+            f'<g>{told}<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_fitted(point.label))}</text>'
+        )
         if point.low is not None and point.high is not None:
             a, b = at(point.low), at(point.high)
             parts.append(f'<path class="bar" d="M{a} {y}H{b}M{a} {y - 5}V{y + 5}M{b} {y - 5}V{y + 5}"/>')
-        look = "dot" if point.filled else "hollow"
-        parts.append(f'<circle class="{look}" cx="{at(point.value)}" cy="{y}" r="4.5"/>')
-        parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT + 12}" y="{y + 4}">{escape(point.text)}</text>')
+        x = at(point.value)
+        if point.look == "diamond":
+            parts.append(f'<path class="diamond" d="M{x} {y - 7}L{x + 7} {y}L{x} {y + 7}L{x - 7} {y}Z"/>')
+        else:
+            parts.append(f'<circle class="{point.look}" cx="{x}" cy="{y}" r="4.5"/>')
+        parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT + 12}" y="{y + 4}">{escape(point.text)}</text></g>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _fitted(label: str) -> str:
+    """Return a label, or where it is too long its two ends, which tell systems apart."""
+    most = _LABELS[1] // _CHARACTER
+    return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-(most - most // 2) :]}"
 
 
 def _told(points: Sequence[Point]) -> str:
@@ -64,10 +77,13 @@ def _told(points: Sequence[Point]) -> str:
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Return about `_TICKS` round numbers that enclose the values."""
+    """Return about `_TICKS` round numbers that enclose the values; shares stay between 0 and 1."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):
+        are_shares = low >= 0 and high <= 1
         low, high = low - 0.05 * max(1.0, abs(low)), high + 0.05 * max(1.0, abs(high))
+        if are_shares:
+            low, high = max(0.0, low), min(1.0, high)
     rough = (high - low) / (_TICKS - 1)
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
 
@@ -52,6 +55,9 @@ def test_markdown_has_one_table_per_column_and_escapes_bars():
     assert "| a\\|b |" in report.markdown(rows, 0.05)
 
 
+NODE = shutil.which("node")
+
+
 class Checker(HTMLParser):
     """Collects tags, and fails on one that is not closed."""
 
@@ -82,7 +88,7 @@ def test_the_page_is_well_formed_self_contained_and_accessible():
     checker.feed(page)
     assert checker.open == []
     names = [tag for tag, _ in checker.tags]
-    assert names.count("svg") == 2 and names.count("table") == 1 and "script" not in names and "b" not in names
+    assert names.count("svg") == 2 and names.count("table") == 1 and names.count("script") == 1 and "b" not in names
     assert not [v for _, attrs in checker.tags for k, v in attrs.items() if k in ("src", "href")]
     assert re.findall(r"https?://[^\s\"<]*", page) == ["http://www.w3.org/2000/svg"] * 2
     assert "prefers-color-scheme: dark" in page and "url(" not in page
@@ -101,7 +107,9 @@ def test_the_page_is_well_formed_self_contained_and_accessible():
 
 
 def test_charts_place_values_and_error_bars_on_their_axis():
-    drawing = chart("c", "T", "D.", [Point("a", 0.5, 0.4, 0.6, "0.5", True), Point("b", 0.2, None, None, "0.2", False)])
+    drawing = chart(
+        "c", "T", "D.", [Point("a", 0.5, 0.4, 0.6, "0.5", "dot"), Point("b", 0.2, None, None, "0.2", "hollow")]
+    )
     ticks = [(float(x), float(v)) for x, v in re.findall(r'class="soft" x="([\d.]+)" [^>]*middle">([\d.-]+)<', drawing)]
     (x0, v0), (x1, v1) = ticks[0], ticks[-1]
     assert v0 <= 0.2 and v1 >= 0.6
@@ -118,11 +126,57 @@ def test_charts_place_values_and_error_bars_on_their_axis():
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 1.0), (-3e-7, 2e-7), (12345.0, 99999.0)])
 def test_axes_enclose_every_scale(values):
-    points = [Point(str(value), value, None, None, "", True) for value in values]
+    points = [Point(str(value), value, None, None, "", "dot") for value in values]
     drawing = chart("c", "T", "D", points, zero=True)
     placed = [float(x) for x in re.findall(r'cx="([\d.]+)"', drawing)]
     assert len(placed) == 2 and all(0 < x < 720 for x in placed)
     assert 'class="zero"' in drawing
+
+
+@pytest.mark.parametrize(("values", "ends"), [((0.0, 0.0), (0, 0.06)), ((1.0, 1.0), (0.94, 1)), ((0.1, 1.0), (0, 1))])
+def test_an_axis_of_shares_ends_at_0_and_1(values, ends):
+    drawing = chart("c", "T", "D", [Point("a", value, None, None, "", "diamond") for value in values])
+    ticks = [float(v) for v in re.findall(r'middle">([\d.-]+)<', drawing)]
+    assert (ticks[0], ticks[-1]) == ends and drawing.count('class="diamond"') == 2
+
+
+def test_marks_mean_one_thing_and_long_labels_keep_their_ends():
+    name = "SmolLM2-135M+Gemma-3-270M-with-a-very-long-name method=deepen,inverse=em"
+    scores = {"ref": mean_scores([1] * 9), name: mean_scores([0] * 9), "near": mean_scores([1] * 8 + [0])}
+    page = html(corrected(rows_of(Measured("t", "acc", "none", True, scores), ["ref"])), 0.05, facts={"date": "<1>"})
+    one, two = re.findall(r"(?s)<svg.*?</svg>", page)
+    assert re.findall(r'class="(dot|hollow|diamond)"', one) == ["diamond", "dot", "hollow"]
+    assert re.findall(r'class="(dot|hollow|diamond)"', two) == ["dot", "hollow"]
+    assert f"<title>{name}: 0.0000</title>" in one and "SmolLM2-135M+Gemma-3" in one and "inverse=em</text>" in one
+    assert page.index("<table") < page.index("<svg") and "<dt>date</dt><dd>&lt;1&gt;</dd>" in page
+
+
+@pytest.mark.skipif(NODE is None, reason="no node to run the page's script")
+def test_columns_sort(tmp_path):
+    """By number, the largest first and then the smallest; by name; what has no number comes last."""
+    script = re.search(r"(?s)<script>(.*)</script>", html(sample_rows(), 0.05))[1]
+    rows = [["b", "0.5 [0.4, 0.6]", "-"], ["10a", "<0.0001", "-"], ["a", "0.75", "-"], ["c", "-", "-"]]
+    driver = """
+      const make = text => ({textContent: text, childNodes: [], attributes: {}, append() {},
+        addEventListener(_, call) { this.call = call; }, getAttribute(name) { return this.attributes[name] ?? null; },
+        setAttribute(name, value) { this.attributes[name] = value; },
+        removeAttribute(name) { delete this.attributes[name]; }});
+      const heads = ["system", "score", "p"].map(make), buttons = [];
+      const body = {rows: ROWS.map(cells => ({cells: cells.map(make)})), append(...rows) { this.rows = rows; }};
+      const document = {querySelectorAll: () => [{tBodies: [body], tHead: {rows: [{cells: heads}]}}],
+        createElement: () => { const made = make(""); buttons.push(made); return made; }};
+    """.replace("ROWS", json.dumps(rows))
+    ask = """
+      const names = () => body.rows.map(row => row.cells[0].textContent);
+      const shown = [1, 1, 0, 0, 2].map(at => { buttons[at].call(); return [names(), {...heads[at].attributes}]; });
+    """
+    path = tmp_path / "sort.js"
+    path.write_text(f"{driver}{script}{ask} process.stdout.write(JSON.stringify(shown));")
+    found = subprocess.run([NODE, str(path)], capture_output=True, text=True, timeout=60, check=True)
+    (down, first), (up, second), (names, third), (back, _), (same, _) = json.loads(found.stdout)
+    assert down == ["a", "b", "10a", "c"] and first == {"aria-sort": "descending"}
+    assert up == ["10a", "b", "a", "c"] and second == {"aria-sort": "ascending"}
+    assert names == ["10a", "a", "b", "c"] and third == {"aria-sort": "ascending"} and back == names[::-1] == same
 
 
 HOSTILE = (
@@ -154,7 +208,8 @@ def test_names_are_text_in_every_format(name):
     page = html(rows, 0.05, [name], title=name)
     checker = Checker()
     checker.feed(page)
-    assert checker.open == [] and not {"script", "img", "a"} & {tag for tag, _ in checker.tags}
+    assert checker.open == [] and not {"img", "a"} & {tag for tag, _ in checker.tags}
+    assert [tag for tag, _ in checker.tags].count("script") == 1
     assert "onerror" not in {key for _, attrs in checker.tags for key in attrs} and "<!-- " not in page
 
 
