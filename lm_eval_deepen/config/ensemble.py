@@ -87,6 +87,12 @@ class EnsembleConfig(Settings):
                 f"trace={self.trace} follows fused steps, and pooling={self.pooling} combines whole answers; "
                 "remove trace",
             )
+        if self.weighting == "bayes" and getattr(self.options, "average", "linear") != "linear":
+            raise conflict(
+                "average",
+                f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both ways; "
+                "remove average, or give constant weights",
+            )
         if self.pooling is not None and alone:
             raise conflict(
                 "pooling",

@@ -113,6 +113,16 @@ class Options(Keys):
             raise ConfigError(*(cls._needs(problem) for problem in error.problems)) from None
 
     @classmethod
+    def covers(cls, given: Mapping[str, Any]) -> bool:
+        """Return whether a method reads covers unless told otherwise, under the options that are given."""
+        return False
+
+    @classmethod
+    def learns(cls, given: Mapping[str, Any]) -> bool:
+        """Return whether a method's weights learn from the text unless told otherwise, under the options given."""
+        return False
+
+    @classmethod
     def profile(cls, compat: str | None) -> Mapping[str, Any]:
         """Return the options that a profile stands for."""
         if compat is None or compat in cls.COMPAT:

@@ -17,9 +17,11 @@ from lm_eval_deepen.config.ensemble import EnsembleConfig, MemberConfig
 from lm_eval_deepen.config.errors import conflict
 from lm_eval_deepen.config.files import ensemble_file, merge_file
 from lm_eval_deepen.config.keys import Options, given
-from lm_eval_deepen.config.members import parse_members
+from lm_eval_deepen.config.members import parse_members, several, weights_given
 from lm_eval_deepen.config.schema import ALLOWANCES, Composition, Settings
 from lm_eval_deepen.errors import ConfigError, Problem, Problems
+
+LEARNING = "bayes"  # the weighting of methods that learn, where nothing is said about weights
 
 
 def parse_config(raw: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig:
@@ -60,11 +62,16 @@ def _parse(keys: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig:
         with problems.collected():
             if (name := keys.get(kind, Composition.model_fields[kind].default)) is not None:
                 chosen[kind] = registry.choose(name).options
+    fuses = "method" in chosen and "pooling" not in keys and "compat" not in keys and several(keys.get("members"))
+    if fuses and "weighting" not in keys and not weights_given(keys) and chosen["method"].learns(keys):
+        chosen["weighting"] = catalogue.kinds["weighting"].choose(LEARNING).options
     by_use, unfit = _sort(keys, chosen, catalogue)
     problems.found += unfit
     settings: dict[str, Any] = {}
     with problems.collected():
         settings = dict(Settings(**by_use["settings"]))
+        if settings["covers"] is None:
+            settings["covers"] = "on" if fuses and chosen["method"].covers(keys) else "off"
     built: dict[str, Any] = {}
     for kind, cls in chosen.items():
         profile = keys.get("compat") if kind == "method" else None

@@ -71,6 +71,18 @@ def parse_members(
     )
 
 
+def several(raw: Any) -> bool:
+    """Return whether the value of `members` names more than one; whatever else is wrong with it."""
+    return len(raw.split("+") if isinstance(raw, str) else raw) > 1 if isinstance(raw, (str, list, tuple)) else False
+
+
+def weights_given(keys: Mapping[str, Any]) -> bool:
+    """Return whether weights are given, beside the members or with any of them."""
+    listed = keys.get("members")
+    entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, (list, tuple)) else []
+    return keys.get("weights") is not None or any(entry.get("weight") is not None for entry in entries)
+
+
 def _entries(raw: Any, defaults: Mapping[str, Any]) -> list[Entry]:
     """Return one mapping of given keys per member; one that is configured already stays as it is."""
     if raw is None and "pretrained" in defaults:

@@ -64,15 +64,20 @@ class Composition(Keys):
     members: Annotated[Any, Shown("a list of models (inline: A+B)", "the main member alone")] = Field(
         None, description="All members, the main member first; in JSON and YAML each is a name or a mapping."
     )
-    weights: Annotated[Any, Shown("a list of numbers (inline: 0.6+0.4)", "equal weights")] = Field(
+    weights: Annotated[Any, Shown("a list of numbers (inline: 0.6+0.4)", "those of the weighting")] = Field(
         None, description="One weight for each member; they sum to 1."
     )
     method: Annotated[Any, Shown("the name of a method")] = Field(
         "deepen", description="How the members' next-token distributions are fused."
     )
-    weighting: Annotated[Any, Shown("the name of a weighting", "the weights as given")] = Field(
-        None, description="Where the weights come from instead."
-    )
+    weighting: Annotated[
+        Any,
+        Shown(
+            "the name of a weighting",
+            "the weights as given; without any, bayes for deepen with rows from bytes and no option of a step's average "
+            "or inverse, and for mixture; with compat, a pooling and elsewhere equal weights",
+        ),
+    ] = Field(None, description="Where the weights come from instead.")
     pooling: Annotated[Any, Shown("the name of a pooling", "steps are fused")] = Field(
         None, description="How the members' own answers are combined, instead of fusing their steps."
     )
@@ -129,8 +134,12 @@ class Settings(Keys):
     trace_dir: Annotated[str | None, Shown("the path of a folder", "where `--output_path` puts the samples")] = Field(
         None, description="Where traces are written."
     )
-    covers: Annotated[Literal["off", "on"], BeforeValidator(_as_written)] = Field(
-        "off",
+    covers: Annotated[
+        Literal["off", "on"] | None,
+        BeforeValidator(_as_written),
+        Shown(default="on for deepen with rows from bytes, and for mixture; off with compat and elsewhere"),
+    ] = Field(
+        None,
         description="Whether the other members are asked what follows where the main member's token ends inside one of "
         "theirs.",
     )

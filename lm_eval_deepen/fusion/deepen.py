@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -36,6 +36,9 @@ DEFAULT_TEMPERATURE = 100.0
 DEFAULT_TOP_M = 64
 DEFAULT_SUPPORT = 512  # pieces per member, where rows come from embeddings
 DEFAULT_MAX_TRUNCATED = 0.1
+STEP_OPTIONS = frozenset(
+    "average inverse steps learning_rate trust_region support max_support max_truncated eos".split()
+)  # how a step averages and inverts: whoever gives one asks for one static ensemble
 
 
 def _support(value: int | float | str | None) -> int | float | str | None:
@@ -153,6 +156,16 @@ class Deepen(Options):
             "eos": "reference",
         }
     }
+
+    @classmethod
+    def covers(cls, given: Mapping[str, Any]) -> bool:
+        """Return whether rows come from bytes: with others, covers are not measured."""
+        return given.get("rows", "canonical") in BYTE_ROWS
+
+    @classmethod
+    def learns(cls, given: Mapping[str, Any]) -> bool:
+        """Return whether all experts can be fused at once, and nothing is said about how a step averages."""
+        return cls.covers(given) and not given.keys() & STEP_OPTIONS
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_step import DeepenFuser
@@ -23,6 +23,16 @@ class Mixture(Options):
     in every order of the members. Greedy generation has no such law: it fuses steps as ``method: deepen`` does by
     default, where the first member's vocabulary is written in.
     """
+
+    @classmethod
+    def covers(cls, given: Mapping[str, Any]) -> bool:
+        """Return True: generation fuses steps as `deepen` does."""
+        return True
+
+    @classmethod
+    def learns(cls, given: Mapping[str, Any]) -> bool:
+        """Return True."""
+        return True
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Return the fuser of generation; scoring needs none."""
