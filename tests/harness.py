@@ -46,7 +46,19 @@ def hf(path: Any, **kwargs: Any) -> HFLM:
     return Reference(pretrained=str(path), device="cpu", **{"batch_size": 1, "logits_cache": False, **kwargs})
 
 
+STATIC = {"covers": "off", "weighting": "uniform"}
+
+
 def deepen(*paths: Any, **kwargs: Any) -> DeepenLM:
-    """Return an ensemble of the models at `paths`, the main member first, named m0, m1, ..."""
+    """Return a static ensemble of the models at `paths`, the main member first, named m0, m1, ...
+
+    Where `kwargs` do not say otherwise it has equal weights and no covers, so that a step is one plain fusion.
+    """
+    static = {"covers": "off"} if kwargs.get("weights") else STATIC
+    return by_default(*paths, **{**static, **kwargs})
+
+
+def by_default(*paths: Any, **kwargs: Any) -> DeepenLM:
+    """Return an ensemble of the models at `paths` with the defaults of a user, named likewise."""
     members = [{"name": f"m{i}", "pretrained": str(path)} for i, path in enumerate(paths)]
     return DeepenLM(pretrained=str(paths[0]), members=members, device="cpu", **{"self_check": False, **kwargs})

@@ -12,6 +12,7 @@ from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
 
 if TYPE_CHECKING:
+    from lm_eval_deepen.config import EnsembleConfig
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.bits_per_byte import Document
     from lm_eval_deepen.tuning.search import Chosen
@@ -89,9 +90,10 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.engine.calibration import default_text, load_documents
     from lm_eval_deepen.errors import RequestError
     from lm_eval_deepen.harness.recipes import parse_ensemble
-    from lm_eval_deepen.tuning.search import search
+    from lm_eval_deepen.tuning.search import constant, search
 
-    config = tune_score.checked(parse_ensemble(args.ensemble))
+    given = tune_score.as_given(parse_ensemble(args.ensemble))
+    config = constant(given)
     documents = load_documents(args.text or [default_text()], args.limit)
     if len(documents) < 2:
         raise RequestError("one document cannot be used to choose and to report; give two or more.")
@@ -100,17 +102,25 @@ def run(args: argparse.Namespace) -> int:
     for line in chosen.log:
         print(line)
     keys = tune_score.placed(chosen.config.to_dict())
-    written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents)}
+    written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents, given)}
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\nwritten to {args.output}")
     return 0
 
 
-def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> dict[str, Any]:
-    """Return what speaks for the choice, from the documents it was not made on; printed, too."""
+def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document], given: EnsembleConfig) -> dict[str, Any]:
+    """Return what speaks for the choice, from the documents it was not made on; printed, too.
+
+    Args:
+        ensemble: what was tuned, with constant weights.
+        chosen: what the search found.
+        documents: every other one was searched on.
+        given: what was to be tuned; its weights may learn from the text.
+    """
     import lm_eval_deepen
+    from lm_eval_deepen.engine.bits_per_byte import Reading
     from lm_eval_deepen.engine.calibration import digest
-    from lm_eval_deepen.tuning.bits import orders, own, read_orders
+    from lm_eval_deepen.tuning.bits import fused_bits, orders, own, read_orders
     from lm_eval_deepen.tuning.bits_table import Line, best, facts, level, table
 
     dev, rest = documents[::2], documents[1::2]
@@ -122,7 +132,12 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document]) -> d
         bits, (temperature,) = own(reading).fitted(other)
         lines.append(Line(f"{reading.ensemble.main.name} alone", bits, f"temperature {temperature:.2f}"))
     members, reference = list(lines), best(lines)
-    lines.append(Line("as given", chosen.before(rest)))
+    if given.weights_change:
+        learning = type(ensemble).assemble(given, ensemble.members, ensemble.fuser)
+        lines.append(Line("as given", fused_bits(Reading.of(learning, rest)), "weights that learn"))
+        lines.append(Line("equal weights", chosen.before(rest)))
+    else:
+        lines.append(Line("as given", chosen.before(rest)))
     lines.append(Line("as chosen", chosen.after(rest)))
     each = level(lines, members)
     num_bytes = sum(document.num_bytes for document in rest)

@@ -90,8 +90,8 @@ class EnsembleConfig(Settings):
         if self.weighting == "bayes" and getattr(self.options, "average", "linear") != "linear":
             raise conflict(
                 "average",
-                f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both ways; "
-                "remove average, or give constant weights",
+                f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both "
+                "ways; remove average, or give constant weights",
             )
         if self.pooling is not None and alone:
             raise conflict(

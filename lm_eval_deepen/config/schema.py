@@ -74,8 +74,8 @@ class Composition(Keys):
         Any,
         Shown(
             "the name of a weighting",
-            "the weights as given; without any, bayes for deepen with rows from bytes and no option of a step's average "
-            "or inverse, and for mixture; with compat, a pooling and elsewhere equal weights",
+            "the weights as given; without any, bayes for mixture, and for deepen with rows from bytes and no "
+            "option of a step's average or inverse; with compat or a pooling, and elsewhere, equal weights",
         ),
     ] = Field(None, description="Where the weights come from instead.")
     pooling: Annotated[Any, Shown("the name of a pooling", "steps are fused")] = Field(

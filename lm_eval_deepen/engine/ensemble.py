@@ -322,6 +322,7 @@ class Ensemble:
         if notes is not None:
             shares = log_posterior.double().exp().to(self.device)
             notes.weights = torch.einsum("bk,bkm->bm", shares, self.experts.among(present).to(self.device))
+            notes.leave(ONE_WEIGHT, left & ~present[:, 1:].any(1).to(left.device))
             or_chosen = "" if self.selective is None else f", or skip_when={self.selective.when}"
             notes.leave(BY_METHOD + or_chosen, left)
         self.counters.record_skipped(int(left.sum()))

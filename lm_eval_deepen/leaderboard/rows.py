@@ -38,7 +38,7 @@ class Grid(Keys):
     methods: Annotated[_Axis, Shown(default="deepen")] = Field(
         [{}], description="Fusion methods: each is a name, or a mapping with options."
     )
-    weightings: Annotated[_Axis, Shown(default="none")] = Field(
+    weightings: Annotated[_Axis, Shown(default="the default of every method")] = Field(
         [{}], description="Weightings, likewise; `none` stands for equal weights."
     )
     poolings: Annotated[_Axis, Shown(default="none")] = Field(
@@ -271,9 +271,9 @@ def _axis(found: Any, key: str, every: Iterable[str]) -> list[Any]:
 
 
 def _entry(value: Any, axis: str) -> dict[str, Any]:
-    """Return one point of an axis as keys of an ensemble: a name, or a mapping with options; none is nothing."""
+    """Return one point of an axis as keys of an ensemble: a name, or a mapping with options."""
     if value is None or value == "none":
-        return {}
+        return {"weighting": "uniform", "name": ""} if axis == "weighting" else {}
     found = {axis: value} if isinstance(value, str) else value
     if not isinstance(found, Mapping):
         raise ConfigError(f"grid: a {axis} is a name, or a mapping with its options; got {value!r}")
@@ -331,7 +331,7 @@ def _parts(keys: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _grid_name(order: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:
     labels = [_label(part, axis) for part in parts for axis in ("method", "weighting", "pooling") if axis in part]
     labels += [_label(part, None) for part in parts if part and not {"method", "weighting", "pooling"} & part.keys()]
-    return " ".join(["+".join(order), *labels])
+    return " ".join(["+".join(order), *filter(None, labels)])
 
 
 def _label(keys: Mapping[str, Any], axis: str | None) -> str:

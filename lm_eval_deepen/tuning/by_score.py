@@ -51,15 +51,25 @@ def checked(arguments: Mapping[str, Any]) -> EnsembleConfig:
     Raises:
         ConfigError: one without weights to fit.
     """
-    from lm_eval_deepen.harness.model import configure
     from lm_eval_deepen.tuning.search import constant
+
+    return constant(as_given(arguments))
+
+
+def as_given(arguments: Mapping[str, Any]) -> EnsembleConfig:
+    """Return the configuration to tune as it is given.
+
+    Raises:
+        ConfigError: a member alone, or an ensemble that fuses no steps.
+    """
+    from lm_eval_deepen.harness.model import configure
 
     config = configure(dict(arguments))
     if len(config.members) < 2:
         raise ConfigError("tune: a member alone has no weights to fit; give an ensemble of two or more")
     if config.pooling is not None and not config.fuses_steps:
         raise ConfigError(f"tune: pooling={config.pooling} alone fuses no steps; remove it, tune, and put it back")
-    return constant(config)
+    return config
 
 
 def _metadata(text: str | None) -> dict[str, Any]:

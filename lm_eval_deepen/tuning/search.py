@@ -113,10 +113,12 @@ class Chosen:
 def constant(config: EnsembleConfig) -> EnsembleConfig:
     """Return a configuration whose members' weights are kept as they are, and written as they are.
 
+    Weights that learn from the text, the default, begin as equal ones.
+
     Raises:
         ConfigError: a weighting that makes the weights anew for every request or step.
     """
-    if config.weights_change:
+    if config.weights_change and config.weighting != "bayes":
         raise ConfigError(
             f"tune: weighting={config.weighting} makes the weights by request or step; remove it to fit constant ones"
         )

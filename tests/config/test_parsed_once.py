@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from harness import deepen
+from harness import by_default
 from pydantic import BaseModel
 
 from lm_eval_deepen.config import Options
@@ -49,7 +49,7 @@ def test_a_row_of_a_leaderboard_is_parsed_once(counted, name: str) -> None:
 
 def test_an_ensemble_is_parsed_once_and_the_fuser_has_its_options(pico, tmp_path, counted) -> None:
     pair = [pico["bytelevel"], pico["metaspace"]]
-    model = deepen(*pair, matrix_dir=str(tmp_path), min_anchors=8, pooling="vote", with_fused=True)
+    model = by_default(*pair, matrix_dir=str(tmp_path), min_anchors=8, pooling="vote", with_fused=True)
     assert counted == {"parsed": 1, "deepen": 1, "exact": 1, "vote": 1}
     assert model.ensemble.fuser.options is model.ensemble_config.options
     assert model.pool.method is model.ensemble_config.pooling_options

@@ -10,7 +10,7 @@ import logging
 
 import naive
 import pytest
-from harness import requests
+from harness import STATIC, requests
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.drafts import drafter
@@ -38,7 +38,8 @@ def ensemble(pico, tmp_path_factory):
             {"name": f"m{i}", "pretrained": str(pico[name]), "max_length": length}
             for i, (name, length) in enumerate(zip(names, lengths, strict=True))
         ]
-        options = {"matrix_dir": folder, "batch_size": 3, "self_check": False, **options}
+        static = {"covers": "off"} if "weights" in options else STATIC
+        options = {"matrix_dir": folder, "batch_size": 3, "self_check": False, **static, **options}
         return DeepenLM(members[0]["pretrained"], members=members, device="cpu", **options)
 
     return load
