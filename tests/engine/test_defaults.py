@@ -100,10 +100,10 @@ def test_a_member_without_room_sits_out_and_the_others_learn_without_it(pico, tm
     short = type(model)(members[0]["pretrained"], members=members, device="cpu", self_check=False,
                         matrix_dir=str(tmp_path))  # fmt: skip
     long = ("The dog did not mind,", " and the fox walked away" * 3)
-    ((value, greedy),) = short.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
-    ((alone, same),) = model.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
-    assert value == pytest.approx(alone, abs=1e-4) and greedy == same
-    assert short.get_model_info()["deepen"]["steps_sat_out"]
+    ((value, _),) = short.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
+    ((alone, _),) = model.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
+    assert 0 > value >= alone - math.log(len(short.ensemble.experts)) - 1e-3
+    assert short.get_model_info()["deepen"]["steps_sat_out"]["metaspace"] > 10
 
 
 # --- adversaries
