@@ -14,6 +14,7 @@ from lm_eval_deepen.storage import check_place, write_json
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.bits_per_byte import Document
+    from lm_eval_deepen.engine.projection_loss import ProjectionLoss
     from lm_eval_deepen.tuning.bits_table import Line
 
 HELP = (
@@ -49,11 +50,14 @@ def run(args: argparse.Namespace) -> int:
         check_place(args.json)
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
-    lines = measure(load(args.ensemble, args.device), documents, dev)
+    lines, lost = measure(load(args.ensemble, args.device), documents, dev)
     num_bytes = sum(document.num_bytes for document in documents)
     reference, each = best(opponents(lines)), level(lines, opponents(lines))
     print(f"{len(documents)} documents, {num_bytes} bytes\n")
     print(table(lines, reference, num_bytes, each))
+    print("\nlost between vocabularies: a member in the main member's pieces, against itself in its own")
+    for one in lost:
+        print(f"  {one}")
     if args.json:
         found: dict[str, Any] = {
             "documents": len(documents),
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             "text_sha256": digest(documents),
             "reference": reference.system,
             "systems": [facts(line, reference, num_bytes, each) for line in lines],
+            "projection_loss": [one.to_dict() for one in lost],
         }
         write_json(args.json, found)
     return 0
@@ -75,26 +80,35 @@ def load(spelt: str, device: str) -> Ensemble:
     return Ensemble.load(configure(parse_ensemble(spelt)), device)
 
 
-def measure(ensemble: Ensemble, documents: Sequence[Document], dev: Sequence[Document] | None) -> list[Line]:
-    """Return one line per system: members, members with a fitted temperature, ensembles, controls."""
-    from lm_eval_deepen.tuning.bits import controls, fused_bits, orders, own, read_orders
+def measure(
+    ensemble: Ensemble, documents: Sequence[Document], dev: Sequence[Document] | None
+) -> tuple[list[Line], list[ProjectionLoss]]:
+    """Return a line per system, and what every member loses in the pieces of every other one.
+
+    The systems are members, members with a fitted temperature, ensembles and controls.
+    """
+    from lm_eval_deepen.engine.bits_per_byte import Variant
+    from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
+    from lm_eval_deepen.tuning.bits import controls, orders, own, read_orders
     from lm_eval_deepen.tuning.bits_table import Line
 
     ensembles = orders(ensemble)
     elsewhere = [own(reading) for reading in read_orders(ensembles, dev, members=1)] if dev else [None] * len(ensembles)
-    readings = read_orders(ensembles, documents)
+    readings = [read_with_covers(one, documents) for one in ensembles]
     alone = [own(reading) for reading in readings]
     lines = [Line(f"{found.name} alone", found.bits) for found in alone]
     for found, other in zip(alone, elsewhere, strict=True):
         bits, chosen = found.fitted(other)
         note = "temperature " + " and ".join(f"{t:.2f}" for t in dict.fromkeys(chosen))
         lines.append(Line(f"{found.name} alone, fitted", bits, note))
-    for reading in readings:
-        lines.append(Line(f"ensemble, {reading.ensemble.main.name} main", fused_bits(reading)))
+    for one, reading in zip(ensembles, readings, strict=True):
+        bits = reading.bits(reading.logp([Variant.of(one)]))[0]
+        lines.append(Line(f"ensemble, {one.main.name} main", bits))
     shared = controls(readings)
     lines.append(Line("linear where all tokenisations end", shared["linear"], "control"))
     lines.append(Line("geometric where all tokenisations end", shared["geometric"], "control, not normalised"))
-    return lines
+    natural = {found.name: float(found.bits.sum()) for found in alone}
+    return lines, [loss for reading in readings for loss in projection_losses(reading, natural)]
 
 
 def opponents(lines: Sequence[Line]) -> list[Line]:

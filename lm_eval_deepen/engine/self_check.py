@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
+from lm_eval_deepen.engine.projection_loss import ProjectionLoss, projection_losses, read_with_covers
 from lm_eval_deepen.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,10 +47,13 @@ def flat_spaces(facts: Mapping[str, Any]) -> list[Warned]:
     ]
 
 
-def measure(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, float]:
-    """Return bits per byte by system: every member by its name, and ``ensemble``, with the main member as it is."""
+def measure(ensemble: Ensemble, documents: Sequence[Document]) -> tuple[dict[str, float], list[ProjectionLoss]]:
+    """Return bits per byte by system, and what every other member loses in the main member's pieces.
+
+    The systems are every member by its name, and ``ensemble``, with the main member as it is.
+    """
     num_bytes = sum(document.num_bytes for document in documents)
-    reading = Reading.of(ensemble, documents)
+    together = reading = read_with_covers(ensemble, documents)
     found = {"ensemble": float(reading.bits(reading.logp([Variant.of(ensemble)])).sum()) / num_bytes}
     for m, member in enumerate(ensemble.members):
         if m:
@@ -58,7 +62,7 @@ def measure(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, floa
             reading = Reading.of(turned, documents, members=1)
         bits = reading.bits(reading.own_logp((member.config.temperature,)))
         found[member.name] = float(bits.sum()) / num_bytes
-    return found
+    return found, projection_losses(together, {name: value * num_bytes for name, value in found.items()})
 
 
 def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warned]:
@@ -114,7 +118,7 @@ def examine(ensemble: Ensemble) -> dict[str, Any]:
         return {"warnings": [asdict(warning) for warning in warned]} if warned else {}
     documents = load_documents([default_text()], DOCUMENTS)
     try:
-        bits = measure(ensemble, documents)
+        bits, lost = measure(ensemble, documents)
     except RequestError as error:  # of the text that ships, not of what is evaluated
         warned.append(Warned("unmeasured", f"the calibration text could not be read: {error}"))
         return {"warnings": [asdict(warning) for warning in warned]}
@@ -123,5 +127,6 @@ def examine(ensemble: Ensemble) -> dict[str, Any]:
     return {
         "text_sha256": digest(documents),
         "bits_per_byte": bits,
+        "projection_loss": [one.to_dict() for one in lost],
         "warnings": [asdict(warning) for warning in warned],
     }

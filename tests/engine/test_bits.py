@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from harness import deepen, requests
+from harness import by_default, deepen, requests
 from naive import member_logp, score_span
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.engine import calibration as texts
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.self_check import examine, flat_spaces, judge
 from lm_eval_deepen.errors import ConfigError, RequestError
@@ -262,17 +263,37 @@ def test_bpb_and_tune_from_the_command_line(pico, tmp_path, capsys) -> None:
     spelt = json.dumps({"pretrained": str(pico["bytelevel"]), "matrix_dir": str(tmp_path),
                         "members": [str(pico["bytelevel"]), str(pico["metaspace"])]})  # fmt: skip
     assert cli.main(["bpb", spelt, "--text", str(text), "--dev", str(text), "--json", str(figures)]) == 0
-    systems = json.loads(figures.read_text())["systems"]
+    systems, lost = (json.loads(figures.read_text())[key] for key in ("systems", "projection_loss"))
     names = ["bytelevel", "metaspace"]
+    assert [(one["main"], one["member"]) for one in lost] == [tuple(names), tuple(names[::-1])]
     assert [s["system"] for s in systems][:6] == [
         *(f"{n} alone" for n in names), *(f"{n} alone, fitted" for n in names), *(f"ensemble, {n} main" for n in names)
     ]  # fmt: skip
-    assert all(s["system"] in capsys.readouterr().out for s in systems[:1])
+    shown = capsys.readouterr().out
+    assert all(s["system"] in shown for s in systems[:1])
+    assert f"metaspace through bytelevel: {100 * lost[0]['no_covers']:+.1f} % without covers" in shown
     assert cli.main(["tune", spelt, "--text", str(text), "--output", str(tuned)]) == 0
     written = yaml.safe_load(tuned.read_text())
     assert written["evidence"]["documents"] == {"chosen_on": 2, "reported_on": 1}
     config = configure({"pretrained": str(tuned)})
     assert config.options_dict()["rows"] in ("canonical", "prefix") and config.evidence["objective"] == "bpb"
+
+
+@pytest.mark.parametrize("compat", [None, "reference"])
+def test_what_is_lost_is_what_all_weight_on_the_other_member_costs(pico, tmp_path, compat) -> None:
+    """Against scoring through the whole package, with covers and without; a published method has none."""
+    pair, keys = [pico["bytelevel"], pico["metaspace"]], {"matrix_dir": str(tmp_path), "compat": compat}
+    ensemble = by_default(*pair, **keys).ensemble
+    own = {"m1": 100.0}
+    (lost,) = projection_losses(read_with_covers(ensemble, DOCUMENTS), own)
+    found = {}
+    for covers in ("off", "on") if compat is None else ("off",):
+        other = by_default(*pair, **keys, covers=covers, weights=[0.0, 1.0]).ensemble
+        reading = Reading.of(other, DOCUMENTS)
+        found[covers] = float(reading.bits(reading.logp([Variant.of(other)])).sum())
+    assert lost.plain == pytest.approx(found["off"] / 100 - 1, rel=1e-4)
+    assert lost.covered == (None if compat else pytest.approx(found["on"] / 100 - 1, rel=1e-4))
+    assert ("with them" in str(lost)) == (compat is None)
 
 
 def codes(warnings) -> list[str]:
@@ -298,6 +319,8 @@ def test_evaluation_reports_its_self_check_in_the_log_and_the_results(pico, capl
     model.loglikelihood(requests("loglikelihood", ("a", " b")), True)
     found = model.get_model_info()["deepen"]
     assert set(found["self_check"]["bits_per_byte"]) == {"ensemble", "m0", "m1"}
+    (lost,) = found["self_check"]["projection_loss"]
+    assert (lost["main"], lost["member"]) == ("m0", "m1") and lost["no_covers"] != lost["covers"]
     expected = examine(model.ensemble)
     assert found["self_check"] == expected and found["evidence"] == {"objective": "bpb"}
     for warning in expected["warnings"]:

@@ -380,8 +380,13 @@ def test_another_process_at_work_is_told(write, tmp_path):
 
 def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch):
     """Nothing is generated twice, and the answers are those of a model that generates everything itself."""
-    grid = {"orders": ["A+B", "B+A"], "poolings": ["none", "logp-mean", "vote", {"pooling": "mbr", "with_fused": True}]}
-    path = write(grid=grid, tasks=[CHOICE, "conf_answer"])
+    grid = {
+        "orders": ["A+B", "B+A"],
+        "poolings": ["none", "logp-mean", "vote", {"pooling": "mbr", "with_fused": True}],
+        "weightings": ["none"],
+    }  # a pooled ensemble is static
+    static = {"matrix_dir": str(tmp_path / "matrices"), "covers": "off"}
+    path = write(grid=grid, common=static, tasks=[CHOICE, "conf_answer"])
     todo = planned(path, tmp_path / "out")
     cells = execute(todo, "cpu", lambda text: None)
     costs = {key: cell.cost for key, cell in cells.items()}

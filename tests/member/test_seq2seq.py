@@ -14,7 +14,7 @@ import pico_seq2seq
 import pytest
 import torch
 import yaml
-from harness import requests
+from harness import STATIC, requests
 from lm_eval.tasks import TaskManager
 
 from lm_eval_deepen.cli import main as cli
@@ -63,7 +63,8 @@ def ensemble(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     def load(*names: str, change: dict[str, Any] | None = None, **keys: Any) -> DeepenLM:
         members = [entry(name, folders[name]) for name in names]
         members[-1] |= change or {}
-        keys = {"self_check": False, "matrix_dir": matrices, **keys}
+        static = {"covers": "off"} if "weights" in keys or any("weight" in member for member in members) else STATIC
+        keys = {"self_check": False, "matrix_dir": matrices, **static, **keys}
         return DeepenLM(pretrained=members[0]["pretrained"], members=members, device="cpu", **keys)
 
     return load
