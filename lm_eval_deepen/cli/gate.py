@@ -6,19 +6,20 @@ import argparse
 import os
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, nonnegative, share, whole
+from lm_eval_deepen.cli.arguments import Names, nonnegative, positive, share, whole
 from lm_eval_deepen.results.gate import judge, single_run
 from lm_eval_deepen.results.gate_report import Status, markdown, plain
+from lm_eval_deepen.results.junit import github_errors, junit
 from lm_eval_deepen.results.regression import GateRule
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
-from lm_eval_deepen.storage import append_text, write_json
+from lm_eval_deepen.storage import append_text, write_json, write_text
 
 HELP = (
     "Test whether the candidate's evaluation is worse than the baseline's, paired by document. "
-    "Exit status: 0 pass, 1 regressed, 2 wrong usage, unreadable results or an output that cannot be written, 3 not "
-    "comparable."
+    "Exit status: 0 pass, 1 regressed, 2 wrong usage, unreadable results or an output that cannot be written, 3 no "
+    "verdict: not comparable, or too small for --max-detectable."
 )
-EXIT: dict[Status, int] = {"pass": 0, "regressed": 1, "not comparable": 3}
+EXIT: dict[Status, int] = {"pass": 0, "regressed": 1, "too small": 3, "not comparable": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chance of detection that the minimal detectable effect is stated for (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--max-detectable", type=positive, metavar="X",
+        help="the drop that has to be detectable, in the metric's unit: a run too small to see it is no pass (exit 3)",
+    )  # fmt: skip
+    parser.add_argument(
         "--metric", nargs="+", metavar="NAME",
         help="metrics to test, as acc or exact_match,strict-match (default: all; fewer see smaller drops)",
     )  # fmt: skip
@@ -52,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the outcome as JUnit XML")
     parser.add_argument(
         "--summary", type=Path, metavar="FILE",
         help="append the outcome as Markdown (default: $GITHUB_STEP_SUMMARY, if set)",
@@ -62,10 +68,14 @@ def run(args: argparse.Namespace) -> int:
     """Judge, print, write the files asked for; returns 0, 1 or 3."""
     rule = GateRule(args.alpha, args.min_effect, args.power, seed=args.seed)
     baseline, candidate = single_run(args.baseline), single_run(args.candidate)
-    report = judge(baseline, candidate, rule, args.tasks, args.metric, args.allow_config_change)
+    report = judge(baseline, candidate, rule, args.tasks, args.metric, args.allow_config_change, args.max_detectable)
     print(plain(report))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print("\n".join(github_errors(report)))
     if args.json:
         write_json(args.json, {**report.to_dict(), "exit_status": EXIT[report.status]})
+    if args.junit:
+        write_text(args.junit, junit(report))
     summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         append_text(Path(summary), markdown(report) + "\n")

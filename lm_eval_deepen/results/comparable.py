@@ -40,6 +40,7 @@ def objections(first: Run, second: Run, tasks: Sequence[str], allow_config_chang
     """Return what speaks against comparing `second` with `first`, the baseline, on these tasks."""
     reasons: list[str] = []
     notes: list[str] = []
+    ensembles: dict[str, list[str]] = {}  # tasks by how the ensembles differ there
     for name in tasks:
         if name not in second.tasks:
             reasons.append(f"{name}: {second.label} has no samples of it ({second.folder})")
@@ -47,9 +48,10 @@ def objections(first: Run, second: Run, tasks: Sequence[str], allow_config_chang
         one, two = first.tasks[name], second.tasks[name]
         reasons.extend(f"{name}: {reason}" for reason in _settings(one, two) + _documents(one, two))
         notes.extend(f"{name}: {note}" for note in _notes(one, two))
-        changed = _ensemble(one, two)
-        if changed:
-            (notes if allow_config_change else reasons).append(f"{name}: {changed}")
+        if changed := _ensemble(one, two):
+            ensembles.setdefault(changed, []).append(name)
+    for changed, names in ensembles.items():
+        (notes if allow_config_change else reasons).append(f"{', '.join(names)}: {changed}")
     unasked = [name for name in second.tasks if name not in first.tasks]
     if unasked:
         notes.append(f"{second.label} has tasks that {first.label} does not have: {', '.join(unasked)}")
@@ -103,7 +105,10 @@ def _ensemble(one: TaskRun, two: TaskRun) -> str | None:
     described = [((run.results.get("config") or {}).get("deepen") or {}) for run in (one, two)]
     found = [_differs(key, *(d.get(key) for d in described)) for key in ("method", "compat", "seed")]
     options = [d.get("options") or {} for d in described]
-    found += [_differs(key, *(o.get(key) for o in options)) for key in dict.fromkeys([*options[0], *options[1]])]
+    keys = dict.fromkeys([*options[0], *options[1]])
+    if described[0].get("method") != described[1].get("method"):  # what one of them does not have is no change
+        keys = {key: None for key in keys if all(key in own for own in options)}
+    found += [_differs(key, *(o.get(key) for o in options)) for key in keys]
     found.append(_differs("members", *([_member(m) for m in d.get("members") or ()] for d in described)))
     told = "; ".join(difference for difference in found if difference)
     shown = " -> ".join(_short(p) or "none (no ensemble)" for p in prints)

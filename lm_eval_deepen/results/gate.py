@@ -12,6 +12,7 @@ from lm_eval_deepen.results.files import Run, find_runs
 from lm_eval_deepen.results.gate_report import GateReport, Status, Tested
 from lm_eval_deepen.results.pairing import wanted_columns
 from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
+from lm_eval_deepen.results.report import number
 from lm_eval_deepen.results.samples import common_keys
 
 
@@ -35,8 +36,9 @@ def judge(
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     allow_config_change: bool = False,
+    max_detectable: float | None = None,
 ) -> GateReport:
-    """Return the outcome of the check.
+    """Return the outcome of the check; ``too small`` where a test could not see a drop of `max_detectable`.
 
     Raises:
         ResultError: the baseline lacks a task or metric that was asked for, or a file cannot be read.
@@ -58,7 +60,31 @@ def judge(
         for pair, decision in zip(pairs, decide(pairs, rule), strict=True)
     )
     status: Status = "regressed" if any(test.decision.regressed for test in tests) else "pass"
-    return GateReport(status=status, reasons=(), notes=tuple(notes), tests=tests, **report)
+    blind: list[str] = []
+    if status == "pass" and max_detectable is not None:
+        blind = [told for test in tests if (told := _blind(test, max_detectable, rule.alpha / len(tests)))]
+        status = "too small" if blind else status
+    return GateReport(status=status, reasons=tuple(blind), notes=tuple(notes), tests=tests, **report)
+
+
+def _blind(test: Tested, most: float, level: float) -> str:
+    """Return why a test could not see a drop of `most`; nothing where it could.
+
+    Of two runs that are alike, a real-valued metric does not show how much it scatters. They are blind only where no
+    outcome at all would be significant.
+    """
+    pair, seen = test.pair, test.details.detectable
+    alike = not (test.details.worse or test.details.better)
+    documents = pair.baseline.documents
+    if seen is None and alike and 0.5**documents <= level:
+        return ""
+    if seen is not None and seen <= most:
+        return ""
+    drop = "is unknown" if seen is None else f"is {number(seen)}"
+    return (
+        f"{pair.task} {pair.metric}: the detectable drop {drop} with {documents} documents, above {most:g}; evaluate "
+        "more documents, test fewer metrics, or raise --max-detectable"
+    )
 
 
 def pairs_of(

@@ -17,7 +17,7 @@ from lm_eval_deepen.results.report import (
     signed_interval,
 )
 
-Status = Literal["pass", "regressed", "not comparable"]
+Status = Literal["pass", "regressed", "too small", "not comparable"]
 _HEAD = (
     "task", "metric", "documents", "baseline", "candidate", "difference [95 % interval]", "worse / better", "p",
     "p (Holm)", "detectable drop", "",
@@ -83,7 +83,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class GateReport:
-    """The outcome of one check: status, what was tested, why not, and remarks."""
+    """The outcome of one check: status, what was tested, why there is no verdict, and remarks."""
 
     status: Status
     baseline: str
@@ -98,6 +98,10 @@ class GateReport:
         """The outcome in one sentence."""
         if self.status == "not comparable":
             return f"NOT COMPARABLE: {len(self.reasons)} reason(s)"
+        if self.status == "too small":
+            return (
+                f"TOO SMALL: {len(self.reasons)} of {len(self.tests)} tests could not see the drop that has to be seen"
+            )
         worse = [test for test in self.tests if test.decision.regressed]
         if worse:
             told = ", ".join(f"{t.pair.task} {t.pair.metric} {signed(t.difference)}" for t in worse)
