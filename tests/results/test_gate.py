@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -253,16 +255,58 @@ def test_the_measured_rates_keep_the_level_and_find_large_drops(tmp_path, monkey
     assert loss["detection"]["runs that differ"]["0.2"]["rate"] == 1
 
 
-def test_the_documented_workflow_is_yaml_and_its_commands_parse():
+def test_the_documented_workflow_and_commands_are_those_there_are():
     text = (ROOT / "docs" / "ci.md").read_text("utf-8")
-    [workflow] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    steps = yaml.safe_load(workflow)["jobs"]["gate"]["steps"]
-    [command] = [step["run"] for step in steps if step.get("name") == "Gate"]
+    [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    given = yaml.safe_load(example)["jobs"]["gate"]["with"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/gate.yml").read_text("utf-8"))
+    inputs = workflow[True]["workflow_call"]["inputs"]  # YAML reads `on` as a truth value
+    assert given.keys() <= inputs.keys() and {k for k, v in inputs.items() if v.get("required")} <= given.keys()
+    action = yaml.safe_load((ROOT / ".github/actions/gate/action.yml").read_text("utf-8"))
+    [step] = [one for one in workflow["jobs"]["gate"]["steps"] if one.get("uses", "").endswith("actions/gate")]
+    assert step["with"].keys() <= action["inputs"].keys()
+    assert {k for k, v in action["inputs"].items() if v.get("required")} <= step["with"].keys()
+    assert "${{" not in "".join(one.get("run", "") for one in action["runs"]["steps"])  # inputs are no shell code
+    assert (ROOT / "constraints.txt").is_file() and '-c "$root/constraints.txt" "$root"' in str(action["runs"]["steps"])
     parser = argparse.ArgumentParser()
     gate_tool.add_arguments(parser)
-    args = parser.parse_args(shlex.split(command)[2:])
-    assert str(args.baseline) == "eval/baseline" and str(args.candidate) == "eval/candidate"
-    [evaluate] = [step["run"] for step in steps if step.get("name") == "Evaluate the candidate"]
-    assert "--output_path eval/candidate --log_samples" in evaluate
+    [command] = re.findall(
+        r"^    lm-eval-deepen (gate --baseline eval/baseline .*max-detectable.*)$", text, re.MULTILINE
+    )
+    assert parser.parse_args(shlex.split(command)[1:]).max_detectable == 0.12
+    assert (
+        parser.parse_args(["--baseline", "a", "--candidate", "b", *shlex.split(given["gate-arguments"])]).alpha == 0.05
+    )
     for status, exit_status in gate_tool.EXIT.items():
         assert re.search(rf"^\| {exit_status} \| {status}", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("lost", "most", "status"), [(0, "", 0), (20, "", 1), (0, "0.001", 3)])
+def test_the_action_s_gate_runs_as_it_is_written(baseline, tmp_path, lost, most, status):
+    action = yaml.safe_load((ROOT / ".github/actions/gate/action.yml").read_text("utf-8"))
+    [step] = [one for one in action["runs"]["steps"] if one.get("id") == "gate"]
+    doctored(baseline, tmp_path / "eval" / "candidate", CHOICE, wrong(lost))
+    own = {
+        "BASELINE": str(baseline),
+        "MAX_DETECTABLE": most,
+        "GATE_ARGUMENTS": f"--tasks {CHOICE} --alpha 0.05",
+        "OUT": "eval",
+    }
+    assert own.keys() == step["env"].keys()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    command = folder / "lm-eval-deepen"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lm_eval_deepen.cli.main "$@"\n')
+    command.chmod(0o755)
+    env = {
+        **os.environ,
+        **own,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "GITHUB_OUTPUT": str(tmp_path / "out"),
+    }
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]  # as GitHub runs `shell: bash`
+    found = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert found.returncode == status, found.stderr
+    assert (tmp_path / "out").read_text() == f"status={status}\n"
+    assert json.loads((tmp_path / "eval/gate.json").read_text())["exit_status"] == status
+    assert (tmp_path / "eval/gate.xml").read_text().startswith("<?xml")
