@@ -13,6 +13,7 @@ from lm_eval_deepen.build import merge as merging
 from lm_eval_deepen.build.provenance import FILE, DamagedError, finished, provenance, write_provenance
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.storage import (
     is_settled,
     locked,
@@ -89,6 +90,47 @@ def build(
         if Path(place).is_dir() and out == Path(place).resolve():
             raise ConfigError(f"{out} is the model {name!r} that the recipe is made from; give another folder")
     identity = identity or recipe.identity(members)
+    ranks = Ranks.of_launch()
+    if ranks.count > 1:
+        return _together(recipe, out, members, identity, redo, mend, say, ranks)
+    return _alone(recipe, out, members, identity, redo, mend, say, lambda: None)
+
+
+def _together(
+    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, redo: bool, mend: bool, say: Say,
+    ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    """Build a model by several processes: process 0 as if alone, and the others join it when it trains.
+
+    Raises:
+        ConfigError: a merge, which one process makes.
+    """
+    if recipe.is_merge:
+        raise ConfigError("a merge is made by one process; start it without torchrun or accelerate launch")
+    if ranks.index > 0:
+        [begins, *_] = ranks.gather(None)
+        if begins:
+            _made(recipe, out.with_name(f".{out.name}.partial"), members)
+        return {}
+    asked = False
+
+    def call() -> None:
+        nonlocal asked
+        asked = True
+        ranks.gather(True)
+
+    try:
+        return _alone(recipe, out, members, identity, redo, mend, say, call)
+    finally:
+        if not asked:
+            ranks.gather(False)
+
+
+def _alone(
+    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, redo: bool, mend: bool, say: Say,
+    begins: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Build the model, unless it is there; `begins` is called when it is about to be made."""
     _refuse_others(out)
     if not redo and is_settled(out) and (found := _kept(out, identity, mend, say)) is not None:
         return found  # no lock: the folder may be one that is only read
@@ -102,6 +144,7 @@ def build(
         if content is None:
             _claim(partial, recipe, identity, discard=redo or mend)
             say(f"building {out}: {recipe.method} of {', '.join(recipe.models)}")
+            begins()
             content = _finished(recipe, partial, members, identity)
         remove_file(partial / _MARK)
         publish_folder(partial, out)

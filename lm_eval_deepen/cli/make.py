@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE").items()}
     recipe = read_build(args.recipe, changes)
     found = build(recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if not found:  # another process of this launch says it
+        return 0
     tokens = sum(found["trained"].values())
     print(f"{args.out}: {found['method']} of {', '.join(found['models'])}, seed {found['seed']}")
     print(f"  weights {found['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")

@@ -14,7 +14,8 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,6 +61,19 @@ class Ranks:
         """
         if any(member.loading_dict().get("tp_plan") for member in config.members):
             return cls()  # each process holds a slice of a member: all of them run every request
+        found = cls.launched()
+        if found.count > 1:
+            _refuse_fixed_devices(config, PartialState())
+        return found
+
+    @classmethod
+    def of_launch(cls) -> Ranks:
+        """As `launched`, and a process that was started alone joins nothing."""
+        return cls.launched() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else cls()
+
+    @classmethod
+    def launched(cls) -> Ranks:
+        """Join the processes of this launch; one that was started alone is 0 of 1."""
         on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _accelerator_available()
         if on_cpu and "RANK" in os.environ:  # without it `accelerate` gives every process LOCAL_RANK 0
             size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -68,7 +82,6 @@ class Ranks:
         state = PartialState(cpu=on_cpu, timeout=PATIENCE)
         if state.num_processes > 1:
             atexit.register(_leave)
-            _refuse_fixed_devices(config, state)
         elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
             log.warning(
                 "`accelerate launch` was asked for several processes and started one, as it does without GPUs. "
@@ -83,6 +96,15 @@ class Ranks:
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Let process 0 do something before the others, which find what it wrote."""
+        if self.count > 1 and self.index > 0:
+            torch.distributed.barrier()
+        yield
+        if self.count > 1 and self.index == 0:
+            torch.distributed.barrier()
 
     def share(self, arguments: Sequence[tuple], whole: bool = False) -> list[int]:
         """Return the indices of the requests that this process answers, ascending.

@@ -60,6 +60,9 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "shard": 2}, "shard must be"),
         ({**FUSELLM, "text": "missing.txt"}, "text 'missing.txt' is no file"),
         ({**FUSELLM, "device": 0}, "device must be text; got 0"),
+        ({**FUSELLM, "adam_betas": [0.9]}, "adam_betas must be two numbers from 0 to below 1"),
+        ({**FUSELLM, "adam_betas": [0.9, 1]}, "adam_betas must be two numbers from 0 to below 1"),
+        ({**FUSELLM, "precision": "fp8"}, "precision must be 'float32' or 'bfloat16'; got 'fp8'"),
     ],
 )
 def test_a_recipe_is_refused_before_any_model_loads(recipe: dict, message: str, tmp_path: Path) -> None:
@@ -72,6 +75,10 @@ def test_defaults_are_those_of_the_paper_where_it_names_them() -> None:
     found = DistillRecipe.parse({**FUSELLM, "title": "a title", "models": MEMBERS, "note": None}, MEMBERS)
     assert (found.clm_weight, found.fusion) == (0.9, "mince")
     assert DistillRecipe.parse(CLM, MEMBERS).clm_weight == 1
+    later = {"adam_betas": (0.9, 0.95), "precision": "bfloat16", "gradient_checkpointing": True}
+    for key, value in later.items():  # keys that came later: models that were built without them are the same builds
+        assert key not in found.identity()
+        assert key in DistillRecipe.parse({**FUSELLM, key: value}, MEMBERS).identity()
     assert DistillRecipe.parse({**CLM, "learning_rate": "1e-5"}, MEMBERS).learning_rate == 1e-5  # YAML 1.1: a text
 
 

@@ -18,6 +18,7 @@ from lm_eval_deepen.build.distill.recipe import DistillRecipe
 from lm_eval_deepen.build.distill.sources import Learnt, Source, block_targets, read_source, roles_of, source_facts
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
+from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.member import Member, TextCodec, load_member
 from lm_eval_deepen.relative.files import content_hash, identity_hash
 from lm_eval_deepen.storage import cache_folder, make_folder, move_file, read_json, reason, remove_folder, write_json
@@ -52,7 +53,8 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     """Train the target model of a recipe and write an ordinary model folder.
 
     An interrupted build goes on where it was: distributions are kept in the store, checkpoints in ``OUT.partial``.
-    The same recipe, models, text and number of threads give the same weights.
+    The same recipe, models, text and number of threads give the same weights. The processes of ``torchrun`` or
+    ``accelerate launch`` share every batch, and get to the same weights up to rounding; process 0 evaluates and writes.
 
     Args:
         recipe: the keys of `DistillRecipe`.
@@ -75,10 +77,17 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     out = Path(out)
     corpus, clock = read_corpus(config), Clock()
     key = _key(config, corpus, members)
-    if (finished := _finished(out, key)) is not None:
-        return finished
+    ranks = Ranks.of_launch()
+    if config.batch_size % ranks.count:
+        raise ConfigError(
+            f"recipe: batch_size {config.batch_size} cannot be shared by {ranks.count} processes; take a multiple"
+        )
+    finished = _finished(out, key)
+    if ranks.gather(finished is not None)[0]:
+        return finished or {}
     folder = out.with_name(out.name + PARTIAL)
-    read = _read(config, corpus, members, clock)
+    with ranks.first():  # which keeps the distributions; the others find them
+        read = _read(config, corpus, members, clock)
     gc.collect()
     identity = {
         **config.identity(), "target_sha256": read.weights, "text_sha256": text_digest(read.text.train),
@@ -86,10 +95,13 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     }  # fmt: skip
     learnt = block_targets(read.sources, read.used, read.codec, read.roles, config) if read.sources else None
     clock.lap("alignment")
-    claim(folder / IDENTITY, identity)
+    with ranks.first():
+        claim(folder / IDENTITY, identity)
     fused = None if learnt is None else dict(zip(read.text.used, learnt.targets, strict=True))
     data = TrainingBlocks(read.blocks, read.text.order, fused)
-    trained = train(config, members[config.target], data, folder, read.cpu)
+    trained = train(config, members[config.target], data, folder, read.cpu, ranks)
+    if ranks.index > 0:
+        return trained
     clock.lap("training")
     found = {**trained, **_facts(config, read, learnt), **_evaluated(config, read, folder / "model")}
     clock.lap("held out, result")

@@ -37,7 +37,13 @@ class Loss:
     fusion: Tensor | None
 
 
-def distillation_loss(logits: Tensor, labels: Tensor, clm_weight: float, fused: FusedBatch | None) -> Loss:
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    clm_weight: float,
+    fused: FusedBatch | None,
+    counts: tuple[Tensor, Tensor] | None = None,
+) -> Loss:
     """Return the loss of a batch.
 
     Both parts are means over their positions: those with a label, and those with a distribution. The fusion part is
@@ -48,6 +54,8 @@ def distillation_loss(logits: Tensor, labels: Tensor, clm_weight: float, fused: 
         labels: ids [B, T], `IGNORED` where there is none.
         clm_weight: lambda.
         fused: what the sources say; None only where lambda is 1.
+        counts: what the sums over positions with a label, and over those with a distribution, are divided by, where
+            the batch is a part of a larger one (see `counted`); None: by their numbers here.
 
     Raises:
         ValueError: lambda below 1 without `fused`.
@@ -55,18 +63,28 @@ def distillation_loss(logits: Tensor, labels: Tensor, clm_weight: float, fused: 
     labelled = labels != IGNORED
     flat = logits[labelled].float()  # [n, V]
     log_total = torch.logsumexp(flat, dim=1)
-    clm = (log_total - flat.gather(1, labels[labelled][:, None])[:, 0]).mean()
+    each = log_total - flat.gather(1, labels[labelled][:, None])[:, 0]
+    clm = each.mean() if counts is None else each.sum() / counts[0]
     if clm_weight == 1:
         return Loss(clm, clm, None)
     if fused is None:
         raise ValueError(f"clm_weight {clm_weight} leaves weight for a fusion loss, but no distributions are given")
-    fusion = _fusion_loss(flat, log_total, FusedBatch(*(part[labelled] for part in vars(fused).values())))
+    here = FusedBatch(*(part[labelled] for part in vars(fused).values()))
+    fusion = _fusion_loss(flat, log_total, here, None if counts is None else counts[1])
     return Loss(clm_weight * clm + (1 - clm_weight) * fusion, clm, fusion)
 
 
-def _fusion_loss(flat: Tensor, log_total: Tensor, fused: FusedBatch) -> Tensor:
+def counted(labels: Tensor, fused: FusedBatch | None) -> Tensor:
+    """Return how many positions of a batch have a label, and how many of these a distribution [2]."""
+    labelled = labels != IGNORED
+    covered = labelled & fused.covered if fused is not None else torch.zeros_like(labelled)
+    return torch.stack([labelled.sum(), covered.sum()]).float()
+
+
+def _fusion_loss(flat: Tensor, log_total: Tensor, fused: FusedBatch, count: Tensor | None) -> Tensor:
     """Return the mean cross-entropy of the covered rows of logits [n, V]; 0 where none is."""
     logq = flat.gather(1, fused.ids) - log_total[:, None]  # [n, K]
     q_rest = 1 - torch.where(fused.p > 0, logq.exp(), 0.0).sum(1)
     row = -(fused.p * logq).sum(1) - fused.rest * q_rest.clamp(min=SMALLEST).log()
-    return torch.where(fused.covered, row, 0.0).sum() / fused.covered.sum().clamp(min=1)
+    total = torch.where(fused.covered, row, 0.0).sum()
+    return total / (fused.covered.sum().clamp(min=1) if count is None else count)

@@ -14,12 +14,20 @@ from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.errors import ConfigError, Problems, did_you_mean
 
 METHODS = ("fusellm", "clm")
+# Keys that came when there were models already: at their defaults they are no part of what tells builds apart.
+LATER = ("adam_betas", "precision", "gradient_checkpointing")
 ABOUT = frozenset({"title", "note", "source", "models"})  # for people and for whoever resolves names
 FUSELLM_KEYS = frozenset({"sources", "clm_weight", "fusion", "alignment", "top_k", "tail"})
 
 
 def _shard(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 2 or not 0 <= value[0] < value[1]:
+        raise ValueError(value)
+    return value
+
+
+def _betas(value: tuple[float, ...]) -> tuple[float, ...]:
+    if len(value) != 2 or not all(0 <= beta < 1 for beta in value):
         raise ValueError(value)
     return value
 
@@ -59,7 +67,14 @@ class DistillRecipe(Keys):
         description="The share of the steps in which the learning rate rises; then it falls along a cosine.",
     )
     weight_decay: float = Field(0.0, ge=0, le=10, description="The weight decay of AdamW.")
-    batch_size: int = Field(4, ge=1, description="The number of blocks in a step.")
+    adam_betas: Annotated[tuple[float, ...], AfterValidator(_betas), Shown("two numbers from 0 to below 1")] = Field(
+        (0.9, 0.999), description="The decay rates of AdamW's two means."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the target computes in; its weights are kept in float32."
+    )
+    gradient_checkpointing: bool = Field(False, description="Whether activations are computed again to save memory.")
+    batch_size: int = Field(4, ge=1, description="The number of blocks in a step, of all processes together.")
     context_length: int = Field(256, ge=1, description="The largest number of the target's tokens in a block.")
     checkpoint_steps: Annotated[int | None, Shown(default="five in all")] = Field(
         None, ge=1, description="After so many steps a checkpoint is written."
@@ -140,4 +155,6 @@ class DistillRecipe(Keys):
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide the result; `build` adds what the names and files stand for."""
         apart = {"target", "sources", "text", "store", "device", "checkpoint_steps"}
-        return {key: value for key, value in self.to_dict().items() if key not in apart}
+        fields, found = type(self).model_fields, self.to_dict()
+        apart |= {key for key in LATER if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in found.items() if key not in apart}

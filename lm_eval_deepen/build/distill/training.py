@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from lm_eval_deepen.build.distill.corpus import Tokens
 from lm_eval_deepen.build.distill.fusing import Targets
-from lm_eval_deepen.build.distill.loss import IGNORED, FusedBatch, distillation_loss
+from lm_eval_deepen.build.distill.loss import IGNORED, FusedBatch, counted, distillation_loss
 from lm_eval_deepen.build.distill.recipe import DistillRecipe
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError, one_line
+from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.member.weights import check_weights, weights_reports
 from lm_eval_deepen.storage import make_folder, read_json, reason, write_json
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 CHECKPOINTS = 5
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +41,23 @@ class TrainingBlocks(Dataset):
         blocks: what the target reads.
         order: indices of blocks.
         fused: what the sources say, by index of a block; None without sources.
+        multiple: of which the length is one; what is missing are blocks without labels, of which nothing is learnt.
     """
 
     blocks: Sequence[Tokens]
     order: Sequence[int]
     fused: Mapping[int, Targets] | None
+    multiple: int = 1
 
     def __len__(self) -> int:
         """Return the number of blocks, repetitions included."""
-        return len(self.order)
+        return -(-len(self.order) // self.multiple) * self.multiple
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         """Return inputs and labels [T]: at position i the model has read the prefix and i tokens of the text."""
+        if at >= len(self.order):
+            first = self[0]
+            return {**first, "labels": [IGNORED] * len(first["labels"])}
         block = self.blocks[self.order[at]]
         lead = len(block.prefix) - 1
         found: dict[str, Any] = {
@@ -94,10 +101,10 @@ def _collated(found: Sequence[tuple[int, Targets]], width: int) -> dict[str, Any
 class FusionTrainer(Trainer):
     """A trainer with the loss of FuseLLM that takes blocks in the order of its dataset."""
 
-    def __init__(self, *args: Any, clm_weight: float, **kwargs: Any) -> None:
-        """Take what ``Trainer`` takes, and lambda."""
+    def __init__(self, *args: Any, clm_weight: float, ranks: Ranks = ALONE, **kwargs: Any) -> None:
+        """Take what ``Trainer`` takes, lambda, and the processes that share every batch."""
         super().__init__(*args, **kwargs)
-        self.clm_weight = clm_weight
+        self.clm_weight, self.ranks = clm_weight, ranks
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -110,7 +117,13 @@ class FusionTrainer(Trainer):
         names = ("fused_ids", "fused_p", "fused_rest", "fused_covered")
         fused = FusedBatch(*(inputs[name] for name in names)) if names[0] in inputs else None
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        loss = distillation_loss(outputs.logits, inputs["labels"], self.clm_weight, fused)
+        counts = None
+        if self.ranks.count > 1:  # gradients are averaged over processes: each divides by an equal share of all counts
+            shared = counted(inputs["labels"], fused)
+            torch.distributed.all_reduce(shared)
+            shared = (shared / self.ranks.count).clamp(min=1 / self.ranks.count)
+            counts = shared[0], shared[1]
+        loss = distillation_loss(outputs.logits, inputs["labels"], self.clm_weight, fused, counts)
         return (loss.total, outputs) if return_outputs else loss.total
 
 
@@ -118,7 +131,11 @@ class MarkComplete(TrainerCallback):
     """Marks checkpoints that were written to their end."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the mark."""
+        """Write the mark, when all processes have written their part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / COMPLETE, _sizes(folder))
 
@@ -183,7 +200,9 @@ def steps_of(recipe: DistillRecipe, blocks: int) -> int:
     return math.ceil(blocks / recipe.batch_size)
 
 
-def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: Path, cpu: bool) -> dict[str, Any]:
+def train(
+    recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: Path, cpu: bool, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Train from the last complete checkpoint on, or from the start; write the model to ``folder/model``.
 
     Args:
@@ -192,6 +211,7 @@ def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: 
         data: what it reads, in order.
         folder: where checkpoints are.
         cpu: whether to train on the CPU although there is an accelerator.
+        ranks: the processes that share every batch; the result is that of one process, up to rounding.
 
     Returns:
         Steps, and the mean loss over each tenth of them.
@@ -208,24 +228,33 @@ def train(recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: 
             f"target {recipe.target!r}: cannot load {pretrained!r} for training: {one_line(error)}"
         ) from error
     check_weights(reports, f"target {recipe.target!r}:")
-    steps = steps_of(recipe, len(data))
+    steps = steps_of(recipe, len(data.order))
+    data = replace(data, multiple=recipe.batch_size if ranks.count > 1 else 1)
     with _random_states_kept():
         trainer = FusionTrainer(
-            model=model, args=_arguments(recipe, folder, steps, cpu), train_dataset=data, data_collator=collate,
-            callbacks=[MarkComplete()], clm_weight=recipe.clm_weight,
+            model=model, args=_arguments(recipe, folder, steps, cpu, ranks), train_dataset=data,
+            data_collator=collate, callbacks=[MarkComplete()], clm_weight=recipe.clm_weight, ranks=ranks,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    if ranks.count > 1:
+        trainer.save_model(str(folder / "model"))  # gathers what the processes share out
+    else:
+        model.save_pretrained(folder / "model")
+    if ranks.index == 0:
+        tokenizer.save_pretrained(folder / "model")
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": steps, "loss": [round(value, 4) for value in logged]}
 
 
-def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool) -> TrainingArguments:
+def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool, ranks: Ranks) -> TrainingArguments:
     warmup = math.ceil(recipe.warmup * steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // ranks.count,
+        adam_beta1=recipe.adam_betas[0],
+        adam_beta2=recipe.adam_betas[1],
+        bf16=recipe.precision == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
         num_train_epochs=1,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
