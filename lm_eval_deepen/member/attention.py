@@ -1,11 +1,14 @@
-"""Which keys a query may see: masks for token trees and for caches with holes, per layer type."""
+"""Which keys a query may see, and how near they are: masks for token trees and caches with holes, and alibi."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Config fields of windowed attention that the masks below do not express.
 UNSUPPORTED_WINDOWS = ("attention_chunk_size", "window_size", "attention_types")
@@ -49,3 +52,53 @@ class MaskMaker:
             return mask
         blocked = torch.finfo(self.dtype).min
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, blocked)
+
+
+class Alibi:
+    """Alibi by the positions of keys, where an architecture counts the columns of its mask.
+
+    A bias is linear in the position of a key, so that one row of them serves all queries of a pass.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Find what builds the biases of a body; nothing for a body without alibi."""
+        self.owner: Any = None
+        self.name = ""
+        for name in ("build_alibi_tensor", "build_mpt_alibi_tensor"):
+            if hasattr(type(network), name):
+                self.owner, self.name = network, name
+        if getattr(network, "use_alibi", False) and self.owner is None:  # Falcon's is a function of its module
+            self.owner, self.name = sys.modules[type(network).__module__], "build_alibi_tensor"
+
+    def __bool__(self) -> bool:
+        """Return whether the body has alibi."""
+        return self.owner is not None
+
+    @contextmanager
+    def by_position(self, distance: Tensor) -> Iterator[None]:
+        """Let the next passes take the positions of their keys from `distance` [B, Q, K], query minus key.
+
+        The first key of a text is among them, and all rows have the same ones.
+        """
+        if self.owner is None:
+            yield
+            return
+        place = distance[0, 0].max() - distance[0, 0]  # [K]
+        build: Callable[..., Tensor] = getattr(self.owner, self.name)
+
+        def placed(first: Any, *rest: Any, **others: Any) -> Tensor:
+            length = int(place.max()) + 1
+            if self.name == "build_mpt_alibi_tensor":  # heads, length
+                return build(first, length, *rest[1:], **others)[:, :, place.to(others["device"])]  # [H, 1, K]
+            mask = torch.ones(len(first), length, dtype=torch.long, device=first.device)
+            return build(mask, *rest, **others)[:, :, place.to(first.device)]  # [B * H, 1, K]
+
+        saved = vars(self.owner).get(self.name)
+        setattr(self.owner, self.name, placed)
+        try:
+            yield
+        finally:
+            if saved is None:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, saved)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lm_eval_deepen.member.attention import MaskMaker
+from lm_eval_deepen.member.attention import Alibi, MaskMaker
 from lm_eval_deepen.member.cache import RecomputedRows, RowCache
 from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.tree import pad
@@ -33,16 +33,17 @@ class TreeRunner:
             NotImplementedError: its attention cannot be masked explicitly.
         """
         self.model = unwrap(model)
-        self.network: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        self.network = body_of(self.model)
         self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
         self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
+        self.alibi = Alibi(self.network)
         self.autocast = autocast
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
     def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None) -> Tensor:
         """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
         mask = self.masks(allowed.to(self.device), distance.to(self.device))
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._autocast(), self.alibi.by_position(distance):
             return self.network(
                 input_ids=ids.to(self.device),
                 attention_mask=mask,
@@ -76,7 +77,7 @@ class TreeRunner:
     def _body_returns(self, hidden: Tensor) -> Iterator[None]:
         """Let the model apply its own head, scaling and capping to states computed before."""
         saved = self.network.__dict__.get("forward")
-        self.network.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        self.network.forward = lambda *_, **__: _States(last_hidden_state=hidden)
         try:
             yield
         finally:
@@ -92,6 +93,17 @@ class TreeRunner:
     def rows(self) -> RowCache:
         """Return a KV cache without rows."""
         return RowCache(self)
+
+
+class _States(BaseModelOutputWithPast):
+    """Hidden states in the place of a body's output; its other fields, whatever their names, are None.
+
+    Heads pass on what else a body returns: router logits, cross attentions, states of other parts.
+    """
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class PlainRunner:
@@ -193,6 +205,24 @@ def speed_up_few_rows(head: nn.Module | None) -> None:
         return (y if linear.bias is None else y + linear.bias).reshape(*x.shape[:-1], -1)
 
     linear.forward = forward  # type: ignore[assignment, method-assign]
+
+
+def body_of(model: Any) -> nn.Module:
+    """Return the part of a model that its head reads; some heads call the decoder in the body, and not the body."""
+    body = getattr(model, model.base_model_prefix)
+    decoder = getattr(body, "decoder", None)
+    if not isinstance(decoder, nn.Module):
+        return body
+    called: list[nn.Module] = []
+    hooks = [part.register_forward_pre_hook(lambda part, *_: called.append(part)) for part in (body, decoder)]
+    device = working_device(model.get_input_embeddings())
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called[0] if called else body
 
 
 def unwrap(model: Any) -> Any:

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, RequestError
 from lm_eval_deepen.member import load_member
+from lm_eval_deepen.member.attention import Alibi
 from lm_eval_deepen.member.loading_check import check_tree
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 
@@ -30,14 +31,14 @@ SAMPLE = {
     "ministral3": TREE,
     "mistral": TREE,
     "gemma2": TREE,
-    "deepseek_v3": WHOLE,
-    "gpt2": WHOLE,
-    "opt": WHOLE,
-    "mpt": WHOLE,
-    "falcon, alibi": WHOLE,
+    "deepseek_v3": TREE,
+    "gpt2": TREE,
+    "opt": TREE,
+    "mpt": TREE,
+    "falcon, alibi": TREE,
     "phi3, longrope": ALONE,
     "llama4_text": WHOLE,
-    "mixtral": WHOLE,
+    "mixtral": TREE,
     "mamba": WHOLE,
     "jamba": WHOLE,
     "bart": WHOLE,
@@ -69,12 +70,32 @@ def test_the_table_of_all_architectures_says_the_same():
 def test_flat_distributions_hide_nothing_from_the_check(name, dtype, tmp_path):
     """Untrained weights: all probabilities are nearly equal, and positions move them by 1e-6."""
     model = deepen(tmp_path, dtype=dtype, **write(name, tmp_path, wide=False))
-    assert path_of(model) == (TREE if name == "llama" else WHOLE)
+    assert path_of(model) == TREE
 
 
-def test_a_head_that_goes_round_the_body_is_noticed():
-    """OPT's head calls its decoder, not its body: the states that are given to it never arrive."""
-    runner = TreeRunner(tiny_model(CONFIG_MAPPING["opt"], 5000, wide=False))
+@pytest.mark.parametrize("name", ["mpt", "bloom", "falcon, alibi"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_alibi_by_columns_is_noticed(name, wide, monkeypatch):
+    """Alibi counts the columns of a mask, unless it is told the positions; afterwards it counts them again."""
+    kind, changes = VARIANTS.get(name, (name, {}))
+    model = tiny_model(CONFIG_MAPPING[kind], 400, wide=wide, **changes).double()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(input_ids=ids).logits
+    check_tree(TreeRunner(model), 256)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    by_position = Alibi.by_position
+    columns = lambda self, distance: by_position(self, -torch.arange(distance.shape[2])[None, None])  # noqa: E731
+    monkeypatch.setattr(Alibi, "by_position", columns)
+    with pytest.raises(ArithmeticError, match="differs from a plain forward pass"):
+        check_tree(TreeRunner(model), 256)
+
+
+def test_a_head_that_goes_round_the_body_is_noticed(monkeypatch):
+    """OPT's head calls its decoder, not its body: states that are given to the body would never arrive."""
+    model = tiny_model(CONFIG_MAPPING["opt"], 5000, wide=False)
+    assert TreeRunner(model).network is model.model.decoder
+    monkeypatch.setattr("lm_eval_deepen.member.runner.body_of", lambda model: model.model)
+    runner = TreeRunner(model)
     with pytest.raises(ArithmeticError, match="its head does not read what its body returns"):
         check_tree(runner, 64)
 
