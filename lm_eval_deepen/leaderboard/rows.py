@@ -191,6 +191,8 @@ def _listed_rows(
                     f"row {name!r}: dev_scores belong to weighting: adaptive; give both, or neither", key="dev_scores"
                 )
             del merged["dev_scores"]
+            count = len(_order(merged.get("members", list(members)), members, at))
+            merged["weights"] = [1 / count] * count  # given ones: else those of some methods learn
         row = _listed_row(f"{name} [{task}]", merged, at, members, common, folder)
         rows.append(replace(row, repeats=name, tasks=(str(task),), adapts=adapts))
     return rows

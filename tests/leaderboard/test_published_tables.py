@@ -110,7 +110,13 @@ def test_what_such_a_recipe_must_not_say(write, changes, message):
 
 
 def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path, capsys):
-    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
+    adapt = {
+        "name": "Adapt",
+        "members": ["A", "B"],
+        "method": "deepen",
+        "weighting": "adaptive",
+        "dev_scores": "measured",
+    }
     tasks = [{"task": name, "metric": "acc"} for name in ("deepen_sample_piqa", "deepen_sample_mmlu")]
     path, out = write(rows=[adapt], tasks=tasks), tmp_path / "out"
     assert cli.main(["leaderboard", str(path), "--out", str(out), "--dry-run", "--device", "cpu"]) == 0
@@ -128,6 +134,7 @@ def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path
             scores.append(results["results"][task]["acc,none"])
         assert row.config.weights == pytest.approx([score / sum(scores) for score in scores])
         assert row.tuned is not None and not row.adapts
+        assert row.config.weighting in (None, "explicit") and not row.config.weights_change  # none that learn
     assert {row["system"] for row in found["rows"]} == {"A", "B", "C", "Adapt"}
     before = {str(path): path.stat().st_mtime_ns for path in out.rglob("*.cell.json")}
     assert len(before) == 4 + 8 and run(path)["rows"] == found["rows"]
