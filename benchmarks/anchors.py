@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spaces import KINDS, load, own, size, take
+from spaces import KINDS, load, own, size, static, take
 
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.bits_per_byte import Reading, Variant, quiet
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    first = Ensemble.load(configure({"pretrained": args.models[0], "members": list(args.models)}), "cpu")
+    first = Ensemble.load(configure(static(args.models)), "cpu")
     with (args.out / "anchors.jsonl").open("a") as file:
         for line in study(orders(first), args):
             print(json.dumps(line), file=file, flush=True)

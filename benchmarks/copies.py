@@ -121,7 +121,7 @@ def permuted(member: MemberView, order: torch.Tensor) -> MemberView:
 def ensemble_of(*models: str) -> Ensemble:
     """Two models, or one twice, with equal weights."""
     members = [{"name": f"{Path(model).name}-{k}", "pretrained": model} for k, model in enumerate(models)]
-    config = configure({"pretrained": models[0], "members": members})
+    config = configure({"members": members, "weighting": "uniform", "covers": "off"})
     return Ensemble.load(config.replace(self_check=False), "cpu")
 
 

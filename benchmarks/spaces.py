@@ -58,6 +58,11 @@ SPACES: dict[str, dict[str, Any]] = {
 }
 
 
+def static(models: Sequence[str]) -> dict[str, Any]:
+    """Return the ensemble whose spaces are compared: equal weights, no covers."""
+    return {"pretrained": models[0], "members": list(models), "weighting": "uniform", "covers": "off"}
+
+
 def documents(data: Path, kind: str, split: str) -> list[Document]:
     """One kind of text; prose is split by a hash of the topic."""
     if kind == "prose":
@@ -253,7 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    first = Ensemble.load(configure({"pretrained": args.models[0], "members": list(args.models)}), "cpu")
+    first = Ensemble.load(configure(static(args.models)), "cpu")
     path = args.out / f"{args.part}.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     args.found = {(line.get("kind"), line["main"]) for line in before}
