@@ -123,6 +123,7 @@ def _anchors(report: Report) -> str:
         named = zip(overlap.members, overlap.shares, strict=True)
         shares = ", ".join(f"{100 * share:.1f} % of {name}" for name, share in named)
         lines.append(f"  {overlap.common:,} common pieces: {shares}")
+    lines.append("  what each member loses in another's pieces takes its weights to measure: lm-eval-deepen bpb")
     return "\n".join(lines)
 
 

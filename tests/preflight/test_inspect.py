@@ -110,7 +110,8 @@ def test_text_ends_in_ready(tmp_path: Path, pico: dict[str, Path], capsys: pytes
     assert status == 0
     assert shown.startswith("Two\n  method deepen\n") and shown.endswith("\n\nready")
     for expected in ("(<|endoftext|>)", "in front 2 (<bos>)", "one role anchor", "sample texts come back byte for byte",
-                     "relative matrices", "2 forward passes per token", "common pieces"):  # fmt: skip
+                     "relative matrices", "2 forward passes per token", "common pieces",
+                     "lm-eval-deepen bpb"):  # fmt: skip
         assert expected in shown
     assert "problems" not in shown
 
