@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
     )
     add_device(parser)
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="evaluate on a Ray cluster: auto, HOST:PORT, or local for several processes on this machine",
+    )  # fmt: skip
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
 
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(_listing(recipe, out, args))
         return 0
-    todo, table = evaluated(recipe, out, args.device, args.redo, args.built)
+    todo, table = evaluated(recipe, out, args.device, args.redo, args.built, ray=args.ray)
     if args.into is not None:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     print(leaderboard_table.rendered(table, args.format))
@@ -79,18 +83,27 @@ def evaluated(
     redo: bool = False,
     built: Path | None = None,
     when_zero: Literal["refuse", "equal"] = "refuse",
+    ray: str | None = None,
 ) -> tuple[Plan, Table]:
-    """Evaluate what is missing of a recipe and write its tables to `out`; return what was done, and the table."""
+    """Evaluate what is missing of a recipe and write its tables to `out`; return what was done, and the table.
+
+    Development scores for measured weights are evaluated here in any case; `ray` is a cluster's address for the rest.
+    """
     from lm_eval_deepen.harness.tasks import load_tasks
     from lm_eval_deepen.leaderboard import table as leaderboard_table
     from lm_eval_deepen.leaderboard.development import adapted
     from lm_eval_deepen.leaderboard.execution import execute, plan
 
-    device = device or default_device()
+    here = device or default_device()
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
-    recipe = adapted(recipe, out, device, say, redo, built, when_zero)
+    recipe = adapted(recipe, out, here, say, redo, built, when_zero)
     todo = plan(recipe, tasks, out, redo, built)
-    cells = execute(todo, device, say)
+    if ray is None:
+        cells = execute(todo, here, say)
+    else:
+        from lm_eval_deepen.leaderboard.cluster import execute_on_ray
+
+        cells = execute_on_ray(todo, ray, device, say)
     table = leaderboard_table.measure(todo, cells)
     for kind, name in FILES.items():
         write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")

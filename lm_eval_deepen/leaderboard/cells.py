@@ -19,7 +19,7 @@ from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import TaskRun, read_results
 from lm_eval_deepen.results.samples import Samples, read_samples
-from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, working_folder, write_json
+from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, working_folder, write_bytes, write_json
 
 SUFFIX = ".cell.json"
 _SHOWN = 60
@@ -224,6 +224,22 @@ def write_cell(
     for name in before:
         remove_file(mark.parent / name)
     return cell
+
+
+def packed(cell: Cell) -> dict[str, bytes]:
+    """Return the files of a cell by name, its mark last."""
+    names = [*cell.samples.values(), cell.results, cell.mark.name]
+    return {name: (cell.mark.parent / name).read_bytes() for name in names}
+
+
+def unpack(files: Mapping[str, bytes], mark: Path) -> None:
+    """Write the files of a cell that was evaluated elsewhere; what was there before goes."""
+    before = _names(mark)
+    for name, data in files.items():
+        write_bytes(mark.parent / name, data)
+    for name in before:
+        if name not in files:
+            remove_file(mark.parent / name)
 
 
 def _written(path: Path, place: Path) -> str:

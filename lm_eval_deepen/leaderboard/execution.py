@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -156,17 +157,41 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
         return todo.finished
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a leaderboard runs in one process; start it without torchrun or accelerate launch")
+    with sole_writer(todo):
+        execution = Execution(todo, device, say)
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        cells = dict(todo.finished)
+        for key, outcome in execution.outcomes():
+            keep(todo, cells, key, outcome)
+            if isinstance(outcome, str):
+                say(f"no results for row {key[0]!r}, task {key[1]!r}: {outcome}")
+        return cells
+
+
+def sole_writer(todo: Plan) -> AbstractContextManager[None]:
+    """Return the lock of a leaderboard's folder.
+
+    Raises:
+        ResultError: on entering it: another process has it.
+    """
     busy = ResultError(f"{todo.out}: another process writes this leaderboard; wait for it, or kill it")
-    with locked(todo.out / ".lock", busy):
-        return _Execution(todo, device, say).run()
+    return locked(todo.out / ".lock", busy)
 
 
-class _Execution:
+def keep(todo: Plan, cells: dict[Key, Cell], key: Key, outcome: Cell | str) -> None:
+    """Put a cell among the finished ones, or why it has no results among the failed."""
+    if isinstance(outcome, Cell):
+        cells[key] = outcome
+    else:
+        todo.failed[key] = outcome
+
+
+class Execution:
     """One run: the loaded members, the models built around them so far."""
 
     def __init__(self, todo: Plan, device: str | None, say: Say) -> None:
-        self.todo, self.say = todo, say
-        self.cells = dict(todo.finished)
+        """Load what the missing cells need, and build what is to be built."""
+        self.todo, self.say, self.begun = todo, say, 0
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
         used = list(dict.fromkeys(name for row in rows for name in row.members))
         self.places = todo.recipe.builds.make(used, todo.built, say, mend=todo.redo)
@@ -185,21 +210,20 @@ class _Execution:
         placed = [m.replace(pretrained=str(self.places.get(m.name, m.pretrained))) for m in members]
         return load_members(placed, [(row.config, row.members) for row in rows], self.device)
 
-    def run(self) -> dict[Key, Cell]:
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    def outcomes(self) -> Iterator[tuple[Key, Cell | str]]:
+        """Yield every cell as soon as it is on disk, or why it has no results."""
         for order in dict.fromkeys(row.members for row in self.rows):
             group = [row for row in self.rows if row.members == order]
             passing = [row.config.members[0] for row in group if row.members[0] not in self.members]
             self.members |= self._load(passing, group) if passing else {}
-            self._run_group(group)
+            yield from self._run_group(group)
             if passing:  # a built model is a row alone: the next one takes its memory
                 del self.members[order[0]]
                 self.by_fingerprint = {}
                 self.fusers.clear()
                 gc.collect()
-        return self.cells
 
-    def _run_group(self, group: Sequence[Row]) -> None:
+    def _run_group(self, group: Sequence[Row]) -> Iterator[tuple[Key, Cell | str]]:
         """Evaluate the rows with the same members in the same order, task by task, then forget their models."""
         models: dict[str, RowModel] = {}
         self.fusers.clear()
@@ -221,7 +245,12 @@ class _Execution:
             for row in [*steps, *(row for row in here if row not in steps)]:
                 if row not in steps:
                     models[row.name].begin(task.name)
-                self._run_cell(row, task, models[row.name])
+                self.begun += 1
+                self.say(f"[{self.begun}/{len(self.todo.missing)}] {row.name}: {task.name}")
+                try:
+                    yield (row.name, task.name), self._evaluated(row, task, models[row.name])
+                except UnansweredError as error:
+                    yield (row.name, task.name), str(error)
 
     def _model(self, row: Row) -> RowModel:
         return RowModel.build(row.config, [self.members[name] for name in row.members], self.fusers)
@@ -232,15 +261,6 @@ class _Execution:
         if row.config.fuses_steps:
             sources.append(self.by_fingerprint.get(_steps(row).fingerprint(), model))
         model.pool_from(sources)
-
-    def _run_cell(self, row: Row, task: LoadedTask, model: RowModel) -> None:
-        done = len(self.cells) - len(self.todo.finished) + len(self.todo.failed) + 1
-        self.say(f"[{done}/{len(self.todo.missing)}] {row.name}: {task.name}")
-        try:
-            self.cells[row.name, task.name] = self._evaluated(row, task, model)
-        except UnansweredError as error:
-            self.todo.failed[row.name, task.name] = str(error)
-            self.say(f"no results for row {row.name!r}, task {task.name!r}: {error}")
 
     def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell:
         with _blamed(f"row {row.name!r}, task {task.name!r}"):

@@ -206,8 +206,8 @@ def test_built_rows_are_not_kept_in_memory(write, tmp_path, builders, monkeypatc
         return load(members, *rest)
 
     monkeypatch.setattr(execution, "load_members", watched)
-    run = execution._Execution(planned(write(), tmp_path / "out"), "cpu", lambda text: None)
-    run.run()
+    run = execution.Execution(planned(write(), tmp_path / "out"), "cpu", lambda text: None)
+    list(run.outcomes())
     assert loaded == [["base", "s0", "s1", "other"], ["soup"], *([f"merge_dare, seed {n}"] for n in (3, 4, 5))]
     assert set(run.members) == {"base", "s0", "s1", "other"}
 
