@@ -116,7 +116,7 @@ def asked(args: argparse.Namespace) -> tuple[LeaderboardRecipe, Path]:
     raw, told = leaderboard_keys(path), {}
     out = args.out or Path("results") / (path.stem + ("-miniature" if args.miniature else ""))
     if args.miniature:
-        raw = miniature.miniature(raw, args.models or miniature.MODELS, args.limit or 4)
+        raw = miniature.miniature(raw, args.models or small_models(), args.limit or 4)
         given = os.environ.get(DATA)
         made = miniature.sample_data(out / "data", Path(given).expanduser() if given else None)
         print(f"synthetic documents, which say nothing: {', '.join(made) or 'none'} (samples come from {DATA})\n")
@@ -126,6 +126,16 @@ def asked(args: argparse.Namespace) -> tuple[LeaderboardRecipe, Path]:
     if args.limit is not None:
         recipe = dataclasses.replace(recipe, tasks=tuple(spec.replace(limit=args.limit) for spec in recipe.tasks))
     return recipe, out
+
+
+def small_models() -> list[str]:
+    """Return a miniature's models: the demo's, from their packages where these are installed, else from the hub."""
+    from lm_eval_deepen.build.demo_models import DEMO_MODELS, is_available, prepare
+    from lm_eval_deepen.leaderboard.miniature import MODELS
+
+    return [
+        str(prepare(model)) if is_available(model) else name for model, name in zip(DEMO_MODELS, MODELS, strict=True)
+    ]
 
 
 def checked(recipe: LeaderboardRecipe, device: str | None) -> Report:

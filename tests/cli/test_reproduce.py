@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from lm_eval_deepen.build.demo_models import DEMO_MODELS
 from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.cli import reproduce as reproduce_command
 from lm_eval_deepen.config.recipes import shipped_recipes
 from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard import miniature, reproduction
@@ -136,3 +139,15 @@ def test_samples_are_taken_where_there_are_some(tmp_path: Path) -> None:
     made = miniature.sample_data(tmp_path / "data", given)
     assert "nq" not in made and "piqa" in made
     assert (tmp_path / "data" / "nq" / "test.jsonl").read_text() == "{}\n"
+
+
+def test_a_miniature_takes_the_demos_models_from_their_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico: dict[str, Path]
+) -> None:
+    """Where they are installed, so that nothing is asked of a hub; else by their hub names."""
+    monkeypatch.setattr("lm_eval_deepen.build.demo_models.is_available", lambda model: model is DEMO_MODELS[0])
+    monkeypatch.setattr("lm_eval_deepen.build.demo_models.prepare", lambda model: pico["bytelevel"])
+    parser = argparse.ArgumentParser()
+    reproduce_command.add_arguments(parser)
+    recipe, _ = reproduce_command.asked(parser.parse_args(["deepen_nq_2", "--miniature", "--out", str(tmp_path)]))
+    assert [member.pretrained for member in recipe.members] == [str(pico["bytelevel"]), miniature.MODELS[1]]
