@@ -335,7 +335,7 @@ def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, traine
     found = [document.text for document in load_documents([path])]
     assert len(found) == 2 == len(texts.task_hashes("split_choice"))
     assert found[0] == "Question: What is the capital of France?\nAnswer: Paris"
-    assert found[1] == "Question: How many days are there in a week?\nAnswer: 7"
+    assert found[1] == "Question: How many days are there in a week?\nAnswer: seven"
     monkeypatch.setattr(making, "_bits_per_byte", lambda folder: {})
     build(parsed({**CLM, "text": "task:split_choice"}, tmp_path), tmp_path / "c", family)
     again = build(parsed({**CLM, "target": "c"}, tmp_path), tmp_path / "d", {"c": str(tmp_path / "c")})

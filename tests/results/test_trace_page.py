@@ -217,13 +217,20 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_shows_it_without_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [360, 400, 1280])
+def test_a_browser_shows_it_without_an_error_and_without_scrolling_sideways(
+    folders: tuple[Path, Path], tmp_path: Path, width: int
+) -> None:
     path = tmp_path / "page.html"
-    path.write_text(page(*folders), "utf-8")
-    for width in (360, 1280):
-        command = [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--window-size={width},900", "--dump-dom", path.as_uri(),
-        ]  # fmt: skip
-        found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        assert "CONSOLE" not in found.stderr and "Token 2 of 3" in found.stdout
+    measure = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script></body>"
+    path.write_text(page(*folders).replace("</body>", measure), "utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
+        f"--window-size={width},900", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in found.stderr and "Token 2 of 3" in found.stdout
+    shown = re.search(r"<title>(\d+) of (\d+)</title>", found.stdout)
+    assert shown is not None
+    needed, there = map(int, shown.groups())
+    assert needed <= there and there >= width
