@@ -48,7 +48,8 @@ svg .diamond { fill: var(--ink); }
 @media (max-width: 480px) {
   body { margin: 1rem auto; padding: 0 .6rem; }
   th, td { padding: .3rem .4rem; }
-  th[scope=row], thead th:first-child { min-width: 6rem; max-width: 42vw; white-space: normal; overflow-wrap: anywhere; }
+  th[scope=row], thead th:first-child { min-width: 6rem; max-width: 42vw; white-space: normal;
+    overflow-wrap: anywhere; }
   td:nth-child(2) { white-space: normal; min-width: 5.5rem; }
 }
 """

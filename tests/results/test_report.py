@@ -10,6 +10,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM, measured
 
 from lm_eval_deepen.results import Measured, corrected, report, rows_of
 from lm_eval_deepen.results.aggregation import mean_scores
@@ -56,7 +57,6 @@ def test_markdown_has_one_table_per_column_and_escapes_bars():
 
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Checker(HTMLParser):
@@ -228,14 +228,11 @@ def _unescaped(cell):
 @pytest.mark.parametrize("width", [360, 400, 1280])
 def test_a_phone_shows_system_and_score_first(tmp_path, width):
     """Without scrolling the page sideways, and the names of systems in lines, not in columns of letters."""
-    script = """<script>
-    const name = document.querySelector("th[scope=row]"), score = name.nextElementSibling.getBoundingClientRect();
-    document.title = [document.documentElement.scrollWidth, innerWidth, name.offsetWidth, score.right].join(" ");
-    </script></body>"""
-    path = tmp_path / "page.html"
-    path.write_text(html(sample_rows(), 0.05, ["note"], title="Title").replace("</body>", script), "utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--window-size={width},900", "--dump-dom", path.as_uri()]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    needed, there, name, end_of_score = map(float, re.search(r"<title>(.*)</title>", found.stdout)[1].split())
-    assert needed <= there == width and name >= 80 and end_of_score <= width
+    layout = """(() => {
+        const name = page.document.querySelector("th[scope=row]"), score = name.nextElementSibling;
+        const needed = page.document.documentElement.scrollWidth;
+        return [needed, page.innerWidth, name.offsetWidth, score.getBoundingClientRect().right];
+    })()"""
+    found, console = measured(html(sample_rows(), 0.05, ["note"], title="Title"), width, layout, tmp_path)
+    needed, there, name, end_of_score = found
+    assert needed <= there == width and name >= 80 and end_of_score <= width and not console

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, measured
 from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
@@ -20,7 +21,6 @@ from lm_eval_deepen.results.trace_page import ALL, NOBODY, page, script_json, wh
 from lm_eval_deepen.results.traces import SCHEMA
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--", "\u202eabc\u2066", "a\0b",
            "x" * 100_000, "]]>", "{{ 7 * 7 }}", "\u2028", "שלום"]  # fmt: skip
 
@@ -221,16 +221,6 @@ def contrast(one: str, other: str) -> float:
 def test_a_browser_shows_it_without_an_error_and_without_scrolling_sideways(
     folders: tuple[Path, Path], tmp_path: Path, width: int
 ) -> None:
-    path = tmp_path / "page.html"
-    measure = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script></body>"
-    path.write_text(page(*folders).replace("</body>", measure), "utf-8")
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
-        f"--window-size={width},900", "--dump-dom", path.as_uri(),
-    ]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in found.stderr and "Token 2 of 3" in found.stdout
-    shown = re.search(r"<title>(\d+) of (\d+)</title>", found.stdout)
-    assert shown is not None
-    needed, there = map(int, shown.groups())
-    assert needed <= there and there >= width
+    shown = "[page.document.documentElement.scrollWidth, page.innerWidth, page.document.body.innerText]"
+    (needed, there, text), console = measured(page(*folders), width, shown, tmp_path)
+    assert needed <= there == width and "Token 2 of 3" in text and not console
