@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from lm_eval_deepen.leaderboard.cells import Cell, mark_of, packed, read_cell, u
 from lm_eval_deepen.leaderboard.execution import Execution, Key, Plan, Say, keep, plan, sole_writer
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.member.devices import parse_device
+from lm_eval_deepen.storage import cache_folder, working_folder
 
 LOCAL = "local"  # an address: workers on this machine alone
 ATTEMPTS = 3  # of a group whose workers die
@@ -73,8 +73,8 @@ def evaluate_group(
     torch.set_num_threads(threads)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
-    with tempfile.TemporaryDirectory() as folder:
-        todo = replace(plan(recipe, tasks, Path(folder), built=Path(built)), missing=group.keys)
+    with working_folder(cache_folder(), ".cells-") as folder:
+        todo = replace(plan(recipe, tasks, folder, built=Path(built)), missing=group.keys)
         for key, outcome in Execution(todo, device, lambda text: None).outcomes():
             yield key, packed(outcome) if isinstance(outcome, Cell) else outcome
 

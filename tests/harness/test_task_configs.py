@@ -139,7 +139,8 @@ def test_fewshots_cover_the_number_of_shots() -> None:
 
 def test_all_tasks_and_tags_are_found() -> None:
     tasks = manager()
-    assert set(tasks.all_subtasks) - PAPER_TASKS == DEMO_TASKS | SAMPLE_TASKS
+    reviews = {f"deepen_reviews_{name}" for name in ("drugs", "yelp", "apps")}
+    assert set(tasks.all_subtasks) - PAPER_TASKS == DEMO_TASKS | SAMPLE_TASKS | reviews
     assert set(tasks.all_tags) == {"deepen_demo", "deepen_samples"}
 
 

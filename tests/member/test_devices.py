@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import deepen, requests
+from harness import by_default, requests
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_deepen import Ensemble
@@ -172,7 +172,7 @@ def test_two_spellings_of_the_cpu_are_one_place(pico, tmp_path):
     members = pair(pico, device="cpu:0")
     members["members"][0]["device"] = "cpu"
     model = DeepenLM(**members, **arguments)
-    expected = deepen(pico["bytelevel"], pico["metaspace"], **arguments)
+    expected = by_default(pico["bytelevel"], pico["metaspace"], **arguments)
     batch = requests("loglikelihood", ("The fox", " jumps"), ("café", " 🙂"))
     assert model.loglikelihood(batch) == expected.loglikelihood(batch)
     texts = requests("generate_until", ("The fox", {"until": ["\n"], "max_gen_toks": 4}))
