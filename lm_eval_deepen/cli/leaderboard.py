@@ -93,6 +93,7 @@ def evaluated(
     from lm_eval_deepen.leaderboard import table as leaderboard_table
     from lm_eval_deepen.leaderboard.development import adapted
     from lm_eval_deepen.leaderboard.execution import execute, plan
+    from lm_eval_deepen.member.devices import default_device
 
     here = device or default_device()
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
@@ -157,13 +158,6 @@ def _metadata(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"--metadata must be a JSON object; got {text}")
     return given
-
-
-def default_device() -> str:
-    """Return the first GPU where there is one, else the CPU."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def say(text: str) -> None:

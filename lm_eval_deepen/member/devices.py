@@ -22,6 +22,11 @@ def existing_devices() -> tuple[str, ...]:
     return (*found, "mps:0") if torch.backends.mps.is_available() else tuple(found)
 
 
+def default_device() -> str:
+    """Return the first GPU where there is one, else the CPU."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
 def parse_device(asked: Any, where: str) -> torch.device:
     """Return the device that an argument names, whether it exists or not.
 

@@ -119,9 +119,10 @@ def report_on(recipe: EnsembleRecipe, config: EnsembleConfig, plan: Plan) -> Rep
 def _members(report: Report, config: EnsembleConfig, plan: Plan) -> None:
     """Look at every member on its own."""
     from lm_eval_deepen.member.arguments import check_loading
+    from lm_eval_deepen.member.devices import default_device
     from lm_eval_deepen.preflight.members import inspect_members
 
-    device = plan.device or _default_device()
+    device = plan.device or default_device()
     if plan.memory is None:  # else the plan is for another machine, whose devices are not known here
         try:
             check_loading(config.members, plan.device)
@@ -178,12 +179,6 @@ def _demands(report: Report, config: EnsembleConfig, recipe: EnsembleRecipe, pla
     report.problems += too_small(report.devices)
     if report.tasks and main.device != "cpu":
         report.hours = inspect_cost.hours(report.tasks, report.members, report.batch, plan.machine)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def _available(members: list[Inspected], memory: float | None) -> dict[str, int]:
