@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine(args.bandwidth * 1e9, args.tflops * 1e12)
     plan = Plan(args.device, args.memory, args.batch_size, not args.no_tasks, machine)
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
-    report.measured = _measured(args.results or Path("results") / Path(args.recipe).stem)
+    if report.recipe is not None and report.recipe.expected:  # nothing is published of an ensemble that is given inline
+        report.measured = _measured(args.results or Path("results") / Path(report.recipe.name).stem)
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else rendered(report))
     return 1 if report.problems else 0
 

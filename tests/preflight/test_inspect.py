@@ -345,7 +345,10 @@ def test_the_demo_pair_is_ready_and_its_published_space_is_flat(capsys: pytest.C
 
 
 @pytest.mark.parametrize("folder", ["x" * 300, "file/matrices"])
-def test_a_matrix_folder_that_cannot_be_is_a_problem(pico, tmp_path, capsys, folder):
+def test_a_matrix_folder_that_cannot_be_is_a_problem(pico, tmp_path, tmp_path_factory, monkeypatch, capsys, folder):
+    here = tmp_path_factory.mktemp("here")  # with results of other runs: an ensemble given inline has none there
+    (here / "results").mkdir()
+    monkeypatch.chdir(here)
     (tmp_path / "file").write_text("")
     members = f"members={pico['bytelevel']}+{pico['metaspace']},matrix_dir={tmp_path / folder}"
     assert main(["inspect", members, "--no-tasks"]) == 1
