@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -28,3 +29,16 @@ settings.register_profile("nightly", max_examples=2_500, deadline=None, print_bl
 def pico(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the pico ensemble's models by name: bytelevel, metaspace, padded."""
     return pico_models.build_pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(autouse=True)
+def open_streams_for_logs() -> None:
+    """Point handlers that an earlier test left behind to a stream that is open.
+
+    The harness makes its handler once, for the stream that stands for stderr at that moment. Under `capsys` that is
+    the test's own, and closed after it; a later warning would print "--- Logging error ---" into another test.
+    """
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                handler.stream = sys.stderr  # `setStream` would flush the closed one
