@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, find_anchors

@@ -201,14 +201,14 @@ def test_timers_exclude_what_is_inside():
 
 
 def test_sections_leave_the_product_as_it_was(pico):
-    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.engine.base import EnsembleBase
 
-    before = vars(Ensemble)["fuse"]
+    before = vars(EnsembleBase)["fuse"]
     model, clock = deepen(pico["bytelevel"]), timers.Timers()
     with timers.sections(clock), clock.forwards(timers.members_of(model)), clock.section(timers.OTHER):
         model.loglikelihood(requests("loglikelihood", ("The fox", " walked")), disable_tqdm=True)
     assert clock.inside("body") > 0 and clock.inside("head") > 0
-    assert vars(Ensemble)["fuse"] is before
+    assert vars(EnsembleBase)["fuse"] is before
 
 
 def test_the_profile_names_every_part(options):

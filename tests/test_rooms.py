@@ -40,6 +40,16 @@ def checkout(tmp_path: Path) -> Path:
         ("results/files.py", "import torch", "results works on anyone's results"),
         ("results/files.py", "from lm_eval_deepen.config import Keys", "results works on anyone's results"),
         ("relative/matrix.py", "from lm_eval_deepen.relative import store", "No circle among the modules of a room"),
+        (
+            "relative/matrix.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lm_eval_deepen.relative import store",
+            "No circle among the modules of a room",
+        ),
+        (
+            "engine/covers.py",
+            "def later():\n    from lm_eval_deepen.engine.texts import read\n    return read",
+            "No circle among the modules of a room",
+        ),
         ("engine/scoring.py", "import transformers", "know transformers"),
         ("fusion/gac.py", "import lm_eval", "knows lm_eval"),
         ("vocabulary/cuts.py", "import torch", "load without tensors"),

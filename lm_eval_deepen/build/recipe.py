@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lm_eval_deepen.build import texts
+from lm_eval_deepen.build import merge_config, texts
 from lm_eval_deepen.build.weights import commit_of, weights_sha256
 from lm_eval_deepen.config import FrozenDict, Keys, Names
 from lm_eval_deepen.config.errors import unknown_name
@@ -264,9 +264,7 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
         tasks=texts.TaskSource(folders, json.dumps(thaw(own.metadata), sort_keys=True)),
     )
     if found.is_merge:
-        from lm_eval_deepen.build.merge import check
-
-        check(found)
+        merge_config.check(found.content, source)
     else:
         _check_training(found)
     return found

@@ -266,4 +266,4 @@ def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: 
         for at, token in enumerate(span.target):
             left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
             paths = span.paths(ensemble, at)
-            yield Position(index, token, left, paths, plans_of(ensemble, paths))
+            yield Position(index, token, left, paths, plans_of(ensemble.covers, paths))

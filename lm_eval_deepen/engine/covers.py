@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member import Prompt
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.member import TextCodec
 
 TokenPrefix = tuple[int, ...]
@@ -236,13 +235,13 @@ class CoverReader:
         return self._targets[token]
 
 
-def plans_of(ensemble: Ensemble, paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
+def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
     """Return the covers of every active member [M] at a place, given all members' tokens; None where there are none.
 
     Their sources are tokens.
     """
     plans: list[Plan | None] = [None] * len(paths)
-    for m, reader in ensemble.covers.items():
+    for m, reader in readers.items():
         main, own = paths[0], paths[m]
         if main is not None and own is not None:
             plans[m] = reader.plan(main, own, partial(_first, own))

@@ -10,18 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from lm_eval_deepen.engine.following import TokenPrefix, path_of
+from lm_eval_deepen.engine.base import EnsembleBase
+from lm_eval_deepen.engine.following import BatchRow, Follower, TokenPrefix, path_of
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
-    from lm_eval_deepen.engine.following import Follower
-    from lm_eval_deepen.engine.generation import BatchRow
 
 LONGEST = 8  # tokens drafted at once
 FIRST = 4
@@ -43,7 +39,7 @@ class Drafter:
         self.near_ties: list[dict[str, Any]] = []
 
     def draft(
-        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
     ) -> list[tuple[int, ...]]:
         """Return main tokens proposed to follow each row; empty where there is no proposal."""
         return [() for _ in rows]
@@ -91,7 +87,7 @@ class Lookup(_Adaptive):
     """Proposes what followed the last tokens where they occurred before, in the prompt or in the text."""
 
     def draft(
-        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
     ) -> list[tuple[int, ...]]:
         """Return the tokens after the latest earlier occurrence of each row's end."""
         return [look_up((*row.job.prompts[0].ids, *row.out.ids), self.length(row)) for row in rows]
@@ -113,7 +109,7 @@ class Cheapest(_Adaptive):
     """Proposes what the member with the fewest parameters would generate on its own."""
 
     def draft(
-        self, ensemble: Ensemble, rows: Sequence[BatchRow], followers: Sequence[Follower]
+        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
     ) -> list[tuple[int, ...]]:
         """Return each row's greedy continuation by one member, in tokens of the main member."""
         sizes = [sum(p.numel() for p in follower.member.lm.model.parameters()) for follower in followers]
@@ -146,7 +142,7 @@ class Cheapest(_Adaptive):
         return token in vocab.control or token in vocab.unused or len(path) >= follower.member.max_length
 
 
-def _as_main(ensemble: Ensemble, follower: Follower, ids: Sequence[int]) -> tuple[int, ...]:
+def _as_main(ensemble: EnsembleBase, follower: Follower, ids: Sequence[int]) -> tuple[int, ...]:
     """Return a member's tokens as the main member's."""
     if follower.m in ensemble.siblings:
         return tuple(ids)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.member import Member
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
-
-def require_scoring(ensemble: Ensemble) -> None:
+def require_scoring(ensemble: EnsembleBase) -> None:
     """Raise RequestError where a member can score no given text, before anything is computed."""
     names = [member.name for member in ensemble.active if member.generates_only]
     if names:

@@ -1,63 +1,32 @@
-"""Members plus a fuser: one next-token distribution from several models."""
+"""Members plus a fuser: one model made of several."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
-from lm_eval_deepen.engine.covers import CoverReader, stand_in
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.encoder_decoder import check_specialists
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.selective import Selective
-from lm_eval_deepen.engine.steps import BY_METHOD, ONE_MEMBER, ONE_WEIGHT, FusionNotes
-from lm_eval_deepen.engine.stretches import StretchReading, StretchScore, weigh
+from lm_eval_deepen.engine.texts import GeneratedText, ScoredText, generated, read, scored
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.errors import MemberError, RequestError
-from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
+from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.relative.topk import argmax
-from lm_eval_deepen.weighting.base import PromptLoss, Weigher
-from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
-from lm_eval_deepen.weighting.experts import Experts, posteriors
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.scoring import SpanScore
-    from lm_eval_deepen.engine.texts import GeneratedText, ScoredText
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Ensemble:
-    """Several members evaluated as one model.
-
-    Attributes:
-        config: what was asked for.
-        members: all members, the main member first.
-        fuser: None where fusion is skipped: one member, or all weight on the main member.
-        weights: one weight per member [M], fp32, sum 1.
-        counters: what was counted while it ran.
-        weigher: what changes the weights by request or by step, None where they are constant.
-        selective: which steps are left to the main member by choice, None where all are fused.
-    """
-
-    config: EnsembleConfig
-    members: tuple[Member, ...]
-    fuser: Fuser | None
-    weights: Tensor
-    counters: Trace
-    weigher: Weigher | None = None
-    selective: Selective | None = None
+class Ensemble(EnsembleBase):
+    """Several members evaluated as one model; its attributes are those of `EnsembleBase`."""
 
     @classmethod
     def load(cls, config: EnsembleConfig, device: str | None = None) -> Ensemble:
@@ -99,291 +68,6 @@ class Ensemble:
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)
         return cls(config, tuple(members), fuser, weights, Trace(names), weigher, selective)
 
-    @property
-    def main(self) -> Member:
-        """The member whose vocabulary is generated in."""
-        return self.members[0]
-
-    @property
-    def active(self) -> tuple[Member, ...]:
-        """The members that are run: all of them, or the main one where fusion is skipped."""
-        return self.members if self.fuser else self.members[:1]
-
-    @cached_property
-    def siblings(self) -> frozenset[int]:
-        """Indices of active members with the main member's tokenizer: its tokens are their tokens."""
-        if len(self.active) == 1:
-            return frozenset({0})
-        own = self.main.codec.identity
-        return frozenset(m for m, member in enumerate(self.active) if member.codec.identity == own)
-
-    def path(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
-        """Return the tokens that active member `m` takes in; None where it abstains, as `outgrown` says why.
-
-        A pure function of the text: whether a member abstains depends on no other text and on no step before.
-        Arguments as `tokens`.
-        """
-        found = self.tokens(m, prompt, main_ids, data)
-        return found if found is not None and (self.is_hf or self.active[m].fits(found)) else None
-
-    def outgrown(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> bool:
-        """Return whether a text does not fit into the context of active member `m`; arguments as `tokens`."""
-        found = self.tokens(m, prompt, main_ids, data)
-        return found is not None and not self.active[m].fits(found)
-
-    def tokens(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
-        """Return the tokens of active member `m` for its prompt and the continuation after it, however many.
-
-        Args:
-            m: which member.
-            prompt: its prompt.
-            main_ids: the continuation as it was chosen, which the main member keeps for as long as all pieces are
-                its own.
-            data: the continuation as bytes, which the other members encode canonically.
-
-        Returns:
-            Token ids, or None where the member cannot spell the bytes.
-        """
-        if m in self.siblings and self.is_own(main_ids):
-            return prompt.ids + main_ids
-        return self.active[m].codec.follow(prompt, data)
-
-    @property
-    def is_hf(self) -> bool:
-        """Whether one causal member runs alone, which answers as ``hf`` does."""
-        return self.fuser is None and not self.main.generates_only
-
-    @property
-    def is_union(self) -> bool:
-        """Whether pieces that the main member lacks share the normaliser, so that scores are lower bounds."""
-        return self.fuser is not None and len(self.fuser.out_vocab) > self.main.vocab_size
-
-    def is_own(self, ids: Sequence[int]) -> bool:
-        """Return whether chosen pieces are all of the main member, not of a union vocabulary."""
-        return self.fuser is None or max(ids, default=0) < self.main.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where distributions are fused."""
-        return self.main.runner.device
-
-    @cached_property
-    def experts(self) -> Experts:
-        """The static ensembles that Bayes' rule weighs at steps; with constant weights these alone."""
-        if isinstance(self.weigher, BayesWeigher):
-            return self.weigher.of_steps(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
-        return Experts.static(self.weights)
-
-    @cached_property
-    def stretch_experts(self) -> Experts:
-        """Those that it weighs at stretches."""
-        if isinstance(self.weigher, BayesWeigher):
-            return self.weigher.of_stretches(len(self.active))
-        return Experts.static(self.weights)
-
-    @cached_property
-    def covers(self) -> dict[int, CoverReader]:
-        """What reads the covers of each active member with a tokenizer of its own; empty with ``covers: off``."""
-        if self.fuser is None or self.config.covers == "off" or self.main.generates_only:
-            return {}
-        codecs = [member.codec for member in self.active]
-        return {
-            m: CoverReader(codecs[0], codecs[m], stand_in(codecs, codecs[m]))
-            for m, member in enumerate(self.active)
-            if m not in self.siblings and not member.generates_only
-        }
-
-    @property
-    def learns(self) -> bool:
-        """Whether the weights learn from the text itself."""
-        return isinstance(self.weigher, BayesWeigher)
-
-    def total(self, windows: Sequence[SpanScore]) -> float:
-        """Return the natural-log probability of a text from the scores of its windows; weights learn across them."""
-        if not self.learns:
-            return float(sum(score.total for score in windows))
-        evidence = torch.stack([score.by_expert for score in windows if score.by_expert is not None], dim=1)
-        return float(posteriors(self.experts.log_prior, evidence)[1].sum())
-
-    def weighed(self, reading: StretchReading) -> StretchScore:
-        """Return the score of a text that was read by stretches, and count it."""
-        score = weigh(self.stretch_experts, reading, learn_from_prompt=self.learns and self.reads_prompts)
-        self.counters.record_stretches(score.weights, len(score.logp), reading.present.tolist())
-        return score
-
-    @property
-    def by_stretches(self) -> bool:
-        """Whether given texts are scored by stretches, without a main member."""
-        return getattr(self.fuser, "by_stretches", False)
-
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether a request's weights depend on its prompt."""
-        return self.weigher is not None and self.weigher.reads_prompts
-
-    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]]) -> Tensor:
-        """Return the weights [R, M] of requests, from every active member's loss on their prompts.
-
-        Where the ensemble `learns`, these are the experts' log posteriors [R, K]. A member that cannot take in a prompt
-        has no loss (None) and weight 0; the others' weights are those of the ensemble without it.
-        """
-        assert self.weigher is not None
-        if self.learns:
-            return torch.stack([after_prompt(self.experts, own) for own in losses])
-        found = torch.zeros(len(losses), len(self.active), dtype=self.weights.dtype)
-        together: dict[tuple[int, ...], list[int]] = {}
-        for row, own in enumerate(losses):
-            together.setdefault(tuple(m for m, loss in enumerate(own) if loss is not None), []).append(row)
-        for here, rows in together.items():
-            known = [[loss for loss in losses[row] if loss is not None] for row in rows]
-            configured = self.weights[list(here)]
-            if len(here) < len(self.active) and configured.sum() > 0:
-                configured = configured / configured.sum()
-            found[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
-        return found
-
-    def fuse(
-        self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None
-    ) -> Tensor:
-        """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
-
-        Args:
-            logp: one tensor per active member; a row of an absent member may hold anything finite.
-            present: which members follow each row's bytes [B, M] (bool); the main member always does.
-            base: the weights of each row's request [B, M]; by default the ensemble's.
-            notes: where to note what was done, for a trace.
-        """
-        if self.fuser is None:
-            self.counters.record_skipped(len(logp[0]))
-            if notes is not None:
-                notes.weights = torch.ones(len(logp[0]), 1)
-                notes.leave(ONE_MEMBER, torch.ones(len(logp[0]), dtype=torch.bool))
-            return logp[0]
-        self._check_rows(logp, present)
-        weights = (self.weights if base is None else base).to(self.device) * present
-        total = weights.sum(dim=1, keepdim=True)
-        alone = torch.zeros_like(weights)
-        alone[:, 0] = 1
-        weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), alone)
-        if self.weigher is not None and self.weigher.reads_steps:
-            weights = self.weigher.weights(logp, weights)
-        if notes is not None:
-            notes.weights = weights
-        with torch.inference_mode():
-            return self._fuse_rows(self.fuser, logp, weights, notes)
-
-    def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
-        for member, rows in zip(self.members, logp, strict=True):
-            if rows.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
-                raise MemberError(
-                    f"member {member.name!r} gave NaN log-probabilities. "
-                    "Load it in another dtype (float32 or bfloat16)."
-                )
-        self.counters.record_present(present)
-
-    def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor) -> ExpertRows:
-        """Return rows under every expert; arguments as `fuse`. Only where the ensemble `learns`."""
-        assert self.fuser is not None
-        self._check_rows(logp, present)
-        with torch.inference_mode():
-            weights = self.experts.among(present).to(self.device)  # [B, K, M]
-            mean = weights.mean(1).float()
-            left = self.fuser.skip(logp, mean)
-            if self.selective is not None:
-                left |= self._selected(self.selective, self.fuser, logp, mean, ~left)
-            if not bool(left.any()):
-                return by_expert(self.fuser, logp, weights, self.experts)
-            fused = None
-            if not bool(left.all()):
-                fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], self.experts)
-            return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(self.experts))
-
-    def mix(
-        self,
-        logp: Sequence[Tensor],
-        rows: ExpertRows,
-        log_posterior: Tensor,
-        present: Tensor,
-        notes: FusionNotes | None = None,
-    ) -> Tensor:
-        """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows.
-
-        Args:
-            logp: one tensor per active member.
-            rows: what the experts made of them.
-            log_posterior: of the experts, for each row.
-            present: which members take part in each row [B, M] (bool).
-            notes: where to note what was done, for a trace; the weights there are the experts' mean.
-        """
-        assert self.fuser is not None
-        with torch.inference_mode():
-            fused = rows.mixed(log_posterior.to(self.device))
-        left = rows.left if isinstance(rows, SomeLeft) else torch.zeros(len(log_posterior), dtype=torch.bool)
-        if notes is not None:
-            shares = log_posterior.double().exp().to(self.device)
-            notes.weights = torch.einsum("bk,bkm->bm", shares, self.experts.among(present).to(self.device))
-            notes.leave(ONE_WEIGHT, left & ~present[:, 1:].any(1).to(left.device))
-            or_chosen = "" if self.selective is None else f", or skip_when={self.selective.when}"
-            notes.leave(BY_METHOD + or_chosen, left)
-        self.counters.record_skipped(int(left.sum()))
-        if not bool(left.all()):
-            vocabs = [member.codec.vocab.events for member in self.members]
-            here = present if not bool(left.any()) else present[~left]
-            own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
-            result = fused.logp if not bool(left.any()) else fused.logp[~left]
-            self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
-        return fused.logp
-
-    def _fuse_rows(
-        self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, notes: FusionNotes | None = None
-    ) -> Tensor:
-        left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
-        if notes is not None:
-            notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
-            notes.leave(BY_METHOD, left.clone())
-        if self.selective is not None:
-            chosen = self._selected(self.selective, fuser, logp, weights, ~left)
-            left |= chosen
-            if notes is not None:
-                notes.leave(f"skip_when={self.selective.when}", chosen)
-        skipped = int(left.sum())
-        self.counters.record_skipped(skipped)
-        if not skipped:
-            return self._fused(fuser, logp, weights)
-        out = logp[0].new_full((len(left), len(fuser.out_vocab)), -torch.inf)
-        out[:, : logp[0].shape[1]] = logp[0]
-        if skipped < len(left):
-            out[~left] = self._fused(fuser, [member[~left] for member in logp], weights[~left])
-        return out
-
-    def _selected(
-        self, selective: Selective, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, fused: Tensor
-    ) -> Tensor:
-        """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
-        vocabs = [member.codec.vocab.events for member in self.members]
-        chosen = selective.rows(logp, weights, vocabs) & fused
-        checked = changed = 0
-        if selective.check and bool(chosen.any()):
-            own = [rows[chosen] for rows in logp]
-            after = argmax(fuser.fuse(own, weights[chosen]).logp).tolist()
-            pairs = zip(argmax(own[0]).tolist(), after, strict=True)
-            checked, changed = len(after), sum(not self.same_piece(before, now) for before, now in pairs)
-        self.counters.record_selected(int(chosen.sum()), checked, changed)
-        return chosen
-
-    def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
-        fused = fuser.fuse(logp, weights)
-        vocabs = [member.codec.vocab.events for member in self.members]
-        self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0)
-        return fused.logp
-
-    def same_piece(self, a: int, b: int) -> bool:
-        """Return whether two ids of the fused distribution stand for the same text."""
-        if a == b or self.fuser is None:
-            return a == b
-        pieces = self.fuser.out_vocab.pieces
-        return bool(pieces[a]) and pieces[a] == pieces[b]
-
     def generate(self, texts: Sequence[str], *, traced: bool = False, **arguments: Any) -> tuple[GeneratedText, ...]:
         """Continue texts, `batch_size` of the configuration at a time; the harness's `generate_until` gives the same.
 
@@ -396,8 +80,6 @@ class Ensemble:
         Raises:
             RequestError: a prompt or an argument that cannot be honoured.
         """
-        from lm_eval_deepen.engine.texts import generated  # it needs this module
-
         self._require_steps("generate")
         return generated(self, list(texts), arguments, traced)
 
@@ -414,8 +96,6 @@ class Ensemble:
         Raises:
             RequestError: a text that cannot be scored.
         """
-        from lm_eval_deepen.engine.texts import scored
-
         self._require_steps("score")
         contexts = [context] * len(continuations) if isinstance(context, str) else list(context)
         if len(contexts) != len(continuations):
@@ -430,8 +110,6 @@ class Ensemble:
         Raises:
             RequestError: a text that cannot be scored, or a method that scores by stretches and has no steps.
         """
-        from lm_eval_deepen.engine.texts import read
-
         self._require_steps("trace")
         if self.by_stretches:
             raise RequestError(
@@ -449,47 +127,11 @@ class Ensemble:
 
     def next_logp(self, text: str) -> Tensor:
         """Return log-probabilities [K] of what follows `text`, over ``out_vocab``; see `pieces`."""
-        from lm_eval_deepen.engine.prompts import Prompter  # it needs this module
-
         prompts = Prompter(self).prompts(text)
         paths = [self.path(m, prompt, (), b"") for m, prompt in enumerate(prompts)]
         pairs = zip(self.active, paths, strict=True)
         logp = [m.logp(m.states_at([m.idle if path is None else path])).to(self.device) for m, path in pairs]
         return self.fuse(logp, torch.tensor([[path is not None for path in paths]], device=self.device))[0]
-
-    @property
-    def pieces(self) -> tuple[bytes, ...]:
-        """The pieces [K] that fused distributions range over, as bytes; control pieces have none."""
-        return self.main.codec.vocab.pieces if self.fuser is None else self.fuser.out_vocab.pieces
-
-    def describe(self) -> dict[str, Any]:
-        """Return members, fusion and counts for the results file."""
-        described = [
-            {
-                "name": member.name,
-                "pretrained": member.config.pretrained,
-                "weight": member.config.weight,
-                "revision": str(member.lm.revision),
-                "dtype": str(member.lm.model.dtype).removeprefix("torch."),
-                "parameters": sum(p.numel() for p in member.lm.model.parameters()),
-                "vocabulary": member.vocab_size,
-                "max_length": member.max_length,
-                "chat_template": member.has_chat_template,
-            }
-            for member in self.members
-        ]
-        facts = getattr(self.fuser, "facts", {})
-        return {
-            "fingerprint": self.config.fingerprint(),
-            "method": self.config.method if self.fuser else "none (the main member alone)",
-            "options": self.config.options_dict() if self.fuser else {},
-            "weighting": self.config.weighting,
-            "pooling": self.config.pooling,
-            "members": described,
-            **({"scores_are_lower_bounds": True} if self.is_union else {}),
-            **facts,
-            **self.counters.summary(),
-        }
 
 
 def fuses(config: EnsembleConfig) -> bool:

@@ -12,13 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.chat import ChatPrompt
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 TokenPrefix = tuple[int, ...]
 Stretch = tuple[int, int]  # first byte, and the byte after the last one
@@ -32,7 +29,7 @@ class Read:
     token: int
 
 
-def evidence(ensemble: Ensemble, prompts: Sequence[Prompt]) -> list[list[Read] | None]:
+def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt]) -> list[list[Read] | None]:
     """Return the tokens of every active member's prompt [M] that are evidence: they spell the same bytes.
 
     In each stretch of text that all prompts have, they are the tokens between the first and the last byte at which

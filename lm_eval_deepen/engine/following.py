@@ -1,32 +1,81 @@
-"""One member taking in the texts of a batch: prompts prefilled as a tree, then a cache row each."""
+"""Texts that are being generated, and one member taking them in: prompts prefilled as a tree, then a cache row each."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
+from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
+from lm_eval_deepen.member.sampling import Sampler
 from lm_eval_deepen.member.walk import Prefilled
 from lm_eval_deepen.weighting.base import PromptLoss
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
-    from lm_eval_deepen.engine.generation import Job
-
 TokenPrefix = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to generate.
+
+    Attributes:
+        prompts: one per active member, the main member first.
+        max_new: most tokens of the main member to generate.
+        stops: strings that end the text.
+        sampler: how tokens are chosen.
+        generator: the row's own source of randomness, None for greedy decoding.
+        prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
+        ends: token ids that end the text; None for the main member's.
+        traced: whether the text comes with its steps.
+    """
+
+    prompts: tuple[Prompt, ...]
+    max_new: int
+    stops: tuple[str, ...] = ()
+    sampler: Sampler = Sampler()
+    generator: torch.Generator | None = None
+    prefix_space: bool = False
+    ends: frozenset[int] | None = None
+    traced: bool = False
+
+
+@dataclass
+class Generation:
+    """A finished text.
+
+    Attributes:
+        ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
+            are its tokens, others are of the union vocabulary.
+        data: their bytes; none where one member ran alone.
+        logp: fused natural-log probability of each piece that was chosen.
+        reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
+        end: the end-of-text token that was chosen, if one was.
+        refusal: why it could not be finished.
+        steps: what every member said at each of its pieces, and at its end of text, where that was asked for.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    data: bytes = b""
+    logp: list[float] = field(default_factory=list)
+    reason: str = ""
+    end: int | None = None
+    refusal: str = ""
+    steps: list[Step] = field(default_factory=list)
 
 
 class Follower:
     """One member following the rows of a batch."""
 
-    def __init__(self, ensemble: Ensemble, m: int) -> None:
+    def __init__(self, ensemble: EnsembleBase, m: int) -> None:
         """Follow with active member `m`."""
         self.ensemble, self.m = ensemble, m
         self.member = ensemble.active[m]
@@ -132,7 +181,7 @@ class Follower:
 class GrowingPaths:
     """Every active member's tokens of one job's text: what `path_of` gives, reading again no more than a word."""
 
-    def __init__(self, ensemble: Ensemble, job: Job) -> None:
+    def __init__(self, ensemble: EnsembleBase, job: Job) -> None:
         """Start at the end of the prompts."""
         self.ensemble, self.job = ensemble, job
         self.text = b""  # what was taken in
@@ -169,7 +218,26 @@ class GrowingPaths:
         return tuple(found)
 
 
-def path_of(ensemble: Ensemble, m: int, job: Job, ids: TokenPrefix, data: bytes) -> TokenPrefix | None:
+@dataclass
+class BatchRow:
+    """A text that is being written.
+
+    Attributes:
+        index: of its job.
+        job: what to generate.
+        out: the continuation so far.
+        weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
+        paths: its members' tokens while it grows.
+    """
+
+    index: int
+    job: Job
+    out: Generation = field(default_factory=Generation)
+    weights: Tensor | None = None
+    paths: GrowingPaths | None = None
+
+
+def path_of(ensemble: EnsembleBase, m: int, job: Job, ids: TokenPrefix, data: bytes) -> TokenPrefix | None:
     """Return the tokens of active member `m` for a job's prompt and its text so far, as `Ensemble.path`."""
     text = text_after(job, data)
     return ensemble.path(m, job.prompts[m].before(text), ids, text)
@@ -180,12 +248,12 @@ def text_after(job: Job, data: bytes) -> bytes:
     return data[1:] if job.prefix_space and data[:1] == b" " else data
 
 
-def piece_of(ensemble: Ensemble, token: int) -> bytes:
+def piece_of(ensemble: EnsembleBase, token: int) -> bytes:
     """Return the bytes of a chosen piece; none where one member runs alone, which needs no bytes."""
     return b"" if ensemble.fuser is None else ensemble.fuser.out_vocab.pieces[token]
 
 
-def text_of(ensemble: Ensemble, ids: Sequence[int], data: bytes) -> str:
+def text_of(ensemble: EnsembleBase, ids: Sequence[int], data: bytes) -> str:
     """Return a text so far as the main member decodes its tokens; from bytes where a piece is not one of its own."""
     if ensemble.is_own(ids):
         return ensemble.main.lm.tok_decode(ids, skip_special_tokens=False)

@@ -8,99 +8,38 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
 from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.following import Follower, GrowingPaths, TokenPrefix, piece_of, text_after, text_of
-from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
+from lm_eval_deepen.engine.following import (
+    BatchRow,
+    Follower,
+    Generation,
+    GrowingPaths,
+    Job,
+    TokenPrefix,
+    piece_of,
+    text_after,
+    text_of,
+)
+from lm_eval_deepen.engine.steps import StepReader
 from lm_eval_deepen.errors import RequestError
-from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
-from lm_eval_deepen.member.sampling import Sampler
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import posteriors
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.fusion._expert_rows import ExpertRows
 
 
-@dataclass(frozen=True)
-class Job:
-    """One text to generate.
-
-    Attributes:
-        prompts: one per active member, the main member first.
-        max_new: most tokens of the main member to generate.
-        stops: strings that end the text.
-        sampler: how tokens are chosen.
-        generator: the row's own source of randomness, None for greedy decoding.
-        prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
-        ends: token ids that end the text; None for the main member's.
-        traced: whether the text comes with its steps.
-    """
-
-    prompts: tuple[Prompt, ...]
-    max_new: int
-    stops: tuple[str, ...] = ()
-    sampler: Sampler = Sampler()
-    generator: torch.Generator | None = None
-    prefix_space: bool = False
-    ends: frozenset[int] | None = None
-    traced: bool = False
-
-
-@dataclass
-class Generation:
-    """A finished text.
-
-    Attributes:
-        ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
-            are its tokens, others are of the union vocabulary.
-        data: their bytes; none where one member ran alone.
-        logp: fused natural-log probability of each piece that was chosen.
-        reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
-        end: the end-of-text token that was chosen, if one was.
-        refusal: why it could not be finished.
-        steps: what every member said at each of its pieces, and at its end of text, where that was asked for.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    data: bytes = b""
-    logp: list[float] = field(default_factory=list)
-    reason: str = ""
-    end: int | None = None
-    refusal: str = ""
-    steps: list[Step] = field(default_factory=list)
-
-
-@dataclass
-class BatchRow:
-    """A text that is being written.
-
-    Attributes:
-        index: of its job.
-        job: what to generate.
-        out: the continuation so far.
-        weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
-        paths: its members' tokens while it grows.
-    """
-
-    index: int
-    job: Job
-    out: Generation = field(default_factory=Generation)
-    weights: Tensor | None = None
-    paths: GrowingPaths | None = None
-
-
 def generate(
-    ensemble: Ensemble, jobs: Sequence[Job], batch_size: int, drafter: Drafter | None = None
+    ensemble: EnsembleBase, jobs: Sequence[Job], batch_size: int, drafter: Drafter | None = None
 ) -> Iterator[tuple[int, Generation]]:
     """Generate texts, `batch_size` at a time; a finished one leaves its place to the next.
 
@@ -127,7 +66,7 @@ def generate(
 class _Decoder:
     """The rows being decoded, and every member following them."""
 
-    def __init__(self, ensemble: Ensemble, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
+    def __init__(self, ensemble: EnsembleBase, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
         self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
         self.rows: list[BatchRow] = []
         self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
@@ -194,10 +133,11 @@ class _Decoder:
             scores = self.followers[0].logits(paths[0])
             logp = [torch.log_softmax(scores, dim=-1)]
         else:
-            plans = [[plans_of(ensemble, places) for places in route] for route in routes] if ensemble.covers else []
+            covers = ensemble.covers
+            plans = [[plans_of(covers, places) for places in route] for route in routes] if covers else []
             logp = [
                 follower.follow_covered(own, [[plan[follower.m] for plan in route] for route in plans])
-                if follower.m in ensemble.covers
+                if follower.m in covers
                 else follower.follow(own)
                 for follower, own in zip(self.followers, paths, strict=True)
             ]
@@ -356,7 +296,7 @@ def _goes_on(before: TokenPrefix | None, after: TokenPrefix | None) -> bool:
     return after[: len(before)] == before
 
 
-def append(ensemble: Ensemble, row: BatchRow, token: int, logp: float) -> None:
+def append(ensemble: EnsembleBase, row: BatchRow, token: int, logp: float) -> None:
     """Extend a row by a piece, or finish it."""
     ends = ensemble.main.eos_ids if row.job.ends is None else row.job.ends
     if token in ends:

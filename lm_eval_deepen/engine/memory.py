@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 SHARE = 0.5  # of the free memory; the rest is left to forward passes and to other processes
 ROOM = 1.5  # columns grow by a quarter, and a layer is copied when they do
@@ -37,7 +34,7 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def row_bytes(ensemble: Ensemble, longest: int) -> dict[torch.device, int]:
+def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:
     """Return the bytes per device that one text of at most `longest` tokens takes up while it is decoded."""
     needed: Counter[torch.device] = Counter()
     drafted = 1 if ensemble.config.speculate == "off" else 1 + LONGEST
@@ -49,13 +46,13 @@ def row_bytes(ensemble: Ensemble, longest: int) -> dict[torch.device, int]:
     return dict(needed)
 
 
-def safe_batch(ensemble: Ensemble, longest: int, limit: int) -> int:
+def safe_batch(ensemble: EnsembleBase, longest: int, limit: int) -> int:
     """Return how many texts of at most `longest` tokens fit into the free memory of every device (1 to `limit`)."""
     sizes = [int(SHARE * free_bytes(device) // size) for device, size in row_bytes(ensemble, longest).items()]
     return max(1, min(limit, *sizes))
 
 
-def nodes_per_forward(ensemble: Ensemble, tokens: int) -> int:
+def nodes_per_forward(ensemble: EnsembleBase, tokens: int) -> int:
     """Return how many tokens to forward at once in scoring, where a batch was said to have `tokens`.
 
     Tokens of different texts in one forward pass pay attention over all of them: on a CPU this outweighs what

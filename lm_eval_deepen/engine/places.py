@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.tree import TokenTree
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Place:
     outgrown: tuple[int, ...]
 
 
-def places(ensemble: Ensemble, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
+def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
     """Yield the place before every target token of a span, and add what the members take in to their trees.
 
     Args:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.errors import RequestError, WindowError
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.chat import ChatPrompt
 from lm_eval_deepen.member.text import incomplete_tail
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,17 @@ class Span:
     lead: bytes = b""
     traced: bool = False
 
-    def paths(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
+    def paths(self, ensemble: EnsembleBase, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return every active member's tokens before target number `count`; None where it abstains."""
         ids, data = self._text(ensemble, count)
         return tuple(ensemble.path(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
 
-    def tokens(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...] | None, ...]:
+    def tokens(self, ensemble: EnsembleBase, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return the same, but None for a member that cannot spell its text alone."""
         ids, data = self._text(ensemble, count)
         return tuple(ensemble.tokens(m, prompt, ids, data) for m, prompt in enumerate(self.prompts))
 
-    def _text(self, ensemble: Ensemble, count: int) -> tuple[tuple[int, ...], bytes]:
+    def _text(self, ensemble: EnsembleBase, count: int) -> tuple[tuple[int, ...], bytes]:
         """Return the first `count` target tokens, and what they are to the other members."""
         ids, data = self.target[:count], b""
         if len(self.prompts) > 1:
@@ -89,7 +86,7 @@ def frozen(ids: Sequence[int]) -> Prompt:
     return Prompt(tuple(ids), "", tuple(ids))
 
 
-def same_text(ensemble: Ensemble, ids: tuple[int, ...], text: str) -> tuple[Prompt, ...]:
+def same_text(ensemble: EnsembleBase, ids: tuple[int, ...], text: str) -> tuple[Prompt, ...]:
     """Return prompts of one text: the main member's tokens, its siblings' same tokens, the others' own."""
     main = frozen(ids)
     others = [
@@ -103,7 +100,7 @@ def same_text(ensemble: Ensemble, ids: tuple[int, ...], text: str) -> tuple[Prom
 class Prompter:
     """Turns request strings into prompts and spans for the active members."""
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: EnsembleBase) -> None:
         """Read the ensemble's active members."""
         self.ensemble = ensemble
         self.members: tuple[Member, ...] = ensemble.active

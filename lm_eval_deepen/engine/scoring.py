@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
 from lm_eval_deepen.engine.covers import TOKENS_READ, CoverReader, Plan
 from lm_eval_deepen.engine.evidence import Read, evidence
 from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.places import Place, places
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
 from lm_eval_deepen.engine.prompts import Span
-from lm_eval_deepen.engine.steps import FusionNotes, Step, StepReader
+from lm_eval_deepen.engine.steps import Step, StepReader
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.weighting.experts import posteriors
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
     Walker = TreeWalker | PlainWalker
@@ -68,7 +69,7 @@ class _Row:
     readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
 
 
-def score(ensemble: Ensemble, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
+def score(ensemble: EnsembleBase, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
     """Score spans, those with a common beginning one after the other.
 
     Args:
@@ -84,7 +85,7 @@ def score(ensemble: Ensemble, spans: Sequence[Span], nodes: int) -> Iterator[tup
 
 
 def score_together(
-    ensembles: Sequence[Ensemble], spans: Sequence[Span], nodes: int
+    ensembles: Sequence[EnsembleBase], spans: Sequence[Span], nodes: int
 ) -> Iterator[tuple[int, list[SpanScore]]]:
     """Score spans by several ensembles of the same members, which share their forward passes and logits.
 
@@ -108,7 +109,7 @@ def score_together(
 
 
 def _score_round(
-    ensembles: Sequence[Ensemble],
+    ensembles: Sequence[EnsembleBase],
     walkers: Sequence[Walker],
     trees: Sequence[TokenTree],
     rows: list[_Row],
@@ -170,7 +171,7 @@ def _score_round(
 
 
 def _ledger(
-    ensemble: Ensemble,
+    ensemble: EnsembleBase,
     base: Sequence[Tensor] | None,
     rows: Sequence[_Row],
     results: dict[int, SpanScore],
@@ -185,7 +186,7 @@ def _ledger(
 
 
 def _bases(
-    ensembles: Sequence[Ensemble],
+    ensembles: Sequence[EnsembleBase],
     prompts: Sequence[tuple[Prompt, ...]],
     passes: Sequence[_Pass],
     wanted: Sequence[Sequence[Sequence[Read] | None]],
@@ -222,7 +223,7 @@ def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
 
 
 def _rows(
-    ensemble: Ensemble, spans: Sequence[Span], indices: Sequence[int], trees: Sequence[TokenTree], by_prompt: bool
+    ensemble: EnsembleBase, spans: Sequence[Span], indices: Sequence[int], trees: Sequence[TokenTree], by_prompt: bool
 ) -> tuple[list[_Row], list[tuple[Prompt, ...]]]:
     """Return the distinct positions that spans read, told apart by their prompts where weights depend on these.
 
@@ -324,7 +325,7 @@ class _Pass:
         self.here = {}
 
 
-def _read(ensemble: Ensemble, logp: Tensor, rows: Sequence[_Row], results: dict[int, SpanScore]) -> None:
+def _read(ensemble: EnsembleBase, logp: Tensor, rows: Sequence[_Row], results: dict[int, SpanScore]) -> None:
     """Read the targets off fused rows [B, K]."""
     best = argmax(logp).tolist()
     readers = [(at, reader) for at, row in enumerate(rows) for reader in row.readers]
@@ -333,3 +334,11 @@ def _read(ensemble: Ensemble, logp: Tensor, rows: Sequence[_Row], results: dict[
     for value, (at, (span, position, target)) in zip(values, readers, strict=True):
         results[span].logp[position] = value
         results[span].greedy &= ensemble.same_piece(best[at], target)
+
+
+def total(ensemble: EnsembleBase, windows: Sequence[SpanScore]) -> float:
+    """Return the natural-log probability of a text from the scores of its windows; weights learn across them."""
+    if not ensemble.learns:
+        return float(sum(score.total for score in windows))
+    evidence = torch.stack([score.by_expert for score in windows if score.by_expert is not None], dim=1)
+    return float(posteriors(ensemble.experts.log_prior, evidence)[1].sum())

@@ -6,24 +6,23 @@ A step is one distribution that was read: of a token that was generated, or of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
 from lm_eval_deepen.engine.selective import identity
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.member import Member
     from lm_eval_deepen.vocabulary import ByteVocab
 
 TOP = 5  # pieces that are kept of every member
-ONE_MEMBER, ONE_WEIGHT, BY_METHOD = "one member", "all weight on the main member", "left by the method"
 
 
 @dataclass(frozen=True)
@@ -84,36 +83,10 @@ class Step:
     members: tuple[MemberStep, ...]
 
 
-@dataclass
-class FusionNotes:
-    """What `Ensemble.fuse` did to B rows.
-
-    Attributes:
-        weights: the members' weights in each row [B, M].
-        left: rows that were left to the main member [B] (bool), by the reason.
-    """
-
-    weights: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    left: dict[str, Tensor] = field(default_factory=dict)
-
-    def leave(self, reason: str, rows: Tensor) -> None:
-        """Note that rows [B] (bool) are left for a reason; the first one counts."""
-        known = [other for other in self.left.values()]
-        self.left[reason] = rows & ~torch.stack(known).any(0) if known else rows
-
-    def reasons(self, count: int) -> list[str]:
-        """Return why each of `count` rows was left, empty where it was fused."""
-        found = [""] * count
-        for reason, rows in self.left.items():
-            for at in rows.nonzero()[:, 0].tolist():
-                found[at] = reason
-        return found
-
-
 class StepReader:
     """Reads steps off the rows of an ensemble."""
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: EnsembleBase) -> None:
         """Read the steps of this ensemble."""
         self.ensemble = ensemble
 

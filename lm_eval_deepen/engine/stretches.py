@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
 from lm_eval_deepen.engine.prompts import require_text
 from lm_eval_deepen.errors import RequestError, VocabularyError
@@ -25,7 +26,6 @@ from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import Experts, posteriors
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
     from lm_eval_deepen.member import Member
     from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
@@ -130,7 +130,7 @@ def boundaries(texts: Sequence[MemberText | None]) -> list[int]:
 class StretchPrompter:
     """Turns request strings into texts divided into stretches."""
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: EnsembleBase) -> None:
         """Read the ensemble's members."""
         self.ensemble = ensemble
         self.members: tuple[Member, ...] = ensemble.active
@@ -323,6 +323,13 @@ def weigh(experts: Experts, reading: StretchReading, *, learn_from_prompt: bool)
     chosen = (in_force * greedy.T[evidence:]).sum(1) > 0.5
     mean = in_force.mean(0) if len(in_force) else weights.mean(0)
     return StretchScore(tuple(values[evidence:].tolist()), bool(chosen.all()), tuple(mean.tolist()))
+
+
+def weighed(ensemble: EnsembleBase, reading: StretchReading) -> StretchScore:
+    """Return the score of a text that an ensemble has read by stretches, and count it."""
+    score = weigh(ensemble.stretch_experts, reading, learn_from_prompt=ensemble.learns and ensemble.reads_prompts)
+    ensemble.counters.record_stretches(score.weights, len(score.logp), reading.present.tolist())
+    return score
 
 
 def joined(readings: Sequence[StretchReading]) -> StretchReading:

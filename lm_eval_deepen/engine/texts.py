@@ -9,27 +9,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.generation import Generation, Job, generate
+from lm_eval_deepen.engine.following import Generation, Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
-from lm_eval_deepen.engine.scoring import SpanScore, score
+from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
-from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, without_evidence
+from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, without_evidence
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.encoder_decoder_runner import divide
 from lm_eval_deepen.member.generation import Asked, Settings, presented, with_end
 from lm_eval_deepen.member.runner import base_model
 from lm_eval_deepen.member.sampling import row_generator
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Texts:
         settings: how the main member's checkpoint generates.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: EnsembleBase) -> None:
         """Read the ensemble's active members."""
         self.ensemble = ensemble
         self.prompter = Prompter(ensemble)
@@ -155,7 +154,7 @@ class Texts:
 
 
 def generated(
-    ensemble: Ensemble, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
+    ensemble: EnsembleBase, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
 ) -> tuple[GeneratedText, ...]:
     """Return one text for each prompt; see `Ensemble.generate`."""
     texts, repeats = Texts(ensemble), Counter[str]()
@@ -171,7 +170,7 @@ def generated(
     return tuple(found[index] for index in range(len(prompts)))
 
 
-def scored(ensemble: Ensemble, pairs: Sequence[tuple[str, str]], traced: bool) -> tuple[ScoredText, ...]:
+def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: bool) -> tuple[ScoredText, ...]:
     """Return the scores of (context, continuation) pairs; see `Ensemble.score`."""
     require_scoring(ensemble)
     texts = Texts(ensemble)
@@ -183,14 +182,14 @@ def scored(ensemble: Ensemble, pairs: Sequence[tuple[str, str]], traced: bool) -
     return tuple(_scored(pair, [found[index]], found[index].total) for index, pair in enumerate(pairs))
 
 
-def read(ensemble: Ensemble, text: str) -> ScoredText:
+def read(ensemble: EnsembleBase, text: str) -> ScoredText:
     """Return the score of a whole text, however long, with its steps; see `Ensemble.trace`."""
     require_scoring(ensemble)
     texts = Texts(ensemble)
     spans = [replace(span, traced=True) for span in rolling_spans(ensemble, text)]
     found = dict(score(ensemble, spans, texts.nodes(spans)))
     windows = [found[index] for index in range(len(spans))]
-    return _scored(("", text), windows, ensemble.total(windows) if windows else 0.0)
+    return _scored(("", text), windows, total(ensemble, windows) if windows else 0.0)
 
 
 def _scored(pair: tuple[str, str], windows: Sequence[SpanScore], total: float) -> ScoredText:
@@ -206,7 +205,7 @@ def _by_stretches(
     kept = list(spans) if ensemble.reads_prompts else [without_evidence(span) for span in spans]
     nodes = nodes_per_forward(ensemble, texts.batch(1))
     readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
-    weighed = [ensemble.weighed(readings[index]) for index in range(len(pairs))]
+    scores = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
     return tuple(
-        ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, weighed, strict=True)
+        ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, scores, strict=True)
     )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompts import Span, frozen, require_text, same_text
 from lm_eval_deepen.errors import WindowError
 from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.text import incomplete_tail
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 
 def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -31,7 +28,7 @@ def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield end - size - 1, start, end
 
 
-def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
+def rolling_spans(ensemble: EnsembleBase, text: str) -> list[Span]:
     """Return the spans whose scores add up to the score of a whole text.
 
     With several members control tokens are conditioned on, never scored, and windows shrink until every member takes
@@ -70,7 +67,7 @@ def rolling_spans(ensemble: Ensemble, text: str) -> list[Span]:
     )
 
 
-def _span(ensemble: Ensemble, tokens: tuple[int, ...], text: str, window: tuple[int, int, int]) -> Span:
+def _span(ensemble: EnsembleBase, tokens: tuple[int, ...], text: str, window: tuple[int, int, int]) -> Span:
     begin, start, end = window
     codec = ensemble.main.codec
     if start == 0:
@@ -91,7 +88,7 @@ def _inside_character(codec: TextCodec, token: int) -> bool:
     return codec.vocab.pieces[token][0] & 0xC0 == 0x80
 
 
-def _shares(ensemble: Ensemble, span: Span) -> list[float]:
+def _shares(ensemble: EnsembleBase, span: Span) -> list[float]:
     """Return the share of every member's context [M] that a span takes up."""
     tokens = span.tokens(ensemble, len(span.target) - 1)
     pairs = zip(ensemble.active, tokens, strict=True)

@@ -22,7 +22,6 @@ from lm_eval_deepen.relative.topk import NEG_INF
 from lm_eval_deepen.solvers.em import SMALLEST
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.fusion._deepen_step import DeepenFuser
     from lm_eval_deepen.weighting.experts import Experts
 
 ROWS = 16  # worked on at once: the class masses of all geometric experts stay in a core's cache
@@ -31,15 +30,13 @@ ROWS = 16  # worked on at once: the class masses of all geometric experts stay i
 class OneHotExperts:
     """Rows under all experts, in parts of a few rows each."""
 
-    def __init__(
-        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]
-    ) -> None:
+    def __init__(self, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]) -> None:
         """Compute the class masses; arguments as `DeepenFuser.experts`."""
         self.device = logp[0].device
         weights = weights.to(self.device)
         self.parts: list[_Part] = in_parts(
             len(weights), ROWS, self.device,
-            lambda part: _Part(fuser, [rows[part] for rows in logp], weights[part], experts, sides),
+            lambda part: _Part([rows[part] for rows in logp], weights[part], experts, sides),
         )  # fmt: skip
         starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
         self.starts = starts[:-1].to(self.device)
@@ -76,9 +73,7 @@ class _Part:
     member's class masses, r the expert's, s = `SMALLEST` and m what the quotients sum to under q_0: `inverse: exact`.
     """
 
-    def __init__(
-        self, fuser: DeepenFuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]
-    ) -> None:
+    def __init__(self, logp: Sequence[Tensor], weights: Tensor, experts: Experts, sides: Sequence[Side]) -> None:
         geometric = experts.geometric
         self.side, self.main = sides[0], logp[0]
         self.experts, self.columns = weights.shape[1], logp[0].shape[1]

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,18 +22,55 @@ from lm_eval_deepen.relative.gathered import share_columns
 from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, Support, abstain, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
-from lm_eval_deepen.relative.tops import WIDER, tops
+from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
+from lm_eval_deepen.solvers.base import Solver
 from lm_eval_deepen.solvers.exact import exact_gain
 from lm_eval_deepen.solvers.trust import within
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.fusion.deepen import Deepen
     from lm_eval_deepen.weighting.experts import Experts
 
 CHUNK_BYTES = 64 << 20  # working memory of the rows that are fused at once; twice as much is slower on a CPU
 ACCELERATOR = 8  # times as much elsewhere
 LARGEST_SHARE = 4  # a row that needs more than a quarter of a vocabulary is fused in full
+
+
+class StepOptions(Protocol):
+    """The options of a step, as `Deepen` has them."""
+
+    @property
+    def average(self) -> str:
+        """``linear`` or ``geometric``."""
+        ...
+
+    @property
+    def eos(self) -> str:
+        """``anchor`` or ``reference``."""
+        ...
+
+    @property
+    def trust_region(self) -> float | None:
+        """The largest divergence from the main member, in nats."""
+        ...
+
+    @property
+    def from_bytes(self) -> bool:
+        """Whether rows are one-hot."""
+        ...
+
+    @property
+    def solver(self) -> str:
+        """The solver's name."""
+        ...
+
+    def build_solver(self) -> Solver:
+        """Return the way back into the main vocabulary."""
+        ...
+
+    def support_rule(self) -> TopRule | None:
+        """Return which pieces a member brings to a row's support, None for all of them."""
+        ...
 
 
 class Alone:
@@ -65,7 +102,9 @@ class DeepenFuser:
     has_geometric = True
     by_stretches = False
 
-    def __init__(self, out_vocab: ByteVocab, sides: Sequence[Side], options: Deepen, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, out_vocab: ByteVocab, sides: Sequence[Side], options: StepOptions, facts: dict[str, Any]
+    ) -> None:
         """Take the members' sides and the options; nothing is computed."""
         self.out_vocab, self.options, self.facts = out_vocab, options, facts
         self.solver = options.build_solver()
@@ -111,7 +150,7 @@ class DeepenFuser:
         """
         one_hot = self.rule is None and self.options.solver == "exact" and self.options.eos == "anchor"
         if one_hot and self.options.trust_region is None:
-            return OneHotExperts(self, logp, weights, experts, self._sides(logp[0].device))
+            return OneHotExperts(logp, weights, experts, self._sides(logp[0].device))
         return FusedByEach([self.pooled_as(*kind) for kind in experts.kinds()], logp, weights)
 
     def pooled_as(self, geometric: bool, power: float) -> DeepenFuser:

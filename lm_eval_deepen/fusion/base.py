@@ -6,77 +6,19 @@ returns a `Fuser`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.config.registry import Registry
+from lm_eval_deepen.relative.member_view import MemberView, Spelling
+from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a member's tokenizer spells a continuation that begins anywhere.
-
-    Attributes:
-        encode: returns the canonical token ids of some bytes; None, or VocabularyError, where it cannot spell them.
-        fingerprint: a digest of the tokenizer; two with the same vocabulary may merge differently.
-    """
-
-    encode: Callable[[bytes], Sequence[int] | None]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class MemberView:
-    """What a fusion method may know of a member.
-
-    Attributes:
-        name: the member's name in the ensemble, for messages.
-        vocabulary: its pieces as bytes, one per logit [V].
-        load_embeddings: returns the input embedding rows [V, d] (any float dtype, any device).
-        load_fingerprint: returns a hex digest of the embedding rows; computed on demand.
-        load_output_embeddings: returns the rows of the output head [V, d'], read-only; None says that the head
-            is tied to the input embeddings.
-        load_output_fingerprint: returns a hex digest of those rows, the one of `load_fingerprint` where they are the
-            same rows; given where `load_output_embeddings` is.
-        spelling: the member's tokenizer on bytes; None where there is none, and the longest piece that some
-            bytes begin with stands for their first token.
-    """
-
-    name: str
-    vocabulary: ByteVocab
-    load_embeddings: Callable[[], Tensor]
-    load_fingerprint: Callable[[], str]
-    load_output_embeddings: Callable[[], Tensor] | None = None
-    load_output_fingerprint: Callable[[], str] | None = None
-    spelling: Spelling | None = None
-
-    def __post_init__(self) -> None:
-        """Check that rows of a head come with their digest."""
-        if (self.load_output_embeddings is None) != (self.load_output_fingerprint is None):
-            raise ValueError("load_output_embeddings and load_output_fingerprint belong together")
-
-    def load_rows(self, which: str) -> Tensor:
-        """Return the ``input`` or ``output`` embedding rows [V, d]; those of a tied head are the same."""
-        output = self.load_output_embeddings if which == "output" else None
-        return (output or self.load_embeddings)()
-
-    def fingerprint(self, which: str) -> str:
-        """Return a hex digest of the ``input`` or ``output`` embedding rows."""
-        output = self.load_output_fingerprint if which == "output" else None
-        return (output or self.load_fingerprint)()
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head's rows are the input embeddings."""
-        return self.fingerprint("output") == self.fingerprint("input")
+__all__ = ["METHODS", "Fused", "Fuser", "FusionMethod", "MemberView", "Spelling", "fusion", "no_skip"]
 
 
 @dataclass(frozen=True)

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import atexit
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
+from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.harness.command import has_failed, under_command
+from lm_eval_deepen.harness.distributed import Ranks
+from lm_eval_deepen.harness.step_files import StepFiles
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.harness.model import DeepenLM
+
+class Run(Protocol):
+    """What is told of a `DeepenLM`."""
+
+    ensemble: Ensemble
+    ranks: Ranks
+    traces: list[Trace]
+    findings: dict[str, Any] | None
+    results_in: Path | None
+    step_files: StepFiles | None
 
 
-def tell_at_the_end(model: DeepenLM) -> None:
+def tell_at_the_end(run: Run) -> None:
     """Sum up the ensemble when the harness's command line ends, in the process that shows its results.
 
     Elsewhere, as in a notebook, nothing is said: `DeepenLM.get_model_info` has it.
     """
-    if under_command() and model.ranks.index == 0:
-        atexit.register(_tell, model)
+    if under_command() and run.ranks.index == 0:
+        atexit.register(_tell, run)
 
 
-def _tell(model: DeepenLM) -> None:
+def _tell(run: Run) -> None:
     if not has_failed():
-        for line in summary(model):
+        for line in summary(run):
             print(line, file=sys.stderr, flush=True)
 
 
-def summary(model: DeepenLM) -> list[str]:
+def summary(run: Run) -> list[str]:
     """Return what fusion did in a run and where results are; nothing where no step was read and no answer pooled."""
-    counts = Trace.total(model.traces).summary()
+    counts = Trace.total(run.traces).summary()
     did = _did(counts)
     if not did:
         return []
-    names = " + ".join(member.name for member in model.ensemble.members)
-    return [f"ensemble {names}: {'; '.join([*did, _warned(model.findings)])}.", _where(model)]
+    names = " + ".join(member.name for member in run.ensemble.members)
+    return [f"ensemble {names}: {'; '.join([*did, _warned(run.findings)])}.", _where(run)]
 
 
 def _did(counts: dict[str, Any]) -> list[str]:
@@ -63,8 +75,8 @@ def _warned(findings: dict[str, Any] | None) -> str:
     return f"{len(warnings)} warning{'s' * (len(warnings) > 1)} ({', '.join(one['code'] for one in warnings)})"
 
 
-def _where(model: DeepenLM) -> str:
-    results, traces = model.results_in, model.step_files and model.step_files.folder
+def _where(run: Run) -> str:
+    results, traces = run.results_in, run.step_files and run.step_files.folder
     look = f"; look at them with: lm-eval-deepen view {traces}" if traces else ""
     if results and traces:
         return (

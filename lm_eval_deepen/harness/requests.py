@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.generation import Job
+from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.memory import nodes_per_forward
 from lm_eval_deepen.engine.prompts import Span
-from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together
+from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together, total
 from lm_eval_deepen.engine.stretches import (
     StretchPrompter,
     StretchReading,
@@ -19,6 +19,7 @@ from lm_eval_deepen.engine.stretches import (
     StretchSpan,
     joined,
     read_stretches,
+    weighed,
     without_evidence,
 )
 from lm_eval_deepen.engine.texts import Texts
@@ -153,7 +154,7 @@ class RequestHandler(MainMemberView):
                     in_order = sorted(zip(places[index], windows[index], strict=True), key=lambda pair: pair[0])
                     self.step_files.add_scores(requests[index], [found[0] for _, found in in_order])
                 columns = zip(self.peers, zip(*windows[index], strict=True), strict=True)
-                totals = [peer.ensemble.total(own) for peer, own in columns]
+                totals = [total(peer.ensemble, own) for peer, own in columns]
                 yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
 
     def _score_stretches(self, texts: Sequence[Sequence[StretchSpan]]) -> Iterator[tuple[int, list[StretchScore]]]:
@@ -174,7 +175,7 @@ class RequestHandler(MainMemberView):
             if not left[index]:
                 own = [found.pop(i) for i, owner in enumerate(owners) if owner == index]
                 reading = own[0] if len(own) == 1 else joined(own)
-                yield index, [peer.ensemble.weighed(reading) for peer in self.peers]
+                yield index, [weighed(peer.ensemble, reading) for peer in self.peers]
 
     def _score(self, spans: Sequence[Span], ends: Sequence[int] = ()) -> Iterator[tuple[int, list[SpanScore]]]:
         """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""

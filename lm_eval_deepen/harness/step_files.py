@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval_deepen
 from lm_eval_deepen.config import EnsembleConfig
-from lm_eval_deepen.engine.generation import Generation, Job
+from lm_eval_deepen.engine.following import Generation, Job
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.scoring import SpanScore
 from lm_eval_deepen.engine.steps import TOP, Piece, Step

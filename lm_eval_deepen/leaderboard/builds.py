@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from lm_eval_deepen.build.architecture import IncompatibleError
-from lm_eval_deepen.build.merge import check_inputs, require
+from lm_eval_deepen.build.merge import check_inputs
+from lm_eval_deepen.build.merge_config import require
 from lm_eval_deepen.build.provenance import lineage, read_provenance, tasks_of
 from lm_eval_deepen.build.publish import build
 from lm_eval_deepen.build.recipe import BuildRecipe, parse_build, read_build

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.engine import Ensemble
+from lm_eval_deepen.engine.base import FusionNotes
 from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
-from lm_eval_deepen.engine.steps import FusionNotes
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.harness.distributed import Ranks

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.member.kv import ColumnCache
-from lm_eval_deepen.member.tree import common_prefix, pad
+from lm_eval_deepen.member.tree import Forward, ForwardInFull, common_prefix, pad
 from lm_eval_deepen.member.walk import Prefilled
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 
 Reads = Sequence[Sequence[int]]  # per row, lengths of its sequence after which a state is read, ascending
 
@@ -24,7 +20,7 @@ class RowCache:
     A rollback is free: columns behind a row's end are not seen, and written again.
     """
 
-    def __init__(self, runner: TreeRunner) -> None:
+    def __init__(self, runner: Forward) -> None:
         """Start without rows."""
         self.runner = runner
         self.kv = ColumnCache()
@@ -94,7 +90,7 @@ class RowCache:
 class RecomputedRows:
     """The same interface without a cache, for models whose cache cannot be rolled back."""
 
-    def __init__(self, runner: PlainRunner) -> None:
+    def __init__(self, runner: ForwardInFull) -> None:
         """Keep nothing between steps."""
         self.runner = runner
 

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Forward(Protocol):
+    """Forwards packed tokens of one model under a mask; what walks and caches ask of a `TreeRunner`."""
+
+    forwarded: int
+
+    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Any = None) -> Tensor:
+        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
+        ...
+
+
+class ForwardInFull(Protocol):
+    """Forwards whole sequences; what walks and rows without a cache ask of a `PlainRunner`."""
+
+    def states_at(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Return the state after the last token of every sequence [n, ...]."""
+        ...
 
 
 class TokenTree:

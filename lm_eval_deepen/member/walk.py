@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.member.kv import ColumnCache, LayerKV
-from lm_eval_deepen.member.tree import TokenTree
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.tree import Forward, ForwardInFull, TokenTree
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class TreeWalker:
     Paths that begin like the last one of the call before continue from there.
     """
 
-    def __init__(self, runner: TreeRunner, nodes: int) -> None:
+    def __init__(self, runner: Forward, nodes: int) -> None:
         """Walk with `runner` in chunks of at most `nodes` tokens."""
         self.runner, self.nodes = runner, nodes
         self.kv = ColumnCache()
@@ -154,7 +150,7 @@ def _chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
 class PlainWalker:
     """The same interface for models whose cache cannot be shared: every longest path is forwarded in full."""
 
-    def __init__(self, runner: PlainRunner) -> None:
+    def __init__(self, runner: ForwardInFull) -> None:
         """Walk with `runner`."""
         self.runner = runner
 

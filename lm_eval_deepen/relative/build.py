@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_deepen.errors import ConfigError, MatrixError, did_you_mean
-from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, Shift, get_normalization, unit_rows
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError, one_line
-from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.storage import write_tensors
 
 FORMAT = "lm-eval-deepen-matrix-1"

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+from lm_eval_deepen.relative.operators import RelativeMatrix
 
 SAMPLE = 512  # rows looked at
 

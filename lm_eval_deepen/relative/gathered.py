@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.matrix import Operator
+from lm_eval_deepen.relative.operators import Operator
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:

@@ -10,62 +10,15 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.relative.gathered import Entries
+from lm_eval_deepen.relative.operators import Operator
 
 _ROW_SUM_TOLERANCE = 1e-6
 _CHUNK_ROWS = 4096  # vocabulary rows per step where no CSR kernel exists; 4096 x 64 floats stay in cache
-
-
-class Operator(Protocol):
-    """R restricted to K rows per distribution: project [B, K] -> [B, A], back [B, A] -> [B, K].
-
-    After `share_columns`, A stands for the columns that are left; ``num_anchors`` is always that of R.
-    """
-
-    @property
-    def num_anchors(self) -> int:
-        """Return A."""
-        ...
-
-    def project(self, p: Tensor) -> Tensor:
-        """Return p R, [B, A]."""
-        ...
-
-    def back(self, q: Tensor) -> Tensor:
-        """Return R q, [B, K]."""
-        ...
-
-
-class RelativeMatrix(Protocol):
-    """The interface both matrices share; ``dropped_mass`` [V] is zero for a dense one."""
-
-    dropped_mass: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (V, A)."""
-        ...
-
-    def full(self) -> Operator:
-        """Return the operator of all V rows, K = V."""
-        ...
-
-    def at(self, ids: Tensor) -> Operator:
-        """Return the operator of the rows ids [B, K] of each distribution."""
-        ...
-
-    def at_bytes(self, width: int) -> int:
-        """Return the bytes that ``at`` of one distribution with `width` ids occupies."""
-        ...
-
-    def to(self, device: torch.device | str) -> RelativeMatrix:
-        """Return the same matrix on `device`."""
-        ...
 
 
 def _unit_sum(rows: Tensor) -> Tensor:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.member_view import MemberView
 from lm_eval_deepen.vocabulary.anchors import AnchorSet
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.fusion.base import MemberView
 
 
 @dataclass(frozen=True)

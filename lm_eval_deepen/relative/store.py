@@ -7,19 +7,17 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from lm_eval_deepen.errors import MatrixError, StorageError
 from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, duplicates_apart
 from lm_eval_deepen.relative.files import FORMAT, MatrixInfo, describe, identity_hash, read_matrix, write_matrix
-from lm_eval_deepen.relative.matrix import RelativeMatrix
+from lm_eval_deepen.relative.member_view import MemberView
+from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
 from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.fusion.base import MemberView
 
 __all__ = ["MatrixInfo", "MatrixStore", "default_folder", "describe"]
 

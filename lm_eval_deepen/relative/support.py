@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.gathered import look_up
-from lm_eval_deepen.relative.matrix import OneHotOperator, RelativeMatrix
+from lm_eval_deepen.relative.matrix import OneHotOperator
+from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.topk import NEG_INF, scan
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.relative.matrix import Operator
+from lm_eval_deepen.relative.operators import Operator
 from lm_eval_deepen.solvers.base import solver
 from lm_eval_deepen.solvers.residual import Inverted, inverted
 

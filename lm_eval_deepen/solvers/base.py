@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lm_eval_deepen.config.registry import Registry
-from lm_eval_deepen.relative.matrix import Operator
+from lm_eval_deepen.relative.operators import Operator
 from lm_eval_deepen.solvers.residual import Inverted
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.relative.matrix import Operator
+from lm_eval_deepen.relative.operators import Operator
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
 
 from lm_eval_deepen.build import build, parse_build, read_build
 from lm_eval_deepen.build.architecture import IncompatibleError, check_alike
-from lm_eval_deepen.build.merge import METHODS
+from lm_eval_deepen.build.merge_config import METHODS
 from lm_eval_deepen.build.weights import weights_sha256
 from lm_eval_deepen.errors import ConfigError
 

@@ -11,8 +11,8 @@ from harness import deepen, requests
 
 from lm_eval_deepen.engine.covers import NOTHING
 from lm_eval_deepen.engine.drafts import drafter
-from lm_eval_deepen.engine.following import path_of
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job, path_of
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.errors import ConfigError

@@ -10,7 +10,8 @@ import pytest
 import torch
 from harness import deepen, requests
 
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.engine.windows import rolling_spans

@@ -11,7 +11,8 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score, score_together
 

@@ -10,7 +10,8 @@ import pytest
 from harness import deepen, hf, requests
 
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import score
 

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from lm_eval_deepen.engine.drafts import drafter
-from lm_eval_deepen.engine.generation import BatchRow, Generation, Job, append, generate
+from lm_eval_deepen.engine.following import BatchRow, Generation, Job
+from lm_eval_deepen.engine.generation import append, generate
 from lm_eval_deepen.engine.prompts import Prompter
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "1 2 3 1 2 3 1"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.generation import BatchRow, Generation, Job, append, generate
+from lm_eval_deepen.engine.following import BatchRow, Generation, Job
+from lm_eval_deepen.engine.generation import append, generate
 from lm_eval_deepen.engine.prompts import Prompter
 
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]

@@ -14,7 +14,8 @@ from harness import STATIC, requests
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.drafts import drafter
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.engine.self_check import examine

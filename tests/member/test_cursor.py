@@ -8,8 +8,7 @@ import pytest
 from harness import deepen, requests
 from pico import CORPUS, FOREIGN
 
-from lm_eval_deepen.engine.following import GrowingPaths, path_of
-from lm_eval_deepen.engine.generation import Job
+from lm_eval_deepen.engine.following import GrowingPaths, Job, path_of
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.text import TextCodec
 from lm_eval_deepen.member.tree import TokenTree

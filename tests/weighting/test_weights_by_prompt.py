@@ -9,7 +9,8 @@ import pytest
 import torch
 from harness import deepen
 
-from lm_eval_deepen.engine.generation import Job, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score, score_together
 from lm_eval_deepen.harness.model import configure

@@ -1,0 +1,238 @@
+"""The configuration of a merge, checked where mergekit is silent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_eval_deepen.config.keys import to_number
+from lm_eval_deepen.errors import ConfigError, did_you_mean
+
+KEYS = (
+    "merge_method models slices modules base_model parameters dtype out_dtype tokenizer tokenizer_source chat_template"
+).split()
+# Parameters of the methods that are offered by name; whatever else mergekit has is checked against its own list.
+SWITCHES = frozenset({"normalize", "rescale", "int8_mask"})
+_WORDS = ("true", "false", "yes", "no", "on", "off")
+_TASK = frozenset("weight density normalize rescale lambda int8_mask".split())
+METHODS: Mapping[str, frozenset[str]] = {
+    "linear": frozenset({"weight", "normalize"}),
+    "slerp": frozenset({"t"}),
+    "task_arithmetic": _TASK,
+    "ties": _TASK,
+    "dare_ties": _TASK,
+    "dare_linear": _TASK,
+}
+_DROPPING = ("dare_", "della")  # drop entries at random, and nothing at mergekit's default density of 1
+_INSTALL = "pip install 'lm_eval_deepen[merge]' (mergekit>=0.1.5,<0.2, which needs transformers 5)"
+
+
+def check(content: Mapping[str, Any], source: str) -> None:
+    """Refuse a configuration that mergekit would take for something else than what it says; nothing is loaded.
+
+    Args:
+        content: the configuration.
+        source: where it stands, for messages.
+
+    Raises:
+        ConfigError: an unknown key, method or parameter; a base model or density that is missing.
+    """
+    where = f"{source}: "
+    for key in content:
+        if key not in KEYS:
+            near = did_you_mean(str(key), KEYS)
+            raise ConfigError(f"{where}unknown key {key!r}.{near} mergekit has: {', '.join(KEYS)}")
+    _refuse_endless(content, where)
+    given = [key for key in ("models", "slices", "modules") if content.get(key)]
+    if len(given) != 1:
+        raise ConfigError(f"{where}give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
+    method = str(content["merge_method"])
+    known = METHODS if method in METHODS else _all_methods(where)
+    if method not in known:
+        near = did_you_mean(method, known)
+        raise ConfigError(f"{where}merge_method {method!r} is unknown.{near} Methods: {', '.join(known)}")
+    for parameters, at in _settings(content):
+        for key in parameters:
+            if key not in known[method]:  # mergekit ignores it
+                near = did_you_mean(str(key), known[method])
+                raise ConfigError(
+                    f"{where}{at}: parameter {key!r} is none of {method}'s.{near} It takes: "
+                    f"{', '.join(sorted(known[method])) or 'none'}"
+                )
+    if "models" in given:
+        _check_models(content, method, where)
+    if method.startswith(_DROPPING):
+        _check_density(content, method, where)
+    for parameters, at in _settings(content):
+        for key, value in parameters.items():
+            _check_value(value, f"{where}{at}: {key}", switch=key in SWITCHES, typed=method in METHODS)
+
+
+def _check_value(value: Any, where: str, switch: bool, typed: bool) -> None:
+    """Refuse what mergekit would take for a number: NaN makes a model of NaN, and true is 1 to it.
+
+    Args:
+        value: a number, a gradient over layers, or values by filter.
+        where: the recipe, and its key.
+        switch: whether it is true or false.
+        typed: whether all values are numbers or switches, since the method is one of `METHODS`.
+
+    Raises:
+        ConfigError: what is neither.
+    """
+    if isinstance(value, list) and value:
+        for inner in value:
+            _check_value(inner, where, switch, typed)
+    elif isinstance(value, Mapping) and "value" in value and set(value) <= {"value", "filter"}:
+        _check_value(value["value"], where, switch, typed)
+    elif switch and not (isinstance(value, bool) or value in (0, 1) or str(value).strip().lower() in _WORDS):
+        raise ConfigError(f"{where} must be true or false; got {value!r}")
+    elif not switch and to_number(value) is None and (typed or isinstance(value, (float, bool))):
+        raise ConfigError(
+            f"{where} must be a finite number, a list of numbers (over layers), or a list of mappings with filter and "
+            f"value; got {value!r}"
+        )
+
+
+def _refuse_endless(value: Any, where: str, at: str = "") -> None:
+    """Raise ConfigError for NaN or an infinite number anywhere in a configuration."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        _refuse_endless(inner, where, f"{at}[{key}]" if isinstance(value, list) else f"{at}.{key}".lstrip("."))
+    if isinstance(value, float) and to_number(value) is None:
+        raise ConfigError(f"{where}{at} must be a finite number; got {value!r}")
+
+
+def _all_methods(where: str) -> dict[str, frozenset[str]]:
+    """Return every method that mergekit has, with its parameters."""
+    require(where)
+    from mergekit.merge_methods.registry import registered_methods
+
+    return {
+        method.spec.name: frozenset(parameter.name for parameter in method.spec.parameters)
+        for method in registered_methods()
+    }
+
+
+def require(where: str) -> None:
+    """Raise ConfigError, with the command that installs it, where mergekit is missing."""
+    try:
+        import mergekit  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{where}merging needs mergekit, which is not installed: {_INSTALL}") from error
+
+
+def _settings(value: Any, at: str = "") -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield every mapping of parameters, and where it stands."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            path = f"{at}.{key}" if at else str(key)
+            if key == "parameters" and isinstance(inner, Mapping):
+                yield inner, path
+            else:
+                yield from _settings(inner, path)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _settings(inner, f"{at}[{i}]")
+
+
+def _check_models(content: Mapping[str, Any], method: str, where: str) -> None:
+    """Check which models a method needs."""
+    listed = content["models"]
+    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) and entry.get("model") for entry in listed):
+        raise ConfigError(f"{where}models must be a list of mappings with model and parameters; got {listed!r}")
+    base, names = content.get("base_model"), [entry["model"] for entry in listed]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ConfigError(f"{where}model {twice[0]!r} is listed twice; list it once, with more weight")
+    if method in METHODS and method != "linear" and not base:
+        what = "the model that it starts from" if method == "slerp" else "the model that the others were trained from"
+        raise ConfigError(f"{where}{method} needs base_model, {what}; got none")
+    if method == "slerp" and len({*map(str, names), str(base)}) != 2:
+        raise ConfigError(
+            f"{where}slerp merges two models, base_model and one other; got {base} and {', '.join(map(str, names))}"
+        )
+    if len(listed) < 2 and not base:
+        raise ConfigError(f"{where}one model alone is no merge; list two or more under models")
+
+
+def _check_density(content: Mapping[str, Any], method: str, where: str) -> None:
+    """Refuse a merge that drops nothing; warn where it is scaled twice."""
+    densities = list(_densities(content))
+    if not densities:
+        raise ConfigError(f"{where}{method} merges differences to base_model, and no other model is listed; list one")
+    for model, density in densities:
+        reached = _reached(density)
+        values = list(_numbers(reached))
+        if None in reached or not all(0 < value <= 1 for value in values) or min(values) >= 1:
+            got = "none, which is 1 to mergekit" if density is None else repr(density)
+            raise ConfigError(
+                f"{where}{method} drops differences at random, and needs a density above 0 and below 1: the share that "
+                f"is kept; got {got} for {model}. With 1 nothing is dropped, and it is task arithmetic. Give density, "
+                "as 0.5, under the model's parameters; after values with a filter, one without"
+            )
+    for parameters, at in _settings(content):
+        if any(_true(value) for value in _leaves(parameters.get("normalize"))):
+            warnings.warn(
+                f"{where}{at}: normalize: true with {method} divides by the weights of what was kept, on top of the "
+                "rescaling that stands for what was dropped: the published method has normalize: false",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _densities(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the density of every model but the base, as it is given; None where it is not."""
+    overall = content.get("parameters") or {}
+    groups = [(part.get("base_model"), part.get("sources"), part) for part in content.get("slices") or ()]
+    groups += [(None, content.get("models"), {})]
+    for module in (content.get("modules") or {}).values():
+        groups += [(part.get("base_model"), part.get("sources"), part) for part in module.get("slices") or ()]
+        groups += [(None, module.get("models"), module)]
+    for base, entries, part in groups:
+        for entry in entries or ():
+            if entry.get("model") == (base or content.get("base_model")):
+                continue  # has no difference to itself
+            scopes = [entry.get("parameters"), part.get("parameters"), overall]
+            found = [scope["density"] for scope in scopes if scope and scope.get("density") is not None]
+            yield str(entry.get("model")), found[0] if found else None
+
+
+def _reached(setting: Any) -> list[Any]:
+    """Return the values that tensors get, None being mergekit's default; the first filter that fits counts."""
+    entries = setting if isinstance(setting, list) else [setting]
+    if not entries or setting is None:
+        return [None]
+    if not any(isinstance(entry, Mapping) for entry in entries):
+        return list(entries)  # one value, or a gradient over layers
+    found: list[Any] = []
+    for entry in entries:
+        within = entry.get("value") if isinstance(entry, Mapping) else entry
+        found += _reached(within)
+        if not isinstance(entry, Mapping) or entry.get("filter") in (None, "*"):
+            return found
+    return [*found, None]
+
+
+def _true(value: Any) -> bool:
+    """Tell whether mergekit takes a value for true."""
+    return value is True or value == 1 or str(value).strip().lower() in ("true", "yes", "on", "t", "y")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values of a setting: a scalar, a gradient over layers, or values by filter."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, Mapping):
+        yield from _leaves(value.get("value"))
+    else:
+        yield value
+
+
+def _numbers(values: Sequence[Any]) -> Iterator[float]:
+    for value in values:
+        try:
+            yield float(value)
+        except (TypeError, ValueError):
+            yield float("nan")  # no density at all: refused with the rest
