@@ -138,8 +138,8 @@ class EnsembleConfig(Settings):
 
     @property
     def fuses_steps(self) -> bool:
-        """Whether the method is used: there is no pooling, or the fused ensemble takes part in it."""
-        return self.pooling_options is None or bool(getattr(self.pooling_options, "with_fused", False))
+        """Whether the method is used: there is no pooling, or it needs the fused ensemble."""
+        return self.pooling_options is None or bool(self.pooling_options.uses_fused)
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""

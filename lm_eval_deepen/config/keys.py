@@ -117,6 +117,11 @@ class Options(Keys):
         """Return whether a method reads covers unless told otherwise, under the options that are given."""
         return False
 
+    @property
+    def uses_fused(self) -> bool:
+        """Whether a pooling needs the step-fused ensemble, to answer beside the members or to score their answers."""
+        return bool(getattr(self, "with_fused", False) or getattr(self, "SCORES_TEXTS", False))
+
     @classmethod
     def learns(cls, given: Mapping[str, Any]) -> bool:
         """Return whether a method's weights learn from the text unless told otherwise, under the options given."""

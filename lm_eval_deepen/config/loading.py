@@ -130,7 +130,7 @@ def _not_an_option(key: str, kind: str, having: Sequence[str], chosen: type[Opti
 
 def _check_use(keys: Mapping[str, Any], method: Options | None, pooling: Options | None) -> None:
     """Refuse keys about fusing steps beside a pooling that leaves the fused ensemble out."""
-    if pooling is None or method is None or getattr(pooling, "with_fused", False):
+    if pooling is None or method is None or pooling.uses_fused:
         return
     remedy = "give with_fused=true to let the fused ensemble answer too, or " if hasattr(pooling, "with_fused") else ""
     for key in ("method", "compat", *method.names()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from lm_eval_deepen.harness.requests import Answers, RequestHandler
 from lm_eval_deepen.harness.unanswered import SetAside
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
-from lm_eval_deepen.pooling.base import Scored, check_request, fused_takes_part
+from lm_eval_deepen.pooling.base import Candidate, Scored, check_request, fused_takes_part, scores_texts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -39,7 +40,7 @@ class Pool:
 
         Args:
             config: the ensemble's, with ``pooling``.
-            fused: the step-fused ensemble, which answers too where the method wants it.
+            fused: the step-fused ensemble, which answers too, or scores answers, where the method wants it.
             members: the loaded members.
             around: builds a model around loaded members.
         """
@@ -49,7 +50,7 @@ class Pool:
         self.answerers = [around(own, [member]) for own, member in zip(alone(config), members, strict=True)]
         self.members = list(members)
         self.fallback = config.chat_fallback
-        self.counters = fused.ensemble.counters
+        self.fused, self.counters = fused, fused.ensemble.counters
         if fused_takes_part(self.method):
             self.answerers.append(fused)
 
@@ -66,18 +67,41 @@ class Pool:
             for m, model in enumerate(self.answerers):
                 found: dict[int, Any] = dict(model.answers(kind, self._own(m, part)))
                 columns.append([found[index] for index in range(len(part))])
+            if scores_texts(self.method):
+                columns = self._scored(part, columns)
             for index, answers in enumerate(zip(*columns, strict=True)):
                 yield start + index, self._combine(kind, answers)
 
     def check_kind(self, kind: str) -> None:
         """Raise RequestError where the method does not combine answers to a type of request."""
         check_request(self.name, self.method, kind)
+        if scores_texts(self.method):
+            self.fused.check_kind("loglikelihood")
 
     def prepare(self, kind: str, request: Instance) -> Any:
         """Return a `SetAside` where the members, each by itself, leave nothing to combine for a request."""
         own = (self._own(m, [request])[0] for m in range(len(self.answerers)))
         made = [model.prepare(kind, mine) for model, mine in zip(self.answerers, own, strict=True)]
         return self._refused(kind, made)
+
+    def _scored(self, requests: Sequence[Instance], columns: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Return the answerers' texts with what the fused ensemble gives them; equal texts are scored once."""
+        texts = dict.fromkeys(
+            (n, text) for own in columns for n, text in enumerate(own) if isinstance(text, str) and text
+        )
+        asked = [
+            replace(requests[n], request_type="loglikelihood", arguments=(requests[n].args[0], text))
+            for n, text in texts
+        ]
+        found = dict(self.fused.answers("loglikelihood", asked))
+        logp = {place: -math.inf if isinstance(found[at], SetAside) else found[at][0] for at, place in enumerate(texts)}
+        return [
+            [
+                Candidate(text, logp.get((n, text), -math.inf)) if isinstance(text, str) else text
+                for n, text in enumerate(own)
+            ]
+            for own in columns
+        ]
 
     def _refused(self, kind: str, answers: Sequence[Any]) -> SetAside | None:
         """Return why there is no combined answer, None where there is one.

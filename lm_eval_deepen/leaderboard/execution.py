@@ -31,7 +31,7 @@ from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.configuration import is_encoder_decoder
-from lm_eval_deepen.pooling.base import check_request
+from lm_eval_deepen.pooling.base import check_request, fused_takes_part
 from lm_eval_deepen.storage import locked
 
 Key = tuple[str, str]  # row, task
@@ -258,7 +258,7 @@ class Execution:
     def _pool(self, row: Row, model: RowModel) -> None:
         """Let a pooled row take the answers of the members' own rows, and of the step-fused row it contains."""
         sources: list[RowModel] = [self.alone[name] for name in row.members]
-        if row.config.fuses_steps:
+        if fused_takes_part(row.config.pooling_options):
             sources.append(self.by_fingerprint.get(_steps(row).fingerprint(), model))
         model.pool_from(sources)
 

@@ -25,6 +25,7 @@ from lm_eval_deepen.harness.requests import RequestHandler, share_passes
 from lm_eval_deepen.member import Member, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer
+from lm_eval_deepen.pooling.base import scores_texts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -119,8 +120,11 @@ class RowModel(DeepenLM):
 
     @property
     def answerers(self) -> list[RowModel]:
-        """The models whose answers this row gives: itself, or those that it pools."""
-        return [self] if self.pool is None else [model for model in self.pool.answerers if isinstance(model, RowModel)]
+        """The models whose answers this row gives: itself, or those that it pools, and itself where it scores them."""
+        if self.pool is None:
+            return [self]
+        found = [*self.pool.answerers, *([self] if scores_texts(self.pool.method) else [])]
+        return [model for model in found if isinstance(model, RowModel)]
 
     def begin(self, task: str) -> None:
         """Take up a task: what is counted from here on is of this one."""

@@ -7,9 +7,11 @@ uses one so::
     answers = [answer of each member, as an ensemble of that member alone gives it]
     if fused_takes_part(method):                       # deepen + vote, deepen + mbr
         answers.append(answer of the step-fused ensemble)
+    if scores_texts(method):                           # the step-fused ensemble scores them
+        answers = [Candidate(text, logp) of each]
     pooled = method.combine(answers, weights)          # weights: the members' [M], also where M + 1 answer
 
-With a method that leaves the fused ensemble out, no fuser is built and no relative matrix is needed.
+With a method that leaves the fused ensemble out of both, no fuser is built and no relative matrix is needed.
 """
 
 from __future__ import annotations
@@ -36,6 +38,20 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """An answer to a generate_until request, for a method with ``SCORES_TEXTS``.
+
+    Attributes:
+        text: as the answerer gives it.
+        logp: natural log-probability that the step-fused ensemble gives it after the request's prompt; minus infinity
+            where it gives none.
+    """
+
+    text: str
+    logp: float
+
+
+@dataclass(frozen=True)
 class Pooled:
     """What the ensemble answers.
 
@@ -51,7 +67,8 @@ class Pooled:
 class PoolingMethod(Protocol):
     """The options of a method: a class that derives from `lm_eval_deepen.config.Options`, with a ``combine``.
 
-    A field ``with_fused: bool`` says whether the step-fused ensemble answers as well.
+    A field ``with_fused: bool`` says whether the step-fused ensemble answers as well, and a class variable
+    ``SCORES_TEXTS: bool`` whether it scores the answers.
 
     Attributes:
         REQUESTS: the request types whose answers it combines.
@@ -63,8 +80,8 @@ class PoolingMethod(Protocol):
         """Combine the answers to one request.
 
         Args:
-            answers: a `Scored` each, or a text each: one per member, the main member's first; the fused ensemble's
-                last, where it takes part.
+            answers: a `Scored` each, or a text each (a `Candidate`, where the method wants its score): one per
+                member, the main member's first; the fused ensemble's last, where it takes part.
             weights: the members' weights, which sum to 1.
         """
         ...
@@ -77,6 +94,11 @@ pooling = POOLINGS.register
 def fused_takes_part(method: PoolingMethod) -> bool:
     """Return whether the step-fused ensemble answers beside the members."""
     return bool(getattr(method, "with_fused", False))
+
+
+def scores_texts(method: PoolingMethod) -> bool:
+    """Return whether the step-fused ensemble scores the answers."""
+    return bool(getattr(method, "SCORES_TEXTS", False))
 
 
 def check_request(name: str, method: PoolingMethod, request: str) -> None:

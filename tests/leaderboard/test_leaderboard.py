@@ -382,7 +382,7 @@ def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch
     """Nothing is generated twice, and the answers are those of a model that generates everything itself."""
     grid = {
         "orders": ["A+B", "B+A"],
-        "poolings": ["none", "logp-mean", "vote", {"pooling": "mbr", "with_fused": True}],
+        "poolings": ["none", "logp-mean", "vote", {"pooling": "mbr", "with_fused": True}, "rerank"],
         "weightings": ["none"],
     }  # a pooled ensemble is static
     static = {"matrix_dir": str(tmp_path / "matrices"), "covers": "off"}
@@ -395,8 +395,9 @@ def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch
     fused = next(name for name in (row.name for row in todo.recipe.rows) if name == "A+B")
     expected = pair + costs[fused, "conf_answer"].tokens
     assert costs["A+B mbr(with_fused=True)", "conf_answer"].tokens == expected
+    assert costs["A+B rerank", "conf_answer"].tokens > pair  # the members' texts, and their scores by the ensemble
     for row in todo.recipe.rows:
-        if row.config.pooling not in ("vote", "mbr"):
+        if row.config.pooling not in ("vote", "mbr", "rerank"):
             continue
         model = DeepenLM(**row.config.to_dict(), device="cpu")
         own = lm_eval.simple_evaluate(

@@ -57,6 +57,25 @@ def test_the_fused_ensemble_can_vote_as_well(pico, tmp_path):
     assert model.get_model_info()["deepen"]["steps_fused"] > 0
 
 
+@pytest.mark.parametrize("method", ["deepen", "mixture"])
+def test_reranking_gives_the_text_that_the_fused_ensemble_finds_likeliest(pico, members, tmp_path, method):
+    pair, asked = [pico["bytelevel"], pico["metaspace"]], generation(*TEXTS)
+    model = deepen(*pair, matrix_dir=str(tmp_path), pooling="rerank", method=method)
+    fused = deepen(*pair, matrix_dir=str(tmp_path), method=method)
+    own = [member.generate_until(asked, disable_tqdm=True) for member in members[:2]]
+    expected = []
+    for context, *texts in zip(TEXTS, *own, strict=True):
+        scored = fused.loglikelihood(requests("loglikelihood", *((context, text) for text in texts if text)))
+        scores = iter(value for value, _ in scored)
+        by_text = [next(scores) / len(text.encode()) if text else float("-inf") for text in texts]
+        expected.append(texts[by_text.index(max(by_text))])
+    assert model.generate_until(asked) == expected and own[0] != own[1]
+    told = model.get_model_info()["deepen"]
+    assert told["pooled"]["requests"] == len(TEXTS) and told["method"] == method
+    with pytest.raises(RequestError, match="pooling=rerank combines answers to generate_until"):
+        model.loglikelihood(requests("loglikelihood", *PAIRS))
+
+
 def test_requests_that_a_method_cannot_combine_are_refused(pico):
     model = deepen(pico["bytelevel"], pico["metaspace"], pooling="vote")
     with pytest.raises(RequestError, match="pooling=vote combines answers to generate_until"):

@@ -9,9 +9,10 @@ from dropped_in import dropped_in
 
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.pooling import POOLINGS
-from lm_eval_deepen.pooling.base import Scored, check_request, fused_takes_part
+from lm_eval_deepen.pooling.base import Candidate, Pooled, Scored, check_request, fused_takes_part, scores_texts
 from lm_eval_deepen.pooling.logp_mean import LogpMean
 from lm_eval_deepen.pooling.mbr import Mbr, chrf, word_f1
+from lm_eval_deepen.pooling.rerank import Rerank
 from lm_eval_deepen.pooling.vote import Vote
 
 NAMES = sorted(POOLINGS)
@@ -26,7 +27,8 @@ def method(request):
 
 def answers_for(method) -> list:
     if "generate_until" in method.REQUESTS:
-        return ["a b c", "a b d", "a b c"]
+        texts = ["a b c", "a b d", "a b c"]
+        return [Candidate(text, -1.0) for text in texts] if scores_texts(method) else texts
     return [Scored(-1.0, True), Scored(-3.0, False), Scored(-2.0, True)]
 
 
@@ -40,7 +42,7 @@ def test_they_are_options_with_a_source_and_a_meaning_for_each(method) -> None:
 def test_equal_answers_are_the_answer(method) -> None:
     one = answers_for(method)[0]
     pooled = method.combine([one] * 3, [0.2, 0.5, 0.3])
-    assert pooled.answer == one or pooled.answer.logp == pytest.approx(one.logp)
+    assert pooled.answer == getattr(one, "text", one) or pooled.answer.logp == pytest.approx(one.logp)
     assert all(math.isfinite(value) for value in pooled.stats.values())
 
 
@@ -49,7 +51,7 @@ def test_all_weight_on_one_member_is_that_member(method) -> None:
     for n in range(3):
         weights = [float(m == n) for m in range(3)]
         got = method.combine(answers, weights).answer
-        assert got == answers[n] or got.logp == pytest.approx(answers[n].logp)
+        assert got == getattr(answers[n], "text", answers[n]) or got.logp == pytest.approx(answers[n].logp)
 
 
 def test_other_request_types_are_refused(method) -> None:
@@ -165,6 +167,19 @@ def test_mbr_of_two_equal_members_is_a_tie_that_the_fused_answer_breaks() -> Non
     assert Mbr(utility="f1", with_fused=True).combine([*texts, "cats hit"], [0.5, 0.5]).answer == "cats hit"
     with pytest.raises(ConfigError, match="utility must be 'chrf' or 'f1'; got 'bleu'"):
         Mbr(utility="bleu")
+
+
+# ---- rerank
+
+
+def test_rerank_takes_the_likeliest_text_by_its_length() -> None:
+    answers = [Candidate("a long text", -9.0), Candidate("short", -6.0), Candidate("", 0.0)]
+    assert Rerank().combine(answers, EQUAL).answer == "a long text"  # 0.82 nats a byte, and 1.2
+    assert Rerank(score_per="text").combine(answers, EQUAL).answer == "short"
+    assert Rerank().combine(answers, [0.0, 0.5, 0.5]) == Pooled("short", {"winner": 1.0, "unscored": 1.0})
+    equal = [Candidate("x", -math.inf), Candidate("é", -2.0), Candidate("ab", -2.0)]  # bytes, not characters
+    assert Rerank().combine(equal, EQUAL).answer == "é"
+    assert Rerank().combine([Candidate("", 0.0), Candidate("x", -math.inf)], [0.5, 0.5]).answer == ""
 
 
 def test_a_new_file_is_a_new_method(tmp_path) -> None:
