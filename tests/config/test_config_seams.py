@@ -111,7 +111,11 @@ def test_a_pooling_method_and_its_options() -> None:
 
 
 def test_unknown_pooling_methods_and_options() -> None:
-    refuse("pooling 'votes' is unknown. Did you mean 'vote'.? Poolings: logp-mean, mbr, vote", PAIR, pooling="votes")
+    refuse(
+        "pooling 'votes' is unknown. Did you mean 'vote'.? Poolings: logp-mean, mbr, rerank, vote",
+        PAIR,
+        pooling="votes",
+    )
     refuse("utility is an option of pooling mbr, not of 'vote', which has: ", PAIR, pooling="vote", utility="f1")
     refuse("with_fused is an option of pooling mbr and vote, and no pooling is given", PAIR, with_fused=True)
     other = "with_fused is an option of pooling mbr and vote, not of 'logp-mean', which has: none"
@@ -129,6 +133,7 @@ def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
     )
     refuse("steps=3 is about fusing steps.*own answers; remove steps", PAIR, pooling="logp-mean", steps=3)
     refuse("compat='reference' is about fusing steps", PAIR, pooling="mbr", compat="reference")
+    assert parse(PAIR, pooling="rerank", method="gac").fuses_steps  # it scores the members' texts
     config = parse(PAIR, pooling="vote", with_fused=True, method="gac", threshold=0.5)
     assert (config.method, config.options.threshold) == ("gac", 0.5)
     refuse("weighting=confidence weighs fused steps, and pooling=vote", PAIR, pooling="vote", weighting="confidence")
@@ -196,5 +201,5 @@ def test_the_host_knows_all_of_them() -> None:
     from lm_eval_deepen.harness.model import configure
 
     assert configure({**PAIR, "weighting": "confidence", "method": "unite", "top_k": 5}).options.top_k == 5
-    with pytest.raises(ConfigError, match="Poolings: logp-mean, mbr, vote"):
+    with pytest.raises(ConfigError, match="Poolings: logp-mean, mbr, rerank, vote"):
         configure({**PAIR, "pooling": "none"})
