@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.cli.arguments import Names, add_device, count
 from lm_eval_deepen.cli.paths import data_folder
-from lm_eval_deepen.results.tables import DemoRow, read_cells, render
+from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.storage import make_folder, write_text
 
 HELP = (
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     for number, system in enumerate(plan, 1):
         print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
         rows.append(evaluate(system, args, task_manager))
-    print(f"\n{render(rows)}\n\n{READING}\nResult files: {args.output}")
+    print(f"\n{side_by_side(rows)}\n\n{READING}\nResult files: {args.output}")
     return 0
 
 
@@ -108,7 +108,16 @@ def _ensemble(label: str, folders: Sequence[Path]) -> System:
     return System(label, label, "deepen", model_args)
 
 
-def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> DemoRow:
+@dataclass(frozen=True)
+class Result:
+    """What one system reached: its scores by task and metric, and the wall time of its run."""
+
+    system: str
+    scores: Mapping[tuple[str, str], str]
+    seconds: float
+
+
+def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Result:
     """Evaluate one system with ``lm_eval.simple_evaluate`` and write its result file."""
     import torch
     from lm_eval import simple_evaluate
@@ -130,4 +139,34 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Dem
     gc.collect()  # the models of this system, before the next one is loaded
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     write_text(args.output / f"{system.slug}.json", text + "\n")
-    return DemoRow(system.label, read_cells(results), seconds)
+    return Result(system.label, scores(results), seconds)
+
+
+def scores(results: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Return every metric of the tasks (not groups) of one ``simple_evaluate`` result, as ``0.512 ± 0.050``.
+
+    Keys of the harness are ``metric,filter`` and ``metric_stderr,filter``; the filter ``none`` is not shown. An error
+    of 0 is not shown either: all items came out alike, which bounds nothing.
+    """
+    shown = {}
+    for task in results["configs"]:
+        values = results["results"][task]
+        for key, value in values.items():
+            metric, comma, flt = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = values.get(f"{metric}_stderr,{flt}")
+            error = f" ± {stderr:.3f}" if isinstance(stderr, (int, float)) and stderr else ""
+            shown[task, metric if flt == "none" else f"{metric} ({flt})"] = f"{value:.3f}{error}"
+    return shown
+
+
+def side_by_side(rows: Sequence[Result]) -> str:
+    """Return one line per system, one column per task and metric (``-``: not measured), the wall time last."""
+    columns = list(dict.fromkeys(column for row in rows for column in row.scores))
+    lines = [
+        ["", *(task for task, _ in columns), "wall"],
+        ["system", *(metric for _, metric in columns), "seconds"],
+        *([row.system, *(row.scores.get(column, "-") for column in columns), f"{row.seconds:.1f}"] for row in rows),
+    ]
+    return aligned(lines, heads=2)

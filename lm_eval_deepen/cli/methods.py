@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.results.tables import markdown_table
+
 if TYPE_CHECKING:
     from lm_eval_deepen.config import Keys, Registry
 
@@ -188,14 +190,10 @@ def markdown() -> str:
             parts.append(f"### {f'`{section.name}`' if named else section.name[0].upper() + section.name[1:]}\n")
         parts.append(f"{section.about}{source}\n")
         rows = [
-            f"| `{name}` | {_cell(facts['type'])} | {_cell(_default(facts).removeprefix('default '))} "
-            f"| {_cell(facts['about'])} |"
+            [f"`{name}`", facts["type"], _default(facts).removeprefix("default "), facts["about"]]
             for name, facts in section.options()
         ]
         if rows:
-            parts.append("\n".join(["| key | values | default | |", "|---|---|---|---|", *rows]) + "\n")
+            table = markdown_table([["key", "values", "default", "meaning"], *rows], left=4, code=True)
+            parts.append(f"{table}\n")
     return "\n".join(parts).rstrip()
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -15,7 +15,8 @@ from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard.published import AGREES, DISTANCE, PUBLISHED, Verdict, distance, verdict
 from lm_eval_deepen.leaderboard.table import Table
-from lm_eval_deepen.results import report
+from lm_eval_deepen.results.report import number
+from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 
 ENSEMBLE = "ensemble"  # the name of an ensemble recipe's row
 _ALIKE = ("batch_size", "chat_fallback")  # keys of an ensemble that its members alone need, too
@@ -129,12 +130,12 @@ def rendered(table: Table, stands_in: bool, markdown: bool = False) -> str:
         told.append("Miniature: other models and few documents, so that differences and verdicts mean nothing.")
     title = table.recipe.title
     if markdown:
-        return "\n\n".join([f"### {report.literal(title)}", report.markdown_table(lines), *told])
-    return "\n\n".join([report.printable(title), report.aligned(lines, left=2), "\n".join(told)])
+        return "\n\n".join([f"### {literal(title)}", markdown_table(lines), *told])
+    return "\n\n".join([printable(title), aligned(lines, left=2), "\n".join(told)])
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else report.number(value)
+    return "-" if value is None else number(value)
 
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from lm_eval_deepen.results.pairing import groups, measured_group, wanted_column
 from lm_eval_deepen.results.pairing import measure as paired
 from lm_eval_deepen.results.rows import compare
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
+from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 from lm_eval_deepen.storage import read_text, write_text
 
 BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
@@ -332,7 +332,7 @@ def listing(plan: Plan) -> str:
     if absent := [name for name in wanted if not builds.folder(name, plan.built).is_dir()]:
         told.insert(1, f"to build in {plan.built}: {', '.join(absent)}")
     reasons = dict.fromkeys(f"n/a: {reason}" for reason in plan.meaningless.values())
-    return "\n".join([report.aligned(lines), "", *told, *reasons])
+    return "\n".join([aligned(lines), "", *told, *reasons])
 
 
 def _is_missing(plan: Plan, row: str) -> bool:
@@ -415,29 +415,14 @@ def rendered(table: Table, fmt: str) -> str:
         whole = {"title": table.recipe.title, "provenance": dict(table.provenance), **data, "not_applicable": empty}
         return json.dumps(whole, indent=2, ensure_ascii=False)
     if fmt == "html":
-        before = [_html_summary(table), *map(_p, told)]
-        return html(table.rows, alpha, remarks(table), table.recipe.title, before, table.provenance)
+        return html(table.rows, alpha, remarks(table), table.recipe.title, table.provenance, summary(table), told)
     if fmt == "md":
-        title, lines = report.literal(table.recipe.title), "\n".join(map(report.literal, told))
-        parts = [f"### {title}", report.markdown_table(summary(table)), lines]
-        facts = "\n".join(f"- {name}: {report.literal(text)}" for name, text in table.provenance.items())
+        title, lines = literal(table.recipe.title), "\n".join(map(literal, told))
+        parts = [f"### {title}", markdown_table(summary(table)), lines]
+        facts = "\n".join(f"- {name}: {literal(text)}" for name, text in table.provenance.items())
         return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table)), "Where from:\n\n" + facts])
-    parts = [report.printable(table.recipe.title), report.aligned(summary(table)), "\n".join(told)]
+    parts = [printable(table.recipe.title), aligned(summary(table)), "\n".join(told)]
     return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
-
-
-def _p(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def _html_summary(table: Table) -> str:
-    top, *lines = summary(table)
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in top)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
-        for first, *rest in lines
-    )
-    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def check_markers(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.leaderboard.published import PER_CENT
+from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 if TYPE_CHECKING:
@@ -72,13 +73,7 @@ def _members(members: Sequence[Inspected]) -> str:
             f"{len(codec.vocab):,}" if codec else "unknown", f"{len(codec.vocab.ids_of):,}" if codec else "unknown",
             f"{context:,}" if context else "unknown", member.device,
         ))  # fmt: skip
-    return "\n".join(_columns(rows))
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return aligned(rows, left=len(rows[0]), rule=False)
 
 
 def _edges(report: Report) -> str:

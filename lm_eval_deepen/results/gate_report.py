@@ -6,16 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_deepen.results.regression import Decision, Details, GateRule, Pair
-from lm_eval_deepen.results.report import (
-    aligned,
-    literal,
-    markdown_table,
-    number,
-    printable,
-    probability,
-    signed,
-    signed_interval,
-)
+from lm_eval_deepen.results.report import number, probability, signed, signed_interval
+from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 
 Status = Literal["pass", "regressed", "too small", "not comparable"]
 _HEAD = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from xml.sax.saxutils import escape, quoteattr
 
 from lm_eval_deepen.results.gate_report import GateReport, Tested
-from lm_eval_deepen.results.report import number, printable, probability, signed
+from lm_eval_deepen.results.report import number, probability, signed
+from lm_eval_deepen.results.tables import printable
 
 SUITE = "lm-eval-deepen gate"
 

@@ -1,13 +1,13 @@
-"""Tables of measured and compared systems, as plain text, Markdown and JSON: pure functions of their rows."""
+"""Measured and compared systems as plain text, Markdown and JSON: pure functions of their rows."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lm_eval_deepen.results.rows import ScoreRow
+from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 
 _HEAD = (
     "system", "score [95 % interval]", "difference [95 % interval]", "p", "p (corrected)", "verdict", "agreement",
@@ -25,14 +25,6 @@ PICKED = (
     "comparisons with the others that could have been the reference, and the intervals are wider: 95 % of those shown "
     "contain the true difference. p alone does not allow for this."
 )
-
-_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
-_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_ENTITY = re.compile(r"&(?=#?\w+;)")
-_WHOLE_TAG = re.compile(r"<([A-Za-z/!?][^<>]*)>")
-_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # "<0.0001" begins none
-_LINK = re.compile(r"\]([(\[])")
-_MARKS = re.compile(r"[`*]|~(?=~)")
 
 
 def number(value: float) -> str:
@@ -160,41 +152,3 @@ def to_dict(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str] = ()) -
         entry["filter"] = entry.pop("flt")
         listed.append(entry)
     return {"alpha": alpha, "rows": listed, "notes": list(notes)}
-
-
-def aligned(table: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return the table in columns, the first `left` and words to the left; a rule below the headings."""
-    shown = [[printable(cell) for cell in line] for line in table]
-    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
-    lines = [
-        "  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]).rstrip()
-        for line in shown
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Return a text in one line, what would steer a terminal (or turn the text around) spelt out."""
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
-
-
-def literal(text: str, code: bool = False) -> str:
-    """Return what GitHub's Markdown shows as this text, whatever names of systems and tasks are made of.
-
-    Args:
-        text: any text; it becomes one line.
-        code: whether words between backticks are code, as in the sentences here.
-    """
-    shown = printable(text).replace("\\", "\\\\").replace("|", "\\|")
-    shown = _ENTITY.sub("&amp;", shown)
-    shown = _TAG.sub("&lt;", _WHOLE_TAG.sub(r"&lt;\1&gt;", shown))
-    shown = _LINK.sub(r"]\\\1", shown)
-    return shown if code else _MARKS.sub(r"\\\g<0>", shown)
-
-
-def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return the table as GitHub's Markdown, text to the left and numbers to the right."""
-    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(table[0]))) + "|")
-    return "\n".join(lines)

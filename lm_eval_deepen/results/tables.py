@@ -1,66 +1,63 @@
-"""Results of several runs side by side, as plain text."""
+"""Every table that a command prints: lines of cells as plain text or Markdown, whatever names are made of.
+
+On pages, the macro `table` of `templates/page.html.j2` draws the same lines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Sequence
+
+_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_WHOLE_TAG = re.compile(r"<([A-Za-z/!?][^<>]*)>")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # "<0.0001" begins none
+_LINK = re.compile(r"\]([(\[])")
+_MARKS = re.compile(r"[`*]|~(?=~)")
 
 
-@dataclass(frozen=True)
-class DemoCell:
-    """One measured value; ``stderr`` is one standard error, or None where the harness gives none."""
+def aligned(table: Sequence[Sequence[str]], left: int = 1, heads: int = 1, rule: bool = True) -> str:
+    """Return the table for a terminal, in columns.
 
-    value: float
-    stderr: float | None = None
-
-    def __str__(self) -> str:
-        """Return ``0.512 ± 0.050``; the value alone where all items came out alike, which bounds no error by 0."""
-        error = f" ± {self.stderr:.3f}" if self.stderr else ""
-        return f"{self.value:.3f}{error}"
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """One system: its cells by ``(task, metric)`` and the wall time of its run."""
-
-    system: str
-    cells: Mapping[tuple[str, str], DemoCell]
-    seconds: float
-
-
-def read_cells(results: Mapping[str, Any]) -> dict[tuple[str, str], DemoCell]:
-    """Return every metric of the tasks (not groups) of one ``simple_evaluate`` result.
-
-    Keys of the harness are ``metric,filter`` and ``metric_stderr,filter``; the filter ``none`` is not shown.
+    Args:
+        table: lines of cells, the headings first.
+        left: columns whose text stands at the left; it stands at the right in the others.
+        heads: lines of headings.
+        rule: whether a line is drawn below them.
     """
-    cells: dict[tuple[str, str], DemoCell] = {}
-    for task in results["configs"]:
-        scores = results["results"][task]
-        for key, value in scores.items():
-            metric, comma, flt = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            stderr = scores.get(f"{metric}_stderr,{flt}")
-            label = metric if flt == "none" else f"{metric} ({flt})"
-            cells[task, label] = DemoCell(value, stderr if isinstance(stderr, (int, float)) else None)
-    return cells
-
-
-def render(rows: Sequence[DemoRow]) -> str:
-    """Return the table: one line per system, one column per task and metric, the wall time last.
-
-    A system that was not measured on a column shows ``-`` there.
-    """
-    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
-    body = [
-        ["", *(task for task, _ in columns), "wall"],
-        ["system", *(metric for _, metric in columns), "seconds"],
+    shown = [[printable(cell) for cell in line] for line in table]
+    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
+    lines = [
+        "  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]).rstrip()
+        for line in shown
     ]
-    for row in rows:
-        values = [str(row.cells[column]) if column in row.cells else "-" for column in columns]
-        body.append([row.system, *values, f"{row.seconds:.1f}"])
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in body]
-    lines.insert(2, "-" * len(lines[1]))
-    return "\n".join(line.rstrip() for line in lines)
+    if rule:
+        lines.insert(heads, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def markdown_table(table: Sequence[Sequence[str]], left: int = 1, code: bool = False) -> str:
+    """Return the table as GitHub's Markdown; `left` as in `aligned`, `code` as in `literal`."""
+    lines = ["| " + " | ".join(literal(cell, code) for cell in line) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(table[0]))) + "|")
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return a text in one line, what would steer a terminal (or turn the text around) spelt out."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
+
+
+def literal(text: str, code: bool = False) -> str:
+    """Return what GitHub's Markdown shows as this text, whatever names of systems and tasks are made of.
+
+    Args:
+        text: any text; it becomes one line.
+        code: whether words between backticks are code, as in the sentences here.
+    """
+    shown = printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    shown = _ENTITY.sub("&amp;", shown)
+    shown = _TAG.sub("&lt;", _WHOLE_TAG.sub(r"&lt;\1&gt;", shown))
+    shown = _LINK.sub(r"]\\\1", shown)
+    return shown if code else _MARKS.sub(r"\\\g<0>", shown)

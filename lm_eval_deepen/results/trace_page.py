@@ -1,6 +1,7 @@
 """One self-contained page that shows traces: documents, the text by who decided each token, what every member said.
 
-The page is `trace_page.html.j2`; what it shows is JSON inside it, in which no ``<`` stands, so that no text can end it.
+The page is `templates/trace_page.html.j2`; what it shows is JSON inside it. No ``<`` stands in that, so that
+no text can end it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.results.files import find_runs, fingerprint
+from lm_eval_deepen.results.templates import render
 from lm_eval_deepen.results.traces import TraceFile, bytes_of, documents_of, find_traces, text_of
 
-TEMPLATE = "trace_page.html.j2"
 PROMPT = 3000  # characters of a prompt that are shown: its end
 ALL, NOBODY = -1, -2  # who would have chosen a token, beside the numbers of the members
 
@@ -73,8 +73,8 @@ def page(folder: Path, other: Path | None = None, limit: int | None = None) -> s
     if b is not None and a.name == b.name:
         a.name, b.name = str(folder), str(other)
     data = {"a": _data(a), "b": b and _data(b), "strings": list(strings.at)}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        "trace_page.html.j2",
         title=f"Trace of {a.name}" + (f" beside {b.name}" if b else ""),
         sides=[one for one in (a, b) if one],
         data=Markup(script_json(data)),

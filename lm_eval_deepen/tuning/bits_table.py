@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from lm_eval_deepen.results.statistics import CONFIDENCE, change_interval, level_of_each, rivals
+from lm_eval_deepen.results.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def table(lines: Sequence[Line], reference: Line, num_bytes: int, level: float =
     for line in lines:
         change = "" if line is reference else str(compare(line.bits, reference.bits, level))
         body.append([line.system, f"{float(line.bits.sum()) / num_bytes:.4f}", change, line.note])
-    widths = [max(len(row[i]) for row in body) for i in range(4)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in body)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    return aligned(body, left=4, rule=False)
 
 
 def facts(line: Line, reference: Line, num_bytes: int, level: float = CONFIDENCE) -> dict[str, Any]:

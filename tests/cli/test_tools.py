@@ -17,8 +17,6 @@ from lm_eval_deepen.build.demo_models import DEMO_MODELS, GEMMA3, SMOLLM2, DemoM
 from lm_eval_deepen.cli import demo, paths, run
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError, MemberError
-from lm_eval_deepen.results import tables as table
-from lm_eval_deepen.results.tables import DemoCell, DemoRow
 
 # Command line ------------------------------------------------------------------------------------------
 
@@ -127,18 +125,18 @@ RESULTS = {
 
 
 def test_cells_are_the_metrics_of_tasks_with_their_standard_error():
-    assert table.read_cells(RESULTS) == {
-        ("choice", "acc"): DemoCell(0.8125, 0.04),
-        ("short", "exact_match (first)"): DemoCell(1.0, None),
+    assert demo.scores(RESULTS) == {
+        ("choice", "acc"): "0.812 ± 0.040",
+        ("short", "exact_match (first)"): "1.000",
     }
 
 
 def test_table_aligns_columns_and_marks_what_was_not_measured():
     rows = [
-        DemoRow("A", {("choice", "acc"): DemoCell(0.5, 0.05), ("short", "em"): DemoCell(0.25)}, 3.21),
-        DemoRow("A+B", {("choice", "acc"): DemoCell(0.625, 0.125)}, 100.0),
+        demo.Result("A", {("choice", "acc"): "0.500 ± 0.050", ("short", "em"): "0.250"}, 3.21),
+        demo.Result("A+B", {("choice", "acc"): "0.625 ± 0.125"}, 100.0),
     ]
-    assert table.render(rows).splitlines() == [
+    assert demo.side_by_side(rows).splitlines() == [
         "               choice  short     wall",
         "system            acc     em  seconds",
         "-------------------------------------",

@@ -16,6 +16,7 @@ from lm_eval_deepen.results import Measured, corrected, report, rows_of
 from lm_eval_deepen.results.aggregation import mean_scores
 from lm_eval_deepen.results.chart import Point, chart
 from lm_eval_deepen.results.page import html
+from lm_eval_deepen.results.tables import printable
 
 
 def sample_rows():
@@ -205,7 +206,7 @@ def test_names_are_text_in_every_format(name):
         assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", found)
     table = [line for line in text.split("\n") if line.startswith("|")]
     assert {len(_cells(line)) for line in table} == {len(report.head(rows))}
-    assert _unescaped(_cells(table[2])[0]) == report.printable(name).strip()
+    assert _unescaped(_cells(table[2])[0]) == printable(name).strip()
     page = html(rows, 0.05, [name], title=name)
     checker = Checker()
     checker.feed(page)

@@ -195,10 +195,11 @@ def test_the_command_says_where_the_page_is(folders: tuple[Path, Path], tmp_path
 def test_colours_are_readable_in_light_and_dark(folders: tuple[Path, Path]) -> None:
     """The contrast of text on whatever it stands on is 4.5 at least, as WCAG 2 asks."""
     style = page(folders[0]).split("<style>")[1].split("</style>")[0]
-    themes = [
+    blocks = [
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
-    ]
-    assert len(themes) == 2 and themes[0].keys() == themes[1].keys()
+    ]  # of every page and of this one, each by day and by night
+    themes = [blocks[0] | blocks[2], blocks[1] | blocks[3]]
+    assert len(blocks) == 4 and themes[0].keys() == themes[1].keys()
     for theme in themes:
         for ground in ("paper", "raised", "all", "w0", "w1", "w2", "w3", "w4", "none"):
             assert contrast(theme["ink"], theme[ground]) >= 4.5, ground
