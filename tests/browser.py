@@ -26,10 +26,16 @@ def measured(page: str, width: int, expression: str, folder: Path) -> tuple[Any,
         f" document.title = JSON.stringify({expression}); }};</script>",
         "utf-8",
     )
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--enable-logging=stderr", "--window-size=1400,1000", "--dump-dom", around.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"(?s)<title>(.*?)</title>", done.stdout)
-    assert title is not None and title[1] != "none", done.stdout[:500]
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    found, console = dumped(around.as_uri())
+    title = re.search(r"(?s)<title>(.*?)</title>", found)
+    assert title is not None and title[1] != "none", found[:500]
     return json.loads(unescape(title[1])), console
+
+
+def dumped(address: str) -> tuple[str, str]:
+    """Return the document at an address as it stands when its scripts have run, and what stands in the console."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server",
+               "--enable-logging=stderr", "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom",
+               address]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)

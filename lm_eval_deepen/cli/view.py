@@ -1,18 +1,22 @@
-"""``lm-eval-deepen view DIR [DIR_B]``: a page that shows what the members of an ensemble said, step by step."""
+"""``lm-eval-deepen view DIR [DIR ...]``: a page that shows what the members of an ensemble said, step by step."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import count
-from lm_eval_deepen.results.trace_page import page
+from lm_eval_deepen.cli.arguments import count, whole
+from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.results.trace_page import shown
+from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.storage import write_text
 
 HELP = (
     "Write one HTML page of the traces in a result folder (`trace=true` of an ensemble writes them): the documents, "
     "the texts coloured by whose choice each token is, every member's distribution at each step. With "
-    "another folder, where the two part. The page needs no network."
+    "other folders, where two of them part. The page needs no network. `--serve` shows it without writing it, and "
+    "hands out the steps of a document where they are looked at: for runs that are too large for one page."
 )
 
 
@@ -20,15 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="result folder with traces")
     parser.add_argument(
-        "other", type=Path, nargs="?", metavar="DIR_B", help="another result folder; one without traces has its samples"
+        "others",
+        type=Path,
+        nargs="*",
+        metavar="DIR_B",
+        help="other result folders; of those without traces the samples",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page (default: DIR/view.html)")
     parser.add_argument("--limit", type=count, metavar="N", help="documents of each task (default: all)")
+    parser.add_argument("--serve", action="store_true", help="show the page on 127.0.0.1 until Ctrl-C")
+    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help="for --serve (default: one that is free)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
-    text = page(args.folder, args.other, args.limit)
+    """Write the page and say where it is, or serve it."""
+    if args.serve and args.output is not None:
+        raise ConfigError("--serve writes no file; leave --output out")
+    if args.port is not None and not args.serve:
+        raise ConfigError("--port belongs to --serve; give both, or neither")
+    found = shown([args.folder, *args.others], args.limit)
+    if args.serve:
+        with server(found, args.port or 0) as serving:
+            print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
+            try:
+                serving.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+        return 0
+    text = found.html()
     place = args.output or (args.folder.parent if args.folder.is_file() else args.folder) / "view.html"
     write_text(place, text)
     print(f"{place} ({len(text) / 1e6:.2g} MB)")

@@ -54,32 +54,65 @@ class _Strings:
         return self.at.setdefault(text, len(self.at))
 
 
-def page(folder: Path, other: Path | None = None, limit: int | None = None) -> str:
-    """Return the page of a folder with traces, beside another one if that is given.
+@dataclass
+class Shown:
+    """What a page shows: systems, and the strings that they share.
+
+    Attributes:
+        sides: the systems; the first two are shown beside each other at first.
+        texts: prompts, targets and answers.
+        pieces: what the tokens spell.
+    """
+
+    sides: list[Side] = field(default_factory=list)
+    texts: _Strings = field(default_factory=_Strings)
+    pieces: _Strings = field(default_factory=_Strings)
+
+    def html(self, title: str = "", served: bool = False) -> str:
+        """Return the page; one that is `served` asks for the steps of a document where it shows them."""
+        first, *others = [one.name for one in self.sides]
+        beside = f" beside {others[0] if len(others) == 1 else f'{len(others)} others'}" if others else ""
+        systems = [{"name": one.name, "members": one.members, "tasks": one.tasks} for one in self.sides]
+        data = {"systems": systems, "texts": list(self.texts.at), "served": served}
+        return render(
+            "trace_page.html.j2",
+            title=title or f"Trace of {first}{beside}",
+            sides=self.sides,
+            served=served,
+            data=Markup(script_json({**data, "pieces": {} if served else list(self.pieces.at)})),
+            made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+
+def shown(folders: Sequence[Path], limit: int | None = None, names: Sequence[str] = (), traced: bool = True) -> Shown:
+    """Return what a page of result folders shows.
 
     Args:
-        folder: what ``--output_path`` or ``trace_dir`` was given.
-        other: another result folder; without traces its samples count.
+        folders: what ``--output_path`` or ``trace_dir`` was given; those without traces have their samples shown.
         limit: documents of each task that are shown; None for all.
+        names: of the systems; default: the folders'.
+        traced: whether it is an error if the first folder has no trace.
 
     Raises:
-        ResultError: no trace in the first folder, nothing in the second, or files that cannot be read.
+        ResultError: no trace in the first folder, nothing in another one, no task in common, or files that cannot be
+            read.
     """
-    strings = _Strings()
-    a = side(folder, strings, limit)
-    b = None if other is None else side(other, strings, limit, traced=False)
-    if b is not None and not set(a.tasks) & set(b.tasks):
-        raise ResultError(f"{other}: has no task of {folder}: {', '.join(b.tasks)} there, {', '.join(a.tasks)} here")
-    if b is not None and a.name == b.name:
-        a.name, b.name = str(folder), str(other)
-    data = {"a": _data(a), "b": b and _data(b), "strings": list(strings.at)}
-    return render(
-        "trace_page.html.j2",
-        title=f"Trace of {a.name}" + (f" beside {b.name}" if b else ""),
-        sides=[one for one in (a, b) if one],
-        data=Markup(script_json(data)),
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+    found = Shown()
+    for number, folder in enumerate(folders):
+        one = side(folder, found, limit, traced and not number)
+        if number and not set(one.tasks) & set(found.sides[0].tasks):
+            here, there = (", ".join(tasks) for tasks in (found.sides[0].tasks, one.tasks))
+            raise ResultError(f"{folder}: has no task of {folders[0]}: {there} there, {here} here")
+        found.sides.append(one)
+    if names or len({one.name for one in found.sides}) < len(folders):
+        for one, name in zip(found.sides, names or map(str, folders), strict=True):
+            one.name = name
+    return found
+
+
+def page(*folders: Path, limit: int | None = None) -> str:
+    """Return the page of folders, the first of which has traces; see `shown`."""
+    return shown(folders, limit).html()
 
 
 def script_json(data: Any) -> str:
@@ -87,7 +120,7 @@ def script_json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def side(folder: Path, strings: _Strings, limit: int | None = None, traced: bool = True) -> Side:
+def side(folder: Path, strings: Shown, limit: int | None = None, traced: bool = True) -> Side:
     """Return what a folder holds; with `traced`, it is an error if that is no trace."""
     found = Side(folder.resolve().name)
     traces: dict[str, list[TraceFile]] = {}
@@ -107,7 +140,7 @@ def side(folder: Path, strings: _Strings, limit: int | None = None, traced: bool
     _say(found, next(iter(traces.values()), []))
     for task in traces or samples:
         records = documents_of(traces[task]) if task in traces else []
-        found.tasks[task] = _documents(records, samples.get(task, {}), strings)
+        found.tasks[task] = documents(records, samples.get(task, {}), strings)
         if limit is not None and len(found.tasks[task]) > limit:
             found.notes.append(f"{task}: the first {limit} of {len(found.tasks[task])} documents are shown (--limit)")
             del found.tasks[task][limit:]
@@ -129,28 +162,34 @@ def _say(found: Side, files: Sequence[TraceFile]) -> None:
         ]
 
 
-Samples = dict[str, dict[tuple, list[Mapping[str, Any]]]]  # by task, then by document
+Samples = dict[tuple, list[Mapping[str, Any]]]  # by document
 
 
-def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], found: Side) -> Samples:
+def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], found: Side) -> dict[str, Samples]:
     """Return the samples of the runs that the traces are of; without traces, those of the first run."""
     try:
         runs = find_runs(folder)
     except ResultError:
         return {}
-    kept: Samples = {}
+    kept: dict[str, Samples] = {}
     for run in runs if traces else runs[:1]:
         for task, one in run.tasks.items():
             if traces and (task not in traces or fingerprint(one.results) != traces[task][0].head.get("fingerprint")):
                 continue
             if task in kept:
                 continue
-            kept[task] = {}
-            for record in _records(one.samples_path):
-                kept[task].setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
+            kept[task] = samples_by_document(one.samples_path)
             if not found.facts:
                 found.facts = _facts(one.results)
     return kept
+
+
+def samples_by_document(path: Path) -> Samples:
+    """Return the lines of a samples file by number and hash of the document."""
+    found: Samples = {}
+    for record in _records(path):
+        found.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
+    return found
 
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -187,16 +226,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 400 else text[:399] + "…"
 
 
-def _documents(
-    records: Sequence[Mapping[str, Any]], samples: Mapping[tuple, Sequence[Mapping[str, Any]]], strings: _Strings
+def documents(
+    records: Sequence[Mapping[str, Any]], samples: Mapping[tuple, Sequence[Mapping[str, Any]]], strings: Shown
 ) -> list[dict[str, Any]]:
+    """Return the documents of a task in the page's form, from the lines of a trace and of samples."""
     by_document: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in records:
         by_document.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
     found = []
     for key in by_document or samples:
         asked = by_document.get(key, [])
-        requests = [_request(record, strings) for record in asked]
+        requests = [_request(record, strings.pieces) for record in asked]
         steps = [step for request in requests for step in request["steps"]]
         scored = list(samples.get(key, ()))
         found.append(
@@ -207,14 +247,14 @@ def _documents(
                 "changed": sum(step["c"] for step in steps),
                 "steps": len(steps),
                 "agree": sum(step["w"] == ALL for step in steps) / len(steps) if steps else None,
-                **_outcome(scored),
+                **_outcome(scored, strings.texts),
             }
         )
     return found
 
 
-def _outcome(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return scores, prompt, target and answer of a document, as far as there are samples."""
+def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, Any]:
+    """Return scores, prompt, target and answer of a document, as far as there are samples; texts by their numbers."""
     scores: dict[str, float] = {}
     for record in scored:
         for name in record.get("metrics") or ():
@@ -228,18 +268,20 @@ def _outcome(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     prompt = one.get("arg_0") if isinstance(one, Mapping) else None
     generated = isinstance(one, Mapping) and isinstance(one.get("arg_1"), Mapping)  # how, beside the prompt
     answers = first.get("resps")
-    texts = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], list) else []
+    said = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], list) else []
     choices = [
-        str(argument["arg_1"])
+        texts(argument["arg_1"])
         for argument in given.values()
         if isinstance(argument, Mapping) and isinstance(argument.get("arg_1"), str)
     ]
     return {
         "scores": scores,
-        "prompt": None if not isinstance(prompt, str) else prompt if len(prompt) <= PROMPT else "…" + prompt[-PROMPT:],
-        "target": _short(first["target"]) if "target" in first else None,
-        "answer": texts[0] if generated and texts and isinstance(texts[0], str) else None,
-        "filtered": _short(_only(first.get("filtered_resps"))) if generated else None,
+        "prompt": texts(prompt if len(prompt) <= PROMPT else "…" + prompt[-PROMPT:])
+        if isinstance(prompt, str)
+        else None,
+        "target": texts(_short(first["target"])) if "target" in first else None,
+        "answer": texts(said[0]) if generated and said and isinstance(said[0], str) else None,
+        "filtered": texts(_short(_only(first.get("filtered_resps")))) if generated else None,
         "choices": choices,
         "values": [_value(answer) for answer in answers] if choices and isinstance(answers, list) else [],
     }
@@ -311,7 +353,3 @@ def _is_first(member: Mapping[str, Any], piece: Any) -> bool:
         said = member.get("chosen")
         return isinstance(first, Mapping) and "control" in first and said is not None and said >= 0.999 * share
     return bool(first == piece)
-
-
-def _data(one: Side) -> dict[str, Any]:
-    return {"name": one.name, "members": one.members, "tasks": one.tasks}

@@ -25,12 +25,12 @@ const all = el => [el, ...el.children.flatMap(all)];
 const find = id => byId[id] || all(root).find(el => el.id === id) || null;
 const document = Object.assign(root, {getElementById: find, createElement: tag => new Element(tag)});
 const script = html.match(/<script>([\s\S]*)<\/script>/)[1];
-vm.runInNewContext(script, {document, console});
+vm.runInNewContext(script, {document, console, URLSearchParams, location: {hash: process.argv[3] || ""}, window: root});
 const picture = () => ({
   count: byId.count.textContent, list: byId.list.children.map(one => one.textContent), what: byId.what.textContent, step: byId.stephead.textContent,
   scores: byId.scores.textContent, members: byId.members.children.map(one => one.textContent), strips: byId.strips.children.map(one => one.textContent),
   marked: all(byId.strips).filter(one => one.className.includes("parts")).map(one => one.id), here: all(byId.strips).filter(one => one.className.includes(" here")).map(one => one.id),
-  options: byId.filter.children.map(one => one.textContent), tags: [...new Set(all(root).map(one => one.tagName))],
+  chosen: {system: byId.system.value, beside: byId.beside.value}, options: byId.filter.children.map(one => one.textContent), tags: [...new Set(all(root).map(one => one.tagName))],
 });
 const shown = [picture()];
 for (const [kind, where, value] of JSON.parse(fs.readFileSync(0, "utf8"))) {

@@ -7,17 +7,22 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
-from browser import CHROMIUM, measured
+from browser import CHROMIUM, dumped, measured
 from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.results.trace_page import ALL, NOBODY, page, script_json, who
+from lm_eval_deepen.results.trace_page import ALL, NOBODY, page, script_json, shown, who
+from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.results.traces import SCHEMA
 
 NODE = shutil.which("node")
@@ -75,14 +80,14 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return here, there
 
 
-def drive(text: str, folder: Path, *actions: Any) -> list[dict[str, Any]]:
+def drive(text: str, folder: Path, *actions: Any, link: str = "") -> list[dict[str, Any]]:
     """Return what the page shows at first and after each action."""
     if NODE is None:
         pytest.skip("no node to run the page's script")
     path = folder / "page.html"
     path.write_text(text, "utf-8")
     script = Path(__file__).with_name("page_in_node.js")
-    command = [NODE, str(script), str(path)]
+    command = [NODE, str(script), str(path), link]
     found = subprocess.run(command, input=json.dumps(actions), capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
@@ -154,7 +159,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=|url\(|https?://""", re.sub(r"(?s)<script type=.*?</script>", "", text))
     assert "default-src 'none'" in text and "\0" not in text
     data = text.split('id="data">')[1].split("</script>")[0]
-    assert "<" not in data and set(HOSTILE) <= set(json.loads(data)["strings"])
+    assert "<" not in data and set(HOSTILE) <= set(json.loads(data)["pieces"])
     [shown] = drive(text, tmp_path)
     assert not {"IMG", "B<", "I", "U"} & set(shown["tags"]) and shown["tags"].count("SCRIPT") == 1
     strip = shown["strips"][0]
@@ -190,6 +195,61 @@ def test_the_command_says_where_the_page_is(folders: tuple[Path, Path], tmp_path
     write_trace(tmp_path / "other", [[step("x", "x")]], task="u", members=("one",))
     with pytest.raises(ResultError, match="has no task of"):
         page(folders[0], tmp_path / "other")
+    for wrong, said in ((["--serve", "--output", "x"], "--output"), (["--port", "80"], "--serve")):
+        assert cli.main(["view", str(folders[0]), *wrong]) == 2 and said in capsys.readouterr().err
+
+
+def test_another_page_leads_to_a_system_a_filter_and_a_document(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    text = page(folders[1], *folders[::-1])
+    [start] = drive(text, tmp_path, link="#system=2&beside=0&task=t&show=5&document=0")
+    assert start["count"] == "1 of 3 documents" and start["what"] == "Document 0"
+    assert start["options"][5].startswith("differs from ") and start["chosen"] == {"system": "2", "beside": "1"}
+    [odd, same] = drive(text, tmp_path, ["choose", "beside", 1], link="#system=99&beside=x&task=no&show=-1&document=9")
+    assert odd["count"] == same["count"] == "3 of 3 documents" and odd["chosen"]["system"] == "0"
+    assert len(same["options"]) == 5  # a system is not beside itself
+
+
+@pytest.fixture
+def address(folders: tuple[Path, Path]) -> Iterator[str]:
+    with server(shown(folders)) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_a_served_page_asks_for_the_steps_of_a_document(address: str) -> None:
+    def got(path: str, **headers: str) -> tuple[int, str]:
+        try:
+            with urlopen(Request(address + path, headers=headers), timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    status, text = got("/")
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    asked = [one["requests"][0] for one in data["systems"][0]["tasks"]["t"]]
+    assert status == 200 and [one["steps"] for one in asked] == [[], [], []] and asked[0]["text"] == "The dog"
+    status, text = got("/steps?system=0&task=t&at=0")
+    found = json.loads(text)
+    assert status == 200 and [found["pieces"][str(step["p"])] for step in found["steps"][0]] == [
+        "The",
+        " dog",
+        "⟨<eos>⟩",
+    ]
+    refused = ["/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/view.html", "/?x", "/steps"]
+    for path in [*refused, "/steps?system=0&task=t&at=-1", "/steps?system=0&task=../t&at=0"]:
+        assert got(path)[0] == 404, path
+    assert got("/", Host="elsewhere.example")[0] == 403  # a name of someone else's that leads here
+    with pytest.raises(HTTPError, match="501"):
+        urlopen(Request(address, data=b"x"), timeout=30)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_a_served_page(address: str) -> None:
+    found, console = dumped(f"{address}/#document=0")
+    assert "The texts part at token 2." in found and "Token 2 of 3" in found and not console
 
 
 def test_colours_are_readable_in_light_and_dark(folders: tuple[Path, Path]) -> None:

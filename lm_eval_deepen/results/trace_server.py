@@ -1,0 +1,84 @@
+"""A page of traces on 127.0.0.1: the documents at once, the steps of one where it is looked at."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from lm_eval_deepen.results.trace_page import Shown
+
+Key = tuple[str, str, str]  # number of the system, task, number of the document within it
+
+
+def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server that listens on 127.0.0.1; `serve_forever` and `shutdown` are its owner's.
+
+    It answers two paths from memory and opens no file. Only requests that name this address or ``localhost`` are
+    answered: a page elsewhere whose name leads here reads nothing.
+
+    Args:
+        shown: the systems; their steps leave it.
+        port: where; 0 for one that is free.
+    """
+    steps = _taken(shown)
+    page = shown.html(served=True).encode()
+
+    def key(query: str) -> Key:
+        asked = parse_qs(query)
+        system, task, at = (asked.get(name, [""])[0] for name in ("system", "task", "at"))
+        return system, task, at
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked = urlsplit(self.path)
+            if (self.headers.get("Host") or "") not in hosts:
+                self._send(HTTPStatus.FORBIDDEN, b"this server answers to 127.0.0.1 only\n", "text/plain")
+            elif self.path == "/":
+                self._send(HTTPStatus.OK, page, "text/html; charset=utf-8")
+            elif asked.path == "/steps" and (found := steps.get(key(asked.query))) is not None:
+                self._send(HTTPStatus.OK, zlib.decompress(found), "application/json")
+            else:
+                self._send(HTTPStatus.NOT_FOUND, b"there is / and /steps\n", "text/plain")
+
+        def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing of requests."""
+
+    serving = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    hosts = {f"{name}:{serving.server_port}" for name in ("127.0.0.1", "localhost")}
+    return serving
+
+
+def _taken(shown: Shown) -> dict[Key, bytes]:
+    """Take the steps out of all documents; return them as compressed JSON, with the pieces that they name."""
+    pieces = list(shown.pieces.at)
+    found: dict[Key, bytes] = {}
+    for number, one in enumerate(shown.sides):
+        for task, documents in one.tasks.items():
+            for at, document in enumerate(documents):
+                steps = [request["steps"] for request in document["requests"]]
+                named = {step["p"] for request in steps for step in request}
+                named |= {step["b"] for request in steps for step in request if step["b"] is not None}
+                named |= {
+                    piece
+                    for request in steps
+                    for step in request
+                    for said in step["m"]
+                    if said
+                    for piece in said[2][::2]
+                }
+                text = json.dumps({"steps": steps, "pieces": {piece: pieces[piece] for piece in named}})
+                found[str(number), task, str(at)] = zlib.compress(text.encode(), 1)
+                for request in document["requests"]:
+                    request["steps"] = []
+    return found
