@@ -205,10 +205,15 @@ def share_passes(models: Sequence[RequestHandler]) -> None:
     They differ in method, options or weights. Each keeps the answers that it was not asked for yet.
 
     Raises:
-        ValueError: models whose members, or whose prompts, differ.
+        ValueError: models whose members, or whose prompts, differ, or of which only some score by stretches.
     """
-    shapes = {(tuple(map(id, model.ensemble.active)), model.ensemble_config.chat_fallback) for model in models}
+    shapes = {
+        (tuple(map(id, model.ensemble.active)), model.ensemble_config.chat_fallback, model.ensemble.by_stretches)
+        for model in models
+    }
     if len(shapes) > 1:
-        raise ValueError("models that share passes must run the same loaded members, in the same order")
+        raise ValueError(
+            "models that share passes must run the same loaded members, in the same order and the same way"
+        )
     for model in models:
         model.peers = list(models)

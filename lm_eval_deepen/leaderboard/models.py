@@ -224,13 +224,15 @@ def share_by_members(models: Sequence[RowModel]) -> None:
     """Let models of step fusion that run the same members in the same order score in one pass.
 
     Those whose weights depend on prompts share one of their own: they need the head at every position of a prompt,
-    which may take longer than all the rest, and what a row costs would be lost in it.
+    which may take longer than all the rest, and what a row costs would be lost in it. So do those that score by
+    stretches, which read other positions.
     """
     groups: dict[tuple, list[RowModel]] = {}
     for model in models:
         if model.pool is None:
             ensemble = model.ensemble
-            key = (*map(id, ensemble.active), model.ensemble_config.chat_fallback, ensemble.reads_prompts)
+            how = (model.ensemble_config.chat_fallback, ensemble.reads_prompts, ensemble.by_stretches)
+            key = (*map(id, ensemble.active), *how)
             groups.setdefault(key, []).append(model)
         else:
             share_passes([model])

@@ -16,19 +16,23 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
+from harness import by_default
+from harness import requests as asked
 from run_files import local_tasks
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError
 from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.harness import requests as answering
-from lm_eval_deepen.harness.model import DeepenLM
+from lm_eval_deepen.harness.model import DeepenLM, configure
+from lm_eval_deepen.harness.requests import share_passes
 from lm_eval_deepen.harness.tasks import doc_hashes, evaluated, load_tasks
 from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.cells import SUFFIX
 from lm_eval_deepen.leaderboard.execution import execute, plan
+from lm_eval_deepen.leaderboard.models import RowModel, share_by_members
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import record
 from lm_eval_deepen.pooling import POOLINGS
@@ -373,6 +377,34 @@ def test_another_process_at_work_is_told(write, tmp_path):
     out.mkdir()
     with FileLock(out / ".lock"), pytest.raises(ResultError, match="another process writes this leaderboard"):
         measured(write(), out)
+
+
+def test_rows_that_share_passes_score_as_they_do_alone(pico, tmp_path):
+    """Methods that fuse steps, and one that scores by stretches, with every kind of weights."""
+    first = by_default(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path))
+    members = first.ensemble.members
+    named = [{"name": f"m{i}", "pretrained": member.config.pretrained} for i, member in enumerate(members)]
+    base = {"pretrained": named[0]["pretrained"], "members": named, "matrix_dir": str(tmp_path)}
+    choices = [{}, {"weights": [0.2, 0.8]}, {"weighting": "perplexity"}]
+    choices += [{"weighting": "bayes", "learn_from": start} for start in ("prompt", "continuation")]
+    given = [
+        {**base, "method": method, **choice} for method in ("deepen", "gac", "mixture") for choice in choices
+        if method != "gac" or choice.get("weighting") != "bayes"
+    ]  # fmt: skip
+    configs = [configure(keys) for keys in given]
+    batch = asked("loglikelihood", ("The quick brown fox", " jumps over"), ("walk", " walk"))
+    rolling = asked("loglikelihood_rolling", ("The quick brown fox",), ("1 2 3",))
+    models = [RowModel.build(config, members, {}) for config in configs]
+    for model in models:
+        model.begin("task")
+    share_by_members(models)
+    for config, model in zip(configs, models, strict=True):
+        own = DeepenLM.around(config, members)
+        for found, alone in zip(model.loglikelihood(batch), own.loglikelihood(batch), strict=True):
+            assert found == (pytest.approx(alone[0], abs=1e-4), alone[1]), config.to_dict()
+        assert model.loglikelihood_rolling(rolling) == pytest.approx(own.loglikelihood_rolling(rolling), abs=1e-4)
+    with pytest.raises(ValueError, match="the same way"):
+        share_passes([models[0], models[-1]])
 
 
 # --- pooling
