@@ -20,10 +20,8 @@ def main() -> None:
 
     keys = {"pretrained": arguments.models[0], "members": list(arguments.models)}
     ensemble = Ensemble.load(configure(keys), "cpu")
-    logp = ensemble.next_logp("The capital of France is")  # [pieces], natural logarithms
-    best = int(logp.argmax())
-    pieces = ensemble.fuser.out_vocab.pieces if ensemble.fuser else ensemble.main.codec.vocab.pieces
-    print(f"most likely next piece: {pieces[best]!r}, probability {float(logp[best].exp()):.3f}")
+    ((piece, probability),) = ensemble.next_logp("The capital of France is").likeliest(1)
+    print(f"most likely next piece: {piece!r}, probability {probability:.3f}")
 
     if arguments.task:
         model = DeepenLM(device="cpu", **keys)

@@ -11,10 +11,10 @@ from lm_eval_deepen import Ensemble, configure
 models = sys.argv[1:]
 ensemble = Ensemble.load(configure({"pretrained": models[0], "members": models, "batch_size": 2}), "cpu")
 
-# %% What comes next: natural-log probabilities [K] over `ensemble.pieces`.
-logp = ensemble.next_logp("The capital of France is")
-for piece in logp.topk(3).indices.tolist():
-    print(f"{ensemble.pieces[piece]!r:12} {float(logp[piece].exp()):.3f}")
+# %% What comes next: `logp` [K] has the natural-log probability of each of `pieces` [K].
+following = ensemble.next_logp("The capital of France is")
+for piece, probability in following.likeliest(3):
+    print(f"{piece!r:12} {probability:.3f}")
 
 # %% Texts are generated together, as a task's generate_until does.
 for found in ensemble.generate(["The dog", "Question: 1 + 1?\nAnswer:"], until=["\n"], max_gen_toks=12):

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.encoder_decoder import check_specialists
-from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.selective import Selective
-from lm_eval_deepen.engine.texts import GeneratedText, ScoredText, generated, read, scored
+from lm_eval_deepen.engine.texts import GeneratedText, NextPiece, ScoredText, following, generated, read, scored
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
@@ -125,13 +123,14 @@ class Ensemble(EnsembleBase):
                 "or use DeepenLM"
             )
 
-    def next_logp(self, text: str) -> Tensor:
-        """Return log-probabilities [K] of what follows `text`, over ``out_vocab``; see `pieces`."""
-        prompts = Prompter(self).prompts(text)
-        paths = [self.path(m, prompt, (), b"") for m, prompt in enumerate(prompts)]
-        pairs = zip(self.active, paths, strict=True)
-        logp = [m.logp(m.states_at([m.idle if path is None else path])).to(self.device) for m, path in pairs]
-        return self.fuse(logp, torch.tensor([[path is not None for path in paths]], device=self.device))[0]
+    def next_logp(self, text: str) -> NextPiece:
+        """Return the log-probabilities [K] of the pieces that may follow a text: the first step of `generate`.
+
+        Raises:
+            RequestError: a text that the main member cannot spell.
+        """
+        self._require_steps("next_logp")
+        return following(self, text)
 
 
 def fuses(config: EnsembleConfig) -> bool:

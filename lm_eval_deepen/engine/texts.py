@@ -1,7 +1,7 @@
 """Texts in, texts out: what the harness's requests and calls from Python have in common.
 
 `Texts` turns a prompt with generation arguments into a job and a finished generation into its text. The dataclasses
-are what `Ensemble.generate`, `Ensemble.score` and `Ensemble.trace` return.
+are what the calls of `Ensemble` return.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lm_eval_deepen.engine.base import EnsembleBase
-from lm_eval_deepen.engine.drafts import drafter
+from lm_eval_deepen.engine.drafts import Drafter, drafter
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.following import Generation, Job
+from lm_eval_deepen.engine.following import BatchRow, Generation, Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
@@ -71,6 +71,27 @@ class ScoredText:
     greedy: bool
     token_logp: tuple[float, ...]
     steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class NextPiece:
+    """What may follow a text.
+
+    Attributes:
+        context: the text.
+        logp: fused natural-log probability (nats) of each piece [K], float32; -inf of pieces that cannot follow.
+        pieces: what each piece spells [K], as bytes; control pieces spell nothing.
+    """
+
+    context: str
+    logp: torch.Tensor
+    pieces: tuple[bytes, ...]
+
+    def likeliest(self, count: int = 5) -> tuple[tuple[bytes, float], ...]:
+        """Return the likeliest pieces with their probabilities, the likeliest first."""
+        best = self.logp.topk(min(count, len(self.pieces)))
+        shares = best.values.exp().tolist()
+        return tuple((self.pieces[at], share) for at, share in zip(best.indices.tolist(), shares, strict=True))
 
 
 class Texts:
@@ -168,6 +189,22 @@ def generated(
         text = texts.finished(one, prepared[index][1])
         found[index] = GeneratedText(prompts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
     return tuple(found[index] for index in range(len(prompts)))
+
+
+class _Kept(Drafter):
+    """Proposes nothing, and keeps the distribution that was read last."""
+
+    logp: torch.Tensor
+
+    def note(self, row: BatchRow, logp: torch.Tensor) -> None:
+        self.logp = logp
+
+
+def following(ensemble: EnsembleBase, text: str) -> NextPiece:
+    """Return what may follow a text; see `Ensemble.next_logp`."""
+    kept = _Kept()
+    list(generate(ensemble, [Job(Prompter(ensemble).prompts(text, 1), 1)], 1, kept))
+    return NextPiece(text, kept.logp.float(), ensemble.pieces)
 
 
 def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: bool) -> tuple[ScoredText, ...]:

@@ -195,6 +195,8 @@ class DeepenLM(RequestHandler):
             for index, found in self.source.answers(kind, requests):
                 answer = answers[index] = _as_asked(kind, requests[index], found)
                 if not isinstance(answer, SetAside):
+                    if self.step_files is not None and self.cache_hook.dbdict is not None:
+                        self.step_files.flush()  # first: the run that goes on from a kill does not ask again
                     keep(self.cache_hook, kind, requests[index].args, answer)
                 elif not told:  # at once, so that a person may rather end the run now
                     told = True

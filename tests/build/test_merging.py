@@ -132,7 +132,7 @@ def test_an_ordinary_model_folder_comes_out(merged):
     from lm_eval_deepen.harness.model import configure
 
     folder = merged(merge_of("ties", ["s1", "s2"]))
-    logp = Ensemble.load(configure({"pretrained": str(folder)}), "cpu").next_logp("The capital of")
+    logp = Ensemble.load(configure({"pretrained": str(folder)}), "cpu").next_logp("The capital of").logp
     assert torch.isfinite(logp).all() and float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
 
 

@@ -194,7 +194,7 @@ def test_identical_members_are_the_single_member(pico, tmp_path, family):
 
 def test_identical_members_with_padded_rows_renormalise_without_them(pico, tmp_path):
     twin = deepen(pico["padded"], pico["padded"], matrix_dir=str(tmp_path))
-    logp = twin.ensemble.next_logp("The quick brown fox")
+    logp = twin.ensemble.next_logp("The quick brown fox").logp
     vocab = twin.ensemble.main.codec.vocab
     own = naive.member_logp(twin.ensemble.main, twin.ensemble.main.codec.prompt("The quick brown fox").ids)[0]
     unused = sorted(vocab.unused)
@@ -204,7 +204,7 @@ def test_identical_members_with_padded_rows_renormalise_without_them(pico, tmp_p
 
 
 def test_the_other_member_changes_the_result(model):
-    logp = model.ensemble.next_logp("The quick brown fox")
+    logp = model.ensemble.next_logp("The quick brown fox").logp
     main = naive.member_logp(model.ensemble.main, Prompter(model.ensemble).prompts("The quick brown fox")[0].ids)[0]
     assert float((logp.exp() - main.exp()).abs().max()) > 1e-3
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
@@ -242,7 +242,7 @@ def test_the_package_gives_ensembles_without_the_harness(pico, tmp_path):
 
     paths = [str(pico["bytelevel"]), str(pico["metaspace"])]
     config = lm_eval_deepen.configure({"pretrained": paths[0], "members": paths, "matrix_dir": str(tmp_path)})
-    logp = lm_eval_deepen.Ensemble.load(config, "cpu").next_logp("The capital of France is")
+    logp = lm_eval_deepen.Ensemble.load(config, "cpu").next_logp("The capital of France is").logp
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
     with pytest.raises(AttributeError, match="no attribute 'ensemble'"):
         lm_eval_deepen.ensemble  # noqa: B018

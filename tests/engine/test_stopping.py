@@ -59,7 +59,7 @@ def test_members_that_disagree_are_weighed(pair, monkeypatch, average):
     word = main.codec.vocab.ids_of[b"a"][0]
     monkeypatch.setattr(main, "logp", wants(main, {word: 0.98}))
     monkeypatch.setattr(other, "logp", wants(other, {other.eos_ids[0]: 0.98}))
-    fused = pair.ensemble.next_logp("The fox").exp()
+    fused = pair.ensemble.next_logp("The fox").logp.exp()
     end, chosen = float(fused[list(main.eos_ids)].sum()), float(fused[word])
     if average == "linear":
         assert end == pytest.approx(0.49, abs=0.02)

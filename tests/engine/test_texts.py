@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,34 @@ def test_what_cannot_be_answered_says_so(pico: dict[str, Path]) -> None:
         pair.score("a", ["\ud800"])
     assert pair.generate([]) == () and pair.score("a", []) == ()
     pooled = deepen(pico["bytelevel"], pico["metaspace"], pooling="vote").ensemble
-    for call in (lambda: pooled.generate(["a"]), lambda: pooled.score("a", ["b"]), lambda: pooled.trace("a")):
+    for call in (
+        lambda: pooled.generate(["a"]),
+        lambda: pooled.score("a", ["b"]),
+        lambda: pooled.trace("a"),
+        lambda: pooled.next_logp("a"),
+    ):
         with pytest.raises(RequestError, match="pooling=vote combines whole answers"):
             call()
-    assert len(pair.pieces) == len(pair.next_logp("The")) and b" the" in pair.pieces
+
+
+def test_what_comes_next_is_the_first_step_of_a_text(pico: dict[str, Path]) -> None:
+    for keys in (
+        {},
+        {"weighting": "bayes"},
+        {"weighting": "perplexity"},
+        {"skip_when": "agree"},
+        {"covers": "on"},
+        None,
+    ):
+        others = [] if keys is None else [pico["metaspace"]]
+        ensemble = deepen(pico["bytelevel"], *others, **(keys or {})).ensemble
+        found = ensemble.next_logp("The dog")
+        (text,) = ensemble.generate(["The dog"], max_gen_toks=1, until=[], traced=True)
+        ((piece, probability), *others) = found.likeliest(3)
+        step = text.steps[0]
+        assert (piece, found.context) == (step.piece.data, "The dog") and found.pieces == ensemble.pieces
+        assert math.log(probability) == pytest.approx(step.logp, abs=1e-5) == float(found.logp.max())
+        assert found.logp.shape == (len(found.pieces),) and float(found.logp.exp().sum()) == pytest.approx(1, abs=1e-4)
+        assert probability >= others[0][1] >= others[1][1] and b" the" in found.pieces
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            found.context = ""

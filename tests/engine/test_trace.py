@@ -96,14 +96,14 @@ def test_a_step_agrees_with_the_members_themselves(pico: dict[str, Path], tmp_pa
     (one,) = records(tmp_path)
     for m, path in enumerate(models):
         alone = deepen(path)
-        logp = alone.ensemble.next_logp("The dog")
+        logp = alone.ensemble.next_logp("The dog").logp
         vocab = traced.ensemble.members[m].codec.vocab
         best = logp.topk(5).indices.tolist()
         told = one["steps"][0]["members"][m]["top"]
         assert [p for _, p in told] == pytest.approx([float(logp[i].exp()) for i in best], rel=2e-3)
         if vocab.pieces[best[0]].isascii() and vocab.pieces[best[0]]:
             assert told[0][0] == vocab.pieces[best[0]].decode()
-    fused = traced.ensemble.next_logp("The dog")
+    fused = traced.ensemble.next_logp("The dog").logp
     assert one["steps"][0]["logp"] == pytest.approx(float(fused.max()), abs=1e-4)
     assert one["reason"] == "length"
 

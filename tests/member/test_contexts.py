@@ -217,7 +217,7 @@ def test_a_prompt_that_another_member_cannot_spell(ensemble, monkeypatch):
     for request, text in zip(batch, model.generate_until(batch), strict=True):
         assert model.generate_until([request]) == [text]
     model.loglikelihood_rolling(requests("loglikelihood_rolling", ("The café",)))
-    assert model.ensemble.next_logp("The café").isfinite().any()
+    assert model.ensemble.next_logp("The café").logp.isfinite().any()
     assert model.get_model_info()["deepen"]["steps_sat_out"]["m1"] > 10 and beyond(model) == {}
     lossy(main.codec)
     for kind, args in (
