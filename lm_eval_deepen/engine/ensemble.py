@@ -20,6 +20,7 @@ from lm_eval_deepen.member import Member, Prompt, load_member
 from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.vocabulary import ByteVocab
 
 
 @dataclass(eq=False)
@@ -40,7 +41,7 @@ class Ensemble(EnsembleBase):
         tokenizers: list[Any] = [None] * len(config.members)
         if fuses(config):
             tokenizers = [load_tokenizer(member) for member in config.members]
-            check_vocabularies(config, tokenizers)
+            check_vocabularies(config, preview_vocabularies(config.members, tokenizers))
         loaded = zip(config.members, tokenizers, strict=True)
         return cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
 
@@ -138,13 +139,12 @@ def fuses(config: EnsembleConfig) -> bool:
     return config.fuses_steps and len(config.members) > 1 and (config.weights_change or config.members[0].weight < 1)
 
 
-def check_vocabularies(config: EnsembleConfig, tokenizers: Sequence[Any]) -> None:
+def check_vocabularies(config: EnsembleConfig, vocabularies: Sequence[ByteVocab]) -> None:
     """Refuse members whose vocabularies cannot be fused, before any weight is loaded.
 
     Raises:
-        VocabularyError: a tokenizer without a byte mapping, or one that the method cannot use.
+        VocabularyError: one that the method cannot use.
     """
-    vocabularies = preview_vocabularies(config.members, tokenizers)
     if len(vocabularies) == len(config.members) and hasattr(config.options, "check"):
         config.options.check(vocabularies, [member.name for member in config.members])
 

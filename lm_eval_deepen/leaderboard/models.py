@@ -24,7 +24,7 @@ from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.harness.requests import RequestHandler, share_passes
 from lm_eval_deepen.member import Member, load_member
 from lm_eval_deepen.member.arguments import check_loading
-from lm_eval_deepen.member.preflight import load_tokenizer
+from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.pooling.base import scores_texts
 
 if TYPE_CHECKING:
@@ -214,9 +214,11 @@ def load_members(
     """
     check_loading(tuple(members), device)
     tokenizers = {member.name: load_tokenizer(member) for member in members}
-    for config, names in ensembles:
-        if fuses(config):
-            check_vocabularies(config, [tokenizers[name] for name in names])
+    fused = [(config, names) for config, names in ensembles if fuses(config)]
+    needed = {name for _, names in fused for name in names}
+    read = {m.name: preview_vocabularies([m], [tokenizers[m.name]]) for m in members if m.name in needed}
+    for config, names in fused:
+        check_vocabularies(config, [vocabulary for name in names for vocabulary in read[name]])
     return {member.name: load_member(member, device, tokenizers[member.name]) for member in members}
 
 

@@ -73,7 +73,7 @@ def preview_vocabularies(configs: Sequence[MemberConfig], tokenizers: Sequence[A
     for config, tokenizer in zip(configs, tokenizers, strict=True):
         if tokenizer is not None:
             eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            read = Backend.read(tokenizer, files_of(config), size=len(tokenizer), eos=eos, name=config.name)
+            read = Backend(tokenizer, files_of(config), size=len(tokenizer), eos=eos, name=config.name)
             found.append(read.vocab.events)
     return found
 

@@ -6,23 +6,27 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tokenizers
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, as_marked, require_same
+from lm_eval_deepen.member.kept import content_of, kept
+from lm_eval_deepen.member.tokenizer_files import FLAGS, TokenizerFiles, as_marked, require_same, with_parts
 from lm_eval_deepen.vocabulary import (
     ByteVocab,
     byte_vocab_from_json,
     check_round_trip,
     exact_encoder,
     last_safe_cut,
+    reads_alike,
     safe_cut_allowed,
     safe_segments,
     text_only_spec,
     text_pieces,
+    unknown_id,
 )
 
 if TYPE_CHECKING:
@@ -119,27 +123,18 @@ class Opening:
         return cls(control, bare == b" a", spaced == b"  a", bos)
 
 
-@dataclass(frozen=True)
 class Backend:
-    """A tokenizer as its JSON, and its pieces as bytes.
+    """A tokenizer as its JSON, and its pieces as bytes; large ones are read once, see `kept`.
 
     Attributes:
-        spec: its JSON; special is what its file marks as special.
         vocab: its pieces [V].
-        control: ids that are control pieces, whether or not the file marks them.
-        text: ids that have a role and are text all the same.
-        source: a digest of the JSON.
+        cuts: whether texts can be cut at spaces; see `safe_cut_allowed`.
+        source: a digest of the JSON, with what its file marks as special.
+        spelling: what the JSON says of how pieces are spelt: its decoder, and what `exact_encoder` reads of the model.
     """
 
-    spec: dict[str, Any]
-    vocab: ByteVocab
-    control: tuple[int, ...]
-    text: frozenset[int]
-    source: str
-
-    @classmethod
-    def read(
-        cls,
+    def __init__(
+        self,
         tokenizer: Any,
         files: TokenizerFiles | None,
         *,
@@ -147,7 +142,7 @@ class Backend:
         known: int | None = None,
         eos: Sequence[int],
         name: str,
-    ) -> Backend:
+    ) -> None:
         """Read a transformers tokenizer; arguments and errors as `TextCodec.build`."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -156,23 +151,77 @@ class Backend:
                 "pieces cannot be mapped to bytes exactly. Use a checkpoint with a tokenizer.json, or "
                 "use_fast_tokenizer=True."
             )
-        written = backend.to_str()
-        source = hashlib.sha256(written.encode())
-        loaded = json.loads(written)
-        spec = as_marked(loaded, files)
-        if spec["added_tokens"] != loaded["added_tokens"]:
-            source.update(json.dumps(spec["added_tokens"]).encode())
-        marked = [token["id"] for token in spec["added_tokens"] if token["special"]]
-        roles = dict.fromkeys([*tokenizer.all_special_ids, *eos, *marked])
-        text = text_pieces(spec, roles)
-        control = tuple(i for i in roles if i not in text)
-        vocab = byte_vocab_from_json(spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=name)
-        return cls(spec, vocab, control, text, source.hexdigest())
+        self._backend, self._files, self._name = backend, files, name
+        self._roles = [*tokenizer.all_special_ids, *eos]
+        digest, self._length = content_of(backend)
+        self._decides = [digest, files and files.digest, self._roles, size, known, list(eos)]
+        body = kept("vocabulary", self._decides, lambda: self._read(size, known, eos), self._length)
+        line, _, pieces = body.partition(b"\n")
+        head = json.loads(line)
+        ends = accumulate(head["lengths"])
+        self.vocab = ByteVocab(
+            pieces=tuple([pieces[end - n : end] for n, end in zip(head["lengths"], ends, strict=True)]),
+            control=frozenset(head["control"]),
+            unused=frozenset(head["unused"]),
+            eos=tuple(head["eos"]),
+            byte_fallback=frozenset(head["byte_fallback"]),
+        )
+        self.cuts, self.source, self.spelling = head["cuts"], head["source"], head["spelling"]
 
-    def text_only(self, size: int, name: str) -> Callable[[str], Sequence[int]]:
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """The tokenizer's JSON; special is what its file marks as special."""
+        return as_marked(json.loads(self._backend.to_str()), self._files)
+
+    @cached_property
+    def _control_and_text(self) -> tuple[tuple[int, ...], frozenset[int]]:
+        """Ids that are control pieces, whether or not the file marks them; ids that have a role and are text."""
+        marked = [token["id"] for token in self.spec["added_tokens"] if token["special"]]
+        roles = dict.fromkeys([*self._roles, *marked])
+        text = text_pieces(self.spec, roles)
+        return tuple(i for i in roles if i not in text), text
+
+    def _read(self, size: int, known: int | None, eos: Sequence[int]) -> bytes:
+        """Return the vocabulary as a line of JSON, then its pieces."""
+        written = self._backend.to_str()
+        loaded, spec, (control, text) = json.loads(written)["added_tokens"], self.spec, self._control_and_text
+        source = hashlib.sha256(written.encode())
+        if spec["added_tokens"] != loaded:
+            source.update(json.dumps(spec["added_tokens"]).encode())
+        vocab = byte_vocab_from_json(
+            spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=self._name
+        )
+        model = {key: spec["model"].get(key) for key in ("type", "byte_fallback")} | {"unk_id": unknown_id(spec)}
+        head = {
+            "lengths": list(map(len, vocab.pieces)),
+            "control": sorted(vocab.control),
+            "unused": sorted(vocab.unused),
+            "eos": vocab.eos,
+            "byte_fallback": sorted(vocab.byte_fallback),
+            "cuts": safe_cut_allowed(vocab),
+            "source": source.hexdigest(),
+            "spelling": {"decoder": spec.get("decoder"), "model": model},
+        }
+        return json.dumps(head).encode() + b"\n" + b"".join(vocab.pieces)
+
+    def text_only(self, size: int) -> Callable[[str], Sequence[int]]:
         """Return what encodes text alone, with ids below `size`."""
-        rewritten = text_only_spec(self.spec, control=self.control, text=self.text, size=size, name=name)
-        text_only = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
+
+        def rewritten() -> bytes:
+            control, text = self._control_and_text
+            spec = text_only_spec(self.spec, control=control, text=text, size=size, name=self._name)
+            return json.dumps({**spec, "model": None} if reads_alike(spec, self.spec) else spec).encode()
+
+        spec = json.loads(kept("text", [*self._decides, size], rewritten, self._length))
+        if spec["model"] is None:
+            text_only = tokenizers.Tokenizer(self._backend.model)  # shared: reading a large one takes a second
+            small = with_parts(spec)
+            text_only.normalizer, text_only.pre_tokenizer = small.normalizer, small.pre_tokenizer
+            given = [token for token in spec["added_tokens"] if not token["special"]]
+            keys = ("content", "normalized", *FLAGS)
+            text_only.add_tokens([tokenizers.AddedToken(**{key: token[key] for key in keys}) for token in given])
+        else:
+            text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
         text_only.encode_special_tokens = True
         return lambda text: text_only.encode(text, add_special_tokens=False).ids
 
@@ -188,6 +237,7 @@ class TextCodec:
         opening: what the tokenizer does to the beginning of a text.
         prefix_ids: what an empty prompt is conditioned on (the harness's prefix token).
         identity: equal for tokenizers that give every prompt the same tokens.
+        cuts: whether a text can be cut before a space after a letter or digit, and both sides spelt on their own.
         CHECKED: whether a tokenizer must spell every text exactly.
     """
 
@@ -197,14 +247,13 @@ class TextCodec:
     opening: Opening
     prefix_ids: tuple[int, ...]
     identity: tuple[Any, ...]
+    cuts: bool
     _segment: Callable[[str], tuple[int, ...]] = field(init=False)
-    _cuts: bool = field(init=False)
     CHECKED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Derive what depends on the tokenizer alone."""
         self._segment = lru_cache(SEGMENT_CACHE)(lambda text: tuple(self.pure(text)))
-        self._cuts = safe_cut_allowed(self.vocab)
 
     @classmethod
     def build(
@@ -240,9 +289,9 @@ class TextCodec:
         if not checked:
             files = TokenizerFiles.of(tokenizer) if files is None else files
             require_same(tokenizer, files, name=name, asked=("add_bos_token",))
-        read = Backend.read(tokenizer, files, size=size, known=known, eos=eos, name=name)
+        read = Backend(tokenizer, files, size=size, known=known, eos=eos, name=name)
         vocab, limit = read.vocab, size if known is None else min(size, known)
-        pure = exact_encoder(read.spec, vocab, read.text_only(limit, name), name=name)
+        pure = exact_encoder(read.spelling, vocab, read.text_only(limit), name=name)
         if cls.CHECKED:
             check_round_trip(vocab, pure, name=name)
         opening = Opening.of(tokenizer, vocab, add_special)
@@ -255,7 +304,7 @@ class TextCodec:
                     "or leave the token out (add_bos_token=False)."
                 )
         identity = (read.source, vocab.fingerprint, opening, prefix_id)
-        return cls(name, vocab, pure, opening, (prefix_id,), identity)
+        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts)
 
     @property
     def prefix_space(self) -> bool:
@@ -282,7 +331,7 @@ class TextCodec:
         Raises:
             VocabularyError: the tokenizer cannot spell the text.
         """
-        if not self._cuts:
+        if not self.cuts:
             return self._segment(text)
         ids: list[int] = []
         for segment in safe_segments(text):
@@ -325,7 +374,7 @@ class TextCodec:
                 prefix_space=not self.opening.doubles,
             )
         opened = self._opened(text)
-        cut = last_safe_cut(opened) if self._cuts else 0
+        cut = last_safe_cut(opened) if self.cuts else 0
         try:
             head, tail = self.opening.control + self.encode(opened[:cut]), self.encode(opened[cut:])
         except VocabularyError:
@@ -343,7 +392,7 @@ class TextCodec:
         """
         start = max((text.rfind(x) + len(x) for x in literals if x and x in text), default=0)
         ids, tail = tuple(ids), text[start:]
-        if self._cuts:
+        if self.cuts:
             tail = tail[last_safe_cut(tail) :]
         for candidate in (
             " " + tail,
@@ -374,11 +423,6 @@ class TextCodec:
             return prompt.ids
         ids = self.spell(data)
         return None if ids is None else prompt.head + ids
-
-    @property
-    def cuts(self) -> bool:
-        """Whether a text can be cut before a space after a letter or digit, and both sides spelt on their own."""
-        return self._cuts
 
     def spell(self, data: bytes, invalid: bool = False) -> tuple[int, ...] | None:
         """Return the tokens of some bytes that need not be whole characters, None where they cannot be spelt.

@@ -9,10 +9,11 @@ special is read off the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transformers.tokenization_utils_base import get_fast_tokenizer_file
 from transformers.utils import cached_file
 
 from lm_eval_deepen.errors import MemberError, VocabularyError
+from lm_eval_deepen.member.kept import content_of, kept
+from lm_eval_deepen.storage import sha256
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_pieces
 from lm_eval_deepen.vocabulary.text_only import without_prefix_space
 from lm_eval_deepen.vocabulary.tokenizer_json import model_pieces, read_decoder, split_merge, stages
@@ -94,6 +97,11 @@ class TokenizerFiles:
         return cls.find(name) if name and Path(name).is_dir() else None
 
     @cached_property
+    def digest(self) -> str:
+        """A hex digest of both files."""
+        return sha256(self.path) + hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
     def added_tokens(self) -> list[dict[str, Any]]:
         """The added tokens that the file lists."""
         return list(self.read().get("added_tokens") or ())
@@ -158,18 +166,27 @@ def require_same(
         asked: loading arguments that were given: ``add_bos_token`` is a reason for other control tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if files is None or backend is None or backend.to_str(pretty=True) == files.path.read_text(encoding="utf-8"):
+    if files is None or backend is None:
         return
     own_edges = "add_bos_token" in asked or hasattr(tokenizer, "src_lang")  # a translator's depend on the language
-    found, notes = differences(json.loads(backend.to_str()), files, edges=not own_edges)
+
+    def compared() -> bytes:
+        if backend.to_str(pretty=True) == files.path.read_text(encoding="utf-8"):
+            return b"[[], []]"
+        found, notes = differences(json.loads(backend.to_str()), files, edges=not own_edges)
+        return json.dumps([[astuple(difference) for difference in found], notes]).encode()
+
+    content, length = content_of(backend)
+    listed = json.loads(kept("same", [content, files.digest, own_edges], compared, length))
+    found, notes = [Difference(*difference) for difference in listed[0]], listed[1]
     for note in notes:
         log.warning("member %r: its tokenizer is not quite the one of %s: %s", name, files.path, note)
     if not found:
         return
     effects = "; ".join(dict.fromkeys(difference.effect for difference in found))
-    kind, listed = type(tokenizer).__name__, f"{'; '.join(difference.sides for difference in found)}. So {effects}"
+    kind, sides = type(tokenizer).__name__, f"{'; '.join(difference.sides for difference in found)}. So {effects}"
     if allowed:
-        log.warning("member %r: its tokenizer is not the one of %s (%s): %s", name, files.path, ALLOW, listed)
+        log.warning("member %r: its tokenizer is not the one of %s (%s): %s", name, files.path, ALLOW, sides)
         return
     remedy = (
         f"Copy {FILE} and {CONFIG} to a folder without config.json, write "
@@ -180,7 +197,7 @@ def require_same(
     parts = " and its ".join(dict.fromkeys(difference.part for difference in found))
     raise MemberError(
         f"member {name!r}: the tokenizer that was loaded is not the one of {files.path}. The class {kind} replaced its "
-        f"{parts} ({listed}). {remedy}; or take it as it was loaded, with {ALLOW}=True."
+        f"{parts} ({sides}). {remedy}; or take it as it was loaded, with {ALLOW}=True."
     )
 
 
@@ -335,8 +352,8 @@ def _same_flags(loaded: Mapping[str, Any], file: Mapping[str, Any]) -> bool:
     return all(bool(loaded.get(key)) == bool(file.get(key)) for key in FLAGS)
 
 
-def _small(spec: Mapping[str, Any], vocabulary: Sequence[str] = (), **parts: Any) -> tokenizers.Tokenizer:
-    """Return a tokenizer with the parts of another one, and characters for pieces."""
+def with_parts(spec: Mapping[str, Any], vocabulary: Sequence[str] = (), **parts: Any) -> tokenizers.Tokenizer:
+    """Return a tokenizer with the parts of another one, and these pieces."""
     model: dict[str, Any] = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(vocabulary)}, "merges": []}
     made: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "model": model}
     return tokenizers.Tokenizer.from_str(json.dumps({**made, **{part: spec.get(part) for part in STEPS}, **parts}))
@@ -344,7 +361,7 @@ def _small(spec: Mapping[str, Any], vocabulary: Sequence[str] = (), **parts: Any
 
 def _normal(spec: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the steps of a tokenizer's parts as the library writes them, without what changes no token."""
-    whole = json.loads(_small(spec).to_str())
+    whole = json.loads(with_parts(spec).to_str())
     found = {part: stages(whole[part], key) for part, key in STEPS.items()}
     for part, steps in found.items():
         for step in steps:
@@ -372,7 +389,7 @@ def _toy(spec: Mapping[str, Any], *, edges: bool = False) -> tokenizers.Tokenize
     pieces = [*"ab1\n <x>", "\u2581", "\u0120", "\u010a"]
     added = {"id": len(pieces), "content": "<x>", "special": True, "normalized": False}
     added |= {"single_word": False, "lstrip": False, "rstrip": False}
-    return _small(spec, pieces, added_tokens=[added], **({} if edges else {"post_processor": None}))
+    return with_parts(spec, pieces, added_tokens=[added], **({} if edges else {"post_processor": None}))
 
 
 def _triples() -> list[str]:
@@ -385,7 +402,7 @@ class _Splitter:
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.spec = {**spec, **without_prefix_space(spec), "added_tokens": [], "post_processor": None}
-        self.small = _small(self.spec)
+        self.small = with_parts(self.spec)
 
     def split(self, text: str) -> list[str]:
         """Return the parts of a text that are divided into pieces one by one."""

@@ -4,7 +4,7 @@ from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates,
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_cuts, safe_segments
 from lm_eval_deepen.vocabulary.round_trip import SAMPLE_TEXTS, check_round_trip, is_exact, require_exact
-from lm_eval_deepen.vocabulary.text_only import exact_encoder, text_only_spec
+from lm_eval_deepen.vocabulary.text_only import exact_encoder, reads_alike, text_only_spec
 from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, text_pieces, unknown_id
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "find_anchors",
     "is_exact",
     "last_safe_cut",
+    "reads_alike",
     "require_exact",
     "safe_cut_allowed",
     "safe_cuts",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
@@ -81,7 +81,7 @@ def find_anchors(
         raise VocabularyError(
             f"max_anchors is {max_anchors}, but at least {min_anchors} anchors are needed. Raise max_anchors."
         )
-    common = set(vocabs[0].ids_of).intersection(*(vocab.ids_of for vocab in vocabs[1:]))
+    common = _common(tuple(vocabs))
     if len(common) < min_anchors:
         counts = ", ".join(f"{name!r} ({len(vocab.ids_of)} pieces)" for name, vocab in zip(names, vocabs, strict=True))
         raise VocabularyError(
@@ -93,6 +93,12 @@ def find_anchors(
     salt = f"{seed}\0".encode()
     ranked = sorted(common, key=lambda piece: (hashlib.sha256(salt + piece).digest(), piece))
     return AnchorSet(tuple(sorted(ranked[:max_anchors])), max_anchors, seed)
+
+
+@lru_cache(8)
+def _common(vocabs: tuple[ByteVocab, ...]) -> frozenset[bytes]:
+    """Return the byte strings that all vocabularies share; methods and orders of the same members ask again."""
+    return frozenset(vocabs[0].pieces).intersection(*(vocab.pieces for vocab in vocabs[1:])) - {b""}
 
 
 def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:

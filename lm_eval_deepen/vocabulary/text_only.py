@@ -135,6 +135,27 @@ def _text_only_model(model: Mapping[str, Any], renamed: Mapping[str, str], bytew
     }
 
 
+def reads_alike(rewritten: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
+    """Return whether the original model gives every text that added tokens leave the tokens of the rewritten one.
+
+    BPE begins with single characters and bytes and reaches a longer piece by merges alone, so pieces that were renamed
+    are out of reach where no merge was removed. The added tokens must have the ids that the model has for them.
+
+    Args:
+        rewritten: what `text_only_spec` made of it.
+        spec: the parsed ``tokenizer.json``.
+    """
+    ours, theirs = rewritten["model"], spec["model"]
+    if theirs["type"] != "BPE" or theirs.get("ignore_merges") or theirs.get("dropout"):
+        return False
+    if len(ours["merges"]) != len(theirs["merges"]):  # the unknown token has the same id under its new name
+        return False
+    if any(len(piece) == 1 or BYTE_PIECE.fullmatch(piece) for piece in theirs["vocab"].keys() - ours["vocab"].keys()):
+        return False
+    added = [token for token in rewritten["added_tokens"] if not token["special"]]
+    return all(theirs["vocab"].get(token["content"]) == token["id"] for token in added)
+
+
 def exact_encoder(
     spec: Mapping[str, Any],
     vocab: ByteVocab,
@@ -150,7 +171,7 @@ def exact_encoder(
     second encoded in two parts. The result stays a pure function of the text.
 
     Args:
-        spec: the original ``tokenizer.json``.
+        spec: the original ``tokenizer.json``; of its model the type, ``byte_fallback`` and the unknown token.
         vocab: its byte vocabulary.
         encode: encodes with the tokenizer of `text_only_spec`.
         name: the member's name, for messages.

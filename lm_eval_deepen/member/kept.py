@@ -1,0 +1,93 @@
+"""What takes long to read off a large tokenizer, kept in the cache folder by the content that it was read from.
+
+A kept file's name is a digest of that content. Its first line is a digest of the rest, of this package's code and of
+the libraries' versions: a damaged file, or one that other code made, is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import tokenizers
+import transformers
+
+from lm_eval_deepen.errors import StorageError
+from lm_eval_deepen.storage import cache_folder, write_bytes
+
+log = logging.getLogger(__name__)
+
+LARGE = 1 << 20  # characters of a tokenizer's JSON; a smaller one is read faster than a file
+CODE = (Path(__file__).parent, Path(__file__).parent.parent / "vocabulary")
+
+_digests: WeakKeyDictionary[Any, tuple[str, str, int]] = WeakKeyDictionary()
+
+
+def content_of(tokenizer: tokenizers.Tokenizer) -> tuple[str, int]:
+    """Return a hex digest of a tokenizer's JSON, and the JSON's length.
+
+    Writing it takes as long as reading it. So it is written again only where something has changed that can: the model
+    of a tokenizer that was read cannot.
+    """
+    parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor, tokenizer.decoder)
+    added = {i: repr(token) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    model = tokenizer.model
+    settings = {key: repr(getattr(model, key, None)) for key in ("dropout", "unk_token", "byte_fallback", "unk_id")}
+    state = repr((
+        [part.__getstate__() if part is not None else None for part in parts],
+        added, tokenizer.truncation, tokenizer.padding, tokenizer.encode_special_tokens, settings,
+    ))  # fmt: skip
+    found = _digests.get(tokenizer)
+    if found is None or found[0] != state:
+        written = tokenizer.to_str().encode()
+        found = _digests[tokenizer] = (state, hashlib.sha256(written).hexdigest(), len(written))
+    return found[1:]
+
+
+def kept(kind: str, decides: Sequence[Any], make: Callable[[], bytes], length: int) -> bytes:
+    """Return what `make` returns, from the cache folder where it is there.
+
+    Args:
+        kind: what it is, for the file's name.
+        decides: all that the result is a function of, as JSON takes it.
+        make: makes it.
+        length: of the tokenizer's JSON, in characters.
+    """
+    if length < LARGE:
+        return make()
+    name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    try:
+        path = cache_folder() / "tokenizers" / f"{kind}-{name}"
+        seal, _, body = path.read_bytes().partition(b"\n")
+        if seal == _seal(body):
+            return body
+        log.warning("%s is damaged, or of another version; it is made again.", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, StorageError):  # a folder that cannot be read costs time alone
+        return make()
+    body = make()
+    with suppress(StorageError):
+        write_bytes(path, _seal(body) + b"\n" + body)
+    return body
+
+
+def _seal(body: bytes) -> bytes:
+    return hashlib.sha256(code().encode() + body).hexdigest().encode()
+
+
+@cache
+def code() -> str:
+    """Return a hex digest of the code that reads tokenizers and checks models, and of the libraries' versions."""
+    digest = hashlib.sha256(repr((tokenizers.__version__, transformers.__version__)).encode())
+    for folder in CODE:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""What is kept of a tokenizer is what reading it gives, and a damaged or stale file is made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+from vocabulary_helpers import CAFE, CORPUS, byte_level, sentencepiece_bpe, unigram
+
+from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.member import kept, text, tokenizer_files
+from lm_eval_deepen.member.text import Backend, TextCodec
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
+from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_only_spec
+
+FAMILIES = {
+    "byte level": lambda: byte_level([AddedToken("  ", normalized=False), AddedToken("caf\u00e9 was", lstrip=True)]),
+    "prefix space": lambda: sentencepiece_bpe(CAFE),
+    "no prefix space": lambda: sentencepiece_bpe(CAFE, prefix_space=False),
+    "control merges": lambda: sentencepiece_bpe([("<", "s"), ("<s", ">"), *CAFE]),
+    "whole words": lambda: sentencepiece_bpe(CAFE, ignore_merges=True),
+    "unigram": lambda: unigram(byte_fallback=True),
+}
+TEXTS = [*SAMPLE_TEXTS, *CORPUS, "a <s>b</s>  caf\u00e9 was  <0x0A>", "\ufdd0 <s>"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, in which every tokenizer is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "LARGE", 0)
+    return tmp_path / "cache" / "lm_eval_deepen" / "tokenizers"
+
+
+def codec(tokenizer: Tokenizer) -> TextCodec:
+    loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    size = tokenizer.get_vocab_size()
+    return TextCodec.build(loaded, size=size + 3, known=size, eos=[2], prefix_id=1, add_special=True, name="m")
+
+
+def facts(read: TextCodec) -> list[Any]:
+    """Return all that a codec is and does."""
+    spelt = []
+    for sample in TEXTS:
+        try:
+            spelt.append(read.encode(sample))
+        except Exception as error:
+            spelt.append(str(error))
+    return [read.identity, read.vocab.fingerprint, read.vocab.pieces, read.cuts, spelt]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_tokenizer_is_the_one_that_is_read(
+    family: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = FAMILIES[family]
+    with monkeypatch.context() as uncached:
+        uncached.setattr(kept, "LARGE", 1 << 60)
+        expected = facts(codec(make()))
+        assert not folder.exists()
+    assert facts(codec(make())) == expected
+    names = sorted(path.name.partition("-")[0] for path in folder.iterdir())
+    assert names == ["text", "vocabulary"]
+    with monkeypatch.context() as warm:  # nothing is read off the JSON again
+        warm.setattr(text, "byte_vocab_from_json", None)
+        warm.setattr(text, "text_only_spec", None)
+        assert facts(codec(make())) == expected
+    stamps = {path: path.read_bytes() for path in folder.iterdir()}
+    for damage in (lambda raw: raw[:-9], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), lambda raw: b""):
+        for path, raw in stamps.items():
+            path.write_bytes(damage(raw))
+        caplog.clear()
+        assert facts(codec(make())) == expected
+        assert caplog.text.count("made again") == len(stamps)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == stamps
+    monkeypatch.setattr(kept, "code", lambda: "of other code")
+    caplog.clear()
+    assert facts(codec(make())) == expected and caplog.text.count("made again") == len(stamps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shared_model_gives_the_tokens_of_the_rewritten_one(family: str) -> None:
+    tokenizer = FAMILIES[family]()
+    read = Backend(PreTrainedTokenizerFast(tokenizer_object=tokenizer), None, size=9999, eos=[2], name="m")
+    control, roles = read._control_and_text
+    rewritten = Tokenizer.from_str(json.dumps(text_only_spec(read.spec, control=control, text=roles, name="m")))
+    rewritten.encode_special_tokens = True
+    encode = read.text_only(9999)
+    for sample in TEXTS:
+        assert list(encode(sample)) == rewritten.encode(sample, add_special_tokens=False).ids, sample
+
+
+def test_what_changes_a_tokenizer_in_memory_changes_its_content() -> None:
+    tokenizer = byte_level()
+    seen = {kept.content_of(tokenizer)[0]}
+    assert kept.content_of(tokenizer)[0] in seen
+    for change in (
+        lambda: tokenizer.add_tokens(["new"]),
+        lambda: tokenizer.add_special_tokens([AddedToken("new", special=True)]),
+        lambda: setattr(tokenizer, "pre_tokenizer", None),
+        lambda: tokenizer.enable_truncation(4),
+        lambda: setattr(tokenizer.model, "dropout", 0.5),
+    ):
+        change()
+        content = kept.content_of(tokenizer)[0]
+        assert content not in seen
+        seen.add(content)
+
+
+def test_a_folder_that_cannot_be_used_costs_time_alone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert codec(byte_level()).encode("the caf\u00e9")
+
+
+def test_a_tokenizer_that_is_not_its_files_is_refused_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(sentencepiece_bpe(CAFE, prefix_space=False).to_str())
+    files = TokenizerFiles(tmp_path / "tokenizer.json", {})
+    loaded = PreTrainedTokenizerFast(tokenizer_object=sentencepiece_bpe(CAFE[:2], prefix_space=False))
+    with pytest.raises(MemberError) as first:
+        require_same(loaded, files, name="m")
+    monkeypatch.setattr(tokenizer_files, "differences", None)  # it is not compared again
+    with pytest.raises(MemberError) as second:
+        require_same(loaded, files, name="m")
+    assert str(first.value) == str(second.value)
+    with pytest.raises(TypeError):  # another file is compared
+        (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
+        require_same(loaded, TokenizerFiles(tmp_path / "tokenizer.json", {}), name="m")
