@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard.cells import Cell, mark_of, packed, read_cell, unpack
 from lm_eval_deepen.leaderboard.execution import Execution, Key, Plan, Say, keep, plan, sole_writer
+from lm_eval_deepen.leaderboard.progress import Progress
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.member.devices import parse_device
 from lm_eval_deepen.storage import cache_folder, working_folder
@@ -129,12 +128,12 @@ class _Driver:
         self.resources = ray.cluster_resources()
         self.device = device or ("cuda:0" if self.resources.get("GPU") else "cpu")
         self.recipe = ray.put(todo.recipe)
-        self.began = time.monotonic()
 
     def run(self) -> dict[Key, Cell]:
         waiting = {self._start(group): group for group in groups_of(self.todo)}
         self.say(f"{len(self.todo.missing)} cells in {len(waiting)} groups, on {self.resources.get('CPU', 0):g} cores")
-        with tqdm(total=len(self.todo.missing), unit="cell", disable=None) as bar:
+        with Progress(len(self.todo.missing), self.say) as progress:
+            self.say = progress.say
             while waiting:
                 [ready], _ = self.ray.wait(list(waiting), num_returns=1)
                 group = waiting[ready]
@@ -151,7 +150,7 @@ class _Driver:
                         waiting[self._again(left, error)] = left
                 else:
                     self._take(key, outcome)
-                    bar.update()
+                    progress.finished(*key, outcome if isinstance(outcome, str) else None)
         return self.cells
 
     def _start(self, group: Group) -> Any:
@@ -193,16 +192,11 @@ class _Driver:
     def _take(self, key: Key, outcome: Outcome) -> None:
         """Write a finished cell, and read it back as any other process would."""
         row, task = self.rows[key[0]], self.tasks[key[1]]
-        done = len(self.cells) - len(self.todo.finished) + len(self.todo.failed) + 1
-        seconds = time.monotonic() - self.began
-        left = seconds / done * (len(self.todo.missing) - done)
         if isinstance(outcome, str):
             keep(self.todo, self.cells, key, outcome)
-            self.say(f"no results for row {key[0]!r}, task {key[1]!r}: {outcome}")
             return
         mark = mark_of(self.todo.out, row, task)
         unpack(outcome, mark)
         cell = read_cell(mark, self.todo.identity(row, task), redo=False)
         assert cell is not None  # its files have just been written
         keep(self.todo, self.cells, key, cell)
-        self.say(f"[{done}/{len(self.todo.missing)}] {row.name}: {task.name}; {seconds:.0f} s, about {left:.0f} s left")

@@ -25,6 +25,7 @@ from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
+from lm_eval_deepen.leaderboard.progress import Progress
 from lm_eval_deepen.leaderboard.provenance import versions
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
@@ -161,10 +162,10 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
         execution = Execution(todo, device, say)
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         cells = dict(todo.finished)
-        for key, outcome in execution.outcomes():
-            keep(todo, cells, key, outcome)
-            if isinstance(outcome, str):
-                say(f"no results for row {key[0]!r}, task {key[1]!r}: {outcome}")
+        with Progress(len(todo.missing), say) as progress:
+            for key, outcome in execution.outcomes():
+                keep(todo, cells, key, outcome)
+                progress.finished(*key, outcome if isinstance(outcome, str) else None)
         return cells
 
 
@@ -191,7 +192,7 @@ class Execution:
 
     def __init__(self, todo: Plan, device: str | None, say: Say) -> None:
         """Load what the missing cells need, and build what is to be built."""
-        self.todo, self.say, self.begun = todo, say, 0
+        self.todo = todo
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
         used = list(dict.fromkeys(name for row in rows for name in row.members))
         self.places = todo.recipe.builds.make(used, todo.built, say, mend=todo.redo)
@@ -245,8 +246,6 @@ class Execution:
             for row in [*steps, *(row for row in here if row not in steps)]:
                 if row not in steps:
                     models[row.name].begin(task.name)
-                self.begun += 1
-                self.say(f"[{self.begun}/{len(self.todo.missing)}] {row.name}: {task.name}")
                 try:
                     yield (row.name, task.name), self._evaluated(row, task, models[row.name])
                 except UnansweredError as error:

@@ -144,6 +144,9 @@ class RowModel(DeepenLM):
         """Return what the answers to a task took, those of the models that are pooled included."""
         return sum((model.costs.get(task, Cost()) for model in self.answerers), Cost())
 
+    def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
+        return super()._answer(kind, requests, True)  # the bar of a leaderboard counts cells
+
     def answers(self, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
         """Yield the index of every request and its answer; what was answered before is remembered."""
         left = []
