@@ -535,12 +535,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _copy_owner(target: Path, temporary: Path) -> None:
     """Give the new file mode and owner of the old one, as far as that is allowed."""
-    found = target.stat()
+    before = target.stat()
     with contextlib.suppress(OSError, AttributeError):
-        if (found.st_uid, found.st_gid) != (os.getuid(), os.getgid()):
-            os.chown(temporary, found.st_uid, found.st_gid)
+        if (before.st_uid, before.st_gid) != (os.getuid(), os.getgid()):
+            os.chown(temporary, before.st_uid, before.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(temporary, stat.S_IMODE(found.st_mode))
+        os.chmod(temporary, stat.S_IMODE(before.st_mode))
 
 
 def _sync(path: Path) -> None:

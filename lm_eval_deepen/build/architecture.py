@@ -49,10 +49,12 @@ def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool
     config = spelt_out(read_config(first, places[first]))
     for other in others:
         there = spelt_out(read_config(other, places[other]))
-        if found := [key for key in keys if config.get(key) != there.get(key)]:
+        if differing := [key for key in keys if config.get(key) != there.get(key)]:
             raise IncompatibleError(
                 DIFFERENCES[0],
-                "; ".join(f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}" for key in found[:4])
+                "; ".join(
+                    f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}" for key in differing[:4]
+                )
                 + ". Weights can be merged only of models with the same tensors: siblings of one base. For these, "
                 "evaluate an ensemble, or distil one into the other (method: fusellm)",
             )
@@ -89,8 +91,8 @@ def read_config(name: str, place: str) -> dict[str, Any]:
     """
     path = _fetched(name, place, "config.json")
     try:
-        found = read_json(path)
-        return {**found, **(found.get("text_config") or {})} | {"architectures": found.get("architectures")}
+        config = read_json(path)
+        return {**config, **(config.get("text_config") or {})} | {"architectures": config.get("architectures")}
     except (StorageError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"model {name!r}: {path} is no configuration ({one_line(error)}); give a model's folder, or a hub name"

@@ -46,8 +46,8 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
         """Whose first model, which gives tokenizer and configuration, does not depend on the hashes of names."""
 
         def referenced_models(self) -> list[Any]:
-            found = super().referenced_models()
-            return sorted(found, key=lambda model: order.index(str(model)) if str(model) in order else len(order))
+            models = super().referenced_models()
+            return sorted(models, key=lambda model: order.index(str(model)) if str(model) in order else len(order))
 
     options = engine.MergeOptions(random_seed=recipe.seed, quiet=True, write_model_card=False)
     try:

@@ -194,8 +194,8 @@ def _densities(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if entry.get("model") == (base or content.get("base_model")):
                 continue  # has no difference to itself
             scopes = [entry.get("parameters"), part.get("parameters"), overall]
-            found = [scope["density"] for scope in scopes if scope and scope.get("density") is not None]
-            yield str(entry.get("model")), found[0] if found else None
+            densities = [scope["density"] for scope in scopes if scope and scope.get("density") is not None]
+            yield str(entry.get("model")), densities[0] if densities else None
 
 
 def _reached(setting: Any) -> list[Any]:
@@ -205,13 +205,13 @@ def _reached(setting: Any) -> list[Any]:
         return [None]
     if not any(isinstance(entry, Mapping) for entry in entries):
         return list(entries)  # one value, or a gradient over layers
-    found: list[Any] = []
+    values: list[Any] = []
     for entry in entries:
         within = entry.get("value") if isinstance(entry, Mapping) else entry
-        found += _reached(within)
+        values += _reached(within)
         if not isinstance(entry, Mapping) or entry.get("filter") in (None, "*"):
-            return found
-    return [*found, None]
+            return values
+    return [*values, None]
 
 
 def _true(value: Any) -> bool:

@@ -46,12 +46,12 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = read_json(path)
-        if why := _impossible(found):
+        record = read_json(path)
+        if why := _impossible(record):
             raise StorageError(why)
     except StorageError as error:
         raise DamagedError(f"{path} is damaged ({error}); build the model again with --redo") from error
-    return dict(found)
+    return dict(record)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -60,39 +60,39 @@ def finished(folder: Path) -> dict[str, Any] | None:
     Raises:
         DamagedError: something of it is gone or was changed since.
     """
-    found = read_provenance(folder)
-    if found is None:
+    record = read_provenance(folder)
+    if record is None:
         return None
-    if missing := [key for key in _KINDS if key not in found]:
+    if missing := [key for key in _KINDS if key not in record]:
         raise DamagedError(f"{folder / FILE} is damaged (it has no {missing[0]}); build the model again with --redo")
     try:
         weights = weights_sha256(folder)
     except (ConfigError, OSError) as error:
         raise DamagedError(f"{folder}: its weights are gone ({error}); build the model again with --redo") from error
-    if weights != found["weights_sha256"]:
+    if weights != record["weights_sha256"]:
         raise DamagedError(
-            f"{folder}: its weights are damaged, or others: sha256 {weights[:12]}, {found['weights_sha256'][:12]} was "
+            f"{folder}: its weights are damaged, or others: sha256 {weights[:12]}, {record['weights_sha256'][:12]} was "
             "built; build the model again with --redo"
         )
-    return found
+    return record
 
 
-def _impossible(found: Any) -> str:
+def _impossible(record: Any) -> str:
     """Return what of a provenance cannot be, empty where nothing is wrong; keys may be missing: others write it too."""
-    if not isinstance(found, Mapping):
+    if not isinstance(record, Mapping):
         return "it holds no JSON object"
     for key, kind in _KINDS.items():
-        if key in found and not isinstance(found[key], kind):
-            return f"its {key} is {str(found[key])[:40]!r}"
-    if not all(type(tokens) is int for tokens in found.get(LINEAGE, {}).values()):
+        if key in record and not isinstance(record[key], kind):
+            return f"its {key} is {str(record[key])[:40]!r}"
+    if not all(type(tokens) is int for tokens in record.get(LINEAGE, {}).values()):
         return f"its {LINEAGE} maps weights to something else than tokens"
-    if not isinstance(found.get("bits_per_byte", {}).get("value", 0.0), float):
+    if not isinstance(record.get("bits_per_byte", {}).get("value", 0.0), float):
         return "its bits_per_byte is no number"
     return ""
 
 
 def provenance(
-    recipe: BuildRecipe, identity: str, folder: Path, members: Mapping[str, str], found: Mapping[str, Any]
+    recipe: BuildRecipe, identity: str, folder: Path, members: Mapping[str, str], made: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what is written down of a model that was just built.
 
@@ -101,19 +101,19 @@ def provenance(
         identity: digest of what decides its weights.
         folder: where it is.
         members: name -> place of the models it was made from.
-        found: what the builder says, which is kept.
+        made: what the builder says, which is kept.
     """
     weights = weights_sha256(folder)
     places = recipe.places(members)
-    tokens = int(found.get("tokens_trained", 0))
+    tokens = int(made.get("tokens_trained", 0))
     trained: dict[str, int] = {weights: tokens} if tokens else {}
     for place in places.values():
         trained = {**lineage(place), **trained}
     tasks = {name.removeprefix(TASK) for name in recipe.texts if name.startswith(TASK)}
     tasks |= {task for place in places.values() for task in tasks_of(place)}
     return {
-        **{key: value for key, value in found.items() if key != "recipe"},
-        **({"settings": found["recipe"]} if "recipe" in found else {}),  # with what the recipe leaves to defaults
+        **{key: value for key, value in made.items() if key != "recipe"},
+        **({"settings": made["recipe"]} if "recipe" in made else {}),  # with what the recipe leaves to defaults
         "method": recipe.method,
         "recipe": dict(recipe.content),
         "recipe_sha256": recipe.sha256,
@@ -124,19 +124,19 @@ def provenance(
         "tokens_trained": tokens,
         LINEAGE: trained,
         TASKS: sorted(tasks),
-        "versions": {**found.get("versions", {}), **versions()},
+        "versions": {**made.get("versions", {}), **versions()},
     }
 
 
 def _named(name: str, place: str) -> dict[str, str]:
     if Path(place).is_dir():
         return {"weights_sha256": weights_sha256(Path(place))}
-    found, folder = {"pretrained": place}, snapshot_of(place)
+    model, folder = {"pretrained": place}, snapshot_of(place)
     if folder is not None:
-        found["revision"] = folder.name
+        model["revision"] = folder.name
         with contextlib.suppress(ConfigError):  # the builder may keep its weights elsewhere
-            found["weights_sha256"] = weights_sha256(folder)
-    return found
+            model["weights_sha256"] = weights_sha256(folder)
+    return model
 
 
 def lineage(place: str) -> dict[str, int]:
@@ -153,13 +153,13 @@ def tasks_of(place: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what builds models, of those packages that are installed."""
-    found = {"lm_eval_deepen": lm_eval_deepen.__version__, "python": platform.python_version()}
+    known = {"lm_eval_deepen": lm_eval_deepen.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            known[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:

@@ -38,14 +38,14 @@ def built(out: Path, identity: str) -> dict[str, Any] | None:
         DamagedError: it holds a built model that is not whole.
     """
     _refuse_others(out)
-    found = finished(out)
-    if found is not None and found["identity"] != identity:
+    record = finished(out)
+    if record is not None and record["identity"] != identity:
         raise ConfigError(
-            f"{out} holds another model: {found['method']} of {', '.join(found['models']) or 'nothing'}, "
-            f"identity {found['identity'][:12]}, {identity[:12]} wanted: recipe, seed, texts or the weights "
+            f"{out} holds another model: {record['method']} of {', '.join(record['models']) or 'nothing'}, "
+            f"identity {record['identity'][:12]}, {identity[:12]} wanted: recipe, seed, texts or the weights "
             "of its models changed. --redo builds it again; another folder keeps both"
         )
-    return found
+    return record
 
 
 def _refuse_others(out: Path) -> None:
@@ -132,14 +132,14 @@ def _alone(
 ) -> dict[str, Any]:  # fmt: skip
     """Build the model, unless it is there; `begins` is called when it is about to be made."""
     _refuse_others(out)
-    if not redo and is_settled(out) and (found := _kept(out, identity, mend, say)) is not None:
-        return found  # no lock: the folder may be one that is only read
+    if not redo and is_settled(out) and (record := _kept(out, identity, mend, say)) is not None:
+        return record  # no lock: the folder may be one that is only read
     busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
     partial = out.with_name(f".{out.name}.partial")
     with locked(out.with_name(f".{out.name}.lock"), busy):
         recover_folder(out)
-        if not redo and (found := _kept(out, identity, mend, say)) is not None:
-            return found  # which a killed process had moved away
+        if not redo and (record := _kept(out, identity, mend, say)) is not None:
+            return record  # which a killed process had moved away
         content = _complete(partial, identity)
         if content is None:
             _claim(partial, recipe, identity, discard=redo or mend)
@@ -158,24 +158,24 @@ def _kept(out: Path, identity: str, mend: bool, say: Say) -> dict[str, Any] | No
         DamagedError: it is damaged, and not to be mended.
     """
     try:
-        found = built(out, identity)
+        record = built(out, identity)
     except DamagedError as error:
         if not mend:
             raise
         say(f"{error}: so it is")
         return None
-    if found is not None:
+    if record is not None:
         say(f"{out}: is built already")
-    return found
+    return record
 
 
 def _complete(partial: Path, identity: str) -> dict[str, Any] | None:
     """Return the provenance of a model that was complete when its builder was killed; None where there is none."""
     try:
-        found = finished(partial)
+        record = finished(partial)
     except ConfigError:
         return None  # it is built anew
-    return found if found is not None and found["identity"] == identity else None
+    return record if record is not None and record["identity"] == identity else None
 
 
 def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], identity: str) -> dict[str, Any]:
@@ -240,9 +240,9 @@ def _mark(partial: Path) -> dict[str, Any] | None:
     if not (partial / _MARK).exists():
         return {}
     try:
-        found = read_json(partial / _MARK)
-        right = isinstance(found["identity"], str) and isinstance(found["trained"], bool)
-        return dict(found) if right else None
+        mark = read_json(partial / _MARK)
+        right = isinstance(mark["identity"], str) and isinstance(mark["trained"], bool)
+        return dict(mark) if right else None
     except (StorageError, LookupError, TypeError):
         return None
 

@@ -69,14 +69,14 @@ class BuildRecipe:
     @property
     def models(self) -> tuple[str, ...]:
         """The models it is made from, as they are spelt, in the order in which they stand there."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
 
         def keep(name: str) -> str:
-            found[name] = None
+            names[name] = None
             return name
 
         self._visit(keep)
-        return tuple(found)
+        return tuple(names)
 
     @property
     def architecture_of(self) -> str:
@@ -134,10 +134,10 @@ class BuildRecipe:
 
     @property
     def _own_models(self) -> Mapping[str, str]:
-        found: Any = {} if self.is_merge else self.content.get("models") or {}
-        if not isinstance(found, Mapping) or not all(isinstance(place, str) for place in found.values()):
-            raise ConfigError(f"{self.source}: models must map names to folders or hub names; got {found!r}")
-        return found
+        models: Any = {} if self.is_merge else self.content.get("models") or {}
+        if not isinstance(models, Mapping) or not all(isinstance(place, str) for place in models.values()):
+            raise ConfigError(f"{self.source}: models must map names to folders or hub names; got {models!r}")
+        return models
 
     def identity(self, members: Mapping[str, str], digests: Mapping[str, str] | None = None) -> str:
         """Return the SHA-256 hex digest of what decides the built weights.
@@ -254,7 +254,7 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
             raise ConfigError(replace(problem, message=f"{problem.message}; merges are named by {MERGE_KEY}"))
         own = BuildKeys.read({key: value for key, value in keys.items() if key in BuildKeys.names()})
         folders = texts.task_folders(own.include_path, folder)
-    found = BuildRecipe(
+    recipe = BuildRecipe(
         source=source,
         folder=folder,
         content={key: value for key, value in keys.items() if key not in BuildKeys.names()},
@@ -263,11 +263,11 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
         note=own.note,
         tasks=texts.TaskSource(folders, json.dumps(thaw(own.metadata), sort_keys=True)),
     )
-    if found.is_merge:
-        merge_config.check(found.content, source)
+    if recipe.is_merge:
+        merge_config.check(recipe.content, source)
     else:
-        _check_training(found)
-    return found
+        _check_training(recipe)
+    return recipe
 
 
 def _check_training(recipe: BuildRecipe) -> None:

@@ -82,7 +82,7 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
     Raises:
         ConfigError: what is no folder.
     """
-    found = []
+    folders = []
     listed = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
         raise ConfigError(f"include_path must be a folder or a list of folders; got {value!r}")
@@ -90,8 +90,8 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
         place = folder / Path(name).expanduser()
         if not place.is_dir():
             raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
-        found.append(str(place))
-    return tuple(found)
+        folders.append(str(place))
+    return tuple(folders)
 
 
 def _file(name: str, folder: Path, where: str, tasks: TaskSource) -> Path:

@@ -16,8 +16,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit status 2."""
-        if found := re.match(r"(?:argument (\S+): )?invalid choice: '(.*)' \(choose from (.*)\)$", message):
-            where, got, listed = found.groups()
+        if refused := re.match(r"(?:argument (\S+): )?invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            where, got, listed = refused.groups()
             choices = re.findall(r"[\w.-]+", listed)
             what = "no such command" if where in (None, "COMMAND") else f"argument {where} takes {', '.join(choices)}"
             message = f"{got}: {what}.{did_you_mean(got, choices)}"
@@ -25,12 +25,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; those that this parser does not know are an error here, where its options are known."""
-        found, unknown = super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [name for action in self._actions for name in action.option_strings]
             what = "no such option" if unknown[0].startswith("-") else "one argument too many"
             self.error(f"{unknown[0]}: {what}.{did_you_mean(unknown[0].partition('=')[0], options)}")
-        return found, unknown
+        return parsed, unknown
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -107,15 +107,15 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     Raises:
         ConfigError: one of another form, or a name that is given twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for text in given:
         name, _, value = text.partition("=")
         if not (name and value):
             raise ConfigError(f"{option} takes {form}; got {text!r}")
-        if name in found:
-            raise ConfigError(f"{option} has {name!r} twice ({found[name]!r} and {value!r}); give it once")
-        found[name] = value
-    return found
+        if name in values:
+            raise ConfigError(f"{option} has {name!r} twice ({values[name]!r} and {value!r}); give it once")
+        values[name] = value
+    return values
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for one in lost:
         print(f"  {one}")
     if args.json:
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "documents": len(documents),
             "bytes": num_bytes,
             "text_sha256": digest(documents),
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             "systems": [facts(line, reference, num_bytes, each) for line in lines],
             "projection_loss": [one.to_dict() for one in lost],
         }
-        write_json(args.json, found)
+        write_json(args.json, figures)
     return 0
 
 
@@ -96,18 +96,18 @@ def measure(
     elsewhere = [own(reading) for reading in read_orders(ensembles, dev, members=1)] if dev else [None] * len(ensembles)
     readings = [read_with_covers(one, documents) for one in ensembles]
     alone = [own(reading) for reading in readings]
-    lines = [Line(f"{found.name} alone", found.bits) for found in alone]
-    for found, other in zip(alone, elsewhere, strict=True):
-        bits, chosen = found.fitted(other)
+    lines = [Line(f"{single.name} alone", single.bits) for single in alone]
+    for single, other in zip(alone, elsewhere, strict=True):
+        bits, chosen = single.fitted(other)
         note = "temperature " + " and ".join(f"{t:.2f}" for t in dict.fromkeys(chosen))
-        lines.append(Line(f"{found.name} alone, fitted", bits, note))
+        lines.append(Line(f"{single.name} alone, fitted", bits, note))
     for one, reading in zip(ensembles, readings, strict=True):
         bits = reading.bits(reading.logp([Variant.of(one)]))[0]
         lines.append(Line(f"ensemble, {one.main.name} main", bits))
     shared = controls(readings)
     lines.append(Line("linear where all tokenisations end", shared["linear"], "control"))
     lines.append(Line("geometric where all tokenisations end", shared["geometric"], "control, not normalised"))
-    natural = {found.name: float(found.bits.sum()) for found in alone}
+    natural = {single.name: float(single.bits.sum()) for single in alone}
     return lines, [loss for reading in readings for loss in projection_losses(reading, natural)]
 
 

@@ -90,15 +90,15 @@ def read_runs(paths: Sequence[Path], names: Sequence[str] | None) -> list[Run]:
     """
     if names and len(names) != len(paths):
         raise ResultError(f"--names: {len(names)} names for {len(paths)} folders; give one for each.")
-    found = [run for i, path in enumerate(paths) for run in find_runs(path, names[i] if names else None)]
-    if len(found) < 2:
+    runs = [run for i, path in enumerate(paths) for run in find_runs(path, names[i] if names else None)]
+    if len(runs) < 2:
         raise ResultError(f"{paths[0]}: one run alone cannot be compared; give a second result folder.")
-    labels = [run.label for run in found]
+    labels = [run.label for run in runs]
     if len(set(labels)) < len(labels):
         if names:
             raise ResultError(f"--names: {', '.join(labels)} are not all different.")
-        found = [Run(str(run.folder), run.folder, run.tasks, run.notes) for run in found]
-    return found
+        runs = [Run(str(run.folder), run.folder, run.tasks, run.notes) for run in runs]
+    return runs
 
 
 def reference_of(runs: Sequence[Run], against: str | None) -> list[str]:

@@ -38,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
     members = pairs(args.member, "--member", "NAME=WHERE")
     changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE").items()}
     recipe = read_build(args.recipe, changes)
-    found = build(recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True))
-    if not found:  # another process of this launch says it
+    provenance = build(
+        recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    if not provenance:  # another process of this launch says it
         return 0
-    tokens = sum(found["trained"].values())
-    print(f"{args.out}: {found['method']} of {', '.join(found['models'])}, seed {found['seed']}")
-    print(f"  weights {found['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
-    print(f"  {found['bits_per_byte']['value']:.4f} bits per byte of {found['bits_per_byte']['text']}")
+    tokens = sum(provenance["trained"].values())
+    print(f"{args.out}: {provenance['method']} of {', '.join(provenance['models'])}, seed {provenance['seed']}")
+    print(f"  weights {provenance['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
+    print(f"  {provenance['bits_per_byte']['value']:.4f} bits per byte of {provenance['bits_per_byte']['text']}")
     return 0
 
 

@@ -146,11 +146,11 @@ def _of(registry: Registry) -> Iterator[Section]:
 
 def catalogue() -> dict[str, dict[str, Any]]:
     """Return, by kind and name: paper, what it is, and the facts of every option."""
-    found: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for section in all_sections():
         facts = {"paper": section.paper, "about": section.about, "options": dict(section.options())}
-        found.setdefault(section.kind, {})[section.name] = facts
-    return found
+        kinds.setdefault(section.kind, {})[section.name] = facts
+    return kinds
 
 
 def listing(everything: bool = False) -> str:

@@ -45,17 +45,17 @@ class Catalogue:
         Raises:
             TypeError: an option with the name of another key: keys are flat.
         """
-        found: dict[str, tuple[str, list[str]]] = {}
+        known: dict[str, tuple[str, list[str]]] = {}
         for kind, registry in self.kinds.items():
             for name, entry in registry.items():
                 if clash := sorted({*entry.options.names()} & (ENSEMBLE_KEYS | MEMBER_KEYS)):
                     raise TypeError(f"{kind} {name!r}: options {clash} are keys of the ensemble; rename them")
                 for option in entry.options.names():
-                    owner, names = found.setdefault(option, (kind, []))
+                    owner, names = known.setdefault(option, (kind, []))
                     if owner != kind:
                         raise TypeError(f"{kind} {name!r}: option {option!r} is one of a {owner} as well; rename it")
                     names.append(name)
-        return found
+        return known
 
     def keys(self) -> frozenset[str]:
         """Return every key that an ensemble may have."""

@@ -74,13 +74,13 @@ def arms(annotation: Any) -> tuple[Any, ...]:
 
 def choices(field: FieldInfo) -> list[str]:
     """Return the names that a field takes; none where it takes other values."""
-    found: list[str] = []
+    words: list[str] = []
     for arm in _arms_of(field):
         if isinstance(arm, Choice):
-            found += arm.names
+            words += arm.names
         elif typing.get_origin(arm) is typing.Literal:
-            found += [word for word in typing.get_args(arm) if isinstance(word, str)]
-    return found
+            words += [word for word in typing.get_args(arm) if isinstance(word, str)]
+    return words
 
 
 def allowed(field: FieldInfo) -> str:

@@ -33,13 +33,13 @@ class MemberConfig(MemberKeys):
 
     def loading_dict(self) -> dict[str, Any]:
         """Return the loading arguments as plain data, without `pretrained` and `hf_kwargs`."""
-        found: dict[str, Any] = thaw(self.loading)
-        return found
+        keys: dict[str, Any] = thaw(self.loading)
+        return keys
 
     def hf_kwargs_dict(self) -> dict[str, Any]:
         """Return the unchecked ``from_pretrained`` arguments as plain data."""
-        found: dict[str, Any] = thaw(self.hf_kwargs)
-        return found
+        keys: dict[str, Any] = thaw(self.hf_kwargs)
+        return keys
 
     def spelt(self, with_weight: bool = True) -> dict[str, Any]:
         """Return the member as the configuration spells it; access tokens are left out."""
@@ -143,8 +143,8 @@ class EnsembleConfig(Settings):
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""
-        found: dict[str, Any] = self.options.to_dict()
-        return found
+        keys: dict[str, Any] = self.options.to_dict()
+        return keys
 
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of everything that influences results.

@@ -24,21 +24,21 @@ def explain(error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapp
         fields: of the model.
         given: the values it was given.
     """
-    found: dict[str, list[Problem]] = {}
+    by_key: dict[str, list[Problem]] = {}
     for one in error.errors(include_url=False, include_input=False):
         key, cause = str(one["loc"][0]) if one["loc"] else "", one.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             own = [one if one.key or not key else replace(one, key=key, where=(key,)) for one in cause.problems]
-            found.setdefault(key, []).extend(own)
+            by_key.setdefault(key, []).extend(own)
         elif one["type"] == "extra_forbidden":
-            found[key] = [unknown_key(key, fields)]
+            by_key[key] = [unknown_key(key, fields)]
         elif one["type"] == "missing":
-            found[key] = [Problem(f"{key} is missing; it must be {allowed(fields[key])}", key, "missing")]
+            by_key[key] = [Problem(f"{key} is missing; it must be {allowed(fields[key])}", key, "missing")]
         elif key in fields:
-            found.setdefault(key, [wrong_value(key, fields[key], given.get(key))])
+            by_key.setdefault(key, [wrong_value(key, fields[key], given.get(key))])
         else:
-            found.setdefault(key, []).append(Problem(one["msg"], key, "value"))
-    return [problem for problems in found.values() for problem in problems]
+            by_key.setdefault(key, []).append(Problem(one["msg"], key, "value"))
+    return [problem for problems in by_key.values() for problem in problems]
 
 
 def wrong_value(key: str, field: FieldInfo, got: Any) -> Problem:

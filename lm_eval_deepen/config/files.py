@@ -34,32 +34,32 @@ def read_ensemble_file(path: Path) -> dict[str, Any]:
         ConfigError: the file is not YAML, holds no ensemble, or names another ensemble file.
     """
     raw = read_recipe(path, "ensemble")
-    found = given(beside({key: value for key, value in raw.items() if key not in RecipeKeys.names()}, path.parent))
-    main = found.get("pretrained")
+    keys = given(beside({key: value for key, value in raw.items() if key not in RecipeKeys.names()}, path.parent))
+    main = keys.get("pretrained")
     if isinstance(main, str) and Path(main).suffix in SUFFIXES and not os.path.isdir(main):
         raise ConfigError(
             f"{path}: pretrained={main} is an ensemble file too; name the main model there", key="pretrained"
         )
-    members = found.get("members")
+    members = keys.get("members")
     if isinstance(members, str):
-        found["members"] = members = [part.strip() for part in members.split("+")]
+        keys["members"] = members = [part.strip() for part in members.split("+")]
     if isinstance(members, (list, tuple)):
-        found["members"] = [beside(member, path.parent) for member in members]
-    return found
+        keys["members"] = [beside(member, path.parent) for member in members]
+    return keys
 
 
 def merge_file(path: Path, inline: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of an ensemble file, overridden by the keys given beside `pretrained`."""
-    found = read_ensemble_file(path)
+    keys = read_ensemble_file(path)
     if "members" in inline:
-        found.pop("pretrained", None)
-    members = found.get("members")
+        keys.pop("pretrained", None)
+    members = keys.get("members")
     if "weights" in inline and isinstance(members, list):
-        found["members"] = [
+        keys["members"] = [
             {key: value for key, value in member.items() if key != "weight"} if isinstance(member, Mapping) else member
             for member in members
         ]
-    return found | {key: value for key, value in inline.items() if key != "pretrained"}
+    return keys | {key: value for key, value in inline.items() if key != "pretrained"}
 
 
 def beside(member: Any, folder: Path) -> Any:

@@ -66,10 +66,10 @@ class Keys(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values, which are not checked."""
-        found = self.model_copy(update=changes)
-        for cached in found.__dict__.keys() - type(self).model_fields.keys():  # of cached properties
-            del found.__dict__[cached]
-        return found
+        changed = self.model_copy(update=changes)
+        for cached in changed.__dict__.keys() - type(self).model_fields.keys():  # of cached properties
+            del changed.__dict__[cached]
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain data."""
@@ -152,12 +152,12 @@ def exact(value: Any, annotation: Any, key: str) -> Any:
     Raises:
         ConfigError: inside of a nested mapping.
     """
-    found = arms(annotation)
-    if type(value) in found:
+    types = arms(annotation)
+    if type(value) in types:
         return value
-    if isinstance(value, os.PathLike) and str in found:
+    if isinstance(value, os.PathLike) and str in types:
         return os.fspath(value)
-    for arm in found:
+    for arm in types:
         if isinstance(arm, type) and issubclass(arm, Keys) and not isinstance(value, arm):
             try:
                 return arm.read(value, key)
@@ -166,9 +166,9 @@ def exact(value: Any, annotation: Any, key: str) -> Any:
         if typing.get_origin(arm) is tuple:
             return _listed(value, typing.get_args(arm)[0], key)
     number = to_number(value)
-    if number is not None and int in found and number.is_integer():
+    if number is not None and int in types and number.is_integer():
         return int(number)
-    return number if number is not None and float in found else value
+    return number if number is not None and float in types else value
 
 
 def given(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def to_number(value: Any) -> float | None:
 
 def split_numbers(value: Any) -> list[Any]:
     """Return a list of numbers as one: ``0.6+0.4`` inline, a single number, or a list; ``1e+0`` is one number."""
-    found = re.split(r"(?<![eE])\+", value) if isinstance(value, str) else value
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    parts = re.split(r"(?<![eE])\+", value) if isinstance(value, str) else value
+    return list(parts) if isinstance(parts, (list, tuple)) else [parts]
 
 
 def _listed(value: Any, item: Any, key: str) -> Any:
@@ -201,12 +201,12 @@ def _listed(value: Any, item: Any, key: str) -> Any:
         value = [value]
     if not isinstance(value, (list, tuple)):
         return value
-    problems, found = Problems(), []
+    problems, items = Problems(), []
     for i, one in enumerate(value):
         with problems.collected():
-            found.append(exact(one, item, f"{key}[{i}]"))
+            items.append(exact(one, item, f"{key}[{i}]"))
     problems.refuse()
-    return tuple(found)
+    return tuple(items)
 
 
 def _plain(value: Any) -> Any:

@@ -99,24 +99,24 @@ def _sort(
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
     """Return keys by their use, which is ``settings``, ``loading`` of members or the kind of an option, and misfits."""
     owners, unfit = catalogue.owners(), list[Problem]()
-    found: dict[str, dict[str, Any]] = {use: {} for use in ("settings", "loading", *catalogue.kinds)}
+    by_use: dict[str, dict[str, Any]] = {use: {} for use in ("settings", "loading", *catalogue.kinds)}
     for key, value in keys.items():
         if key in owners:
             kind, having = owners[key]
             if kind in chosen and chosen[kind].NAME in having:
-                found[kind][key] = value
+                by_use[kind][key] = value
             elif kind in chosen or kind not in keys:  # else its name is wrong, and that is said
                 unfit.append(Problem(_not_an_option(key, kind, having, chosen.get(kind)), key, "conflict"))
         elif key in catalogue.loading_keys or key in ("pretrained", "hf_kwargs", *ALLOWANCES):
-            found["loading"][key] = value
+            by_use["loading"][key] = value
         elif key in Settings.names():
-            found["settings"][key] = value
+            by_use["settings"][key] = value
         elif key in MEMBER_KEYS:
             said = f"{key}={value!r} belongs inside a member: members: [{{pretrained: ..., {key}: ...}}]"
             unfit.append(Problem(said, key, "misplaced"))
         elif key not in ENSEMBLE_KEYS:
             unfit.append(catalogue.unknown(key))
-    return found, unfit
+    return by_use, unfit
 
 
 def _not_an_option(key: str, kind: str, having: Sequence[str], chosen: type[Options] | None) -> str:

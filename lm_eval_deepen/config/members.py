@@ -48,26 +48,26 @@ def parse_members(
     Raises:
         ConfigError: what is wrong with any of them.
     """
-    entries, found, problems = _entries(raw, defaults), list[Parsed](), Problems()
+    entries, parsed, problems = _entries(raw, defaults), list[Parsed](), Problems()
     for i, entry in enumerate(entries):
         try:
-            found.append(_parse(entry, defaults, f"members[{i}]", catalogue))
+            parsed.append(_parse(entry, defaults, f"members[{i}]", catalogue))
         except ConfigError as error:  # what stands beside members is said once
             said = {one.message for one in problems.found if one.key.partition("].")[2].split(".")[0] in defaults}
             problems.found += [one for one in error.problems if one.message not in said]
     problems.refuse()
-    _check_shared(entries, [own.pretrained for own, _ in found], defaults)
-    main, beside = found[0][0].pretrained, defaults.get("pretrained")
+    _check_shared(entries, [own.pretrained for own, _ in parsed], defaults)
+    main, beside = parsed[0][0].pretrained, defaults.get("pretrained")
     if beside is not None and _same(beside) != _same(main):
         raise conflict(
             "pretrained",
             f"pretrained={beside if isinstance(beside, str) else shown(beside)} is not the first of members ({main}); "
             "members includes the main member, first: put it there, or leave pretrained out",
         )
-    shares = member_weights(weights, [own.weight for own, _ in found], weighting)
+    shares = member_weights(weights, [own.weight for own, _ in parsed], weighting)
     return tuple(
         MemberConfig.model_construct(**{**dict(own), "name": name, "weight": share, "loading": FrozenDict(loading)})
-        for (own, loading), name, share in zip(found, _names(found), shares, strict=True)
+        for (own, loading), name, share in zip(parsed, _names(parsed), shares, strict=True)
     )
 
 

@@ -145,8 +145,8 @@ def data_folder(what: str) -> Path:
 @cache
 def shipped_recipes(kind: str | None = None) -> dict[str, Path]:
     """Return the recipes that ship with us by name: those of a kind, or all."""
-    found = {path.stem: path for path in sorted(data_folder("recipes").glob("*.yaml"))}
-    return {name: path for name, path in found.items() if kind is None or read_yaml(path).get("kind") == kind}
+    paths = {path.stem: path for path in sorted(data_folder("recipes").glob("*.yaml"))}
+    return {name: path for name, path in paths.items() if kind is None or read_yaml(path).get("kind") == kind}
 
 
 def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
@@ -196,15 +196,15 @@ def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
 
 def recipe_file(text: str, folder: Path | None = None) -> Path:
     """Return the file of a recipe; arguments and errors as `find_recipe_file`, and what is none is an error, too."""
-    found = find_recipe_file(text, folder)
-    if found is None:
+    path = find_recipe_file(text, folder)
+    if path is None:
         near = did_you_mean(text, shipped_recipes())
         raise ConfigError(
             f"{text}: no such recipe (looked in {(folder or Path()).absolute()}).{near} Give the path of a YAML file, "
             "or the name of a shipped recipe",
             code="unknown_name",
         )
-    return found
+    return path
 
 
 def read_recipe(path: Path, *wanted: str) -> dict[str, Any]:

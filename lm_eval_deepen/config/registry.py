@@ -101,11 +101,11 @@ class Registry(Mapping[str, Entry]):
         path = importlib.import_module(self.package).__path__ if self.package else ()
         if self._searched == tuple(path):
             return
-        for found in pkgutil.iter_modules(path):
-            if found.name.startswith("_") or found.name in self.helpers:
+        for file in pkgutil.iter_modules(path):
+            if file.name.startswith("_") or file.name in self.helpers:
                 continue
-            module = f"{self.package}.{found.name}"
-            where = f"{self.kind} file {found.name}.py in {getattr(found.module_finder, 'path', self.package)}"
+            module = f"{self.package}.{file.name}"
+            where = f"{self.kind} file {file.name}.py in {getattr(file.module_finder, 'path', self.package)}"
             try:
                 importlib.import_module(module)
             except Exception as error:  # whatever a broken file raises, its name is what the user needs

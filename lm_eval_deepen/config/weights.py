@@ -31,8 +31,8 @@ def member_weights(listed: Any, own: Sequence[float | None], weighting: Any) -> 
             "weights",
             f"weights are given, but weighting={weighting.NAME} computes them; remove the weights, or remove weighting",
         )
-    found: list[float] = weighting.start(given, count)
-    return found
+    weights: list[float] = weighting.start(given, count)
+    return weights
 
 
 def _given(listed: Any, own: Sequence[float | None]) -> list[float] | None:

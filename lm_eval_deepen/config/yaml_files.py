@@ -98,17 +98,17 @@ def parse_json(text: str, where: str) -> Any:
         raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no configuration has; give less")
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        keys: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in keys:
                 raise ConfigError(f"{where} has the key {key!r} twice in one mapping; give it once")
-            found[key] = value
-        return found
+            keys[key] = value
+        return keys
 
     def number(word: str) -> float:
-        if not math.isfinite(found := float(word)):
+        if not math.isfinite(value := float(word)):
             raise ConfigError(f"{where} holds {word}, which is no finite number; give one")
-        return found
+        return value
 
     try:
         return json.loads(text, object_pairs_hook=mapping, parse_constant=number, parse_float=number)

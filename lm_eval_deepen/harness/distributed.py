@@ -61,10 +61,10 @@ class Ranks:
         """
         if any(member.loading_dict().get("tp_plan") for member in config.members):
             return cls()  # each process holds a slice of a member: all of them run every request
-        found = cls.launched()
-        if found.count > 1:
+        ranks = cls.launched()
+        if ranks.count > 1:
             _refuse_fixed_devices(config, PartialState())
-        return found
+        return ranks
 
     @classmethod
     def of_launch(cls) -> Ranks:
@@ -143,9 +143,9 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
         arguments = [request.args for request in requests]
         if len(set(ranks.gather(_digest(arguments)))) == 1:
             mine = ranks.share(arguments, whole=method.__name__ == "generate_until")
-            found = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)
+            own = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)
             answers: list = [None] * len(requests)
-            for indices, parts in ranks.gather((mine, found)):
+            for indices, parts in ranks.gather((mine, own)):
                 for index, part in zip(indices, parts, strict=True):
                     answers[index] = part
         else:

@@ -192,8 +192,8 @@ class DeepenLM(RequestHandler):
         told = False
         progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
         with progress, settling(self.cache_hook):
-            for index, found in self.source.answers(kind, requests):
-                answer = answers[index] = _as_asked(kind, requests[index], found)
+            for index, answered in self.source.answers(kind, requests):
+                answer = answers[index] = _as_asked(kind, requests[index], answered)
                 if not isinstance(answer, SetAside):
                     if self.step_files is not None and self.cache_hook.dbdict is not None:
                         self.step_files.flush()  # first: the run that goes on from a kill does not ask again

@@ -65,8 +65,8 @@ class Pool:
             part = requests[start : start + AT_ONCE]
             columns = []
             for m, model in enumerate(self.answerers):
-                found: dict[int, Any] = dict(model.answers(kind, self._own(m, part)))
-                columns.append([found[index] for index in range(len(part))])
+                answered: dict[int, Any] = dict(model.answers(kind, self._own(m, part)))
+                columns.append([answered[index] for index in range(len(part))])
             if scores_texts(self.method):
                 columns = self._scored(part, columns)
             for index, answers in enumerate(zip(*columns, strict=True)):
@@ -93,8 +93,10 @@ class Pool:
             replace(requests[n], request_type="loglikelihood", arguments=(requests[n].args[0], text))
             for n, text in texts
         ]
-        found = dict(self.fused.answers("loglikelihood", asked))
-        logp = {place: -math.inf if isinstance(found[at], SetAside) else found[at][0] for at, place in enumerate(texts)}
+        scores = dict(self.fused.answers("loglikelihood", asked))
+        logp = {
+            place: -math.inf if isinstance(scores[at], SetAside) else scores[at][0] for at, place in enumerate(texts)
+        }
         return [
             [
                 Candidate(text, logp.get((n, text), -math.inf)) if isinstance(text, str) else text

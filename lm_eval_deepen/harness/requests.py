@@ -79,8 +79,8 @@ class RequestHandler(MainMemberView):
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generate,
         }
-        for at, found in kinds[kind]([requests[index] for index in owners], prepared):
-            yield owners[at], found
+        for at, answer in kinds[kind]([requests[index] for index in owners], prepared):
+            yield owners[at], answer
 
     def check_kind(self, kind: str) -> None:
         """Raise RequestError where this ensemble has no answer to any request of a type."""
@@ -120,26 +120,26 @@ class RequestHandler(MainMemberView):
                 answers = [(score.total, score.greedy) for score in weighed]
                 yield index, self._tell_peers("loglikelihood", requests[index], answers)
             return
-        for index, found in self._score(spans):
+        for index, scores in self._score(spans):
             if self.step_files is not None:
-                self.step_files.add_scores(requests[index], found)
-            answers = [(score.total, score.greedy) for score in found]
+                self.step_files.add_scores(requests[index], scores)
+            answers = [(score.total, score.greedy) for score in scores]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
     def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Any]]) -> Answers:
         if self.ensemble.by_stretches:
-            for index, weighed in self._score_stretches(texts):
-                own = [score.total for score in weighed]
+            for index, scored in self._score_stretches(texts):
+                own = [score.total for score in scored]
                 yield index, self._tell_peers("loglikelihood_rolling", requests[index], own)
             return
         owners: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
-        for index, found in enumerate(texts):
-            spans += found
-            owners += [index] * len(found)
+        for index, text in enumerate(texts):
+            spans += text
+            owners += [index] * len(text)
             ends.append(len(spans))
-            if not found:
+            if not text:
                 yield index, 0.0
         left = Counter(owners)
         windows: list[list[list[SpanScore]]] = [[] for _ in requests]
@@ -152,7 +152,7 @@ class RequestHandler(MainMemberView):
             if not left[index]:
                 if self.step_files is not None:
                     in_order = sorted(zip(places[index], windows[index], strict=True), key=lambda pair: pair[0])
-                    self.step_files.add_scores(requests[index], [found[0] for _, found in in_order])
+                    self.step_files.add_scores(requests[index], [first for _, (first, *_) in in_order])
                 columns = zip(self.peers, zip(*windows[index], strict=True), strict=True)
                 totals = [total(peer.ensemble, own) for peer, own in columns]
                 yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
@@ -165,15 +165,15 @@ class RequestHandler(MainMemberView):
         nothing = StretchScore((), True, tuple(self.ensemble.weights.tolist()))
         yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)
         left = Counter(owners)
-        found: dict[int, StretchReading] = {}
+        readings: dict[int, StretchReading] = {}
         nodes = nodes_per_forward(self.ensemble, self.texts.batch(1))
         powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
         for at, reading in read_stretches(self.ensemble.active, windows, nodes, powers):
-            found[at] = reading
+            readings[at] = reading
             index = owners[at]
             left[index] -= 1
             if not left[index]:
-                own = [found.pop(i) for i, owner in enumerate(owners) if owner == index]
+                own = [readings.pop(i) for i, owner in enumerate(owners) if owner == index]
                 reading = own[0] if len(own) == 1 else joined(own)
                 yield index, [weighed(peer.ensemble, reading) for peer in self.peers]
 
@@ -187,16 +187,19 @@ class RequestHandler(MainMemberView):
         for end in [*ends, len(spans)]:
             if sum(lengths[start:end]) < FORWARDS_PER_ROUND * nodes and end < len(spans):
                 continue
-            for index, found in score_together(ensembles, spans[start:end], nodes):
-                yield start + index, found
+            for index, scores in score_together(ensembles, spans[start:end], nodes):
+                yield start + index, scores
             start = end
 
     def _generate(self, requests: Sequence[Instance], prepared: Sequence[tuple[Job, list[str]]]) -> Answers:
         jobs, stops = [job for job, _ in prepared], [until for _, until in prepared]
-        for index, found in self.texts.generations(jobs):
+        for index, generation in self.texts.generations(jobs):
             if self.step_files is not None:
-                self.step_files.add_text(requests[index], found)
-            yield index, SetAside(found.refusal) if found.refusal else self.texts.finished(found, stops[index])
+                self.step_files.add_text(requests[index], generation)
+            yield (
+                index,
+                SetAside(generation.refusal) if generation.refusal else self.texts.finished(generation, stops[index]),
+            )
 
 
 def share_passes(models: Sequence[RequestHandler]) -> None:

@@ -129,15 +129,15 @@ def _open_to_others(stored: SqliteDict) -> str:
 
 def _who_else(place: Path) -> str:
     """Return who else than this user can put something into a file or folder; root is trusted."""
-    found = place.stat()
-    if found.st_uid not in (os.geteuid(), 0):
-        return f"belongs to another user (id {found.st_uid})"
-    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+    status = place.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user (id {status.st_uid})"
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
         return ""  # as /tmp: others can neither replace nor remove what is ours
-    if found.st_mode & stat.S_IWOTH:
+    if status.st_mode & stat.S_IWOTH:
         return "can be written by everybody"
-    if found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid):
-        return f"can be written by its group (id {found.st_gid})"
+    if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
+        return f"can be written by its group (id {status.st_gid})"
     return ""
 
 
@@ -157,12 +157,12 @@ def _is_own_group(group: int) -> bool:
 
 def _objection(stored: SqliteDict, fingerprint: str) -> str:
     try:
-        found = stored.get(FINGERPRINT_KEY)
+        owner = stored.get(FINGERPRINT_KEY)
     except CacheError as error:
         return str(error)
-    if found == fingerprint or (found is None and not len(stored)):
+    if owner == fingerprint or (owner is None and not len(stored)):
         return ""
-    whose = f"the ensemble with fingerprint {found}" if found else "a model that left no fingerprint"
+    whose = f"the ensemble with fingerprint {owner}" if owner else "a model that left no fingerprint"
     return (
         f"the response cache {stored.filename} holds answers of {whose}; this ensemble has {fingerprint}. "
         "Give --use_cache another path, or delete the file."

@@ -145,10 +145,10 @@ class StepFiles:
             self.folder or folder_of(self.config),
         )
 
-    def add_text(self, request: Instance, found: Generation) -> None:
+    def add_text(self, request: Instance, generation: Generation) -> None:
         """Add a generated text."""
-        if found.steps:
-            self._add(request, [[_step(step) for step in found.steps]], reason=found.reason)
+        if generation.steps:
+            self._add(request, [[_step(step) for step in generation.steps]], reason=generation.reason)
 
     def add_scores(self, request: Instance, windows: Sequence[SpanScore]) -> None:
         """Add a text that was scored, in one window or several."""

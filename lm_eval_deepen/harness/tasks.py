@@ -145,7 +145,7 @@ def load_tasks(
         ConfigError: an unknown task with the nearest name, two columns with one task, or a split it lacks.
     """
     manager = _manager([spec.task for spec in specs], [*include_path, str(data_folder("tasks"))], metadata)
-    found: list[LoadedTask] = []
+    tasks: list[LoadedTask] = []
     owners: dict[str, str] = {}
     for spec in specs:
         try:
@@ -157,7 +157,7 @@ def load_tasks(
                     raise ConfigError(f"task {name!r} is in {owners[name]!r} and in {spec.task!r}; keep one of them")
                 if spec.split == "validation":
                     _on_validation(name, leaf)
-            found.append(LoadedTask(spec, objects, leaves, manager).freeze())
+            tasks.append(LoadedTask(spec, objects, leaves, manager).freeze())
         except DeepenError:
             raise
         except Exception as error:  # whatever a task's own code raises, or the hub
@@ -165,7 +165,7 @@ def load_tasks(
                 f"task {spec.task!r} cannot be loaded: {type(error).__name__}: {error}. What a task is told stands "
                 "under metadata, in a recipe as on the command line"
             ) from error
-    return found
+    return tasks
 
 
 def _manager(names: Sequence[str], folders: list[str], metadata: Mapping[str, Any] | None) -> Any:

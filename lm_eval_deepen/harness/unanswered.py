@@ -116,9 +116,9 @@ def _requests_to_come(kind: str) -> dict[str, list[Instance]]:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            found = frame.f_locals.get("requests", {})
-            asked = [*found].index(kind) + 1 if kind in found else len(found)
-            return {later: list(found[later]) for later in list(found)[asked:] if later in KINDS}
+            by_kind = frame.f_locals.get("requests", {})
+            asked = [*by_kind].index(kind) + 1 if kind in by_kind else len(by_kind)
+            return {later: list(by_kind[later]) for later in list(by_kind)[asked:] if later in KINDS}
         frame = frame.f_back
     return {}
 
@@ -177,5 +177,5 @@ def error_of(missing: Sequence[Unanswered], *, cached: bool) -> UnansweredError:
 def _listed(where: Sequence[str]) -> str:
     """Return ``document 1, 2 and 3 more``."""
     first, *others = where[:SHOWN]
-    found = ", ".join([first, *(name.rpartition(" ")[2] for name in others)])
-    return found + (f" and {len(where) - SHOWN} more" if len(where) > SHOWN else "")
+    names = ", ".join([first, *(name.rpartition(" ")[2] for name in others)])
+    return names + (f" and {len(where) - SHOWN} more" if len(where) > SHOWN else "")

@@ -92,21 +92,21 @@ class Builds:
         Raises:
             ConfigError: a model that is made from itself.
         """
-        found: list[str] = []
+        order: list[str] = []
 
         def visit(name: str, path: tuple[str, ...]) -> None:
             if name in path:
                 ring = " <- ".join([*path, name])
                 raise ConfigError(f"built models are made from each other: {ring}; break the ring")
-            if name not in self.recipes or name in found:
+            if name not in self.recipes or name in order:
                 return
             for source in self.recipes[name].models:
                 visit(source, (*path, name))
-            found.append(name)
+            order.append(name)
 
         for name in names:
             visit(name, ())
-        return found
+        return order
 
     def identity(self, name: str) -> str:
         """Return the digest of what decides a built model's weights, before it is built."""
@@ -149,17 +149,17 @@ class Builds:
         for name in order:
             if self.recipes[name].is_merge:
                 require(f"{self.recipes[name].source}: ")  # before hours of training
-        found: dict[str, Path] = {}
+        places: dict[str, Path] = {}
         for name in order:
             identity = self.identity(name)
             out = self.folder(name, folder)
-            members = {**self.places, **{built: str(place) for built, place in found.items()}}
+            members = {**self.places, **{built: str(place) for built, place in places.items()}}
             try:
                 build(self.recipes[name], out, members, identity=identity, mend=mend, say=say)
             except DeepenError as error:
                 raise ConfigError(f"{name!r}: {error}") from error
-            found[name] = out
-        return found
+            places[name] = out
+        return places
 
     def folder(self, name: str, root: Path) -> Path:
         """Return where a built model is kept below a folder."""
@@ -167,15 +167,15 @@ class Builds:
 
     def trained_on(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return the tasks on whose documents models were trained, or what they are made from, by model."""
-        found: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
         built = self.needed(names)
         for name in dict.fromkeys([*names, *built, *(each for one in built for each in self.recipes[one].models)]):
             if name in self.recipes:
                 tasks = [text.removeprefix(TASK) for text in self.recipes[name].texts if text.startswith(TASK)]
             else:
                 tasks = tasks_of(self.places.get(name, name))
-            found |= {name: tasks} if tasks else {}
-        return found
+            trained |= {name: tasks} if tasks else {}
+        return trained
 
     def _unbuilt(self) -> dict[str, str]:
         return {name: self.pretrained(name) for name in self.recipes}
@@ -236,17 +236,17 @@ def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltR
     return [BuiltRow(f"{group}, seed {seed}", group, recipe.with_seed(seed)) for seed in seeds]
 
 
-def _seeds(found: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequence[int]:
-    if found is None:
+def _seeds(seeds: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequence[int]:
+    if seeds is None:
         return SEEDS if recipe.is_random else (recipe.seed,)
-    if recipe.is_random and len(found) < len(SEEDS):
+    if recipe.is_random and len(seeds) < len(SEEDS):
         raise ConfigError(
             f"{where}: {recipe.method} draws at random, and one draw says little: give at least {len(SEEDS)} seeds; "
-            f"got {list(found)}"
+            f"got {list(seeds)}"
         )
-    if recipe.is_merge and not recipe.is_random and len(found) > 1:
+    if recipe.is_merge and not recipe.is_random and len(seeds) > 1:
         raise ConfigError(f"{where}: {recipe.method} draws nothing, so that all seeds give one model; leave seeds out")
-    return found
+    return seeds
 
 
 def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> None:
@@ -281,10 +281,10 @@ def take_members(listed: Sequence[Any], folder: Path, recipes: dict[str, BuildRe
     Raises:
         ConfigError: a recipe that cannot be read, by the member.
     """
-    found = []
+    kept = []
     for i, entry in enumerate(listed):
         if not (isinstance(entry, Mapping) and "build" in entry):
-            found.append(entry)
+            kept.append(entry)
             continue
         if "pretrained" in entry:
             raise ConfigError(f"members[{i}]: give pretrained or build, not both; got {dict(entry)!r}")
@@ -296,8 +296,8 @@ def take_members(listed: Sequence[Any], folder: Path, recipes: dict[str, BuildRe
                 "with seeds"
             )
         rest = {key: value for key, value in entry.items() if key != "build"}
-        found.append({**rest, "name": name, "pretrained": Builds(recipes).pretrained(name)})
-    return found
+        kept.append({**rest, "name": name, "pretrained": Builds(recipes).pretrained(name)})
+    return kept
 
 
 def take_rows(listed: Any, folder: Path, recipes: dict[str, BuildRecipe]) -> tuple[list[BuiltRow], Any]:
@@ -308,12 +308,12 @@ def take_rows(listed: Any, folder: Path, recipes: dict[str, BuildRecipe]) -> tup
     """
     if not isinstance(listed, list):
         return [], listed
-    found: list[BuiltRow] = []
+    rows: list[BuiltRow] = []
     for i, spec in enumerate(listed):
         if isinstance(spec, Mapping) and "build" in spec:
             for row in built_rows(spec, folder, f"rows[{i}]"):
                 if row.name in recipes:
                     raise ConfigError(f"rows[{i}]: two models are built by the name {row.name!r}; give one another")
                 recipes[row.name] = row.recipe
-                found.append(row)
-    return found, [spec for spec in listed if not (isinstance(spec, Mapping) and "build" in spec)]
+                rows.append(row)
+    return rows, [spec for spec in listed if not (isinstance(spec, Mapping) and "build" in spec)]

@@ -58,15 +58,15 @@ class Cell:
         """
         path = self.mark.parent / self.results
         results = read_results(path, "evaluate the cell again with --redo.")
-        found = {}
+        tasks = {}
         for task, name in self.samples.items():
             samples = path.parent / name
             if not samples.is_file():
                 raise ResultError(f"{samples} is gone; evaluate the cell again with --redo")
             if task not in results["configs"]:
                 raise ResultError(f"{path} is damaged: it has no {task}; evaluate the cell again with --redo")
-            found[task] = TaskRun(task, path, samples, results)
-        return found
+            tasks[task] = TaskRun(task, path, samples, results)
+        return tasks
 
     def check(self) -> None:
         """Read everything that belongs to the cell.
@@ -97,8 +97,8 @@ def identity(
         seeds: of the evaluation.
         built: identities of the row's models that are built, by name.
     """
-    found = {"ensemble": row.config.fingerprint(), "seeds": list(seeds), **task.identity}
-    return {**found, "built": dict(built)} if built else found
+    facts = {"ensemble": row.config.fingerprint(), "seeds": list(seeds), **task.identity}
+    return {**facts, "built": dict(built)} if built else facts
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -175,22 +175,22 @@ def _texts(names: Any) -> list[Any]:
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    found = []
+    differences = []
     for key in dict.fromkeys([*there, *wanted]):
         a, b = there.get(key), wanted.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             inner = _differences(a, b, f"{prefix}{key}.")
-            found += [inner] if inner else []
+            differences += [inner] if inner else []
         elif a != b and json.dumps(a) != json.dumps(b):
-            found.append(f"{prefix}{key}: {str(a)[:_SHOWN]} -> {str(b)[:_SHOWN]}")
-    return "; ".join(found)
+            differences.append(f"{prefix}{key}: {str(a)[:_SHOWN]} -> {str(b)[:_SHOWN]}")
+    return "; ".join(differences)
 
 
 def write_cell(
     mark: Path,
     row: Row,
     tracker: EvaluationTracker,
-    found: dict[str, Any],
+    evaluated: dict[str, Any],
     wanted: Mapping[str, Any],
     cost: Cost,
     facts: Mapping[str, Any],
@@ -200,14 +200,14 @@ def write_cell(
     Raises:
         ResultError: the harness could not write its files.
     """
-    samples = found.pop("samples")
-    count = sum(found["n-samples"][task]["effective"] for task in samples)
+    samples = evaluated.pop("samples")
+    count = sum(evaluated["n-samples"][task]["effective"] for task in samples)
     with working_folder(mark.parent, ".cell-", sole=True) as folder:
         tracker.output_path = str(folder)
         tracker.general_config_tracker.model_source = "deepen"
         tracker.general_config_tracker.model_name = row.name
         tracker.general_config_tracker.model_name_sanitized = row.slug
-        tracker.save_results_aggregated(results=found, samples=samples)
+        tracker.save_results_aggregated(results=evaluated, samples=samples)
         written = folder / row.slug
         if not list(written.glob("results_*.json")):  # the tracker logs what goes wrong, and goes on
             raise ResultError(f"{mark.parent}: the harness could not write its results there; is the disk full?")

@@ -172,12 +172,12 @@ class _Driver:
     def _gpus(self, group: Group) -> int:
         """Return how many GPUs a group's members name."""
         members = {member.name: member for member in self.todo.recipe.members}
-        found = 0
+        count = 0
         for name in group.members:
             asked = members[name].loading.get("device", self.device) if name in members else self.device
             device = parse_device(asked, f"member {name!r}:")
-            found = max(found, (device.index or 0) + 1 if device.type == "cuda" else 0)
-        return found
+            count = max(count, (device.index or 0) + 1 if device.type == "cuda" else 0)
+        return count
 
     def _again(self, group: Group, error: Exception) -> Any:
         names = "+".join(group.members)

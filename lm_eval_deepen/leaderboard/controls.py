@@ -40,16 +40,16 @@ def with_controls(
         if recipes[names[0]].is_merge or recipes[names[0]].method != DISTILLED:
             continue
         wanted = {name: control_of(recipes[name]) for name in names}
-        found = next((other for other, rows in groups.items() if _are([recipes[row] for row in rows], wanted)), None)
-        if found is None:
-            found = f"{group}, control"
-            notes.append(f"{found}: added to the rows, the training of {group} on its text alone (method: clm)")
+        control = next((other for other, rows in groups.items() if _are([recipes[row] for row in rows], wanted)), None)
+        if control is None:
+            control = f"{group}, control"
+            notes.append(f"{control}: added to the rows, the training of {group} on its text alone (method: clm)")
             for name, recipe in wanted.items():
                 seed = name.removeprefix(group)  # ", seed 1"
-                recipes[found + seed] = recipe
-                added.append(BuiltRow(found + seed, found, recipe))
-            groups[found] = [found + name.removeprefix(group) for name in names]
-        controls[group] = found
+                recipes[control + seed] = recipe
+                added.append(BuiltRow(control + seed, control, recipe))
+            groups[control] = [control + name.removeprefix(group) for name in names]
+        controls[group] = control
     return controls, added
 
 

@@ -117,7 +117,7 @@ def _score(cell: Cell, member: str, task: LoadedTask) -> float:
     run = Run(member, cell.mark.parent, runs)
     columns = wanted_columns([run], list(task.leaves), task.spec.metric)
     metric, flt = columns[0][1:]
-    found = []
+    scores = []
     for name in task.leaves:
         values = runs[name].results
         if values["higher_is_better"][name].get(metric) is False:
@@ -125,5 +125,5 @@ def _score(cell: Cell, member: str, task: LoadedTask) -> float:
                 f"task {task.name!r}: of {metric} lower is better, and weights are in proportion to scores of which "
                 "higher is better; name another metric"
             )
-        found.append(float(values["results"][name][f"{metric},{flt}"]))
-    return sum(found) / len(found)
+        scores.append(float(values["results"][name][f"{metric},{flt}"]))
+    return sum(scores) / len(scores)

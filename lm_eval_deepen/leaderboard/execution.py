@@ -264,16 +264,16 @@ class Execution:
     def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell:
         with _blamed(f"row {row.name!r}, task {task.name!r}"):
             tracker = EvaluationTracker()
-            found = evaluate(model, task, self.todo.recipe.seeds, tracker)
-            found["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
+            results = evaluate(model, task, self.todo.recipe.seeds, tracker)
+            results["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
             facts = facts_of([self.members[name] for name in row.members])
             if built := facts.pop("built"):
-                found["config"]["built"] = built
+                results["config"]["built"] = built
             if model.ensemble.fuser is not None:  # what a single evaluation warns of; the rest stands in the table
                 warned = flat_spaces(getattr(model.ensemble.fuser, "facts", {}))
                 facts |= {"warnings": [warning.message for warning in warned]} if warned else {}
             wanted, cost = self.todo.identity(row, task), model.cost(task.name)
-            return write_cell(mark_of(self.todo.out, row, task), row, tracker, found, wanted, cost, facts)
+            return write_cell(mark_of(self.todo.out, row, task), row, tracker, results, wanted, cost, facts)
 
 
 def _steps(row: Row) -> EnsembleConfig:
@@ -287,7 +287,7 @@ def evaluate(
     """Return what ``simple_evaluate`` returns for a model and a task of a recipe."""
     spec = task.spec
     a, b, c, d = seeds
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model,
         tasks=list(task.objects),
         num_fewshot=spec.num_fewshot,
@@ -305,8 +305,8 @@ def evaluate(
         torch_random_seed=c,
         fewshot_random_seed=d,
     )
-    assert found is not None  # there is one process
-    return {**versions(), **found}
+    assert results is not None  # there is one process
+    return {**versions(), **results}
 
 
 class _blamed:

@@ -83,13 +83,15 @@ class Search:
         return self._best([*tried], first=best) if tried else best
 
     def _weighted(self, weights: str, step: float) -> list[tuple[str, EnsembleConfig]]:
-        found = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
+        candidates = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
-            found.append(("adaptive weights", self._with_weights(self._adaptive())))
+            candidates.append(("adaptive weights", self._with_weights(self._adaptive())))
         if weights in ("both", "grid"):
             for point in simplex(len(self.members), step):
-                found.append((f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point)))
-        return found
+                candidates.append(
+                    (f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point))
+                )
+        return candidates
 
     def _adaptive(self) -> list[float]:
         """Return w_m = s_m / sum of s, of mean scores: DeePEn-Adapt (arXiv 2404.12715) as read here."""
@@ -107,7 +109,7 @@ class Search:
 
     def _rated(self, best: ScoredCandidate, rates: Sequence[float] | None) -> list[tuple[str, EnsembleConfig]]:
         """Return the best weights with other learning rates, where the method takes one."""
-        found = []
+        candidates = []
         for rate in rates or RATES:
             try:
                 config = configure({**best.config.to_dict(), "learning_rate": rate})
@@ -115,8 +117,8 @@ class Search:
                 if rates:
                     raise
                 return []
-            found.append((f"{best.what}, learning rate {rate:g}", config))
-        return found
+            candidates.append((f"{best.what}, learning rate {rate:g}", config))
+        return candidates
 
     def _best(
         self, tried: Sequence[tuple[str, EnsembleConfig]], first: ScoredCandidate | None = None
@@ -138,21 +140,21 @@ class Search:
         share_by_members(models)
         scores: list[dict[str, float]] = [{} for _ in models]
         for task in self.tasks:
-            for model, found in zip(models, scores, strict=True):
-                found.update(self._evaluate(model, task))
-        return [ScoredCandidate(what, config, found) for (what, config), found in zip(tried, scores, strict=True)]
+            for model, own in zip(models, scores, strict=True):
+                own.update(self._evaluate(model, task))
+        return [ScoredCandidate(what, config, own) for (what, config), own in zip(tried, scores, strict=True)]
 
     def _evaluate(self, model: RowModel, task: LoadedTask) -> dict[str, float]:
         """Return the score of every task of a column, negative where lower is better."""
         model.begin(task.name)
         results = evaluate(model, task, DEFAULT_SEEDS)
-        found = {}
+        scores = {}
         for name in task.leaves:
             column = self._column(results["results"][name], name)
             self.columns[name] = column
             higher = results["higher_is_better"][name].get(column.partition(",")[0])
-            found[name] = float(results["results"][name][column]) * (-1 if higher is False else 1)
-        return found
+            scores[name] = float(results["results"][name][column]) * (-1 if higher is False else 1)
+        return scores
 
     def _column(self, values: Mapping[str, Any], task: str) -> str:
         columns = [key for key in values if "," in key and not key.partition(",")[0].endswith("_stderr")]

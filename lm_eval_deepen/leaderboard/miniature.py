@@ -39,7 +39,7 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     """
     if not models:
         raise ConfigError("--models: give at least one model")
-    found = dict(raw)
+    small = dict(raw)
     members: list[dict[str, Any]] = []
     for at, entry in enumerate(raw.get("members") or []):
         keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
@@ -49,17 +49,17 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
         else:
             kept["pretrained"] = models[at % len(models)]
         members.append({"name": _name(keys), **kept})
-    found["members"] = members
-    found["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
+    small["members"] = members
+    small["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
     if raw.get("rows"):
-        found["rows"] = [_row(row) for row in raw["rows"]]
-    found["tasks"], names = _tasks(raw, limit)
-    found["rows"] = [_renamed(row, names) for row in found.get("rows") or []] or None
-    found["members"] = [
+        small["rows"] = [_row(row) for row in raw["rows"]]
+    small["tasks"], names = _tasks(raw, limit)
+    small["rows"] = [_renamed(row, names) for row in small.get("rows") or []] or None
+    small["members"] = [
         {**one, "tasks": [names[task] for task in _listed(one["tasks"])]} if "tasks" in one else one for one in members
     ]
-    found["expected"] = [shown for table in raw.get("expected") or [] if (shown := _published(table, names))]
-    return {key: value for key, value in found.items() if value is not None and key != "limit"}
+    small["expected"] = [shown for table in raw.get("expected") or [] if (shown := _published(table, names))]
+    return {key: value for key, value in small.items() if value is not None and key != "limit"}
 
 
 def _build(recipe: Any, model: str) -> dict[str, Any]:
@@ -93,21 +93,21 @@ def _published(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row whose dense matrices are small."""
-    found: dict[str, Any] = dict(row)
-    if "by_task" in found:
-        found["by_task"] = {task: dict(own or {}) for task, own in found["by_task"].items()}
-    dense = found.get("compat") == "reference"
-    for keys in (found, *found.get("by_task", {}).values()):
+    small: dict[str, Any] = dict(row)
+    if "by_task" in small:
+        small["by_task"] = {task: dict(own or {}) for task, own in small["by_task"].items()}
+    dense = small.get("compat") == "reference"
+    for keys in (small, *small.get("by_task", {}).values()):
         if "max_anchors" in keys:
             keys["max_anchors"] = min(keys["max_anchors"], MOST_ANCHORS)
     if dense:
-        found.setdefault("max_anchors", MOST_ANCHORS)
-    return found
+        small.setdefault("max_anchors", MOST_ANCHORS)
+    return small
 
 
 def _tasks(raw: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return the columns, and the names that they have now by the names that they had."""
-    found, names = [], {}
+    specs, names = [], {}
     for entry in raw.get("tasks") or []:
         keys = {"task": entry} if isinstance(entry, str) else dict(entry)
         name = keys["task"]
@@ -117,8 +117,8 @@ def _tasks(raw: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Any]], di
         keys["limit"] = min(limit, keys.get("limit") or limit)
         if any(word in keys["task"] for word in _LONG):
             keys["gen_kwargs"] = {"max_gen_toks": _TOKENS}
-        found.append(keys)
-    return found, names
+        specs.append(keys)
+    return specs, names
 
 
 def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -153,19 +153,19 @@ def sample_data(folder: Path, given: Path | None) -> list[str]:
 
 def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return made-up documents of every benchmark: by benchmark, then by file. They test nothing but the machinery."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    files: dict[str, dict[str, list[dict[str, Any]]]] = {}
     splits = ("fewshot", "dev", "test")
-    found["mmlu"] = {
+    files["mmlu"] = {
         f"{subject}/{split}.jsonl": [
             {**row, "domain": subject.replace("_", " ")} for row in _letters(f"{subject} {split}", "ABCD")
         ]
         for subject in _SUBJECTS
         for split in splits
     }
-    found["arc_challenge"] = {f"{split}.jsonl": list(_letters(split, "ABCD")) for split in splits[1:]}
-    found["piqa"] = {f"{split}.jsonl": list(_letters(split, "AB")) for split in splits[1:]}
+    files["arc_challenge"] = {f"{split}.jsonl": list(_letters(split, "ABCD")) for split in splits[1:]}
+    files["piqa"] = {f"{split}.jsonl": list(_letters(split, "AB")) for split in splits[1:]}
     for name in ("nq", "triviaqa"):
-        found[name] = {
+        files[name] = {
             f"{split}.jsonl": [
                 {
                     "question": f"{name} {split}: what follows {n}",
@@ -175,26 +175,26 @@ def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
             ]
             for split in splits
         }
-    found["gsm8k"] = {
+    files["gsm8k"] = {
         f"{split}.jsonl": [
             {"question": f"{split}: {n} birds and one more?", "answer": f"{n} + 1 = {n + 1}.\nThe answer is {n + 1}"}
             for n in range(DOCUMENTS)
         ]
         for split in splits
     }
-    found["flores"] = {
+    files["flores"] = {
         f"{pair}/{split}.jsonl": [
             {"source": f"{split}: bird {n}.", "target": f"{split}: bird number {n}."} for n in range(DOCUMENTS)
         ]
         for pair in _PAIRS
         for split in splits[1:]
     }
-    found["reviews"] = {
+    files["reviews"] = {
         f"{kind}/{split}.jsonl": synthetic_reviews(kind, split, 3 * DOCUMENTS)
         for kind in _REVIEWS
         for split in splits[1:]
     }
-    return found
+    return files
 
 
 def synthetic_reviews(kind: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -207,12 +207,12 @@ def synthetic_reviews(kind: str, split: str, count: int) -> list[dict[str, Any]]
     """
     things = {"drugs": "pills", "yelp": "restaurant", "apps": "app"}
     top = 10 if kind == "drugs" else 5
-    found = []
+    reviews = []
     for n in range(count):
         words, rating = ((_BAD, 1), (_FAIR, (top + 1) // 2), (_GOOD, top))[n % 3]
         said = words[n // 3 % len(words)]
-        found.append({"text": f"{split} {n}: this {things[kind]} was {said}, visit {n}.", "rating": rating})
-    return found
+        reviews.append({"text": f"{split} {n}: this {things[kind]} was {said}, visit {n}.", "rating": rating})
+    return reviews
 
 
 def _letters(what: str, letters: str) -> Iterable[dict[str, Any]]:

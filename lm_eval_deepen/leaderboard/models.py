@@ -73,9 +73,9 @@ class TimedEnsemble(Ensemble):
     ) -> Tensor:
         """Fuse rows; see `Ensemble.fuse`."""
         start = self._now()
-        found = super().fuse(logp, present, base, notes)
+        fused = super().fuse(logp, present, base, notes)
         self.fusing += self._now() - start
-        return found
+        return fused
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -123,8 +123,8 @@ class RowModel(DeepenLM):
         """The models whose answers this row gives: itself, or those that it pools, and itself where it scores them."""
         if self.pool is None:
             return [self]
-        found = [*self.pool.answerers, *([self] if scores_texts(self.pool.method) else [])]
-        return [model for model in found if isinstance(model, RowModel)]
+        models = [*self.pool.answerers, *([self] if scores_texts(self.pool.method) else [])]
+        return [model for model in models if isinstance(model, RowModel)]
 
     def begin(self, task: str) -> None:
         """Take up a task: what is counted from here on is of this one."""

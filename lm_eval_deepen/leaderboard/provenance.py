@@ -19,14 +19,14 @@ VERSIONS = ("lm_eval_deepen", "lm_eval", "transformers", "torch")
 
 def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return facts by name, from the recipe and the harness's results files of the finished cells."""
-    dates = sorted(found["date"] for found in evaluations if isinstance(found.get("date"), (int, float)))
+    dates = sorted(evaluation["date"] for evaluation in evaluations if isinstance(evaluation.get("date"), (int, float)))
     told = {
         "evaluated": _between([datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]),
         "command": _command(),
         "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
         "models": "; ".join(_models(evaluations)),
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in _few_shots(evaluations).items()),
-        "limits": ", ".join(dict.fromkeys(_limit(found) for found in evaluations)),
+        "limits": ", ".join(dict.fromkeys(_limit(evaluation) for evaluation in evaluations)),
         "seeds": ", ".join(map(str, recipe.seeds)),
         "fingerprints": "; ".join(f"{row.name} {row.config.fingerprint()[:12]}" for row in recipe.rows),
     }
@@ -45,31 +45,31 @@ def _command() -> str:
 def versions() -> dict[str, str]:
     """Return what a cell's results say of the programs that made it, under the harness's keys."""
     ours, *others = VERSIONS  # ours may run from a checkout that is not installed
-    found = {ours: __version__, **{name: importlib.metadata.version(name) for name in others}}
-    return {f"{name}_version": version for name, version in found.items()}
+    known = {ours: __version__, **{name: importlib.metadata.version(name) for name in others}}
+    return {f"{name}_version": version for name, version in known.items()}
 
 
 def _known(evaluations: Sequence[Mapping[str, Any]], name: str) -> str:
     """Return a program and its version, or versions; nothing where no cell tells."""
-    found = dict.fromkeys(str(one[f"{name}_version"]) for one in evaluations if f"{name}_version" in one)
-    return f"{name} {' and '.join(found)}" if found else ""
+    seen = dict.fromkeys(str(one[f"{name}_version"]) for one in evaluations if f"{name}_version" in one)
+    return f"{name} {' and '.join(seen)}" if seen else ""
 
 
 def _models(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    found: dict[str, None] = {}
+    models: dict[str, None] = {}
     for evaluation in evaluations:
         ensemble = (evaluation.get("config") or {}).get("deepen") or {}
         for member in ensemble.get("members") or ():
             where = f"{member.get('pretrained')} (revision {member.get('revision')}, {member.get('dtype')})"
-            found[f"{member.get('name')}: {where}"] = None
-    return list(found)
+            models[f"{member.get('name')}: {where}"] = None
+    return list(models)
 
 
 def _few_shots(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    shots: dict[str, Any] = {}
     for evaluation in evaluations:
-        found |= evaluation.get("n-shot") or {}
-    return found
+        shots |= evaluation.get("n-shot") or {}
+    return shots
 
 
 def _limit(evaluation: Mapping[str, Any]) -> str:

@@ -167,8 +167,8 @@ def parse_recipe(
 def _names(keys: LeaderboardKeys) -> list[str]:
     """Return the names of the tasks, as far as they have some."""
     listed = keys.tasks if isinstance(keys.tasks, list) else []
-    found = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
-    return [name for name in found if isinstance(name, str)]
+    names = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _rows(
@@ -212,12 +212,12 @@ def _listed(value: Any, key: str) -> Sequence[Any]:
 
 def _member(entry: Any, folder: Path, at: str) -> dict[str, Any]:
     """Return a member's keys; relative paths of model folders are read beside the recipe."""
-    found = {"pretrained": entry} if isinstance(entry, str) else entry
-    if not isinstance(found, Mapping) or not isinstance(found.get("pretrained"), str):
+    keys = {"pretrained": entry} if isinstance(entry, str) else entry
+    if not isinstance(keys, Mapping) or not isinstance(keys.get("pretrained"), str):
         raise ConfigError(f"{at} must be a model's name, or a mapping with pretrained or build; got {entry!r}", key=at)
-    if "weight" in found:
-        raise ConfigError(f"{at} ({found['pretrained']}): a weight belongs to a row, as weights", key=f"{at}.weight")
-    return dict(beside(found, folder))
+    if "weight" in keys:
+        raise ConfigError(f"{at} ({keys['pretrained']}): a weight belongs to a row, as weights", key=f"{at}.weight")
+    return dict(beside(keys, folder))
 
 
 def _only(entry: dict[str, Any], tasks: Sequence[str], at: str) -> tuple[str, ...]:
@@ -244,17 +244,17 @@ def _placed(members: Sequence[MemberConfig], elsewhere: Mapping[str, str]) -> tu
 
 def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
     """Return the columns; what is said of all of them holds where a column says nothing else."""
-    problems, found = Problems(), []
+    problems, specs = Problems(), []
     for i, entry in enumerate(_listed(keys.tasks, "tasks")):
         said = {"task": entry} if isinstance(entry, str) else entry
         if not isinstance(said, Mapping) or not isinstance(said.get("task"), str):
             problems.add(f"tasks[{i}] must be a task's name, or a mapping with task; got {entry!r}", f"tasks[{i}]")
             continue
         with problems.collected(f"task {said['task']!r}"):
-            found.append(TaskSpec.read({**shared, **given(said)}))
+            specs.append(TaskSpec.read({**shared, **given(said)}))
     problems.refuse()
-    _check_tasks(found)
-    return found
+    _check_tasks(specs)
+    return specs
 
 
 def _check_tasks(tasks: Sequence[TaskSpec]) -> None:

@@ -97,14 +97,14 @@ class Reproduced:
 
 def reproduced(table: Table) -> list[Reproduced]:
     """Return every measured score with the published one, where there is one."""
-    found = []
+    rows = []
     for row in table.rows:
         known, away = row.extra.get(PUBLISHED), row.extra.get(DISTANCE)
-        found.append(Reproduced(row.system, row.column, known, row.score, row.stderr, away))
+        rows.append(Reproduced(row.system, row.column, known, row.score, row.stderr, away))
     for one in table.reported:
         away = None if one.published is None else distance(one.score, one.stderr, one.documents, one.published)
-        found.append(Reproduced(one.system, one.column, one.published, one.score, one.stderr, away))
-    return found
+        rows.append(Reproduced(one.system, one.column, one.published, one.score, one.stderr, away))
+    return rows
 
 
 def to_dict(table: Table, stands_in: bool) -> dict[str, Any]:

@@ -223,14 +223,14 @@ def _file_row(name: str, keys: Mapping[str, Any], members: Members, common: Mapp
         config = configure({"self_check": common["self_check"], **others, "pretrained": str(path)})
     order = []
     for member in config.members:
-        found = next((other.name for other in members.values() if _loads(other) == _loads(member)), None)
-        if found is None:
+        same = next((other.name for other in members.values() if _loads(other) == _loads(member)), None)
+        if same is None:
             raise ConfigError(
                 f"row {name!r}: {path} has the member {member.pretrained}, loaded with {dict(member.loading)}, and no "
                 "member of the recipe is that, loaded so: it belongs to another ensemble"
                 f".{did_you_mean(member.pretrained, [other.pretrained for other in members.values()])}"
             )
-        order.append(found)
+        order.append(same)
     return Row(name, config, tuple(order), read_tuned(path, config))
 
 
@@ -262,24 +262,24 @@ def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], notes: l
     return list(rows.values())
 
 
-def _axis(found: Any, key: str, every: Iterable[str]) -> list[Any]:
+def _axis(points: Any, key: str, every: Iterable[str]) -> list[Any]:
     """Return the points of an axis; ``all`` stands for every method, or pooling, that is installed."""
-    found = [found] if found == "all" else found
-    if not isinstance(found, list) or not found:
+    points = [points] if points == "all" else points
+    if not isinstance(points, list) or not points:
         raise ConfigError(
-            f"grid: {key} must be a list with at least one entry, or all; got {found!r}", key=f"grid.{key}"
+            f"grid: {key} must be a list with at least one entry, or all; got {points!r}", key=f"grid.{key}"
         )
-    return [point for value in found for point in ([*every] or [value] if value == "all" else [value])]
+    return [point for value in points for point in ([*every] or [value] if value == "all" else [value])]
 
 
 def _entry(value: Any, axis: str) -> dict[str, Any]:
     """Return one point of an axis as keys of an ensemble: a name, or a mapping with options."""
     if value is None or value == "none":
         return {"weighting": "uniform", "name": ""} if axis == "weighting" else {}
-    found = {axis: value} if isinstance(value, str) else value
-    if not isinstance(found, Mapping):
+    keys = {axis: value} if isinstance(value, str) else value
+    if not isinstance(keys, Mapping):
         raise ConfigError(f"grid: a {axis} is a name, or a mapping with its options; got {value!r}")
-    return dict(found)
+    return dict(keys)
 
 
 def _orders(value: Any, members: Members) -> list[tuple[str, ...]]:
@@ -288,11 +288,11 @@ def _orders(value: Any, members: Members) -> list[tuple[str, ...]]:
         return [(main, *(name for name in members if name != main)) for main in members]
     if not isinstance(value, list) or not value:
         raise ConfigError(f"grid: orders must be a list of lists of members, the main one first; got {value!r}")
-    found = [tuple(_order(order, members, "grid: orders")) for order in value]
-    for order in found:
+    orders = [tuple(_order(order, members, "grid: orders")) for order in value]
+    for order in orders:
         if len(order) < 2:
             raise ConfigError(f"grid: orders: {'+'.join(order)} is a member alone, which is a row anyway")
-    return found
+    return orders
 
 
 def _order(value: Any, members: Members, where: str) -> list[str]:

@@ -54,8 +54,8 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 
 
 def _means(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for key in figures[0]:
         known = [value for one in figures if (value := one.get(key)) is not None]
-        found[key] = float(np.mean(known)) if known else None
-    return found
+        means[key] = float(np.mean(known)) if known else None
+    return means

@@ -118,16 +118,16 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
         evaluations += [next(iter(run.tasks.values())).results for run in runs]
-        found = _columns(plan, task, runs, cells, notes, meaningless, reported)
+        own = _columns(plan, task, runs, cells, notes, meaningless, reported)
         members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
         notes += groups(runs, members or [run.label for run in runs])
         for row in recipe.rows:
             if (cell := cells.get((row.name, task.name))) is not None:
                 notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
-        rows += found
+        rows += own
         for row in recipe.rows:
             if (reason := empty.get((row.name, task.name))) and row.has(task.name):
-                meaningless |= {(row.group, line.column): reason for line in found}
+                meaningless |= {(row.group, line.column): reason for line in own}
     if not rows and not reported:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
     for one in reported:
@@ -184,9 +184,9 @@ def _columns(
         if alone and not here:
             notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
             continue
-        found = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
-        meaningless |= {(group, found[0].column): reason for group, reason in empty.items()}
-        rows += found
+        compared = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
+        meaningless |= {(group, compared[0].column): reason for group, reason in empty.items()}
+        rows += compared
     return rows
 
 
@@ -227,7 +227,7 @@ def _as_reported(
 ) -> list[Reported]:
     """Return what the harness gives for a metric of which some score was published; nothing where none was."""
     groups = {row.name: row.group for row in recipe.rows}
-    found = []
+    scores = []
     for run in runs:
         results = next(iter(run.tasks.values())).results
         values = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
@@ -236,18 +236,18 @@ def _as_reported(
         if score is not None:
             published = None if known is None else known.score
             count = cells[run.label, task.name].documents
-            found.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, count, published))
-    return found if any(one.published is not None for one in found) else []
+            scores.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, count, published))
+    return scores if any(one.published is not None for one in scores) else []
 
 
 def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> Measured:
     """Return the metric with the published scores beside those measured, and how far the latter are from them."""
-    found = dict(measured.extra)
+    extra = dict(measured.extra)
     for name, scores in measured.scores.items():
         if (known := figure(recipe.expected, name, task, measured.metric)) is not None:
             away = distance(scores.score, scores.stderr, scores.documents, known.score)
-            found[name] = {**found.get(name, {}), PUBLISHED: known.score, DISTANCE: away}
-    return replace(measured, extra=found)
+            extra[name] = {**extra.get(name, {}), PUBLISHED: known.score, DISTANCE: away}
+    return replace(measured, extra=extra)
 
 
 def _with_scores(
@@ -277,7 +277,7 @@ def _with_scores(
 
 def against_controls(measured: Measured, recipe: LeaderboardRecipe) -> list[str]:
     """Return how distilled models differ from their controls: the same training on the text alone."""
-    found = []
+    told = []
     for name, control in recipe.builds.controls.items():
         if name not in measured.scores or control not in measured.scores:
             continue
@@ -285,33 +285,33 @@ def against_controls(measured: Measured, recipe: LeaderboardRecipe) -> list[str]
         line = compare(control, first, second, recipe.resamples or RESAMPLES)
         change = report.signed(line.difference) + report.signed_interval(line.low, line.high)
         column = f"{measured.task} {measured.metric}"
-        found.append(
+        told.append(
             f"{column}: {name} against its control, {control}: {change}, p {report.probability(line.p)} "
             "(paired by document, not corrected)"
         )
-    return found
+    return told
 
 
 def _groups(recipe: LeaderboardRecipe, task: str | None = None) -> dict[str, list[str]]:
     """Return the rows of every line of the table, or of one task's: several where a row is repeated over seeds."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for row in recipe.rows:
         if task is None or row.has(task):
-            found.setdefault(row.group, []).append(row.name)
-    return found
+            groups.setdefault(row.group, []).append(row.name)
+    return groups
 
 
 def _costs(cell: Cell, with_models: bool) -> dict[str, float | None]:
     count = max(1, cell.documents)
     cost, facts = cell.cost, cell.facts
-    found: dict[str, float | None] = {
+    costs: dict[str, float | None] = {
         SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count,
     }  # fmt: skip
     if with_models and facts:
-        found[PARAMETERS] = facts["parameters"] / 1e6
-        found[SPEED] = cost.tokens / facts["models"] / cost.seconds if cost.seconds else None
-        found[TRAINED] = facts["training_tokens"] / 1e3
-    return found
+        costs[PARAMETERS] = facts["parameters"] / 1e6
+        costs[SPEED] = cost.tokens / facts["models"] / cost.seconds if cost.seconds else None
+        costs[TRAINED] = facts["training_tokens"] / 1e3
+    return costs
 
 
 def listing(plan: Plan) -> str:
@@ -342,14 +342,14 @@ def _is_missing(plan: Plan, row: str) -> bool:
 def summary(table: Table) -> list[list[str]]:
     """Return one line per row of the recipe, one column per task and metric, as text."""
     columns = report.columns(table.rows)
-    found = {(line.system, name): line for name, lines in columns.items() for line in lines}
+    by_cell = {(line.system, name): line for name, lines in columns.items() for line in lines}
     reasons = _reasons(table)
     text = [["system", *columns]]
     for name in _groups(table.recipe):
         line = [name]
         for column in columns:
-            if (name, column) in found:
-                line.append(_short(found[name, column], table.recipe.alpha))
+            if (name, column) in by_cell:
+                line.append(_short(by_cell[name, column], table.recipe.alpha))
             elif (name, column) in table.meaningless:
                 line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
             else:  # no column of this row's

@@ -62,23 +62,23 @@ def read_tuned(path: Path, config: EnsembleConfig) -> Tuned | None:
         ConfigError: a damaged record, or one of another ensemble: the file was edited after it was tuned.
     """
     raw = read_yaml(path)
-    found = raw.get(KEY) if isinstance(raw, Mapping) else None
-    if not isinstance(found, Mapping) or not {"document_hashes", "documents_digest"} & found.keys():
+    record = raw.get(KEY) if isinstance(raw, Mapping) else None
+    if not isinstance(record, Mapping) or not {"document_hashes", "documents_digest"} & record.keys():
         return None
-    documents = found.get("document_hashes")
-    if not isinstance(documents, list) or _digest(documents) != found.get("documents_digest"):
+    documents = record.get("document_hashes")
+    if not isinstance(documents, list) or _digest(documents) != record.get("documents_digest"):
         raise ConfigError(
             f"{path}: its record `{KEY}` is damaged: the documents it lists are not those of documents_digest, so that "
             "nobody can say which documents it was fitted on; tune it again"
         )
-    if found.get("fingerprint") != config.fingerprint():
+    if record.get("fingerprint") != config.fingerprint():
         raise ConfigError(
-            f"{path}: its record `{KEY}` is of another ensemble (fingerprint {str(found.get('fingerprint'))[:12]}, "
+            f"{path}: its record `{KEY}` is of another ensemble (fingerprint {str(record.get('fingerprint'))[:12]}, "
             f"this one has {config.fingerprint()[:12]}): members or options changed since; tune it again, or "
             f"remove `{KEY}`"
         )
-    about = {key: value for key, value in found.items() if key not in ("document_hashes", "documents_digest")}
-    return Tuned(str(path), found["fingerprint"], frozenset(documents), about)
+    about = {key: value for key, value in record.items() if key not in ("document_hashes", "documents_digest")}
+    return Tuned(str(path), record["fingerprint"], frozenset(documents), about)
 
 
 def _digest(documents: Sequence[Any]) -> str:

@@ -49,10 +49,10 @@ class Vote(Options):
     def answer(self, text: str) -> str | None:
         """Return the answer within a text, normalised; None where it has none."""
         if self.answer_pattern is not None:
-            found = list(re.finditer(self.answer_pattern, text))
-            if not found:
+            matches = list(re.finditer(self.answer_pattern, text))
+            if not matches:
                 return None
-            text = found[-1].group(1 if found[-1].re.groups else 0) or ""
+            text = matches[-1].group(1 if matches[-1].re.groups else 0) or ""
         return " ".join(text.casefold().split())
 
     def combine(self, answers: Sequence[str], weights: Sequence[float]) -> Pooled:

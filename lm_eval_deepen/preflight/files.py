@@ -74,7 +74,7 @@ class ModelFiles:
         from lm_eval_deepen.member.configuration import class_defaults
 
         sources = (self.generation, self.config, class_defaults(self.config.get("model_type")))
-        return next((found[key] for found in sources if found.get(key) is not None), None)
+        return next((source[key] for source in sources if source.get(key) is not None), None)
 
     @property
     def embedding(self) -> str | None:
@@ -88,9 +88,9 @@ class ModelFiles:
 
     def _table(self, called: Callable[[str], bool]) -> str | None:
         rows, width = self.get("vocab_size", 0), self.get("hidden_size", 0)
-        found = [name for name, header in self.tensors.items()
+        tables = [name for name, header in self.tensors.items()
                  if len(header.shape) == 2 and header.shape[0] >= rows and header.shape[1] == width]  # fmt: skip
-        named = [name for name in found if called(name)]
+        named = [name for name in tables if called(name)]
         return min(named, key=len) if named else None
 
     @property
@@ -197,15 +197,15 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
     try:
-        found = read_json(path)
+        content = read_json(path)
     except StorageError as error:
         raise MemberError(
             f"member {member.name!r}: {path} cannot be read ({one_line(error)}). Give a folder with a model, or a hub "
             "name."
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise MemberError(f"member {member.name!r}: {path} holds no JSON object; it is no model's configuration.")
-    return found
+    return content
 
 
 def _hub_arguments(member: MemberConfig) -> dict[str, Any]:
@@ -237,12 +237,12 @@ def _remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        found = get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
+        metadata = get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
     except Exception as error:  # no safetensors files, no access: the configuration still gives an estimate
         return {}, f"no safetensors header of {member.pretrained!r}: {first_line(error)}"
     return {
         name: TensorHeader(info.dtype, tuple(info.shape))
-        for file in found.files_metadata.values()
+        for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }, ""
 

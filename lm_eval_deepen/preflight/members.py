@@ -111,7 +111,7 @@ class Inspected:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as JSON data."""
         codec, files = self.codec, self.files
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "name": self.name,
             "pretrained": self.config.pretrained,
             "weight": self.config.weight,
@@ -126,35 +126,35 @@ class Inspected:
             "chat_template": self.chat_template,
         }
         if codec is not None:
-            found["vocabulary"] = {
+            facts["vocabulary"] = {
                 "logits": len(codec.vocab),
                 "pieces": len(codec.vocab.ids_of),
                 "control": len(codec.vocab.control),
                 "unused": len(codec.vocab.unused),
             }
-            found["eos"] = {str(i): self.labels[i] for i in self.eos}
+            facts["eos"] = {str(i): self.labels[i] for i in self.eos}
             edges = {"bos": codec.opening.control}
             if self.generates_only:
                 edges = {"source_prefix": codec.opening.control, "decoder_start": self.start}
-            found |= {key: {str(i): self.labels[i] for i in ids} for key, ids in edges.items()}
-            found["dummy_space"] = codec.opening.prefix_space
-            found["round_trip_texts"] = self.spelt
-        return found
+            facts |= {key: {str(i): self.labels[i] for i in ids} for key, ids in edges.items()}
+            facts["dummy_space"] = codec.opening.prefix_space
+            facts["round_trip_texts"] = self.spelt
+        return facts
 
 
 def inspect_members(
     configs: Sequence[MemberConfig], device: str, problems: list[str], notes: list[str]
 ) -> list[Inspected]:
     """Return what can be known of members; what goes wrong is added to `problems`, what to know to `notes`."""
-    found, offline = [], False
+    inspected, offline = [], False
     for config in configs:
         try:
-            found.append(_inspect(config, device, problems, notes, offline))
+            inspected.append(_inspect(config, device, problems, notes, offline))
         except HubUnreachable as error:  # every further try would take as long
             offline = True
             problems.append(str(error))
-            found.append(Inspected(config, device))
-    return found
+            inspected.append(Inspected(config, device))
+    return inspected
 
 
 def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
@@ -193,31 +193,31 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
         return known
 
 
-def _with_tokenizer(found: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
+def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
     from lm_eval_deepen.member.encoder_decoder import DecoderCodec
     from lm_eval_deepen.member.preflight import files_of, load_tokenizer
     from lm_eval_deepen.member.text import TextCodec
 
-    tokenizer: Any = load_tokenizer(found.config)
-    start = _begin_decoder(found.config, files, tokenizer, problems) if found.generates_only else ()
+    tokenizer: Any = load_tokenizer(member.config)
+    start = _begin_decoder(member.config, files, tokenizer, problems) if member.generates_only else ()
     eos = _eos_ids(files, tokenizer)
-    given = found.config.loading_dict()
+    given = member.config.loading_dict()
     asked = given.get("prefix_token_id")
     prefix = next((i for i in (asked, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    codec = (DecoderCodec if found.generates_only else TextCodec).build(
+    codec = (DecoderCodec if member.generates_only else TextCodec).build(
         tokenizer,
         size=_logits(files, len(tokenizer)),
         eos=eos,
         prefix_id=prefix,
         add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
-        name=found.name,
-        files=files_of(found.config),
+        name=member.name,
+        files=files_of(member.config),
         checked=True,
     )
     template = getattr(tokenizer, "chat_template", None) is not None
     labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}
-    return replace(found, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
+    return replace(member, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
 
 
 def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, problems: list[str]) -> tuple[int, ...]:

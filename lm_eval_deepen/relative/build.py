@@ -126,8 +126,8 @@ class _Job:
         for _ in range(40):
             middle = (low + high) / 2
             logp = torch.log_softmax(cosines * math.exp(middle), dim=1)
-            found = float(-torch.xlogy(p := logp.exp(), p).sum(1).mean())
-            low, high = (middle, high) if found > entropy else (low, middle)
+            mean = float(-torch.xlogy(p := logp.exp(), p).sum(1).mean())
+            low, high = (middle, high) if mean > entropy else (low, middle)
         return replace(self, spec=replace(self.spec, temperature=math.exp((low + high) / 2)))
 
     def top(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

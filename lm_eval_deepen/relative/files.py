@@ -157,9 +157,9 @@ def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeM
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, f"its tensors cannot be read ({one_line(error)})") from error
-    found = content_hash(tensors, info.identity)
-    if found != info.content_sha256:
-        raise _damaged(path, f"its content has checksum {found[:12]}, its header says {info.content_sha256[:12]}")
+    checksum = content_hash(tensors, info.identity)
+    if checksum != info.content_sha256:
+        raise _damaged(path, f"its content has checksum {checksum[:12]}, its header says {info.content_sha256[:12]}")
     if (shape := _shape(tensors, info.num_anchors)) != (info.num_rows, info.num_anchors):
         raise _damaged(path, f"its header says {info.num_rows} x {info.num_anchors}, its tensors {shape}")
     if "relative" in tensors:

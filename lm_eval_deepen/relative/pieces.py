@@ -35,13 +35,13 @@ class Tokenizers:
     @classmethod
     def of(cls, members: Sequence[MemberView]) -> Tokenizers:
         """Return those of some members; a member without one begins bytes with its longest fitting piece."""
-        found: dict[str, Callable[[bytes], bytes]] = {}
+        spellers: dict[str, Callable[[bytes], bytes]] = {}
         for member in members:
             spelling = member.spelling
             own = "longest" if spelling is None else spelling.fingerprint
-            found[f"{member.vocabulary.fingerprint}:{own}"] = _first_piece(member)
-        names = sorted(found)
-        return cls(tuple(found[name] for name in names), tuple(names))
+            spellers[f"{member.vocabulary.fingerprint}:{own}"] = _first_piece(member)
+        names = sorted(spellers)
+        return cls(tuple(spellers[name] for name in names), tuple(names))
 
 
 NO_TOKENIZERS = Tokenizers()

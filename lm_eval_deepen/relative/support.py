@@ -67,8 +67,8 @@ def make_side(
     if rows == "text":
         eos[sorted(set(vocabulary.eos))] = True
     ids = {"outside": ~text, "eos": eos, "control": ~text & ~eos & ~unused, "unused": unused}
-    found = {name: mask.nonzero()[:, 0] for name, mask in ids.items()}
-    return Side(matrix, anchors, anchor_of, mask=torch.where(text, 0.0, NEG_INF), **found)
+    places = {name: mask.nonzero()[:, 0] for name, mask in ids.items()}
+    return Side(matrix, anchors, anchor_of, mask=torch.where(text, 0.0, NEG_INF), **places)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def split(
         else scan(rows, side.mask, grouped=grouped, classes=one_hot[i].classes, num_classes=one_hot[i].num_anchors)
         for i, (rows, side) in enumerate(zip(logp, sides, strict=True))
     ]
-    mass = torch.stack([found.log_mass for found in scans], dim=1)
+    mass = torch.stack([scanned.log_mass for scanned in scans], dim=1)
     end, control, unused = (
         torch.stack([_log_mass(rows, getattr(side, role)) for rows, side in zip(logp, sides, strict=True)], dim=1)
         for role in ("eos", "control", "unused")
@@ -140,8 +140,8 @@ def split(
     base = _or_zero(kept)
     return Split(
         rows=tuple(logp),
-        maxima=tuple(found.maxima for found in scans),
-        classes=tuple(found.classes for found in scans),
+        maxima=tuple(scanned.maxima for scanned in scans),
+        classes=tuple(scanned.classes for scanned in scans),
         log_sum=_or_zero(mass),
         log_text=mass - base,
         log_end=end - base,
@@ -207,15 +207,15 @@ def supports(
         size = len(side.anchor_of)
         known = (own < size) & active[:, member, None]
         anchors.append(torch.where(known, look_up(side.anchor_of, own.clamp(max=size - 1)), -1))
-    found = []
+    restricted = []
     for member, (row, side) in enumerate(zip(rows, sides, strict=True)):
         candidates = [tops[member]]
         for other, theirs in enumerate(anchors):
             if other != member:
                 own = look_up(side.anchor_ids, theirs.clamp(min=0))
                 candidates.append(own.masked_fill_(theirs < 0, row.shape[1]))
-        found.append(_restrict(row, index, _distinct(torch.cat(candidates, dim=1), row.shape[1])))
-    return found
+        restricted.append(_restrict(row, index, _distinct(torch.cat(candidates, dim=1), row.shape[1])))
+    return restricted
 
 
 def _distinct(ids: Tensor, size: int) -> Tensor:

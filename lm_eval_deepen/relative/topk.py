@@ -54,12 +54,14 @@ def largest(
         rest = torch.arange(num * _GROUP, rows.shape[1], device=rows.device)
         where = torch.cat([where, rest.expand(len(where), -1)], dim=1)
     if index is None:
-        found = rows.gather(1, where)
+        candidates = rows.gather(1, where)
     else:
-        found = rows.reshape(-1).index_select(0, (where + rows.shape[1] * index[:, None]).flatten()).view(where.shape)
+        candidates = (
+            rows.reshape(-1).index_select(0, (where + rows.shape[1] * index[:, None]).flatten()).view(where.shape)
+        )
     if mask is not None:
-        found = found + mask.index_select(0, where.flatten()).view(where.shape)
-    values, chosen = found.topk(k, dim=1, sorted=False)
+        candidates = candidates + mask.index_select(0, where.flatten()).view(where.shape)
+    values, chosen = candidates.topk(k, dim=1, sorted=False)
     return values, where.gather(1, chosen)
 
 

@@ -170,7 +170,7 @@ def agrees(reported: Any, computed: float) -> bool:
 def to_number(value: Any) -> float | None:
     """Return a finite number of a results file; None for anything else."""
     try:
-        found = float(value) if isinstance(value, (int, float)) else math.nan
+        number = float(value) if isinstance(value, (int, float)) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None

@@ -61,7 +61,7 @@ def objections(first: Run, second: Run, tasks: Sequence[str], allow_config_chang
 def _settings(one: TaskRun, two: TaskRun) -> list[str]:
     """Return the differences in how the harness was asked to run the task."""
     a, b = one.results, two.results
-    found = [
+    differences = [
         _differs("task version", *(_of(r, "versions", one.task) for r in (a, b))),
         _differs("number of few-shots", *(_of(r, "n-shot", one.task) for r in (a, b))),
         _differs("chat template", *(_short(r.get("chat_template_sha")) for r in (a, b))),
@@ -69,31 +69,31 @@ def _settings(one: TaskRun, two: TaskRun) -> list[str]:
         _differs("few-shots as turns of a conversation", *(bool(r.get("fewshot_as_multiturn")) for r in (a, b))),
     ]
     if _of(a, "n-shot", one.task) or _of(b, "n-shot", one.task):
-        found.append(_differs("few-shot seed", *(_of(r, "config", "fewshot_seed") for r in (a, b))))
+        differences.append(_differs("few-shot seed", *(_of(r, "config", "fewshot_seed") for r in (a, b))))
     counts = [_of(r, "n-samples", one.task, "effective") for r in (a, b)]
     if counts[0] != counts[1]:
         limits = [_of(r, "config", "limit") for r in (a, b)]
-        found.append(_differs("limit", *limits) or _differs("number of documents", *counts))
-    found += [_differs(key, one.config.get(key), two.config.get(key)) for key in _TASK_KEYS]
-    return [difference for difference in found if difference]
+        differences.append(_differs("limit", *limits) or _differs("number of documents", *counts))
+    differences += [_differs(key, one.config.get(key), two.config.get(key)) for key in _TASK_KEYS]
+    return [difference for difference in differences if difference]
 
 
 def _documents(one: TaskRun, two: TaskRun) -> list[str]:
     """Return the differences that the samples' hashes show."""
-    found = mismatch(one.samples, two.samples)
+    compared = mismatch(one.samples, two.samples)
     reasons = []
-    if not found.shared:
+    if not compared.shared:
         return ["no document in common (by doc_hash): other split, data or processing of documents"]
-    if found.only_first or found.only_second:
+    if compared.only_first or compared.only_second:
         reasons.append(
-            f"other documents: {found.shared} in common, {found.only_first} of the baseline alone, "
-            f"{found.only_second} of the candidate alone"
+            f"other documents: {compared.shared} in common, {compared.only_first} of the baseline alone, "
+            f"{compared.only_second} of the candidate alone"
         )
-    if found.prompts:
-        asked = f"{found.prompts} of {found.shared} documents"
+    if compared.prompts:
+        asked = f"{compared.prompts} of {compared.shared} documents"
         reasons.append(f"other prompts for {asked} (few-shots, template, description)")
-    if found.targets:
-        reasons.append(f"other expected answers for {found.targets} of {found.shared} documents")
+    if compared.targets:
+        reasons.append(f"other expected answers for {compared.targets} of {compared.shared} documents")
     return reasons
 
 
@@ -103,14 +103,14 @@ def _ensemble(one: TaskRun, two: TaskRun) -> str | None:
     if prints[0] == prints[1]:
         return None
     described = [((run.results.get("config") or {}).get("deepen") or {}) for run in (one, two)]
-    found = [_differs(key, *(d.get(key) for d in described)) for key in ("method", "compat", "seed")]
+    differences = [_differs(key, *(d.get(key) for d in described)) for key in ("method", "compat", "seed")]
     options = [d.get("options") or {} for d in described]
     keys = dict.fromkeys([*options[0], *options[1]])
     if described[0].get("method") != described[1].get("method"):  # what one of them does not have is no change
         keys = {key: None for key in keys if all(key in own for own in options)}
-    found += [_differs(key, *(o.get(key) for o in options)) for key in keys]
-    found.append(_differs("members", *([_member(m) for m in d.get("members") or ()] for d in described)))
-    told = "; ".join(difference for difference in found if difference)
+    differences += [_differs(key, *(o.get(key) for o in options)) for key in keys]
+    differences.append(_differs("members", *([_member(m) for m in d.get("members") or ()] for d in described)))
+    told = "; ".join(difference for difference in differences if difference)
     shown = " -> ".join(_short(p) or "none (no ensemble)" for p in prints)
     return f"ensemble fingerprint: {shown}" + (f" ({told})" if told else "")
 
@@ -122,14 +122,14 @@ def _member(member: Mapping[str, Any]) -> str:
 def _notes(one: TaskRun, two: TaskRun) -> list[str]:
     """Return differences that a check tolerates."""
     a, b = one.results, two.results
-    found = [
+    differences = [
         _differs("lm_eval", a.get("lm_eval_version"), b.get("lm_eval_version")),
         _differs("transformers", a.get("transformers_version"), b.get("transformers_version")),
         _differs("model class", _of(a, "config", "model"), _of(b, "config", "model")),
     ]
     if fingerprint(a) is None and fingerprint(b) is None:
-        found.append(_differs("model arguments", _of(a, "config", "model_args"), _of(b, "config", "model_args")))
-    return [difference for difference in found if difference]
+        differences.append(_differs("model arguments", _of(a, "config", "model_args"), _of(b, "config", "model_args")))
+    return [difference for difference in differences if difference]
 
 
 def _of(results: Mapping[str, Any], *keys: str) -> Any:

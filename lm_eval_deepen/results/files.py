@@ -128,17 +128,17 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
             f"{path}: holds no results_<date>.json of the harness; evaluate with --output_path and --log_samples."
         )
     runs = [_read_series(paths, where[0]) for where, paths in series.items()]
-    found = [run for run in runs if run.tasks]
-    if not found:
+    evaluated = [run for run in runs if run.tasks]
+    if not evaluated:
         raise ResultError(
             f"{path}: results without samples ({files[-1].name}), so no document can be paired; evaluate again with "
             "--log_samples."
         )
     dropped = tuple(note for run in runs if not run.tasks for note in run.notes)
-    names = _labels(label or _own_name(path), found)
+    names = _labels(label or _own_name(path), evaluated)
     return [
-        Run(name, run.folder, run.tasks, run.notes + (dropped if run is found[0] else ()))
-        for name, run in zip(names, found, strict=True)
+        Run(name, run.folder, run.tasks, run.notes + (dropped if run is evaluated[0] else ()))
+        for name, run in zip(names, evaluated, strict=True)
     ]
 
 
@@ -216,20 +216,20 @@ def read_results(path: Path, remedy: str) -> dict[str, Any]:
         ResultError: it cannot be read, or is none.
     """
     try:
-        found = read_json(path)
+        results = read_json(path)
     except StorageError as error:
         raise ResultError(f"{error}; {remedy}") from error
-    if not isinstance(found, dict) or "results" not in found or "configs" not in found:
+    if not isinstance(results, dict) or "results" not in results or "configs" not in results:
         raise ResultError(f"{path}: not a results file of the harness, it has no 'results' and 'configs'.")
-    if (odd := _odd(found)) is not None:
+    if (odd := _odd(results)) is not None:
         raise ResultError(f"{path}: {odd} is of another type than the harness writes; the file is damaged, {remedy}")
-    return found
+    return results
 
 
-def _odd(found: Mapping[str, Any]) -> str | None:
+def _odd(results: Mapping[str, Any]) -> str | None:
     """Return the place of what has another type than the harness writes; None where nothing has."""
     for key in ("results", "configs", "higher_is_better", "groups"):
-        part = found.get(key, {})
+        part = results.get(key, {})
         if key in ("higher_is_better", "groups") and part is None:
             continue
         if not isinstance(part, dict):
@@ -237,7 +237,7 @@ def _odd(found: Mapping[str, Any]) -> str | None:
         for name, inner in part.items():
             if not isinstance(inner, dict):
                 return f"{key}: {name}"
-    config = found.get("config")
+    config = results.get("config")
     if not isinstance(config, (dict, type(None))):
         return "config"
     ensemble = (config or {}).get("deepen")

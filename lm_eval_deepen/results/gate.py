@@ -47,11 +47,11 @@ def judge(
     for task in chosen:
         baseline.task(task)
     columns = wanted_columns([baseline], chosen, metrics)
-    found = objections(baseline, candidate, chosen, allow_config_change)
-    notes = [*baseline.notes, *candidate.notes, *found.notes]
+    objected = objections(baseline, candidate, chosen, allow_config_change)
+    notes = [*baseline.notes, *candidate.notes, *objected.notes]
     report: dict[str, Any] = {"baseline": baseline.label, "candidate": candidate.label, "rule": rule}
-    if found.reasons:
-        return GateReport(status="not comparable", reasons=found.reasons, notes=tuple(notes), tests=(), **report)
+    if objected.reasons:
+        return GateReport(status="not comparable", reasons=objected.reasons, notes=tuple(notes), tests=(), **report)
     pairs, reasons = pairs_of(baseline, candidate, columns, notes, explicit=bool(metrics))
     if reasons:
         return GateReport(status="not comparable", reasons=tuple(reasons), notes=tuple(notes), tests=(), **report)

@@ -67,16 +67,16 @@ def measure(runs: Sequence[Run], task: str, metric: str, flt: str, notes: list[s
         NotPairedError: no common document, a metric missing from a run or not comparable by document.
         ResultError: a file that is damaged.
     """
-    found = [run.task(task) for run in runs]
-    keys = common_keys([run.samples for run in found], flt, metric)
-    scores = {run.label: one.scores(metric, flt, keys) for run, one in zip(runs, found, strict=True)}
-    for run, one in zip(runs, found, strict=True):
+    task_runs = [run.task(task) for run in runs]
+    keys = common_keys([run.samples for run in task_runs], flt, metric)
+    scores = {run.label: one.scores(metric, flt, keys) for run, one in zip(runs, task_runs, strict=True)}
+    for run, one in zip(runs, task_runs, strict=True):
         total = len(one.samples.under(flt))
         if total != len(keys):
             notes.append(f"{task}: {run.label} has {total} documents, {len(keys)} of them are compared in {metric}")
         doubt = one.contradiction(metric, flt)
         notes.extend([doubt] if doubt else [])
-        other = mismatch(found[0].samples, one.samples)
+        other = mismatch(task_runs[0].samples, one.samples)
         if other.prompts:
             notes.append(
                 f"{task}: {run.label} was asked otherwise than {runs[0].label} in {other.prompts} of {other.shared} "
@@ -87,7 +87,7 @@ def measure(runs: Sequence[Run], task: str, metric: str, flt: str, notes: list[s
                 f"{task}: {run.label} was judged by other expected answers than {runs[0].label} in {other.targets} of "
                 f"{other.shared} documents"
             )
-    return Measured(task, metric, flt, found[0].higher_is_better(metric), scores)
+    return Measured(task, metric, flt, task_runs[0].higher_is_better(metric), scores)
 
 
 def groups(runs: Sequence[Run], candidates: Sequence[str]) -> list[str]:
@@ -119,12 +119,12 @@ def group_differences(runs: Sequence[Run], group: str, key: str, candidates: Seq
         return ""
     reference, level = measured.best(candidates), measured.level(candidates)
     first = measured.scores[reference]
-    found = []
+    changes = []
     for label, scores in measured.scores.items():
         if label != reference:
             change = paired_interval(first.values, scores.values, confidence=level)
-            found.append(f"{label} {report.signed(change.estimate)}{report.signed_interval(change.low, change.high)}")
-    return f"; against {reference}, paired over {first.documents} documents of {tasks} tasks: {', '.join(found)}"
+            changes.append(f"{label} {report.signed(change.estimate)}{report.signed_interval(change.low, change.high)}")
+    return f"; against {reference}, paired over {first.documents} documents of {tasks} tasks: {', '.join(changes)}"
 
 
 def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured | None, int]:
@@ -138,9 +138,9 @@ def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured 
     parts: dict[str, list[Scores]] = {run.label: [] for run in runs}
     try:
         for task in tasks:
-            found = [run.tasks[task] for run in runs]
-            keys = common_keys([one.samples for one in found], flt, metric)
-            for run, one in zip(runs, found, strict=True):
+            task_runs = [run.tasks[task] for run in runs]
+            keys = common_keys([one.samples for one in task_runs], flt, metric)
+            for run, one in zip(runs, task_runs, strict=True):
                 parts[run.label].append(one.scores(metric, flt, keys))
     except ResultError:
         return None, 0
@@ -160,12 +160,12 @@ def leaves(run: Run, group: str) -> list[str]:
     children: dict[str, Sequence[str]] = {}
     for task in run.tasks.values():
         children.update(task.results.get("group_subtasks") or {})
-    found: list[str] = []
+    names: list[str] = []
     open_groups, seen = [group], set()
     while open_groups:
         name = open_groups.pop()
         for child in children.get(name) or ():
             if child not in seen:
                 seen.add(child)
-                (open_groups if children.get(child) else found).append(child)
-    return sorted(found)
+                (open_groups if children.get(child) else names).append(child)
+    return sorted(names)

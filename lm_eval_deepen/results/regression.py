@@ -132,14 +132,14 @@ def details(pair: Pair, tested: int, rule: GateRule) -> Details:
     interval = paired_interval(pair.baseline.values, pair.candidate.values, pair.baseline.statistic)
     worse, better = _changes(pair)
     level = rule.alpha / tested
-    found: float | None
+    drop: float | None
     if pair.baseline.binary and pair.candidate.binary:
         share = (worse + better) / pair.baseline.documents
-        found = detectable_drop(pair.baseline.documents, share, level, rule.power, rule.min_effect)
+        drop = detectable_drop(pair.baseline.documents, share, level, rule.power, rule.min_effect)
     else:
         # Runs without any difference say nothing about how much real-valued scores scatter.
         scatter = interval.stderr
-        found = (
+        drop = (
             detectable_shift(scatter, pair.baseline.documents, level, rule.power, rule.min_effect) if scatter else None
         )
-    return Details(interval.low, interval.high, worse, better, found)
+    return Details(interval.low, interval.high, worse, better, drop)

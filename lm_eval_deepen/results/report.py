@@ -83,10 +83,10 @@ def head(rows: Sequence[ScoreRow]) -> list[str]:
 
 def verdict(row: ScoreRow, alpha: float) -> str:
     """Return the verdict in words; the reference's row says so."""
-    found = row.verdict(alpha)
-    if found is None:
+    word = row.verdict(alpha)
+    if word is None:
         return "reference"
-    return "not significantly different" if found == "not significant" else f"significantly {found}"
+    return "not significantly different" if word == "not significant" else f"significantly {word}"
 
 
 def cells(row: ScoreRow, alpha: float, names: Sequence[str]) -> list[str]:

@@ -253,11 +253,11 @@ def corrected(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
         if row.comparison:
             columns.setdefault((row.task, row.metric, row.flt), []).append(at)
     adjusted = step_down([_comparisons([rows[at] for at in places]) for places in columns.values()])
-    found: dict[int, float] = {}
+    p_holm: dict[int, float] = {}
     for places, p_values in zip(columns.values(), adjusted, strict=True):
-        found.update(zip(places, p_values, strict=True))
+        p_holm.update(zip(places, p_values, strict=True))
     return [
-        replace(row, comparison=replace(row.comparison, p_holm=found[at])) if row.comparison else row
+        replace(row, comparison=replace(row.comparison, p_holm=p_holm[at])) if row.comparison else row
         for at, row in enumerate(rows)
     ]
 

@@ -101,7 +101,7 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
     Raises:
         ResultError: a record without the keys that identify it, or none at all.
     """
-    found: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
+    by_filter: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
     for where, record in records:
         missing = [key for key in _REQUIRED if not isinstance(record, Mapping) or key not in record]
         if missing:
@@ -120,10 +120,10 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
             )
         values = {name: record[name] for name in metrics if name in record}
         sample = Sample(doc_id, record["prompt_hash"], record["target_hash"], values)
-        found[record["filter"]].append((record["doc_hash"], sample))
-    if not found:
+        by_filter[record["filter"]].append((record["doc_hash"], sample))
+    if not by_filter:
         raise ResultError(f"{source}: holds no sample; evaluate the task again with --log_samples.")
-    return Samples(source, {flt: _keyed(entries) for flt, entries in found.items()})
+    return Samples(source, {flt: _keyed(entries) for flt, entries in by_filter.items()})
 
 
 def _keyed(entries: list[tuple[str, Sample]]) -> dict[Key, Sample]:

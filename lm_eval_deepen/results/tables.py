@@ -46,7 +46,7 @@ def markdown_table(table: Sequence[Sequence[str]], left: int = 1, code: bool = F
 
 def printable(text: str) -> str:
     """Return a text in one line, what would steer a terminal (or turn the text around) spelt out."""
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
+    return _STEERING.sub(lambda match: ascii(match[0])[1:-1], _BREAKS.sub(" ", text))
 
 
 def literal(text: str, code: bool = False) -> str:

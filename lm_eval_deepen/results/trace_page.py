@@ -122,50 +122,50 @@ def script_json(data: Any) -> str:
 
 def side(folder: Path, strings: Shown, limit: int | None = None, traced: bool = True) -> Side:
     """Return what a folder holds; with `traced`, it is an error if that is no trace."""
-    found = Side(folder.resolve().name)
+    shown = Side(folder.resolve().name)
     traces: dict[str, list[TraceFile]] = {}
     try:
         traces = find_traces(folder)
     except ResultError:
         if traced or not folder.exists():
             raise
-        found.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
-    samples = _samples(folder, traces, found)
+        shown.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
+    samples = _samples(folder, traces, shown)
     if not traces and not samples:
         raise ResultError(f"{folder}: holds neither traces nor samples; evaluate with --output_path and --log_samples")
     for task, files in traces.items():
-        found.members = found.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
+        shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
         if any(file.cut for file in files):
-            found.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    _say(found, next(iter(traces.values()), []))
+            shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
+    _say(shown, next(iter(traces.values()), []))
     for task in traces or samples:
         records = documents_of(traces[task]) if task in traces else []
-        found.tasks[task] = documents(records, samples.get(task, {}), strings)
-        if limit is not None and len(found.tasks[task]) > limit:
-            found.notes.append(f"{task}: the first {limit} of {len(found.tasks[task])} documents are shown (--limit)")
-            del found.tasks[task][limit:]
+        shown.tasks[task] = documents(records, samples.get(task, {}), strings)
+        if limit is not None and len(shown.tasks[task]) > limit:
+            shown.notes.append(f"{task}: the first {limit} of {len(shown.tasks[task])} documents are shown (--limit)")
+            del shown.tasks[task][limit:]
         if task in traces and not samples.get(task):
-            found.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
-    return found
+            shown.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
+    return shown
 
 
-def _say(found: Side, files: Sequence[TraceFile]) -> None:
+def _say(shown: Side, files: Sequence[TraceFile]) -> None:
     if files:
         head = files[0].head
-        found.facts = [
+        shown.facts = [
             ("method", str(head.get("method"))),
             ("members", _short(", ".join(f"{one.get('name')} ({one.get('pretrained')})" for one in head["members"]))),
             ("fingerprint", str(head.get("fingerprint"))[:16]),
             ("started", str(head.get("started"))),
             ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
-            *found.facts,
+            *shown.facts,
         ]
 
 
 Samples = dict[tuple, list[Mapping[str, Any]]]  # by document
 
 
-def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], found: Side) -> dict[str, Samples]:
+def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], shown: Side) -> dict[str, Samples]:
     """Return the samples of the runs that the traces are of; without traces, those of the first run."""
     try:
         runs = find_runs(folder)
@@ -179,8 +179,8 @@ def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], found: Sid
             if task in kept:
                 continue
             kept[task] = samples_by_document(one.samples_path)
-            if not found.facts:
-                found.facts = _facts(one.results)
+            if not shown.facts:
+                shown.facts = _facts(one.results)
     return kept
 
 
@@ -233,13 +233,13 @@ def documents(
     by_document: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in records:
         by_document.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
-    found = []
+    entries = []
     for key in by_document or samples:
         asked = by_document.get(key, [])
         requests = [_request(record, strings.pieces) for record in asked]
         steps = [step for request in requests for step in request["steps"]]
         scored = list(samples.get(key, ()))
-        found.append(
+        entries.append(
             {
                 "id": key[0],
                 "hash": key[1],
@@ -250,7 +250,7 @@ def documents(
                 **_outcome(scored, strings.texts),
             }
         )
-    return found
+    return entries
 
 
 def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, Any]:

@@ -123,23 +123,25 @@ def find_traces(folder: Path) -> dict[str, list[TraceFile]]:
             f"{folder}: holds no trace_<task>_<date>.jsonl.gz; evaluate with trace=true in --model_args and "
             "--output_path"
         )
-    found: dict[str, list[TraceFile]] = {}
+    by_task: dict[str, list[TraceFile]] = {}
     for _, path in dated:
         file = read_trace(path)
-        others = found.setdefault(str(file.head.get("task")), [])
+        others = by_task.setdefault(str(file.head.get("task")), [])
         if not others or file.head.get("fingerprint") == others[0].head.get("fingerprint"):
             others.append(file)
-    return found
+    return by_task
 
 
 def documents_of(files: Sequence[TraceFile]) -> list[Mapping[str, Any]]:
     """Return the documents of the files of a task, by number; of one that several have, the newest file's."""
-    found: dict[tuple, Mapping[str, Any]] = {}
+    latest: dict[tuple, Mapping[str, Any]] = {}
     for file in files:
         for document in file.documents:
             key = tuple(document.get(name) for name in ("doc_id", "doc_hash", "request", "repeat"))
-            found.setdefault((*key, document.get("type")), document)
-    return sorted(found.values(), key=lambda one: (one["doc_id"] or 0, one.get("request") or 0, one.get("repeat") or 0))
+            latest.setdefault((*key, document.get("type")), document)
+    return sorted(
+        latest.values(), key=lambda one: (one["doc_id"] or 0, one.get("request") or 0, one.get("repeat") or 0)
+    )
 
 
 def text_of(piece: Any) -> str:

@@ -55,13 +55,13 @@ def own(reading: Reading) -> Own:
 
 def orders(ensemble: Ensemble) -> list[Ensemble]:
     """Return the ensemble with each of its members as the main one; the others keep their order."""
-    found = []
+    ensembles = []
     for k, main in enumerate(ensemble.config.members):
         rest = [m for m in range(len(ensemble.members)) if m != k]
         config = ensemble.config.replace(members=(main, *(ensemble.config.members[m] for m in rest)))
         members = [ensemble.members[m] for m in (k, *rest)]
-        found.append(ensemble if k == 0 else Ensemble.assemble(config, members))
-    return found
+        ensembles.append(ensemble if k == 0 else Ensemble.assemble(config, members))
+    return ensembles
 
 
 def read_orders(
@@ -90,15 +90,15 @@ def controls(readings: Sequence[Reading]) -> dict[str, Tensor]:
     weight = {m.name: m.weight for m in readings[0].ensemble.config.members}
     weights = torch.tensor([weight[name] for name in names], dtype=torch.float64)
     segments = [_Segments(reading) for reading in readings]
-    found = {"linear": torch.zeros(len(documents)).double(), "geometric": torch.zeros(len(documents)).double()}
+    bits = {"linear": torch.zeros(len(documents)).double(), "geometric": torch.zeros(len(documents)).double()}
     for index in range(len(documents)):
         common = set.intersection(*(set(own.ends(index)) for own in segments))
         scores = torch.stack([own.sums(index, common) for own in segments])  # [M, segments]
         mixed = torch.logsumexp(scores + weights[:, None].log(), dim=0)
-        found["linear"][index] = -mixed.sum() / math.log(2)
+        bits["linear"][index] = -mixed.sum() / math.log(2)
         used = weights > 0  # 0 x -inf
-        found["geometric"][index] = -(weights[used] @ scores[used]).sum() / math.log(2)
-    return found
+        bits["geometric"][index] = -(weights[used] @ scores[used]).sum() / math.log(2)
+    return bits
 
 
 class _Segments:

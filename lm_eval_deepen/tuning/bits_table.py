@@ -53,10 +53,10 @@ def compare(a: Tensor, b: Tensor, level: float = CONFIDENCE) -> Change:
     spans everything.
     """
     bits = np.stack([a.double().numpy(), b.double().numpy()], axis=1)
-    found = change_interval(bits, lambda means: means[..., 0] / means[..., 1] - 1, level)
-    if found.low is None or found.high is None:
-        return Change(found.estimate, -math.inf, math.inf, level)
-    return Change(found.estimate, found.low, found.high, level)
+    change = change_interval(bits, lambda means: means[..., 0] / means[..., 1] - 1, level)
+    if change.low is None or change.high is None:
+        return Change(change.estimate, -math.inf, math.inf, level)
+    return Change(change.estimate, change.low, change.high, level)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     development = load_tasks([_spec(args, name, "validation") for name in args.tasks], args.include_path, metadata)
     refuse_evaluated(development, load_tasks(_evaluated(args), args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
-    found = search.run(args.weights, args.weight_step, args.learning_rates)
-    written = tuned_file(config, found, search, args)
+    chosen = search.run(args.weights, args.weight_step, args.learning_rates)
+    written = tuned_file(config, chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
-    print(f"\n{found.what} written to {args.output}")
+    print(f"\n{chosen.what} written to {args.output}")
     return 0
 
 
@@ -75,10 +75,10 @@ def as_given(arguments: Mapping[str, Any]) -> EnsembleConfig:
 def _metadata(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    found = parse_json(text, "--metadata")
-    if not isinstance(found, dict):
+    metadata = parse_json(text, "--metadata")
+    if not isinstance(metadata, dict):
         raise ConfigError(f"--metadata must be a JSON object; got {text}")
-    return found
+    return metadata
 
 
 def _spec(args: argparse.Namespace, task: str, split: Literal["validation"] | None) -> Any:
@@ -100,11 +100,11 @@ def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[Load
     """Raise ConfigError where the development documents are among those that will be evaluated."""
     from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 
-    hashes = [digest for task in development for found in task.documents.values() for digest in found]
+    hashes = [digest for task in development for own in task.documents.values() for digest in own]
     for task in evaluated:
-        for name, found in task.documents.items():
+        for name, digests in task.documents.items():
             try:
-                refuse_overlap("an ensemble tuned on these development splits", hashes, name, found)
+                refuse_overlap("an ensemble tuned on these development splits", hashes, name, digests)
             except ConfigError as error:
                 raise ConfigError(
                     f"tune: {error}. --tasks takes the task that will be evaluated, whose validation split is scored "
@@ -113,14 +113,14 @@ def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[Load
 
 
 def tuned_file(
-    config: EnsembleConfig, found: ScoredCandidate, search: Search, args: argparse.Namespace
+    config: EnsembleConfig, chosen: ScoredCandidate, search: Search, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the keys of the ensemble file: the best candidate, and as `evidence` how it was found and on what."""
     import lm_eval_deepen
     from lm_eval_deepen.harness.model import configure
     from lm_eval_deepen.leaderboard.tuned import record
 
-    keys = placed(found.config.to_dict())
+    keys = placed(chosen.config.to_dict())
     keys.pop("evidence", None)
     hashes = [digest for task in search.tasks for own in task.documents.values() for digest in own]
     about = {
@@ -128,7 +128,7 @@ def tuned_file(
         "version": lm_eval_deepen.__version__,
         "split": "validation",
         "tasks": {
-            name: {"metric": search.columns[name], "documents": len(own), "score": round(found.scores[name], 6)}
+            name: {"metric": search.columns[name], "documents": len(own), "score": round(chosen.scores[name], 6)}
             for task in search.tasks
             for name, own in task.documents.items()
         },
@@ -149,10 +149,10 @@ def placed(keys: Mapping[str, Any]) -> dict[str, Any]:
     members = [
         {key: _place(value) if key in PLACES else value for key, value in member.items()} for member in keys["members"]
     ]
-    found = {**keys, "pretrained": members[0]["pretrained"], "members": members}
+    shown = {**keys, "pretrained": members[0]["pretrained"], "members": members}
     if "matrix_dir" in keys:
-        found["matrix_dir"] = str(Path(keys["matrix_dir"]).expanduser().absolute())
-    return found
+        shown["matrix_dir"] = str(Path(keys["matrix_dir"]).expanduser().absolute())
+    return shown
 
 
 def _place(name: Any) -> Any:

@@ -93,8 +93,8 @@ class Chosen:
     def config(self) -> EnsembleConfig:
         """The configuration of what was chosen; its weights are constant, wherever those given came from."""
         config = constant(self.fusers.ensemble.config)
-        found = zip(config.members, self.best.weights, self.best.temperatures, strict=True)
-        members = tuple(member.replace(weight=w, temperature=t) for member, w, t in found)
+        settings = zip(config.members, self.best.weights, self.best.temperatures, strict=True)
+        members = tuple(member.replace(weight=w, temperature=t) for member, w, t in settings)
         return config.replace(members=members, options=self.fusers.options(self.best), compat=None)
 
     def before(self, documents: Sequence[Document]) -> Tensor:

@@ -183,14 +183,14 @@ def exact_encoder(
     traps = re.compile(literal_mark + r"(?<=<0)(?=x[0-9A-Fa-f]{2}>)")
 
     def spell(mark: str) -> list[int]:
-        found = [vocab.ids_of.get(bytes([byte])) for byte in mark.encode()]
-        if any(ids is None for ids in found):
+        ids_of_bytes = [vocab.ids_of.get(bytes([byte])) for byte in mark.encode()]
+        if any(ids is None for ids in ids_of_bytes):
             raise SpellingError(
                 f"member {name!r}: the text has the character {mark!r} (U+{ord(mark[0]):04X}), which its "
                 "tokenizer reads as a space, and it has no byte pieces to spell it. Leave this member out, "
                 "or replace the character in the text."
             )
-        return [ids[0] for ids in found if ids]
+        return [ids[0] for ids in ids_of_bytes if ids]
 
     def run(text: str) -> list[int]:
         first = opening or encode

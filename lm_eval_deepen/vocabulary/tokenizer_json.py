@@ -130,10 +130,10 @@ def _replacement(step: Mapping[str, Any], fused: bool) -> tuple[str, str] | None
     return (pattern["Regex"], step["content"]) if pattern_is_literal else None
 
 
-def _unknown_decoder(spec: Mapping[str, Any], found: str, name: str) -> VocabularyError:
+def _unknown_decoder(spec: Mapping[str, Any], decoder: str, name: str) -> VocabularyError:
     kind = spec["model"].get("type")
     return VocabularyError(
-        f"member {name!r}: the tokenizer ({kind}, {found}) has no known exact mapping of pieces to bytes. {REMEDY}"
+        f"member {name!r}: the tokenizer ({kind}, {decoder}) has no known exact mapping of pieces to bytes. {REMEDY}"
     )
 
 

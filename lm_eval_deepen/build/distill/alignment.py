@@ -83,4 +83,4 @@ def warp(target: Sequence[bytes], source: Sequence[bytes]) -> list[list[int]]:
         ways = (table[i - 1][j - 1], table[i][j - 1], table[i - 1][j])
         step = ways.index(min(ways))
         i, j = i - (step != 1), j - (step != 2)
-    return [found[::-1] for found in partners]
+    return [own[::-1] for own in partners]

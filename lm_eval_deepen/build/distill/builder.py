@@ -103,11 +103,11 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     if ranks.index > 0:
         return trained
     clock.lap("training")
-    found = {**trained, **_facts(config, read, learnt), **_evaluated(config, read, folder / "model")}
+    facts = {**trained, **_facts(config, read, learnt), **_evaluated(config, read, folder / "model")}
     clock.lap("held out, result")
-    found |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
-    _publish(folder, out, {"key": key, "result": found})
-    return found
+    facts |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
+    _publish(folder, out, {"key": key, "result": facts})
+    return facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,9 +245,9 @@ def _finished(out: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     path = out / RESULT
     if path.is_file():
         try:
-            found = read_json(path)
-            if found["key"] == key:
-                return dict(found["result"])
+            stored = read_json(path)
+            if stored["key"] == key:
+                return dict(stored["result"])
         except (StorageError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is damaged ({error}); delete {out} to build the model again") from error
     used = out.is_file() or any((out / name).exists() for name in (RESULT, "config.json"))
@@ -282,12 +282,12 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
 def _kept_bits(path: Path, identity: Mapping[str, Any], documents: int) -> list[float] | None:
     """Return the bits that a file holds; None where there is none, or it is damaged and to be written again."""
     try:
-        found = read_json(path)
-        bits = [float(bits) for bits in found["bits"]]
+        stored = read_json(path)
+        bits = [float(bits) for bits in stored["bits"]]
     except (StorageError, LookupError, TypeError, ValueError):
         return None
     whole = len(bits) == documents and all(map(math.isfinite, bits))
-    return bits if whole and found.get("identity") == identity else None
+    return bits if whole and stored.get("identity") == identity else None
 
 
 def _read_sources(
@@ -296,16 +296,16 @@ def _read_sources(
 ) -> list[Source]:  # fmt: skip
     """Store the teacher logits of every source, with one model in memory beside the target's."""
     texts = [text.train[i] for i in text.used]
-    found = []
+    sources = []
     for name in config.sources:
         member = target if name == config.target else load(name, members[name], config.device)
         own = weights if member is target else tensors_hash(member)
-        found.append(read_source(member, own, texts, config.top_k, root))
+        sources.append(read_source(member, own, texts, config.top_k, root))
         if member is not target:
             del member
             gc.collect()  # models hold themselves in circles
         clock.lap(f"externalise {name}")
-    return found
+    return sources
 
 
 def _publish(folder: Path, out: Path, result: Mapping[str, Any]) -> None:

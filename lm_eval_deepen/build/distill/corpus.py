@@ -73,7 +73,7 @@ def neutral_documents() -> list[str]:
     except ImportError as error:
         raise ConfigError("recipe: this Python has no pydoc_data, the default text; give text: FILES") from error
     seen: set[str] = set()
-    found = []
+    documents = []
     for name in sorted(topics):
         kept = []
         for paragraph in topics[name].split("\n\n"):
@@ -84,8 +84,8 @@ def neutral_documents() -> list[str]:
                 kept.append(text)
         document = "\n\n".join(kept)
         if len(document) >= SHORTEST_DOCUMENT:
-            found.append(document)
-    return found
+            documents.append(document)
+    return documents
 
 
 def read_corpus(recipe: DistillRecipe) -> Corpus:

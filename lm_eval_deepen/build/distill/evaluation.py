@@ -59,11 +59,11 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Interval:
     Raises:
         ResultError: the builds held out different documents.
     """
-    digests = [found["held_out"]["text_sha256"] for found in (first, second)]
+    digests = [result["held_out"]["text_sha256"] for result in (first, second)]
     if digests[0] != digests[1]:
         raise ResultError(
             f"the builds held out different documents ({digests[0][:12]} and {digests[1][:12]}), which cannot be "
             "paired; build both with the same text, held_out and context_length"
         )
-    own, other = (found["held_out"] for found in (first, second))
+    own, other = (result["held_out"] for result in (first, second))
     return interval(own["bits"], other["bits"], own["document_bytes"])

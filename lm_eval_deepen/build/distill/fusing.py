@@ -138,6 +138,6 @@ def mass_by_kind(rows: BlockRows, at: NDArray[np.int64], mapping: VocabularyMap)
     used = rows.ids[at[at >= 0]]
     p = np.exp(rows.logp[at[at >= 0]].astype(np.float64))
     kinds = mapping.kind[used]
-    found = {what: float(p[kinds == kind].sum()) for kind, what in KINDS.items() if kind != NONE}
-    found["nothing"] = float(p[kinds == NONE].sum())
-    return {**found, "not stored": max(0.0, len(used) - float(p.sum()))}
+    mass = {what: float(p[kinds == kind].sum()) for kind, what in KINDS.items() if kind != NONE}
+    mass["nothing"] = float(p[kinds == NONE].sum())
+    return {**mass, "not stored": max(0.0, len(used) - float(p.sum()))}

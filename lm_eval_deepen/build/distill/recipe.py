@@ -115,20 +115,20 @@ class DistillRecipe(Keys):
         Raises:
             ConfigError: unknown, missing or impossible keys and values, or a model that is not among `members`.
         """
-        found = cls.read({key: value for key, value in raw.items() if key not in ABOUT})
+        recipe = cls.read({key: value for key, value in raw.items() if key not in ABOUT})
         problems = Problems()
-        for key, names in (("target", [found.target]), ("sources", found.sources)):
+        for key, names in (("target", [recipe.target]), ("sources", recipe.sources)):
             for name in names:
                 if name not in members:
                     listed = ", ".join(members) or "none"
                     near = did_you_mean(name, members)
                     problems.add(f"{key} {name!r} is not among its models: {listed}.{near}", key, "unknown_name")
-        for name in found.text:
+        for name in recipe.text:
             if not Path(name).expanduser().is_file():
                 looked = Path(name).expanduser().absolute().parent
                 problems.add(f"text {name!r} is no file (looked in {looked})", "text", "value")
         problems.refuse()
-        return found.replace(clm_weight=1.0) if found.method == "clm" else found
+        return recipe.replace(clm_weight=1.0) if recipe.method == "clm" else recipe
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -149,12 +149,12 @@ class DistillRecipe(Keys):
 
     def to_dict(self) -> dict[str, Any]:
         """Return every key of the recipe, defaults included, as plain data."""
-        found = super().to_dict()
-        return {key: found[key] for key in found if self.method == "fusellm" or key not in FUSELLM_KEYS}
+        keys = super().to_dict()
+        return {key: keys[key] for key in keys if self.method == "fusellm" or key not in FUSELLM_KEYS}
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide the result; `build` adds what the names and files stand for."""
         apart = {"target", "sources", "text", "store", "device", "checkpoint_steps"}
-        fields, found = type(self).model_fields, self.to_dict()
+        fields, keys = type(self).model_fields, self.to_dict()
         apart |= {key for key in LATER if getattr(self, key) == fields[key].default}
-        return {key: value for key, value in found.items() if key not in apart}
+        return {key: value for key, value in keys.items() if key not in apart}

@@ -48,8 +48,8 @@ class Source:
 
 def roles_of(tokenizer: Any) -> dict[str, int]:
     """Return the control ids of a tokenizer by role; end of text is known to its vocabulary."""
-    found = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
-    return {role: i for role, i in found.items() if i is not None}
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
+    return {role: i for role, i in ids.items() if i is not None}
 
 
 def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, root: Path) -> Source:
@@ -132,7 +132,7 @@ def block_targets(
         weights = shares(nats, len(block.ids), recipe.fusion)
         chosen.append(int(np.argmax(weights)))
         targets.append(fuse(parts, weights, recipe.tail))
-    if not any(found.covered.any() for found in targets):
+    if not any(target.covered.any() for target in targets):
         raise ConfigError("recipe: no position of the target matches one of a source; use alignment: bytes")
     return Learnt(targets, chosen, aligned, mass)
 
@@ -140,13 +140,13 @@ def block_targets(
 def source_facts(sources: Sequence[Source], learnt: Learnt, blocks: Sequence[Tokens]) -> dict[str, Any]:
     """Return what a build reports of every source, and of what was learnt from all of them."""
     positions = sum(len(block.ids) for block in blocks)
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for m, source in enumerate(sources):
         rows = [source.store.block(n) for n in range(len(blocks))]
         own = sum(len(block.ids) for block in source.tokens)
         num_bytes = sum(int(block.ends[-1]) + len(source.codec.vocab.pieces[block.ids[-1]]) for block in source.tokens)
         total = sum(learnt.mass[m].values()) or 1.0
-        found[source.name] = {
+        facts[source.name] = {
             "tensors_sha256": source.weights,
             "bits_per_byte": sum(block.nats for block in rows) / math.log(2) / num_bytes,
             "coverage": learnt.aligned[m] / positions,
@@ -154,4 +154,4 @@ def source_facts(sources: Sequence[Source], learnt: Learnt, blocks: Sequence[Tok
             "mass": {what: round(value / total, 6) for what, value in learnt.mass[m].items()},
             "stored_bytes_per_token": sum(block.num_bytes for block in rows) / own,
         }
-    return found
+    return facts

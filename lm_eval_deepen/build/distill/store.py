@@ -119,10 +119,10 @@ class DistributionStore:
 
     def occurring(self) -> list[int]:
         """Return every id that occurs, ascending."""
-        found: set[int] = set()
+        ids: set[int] = set()
         for index in range(self.blocks):
-            found.update(np.unique(self.block(index).ids).tolist())
-        return sorted(found)
+            ids.update(np.unique(self.block(index).ids).tolist())
+        return sorted(ids)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"

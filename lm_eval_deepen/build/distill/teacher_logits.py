@@ -61,8 +61,8 @@ def block_rows(member: Member, block: Tokens, top_k: int) -> BlockRows:
 
 def nats_of(member: Member, block: Tokens) -> float:
     """Return what a model needs to predict a block, in nats; control tokens are conditioned on, never scored."""
-    found = (rows.gather(1, targets[:, None]).double().sum() for rows, targets in _distributions(member, block))
-    return -float(sum(map(float, found)))
+    sums = (rows.gather(1, targets[:, None]).double().sum() for rows, targets in _distributions(member, block))
+    return -float(sum(map(float, sums)))
 
 
 def _distributions(member: Member, block: Tokens) -> Iterator[tuple[Tensor, Tensor]]:

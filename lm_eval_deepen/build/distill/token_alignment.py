@@ -68,9 +68,9 @@ def match(
     candidates = sorted(places, key=lambda piece: places[piece])
     if missing and candidates:
         queries = sorted({source.pieces[i] for i in missing})
-        found = dict(zip(queries, nearest(queries, candidates)[0].tolist(), strict=True))
+        closest = dict(zip(queries, nearest(queries, candidates)[0].tolist(), strict=True))
         for i in missing:
-            to[i], kind[i] = places[candidates[found[source.pieces[i]]]], NEAREST
+            to[i], kind[i] = places[candidates[closest[source.pieces[i]]]], NEAREST
     return VocabularyMap(to, kind)
 
 

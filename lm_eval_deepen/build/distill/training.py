@@ -60,12 +60,12 @@ class TrainingBlocks(Dataset):
             return {**first, "labels": [IGNORED] * len(first["labels"])}
         block = self.blocks[self.order[at]]
         lead = len(block.prefix) - 1
-        found: dict[str, Any] = {
+        example: dict[str, Any] = {
             "input_ids": [*block.prefix, *block.ids[:-1]],
             "labels": [IGNORED] * lead + list(block.ids),
             "lead": lead,
         }
-        return found if self.fused is None else {**found, "targets": self.fused[self.order[at]]}
+        return example if self.fused is None else {**example, "targets": self.fused[self.order[at]]}
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,12 +85,12 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _collated(found: Sequence[tuple[int, Targets]], width: int) -> dict[str, Any]:
-    entries = max(targets.ids.shape[1] for _, targets in found)
-    ids = np.zeros((len(found), width, entries), dtype=np.int64)
-    p = np.zeros((len(found), width, entries), dtype=np.float32)
-    rest, covered = np.zeros((len(found), width), np.float32), np.zeros((len(found), width), bool)
-    for row, (lead, targets) in enumerate(found):
+def _collated(pairs: Sequence[tuple[int, Targets]], width: int) -> dict[str, Any]:
+    entries = max(targets.ids.shape[1] for _, targets in pairs)
+    ids = np.zeros((len(pairs), width, entries), dtype=np.int64)
+    p = np.zeros((len(pairs), width, entries), dtype=np.float32)
+    rest, covered = np.zeros((len(pairs), width), np.float32), np.zeros((len(pairs), width), bool)
+    for row, (lead, targets) in enumerate(pairs):
         here = slice(lead, lead + len(targets.covered))
         ids[row, here, : targets.ids.shape[1]], p[row, here, : targets.p.shape[1]] = targets.ids, targets.p
         rest[row, here], covered[row, here] = targets.rest, targets.covered
@@ -161,14 +161,14 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     if not there:
         return
     try:
-        found = dict(read_json(path))
+        settings = dict(read_json(path))
     except (StorageError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder} holds an interrupted build, and what it says of itself is damaged ({error}); delete the folder "
             "to start anew"
         ) from error
-    if found != wanted:
-        keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if settings != wanted:
+        keys = sorted(key for key in {*settings, *wanted} if settings.get(key) != wanted.get(key))
         raise ConfigError(
             f"{folder} holds an interrupted build of something else (other {', '.join(keys)}); delete it to start "
             "anew, or go on with the recipe it belongs to"
@@ -177,8 +177,8 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last checkpoint that was written to its end, and whose files are as they were then."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    folders = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
+    return str(max(folders, key=lambda path: int(path.name.split("-")[1]))) if folders else None
 
 
 def _is_whole(mark: Path) -> bool:

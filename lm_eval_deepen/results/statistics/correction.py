@@ -126,7 +126,7 @@ def rivals(values: Values, higher_is_better: bool = True, seed: int = 0) -> floa
     covariance = np.atleast_2d(np.cov(values, rowvar=False)) / n
     variances, axes = np.linalg.eigh(covariance)
     draws = np.random.default_rng(seed).standard_normal((_DRAWS, systems))
-    found = scores + draws * np.sqrt(np.maximum(variances, 0)) @ axes.T
-    best = (found if higher_is_better else -found).argmax(axis=1)
+    drawn = scores + draws * np.sqrt(np.maximum(variances, 0)) @ axes.T
+    best = (drawn if higher_is_better else -drawn).argmax(axis=1)
     chances = np.bincount(best, minlength=systems) / _DRAWS
     return float(np.sqrt(chances).sum() ** 2)

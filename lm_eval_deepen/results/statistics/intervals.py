@@ -88,9 +88,9 @@ def score_interval(values: Values, statistic: Statistic = mean_of_first, confide
         low, high = proportion_interval(int((values == right).sum()), len(values), confidence)
         ends = (wrong + (right - wrong) * low, wrong + (right - wrong) * high)
         return Interval(float(values.mean()), *ends, _stderr_of_mean(values[:, 0]), confidence)
-    found = change_interval(values, statistic, confidence, (0.0, 1.0) if averaged and _in_unit(values) else None)
+    interval = change_interval(values, statistic, confidence, (0.0, 1.0) if averaged and _in_unit(values) else None)
     # One value on every document says nothing of how much others could differ.
-    return replace(found, low=None, high=None) if found.low == found.high else found
+    return replace(interval, low=None, high=None) if interval.low == interval.high else interval
 
 
 def change_interval(

@@ -130,11 +130,11 @@ def check_resampling(resamples: int, seed: int) -> None:
         raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}; got {seed}")
 
 
-def _as_extreme(found: Values, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
+def _as_extreme(sums: Values, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
     slack = _TIE * max(1.0, abs(observed))
     if alternative == "two-sided":
-        return np.abs(found) >= abs(observed) - slack
-    return found <= observed + slack if alternative == "less" else found >= observed - slack
+        return np.abs(sums) >= abs(observed) - slack
+    return sums <= observed + slack if alternative == "less" else sums >= observed - slack
 
 
 def _every_exchange(pairs: int) -> Values:

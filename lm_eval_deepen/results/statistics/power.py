@@ -38,11 +38,11 @@ def mcnemar_power(documents: int, discordance: float, drop: float, alpha: float,
     worse = (discordance + drop) / (2 * discordance)  # given that a document changed
     chances = binomial(documents, discordance)
     counts = np.flatnonzero(chances > _NEGLIGIBLE)
-    found = 0.0
+    power = 0.0
     for changed in map(int, counts):
         large = math.ceil((changed + min_observed * documents) / 2 - _ROUNDING)  # worse less better is enough
-        found += chances[changed] * binomial(changed, worse)[max(_critical(changed, alpha), large) :].sum()
-    return float(found)
+        power += chances[changed] * binomial(changed, worse)[max(_critical(changed, alpha), large) :].sum()
+    return float(power)
 
 
 def detectable_drop(
@@ -61,8 +61,8 @@ def detectable_drop(
     low, high = 0.0, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        found = mcnemar_power(documents, min(1.0, discordance + middle), middle, alpha, min_observed)
-        low, high = (low, middle) if found >= power else (middle, high)
+        reached = mcnemar_power(documents, min(1.0, discordance + middle), middle, alpha, min_observed)
+        low, high = (low, middle) if reached >= power else (middle, high)
     return high
 
 
