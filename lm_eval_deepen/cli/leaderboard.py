@@ -146,18 +146,14 @@ def adjusted(args: argparse.Namespace) -> LeaderboardRecipe:
     from lm_eval_deepen.leaderboard.recipe import read_recipe
 
     members = pairs(args.member, "--member", "NAME=WHERE")
-    recipe = read_recipe(recipe_file(args.recipe), members, _metadata(args.metadata))
+    given: Any = {} if args.metadata is None else parse_json(args.metadata, "--metadata")
+    if not isinstance(given, dict):
+        raise ConfigError(f"--metadata must be a JSON object; got {args.metadata}")
+    recipe = read_recipe(recipe_file(args.recipe), members, given)
     if args.limit is not None:
         tasks = tuple(spec.replace(limit=args.limit) for spec in recipe.tasks)
         recipe = dataclasses.replace(recipe, tasks=tasks)
     return recipe
-
-
-def _metadata(text: str | None) -> dict[str, Any]:
-    given: Any = {} if text is None else parse_json(text, "--metadata")
-    if not isinstance(given, dict):
-        raise ConfigError(f"--metadata must be a JSON object; got {text}")
-    return given
 
 
 def say(text: str) -> None:

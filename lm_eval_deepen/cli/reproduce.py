@@ -63,32 +63,28 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--models are those of a miniature; add --miniature, or replace a member with --member")
     recipe, out = asked(args)
     with _data_folder(recipe):
-        return _run(args, recipe, out)
+        from lm_eval_deepen.cli.leaderboard import evaluated, refuse_failed, say
+        from lm_eval_deepen.leaderboard import reproduction
 
-
-def _run(args: argparse.Namespace, recipe: LeaderboardRecipe, out: Path) -> int:
-    from lm_eval_deepen.cli.leaderboard import evaluated, refuse_failed, say
-    from lm_eval_deepen.leaderboard import reproduction
-
-    if not args.no_check:
-        report = checked(recipe, args.device)
-        print("\n".join(needs(recipe, report)) + "\n")
-        if report.problems:
-            numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
-            print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
-            return 1
-    if args.dry_run:
+        if not args.no_check:
+            report = checked(recipe, args.device)
+            print("\n".join(needs(recipe, report)) + "\n")
+            if report.problems:
+                numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
+                print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
+                return 1
+        if args.dry_run:
+            return 0
+        todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
+        data = reproduction.to_dict(table, args.miniature)
+        write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
+        print(reproduction.rendered(table, args.miniature))
+        if not args.miniature:
+            print(reproduction.summary(data["rows"]))
+        say(f"cells, {JSON}, {MARKDOWN}, leaderboard.md: {out}")
+        refuse_failed(todo)
         return 0
-    todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
-    data = reproduction.to_dict(table, args.miniature)
-    write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
-    print(reproduction.rendered(table, args.miniature))
-    if not args.miniature:
-        print(reproduction.summary(data["rows"]))
-    say(f"cells, {JSON}, {MARKDOWN}, leaderboard.md: {out}")
-    refuse_failed(todo)
-    return 0
 
 
 @contextlib.contextmanager

@@ -164,7 +164,19 @@ def exact(value: Any, annotation: Any, key: str) -> Any:
             except ConfigError as error:
                 raise (error.within(key) if isinstance(value, Mapping) else error).beneath(key) from None
         if typing.get_origin(arm) is tuple:
-            return _listed(value, typing.get_args(arm)[0], key)
+            item = typing.get_args(arm)[0]
+            if item is float:
+                value = split_numbers(value)
+            elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool):
+                value = [value]
+            if not isinstance(value, (list, tuple)):
+                return value
+            problems, items = Problems(), []
+            for i, one in enumerate(value):
+                with problems.collected():
+                    items.append(exact(one, item, f"{key}[{i}]"))
+            problems.refuse()
+            return tuple(items)
     number = to_number(value)
     if number is not None and int in types and number.is_integer():
         return int(number)
@@ -191,22 +203,6 @@ def split_numbers(value: Any) -> list[Any]:
     """Return a list of numbers as one: ``0.6+0.4`` inline, a single number, or a list; ``1e+0`` is one number."""
     parts = re.split(r"(?<![eE])\+", value) if isinstance(value, str) else value
     return list(parts) if isinstance(parts, (list, tuple)) else [parts]
-
-
-def _listed(value: Any, item: Any, key: str) -> Any:
-    """Return a list, or a single value, as a tuple of exact values."""
-    if item is float:
-        value = split_numbers(value)
-    elif isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        return value
-    problems, items = Problems(), []
-    for i, one in enumerate(value):
-        with problems.collected():
-            items.append(exact(one, item, f"{key}[{i}]"))
-    problems.refuse()
-    return tuple(items)
 
 
 def _plain(value: Any) -> Any:

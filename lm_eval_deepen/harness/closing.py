@@ -43,14 +43,6 @@ def _tell(run: Run) -> None:
 def summary(run: Run) -> list[str]:
     """Return what fusion did in a run and where results are; nothing where no step was read and no answer pooled."""
     counts = Trace.total(run.traces).summary()
-    did = _did(counts)
-    if not did:
-        return []
-    names = " + ".join(member.name for member in run.ensemble.members)
-    return [f"ensemble {names}: {'; '.join([*did, _warned(run.findings)])}.", _where(run)]
-
-
-def _did(counts: dict[str, Any]) -> list[str]:
     did = []
     if fused := counts["steps_fused"]:
         did.append(
@@ -65,7 +57,10 @@ def _did(counts: dict[str, Any]) -> list[str]:
         did.append(f"the answers to {pooled['requests']:,} requests were combined")
     if out := {name: steps for name, steps in counts["steps_sat_out"].items() if steps}:
         did.append("steps that a member sat out: " + ", ".join(f"{name} {steps:,}" for name, steps in out.items()))
-    return did
+    if not did:
+        return []
+    names = " + ".join(member.name for member in run.ensemble.members)
+    return [f"ensemble {names}: {'; '.join([*did, _warned(run.findings)])}.", _where(run)]
 
 
 def _warned(findings: dict[str, Any] | None) -> str:

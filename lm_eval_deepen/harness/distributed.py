@@ -74,7 +74,8 @@ class Ranks:
     @classmethod
     def launched(cls) -> Ranks:
         """Join the processes of this launch; one that was started alone is 0 of 1."""
-        on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _accelerator_available()
+        accelerator = getattr(torch, "accelerator", torch.cuda)
+        on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not accelerator.is_available()
         if on_cpu and "RANK" in os.environ:  # without it `accelerate` gives every process LOCAL_RANK 0
             size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             os.environ.setdefault("LOCAL_RANK", str(int(os.environ["RANK"]) % size))
@@ -141,7 +142,10 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
         if ranks.count == 1:
             return method(self, requests, disable_tqdm=disable_tqdm)
         arguments = [request.args for request in requests]
-        if len(set(ranks.gather(_digest(arguments)))) == 1:
+        digest = hashlib.sha256()
+        for args in arguments:
+            digest.update(repr(args).encode("utf-8", "surrogatepass"))
+        if len(set(ranks.gather(digest.hexdigest()))) == 1:
             mine = ranks.share(arguments, whole=method.__name__ == "generate_until")
             own = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)
             answers: list = [None] * len(requests)
@@ -167,13 +171,6 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _digest(arguments: Sequence[tuple]) -> str:
-    digest = hashlib.sha256()
-    for args in arguments:
-        digest.update(repr(args).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def _refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
     for member in config.members:
         asked = member.loading_dict().get("device")
@@ -186,7 +183,3 @@ def _refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
                 f"this run and each of them loads its members onto its own {state.device.type} device. Leave the "
                 "member's device out, spread it with parallelize=true, or run a single process."
             )
-
-
-def _accelerator_available() -> bool:
-    return getattr(torch, "accelerator", torch.cuda).is_available()  # torch.accelerator came with torch 2.6

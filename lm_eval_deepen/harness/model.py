@@ -193,7 +193,15 @@ class DeepenLM(RequestHandler):
         progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
         with progress, settling(self.cache_hook):
             for index, answered in self.source.answers(kind, requests):
-                answer = answers[index] = _as_asked(kind, requests[index], answered)
+                answer = answered
+                # harness 0.5 asks for a text as for a continuation of "", and wants a pair
+                if (
+                    kind == "loglikelihood_rolling"
+                    and len(requests[index].args) > 1
+                    and not isinstance(answer, SetAside)
+                ):
+                    answer = (answer, False)
+                answers[index] = answer
                 if not isinstance(answer, SetAside):
                     if self.step_files is not None and self.cache_hook.dbdict is not None:
                         self.step_files.flush()  # first: the run that goes on from a kill does not ask again
@@ -248,9 +256,3 @@ class DeepenLM(RequestHandler):
                 f"enable_thinking=True is not compatible with loglikelihood tasks; triggered by {', '.join(names)}. "
                 "Use generative tasks, or leave enable_thinking out."
             )
-
-
-def _as_asked(kind: str, request: Instance, answer: Any) -> Any:
-    """Return an answer as its request wants it: harness 0.5 asks for a text as for a continuation of "", a pair."""
-    pair = kind == "loglikelihood_rolling" and len(request.args) > 1 and not isinstance(answer, SetAside)
-    return (answer, False) if pair else answer

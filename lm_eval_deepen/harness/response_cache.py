@@ -48,7 +48,12 @@ def claim(stored: SqliteDict, fingerprint: str, ranks: Ranks) -> None:
     stored[FINGERPRINT_KEY] = fingerprint
     stored.commit()  # on disk, whatever the database's own habit
     if ranks.count > 1:
-        _level(stored, ranks)
+        held = ranks.gather(set(stored.keys()))  # a killed run leaves each process with its own
+        everywhere = set.intersection(*held)
+        before = set().union(*held[: ranks.index])
+        for answers in ranks.gather({key: stored[key] for key in held[ranks.index] - everywhere - before}):
+            stored.update({key: value for key, value in answers.items() if key not in held[ranks.index]})
+        stored.commit()
 
 
 class _Plain(pickle.Unpickler):
@@ -167,16 +172,6 @@ def _objection(stored: SqliteDict, fingerprint: str) -> str:
         f"the response cache {stored.filename} holds answers of {whose}; this ensemble has {fingerprint}. "
         "Give --use_cache another path, or delete the file."
     )
-
-
-def _level(stored: SqliteDict, ranks: Ranks) -> None:
-    """Give every process the answers that some process has: a killed run leaves each with its own."""
-    held = ranks.gather(set(stored.keys()))
-    everywhere = set.intersection(*held)
-    before = set().union(*held[: ranks.index])
-    for answers in ranks.gather({key: stored[key] for key in held[ranks.index] - everywhere - before}):
-        stored.update({key: value for key, value in answers.items() if key not in held[ranks.index]})
-    stored.commit()
 
 
 def rendering_digest(members: Sequence[Member]) -> str:

@@ -180,30 +180,25 @@ class StepFiles:
         """Bring what waits to the disk."""
         for task, lines in self.lines.items():
             if task not in self.files:
-                self.files[task] = self._file(task)
-                lines.insert(0, json.dumps(self._head(task), ensure_ascii=False))
+                folder = self.folder = self.folder or folder_of(self.config)
+                assert folder is not None
+                end = f"_rank{self.rank}" if self.ranks > 1 else ""
+                self.files[task] = folder / f"trace_{task.replace('/', '_')}_{self.started}{end}.jsonl.gz"
+                members = [{"name": member.name, "pretrained": member.pretrained} for member in self.config.members]
+                head = {
+                    "schema": SCHEMA,
+                    "task": task,
+                    "fingerprint": self.config.fingerprint(),
+                    "method": self.config.method,
+                    "members": members,
+                    "started": self.started,
+                    "lm_eval_deepen": lm_eval_deepen.__version__,
+                }
+                lines.insert(0, json.dumps(head, ensure_ascii=False))
             text = "".join(line + "\n" for line in lines)
             append_bytes(self.files[task], gzip.compress(text.encode("utf-8", "backslashreplace"), 6, mtime=0))
         self.lines.clear()
         self.size = 0
-
-    def _file(self, task: str) -> Path:
-        folder = self.folder = self.folder or folder_of(self.config)
-        assert folder is not None
-        end = f"_rank{self.rank}" if self.ranks > 1 else ""
-        return folder / f"trace_{task.replace('/', '_')}_{self.started}{end}.jsonl.gz"
-
-    def _head(self, task: str) -> dict[str, Any]:
-        config = self.config
-        return {
-            "schema": SCHEMA,
-            "task": task,
-            "fingerprint": config.fingerprint(),
-            "method": config.method,
-            "members": [{"name": member.name, "pretrained": member.pretrained} for member in config.members],
-            "started": self.started,
-            "lm_eval_deepen": lm_eval_deepen.__version__,
-        }
 
 
 def choosing(method: Callable[..., list]) -> Callable[..., list]:

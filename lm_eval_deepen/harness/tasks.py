@@ -156,7 +156,11 @@ def load_tasks(
                 if owners.setdefault(name, spec.task) != spec.task:
                     raise ConfigError(f"task {name!r} is in {owners[name]!r} and in {spec.task!r}; keep one of them")
                 if spec.split == "validation":
-                    _on_validation(name, leaf)
+                    if not leaf.has_validation_docs():
+                        raise ConfigError(
+                            f"task {name!r} has no validation split; leave split out, or choose another task"
+                        )
+                    leaf.set_config("test_split", None)
             tasks.append(LoadedTask(spec, objects, leaves, manager).freeze())
         except DeepenError:
             raise
@@ -179,10 +183,3 @@ def _manager(names: Sequence[str], folders: list[str], metadata: Mapping[str, An
         f"task {missing[0]!r} is unknown.{did_you_mean(missing[0], manager.all_tasks)} Tasks of your own are found in "
         "the folders of include_path; `lm_eval ls tasks` lists the harness's"
     )
-
-
-def _on_validation(name: str, task: Any) -> None:
-    """Make the harness evaluate a task's validation split."""
-    if not task.has_validation_docs():
-        raise ConfigError(f"task {name!r} has no validation split; leave split out, or choose another task")
-    task.set_config("test_split", None)

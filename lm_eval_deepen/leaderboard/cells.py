@@ -220,7 +220,9 @@ def write_cell(
             move_file(written / name, mark.parent / name)
     before = _names(mark)
     cell = Cell(mark, wanted, results, names, cost, count, facts, digests)
-    write_json(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **_data(cell)}, sole=True)
+    data = asdict(cell)
+    del data["mark"]
+    write_json(mark, {"row": row.name, "fingerprint": fingerprint(wanted), **data}, sole=True)
     for name in before:
         remove_file(mark.parent / name)
     return cell
@@ -277,9 +279,3 @@ def _names(mark: Path) -> list[str]:
     except (ResultError, StorageError):
         return []
     return [cell.results, *cell.samples.values()]
-
-
-def _data(cell: Cell) -> dict[str, Any]:
-    data = asdict(cell)
-    del data["mark"]
-    return data

@@ -147,7 +147,17 @@ class _Driver:
                     del waiting[ready]
                     left = group.without({**self.cells, **self.todo.failed})
                     if left.keys:
-                        waiting[self._again(left, error)] = left
+                        names = "+".join(left.members)
+                        if left.attempt > ATTEMPTS:
+                            raise ResultError(
+                                f"--ray: the workers of {names} died {ATTEMPTS} times ({type(error).__name__}); what "
+                                "is finished is kept. Is a member too large for a node's memory?"
+                            ) from error
+                        self.say(
+                            f"a worker of {names} died ({type(error).__name__}): its {len(left.keys)} cells go to "
+                            "another one"
+                        )
+                        waiting[self._start(left)] = left
                 else:
                     self._take(key, outcome)
                     progress.finished(*key, outcome if isinstance(outcome, str) else None)
@@ -178,16 +188,6 @@ class _Driver:
             device = parse_device(asked, f"member {name!r}:")
             count = max(count, (device.index or 0) + 1 if device.type == "cuda" else 0)
         return count
-
-    def _again(self, group: Group, error: Exception) -> Any:
-        names = "+".join(group.members)
-        if group.attempt > ATTEMPTS:
-            raise ResultError(
-                f"--ray: the workers of {names} died {ATTEMPTS} times ({type(error).__name__}); what is finished is "
-                "kept. Is a member too large for a node's memory?"
-            ) from error
-        self.say(f"a worker of {names} died ({type(error).__name__}): its {len(group.keys)} cells go to another one")
-        return self._start(group)
 
     def _take(self, key: Key, outcome: Outcome) -> None:
         """Write a finished cell, and read it back as any other process would."""

@@ -16,7 +16,7 @@ import lm_eval
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_deepen.build.architecture import read_config
-from lm_eval_deepen.config import EnsembleConfig, MemberConfig
+from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.engine.self_check import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
@@ -236,7 +236,13 @@ class Execution:
         }
         for row in group:
             if row.config.pooling is not None:
-                self._pool(row, models[row.name])
+                model = models[row.name]
+                sources: list[RowModel] = [self.alone[name] for name in row.members]
+                if fused_takes_part(row.config.pooling_options):
+                    sources.append(
+                        self.by_fingerprint.get(row.config.replace(pooling_options=None).fingerprint(), model)
+                    )
+                model.pool_from(sources)
         for task in self.todo.tasks:
             here = [row for row in group if (row.name, task.name) in self.todo.missing]
             steps = [row for row in here if row.config.pooling is None]
@@ -254,13 +260,6 @@ class Execution:
     def _model(self, row: Row) -> RowModel:
         return RowModel.build(row.config, [self.members[name] for name in row.members], self.fusers)
 
-    def _pool(self, row: Row, model: RowModel) -> None:
-        """Let a pooled row take the answers of the members' own rows, and of the step-fused row it contains."""
-        sources: list[RowModel] = [self.alone[name] for name in row.members]
-        if fused_takes_part(row.config.pooling_options):
-            sources.append(self.by_fingerprint.get(_steps(row).fingerprint(), model))
-        model.pool_from(sources)
-
     def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell:
         with _blamed(f"row {row.name!r}, task {task.name!r}"):
             tracker = EvaluationTracker()
@@ -274,11 +273,6 @@ class Execution:
                 facts |= {"warnings": [warning.message for warning in warned]} if warned else {}
             wanted, cost = self.todo.identity(row, task), model.cost(task.name)
             return write_cell(mark_of(self.todo.out, row, task), row, tracker, results, wanted, cost, facts)
-
-
-def _steps(row: Row) -> EnsembleConfig:
-    """Return the step-fused ensemble that a pooled row contains."""
-    return row.config.replace(pooling_options=None)
 
 
 def evaluate(

@@ -78,30 +78,23 @@ class Search:
             for config, member in zip(alone(self.config), self.members, strict=True)
         ]
         self.alone = {one.what: one.scores for one in single}
-        best = self._best(self._weighted(weights, step))
-        tried = self._rated(best, rates)
-        return self._best([*tried], first=best) if tried else best
-
-    def _weighted(self, weights: str, step: float) -> list[tuple[str, EnsembleConfig]]:
         candidates = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
-            candidates.append(("adaptive weights", self._with_weights(self._adaptive())))
+            means = [sum(scores.values()) / len(scores) for scores in self.alone.values()]
+            if min(means) < 0 or not any(means):
+                raise ConfigError(
+                    "--weights adaptive needs scores of which higher is better, one above 0; the members have "
+                    f"{means}. Use --weights grid"
+                )
+            candidates.append(("adaptive weights", self._with_weights([mean / sum(means) for mean in means])))
         if weights in ("both", "grid"):
             for point in simplex(len(self.members), step):
                 candidates.append(
                     (f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point))
                 )
-        return candidates
-
-    def _adaptive(self) -> list[float]:
-        """Return w_m = s_m / sum of s, of mean scores: DeePEn-Adapt (arXiv 2404.12715) as read here."""
-        means = [sum(scores.values()) / len(scores) for scores in self.alone.values()]
-        if min(means) < 0 or not any(means):
-            raise ConfigError(
-                f"--weights adaptive needs scores of which higher is better, one above 0; the members have {means}. "
-                "Use --weights grid"
-            )
-        return [mean / sum(means) for mean in means]
+        best = self._best(candidates)
+        tried = self._rated(best, rates)
+        return self._best([*tried], first=best) if tried else best
 
     def _with_weights(self, weights: Sequence[float]) -> EnsembleConfig:
         members = zip(self.config.members, weights, strict=True)

@@ -48,7 +48,7 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
             kept["build"] = _build(keys["build"], models[0])
         else:
             kept["pretrained"] = models[at % len(models)]
-        members.append({"name": _name(keys), **kept})
+        members.append({"name": str(keys.get("name") or keys["pretrained"].rpartition("/")[2]), **kept})
     small["members"] = members
     small["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
     if raw.get("rows"):
@@ -75,10 +75,6 @@ def _build(recipe: Any, model: str) -> dict[str, Any]:
         )
     small = {"train_tokens": 200, "context_length": 64, "batch_size": 2}
     return {**recipe, **small, "models": dict.fromkeys(recipe["models"], model)}
-
-
-def _name(keys: Mapping[str, Any]) -> str:
-    return str(keys.get("name") or str(keys["pretrained"]).rpartition("/")[2])
 
 
 def _listed(value: Any) -> list[Any]:

@@ -164,7 +164,16 @@ class RowModel(DeepenLM):
             if key is not None:
                 self._remembered[key] = answer
             yield left[at], answer
-        self._charge(kind, before)
+        now = self._readings()
+        seconds, tokens = now[0] - before[0], now[1] - before[1]
+        fusing = {key: value - before[2][key] for key, value in now[2].items()}
+        sharing: Sequence[RequestHandler] = self.peers if kind != "generate_until" and tokens else [self]
+        total = sum(fusing[id(peer)] for peer in sharing)
+        for peer in sharing:
+            assert isinstance(peer, RowModel)
+            own = fusing[id(peer)]
+            spent = Cost(seconds - total + own, own, tokens, len(sharing))
+            peer.costs[self.task] = peer.costs.get(self.task, Cost()) + spent
 
     def _key(self, kind: str, request: Instance) -> tuple[str, str] | None:
         """Return what identifies a request; None for one whose answer is drawn at random, or that is set aside."""
@@ -181,19 +190,6 @@ class RowModel(DeepenLM):
     def _readings(self) -> tuple[float, int, dict[int, float]]:
         tokens = sum(member.runner.forwarded for member in self.ensemble.active)
         return time.perf_counter(), tokens, {id(peer): _fusing(peer) for peer in self.peers}
-
-    def _charge(self, kind: str, before: tuple[float, int, dict[int, float]]) -> None:
-        """Add what was spent since `before` to the costs of every row that it gave answers."""
-        now = self._readings()
-        seconds, tokens = now[0] - before[0], now[1] - before[1]
-        fusing = {key: value - before[2][key] for key, value in now[2].items()}
-        sharing: Sequence[RequestHandler] = self.peers if kind != "generate_until" and tokens else [self]
-        total = sum(fusing[id(peer)] for peer in sharing)
-        for peer in sharing:
-            assert isinstance(peer, RowModel)
-            own = fusing[id(peer)]
-            spent = Cost(seconds - total + own, own, tokens, len(sharing))
-            peer.costs[self.task] = peer.costs.get(self.task, Cost()) + spent
 
 
 def _fusing(model: RequestHandler) -> float:

@@ -20,9 +20,10 @@ VERSIONS = ("lm_eval_deepen", "lm_eval", "transformers", "torch")
 def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return facts by name, from the recipe and the harness's results files of the finished cells."""
     dates = sorted(evaluation["date"] for evaluation in evaluations if isinstance(evaluation.get("date"), (int, float)))
+    days = [datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]
     told = {
-        "evaluated": _between([datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]),
-        "command": _command(),
+        "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
+        "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",
         "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
         "models": "; ".join(_models(evaluations)),
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in _few_shots(evaluations).items()),
@@ -31,15 +32,6 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
         "fingerprints": "; ".join(f"{row.name} {row.config.fingerprint()[:12]}" for row in recipe.rows),
     }
     return {name: text for name, text in told.items() if text}
-
-
-def _between(days: Sequence[str]) -> str:
-    return "" if not days else days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-
-
-def _command() -> str:
-    """Return the command, where this is ours; nothing where another program makes the table."""
-    return shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else ""
 
 
 def versions() -> dict[str, str]:

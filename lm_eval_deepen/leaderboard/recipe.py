@@ -144,7 +144,10 @@ def parse_recipe(
     with problems.collected():
         tasks = _tasks(keys, {key: raw[key] for key in Asking.names() if key in raw})
     with problems.collected():
-        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, _names(keys))
+        listed = keys.tasks if isinstance(keys.tasks, list) else []
+        said = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
+        names = [name for name in said if isinstance(name, str)]
+        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, names)
     problems.refuse()
     check_published(keys.expected, [spec.task for spec in tasks], rows)
     return LeaderboardRecipe(
@@ -162,13 +165,6 @@ def parse_recipe(
         builds=builds,
         expected=keys.expected,
     )
-
-
-def _names(keys: LeaderboardKeys) -> list[str]:
-    """Return the names of the tasks, as far as they have some."""
-    listed = keys.tasks if isinstance(keys.tasks, list) else []
-    names = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
-    return [name for name in names if isinstance(name, str)]
 
 
 def _rows(
@@ -253,15 +249,11 @@ def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
         with problems.collected(f"task {said['task']!r}"):
             specs.append(TaskSpec.read({**shared, **given(said)}))
     problems.refuse()
-    _check_tasks(specs)
-    return specs
-
-
-def _check_tasks(tasks: Sequence[TaskSpec]) -> None:
-    names = [spec.task for spec in tasks]
+    names = [spec.task for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"task {name!r} is listed twice; a row has one cell for each task")
+    return specs
 
 
 def _check_names(rows: Sequence[Row]) -> None:

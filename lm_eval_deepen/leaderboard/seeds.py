@@ -36,8 +36,13 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
                 scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
                 continue
             scores[group] = _mean([measured.scores[row] for row in rows])
+            figures = [measured.extra.get(row, {}) for row in rows]
+            means: dict[str, float | None] = {}
+            for key in figures[0]:
+                known = [value for one in figures if (value := one.get(key)) is not None]
+                means[key] = float(np.mean(known)) if known else None
             extra[group] = {
-                **_means([measured.extra.get(row, {}) for row in rows]),
+                **means,
                 SEEDS: float(len(rows)),
                 SPREAD: spread([measured.scores[row].score for row in rows]),
             }
@@ -51,11 +56,3 @@ def spread(scores: Sequence[float]) -> float | None:
 
 def _mean(scores: Sequence[Scores]) -> Scores:
     return replace(scores[0], values=np.mean([one.values for one in scores], axis=0))
-
-
-def _means(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    means: dict[str, float | None] = {}
-    for key in figures[0]:
-        known = [value for one in figures if (value := one.get(key)) is not None]
-        means[key] = float(np.mean(known)) if known else None
-    return means

@@ -349,7 +349,9 @@ def summary(table: Table) -> list[list[str]]:
         line = [name]
         for column in columns:
             if (name, column) in by_cell:
-                line.append(_short(by_cell[name, column], table.recipe.alpha))
+                row = by_cell[name, column]
+                interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+                line.append(f"{row.score:.3f}{interval}{_MARKS[row.verdict(table.recipe.alpha)]}")
             elif (name, column) in table.meaningless:
                 line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
             else:  # no column of this row's
@@ -362,11 +364,6 @@ def _tag(reason: str, reasons: Sequence[str]) -> str:
     """Return what stands for a reason in a cell: what differs between models, else the number of the note."""
     label = reason.partition(": ")[0]
     return label if label in DIFFERENCES else str(reasons.index(reason) + 1)
-
-
-def _short(row: ScoreRow, alpha: float) -> str:
-    interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
-    return f"{row.score:.3f}{interval}{_MARKS[row.verdict(alpha)]}"
 
 
 def _reasons(table: Table) -> list[str]:
@@ -392,17 +389,14 @@ def remarks(table: Table) -> list[str]:
 def conclusion(table: Table) -> str:
     """Return in a sentence which ensembles are better than their best member."""
     alpha = table.recipe.alpha
-    compared = [row for row in table.rows if row.comparison and row.system not in _members(table)]
+    members = {row.name for row in table.recipe.alone}
+    compared = [row for row in table.rows if row.comparison and row.system not in members]
     better = [row for row in compared if row.verdict(alpha) == "better"]
     what = "ensembles and built models" if table.recipe.builds.recipes else "ensembles"
     told = f"Of {len(compared)} comparisons of {what} with the best single member, {len(better)} are significantly"
     listed = ": " + "; ".join(f"{row.system} on {row.column}" for row in better) if better else ""
     worse = sum(row.verdict(alpha) == "worse" for row in compared)
     return f"{told} better{listed}. {worse} are significantly worse."
-
-
-def _members(table: Table) -> set[str]:
-    return {row.name for row in table.recipe.alone}
 
 
 def rendered(table: Table, fmt: str) -> str:

@@ -61,26 +61,39 @@ def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) ->
         return []
     with _quiet():
         try:
-            loaded = _load(recipe.task)
+            from lm_eval.tasks import TaskManager
+
+            manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=False)
+            if not set(recipe.task) <= set(manager.all_tasks):
+                manager = TaskManager(include_path=str(data_folder("tasks")))
+            loaded = manager.load(list(recipe.task))["tasks"]
         except Exception as error:  # whatever a task's data raises: it would stop the evaluation as well
             problems.append(f"tasks {', '.join(recipe.task)} cannot be loaded: {first_line(error)}")
             return []
         costs = []
         for name, task in loaded.items():
             try:
-                costs.append(_cost(name, task, codec, recipe))
+                total = len(task.eval_docs)
+                sample = sorted(
+                    {i * total // min(SAMPLE_DOCUMENTS, total) for i in range(min(SAMPLE_DOCUMENTS, total))}
+                )
+                if (shots := recipe.harness.num_fewshot) is not None:
+                    task.set_config(key="num_fewshot", value=shots)
+                task.set_fewshot_seed(seed=1234)
+                task.build_all_requests(samples=sample)
+                read, written, longest = 0, 0, 0
+                for request in task.instances:
+                    text, new = _text(request)
+                    tokens = len(codec.encode(text))
+                    read, written, longest = read + tokens, written + new, max(longest, tokens + new)
+                limit = recipe.harness.limit
+                documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
+                scores = any(request.request_type != "generate_until" for request in task.instances)
+                read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))
+                costs.append(TaskCost(name, documents, read, written, longest, scores))
             except VocabularyError as error:
                 problems.append(f"task {name!r} has a text that the main member's tokenizer cannot spell: {error}")
         return costs
-
-
-def _load(names: Sequence[str]) -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=str(data_folder("tasks")))
-    return manager.load(list(names))["tasks"]
 
 
 @contextmanager
@@ -94,25 +107,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def _cost(name: str, task: Any, codec: TextCodec, recipe: EnsembleRecipe) -> TaskCost:
-    total = len(task.eval_docs)
-    sample = sorted({i * total // min(SAMPLE_DOCUMENTS, total) for i in range(min(SAMPLE_DOCUMENTS, total))})
-    if (shots := recipe.harness.num_fewshot) is not None:
-        task.set_config(key="num_fewshot", value=shots)
-    task.set_fewshot_seed(seed=1234)
-    task.build_all_requests(samples=sample)
-    read, written, longest = 0, 0, 0
-    for request in task.instances:
-        text, new = _text(request)
-        tokens = len(codec.encode(text))
-        read, written, longest = read + tokens, written + new, max(longest, tokens + new)
-    limit = recipe.harness.limit
-    documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
-    scores = any(request.request_type != "generate_until" for request in task.instances)
-    read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))
-    return TaskCost(name, documents, read, written, longest, scores)
 
 
 def _text(request: Any) -> tuple[str, int]:

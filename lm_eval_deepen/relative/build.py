@@ -171,7 +171,16 @@ def build_matrix(
         MatrixError: unusable embeddings, a dense matrix beyond `DENSE_LIMIT_BYTES`, or a mean dropped mass
             above `MAX_DROPPED_MASS`.
     """
-    _check_embeddings(member, vocabulary, embeddings, spec.embeddings)
+    if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
+        raise MatrixError(
+            f"Member {member!r} has {spec.embeddings} embeddings of shape {tuple(embeddings.shape)} for "
+            f"{len(vocabulary)} pieces: one row per piece is needed. Its model and tokenizer do not belong "
+            "together."
+        )
+    if not all(bool(part.isfinite().all()) for part in embeddings.split(8192)):
+        raise MatrixError(
+            f"Member {member!r} has {spec.embeddings} embeddings that are not finite: its weights are damaged."
+        )
     mask = described_rows(vocabulary, spec.rows)
     device = embeddings.device
     source = torch.arange(len(vocabulary))
@@ -250,14 +259,3 @@ def _dropped_too_much(member: str, mean: float, spec: MatrixSpec, anchors: int, 
         f"{spec.temperature:g} and top_m {spec.top_m} of {anchors} anchors. Raise top_m, use another "
         f"normalization ({others}), lower max_anchors, or keep dense rows with top_m 0."
     )
-
-
-def _check_embeddings(member: str, vocabulary: ByteVocab, embeddings: Tensor, which: str) -> None:
-    if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
-        raise MatrixError(
-            f"Member {member!r} has {which} embeddings of shape {tuple(embeddings.shape)} for "
-            f"{len(vocabulary)} pieces: one row per piece is needed. Its model and tokenizer do not belong "
-            "together."
-        )
-    if not all(bool(part.isfinite().all()) for part in embeddings.split(8192)):
-        raise MatrixError(f"Member {member!r} has {which} embeddings that are not finite: its weights are damaged.")

@@ -152,13 +152,10 @@ def configured_aggregation(task_config: Mapping[str, Any], metric: str) -> str |
     listed = task_config.get("metric_list")
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, Mapping) and entry.get("metric") == metric:
-            return _name(entry.get("aggregation"))
+            aggregation = entry.get("aggregation")
+            # A function of the task's own is written as its source: the task says what it does, not we.
+            return None if aggregation is None else str(aggregation).strip().partition("\n")[0]
     return None
-
-
-def _name(aggregation: Any) -> str | None:
-    # A function of the task's own is written as its source: the task says what it does, not we.
-    return None if aggregation is None else str(aggregation).strip().partition("\n")[0]
 
 
 def agrees(reported: Any, computed: float) -> bool:

@@ -135,15 +135,12 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
             "--log_samples."
         )
     dropped = tuple(note for run in runs if not run.tasks for note in run.notes)
-    names = _labels(label or _own_name(path), evaluated)
+    own_name = path.resolve().stem if path.is_file() else path.resolve().name
+    names = _labels(label or own_name, evaluated)
     return [
         Run(name, run.folder, run.tasks, run.notes + (dropped if run is evaluated[0] else ()))
         for name, run in zip(names, evaluated, strict=True)
     ]
-
-
-def _own_name(path: Path) -> str:
-    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _labels(base: str, runs: Sequence[Run]) -> list[str]:
@@ -165,7 +162,7 @@ def _read_series(paths: Sequence[Path], folder: Path) -> Run:
     notes: list[str] = []
     identity: str | None = None
     for path in sorted(paths, key=_date, reverse=True):
-        results = _read_results(path)
+        results = read_results(path, "evaluate again.")
         here = {
             task: TaskRun(task, path, samples, results)
             for task in results["configs"]
@@ -203,10 +200,6 @@ def _identity(results: Mapping[str, Any]) -> str:
 def fingerprint(results: Mapping[str, Any]) -> str | None:
     """Return the ensemble's fingerprint, or None for a model of another type."""
     return ((results.get("config") or {}).get("deepen") or {}).get("fingerprint")
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    return read_results(path, "evaluate again.")
 
 
 def read_results(path: Path, remedy: str) -> dict[str, Any]:

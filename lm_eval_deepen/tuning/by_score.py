@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.tasks:
         raise ConfigError("--objective score needs --tasks: what is scored on the development split")
     development = load_tasks([_spec(args, name, "validation") for name in args.tasks], args.include_path, metadata)
-    refuse_evaluated(development, load_tasks(_evaluated(args), args.include_path, metadata))
+    evaluated = [_spec(args, name, None) for name in args.evaluated or args.tasks]
+    refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
     chosen = search.run(args.weights, args.weight_step, args.learning_rates)
     written = tuned_file(config, chosen, search, args)
@@ -90,10 +91,6 @@ def _spec(args: argparse.Namespace, task: str, split: Literal["validation"] | No
     given = simple_parse_args_string(args.gen_kwargs)
     limit = args.limit if split else None  # whatever is evaluated must be disjoint, all of it
     return TaskSpec(task=task, limit=limit, num_fewshot=args.num_fewshot, gen_kwargs=given, split=split)
-
-
-def _evaluated(args: argparse.Namespace) -> list[Any]:
-    return [_spec(args, name, None) for name in args.evaluated or args.tasks]
 
 
 def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[LoadedTask]) -> None:

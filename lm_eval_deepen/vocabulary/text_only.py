@@ -73,13 +73,14 @@ def text_only_spec(
         token["special"] = token["id"] in ids
         token["content"] = renamed.get(token["content"], token["content"])
         token["lstrip"] = token["rstrip"] = False
+    kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] not in DROPPED_NORMALIZERS]
     return {
         **spec,
         "truncation": None,
         "padding": None,
         "post_processor": None,
         "added_tokens": added,
-        "normalizer": _text_only_normalizer(spec.get("normalizer")),
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
         "model": _text_only_model(spec["model"], renamed, decoder.byte_fallback),
     }
@@ -97,11 +98,6 @@ def without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
     }
-
-
-def _text_only_normalizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    kept = [step for step in stages(part, "normalizers") if step["type"] not in DROPPED_NORMALIZERS]
-    return {"type": "Sequence", "normalizers": kept} if kept else None
 
 
 def _text_only_pre_tokenizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval_deepen.build.distill import evaluation
 from lm_eval_deepen.build.distill.corpus import Corpus, Text, Tokens, cut, read_corpus, text_digest
 from lm_eval_deepen.build.distill.recipe import DistillRecipe
-from lm_eval_deepen.build.distill.sources import Learnt, Source, block_targets, read_source, roles_of, source_facts
+from lm_eval_deepen.build.distill.sources import Source, block_targets, read_source, roles_of, source_facts
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.harness.distributed import Ranks
@@ -76,7 +76,20 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     config = DistillRecipe.parse(recipe, members)
     out = Path(out)
     corpus, clock = read_corpus(config), Clock()
-    key = _key(config, corpus, members)
+    places = {name: members[name] for name in dict.fromkeys([config.target, *config.sources])}
+    files = {
+        name: sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in Path(place).glob("*.*"))
+        for name, place in places.items()
+    }
+    key = {  # what tells one build from another before any model is loaded
+        "recipe": config.identity(),
+        "target": config.target,
+        "sources": list(config.sources),
+        "models": places,
+        "files": files,
+        "text": {"train": text_digest(corpus.train), "held_out": text_digest(corpus.held_out)},
+        "versions": versions(),
+    }
     ranks = Ranks.of_launch()
     if config.batch_size % ranks.count:
         raise ConfigError(
@@ -103,7 +116,20 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     if ranks.index > 0:
         return trained
     clock.lap("training")
-    facts = {**trained, **_facts(config, read, learnt), **_evaluated(config, read, folder / "model")}
+    facts = {
+        **trained,
+        "method": config.method,
+        "recipe": config.to_dict(),
+        "target": {"name": config.target, "tensors_sha256": read.weights},
+        "sources": source_facts(read.sources, learnt, read.used) if learnt else {},
+        "covered": learnt.covered if learnt else None,
+        "versions": versions(),
+        "seed": config.seed,
+        "tokens_trained": read.text.tokens,
+        "distinct_tokens": sum(len(block.ids) for block in read.used),
+        "text_sha256": text_digest(read.text.train),
+        **_evaluated(config, read, folder / "model"),
+    }
     clock.lap("held out, result")
     facts |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
     _publish(folder, out, {"key": key, "result": facts})
@@ -165,22 +191,6 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
     )
 
 
-def _facts(config: DistillRecipe, read: Read, learnt: Learnt | None) -> dict[str, Any]:
-    """Return what a build reports of recipe, text and sources."""
-    return {
-        "method": config.method,
-        "recipe": config.to_dict(),
-        "target": {"name": config.target, "tensors_sha256": read.weights},
-        "sources": source_facts(read.sources, learnt, read.used) if learnt else {},
-        "covered": learnt.covered if learnt else None,
-        "versions": versions(),
-        "seed": config.seed,
-        "tokens_trained": read.text.tokens,
-        "distinct_tokens": sum(len(block.ids) for block in read.used),
-        "text_sha256": text_digest(read.text.train),
-    }
-
-
 def _evaluated(config: DistillRecipe, read: Read, folder: Path) -> dict[str, Any]:
     """Return what a build reports of its result, loaded as anyone would load it.
 
@@ -220,20 +230,6 @@ def tensors_hash(member: Member) -> str:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def _key(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str]) -> dict[str, Any]:
-    """Return what tells one build from another before any model is loaded."""
-    places = {name: members[name] for name in dict.fromkeys([config.target, *config.sources])}
-    files = {
-        name: sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in Path(place).glob("*.*"))
-        for name, place in places.items()
-    }
-    texts = {"train": text_digest(corpus.train), "held_out": text_digest(corpus.held_out)}
-    return {
-        "recipe": config.identity(), "target": config.target, "sources": list(config.sources), "models": places,
-        "files": files, "text": texts, "versions": versions(),
-    }  # fmt: skip
 
 
 def _finished(out: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -108,10 +108,15 @@ def sign_flip(
 
     def extreme(exchanged: Values) -> NDArray[np.bool_]:
         moved = exchanged @ changed  # [r, m] @ [m, k]
-        return _as_extreme(statistic(high - moved) - statistic(low + moved), observed, alternative)
+        sums = statistic(high - moved) - statistic(low + moved)
+        slack = _TIE * max(1.0, abs(observed))
+        if alternative == "two-sided":
+            return np.abs(sums) >= abs(observed) - slack
+        return sums <= observed + slack if alternative == "less" else sums >= observed - slack
 
     if 2 ** min(len(changed), 62) <= resamples:
-        return float(extreme(_every_exchange(len(changed))).mean())
+        every_exchange = (np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed))) & 1  # [2^m, m]
+        return float(extreme(every_exchange.astype(np.float64)).mean())
     # What a document moves at first order; its sign, and nothing else of it, depends on which system is which.
     middle = (low + high) / 2
     moves = statistic(middle + changed / 2) - statistic(middle - changed / 2)  # [m]
@@ -128,19 +133,6 @@ def check_resampling(resamples: int, seed: int) -> None:
         raise ValueError(f"resamples must lie between 1 and {MOST_RESAMPLES:,}; got {resamples}")
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}; got {seed}")
-
-
-def _as_extreme(sums: Values, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
-    slack = _TIE * max(1.0, abs(observed))
-    if alternative == "two-sided":
-        return np.abs(sums) >= abs(observed) - slack
-    return sums <= observed + slack if alternative == "less" else sums >= observed - slack
-
-
-def _every_exchange(pairs: int) -> Values:
-    """Return all ways to exchange answers [2^m, m], 1: exchanged."""
-    numbers = np.arange(2**pairs)[:, None]
-    return ((numbers >> np.arange(pairs)) & 1).astype(np.float64)
 
 
 @dataclass(frozen=True)
