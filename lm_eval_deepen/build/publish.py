@@ -186,7 +186,7 @@ def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], id
     """
     try:
         made = _made(recipe, partial, members)
-        made = {**made, "bits_per_byte": _bits_per_byte(partial)}
+        made = {**made, "bits_per_byte": measured_bits(partial)}
         content = provenance(recipe, identity, partial, members, made)
         write_provenance(partial, content)
     except BaseException:
@@ -264,7 +264,7 @@ def _discard(partial: Path) -> None:
         remove_folder(path)
 
 
-def _bits_per_byte(folder: Path) -> dict[str, Any]:
+def measured_bits(folder: Path) -> dict[str, Any]:
     """Return the bits per byte of the text that ships, which no recipe trains on unless it says so.
 
     Raises:

@@ -31,10 +31,11 @@ def tell_at_the_end(run: Run) -> None:
     Elsewhere, as in a notebook, nothing is said: `DeepenLM.get_model_info` has it.
     """
     if under_command() and run.ranks.index == 0:
-        atexit.register(_tell, run)
+        atexit.register(tell, run)
 
 
-def _tell(run: Run) -> None:
+def tell(run: Run) -> None:
+    """Print the summary, unless the command failed, whose last line is its error."""
     if not has_failed():
         for line in summary(run):
             print(line, file=sys.stderr, flush=True)

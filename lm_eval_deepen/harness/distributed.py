@@ -63,7 +63,7 @@ class Ranks:
             return cls()  # each process holds a slice of a member: all of them run every request
         ranks = cls.launched()
         if ranks.count > 1:
-            _refuse_fixed_devices(config, PartialState())
+            refuse_fixed_devices(config, PartialState())
         return ranks
 
     @classmethod
@@ -171,7 +171,8 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
+def refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:
+    """Raise ConfigError where a member asks for a device, and every process has its own."""
     for member in config.members:
         asked = member.loading_dict().get("device")
         if asked is None:

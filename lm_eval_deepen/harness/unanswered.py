@@ -95,7 +95,7 @@ def complete(method: Callable[..., list]) -> Callable[..., list]:
         if not missing:
             return answers
         stored = self.cache_hook.dbdict
-        for kind, later in _requests_to_come(method.__name__).items():
+        for kind, later in requests_to_come(method.__name__).items():
             missing += _answered_early(self, kind, later, disable_tqdm)
         raise error_of(missing, cached=stored is not None)
 
@@ -107,7 +107,7 @@ def _everywhere(ranks: Ranks, missing: list[Unanswered]) -> list[Unanswered]:
     return list(dict.fromkeys(request for own in ranks.gather(missing) for request in own))
 
 
-def _requests_to_come(kind: str) -> dict[str, list[Instance]]:
+def requests_to_come(kind: str) -> dict[str, list[Instance]]:
     """Return the requests of other types that the harness is going to ask for, by type.
 
     The harness asks for one type after the other, and tells a model nothing of the next one: they are read off the

@@ -42,6 +42,21 @@ class ScoredCandidate:
         return sum(self.scores.values()) / len(self.scores)
 
 
+def adaptive(alone: Mapping[str, Mapping[str, float]]) -> list[float]:
+    """Return weights in proportion to the members' mean scores, as DeePEn-Adapt has them.
+
+    Args:
+        alone: the scores of every member, by its name and the task.
+    """
+    means = [sum(scores.values()) / len(scores) for scores in alone.values()]
+    if min(means) < 0 or not any(means):
+        raise ConfigError(
+            f"--weights adaptive needs scores of which higher is better, one above 0; the members have {means}. Use "
+            "--weights grid"
+        )
+    return [mean / sum(means) for mean in means]
+
+
 class Search:
     """Staged: weights first, then the learning rate under the best ones; members are loaded once.
 
@@ -80,13 +95,7 @@ class Search:
         self.alone = {one.what: one.scores for one in single}
         candidates = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
-            means = [sum(scores.values()) / len(scores) for scores in self.alone.values()]
-            if min(means) < 0 or not any(means):
-                raise ConfigError(
-                    "--weights adaptive needs scores of which higher is better, one above 0; the members have "
-                    f"{means}. Use --weights grid"
-                )
-            candidates.append(("adaptive weights", self._with_weights([mean / sum(means) for mean in means])))
+            candidates.append(("adaptive weights", self._with_weights(adaptive(self.alone))))
         if weights in ("both", "grid"):
             for point in simplex(len(self.members), step):
                 candidates.append(

@@ -161,7 +161,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
     elif local:
         why_not = f"{folder} has no safetensors file"
     else:
-        tensors, why_not = _remote_headers(member)
+        tensors, why_not = remote_headers(member)
     return ModelFiles(
         folder=folder if here else None,
         config=text if isinstance(text := config.get("text_config"), dict) and text else config,
@@ -233,7 +233,8 @@ def _fetch(member: MemberConfig, name: str, needed: bool = True, offline: bool =
         ) from error
 
 
-def _remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]:
+def remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]:
+    """Return the headers of a hub model's weights; none, and why not, where it has none."""
     from huggingface_hub import get_safetensors_metadata
 
     try:

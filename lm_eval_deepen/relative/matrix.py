@@ -18,7 +18,7 @@ from lm_eval_deepen.relative.gathered import Entries
 from lm_eval_deepen.relative.operators import Operator
 
 _ROW_SUM_TOLERANCE = 1e-6
-_CHUNK_ROWS = 4096  # vocabulary rows per step where no CSR kernel exists; 4096 x 64 floats stay in cache
+CHUNK_ROWS = 4096  # vocabulary rows per step where no CSR kernel exists; 4096 x 64 floats stay in cache
 
 
 def _unit_sum(rows: Tensor) -> Tensor:
@@ -91,14 +91,14 @@ class _ChunkedOperator:
 
     def project(self, p: Tensor) -> Tensor:
         out = torch.zeros(len(p), self.num_anchors, dtype=torch.float32, device=p.device)
-        for start in range(0, len(self.values), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
+        for start in range(0, len(self.values), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
             weighted = (p[:, part, None] * self.values[part]).flatten(1)
             out.index_add_(1, self.indices[part].flatten(), weighted)
         return out
 
     def back(self, q: Tensor) -> Tensor:
-        parts = [slice(start, start + _CHUNK_ROWS) for start in range(0, len(self.values), _CHUNK_ROWS)]
+        parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(self.values), CHUNK_ROWS)]
         return torch.cat([(q[:, self.indices[part]] * self.values[part]).sum(-1) for part in parts], dim=1)
 
 

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     metadata = _metadata(args.metadata)
     if not args.tasks:
         raise ConfigError("--objective score needs --tasks: what is scored on the development split")
-    development = load_tasks([_spec(args, name, "validation") for name in args.tasks], args.include_path, metadata)
-    evaluated = [_spec(args, name, None) for name in args.evaluated or args.tasks]
+    development = load_tasks([spec_of(args, name, "validation") for name in args.tasks], args.include_path, metadata)
+    evaluated = [spec_of(args, name, None) for name in args.evaluated or args.tasks]
     refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
     chosen = search.run(args.weights, args.weight_step, args.learning_rates)
@@ -82,7 +82,8 @@ def _metadata(text: str | None) -> dict[str, Any]:
     return metadata
 
 
-def _spec(args: argparse.Namespace, task: str, split: Literal["validation"] | None) -> Any:
+def spec_of(args: argparse.Namespace, task: str, split: Literal["validation"] | None) -> Any:
+    """Return a task as the arguments ask for it."""
     from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_deepen.harness.tasks import TaskSpec

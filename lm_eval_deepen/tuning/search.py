@@ -147,13 +147,13 @@ def search_reading(reading: Reading, *, everything: bool = False) -> Chosen:
         FrozenDict(config.options_dict()), config.weights, tuple(member.temperature for member in config.members)
     )
     num_bytes, log = sum(document.num_bytes for document in documents), []
-    spaces = _spaces_of(ensemble, everything)
+    spaces = spaces_of(ensemble, everything)
     for name, stage in (
-        ("space and weights", lambda at: _with_weights(_spaces(at, spaces))),
+        ("space and weights", lambda at: _with_weights(with_spaces(at, spaces))),
         ("weights", _weights),
         ("common temperature", _common_temperature),
         ("temperatures", _temperatures),
-        ("space again", lambda at: _spaces(at, spaces)),
+        ("space again", lambda at: with_spaces(at, spaces)),
         ("weights, finer", _finer_weights),
         ("solver", lambda at: _solvers(at, config.method)),
     ):
@@ -179,7 +179,7 @@ def _say(at: Candidate, first: Candidate) -> str:
     return f"{options}weights {weights}, temperatures {temperatures}"
 
 
-def _spaces_of(ensemble: Ensemble, everything: bool) -> Sequence[dict[str, str]]:
+def spaces_of(ensemble: Ensemble, everything: bool) -> Sequence[dict[str, str]]:
     """Return the spaces to try: those of output embeddings where any member's differ from its input embeddings."""
     if ensemble.config.method != "deepen":
         return ()
@@ -187,7 +187,8 @@ def _spaces_of(ensemble: Ensemble, everything: bool) -> Sequence[dict[str, str]]
     return (*BYTE_SPACES, *(EMBEDDING_SPACES if everything else ()), *(OUTPUT_SPACES if untied else ()))
 
 
-def _spaces(at: Candidate, spaces: Sequence[dict[str, str]]) -> Iterator[Candidate]:
+def with_spaces(at: Candidate, spaces: Sequence[dict[str, str]]) -> Iterator[Candidate]:
+    """Yield a candidate with each of some spaces."""
     for changes in spaces:
         yield replace(at, options=FrozenDict({**at.options, **FREE, **changes}))
 

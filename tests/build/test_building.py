@@ -105,7 +105,7 @@ def test_bits_per_byte_are_those_of_the_model(family, tmp_path, averaged):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(making, "_bits_per_byte", lambda folder: {"value": 2.0, "text": "t"})
+    monkeypatch.setattr(making, "measured_bits", lambda folder: {"value": 2.0, "text": "t"})
 
 
 def test_every_training_is_counted_once(family, tmp_path, trained, averaged, quick):
@@ -186,7 +186,7 @@ def test_models_of_the_hub_count_by_their_commit(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(provenance, "snapshot_of", lambda place: folder)
-    said = provenance._named("m", "org/model")
+    said = provenance.described("m", "org/model")
     assert said == {"pretrained": "org/model", "revision": "abd", "weights_sha256": weights_sha256(folder)}
 
 
@@ -336,7 +336,7 @@ def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, traine
     assert len(found) == 2 == len(texts.task_hashes("split_choice"))
     assert found[0] == "Question: What is the capital of France?\nAnswer: Paris"
     assert found[1] == "Question: How many days are there in a week?\nAnswer: seven"
-    monkeypatch.setattr(making, "_bits_per_byte", lambda folder: {})
+    monkeypatch.setattr(making, "measured_bits", lambda folder: {})
     build(parsed({**CLM, "text": "task:split_choice"}, tmp_path), tmp_path / "c", family)
     again = build(parsed({**CLM, "target": "c"}, tmp_path), tmp_path / "d", {"c": str(tmp_path / "c")})
     assert again["trained_on_tasks"] == ["split_choice"]

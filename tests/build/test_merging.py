@@ -39,7 +39,7 @@ def parsed(raw, tmp_path):
 @pytest.fixture
 def merged(family, tmp_path, monkeypatch):
     """Builds a configuration and returns the folder; without measuring, which test_building does."""
-    monkeypatch.setattr("lm_eval_deepen.build.publish._bits_per_byte", lambda folder: {})
+    monkeypatch.setattr("lm_eval_deepen.build.publish.measured_bits", lambda folder: {})
 
     def merged(raw, name="out", seed=0):
         build(parsed({**raw, "seed": seed}, tmp_path), tmp_path / name, family)

@@ -67,10 +67,10 @@ def test_two_lines_sum_the_ensemble_up(pico: dict[str, Path], tmp_path: Path, ca
     did, where = closing.summary(model)
     assert did.endswith("2 warnings (W1, W2).") and where == f"results: {tmp_path}"
     capsys.readouterr()
-    closing._tell(model)
+    closing.tell(model)
     assert capsys.readouterr().err == f"{did}\n{where}\n"
     monkeypatch.setattr("sys.last_value", RuntimeError(), raising=False)
-    closing._tell(model)  # a run that failed has its error as the last line
+    closing.tell(model)  # a run that failed has its error as the last line
     assert capsys.readouterr().err == ""
     traced = deepen(pico["bytelevel"], trace=True, trace_dir=str(tmp_path / "t"))
     traced.loglikelihood(requests("loglikelihood", ("The dog", " walked")), disable_tqdm=True)

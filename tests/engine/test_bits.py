@@ -190,7 +190,7 @@ def test_the_search_finds_weights_that_the_text_speaks_for(pico) -> None:
 @pytest.fixture
 def few_stages(monkeypatch):
     """A search of one stage, which chooses weights alone."""
-    stages = {"_spaces": lambda at, spaces: (), "_common_temperature": lambda at: (), "_temperatures": lambda at: (),
+    stages = {"with_spaces": lambda at, _: (), "_common_temperature": lambda at: (), "_temperatures": lambda at: (),
               "_finer_weights": lambda at: ()}  # fmt: skip
     for name, stage in stages.items():
         monkeypatch.setattr(f"lm_eval_deepen.tuning.search.{name}", stage)

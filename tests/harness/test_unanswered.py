@@ -248,7 +248,7 @@ def test_the_response_cache_holds_nothing_for_what_was_set_aside(paths, tmp_path
 
 
 def test_without_the_harness_no_other_requests_are_looked_for():
-    assert unanswered._requests_to_come("loglikelihood") == {}
+    assert unanswered.requests_to_come("loglikelihood") == {}
 
 
 # --- what a person reads

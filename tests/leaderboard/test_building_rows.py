@@ -34,7 +34,7 @@ CLM = {"method": "clm", "target": "base", "train_tokens": 1000}
 def quick(monkeypatch):
     """Without the list of installed packages, and without measuring every built model."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    monkeypatch.setattr("lm_eval_deepen.build.publish._bits_per_byte", lambda folder: {})
+    monkeypatch.setattr("lm_eval_deepen.build.publish.measured_bits", lambda folder: {})
 
 
 @pytest.fixture

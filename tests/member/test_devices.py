@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_deepen import Ensemble
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness import model as host
-from lm_eval_deepen.harness.distributed import _refuse_fixed_devices
+from lm_eval_deepen.harness.distributed import refuse_fixed_devices
 from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.member.devices import existing_devices, place
 
@@ -184,4 +184,4 @@ def test_several_processes_name_what_is_no_device(pico):
     config = configure(pair(pico, device="foo"))
     state = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="member 'metaspace': device='foo' is not a device"):
-        _refuse_fixed_devices(config, state)
+        refuse_fixed_devices(config, state)

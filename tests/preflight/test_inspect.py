@@ -328,7 +328,7 @@ def test_hours_are_reading_by_arithmetic_and_writing_by_bandwidth() -> None:
 
 def test_headers_of_a_hub_model_are_asked_for_and_an_estimate_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     member = MemberConfig(name="m", pretrained="org/m")
-    found, why_not = inspect_files._remote_headers(member)
+    found, why_not = inspect_files.remote_headers(member)
     assert found == {} and "no safetensors header of 'org/m'" in why_not
 
 

@@ -21,8 +21,8 @@ from lm_eval_deepen.tuning.search import (
     Candidate,
     FrozenDict,
     Fusers,
-    _spaces,
-    _spaces_of,
+    spaces_of,
+    with_spaces,
 )
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, find_anchors
 
@@ -83,9 +83,9 @@ def test_a_digest_tells_heads_apart_and_knows_tied_ones(load) -> None:
 
 def test_the_search_tries_them_where_a_head_is_not_tied(load) -> None:
     every = (*BYTE_SPACES, *EMBEDDING_SPACES)
-    assert _spaces_of(load("metaspace", "metaspace"), everything=True) == every
-    assert _spaces_of(load("metaspace", "bytelevel"), everything=True) == (*every, *OUTPUT_SPACES)
-    assert _spaces_of(load("metaspace", "bytelevel"), everything=False) == BYTE_SPACES
+    assert spaces_of(load("metaspace", "metaspace"), everything=True) == every
+    assert spaces_of(load("metaspace", "bytelevel"), everything=True) == (*every, *OUTPUT_SPACES)
+    assert spaces_of(load("metaspace", "bytelevel"), everything=False) == BYTE_SPACES
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_search_tries_them_where_a_head_is_not_tied(load) -> None:
 def test_options_of_one_space_leave_no_other_space_out(load, given) -> None:
     ensemble = load("metaspace", "bytelevel", rows="embedding", **given)
     at = Candidate(FrozenDict(ensemble.config.options_dict()), (0.5, 0.5), (1.0, 1.0))
-    found = list(_spaces(at, _spaces_of(ensemble, everything=True)))
+    found = list(with_spaces(at, spaces_of(ensemble, everything=True)))
     assert len(found) == len(BYTE_SPACES) + len(EMBEDDING_SPACES) + len(OUTPUT_SPACES)
     for candidate in found:
         METHODS["deepen"].options(**candidate.options)  # raises where an option does not fit the space

@@ -111,7 +111,7 @@ def random_pair() -> tuple[DenseMatrix, SparseMatrix]:
 
 @pytest.mark.parametrize("form", ["dense", "csr", "chunked"])
 def test_full_products_match_plain_matrix_products(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lm_eval_deepen.relative.matrix._CHUNK_ROWS", 64)
+    monkeypatch.setattr("lm_eval_deepen.relative.matrix.CHUNK_ROWS", 64)
     dense, sparse = random_pair()
     op = {
         "dense": dense.full(),

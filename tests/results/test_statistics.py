@@ -256,14 +256,14 @@ def test_intervals_of_paired_proportions_are_tangos(monkeypatch):
     # Fagerland et al. 2014, Statistics in Medicine 33:2850-2875, airway hyper-responsiveness, 1 against 7 of 21.
     first, second = column([1] * 7 + [0] * 14), column([0] * 7 + [1] + [0] * 13)
     monkeypatch.setattr(intervals_module, "CONTINUITY", 0.0)
-    intervals_module._paired_proportions.cache_clear()
+    intervals_module.paired_proportions.cache_clear()
     found = paired_interval(first, second)
     assert ends(found) == pytest.approx([-0.517, -0.026], abs=5e-4)
     for below, above, documents in ((2, 3, 40), (0, 4, 25), (0, 0, 30)):
         change = column([-1] * below + [1] * above + [0] * (documents - below - above))
         exact = paired_interval(np.maximum(-change, 0), np.maximum(change, 0))
         assert ends(exact) == pytest.approx(naive_tango(below, above, documents), abs=2e-3)
-    intervals_module._paired_proportions.cache_clear()
+    intervals_module.paired_proportions.cache_clear()
     monkeypatch.undo()
     corrected = paired_interval(first, second)
     assert corrected.low < found.low and corrected.high > found.high
@@ -272,7 +272,7 @@ def test_intervals_of_paired_proportions_are_tangos(monkeypatch):
 
 def test_one_construction_gives_wilsons_and_tangos_intervals_and_any_other_value():
     z2 = 1.959963984540054**2
-    end = intervals_module._score_end
+    end = intervals_module.score_end
     right = np.array([1.0] * 7 + [0.0] * 23)
     centred = right - right.mean()
     low, high = right.mean() + end(centred, z2, -right.mean()), right.mean() - end(-centred, z2, right.mean() - 1)
@@ -296,7 +296,7 @@ def test_p_at_most_a_level_leaves_0_out_of_the_interval_of_right_and_wrong():
         for below in range(changed // 2 + 1):
             above = changed - below
             p = mcnemar(below, above)
-            low, _ = intervals_module._paired_proportions(below, above, 150, 0.95)
+            low, _ = intervals_module.paired_proportions(below, above, 150, 0.95)
             assert p > 0.05 or low > 0
             # The other way round the test asks for one changed document on the other side.
             assert low <= 0 or p <= 0.05 or below == 0 or mcnemar(below - 1, above + 1) <= 0.05

@@ -99,12 +99,9 @@ def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune, tmp_path
     own = iter([0.0, 0.0])
     with pytest.raises(ConfigError, match="needs scores of which higher is better, one above 0; the members have"):
         tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
-    search = fitting.Search.__new__(fitting.Search)
-    search.alone = {"a": {"t": 0.6, "u": 0.2}, "b": {"t": 0.1, "u": 0.1}}
-    assert search._adaptive() == pytest.approx([0.8, 0.2])
-    search.alone = {"a": {"t": -1.0}, "b": {"t": 0.5}}
+    assert fitting.adaptive({"a": {"t": 0.6, "u": 0.2}, "b": {"t": 0.1, "u": 0.1}}) == pytest.approx([0.8, 0.2])
     with pytest.raises(ConfigError, match="--weights adaptive needs scores of which higher is better"):
-        search._adaptive()
+        fitting.adaptive({"a": {"t": -1.0}, "b": {"t": 0.5}})
 
 
 def test_adaptive_weights_of_published_options_keep_them(tune, tmp_path):
@@ -206,4 +203,4 @@ def test_generation_arguments_reach_the_tasks_and_the_record(tune):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     args = parser.parse_args(["ensemble.yaml", "--gen-kwargs", "max_gen_toks=2"])
-    assert tune_score._spec(args, "deepen_piqa", "validation").gen_kwargs == {"max_gen_toks": 2}
+    assert tune_score.spec_of(args, "deepen_piqa", "validation").gen_kwargs == {"max_gen_toks": 2}

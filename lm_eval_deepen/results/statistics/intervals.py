@@ -65,7 +65,7 @@ def paired_interval(
         if outcomes := _outcomes(first, second):
             scale = outcomes[1] - outcomes[0]
             below, above = discordant(first[:, 0], second[:, 0])
-            low, high = _paired_proportions(below, above, len(first), confidence)
+            low, high = paired_proportions(below, above, len(first), confidence)
             return Interval(float(change.mean()), scale * low, scale * high, _stderr_of_mean(change[:, 0]), confidence)
         return change_interval(change, statistic, confidence, (-1.0, 1.0) if _in_unit(first, second) else None)
     columns = first.shape[1]
@@ -130,8 +130,8 @@ def change_interval(
         ends = (max(limits[0], ends[0]), min(limits[1], ends[1]))
     n = len(shares)
     squared = student_quantile((1 + confidence) / 2, n - 1) ** 2 * n / (n - 1)
-    low = _score_end(shares - estimate, squared, ends[0] - estimate)
-    high = _score_end(estimate - shares, squared, estimate - ends[1])
+    low = score_end(shares - estimate, squared, ends[0] - estimate)
+    high = score_end(estimate - shares, squared, estimate - ends[1])
     return Interval(estimate, estimate + low, estimate - high, stderr, confidence)
 
 
@@ -212,7 +212,8 @@ def _acceptability(right: int, documents: int, chance: float) -> float:
 
 
 @lru_cache(maxsize=65536)
-def _paired_proportions(below: int, above: int, documents: int, confidence: float) -> tuple[float, float]:
+def paired_proportions(below: int, above: int, documents: int, confidence: float) -> tuple[float, float]:
+    """Return Tango's interval of a difference, from the documents that one of two systems alone has right."""
     return (
         _tango_low(below, above, documents, confidence),
         -_tango_low(above, below, documents, confidence),
@@ -241,7 +242,7 @@ def _tango_low(below: int, above: int, documents: int, confidence: float) -> flo
     return high
 
 
-def _score_end(centred: Values, squared: float, limit: float) -> float:
+def score_end(centred: Values, squared: float, limit: float) -> float:
     """Return the lower end for values [n] of mean 0, `limit` being the least value that is allowed for.
 
     The likeliest distribution with mean m weighs a value d by 1 / (d - c), for a c at or below `limit`; its mean is
