@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUND_BATCHES = 4  # a kill loses the texts of at most a round, and a round's last batches are not full
 # What the command line gives as the device where its user gives none.
 COMMAND_LINE_DEVICE = {field.name: field.default for field in fields(EvaluatorConfig)}["device"]
-AUTO_BATCH_TOKENS = 16_384  # `batch_size: auto` packs about this many tokens
 
 
 @cache
