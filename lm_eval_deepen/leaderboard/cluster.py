@@ -160,7 +160,7 @@ class _Driver:
                         waiting[self._start(left)] = left
                 else:
                     self._take(key, outcome)
-                    progress.finished(*key, outcome if isinstance(outcome, str) else None)
+                    progress.finished(key[0], key[1], outcome if isinstance(outcome, str) else None)
         return self.cells
 
     def _start(self, group: Group) -> Any:
