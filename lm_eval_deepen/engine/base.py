@@ -167,7 +167,7 @@ class EnsembleBase:
             return {}
         codecs = [member.codec for member in self.active]
         return {
-            m: CoverReader(codecs[0], codecs[m], stand_in(codecs, codecs[m]))
+            m: CoverReader(codecs[0], codecs[m], stand_in(codecs, codecs[m]), member.max_length)
             for m, member in enumerate(self.active)
             if m not in self.siblings and not member.generates_only
         }

@@ -12,6 +12,10 @@ where a piece counts only if the main tokenizer, given the word with the rest of
 that the main member's token is " the" says that the word did not go on as " then". Without this condition the member
 predicts worse than without covers (docs/relative-space.md).
 
+Behind white space, tokenizers look ahead: one that leaves the last space of several to the word after them has a token
+of three spaces where another one has four. So there, the member's tokens of more white space and a letter are covers,
+too, where the main tokenizer would still have cut where it has cut. For that, places are read beyond the bytes so far.
+
 Exact bytes from tokens: Phan et al., arXiv 2410.09303; Vieira et al., arXiv 2412.03719.
 """
 
@@ -38,43 +42,50 @@ TokenPrefix = tuple[int, ...]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
 TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depend: each has a byte at least
-PRECISION = 1e-4  # largest share of a row's mass that pieces too unlikely to be looked at may have
+PRECISION = 1e-3  # largest share of a row's mass that pieces too unlikely to be looked at may have
+EXCLUDED = 1e-4  # what a row keeps of what the main member's boundary excludes
 RESTS_KEPT = 4_096  # words whose rests are remembered
 NOTHING = Prompt((), "", ())
+WHITE = (b" ", b"\n", b"\r", b"\t")
+LETTER = b"a"  # stands for whatever is not white space
+LOOKED_AHEAD = (b"", b" ", b"\n")  # white space that may come before it
 
 
 @dataclass(frozen=True)
 class Cover:
-    """A prefix of the member's tokens, and the pieces that begin with the bytes after it.
+    """Some of the member's tokens, and the pieces that begin with the bytes after them.
 
     Attributes:
         source: the place, among the member's tokens, at which its distribution is read: whatever names it.
-        token: the member's own next token, by which the following cover goes on.
+        way: its tokens since the first cover of the plan.
         first: where the pieces that begin with the pending bytes start in the vocabulary sorted by bytes.
         last: where they end.
-        before: bytes of the word before the pending ones.
-        pending: the pending bytes.
+        pending: the bytes so far that come after these tokens.
+        ahead: the bytes with which the tokens go beyond the bytes so far; one of both is empty.
     """
 
     source: Any
-    token: int
+    way: tuple[int, ...]
     first: int
     last: int
-    before: bytes
     pending: bytes
+    ahead: bytes = b""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The covers of one row of one member, the longest prefix of tokens last; there is at least one.
+    """The covers of one row of one member, shorter ways first; there is at least one.
 
     Attributes:
-        covers: the covers that end before the member's last token.
+        covers: what is summed over.
+        own: the way of the member's own tokens of the bytes so far, whose whole row counts; None where the main
+            member's boundary excludes a part of it, so that it is among the covers.
         word: the main member's bytes since the word began.
         tokens: its tokens of them.
     """
 
     covers: tuple[Cover, ...]
+    own: tuple[int, ...] | None
     word: bytes
     tokens: tuple[int, ...]
 
@@ -82,15 +93,16 @@ class Plan:
 class CoverReader:
     """Finds and applies the covers of one other member under the main member's boundaries."""
 
-    def __init__(self, main: TextCodec, other: TextCodec, stand_in: Callable[[bytes], bytes]) -> None:
+    def __init__(self, main: TextCodec, other: TextCodec, stand_in: Callable[[bytes], bytes], longest: int) -> None:
         """Sort the other member's pieces by their bytes.
 
         Args:
             main: the main member's codec.
             other: the other member's codec.
             stand_in: gives the bytes of the other member's piece that stands for some bytes that come next.
+            longest: how many tokens the other member takes in.
         """
-        self.main, self.other, self.stand_in = main, other, stand_in
+        self.main, self.other, self.stand_in, self.longest = main, other, stand_in, longest
         vocab = other.vocab.events
         ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
         duplicates = {i: ids for ids in vocab.ids_of.values() for i in ids}
@@ -101,52 +113,98 @@ class CoverReader:
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
         self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...]], dict[int, int]] = OrderedDict()
-        self._targets: dict[int, int] = {}
+        self._targets: dict[bytes, int] = {}
+        self._after: dict[int, bytes] = {}
 
-    def plan(self, main_path: Sequence[int], path: Sequence[int], place: Callable[[int], Any]) -> Plan | None:
+    def plan(
+        self, main_path: Sequence[int], path: Sequence[int], place: Callable[[int, tuple[int, ...]], Any]
+    ) -> Plan | None:
         """Return the covers at a place, None where no piece goes on beyond it.
 
         Args:
             main_path: the main member's tokens; of more than `TOKENS_READ` the last ones serve.
             path: the other member's tokens of the same bytes; as many.
-            place: gives the place after the first n tokens of `path`, by which a distribution is looked up.
+            place: names the place after the first n tokens of `path` and some more tokens, by which a distribution is
+                looked up; None where the member cannot take these in.
         """
         word, tokens = self._word(main_path)
         pieces = self.other.vocab.pieces
-        covers: list[Cover] = []
-        pending = b""
-        for at in range(len(path) - 1, 0, -1):
-            piece = pieces[path[at]]
-            pending = piece + pending
-            if not piece or len(pending) > len(word) or not word.endswith(pending):
-                break
-            first = bisect_left(self.keys, pending)
-            last = bisect_left(self.keys, pending + b"\xff" * 8, lo=first)
-            before = word[: len(word) - len(pending)]
-            covers.append(Cover(place(at), path[at], first, last, before, pending))
-        while covers and covers[-1].last - covers[-1].first <= 1 and self._alone(covers[-1]):
-            covers.pop()  # nothing is longer than the pending bytes, and no cover before it needs the token
-        if not any(self._goes_on(cover) for cover in covers):
+        begin, data = len(path), b""  # where the covers begin, and the bytes after that
+        while begin > 1 and (piece := pieces[path[begin - 1]]) and word.endswith(piece + data):
+            begin, data = begin - 1, piece + data
+        tail = tuple(path[begin:])
+        others, whole = self._look_ahead(word, tokens, tail, data)
+        covers: dict[tuple[int, ...], Cover] = {}
+        for way in (tail, *others):
+            size = 0
+            for at in range(len(way) + 1):
+                size += len(pieces[way[at - 1]]) if at else 0
+                if way[:at] in covers or (whole and way[:at] == tail):
+                    continue
+                source = place(begin + at, ()) if way[:at] == tail[:at] else place(begin, way[:at])
+                if source is None:
+                    break
+                pending, ahead = data[size:], _spelt(pieces, way[:at])[len(data) :]
+                first = bisect_left(self.keys, pending)
+                last = bisect_left(self.keys, pending + b"\xff" * 8, lo=first) if pending else len(self.keys)
+                covers[way[:at]] = Cover(source, way[:at], first, last, pending, ahead)
+        found = sorted(covers.values(), key=lambda cover: len(cover.way))
+        ends = [*covers, *([tail] if whole else [])]
+        while found and not self._goes_on(found[0]) and sum(len(way) == len(found[0].way) + 1 for way in ends) == 1:
+            found.pop(0)  # nothing is longer than the pending bytes, and there is one way on
+        if not any(self._goes_on(cover) for cover in found):
             return None
-        return Plan(tuple(reversed(covers)), word, tokens)
+        return Plan(tuple(found), tail if whole else None, word, tokens)
+
+    def _look_ahead(
+        self, word: bytes, tokens: tuple[int, ...], tail: tuple[int, ...], data: bytes
+    ) -> tuple[list[tuple[int, ...]], bool]:
+        """Return the other member's ways where tokenizers look ahead, and whether all of its own way counts.
+
+        Many tokenizers leave the last space of several to the word after them: a line that is indented by four spaces
+        has a token of three, which says that a space comes next. Another member has a token of four.
+
+        Args:
+            word: the main member's bytes since the word began.
+            tokens: its tokens of them.
+            tail: the other member's tokens of the same bytes, or the last of them.
+            data: their bytes.
+        """
+        if word[-1:] not in WHITE or (tail and _follow(self.other, data) != tail):
+            return [], True
+        kept = [more for more in LOOKED_AHEAD if self._cuts(word + more + LETTER, tokens)]
+        found = []
+        for more in kept:
+            if more and self._cuts(word + more, tokens):
+                continue  # seen without looking ahead
+            way: tuple[int, ...] = ()
+            for token in _follow(self.other, data + more + LETTER) or ():
+                if len(_spelt(self.other.vocab.pieces, (*way, token))) > len(data + more):
+                    break
+                way += (token,)
+            if way != tail[: len(way)] and way[: len(tail)] != tail:
+                found.append(way)
+        return found, not kept or b"" in kept
+
+    def _cuts(self, data: bytes, tokens: tuple[int, ...]) -> bool:
+        """Return whether the main tokenizer begins some bytes with these tokens and goes on."""
+        found = _follow(self.main, data)
+        return found is not None and len(found) > len(tokens) and found[: len(tokens)] == tokens
 
     def _goes_on(self, cover: Cover) -> bool:
         """Return whether some piece is longer than the pending bytes."""
         return cover.last > cover.first and len(self.keys[cover.last - 1]) > len(cover.pending)
 
-    def _alone(self, cover: Cover) -> bool:
-        return not self._goes_on(cover)
-
     def _word(self, path: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
-        """Return the bytes and tokens of the main member since the last space or line break."""
+        """Return the main member's bytes and tokens since the last space or line break, the first of a run."""
         pieces, at, data = self.main.vocab.pieces, len(path), b""
         while at > 0 and path[at - 1] >= 0:
             piece = pieces[path[at - 1]]
             if not piece or len(piece) + len(data) > LONGEST_WORD:
                 break
-            at, data = at - 1, piece + data
-            if data[:1] in (b" ", b"\n"):
+            if data[:1] in (b" ", b"\n") and piece[-1:] not in WHITE:
                 break
+            at, data = at - 1, piece + data
         return data, tuple(path[at:])
 
     def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Any, Tensor], Tensor]) -> Tensor:
@@ -165,6 +223,8 @@ class CoverReader:
             if out is logp:
                 out = logp.clone()
             targets, values, own = found  # log masses, all given the first cover
+            if own is None:  # what is excluded keeps a little: a text may be cut in another way than the tokenizer's
+                own = float(torch.logsumexp(values, 0)) + math.log(EXCLUDED)
             total = torch.logaddexp(torch.logsumexp(values, 0), torch.tensor(own, dtype=values.dtype))
             out[row] += float(own - total)
             unique, place = targets.unique(return_inverse=True)
@@ -173,39 +233,40 @@ class CoverReader:
             out[row, unique] = torch.logaddexp(out[row, unique], masses.log())
         return out
 
-    def _extra(self, plan: Plan, look_up: Callable[[Any, Tensor], Tensor]) -> tuple[Tensor, Tensor, float] | None:
-        """Return what the covers add: ids and their log masses [n], and the log mass of the member's own last token.
+    def _extra(
+        self, plan: Plan, look_up: Callable[[Any, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, float | None] | None:
+        """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.
 
-        Pieces that together could add less than `PRECISION` of the latter are left out.
+        Pieces that together could add less than `PRECISION` of the whole are left out.
         """
-        steps: list[float] = []
+        ways = {cover.way for cover in plan.covers} | ({plan.own} if plan.own is not None else set())
+        reached = {plan.covers[0].way: 0.0}  # log masses of ways
         ranges: list[Tensor] = []
         for cover in plan.covers:
-            ids = torch.cat([self.ids[cover.first : cover.last], torch.tensor([cover.token])])
-            values = look_up(cover.source, ids).double().cpu()
-            ranges.append(values[:-1])
-            steps.append(float(values[-1]))
-        own = math.fsum(steps)
+            on = [way for way in ways if way[:-1] == cover.way and len(way) > len(cover.way)]
+            ids = torch.cat([self.ids[cover.first : cover.last], torch.tensor([way[-1] for way in on]).long()])
+            values = look_up(cover.source, ids).double().cpu() + reached[cover.way]
+            ranges.append(values[: len(values) - len(on)])
+            reached |= dict(zip(on, values[len(values) - len(on) :].tolist(), strict=True))
+        own = None if plan.own is None else reached[plan.own]
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
-        start, targets, found = 0.0, [], []
-        size = sum(len(values) for values in ranges)
-        for cover, values, step in zip(plan.covers, ranges, steps, strict=True):
-            near = (values + start > own + math.log(PRECISION / size)).nonzero()[:, 0].tolist()
+        targets, found = [], []
+        for cover, values, places in zip(plan.covers, ranges, _likeliest(ranges, own), strict=True):
             rests = self._rests_of(cover, plan)
-            for at in near:
+            for at in places:
                 target = self._rest(cover, plan, rests, cover.first + at)
-                if target >= 0:
+                if target >= 0 and (*cover.way, self.sorted[cover.first + at]) not in ways:
                     targets.append(target)
-                    found.append(float(values[at]) + start)
-            start += step
+                    found.append(float(values[at]))
         if not found:
             return None
         return torch.tensor(targets), torch.tensor(found, dtype=torch.float64), own
 
     def _rests_of(self, cover: Cover, plan: Plan) -> dict[int, int]:
         """Return what is known of the rests of a cover: by place in the sorted vocabulary."""
-        key = (cover.before, cover.pending, plan.tokens)
+        key = (cover.pending, cover.ahead, plan.tokens)
         known = self._rests.get(key)
         if known is None:
             known = self._rests[key] = {}
@@ -219,20 +280,54 @@ class CoverReader:
         """Return the member's id that stands for what a piece goes on with, -1 for a piece that does not count."""
         if at not in known:
             known[at] = -1
-            rest = self.keys[at][len(cover.pending) :]
-            tokens = _follow(self.main, plan.word + rest) if rest else None
+            rest = cover.ahead + self.keys[at][len(cover.pending) :]
+            after = self._follows(self.sorted[at])
+            tokens = _follow(self.main, plan.word + rest + after) if rest else None
             count = len(plan.tokens)
             if tokens is not None and len(tokens) > count and tokens[:count] == plan.tokens:
-                known[at] = self._target(tokens[count])
+                certain = len(rest) + len(after.removesuffix(LETTER))
+                known[at] = self._target(self.main.vocab.pieces[tokens[count]][:certain])
         return known[at]
 
-    def _target(self, token: int) -> int:
-        """Return the other member's id that stands for a main token, -1 where none does."""
-        if token not in self._targets:
-            piece = self.stand_in(self.main.vocab.pieces[token])
-            ids = self.other.vocab.events.ids_of.get(piece)
-            self._targets[token] = ids[0] if ids else -1
-        return self._targets[token]
+    def _follows(self, token: int) -> bytes:
+        """Return what follows white space that is one of the member's tokens, if its tokenizer says so."""
+        piece = self.other.vocab.pieces[token]
+        if piece[-1:] not in WHITE:
+            return b""
+        if token not in self._after:
+            ways = (b"", b" ")
+            found = (
+                more + LETTER for more in ways if (_follow(self.other, piece + more + LETTER) or ())[:1] == (token,)
+            )
+            self._after[token] = next(found, b"")
+        return self._after[token]
+
+    def _target(self, data: bytes) -> int:
+        """Return the other member's id that stands for some bytes, -1 where none does."""
+        if data not in self._targets:
+            ids = self.other.vocab.events.ids_of.get(self.stand_in(data))
+            self._targets[data] = ids[0] if ids else -1
+        return self._targets[data]
+
+
+def _likeliest(ranges: list[Tensor], own: float | None) -> list[list[int]]:
+    """Return which places of every range matter: the others have `PRECISION` of the mass together, at most.
+
+    Args:
+        ranges: log masses.
+        own: the log mass of the member's own way, None where there is none.
+    """
+    logs = torch.cat(ranges)
+    top = max(float(logs.max()) if len(logs) else -math.inf, -math.inf if own is None else own)
+    if top == -math.inf:
+        return [[] for _ in ranges]
+    mass = (logs - top).exp()
+    total = float(mass.sum()) + (0.0 if own is None else math.exp(own - top))
+    keep = mass > PRECISION * total / 2 / len(mass)  # without the many that are next to nothing, sorting is quick
+    some, order = mass[keep].sort()
+    dropped = int((some.cumsum(0) <= PRECISION * total / 2).sum())
+    keep[keep.nonzero()[order[:dropped], 0]] = False
+    return [own.nonzero()[:, 0].tolist() for own in keep.split([len(values) for values in ranges])]
 
 
 def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
@@ -244,12 +339,16 @@ def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | N
     for m, reader in readers.items():
         main, own = paths[0], paths[m]
         if main is not None and own is not None:
-            plans[m] = reader.plan(main, own, partial(_first, own))
+            plans[m] = reader.plan(main, own, partial(_after, reader.longest, own))
     return tuple(plans)
 
 
-def _first(tokens: TokenPrefix, count: int) -> TokenPrefix:
-    return tokens[:count]
+def _after(longest: int, tokens: TokenPrefix, count: int, more: TokenPrefix) -> TokenPrefix | None:
+    return tokens[:count] + more if count + len(more) <= longest else None
+
+
+def _spelt(pieces: Sequence[bytes], tokens: TokenPrefix) -> bytes:
+    return b"".join(pieces[token] for token in tokens)
 
 
 def _follow(codec: TextCodec, data: bytes) -> tuple[int, ...] | None:

@@ -143,13 +143,14 @@ class Follower:
             routes: every row's paths.
             plans: the covers at each of them.
         """
+        detours = self._detours(routes, plans)
         sequences, reads, ends = [], [], []
         for at, (route, own) in enumerate(zip(routes, plans, strict=True)):
             paths = [self.held[at] if path is None else path for path in route]
             self.held[at] = paths[-1]
             sequences.append(paths[-1])
             ends.append(paths)
-            sources = {c.source for plan in own if plan is not None for c in plan.covers} - self.kept.keys()
+            sources = _sources(own) - self.kept.keys() - detours.keys()
             reads.append(sorted({len(path) for path in paths} | {len(source) for source in sources}))
         states = self.cache.advance(sequences, reads)
         at_path: dict[tuple[int, int], int] = {}
@@ -157,15 +158,32 @@ class Follower:
             at_path |= {(row, length): len(at_path) + n for n, length in enumerate(lengths)}
         logp = self.member.logp(states).to(self.ensemble.device)
         here = {sequences[row][:length]: logp[n] for (row, length), n in at_path.items()}
-        known = self.kept | here
+        known = self.kept | detours | here
         order = [at_path[row, len(path)] for row, paths in enumerate(ends) for path in paths]
         flat = [plan for own in plans for plan in own]
         out = self.ensemble.covers[self.m].rows(logp[order], flat, lambda path, ids: known[path][ids.to(logp.device)])
-        read = {c.source for plan in flat if plan is not None for c in plan.covers}
+        read = _sources(flat)
         latest = {path for paths in ends for path in paths}
         # a view would keep the rows of the whole step
         self.kept = {path: row.clone() if path in here else row for path, row in known.items() if path in read | latest}
         return out
+
+    def _detours(
+        self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
+    ) -> dict[TokenPrefix, Tensor]:
+        """Return the distributions [V_m] that covers read off the ways of the rows' own paths."""
+        found: dict[TokenPrefix, Tensor] = {}
+        while True:
+            sequences = list(self.held)
+            for at, (route, own) in enumerate(zip(routes, plans, strict=True)):
+                last = next((path for path in reversed(route) if path is not None), self.held[at])
+                off = _sources(own) - self.kept.keys() - found.keys()
+                sequences[at] = min((source for source in off if last[: len(source)] != source), default=self.held[at])
+            if sequences == self.held:
+                return found
+            logp = self.member.logp(self.cache.advance(sequences)).to(self.ensemble.device)
+            found |= {path: row for path, row, held in zip(sequences, logp, self.held, strict=True) if path != held}
+            self.held = sequences
 
     def logits(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
         """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
@@ -176,6 +194,10 @@ class Follower:
         if rows:
             self.cache.keep(rows)
         self.held = [self.held[row] for row in rows]
+
+
+def _sources(plans: Sequence[Plan | None]) -> set[TokenPrefix]:
+    return {cover.source for plan in plans if plan is not None for cover in plan.covers}
 
 
 class GrowingPaths:

@@ -243,13 +243,19 @@ def _rows(
     return list(rows.values()), list(numbers)
 
 
-def _plan(reader: CoverReader, trees: Sequence[TokenTree], m: int, place: Place) -> Plan | None:
+def _plan(reader: CoverReader, trees: Sequence[TokenTree], m: int, at: Place) -> Plan | None:
     """Return the covers of member `m` at a place, whose sources are nodes of its tree."""
-    main, own = place.nodes[0], place.nodes[m]
+    main, own = at.nodes[0], at.nodes[m]
     if main is None or own is None:
         return None
-    tokens, nodes = trees[m].last(own, TOKENS_READ)
-    return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, lambda count: nodes[count - 1])
+    tree = trees[m]
+    tokens, nodes = tree.last(own, TOKENS_READ)
+
+    def place(count: int, more: TokenPrefix) -> int | None:
+        node = nodes[count - 1]
+        return tree.extend(node, more) if tree.depths[node] + len(more) < reader.longest else None
+
+    return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, place)
 
 
 class _Pass:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 
 import naive
 import pytest
 import torch
 from harness import deepen, requests
 
+from lm_eval_deepen.engine import covers
 from lm_eval_deepen.engine.covers import NOTHING
 from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.following import Job, path_of
@@ -20,8 +23,15 @@ from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", "walk", ""]
 CHOICES = [" jumps over the lazy dog", " two 🙂 walking", "\n\nmoon landing", "ing and singing"]
-REQUESTS = list(itertools.product(CONTEXTS, CHOICES))
+LINES = ("def f(x):", "\n    return  x  \n\n\nz\n       5\n\n        if")
+REQUESTS = [*itertools.product(CONTEXTS, CHOICES), LINES]
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "bytelevel"), ("bytelevel", "metaspace", "padded")]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Count every piece, however unlikely."""
+    monkeypatch.setattr(covers, "PRECISION", 1e-9)
 
 
 @pytest.fixture(scope="module", params=ORDERS, ids="+".join)
@@ -36,50 +46,85 @@ def make(request, pico, tmp_path_factory):
 
 
 def word_of(vocab, path):
-    """Return the tokens since the last space or line break (32 bytes at most), and their bytes."""
+    """Return the tokens since the last space or line break, the first of a run (32 bytes at most), and their bytes."""
     at, data = len(path), b""
     while at and vocab.pieces[path[at - 1]] and len(data) + len(vocab.pieces[path[at - 1]]) <= 32:
+        if data[:1] in (b" ", b"\n") and vocab.pieces[path[at - 1]][-1:] not in (b" ", b"\n", b"\r", b"\t"):
+            break
         at -= 1
         data = vocab.pieces[path[at]] + data
-        if data[:1] in (b" ", b"\n"):
-            break
     return tuple(path[at:]), data
 
 
+def goes_on(codec, data, tokens):
+    """Return whether a tokenizer spells some bytes with these tokens and more."""
+    spelt = codec.follow(NOTHING, data) or ()
+    return spelt[: len(tokens)] == tokens and len(spelt) > len(tokens)
+
+
 def covered(ensemble, m, main_path, path):
-    """Return member `m`'s distribution [V_m] of what comes next: every prefix of its tokens, every piece of its own."""
+    """Return member `m`'s distribution [V_m] of what comes next: every way to the end, every piece of its own.
+
+    Its ways are its tokens of the bytes so far and, behind white space, those of more white space and a letter, where
+    the main member's tokens of the bytes so far stay what they are.
+    """
     main, other = ensemble.main.codec, ensemble.active[m].codec
-    reader = ensemble.covers[m]
+    vocab, white = other.vocab, (b" ", b"\n", b"\r", b"\t")
     tokens, word = word_of(main.vocab, main_path)
-    masses, pending, log_path = {}, b"", 0.0
-    whole = naive.member_logp(ensemble.active[m], path)[0].double()
-    # backwards: the probability of the tokens behind a cover divides that of the pieces that begin there
-    for at in range(len(path) - 1, 0, -1):
-        piece = other.vocab.pieces[path[at]]
-        pending = piece + pending
-        if not piece or not word.endswith(pending):
-            break
-        row = naive.member_logp(ensemble.active[m], path[:at])[0].double()
-        log_path += float(row[path[at]])
-        for token, text in enumerate(other.vocab.pieces):
-            if token in other.vocab.control or not text.startswith(pending) or text == pending:
+    begin = len(path)
+    while begin > 1 and vocab.pieces[path[begin - 1]] and word.endswith(vocab.decode(path[begin - 1 :])):
+        begin -= 1
+    head, tail = path[:begin], path[begin:]
+    data = vocab.decode(tail)
+    ways, looked_ahead, whole = [tail], False, True
+    if word[-1:] in white and (not tail or other.follow(NOTHING, data) == tail):
+        kept = [more for more in (b"", b" ", b"\n") if goes_on(main, word + more + b"a", tokens)]
+        whole = not kept or b"" in kept
+        for more in kept:
+            if not more or not goes_on(main, word + more, tokens):
+                spelt = other.follow(NOTHING, data + more + b"a") or ()
+                ends = [n for n in range(len(spelt) + 1) if len(vocab.decode(spelt[:n])) <= len(data + more)]
+                way = spelt[: ends[-1]]
+                if way != tail[: len(way)] and tail != way[: len(tail)]:
+                    ways.append(way)
+                    looked_ahead = True
+    row_after = functools.cache(lambda tokens: naive.member_logp(ensemble.active[m], tokens)[0].double())
+    nodes = {way[:n] for way in ways for n in range(len(way) + 1)}
+    masses = {}
+    for node in nodes:
+        if whole and node == tail:
+            continue
+        spelt = vocab.decode(node)
+        pending, ahead = data[len(spelt) :], spelt[len(data) :]
+        rows = [row_after(head + node[:n]) for n in range(len(node) + 1)]
+        log_way = sum(float(row[token]) for row, token in zip(rows, node, strict=False))
+        for token, text in enumerate(vocab.pieces):
+            rest = ahead + text[len(pending) :]
+            longer = text.startswith(pending) and text != pending and token not in vocab.control
+            if not longer or not rest or (*node, token) in nodes:
                 continue
-            spelt = main.follow(NOTHING, word + text[len(pending) :])
-            if spelt is None or spelt[: len(tokens)] != tokens or len(spelt) == len(tokens):
+            after = b""
+            if text[-1:] in white:
+                after = next((x for x in (b"a", b" a") if (other.follow(NOTHING, text + x) or ())[:1] == (token,)), b"")
+            if not goes_on(main, word + rest + after, tokens):
                 continue
-            bytes_ = reader.stand_in(main.vocab.pieces[spelt[len(tokens)]])
-            ids = other.vocab.ids_of.get(bytes_)
+            following = main.vocab.pieces[main.follow(NOTHING, word + rest + after)[len(tokens)]]
+            ids = vocab.ids_of.get(ensemble.covers[m].stand_in(following[: len(rest + after.rstrip(b"a"))]))
             if ids:
-                masses[ids[0]] = masses.get(ids[0], 0.0) + float((row[token] - log_path).exp())
-    p = whole.exp()
+                masses[ids[0]] = masses.get(ids[0], 0.0) + float((log_way + rows[-1][token]).exp())
+    own = row_after(path).exp()
+    log_way = sum(float(row_after(head + tail[:n])[token]) for n, token in enumerate(tail))
+    p = own * (math.exp(log_way) if whole else 1e-4 * sum(masses.values()))
+    if not masses:
+        return own.log().float()[None], False, False
     for token, mass in masses.items():
         p[token] += mass
-    return (p / p.sum()).log().float()[None], bool(masses)
+    return (p / p.sum()).log().float()[None], True, looked_ahead
 
 
 def naive_score(ensemble, span):
-    """Return the log-probability of every target, every member's row covered; and in how many rows that changed it."""
-    seen, values, changed = b"", [], 0
+    """Return the log-probability of every target, every member's row covered; and how many rows that changed."""
+    seen, values, changed, looked_ahead = b"", [], 0, 0
     for at, target in enumerate(span.target):
         paths = span.paths(ensemble, at)
         rows = [naive.member_logp(ensemble.main, paths[0])]
@@ -87,25 +132,26 @@ def naive_score(ensemble, span):
             if paths[m] is None:
                 rows.append(rows[0].new_zeros(1, ensemble.active[m].vocab_size))
                 continue
-            row, here = covered(ensemble, m, paths[0], paths[m])
-            changed += here
+            row, here, ahead = covered(ensemble, m, paths[0], paths[m])
+            changed, looked_ahead = changed + here, looked_ahead + ahead
             rows.append(row)
         weights = ensemble.weights * torch.tensor([path is not None for path in paths])
         values.append(float(ensemble.fuser.fuse(rows, (weights / weights.sum())[None]).logp[0, target]))
         seen += ensemble.main.codec.vocab.pieces[target]
-    return values, changed
+    return values, changed, looked_ahead
 
 
 def test_scoring_equals_the_sum_over_all_covers(make):
     ensemble = make().ensemble
     prompter = Prompter(ensemble)
     spans = [prompter.span(*request) for request in REQUESTS]
-    found, changed = dict(score(ensemble, spans, 16)), 0
+    found, changed, looked_ahead = dict(score(ensemble, spans, 16)), 0, 0
     for index, span in enumerate(spans):
-        expected, here = naive_score(ensemble, span)
-        changed += here
+        expected, here, ahead = naive_score(ensemble, span)
+        changed, looked_ahead = changed + here, looked_ahead + ahead
         assert found[index].logp == pytest.approx(expected, abs=5e-4)
     assert changed > 5
+    assert looked_ahead > 2
 
 
 def naive_row(ensemble, job, ids):
@@ -126,7 +172,7 @@ def naive_row(ensemble, job, ids):
 def test_generation_equals_the_sum_over_all_covers(make, speculate):
     """In a batch, with texts that end and others that take their places; drafts change no text."""
     ensemble = make(speculate=speculate).ensemble
-    contexts = [*CONTEXTS, "She was walking and talk", "10 + 20 = 30, 12 *"]
+    contexts = [*CONTEXTS, "She was walking and talk", "10 + 20 = 30, 12 *", "def f(x):\n    return x\n\n   "]
     jobs = [Job(Prompter(ensemble).prompts(context, 8), 4 + n) for n, context in enumerate(contexts)]
     found = dict(generate(ensemble, jobs, 3, drafter(speculate)))
     for index, job in enumerate(jobs):
