@@ -18,6 +18,7 @@ from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.cli.arguments import Names, add_device, count
 from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.results.tables import aligned
+from lm_eval_deepen.results.trace_page import shown
 from lm_eval_deepen.storage import make_folder, write_text
 
 HELP = (
@@ -80,10 +81,14 @@ def run(args: argparse.Namespace) -> int:
     task_manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=args.tasks != TASKS)
     rows = []
     plan = systems(smollm2, gemma3, "hf" if args.hf else "deepen")
-    for number, system in enumerate(plan, 1):
+    page = args.output / "view.html"
+    folders = [args.output / "documents" / f"{system.slug}-{system.model}" for system in plan]
+    for number, (system, folder) in enumerate(zip(plan, folders, strict=True), 1):
         print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
-        rows.append(evaluate(system, args, task_manager))
-    print(f"\n{side_by_side(rows)}\n\n{READING}\nResult files: {args.output}")
+        rows.append(evaluate(system, args, task_manager, folder))
+    found = shown(folders, names=[system.label for system in plan], traced=False)
+    write_text(page, found.html("The demo: who decided each token"))
+    print(f"\n{side_by_side(rows)}\n\n{READING}\nResult files: {args.output}\nTheir documents, token by token: {page}")
     return 0
 
 
@@ -98,13 +103,13 @@ def systems(smollm2: Path, gemma3: Path, model: str) -> list[System]:
 
 
 def _alone(label: str, folder: Path, model: str) -> System:
-    model_args = {"pretrained": str(folder), "dtype": "float32"}
+    model_args = {"pretrained": str(folder), "dtype": "float32", **({} if model == "hf" else {"trace": True})}
     return System(f"{label} ({'hf' if model == 'hf' else 'alone'})", label, model, model_args)
 
 
 def _ensemble(label: str, folders: Sequence[Path]) -> System:
     members = [{"pretrained": str(folder)} for folder in folders]
-    model_args = {"pretrained": str(folders[0]), "members": members, "dtype": "float32"}
+    model_args = {"pretrained": str(folders[0]), "members": members, "dtype": "float32", "trace": True}
     return System(label, label, "deepen", model_args)
 
 
@@ -117,12 +122,14 @@ class Result:
     seconds: float
 
 
-def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Result:
-    """Evaluate one system with ``lm_eval.simple_evaluate`` and write its result file."""
+def evaluate(system: System, args: argparse.Namespace, task_manager: Any, folder: Path) -> Result:
+    """Evaluate one system with ``lm_eval.simple_evaluate``; write its result file, and its documents into a folder."""
     import torch
     from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import handle_non_serializable
 
+    tracker = EvaluationTracker(output_path=str(folder))
     start = time.perf_counter()
     results = simple_evaluate(
         model=system.model,
@@ -132,13 +139,18 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any) -> Res
         # Without one, `hf` of 0.4.13 takes cuda for granted when it is called from Python.
         device=args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
         limit=args.limit,
-        log_samples=False,
+        log_samples=True,
+        evaluation_tracker=tracker,
         task_manager=task_manager,
     )
     seconds = time.perf_counter() - start
+    samples = results.pop("samples")
     gc.collect()  # the models of this system, before the next one is loaded
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     write_text(args.output / f"{system.slug}.json", text + "\n")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in samples:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
     return Result(system.label, scores(results), seconds)
 
 

@@ -171,7 +171,11 @@ def test_demo_writes_results_and_prints_the_table(
 
     def simple_evaluate(**kwargs: object) -> dict:
         calls.append(kwargs)
-        return {**RESULTS, "config": {"model": kwargs["model"]}}
+        hashes = {name: "x" for name in ("doc_hash", "prompt_hash", "target_hash")}
+        asked = {"doc_id": 0, "filter": "none", "arguments": [("Why?", " So")], "resps": [[(-1.0, True)]], **hashes}
+        one = {**asked, "filtered_resps": [(-1.0, True)], "target": "0", "doc": {}, "metrics": ["acc"], "acc": 1.0}
+        samples = {task: [dict(one)] for task in RESULTS["configs"]}
+        return {**RESULTS, "config": {"model": kwargs["model"]}, "samples": samples}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate, raising=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: kwargs)
@@ -188,7 +192,12 @@ def test_demo_writes_results_and_prints_the_table(
     assert models == ["deepen", "deepen", "hf", "hf"]
     out = capsys.readouterr().out
     assert out.count("0.812 ± 0.040") == 4
-    assert "one standard error" in out
+    assert "one standard error" in out and out.strip().endswith(str(tmp_path / "view.html"))
+    data = json.loads((tmp_path / "view.html").read_text("utf-8").split('id="data">')[1].split("</script>")[0])
+    assert [system["name"] for system in data["systems"]] == [
+        system.label for system in demo.systems(Path(), Path(), "hf")
+    ]
+    assert [system["tasks"]["short"][0]["scores"] for system in data["systems"]] == [{"acc": 1.0}] * 4
 
 
 # Demo models -------------------------------------------------------------------------------------------
