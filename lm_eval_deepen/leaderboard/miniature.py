@@ -17,6 +17,7 @@ from lm_eval_deepen.storage import link_folder, make_folder, write_text
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
 DOCUMENTS = 8  # synthetic ones of every split
 MOST_ANCHORS = 2000  # dense matrices of the large vocabularies of small models would not fit
+_LITTLE = {"train_tokens": 200, "context_length": 64, "batch_size": 2}  # of a training
 _TOKENS = 16  # that a long answer may have
 _LONG = ("gsm8k", "flores")
 _OWN = ("name", "pretrained", "tasks", "build", "temperature")  # of a member; the rest is about its model
@@ -73,8 +74,7 @@ def _build(recipe: Any, model: str) -> dict[str, Any]:
             f"a member is built by {recipe!r}: a miniature takes members whose recipe stands in the leaderboard, with "
             "`models`; run this one with `lm-eval-deepen leaderboard`"
         )
-    small = {"train_tokens": 200, "context_length": 64, "batch_size": 2}
-    return {**recipe, **small, "models": dict.fromkeys(recipe["models"], model)}
+    return {**recipe, **_LITTLE, "models": dict.fromkeys(recipe["models"], model)}
 
 
 def _listed(value: Any) -> list[Any]:
@@ -88,8 +88,10 @@ def _published(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row whose dense matrices are small."""
+    """Return a row whose dense matrices are small, and whose model is trained on little text."""
     small: dict[str, Any] = dict(row)
+    if isinstance(build := small.get("build"), Mapping) and "method" in build:
+        small["build"] = {**build, **_LITTLE}
     if "by_task" in small:
         small["by_task"] = {task: dict(own or {}) for task, own in small["by_task"].items()}
     dense = small.get("compat") == "reference"

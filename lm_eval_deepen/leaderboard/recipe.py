@@ -67,6 +67,10 @@ class LeaderboardKeys(Asking):
         Shown(f"one number from 0 to {LARGEST_SEED}, or four: random, numpy, torch, few-shots"),
     ] = Field(DEFAULT_SEEDS, description="The seeds of an evaluation.")
     alpha: float = Field(0.05, gt=0, lt=1, description="The level of significance.")
+    power: Annotated[float | None, Shown(default="not shown")] = Field(
+        None, gt=0, lt=1, description="The chance of detection for which the table says, of every row, the smallest "
+        "difference that these documents show, and the documents that a difference as measured needs."
+    )  # fmt: skip
     resamples: Annotated[int | None, Shown(default="the usual number")] = Field(
         None, ge=1, le=MOST_RESAMPLES, description="The number of resamples of the permutation test."
     )
@@ -86,6 +90,7 @@ class LeaderboardRecipe:
         metadata: handed to the tasks.
         seeds: of random, numpy, torch and few-shots.
         alpha: level of significance.
+        power: chance of detection of what the table says that rows need; None where it says nothing.
         resamples: of the permutation test; None for the usual number.
         notes: combinations of the grid that mean nothing, and why.
         builds: models that are built before they are evaluated.
@@ -101,6 +106,7 @@ class LeaderboardRecipe:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     alpha: float = 0.05
+    power: float | None = None
     resamples: int | None = None
     notes: tuple[str, ...] = ()
     builds: Builds = field(default_factory=Builds)
@@ -160,6 +166,7 @@ def parse_recipe(
         metadata=told,
         seeds=keys.seed,
         alpha=keys.alpha,
+        power=keys.power,
         resamples=keys.resamples,
         notes=tuple(dict.fromkeys(notes)),
         builds=builds,

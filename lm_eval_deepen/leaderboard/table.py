@@ -23,6 +23,7 @@ from lm_eval_deepen.results.page import html
 from lm_eval_deepen.results.pairing import groups, measured_group, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
 from lm_eval_deepen.results.rows import compare
+from lm_eval_deepen.results.statistics import paired_needs
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 from lm_eval_deepen.storage import read_text, write_text
@@ -48,6 +49,12 @@ READING = (
     "same order share forward passes (rows weighted by prompts among themselves); a row pays for everything but the "
     f"other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all members forwarded.",
     "A row that pools answers pays for the rows whose answers it takes.",
+)
+SEEN, NEEDED = "detectable difference", "documents needed"
+READING_POWER = (
+    f"{SEEN}: the smallest true difference to the reference that these documents would show with a chance of "
+    f"{{power:g}}. {NEEDED}: how many documents would show a true difference as large as the measured one. Both are at "
+    "the level {alpha:g} of one comparison; a correction over the table needs more."
 )
 _MARKS = {"better": " ▲", "worse": " ▼", "not significant": "", None: " (ref)"}
 _KEY = "▲, ▼: significantly better, worse than the best single member (ref) after correction at {alpha:g}."
@@ -185,9 +192,21 @@ def _columns(
             notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
             continue
         compared = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
+        if recipe.power is not None:
+            compared = [_with_needs(row, measured, recipe.alpha, recipe.power) for row in compared]
         meaningless |= {(group, compared[0].column): reason for group, reason in empty.items()}
         rows += compared
     return rows
+
+
+def _with_needs(row: ScoreRow, measured: Measured, alpha: float, power: float) -> ScoreRow:
+    """Return a row with what its comparison can see, and what it would need."""
+    if row.comparison is None:
+        return replace(row, extra={**row.extra, SEEN: None, NEEDED: None})
+    differences = measured.scores[row.system].shares - measured.scores[row.comparison.reference].shares
+    return replace(
+        row, extra={**row.extra, **dict(zip((SEEN, NEEDED), paired_needs(differences, alpha, power), strict=True))}
+    )
 
 
 def _is_whole(recipe: LeaderboardRecipe, task: LoadedTask) -> bool:
@@ -375,6 +394,8 @@ def remarks(table: Table) -> list[str]:
     reasons = _reasons(table)
     told = [f"n/a ({tag}): {reason}" if (tag := _tag(reason, reasons)).isdigit() else reason for reason in reasons]
     reading = [*READING, *(READING_BUILDS if table.recipe.builds.recipes else ())]
+    if table.recipe.power is not None:
+        reading.append(READING_POWER.format(power=table.recipe.power, alpha=table.recipe.alpha))
     if table.recipe.expected:
         reading += [
             READING_PUBLISHED,

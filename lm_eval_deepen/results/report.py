@@ -102,7 +102,7 @@ def cells(row: ScoreRow, alpha: float, names: Sequence[str]) -> list[str]:
     shown.append("-" if row.oracle is None else number(row.oracle))
     for name in names:
         value = row.extra.get(name)
-        shown.append("-" if value is None else f"{value:.4g}")
+        shown.append("-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}")
     return shown
 
 

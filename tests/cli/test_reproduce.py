@@ -17,7 +17,9 @@ from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard import miniature, reproduction
 from lm_eval_deepen.leaderboard.recipe import parse_recipe, read_recipe
 
+# The others are tables of the demo's pair, whose rows stand in files of their own.
 TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_", "mllm_"))]
+TABLES += ["leaderboard_trio"]
 ENSEMBLES = list(shipped_recipes("ensemble"))
 # One of each kind is run; the others are rows of the paper's tables, which are.
 RUN = ("deepen_mmlu_2", "deepen_one_by_one_nq_2", "deepen_llama2_13b_nllb_en_ro", "deepen_llama2_70b_mixtral")

@@ -379,18 +379,31 @@ def test_another_process_at_work_is_told(write, tmp_path):
         measured(write(), out)
 
 
+def test_a_table_says_what_its_rows_need_where_it_is_asked_to(write, tmp_path):
+    table = measured(write(power=0.8, grid=ONE, common={"covers": "off"}), tmp_path / "out")
+    for row in table.rows:
+        seen, needed = row.extra[leaderboard_table.SEEN], row.extra[leaderboard_table.NEEDED]
+        if row.comparison is None:
+            assert seen is None and needed is None
+        else:
+            assert seen > 0 and (needed is None) == (row.comparison.difference == 0)
+            assert needed is None or (needed <= row.documents) == (abs(row.comparison.difference) >= seen)
+    assert "with a chance of 0.8" in leaderboard_table.rendered(table, "md")
+
+
 def test_rows_that_share_passes_score_as_they_do_alone(pico, tmp_path):
     """Methods that fuse steps, and one that scores by stretches, with every kind of weights."""
     first = by_default(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path))
     members = first.ensemble.members
     named = [{"name": f"m{i}", "pretrained": member.config.pretrained} for i, member in enumerate(members)]
     base = {"pretrained": named[0]["pretrained"], "members": named, "matrix_dir": str(tmp_path)}
-    choices = [{}, {"weights": [0.2, 0.8]}, {"weighting": "perplexity"}]
-    choices += [{"weighting": "bayes", "learn_from": start} for start in ("prompt", "continuation")]
-    given = [
-        {**base, "method": method, **choice} for method in ("deepen", "gac", "mixture") for choice in choices
-        if method != "gac" or choice.get("weighting") != "bayes"
-    ]  # fmt: skip
+    from_prompt = {"weighting": "bayes", "learn_from": "prompt"}
+    choices = {
+        "deepen": [{}, {"weighting": "perplexity"}],
+        "gac": [{"weights": [0.2, 0.8]}],
+        "mixture": [{}, from_prompt, {"weights": [0.2, 0.8]}],
+    }
+    given = [{**base, "method": method, **choice} for method, own in choices.items() for choice in own]
     configs = [configure(keys) for keys in given]
     batch = asked("loglikelihood", ("The quick brown fox", " jumps over"), ("walk", " walk"))
     rolling = asked("loglikelihood_rolling", ("The quick brown fox",), ("1 2 3",))

@@ -25,6 +25,7 @@ from lm_eval_deepen.results.statistics import (
     mcnemar,
     mcnemar_power,
     paired_interval,
+    paired_needs,
     proportion_interval,
     pseudo_values,
     rivals,
@@ -490,6 +491,17 @@ def test_power_of_certain_changes_is_a_step():
     assert mcnemar_power(50, 0.0, 0.0, 0.05) == 0.0
     with pytest.raises(ValueError, match="drop 0.3 and discordance 0.2"):
         mcnemar_power(10, 0.2, 0.3, 0.05)
+
+
+def test_what_a_comparison_needs_is_found_as_often_as_was_asked():
+    generator = np.random.default_rng(0)
+    sample = generator.normal(0.1, 0.4, 200)
+    seen, needed = paired_needs(sample, 0.05, 0.8)
+    for documents, effect in ((200, seen), (needed, sample.mean())):
+        runs = generator.normal(effect, sample.std(ddof=1), (4000, documents))
+        z = runs.mean(1) / (runs.std(1, ddof=1) / np.sqrt(documents))
+        assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.02)
+    assert paired_needs([0.0, 0.0, 0.0], 0.05, 0.8) == (0.0, None) and paired_needs([1.0], 0.05, 0.8) == (None, None)
 
 
 def test_detectable_drop_is_where_power_reaches_what_was_asked():

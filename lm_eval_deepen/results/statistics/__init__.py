@@ -16,7 +16,7 @@ from lm_eval_deepen.results.statistics.intervals import (
     standard_error,
 )
 from lm_eval_deepen.results.statistics.paired import Alternative, check_resampling, discordant, mcnemar, sign_flip
-from lm_eval_deepen.results.statistics.power import detectable_drop, detectable_shift, mcnemar_power
+from lm_eval_deepen.results.statistics.power import detectable_drop, detectable_shift, mcnemar_power, paired_needs
 
 __all__ = [
     "CONFIDENCE",
@@ -32,6 +32,7 @@ __all__ = [
     "level_of_each",
     "mcnemar",
     "mcnemar_power",
+    "paired_needs",
     "paired_interval",
     "proportion_interval",
     "pseudo_values",

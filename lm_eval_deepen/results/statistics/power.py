@@ -7,6 +7,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lm_eval_deepen.results.statistics.distributions import binomial, student_quantile
 
@@ -91,6 +92,28 @@ def detectable_shift(
     critical = student_quantile(1 - alpha, degrees) if alpha < 0.5 else normal(1 - alpha)
     needed = critical * (1 - 1 / (4 * degrees)) + normal(power) * math.sqrt(1 + critical**2 / (2 * degrees))
     return max(needed * stderr, min_observed + normal(power) * stderr)
+
+
+def paired_needs(differences: ArrayLike, alpha: float, power: float) -> tuple[float | None, float | None]:
+    """Return what a two-sided paired comparison can see, in the normal approximation.
+
+    Args:
+        differences: of the documents, two or more; their mean is the measured difference.
+        alpha: level of the test.
+        power: chance of detection.
+
+    Returns:
+        The smallest true difference that these documents would show, and how many documents would show a true
+        difference as large as the measured one. None for the first with fewer than two documents, and for the second
+        where nothing differs, too.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        return None, None
+    normal = NormalDist().inv_cdf
+    per_root = (normal(1 - alpha / 2) + normal(power)) * float(values.std(ddof=1))
+    mean = abs(float(values.mean()))
+    return per_root / math.sqrt(len(values)), math.ceil((per_root / mean) ** 2) if mean > _NEGLIGIBLE else None
 
 
 @lru_cache(maxsize=4096)
