@@ -385,9 +385,11 @@ def test_a_table_says_what_its_rows_need_where_it_is_asked_to(write, tmp_path):
         seen, needed = row.extra[leaderboard_table.SEEN], row.extra[leaderboard_table.NEEDED]
         if row.comparison is None:
             assert seen is None and needed is None
-        else:
-            assert seen > 0 and (needed is None) == (row.comparison.difference == 0)
-            assert needed is None or (needed <= row.documents) == (abs(row.comparison.difference) >= seen)
+        elif seen is None:
+            assert row.comparison.below == row.comparison.above == 0
+        elif row.comparison.difference:
+            assert (needed <= row.documents) == (abs(row.comparison.difference) >= seen > 0)
+    assert any(row.extra[leaderboard_table.NEEDED] for row in table.rows)
     assert "with a chance of 0.8" in leaderboard_table.rendered(table, "md")
 
 

@@ -501,7 +501,8 @@ def test_what_a_comparison_needs_is_found_as_often_as_was_asked():
         runs = generator.normal(effect, sample.std(ddof=1), (4000, documents))
         z = runs.mean(1) / (runs.std(1, ddof=1) / np.sqrt(documents))
         assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.02)
-    assert paired_needs([0.0, 0.0, 0.0], 0.05, 0.8) == (0.0, None) and paired_needs([1.0], 0.05, 0.8) == (None, None)
+    assert paired_needs([0.0, 0.0], 0.05, 0.8) == paired_needs([1.0], 0.05, 0.8) == (None, None)
+    assert paired_needs([1.0, -1.0], 0.05, 0.8)[1] is None
 
 
 def test_detectable_drop_is_where_power_reaches_what_was_asked():

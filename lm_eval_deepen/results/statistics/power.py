@@ -104,11 +104,11 @@ def paired_needs(differences: ArrayLike, alpha: float, power: float) -> tuple[fl
 
     Returns:
         The smallest true difference that these documents would show, and how many documents would show a true
-        difference as large as the measured one. None for the first with fewer than two documents, and for the second
-        where nothing differs, too.
+        difference as large as the measured one. None for both with fewer than two documents, or where all differ
+        alike, which says nothing of their scatter; for the second where they differ by 0 on average, too.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
+    if len(values) < 2 or np.ptp(values) < _NEGLIGIBLE:
         return None, None
     normal = NormalDist().inv_cdf
     per_root = (normal(1 - alpha / 2) + normal(power)) * float(values.std(ddof=1))
