@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from lm_eval_deepen.build import distill
 from lm_eval_deepen.build.distill import training
+from lm_eval_deepen.build.distill.builder import load
 from lm_eval_deepen.build.distill.loss import IGNORED, FusedBatch, counted, distillation_loss
+from lm_eval_deepen.build.distill.store import GROUP, DistributionStore
+from lm_eval_deepen.build.distill.teacher_logits import store_teacher_logits
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.distributed import Ranks
 
@@ -58,7 +61,7 @@ def launch(recipe: dict[str, Any], out: Path) -> list[subprocess.Popen]:
 
 
 def test_two_processes_are_one_although_they_are_killed_once(recipe, tmp_path: Path) -> None:
-    own = {key: value for key, value in recipe.items() if key != "kind"}
+    own = {key: value for key, value in recipe.items() if key != "kind"} | {"store": str(tmp_path / "own-store")}
     alone = distill.build(own, tmp_path / "alone", recipe["models"])
     processes, deadline = launch(recipe, tmp_path / "two"), time.monotonic() + PATIENCE_S
     while not list(tmp_path.glob(f".two.partial.partial/checkpoint-*/{training.COMPLETE}")):
@@ -80,6 +83,28 @@ def test_two_processes_are_one_although_they_are_killed_once(recipe, tmp_path: P
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "two"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-5, rtol=1e-3)
+
+
+def test_processes_share_the_teacher_logits_and_a_lost_group_is_made_again(
+    pico: dict[str, Path], tmp_path: Path
+) -> None:
+    member = load("m", str(pico["metaspace"]), "cpu")
+    blocks = [training.Tokens.of(member.codec, text) for text in pico_models.CORPUS.split("\n") if text.strip()][:40]
+    alone = DistributionStore(tmp_path / "alone", "m", {}, len(blocks))
+    store_teacher_logits(member, blocks, 4, alone)
+    together = DistributionStore(tmp_path / "two", "m", {}, len(blocks))
+    store_teacher_logits(member, blocks, 4, together, 0, 2)
+    left = [together.number(group) for group in together.missing()]
+    assert left == list(range(1, -(-len(blocks) // GROUP), 2)) and left
+    store_teacher_logits(member, blocks, 4, together, 1, 2)
+    files = sorted(path.name for path in alone.folder.glob("*.safetensors"))
+    assert [path.name for path in sorted(together.folder.glob("*.safetensors"))] == files
+    assert all((alone.folder / name).read_bytes() == (together.folder / name).read_bytes() for name in files)
+    (together.folder / files[1]).unlink()
+    store_teacher_logits(member, blocks, 4, together, 0, 2)  # another's
+    assert together.missing()
+    store_teacher_logits(member, blocks, 4, together, 1, 2)
+    assert not together.missing()
 
 
 def test_parts_of_a_batch_add_up_to_its_loss() -> None:

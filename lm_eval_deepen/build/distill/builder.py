@@ -99,8 +99,7 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
     if ranks.gather(finished is not None)[0]:
         return finished or {}
     folder = out.with_name(out.name + PARTIAL)
-    with ranks.first():  # which keeps the distributions; the others find them
-        read = _read(config, corpus, members, clock)
+    read = _read(config, corpus, members, clock, ranks)
     gc.collect()
     identity = {
         **config.identity(), "target_sha256": read.weights, "text_sha256": text_digest(read.text.train),
@@ -166,7 +165,7 @@ class Read:
         return [self.blocks[i] for i in self.text.used]
 
 
-def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clock: Clock) -> Read:
+def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clock: Clock, ranks: Ranks) -> Read:
     """Load the models, one after another, and keep what is needed of them."""
     target = load(config.target, members[config.target], config.device)
     if config.context_length > target.max_length:
@@ -177,7 +176,8 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
     text = cut(config, corpus, target.codec)
     root = Path(config.store).expanduser() if config.store else cache_folder() / "distributions"
     weights = tensors_hash(target)
-    bits = _base_bits(root, weights, target, text)
+    with ranks.first():  # the others find what it keeps
+        bits = _base_bits(root, weights, target, text)
     clock.lap("held out, base")
     return Read(
         text=text,
@@ -187,7 +187,7 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
         weights=weights,
         bits=bits,
         cpu=target.lm.device.type == "cpu",
-        sources=_read_sources(config, members, text, root, clock, target, weights),
+        sources=_read_sources(config, members, text, root, clock, target, weights, ranks),
     )
 
 
@@ -288,7 +288,7 @@ def _kept_bits(path: Path, identity: Mapping[str, Any], documents: int) -> list[
 
 def _read_sources(
     config: DistillRecipe, members: Mapping[str, str], text: Text, root: Path, clock: Clock, target: Member,
-    weights: str,
+    weights: str, ranks: Ranks,
 ) -> list[Source]:  # fmt: skip
     """Store the teacher logits of every source, with one model in memory beside the target's."""
     texts = [text.train[i] for i in text.used]
@@ -296,7 +296,7 @@ def _read_sources(
     for name in config.sources:
         member = target if name == config.target else load(name, members[name], config.device)
         own = weights if member is target else tensors_hash(member)
-        sources.append(read_source(member, own, texts, config.top_k, root))
+        sources.append(read_source(member, own, texts, config.top_k, root, ranks))
         if member is not target:
             del member
             gc.collect()  # models hold themselves in circles

@@ -20,6 +20,7 @@ from lm_eval_deepen.build.distill.store import DistributionStore
 from lm_eval_deepen.build.distill.teacher_logits import store_teacher_logits
 from lm_eval_deepen.build.distill.token_alignment import VocabularyMap, match
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.member import Member, TextCodec
 
 ROLES = ("bos", "unk", "pad", "sep", "cls", "mask")
@@ -52,15 +53,16 @@ def roles_of(tokenizer: Any) -> dict[str, int]:
     return {role: i for role, i in ids.items() if i is not None}
 
 
-def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, root: Path) -> Source:
-    """Return a source with its distributions on some blocks, computing what the store lacks."""
+def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, root: Path, ranks: Ranks) -> Source:
+    """Return a source with its distributions on some blocks; all processes compute a share of what the store lacks."""
     tokens = [Tokens.of(member.codec, text) for text in texts]
     identity = {
         "weights": weights, "vocabulary": member.codec.vocab.fingerprint, "top_k": top_k,
         "text": text_digest(texts), "prefix": list(member.codec.prefix_ids),
     }  # fmt: skip
     store = DistributionStore(root, member.name, identity, len(tokens))
-    store_teacher_logits(member, tokens, top_k, store)
+    store_teacher_logits(member, tokens, top_k, store, ranks.index, ranks.count)
+    ranks.gather(None)  # all of them are there
     return Source(member.name, weights, member.codec, roles_of(member.lm.tokenizer), tokens, store)
 
 

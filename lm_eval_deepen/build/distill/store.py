@@ -80,7 +80,12 @@ class DistributionStore:
         """Return the groups of blocks without a file, or with a damaged one, each as indices of blocks."""
         groups = range(-(-self.blocks // GROUP))
         members = ([*range(g * GROUP, min((g + 1) * GROUP, self.blocks))] for g in groups)
-        return [group for group in members if not self._is_there(group[0] // GROUP)]
+        return [group for group in members if not self._is_there(self.number(group))]
+
+    @staticmethod
+    def number(group: Sequence[int]) -> int:
+        """Return the number of a group from the indices of its blocks."""
+        return group[0] // GROUP
 
     def _is_there(self, number: int) -> bool:
         if not self._path(number).exists():
@@ -104,7 +109,7 @@ class DistributionStore:
             "counts": torch.tensor([len(block.ids) for block in rows]),
             "nats": torch.tensor([block.nats for block in rows], dtype=torch.float64),
         }
-        write_tensors(self._path(group[0] // GROUP), tensors, {CHECKSUM: content_hash(tensors, self.identity)})
+        write_tensors(self._path(self.number(group)), tensors, {CHECKSUM: content_hash(tensors, self.identity)})
 
     def block(self, index: int) -> BlockRows:
         """Return the distributions of one block.

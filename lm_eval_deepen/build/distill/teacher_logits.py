@@ -27,8 +27,18 @@ def check_length(member: Member, blocks: Sequence[Tokens]) -> None:
         )
 
 
-def store_teacher_logits(member: Member, blocks: Sequence[Tokens], top_k: int, store: DistributionStore) -> None:
+def store_teacher_logits(
+    member: Member, blocks: Sequence[Tokens], top_k: int, store: DistributionStore, index: int = 0, count: int = 1
+) -> None:
     """Write what is missing of a source's distributions; groups that are there are kept.
+
+    Args:
+        member: the source.
+        blocks: as it reads them.
+        top_k: how many entries are kept of each.
+        store: where they go.
+        index: which process this is.
+        count: how many share the groups: each writes every `count`-th, whatever the others have written already.
 
     Raises:
         ConfigError: `top_k` beyond the vocabulary, or a block beyond the context.
@@ -36,9 +46,11 @@ def store_teacher_logits(member: Member, blocks: Sequence[Tokens], top_k: int, s
     if top_k > member.vocab_size:
         raise ConfigError(f"recipe: top_k {top_k} is above the {member.vocab_size} logits of {member.name!r}; lower it")
     check_length(member, blocks)
-    missing = store.missing()
+    missing = [group for group in store.missing() if store.number(group) % count == index]
     total = sum(map(len, missing))
-    with tqdm(total=total, desc=f"teacher logits of {member.name}", unit="block", disable=not total) as bar:
+    with tqdm(
+        total=total, desc=f"teacher logits of {member.name}", unit="block", disable=not total or index > 0
+    ) as bar:
         for group in missing:
             rows = []
             for index in group:
