@@ -42,16 +42,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--serve writes no file; leave --output out")
     if args.port is not None and not args.serve:
         raise ConfigError("--port belongs to --serve; give both, or neither")
-    found = shown([args.folder, *args.others], args.limit)
+    pages = shown([args.folder, *args.others], args.limit)
     if args.serve:
-        with server(found, args.port or 0) as serving:
+        with server(pages, args.port or 0) as serving:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
             try:
                 serving.serve_forever()
             except KeyboardInterrupt:
                 print(file=sys.stderr)
         return 0
-    text = found.html()
+    text = pages.html()
     place = args.output or (args.folder.parent if args.folder.is_file() else args.folder) / "view.html"
     write_text(place, text)
     print(f"{place} ({len(text) / 1e6:.2g} MB)")

@@ -49,11 +49,11 @@ class FusionNotes:
 
     def reasons(self, count: int) -> list[str]:
         """Return why each of `count` rows was left, empty where it was fused."""
-        found = [""] * count
+        told = [""] * count
         for reason, rows in self.left.items():
             for at in rows.nonzero()[:, 0].tolist():
-                found[at] = reason
-        return found
+                told[at] = reason
+        return told
 
 
 @dataclass(eq=False)
@@ -102,13 +102,13 @@ class EnsembleBase:
         A pure function of the text: whether a member abstains depends on no other text and on no step before.
         Arguments as `tokens`.
         """
-        found = self.tokens(m, prompt, main_ids, data)
-        return found if found is not None and (self.is_hf or self.active[m].fits(found)) else None
+        tokens = self.tokens(m, prompt, main_ids, data)
+        return tokens if tokens is not None and (self.is_hf or self.active[m].fits(tokens)) else None
 
     def outgrown(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> bool:
         """Return whether a text does not fit into the context of active member `m`; arguments as `tokens`."""
-        found = self.tokens(m, prompt, main_ids, data)
-        return found is not None and not self.active[m].fits(found)
+        tokens = self.tokens(m, prompt, main_ids, data)
+        return tokens is not None and not self.active[m].fits(tokens)
 
     def tokens(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
         """Return the tokens of active member `m` for its prompt and the continuation after it, however many.
@@ -196,7 +196,7 @@ class EnsembleBase:
         assert self.weigher is not None
         if self.learns:
             return torch.stack([after_prompt(self.experts, own) for own in losses])
-        found = torch.zeros(len(losses), len(self.active), dtype=self.weights.dtype)
+        shares = torch.zeros(len(losses), len(self.active), dtype=self.weights.dtype)
         together: dict[tuple[int, ...], list[int]] = {}
         for row, own in enumerate(losses):
             together.setdefault(tuple(m for m, loss in enumerate(own) if loss is not None), []).append(row)
@@ -205,8 +205,8 @@ class EnsembleBase:
             configured = self.weights[list(here)]
             if len(here) < len(self.active) and configured.sum() > 0:
                 configured = configured / configured.sum()
-            found[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
-        return found
+            shares[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
+        return shares
 
     def fuse(
         self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None

@@ -142,13 +142,13 @@ class Reading:
 
     def logp(self, variants: Sequence[Variant]) -> Tensor:
         """Return the log-probability of every scored token under every variant [variants, n], in nats."""
-        found: list[list[Tensor]] = [[] for _ in variants]
+        parts_of: list[list[Tensor]] = [[] for _ in variants]
         for part, raw, index, present, target in self._chunks():
             rows = len(part)
             everything = torch.arange(rows, device=target.device)
             cool: dict[tuple[int, float], Tensor] = {}  # by member and temperature: most variants share them
             covered: dict[tuple[int, float], Tensor] = {}
-            for variant, parts in zip(variants, found, strict=True):
+            for variant, parts in zip(variants, parts_of, strict=True):
                 wanted = list(enumerate(variant.temperatures))
                 for m, t in wanted:
                     if (m, t) not in cool:
@@ -164,17 +164,17 @@ class Reading:
                     parts.append(variant.ensemble.fuse_by_expert(logp, present).at(everything, target).cpu())
                 else:
                     parts.append(variant.ensemble.fuse(logp, present)[everything, target].cpu())
-        pairs = zip(variants, map(torch.cat, found), strict=True)
+        pairs = zip(variants, map(torch.cat, parts_of), strict=True)
         return torch.stack([self._learnt(v.ensemble, part) if v.ensemble.learns else part for v, part in pairs])
 
     def _learnt(self, ensemble: Ensemble, by_expert: Tensor) -> Tensor:
         """Return the mixture's log-probability of every token [n] from the experts' [n, K], document by document."""
         owner = torch.tensor([p.document for p in self.positions])
-        found = torch.empty(len(owner), dtype=torch.float64)
+        values = torch.empty(len(owner), dtype=torch.float64)
         for document in owner.unique().tolist():
             mine = owner == document
-            found[mine] = posteriors(ensemble.experts.log_prior, by_expert[mine].T)[1]
-        return found.float()
+            values[mine] = posteriors(ensemble.experts.log_prior, by_expert[mine].T)[1]
+        return values.float()
 
     def own_logp(self, temperatures: Sequence[float]) -> Tensor:
         """Return the main member's own log-probability of every token at every temperature [T, n], in nats."""
@@ -210,12 +210,12 @@ class Reading:
                 wanted = [self.place[m][i] for i in part]
                 plans = [plan for i in part if (plan := self.positions[i].plans[m]) is not None]
                 paths = [self.positions[i].paths[m] for i in part]
-                found = {path: at for at, path in enumerate(paths) if path is not None}
+                places = {path: at for at, path in enumerate(paths) if path is not None}
                 for source in (cover.source for plan in plans for cover in plan.covers):
-                    if source not in found:
-                        found[source] = len(wanted)
+                    if source not in places:
+                        places[source] = len(wanted)
                         wanted.append(self.sources[m][source])
-                index.append(found)
+                index.append(places)
                 if len(self.states[m]):
                     rows = torch.tensor([0 if at is None else at for at in wanted])
                     raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
@@ -239,17 +239,17 @@ def cooled(logp: Tensor, temperature: float) -> Tensor:
 def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> list[Position]:
     """Return the positions of all documents, or raise one RequestError that names every document without any."""
     prompter = Prompter(ensemble)
-    found: list[Position] = []
+    positions: list[Position] = []
     refused: list[str] = []
     for index, document in enumerate(documents):
         try:
-            found += _positions_of(ensemble, prompter, index, document)
+            positions += _positions_of(ensemble, prompter, index, document)
         except RequestError as error:
             refused.append(f"document {index}: {error}")
     if refused:
         listed = [*refused[:SHOWN], *([f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else [])]
         raise RequestError("\n  ".join([f"{len(refused)} of {len(documents)} documents cannot be read:", *listed]))
-    return found
+    return positions
 
 
 def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: Document) -> Iterator[Position]:

@@ -29,7 +29,7 @@ def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> lis
     Raises:
         RequestError: a file that cannot be read, or holds no document.
     """
-    found: list[Document] = []
+    kept: list[Document] = []
     for path in map(Path, paths):
         try:
             content = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
@@ -41,8 +41,8 @@ def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> lis
             documents = [Document(part.strip()) for part in re.split(r"\n\s*\n", content) if part.strip()]
         if not documents:
             raise RequestError(f"text file {path} holds no document. Give it some text.")
-        found += documents[:limit]
-    return found
+        kept += documents[:limit]
+    return kept
 
 
 def _from_json(line: str, path: Path, number: int) -> Document:

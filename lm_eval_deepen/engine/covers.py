@@ -148,13 +148,13 @@ class CoverReader:
                 first = bisect_left(self.keys, pending)
                 last = bisect_left(self.keys, pending + b"\xff" * 8, lo=first) if pending else len(self.keys)
                 covers[way[:at]] = Cover(source, way[:at], first, last, pending, ahead)
-        found = sorted(covers.values(), key=lambda cover: len(cover.way))
+        reaching = sorted(covers.values(), key=lambda cover: len(cover.way))
         ends = [*covers, *([tail] if whole else [])]
-        while found and not self._goes_on(found[0]) and sum(len(way) == len(found[0].way) + 1 for way in ends) == 1:
-            found.pop(0)  # nothing is longer than the pending bytes, and there is one way on
-        if not any(self._goes_on(cover) for cover in found):
+        while reaching and not self._goes_on(reaching[0]) and sum(len(way) == len(reaching[0].way) + 1 for way in ends) == 1:
+            reaching.pop(0)  # nothing is longer than the pending bytes, and there is one way on
+        if not any(self._goes_on(cover) for cover in reaching):
             return None
-        return Plan(tuple(found), tail if whole else None, word, tokens)
+        return Plan(tuple(reaching), tail if whole else None, word, tokens)
 
     def _look_ahead(
         self, word: bytes, tokens: tuple[int, ...], tail: tuple[int, ...], data: bytes
@@ -173,7 +173,7 @@ class CoverReader:
         if word[-1:] not in WHITE or (tail and _follow(self.other, data) != tail):
             return [], True
         kept = [more for more in LOOKED_AHEAD if self._cuts(word + more + LETTER, tokens)]
-        found = []
+        seen = []
         for more in kept:
             if more and self._cuts(word + more, tokens):
                 continue  # seen without looking ahead
@@ -183,13 +183,13 @@ class CoverReader:
                     break
                 way += (token,)
             if way != tail[: len(way)] and way[: len(tail)] != tail:
-                found.append(way)
-        return found, not kept or b"" in kept
+                seen.append(way)
+        return seen, not kept or b"" in kept
 
     def _cuts(self, data: bytes, tokens: tuple[int, ...]) -> bool:
         """Return whether the main tokenizer begins some bytes with these tokens and goes on."""
-        found = _follow(self.main, data)
-        return found is not None and len(found) > len(tokens) and found[: len(tokens)] == tokens
+        cut = _follow(self.main, data)
+        return cut is not None and len(cut) > len(tokens) and cut[: len(tokens)] == tokens
 
     def _goes_on(self, cover: Cover) -> bool:
         """Return whether some piece is longer than the pending bytes."""
@@ -217,12 +217,12 @@ class CoverReader:
         """
         out = logp
         for row, plan in enumerate(plans):
-            found = None if plan is None else self._extra(plan, look_up)
-            if found is None:
+            extra = None if plan is None else self._extra(plan, look_up)
+            if extra is None:
                 continue
             if out is logp:
                 out = logp.clone()
-            targets, values, own = found  # log masses, all given the first cover
+            targets, values, own = extra  # log masses, all given the first cover
             if own is None:  # what is excluded keeps a little: a text may be cut in another way than the tokenizer's
                 own = float(torch.logsumexp(values, 0)) + math.log(EXCLUDED)
             total = torch.logaddexp(torch.logsumexp(values, 0), torch.tensor(own, dtype=values.dtype))
@@ -252,17 +252,17 @@ class CoverReader:
         own = None if plan.own is None else reached[plan.own]
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
-        targets, found = [], []
+        targets, masses = [], []
         for cover, values, places in zip(plan.covers, ranges, _likeliest(ranges, own), strict=True):
             rests = self._rests_of(cover, plan)
             for at in places:
                 target = self._rest(cover, plan, rests, cover.first + at)
                 if target >= 0 and (*cover.way, self.sorted[cover.first + at]) not in ways:
                     targets.append(target)
-                    found.append(float(values[at]))
-        if not found:
+                    masses.append(float(values[at]))
+        if not masses:
             return None
-        return torch.tensor(targets), torch.tensor(found, dtype=torch.float64), own
+        return torch.tensor(targets), torch.tensor(masses, dtype=torch.float64), own
 
     def _rests_of(self, cover: Cover, plan: Plan) -> dict[int, int]:
         """Return what is known of the rests of a cover: by place in the sorted vocabulary."""
@@ -296,10 +296,10 @@ class CoverReader:
             return b""
         if token not in self._after:
             ways = (b"", b" ")
-            found = (
+            following = (
                 more + LETTER for more in ways if (_follow(self.other, piece + more + LETTER) or ())[:1] == (token,)
             )
-            self._after[token] = next(found, b"")
+            self._after[token] = next(following, b"")
         return self._after[token]
 
     def _target(self, data: bytes) -> int:

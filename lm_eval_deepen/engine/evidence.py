@@ -51,7 +51,7 @@ def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt]) -> list[list[Rea
 
 
 def _evidence(members: Sequence[Member], prompts: Sequence[Prompt], fallback: str) -> list[list[Read]]:
-    found: list[list[Read]] = [[] for _ in members]
+    reads: list[list[Read]] = [[] for _ in members]
     edges = [_edges(member, prompt) for member, prompt in zip(members, prompts, strict=True)]
     for stretches in _stretches(members, prompts, fallback):
         cuts = [
@@ -66,8 +66,8 @@ def _evidence(members: Sequence[Member], prompts: Sequence[Prompt], fallback: st
             control = members[m].codec.vocab.control
             for at, token in enumerate(prompt.ids):
                 if at in own and token not in control and first <= own[at] and own[at + 1] <= last:
-                    found[m].append(Read(prompt.ids[:at], token))
-    return found
+                    reads[m].append(Read(prompt.ids[:at], token))
+    return reads
 
 
 def _edges(member: Member, prompt: Prompt) -> dict[int, int]:
@@ -119,7 +119,7 @@ def _said(member: Member, chat: ChatPrompt, text: bytes, fallback: str) -> list[
     around = re.split("|".join(marks).encode(), rendered) if marks else [rendered]  # what comes before each, and last
     appended = (chat.appended.rstrip() if chat.trimmed else chat.appended).encode()
     end = (len(text) - len(appended), len(text)) if appended and text.endswith(appended) else None
-    found: list[Stretch | None] = []
+    stretches: list[Stretch | None] = []
     at = len(around[0]) if text.startswith(around[0]) else None
     for message, after in zip(chat.messages, around[1:], strict=False):
         if at is None or not isinstance(message["content"], str):
@@ -130,6 +130,6 @@ def _said(member: Member, chat: ChatPrompt, text: bytes, fallback: str) -> list[
         if own is None:
             break
         begin = at + own.index(raw.strip())
-        found.append((begin, begin + len(raw.strip())))
+        stretches.append((begin, begin + len(raw.strip())))
         at += len(own) + len(after)
-    return [*found, *[None] * (len(chat.messages) - len(found)), end]
+    return [*stretches, *[None] * (len(chat.messages) - len(stretches)), end]

@@ -172,17 +172,17 @@ class Follower:
         self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
     ) -> dict[TokenPrefix, Tensor]:
         """Return the distributions [V_m] that covers read off the ways of the rows' own paths."""
-        found: dict[TokenPrefix, Tensor] = {}
+        beside: dict[TokenPrefix, Tensor] = {}
         while True:
             sequences = list(self.held)
             for at, (route, own) in enumerate(zip(routes, plans, strict=True)):
                 last = next((path for path in reversed(route) if path is not None), self.held[at])
-                off = _sources(own) - self.kept.keys() - found.keys()
+                off = _sources(own) - self.kept.keys() - beside.keys()
                 sequences[at] = min((source for source in off if last[: len(source)] != source), default=self.held[at])
             if sequences == self.held:
-                return found
+                return beside
             logp = self.member.logp(self.cache.advance(sequences)).to(self.ensemble.device)
-            found |= {path: row for path, row, held in zip(sequences, logp, self.held, strict=True) if path != held}
+            beside |= {path: row for path, row, held in zip(sequences, logp, self.held, strict=True) if path != held}
             self.held = sequences
 
     def logits(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
@@ -224,11 +224,11 @@ class GrowingPaths:
         """Return every member's tokens for its prompt and a text that begins with what was taken in."""
         own = self.ensemble.is_own(ids)
         text = b"" if len(self.ensemble.active) == 1 else text_after(self.job, data)
-        found: list[TokenPrefix | None] = []
+        paths: list[TokenPrefix | None] = []
         for m, member in enumerate(self.ensemble.active):
             begins = bool(text) and not self.text  # by a draft: the prompt before it may end differently
             if begins or member.generates_only or (own and m in self.ensemble.siblings):
-                found.append(path_of(self.ensemble, m, self.job, ids, data))
+                paths.append(path_of(self.ensemble, m, self.job, ids, data))
                 continue
             if m not in self.cursors:
                 self.cursors[m] = TextCursor(member.codec, self.job.prompts[m].before(self.text))
@@ -236,8 +236,8 @@ class GrowingPaths:
             cursor = self.cursors[m]
             end = cursor.end(text[len(self.text) :])
             path = None if end is None else (*cursor.fixed[: end[0]], *end[1])
-            found.append(path if path is not None and member.fits(path) else None)
-        return tuple(found)
+            paths.append(path if path is not None and member.fits(path) else None)
+        return tuple(paths)
 
 
 @dataclass

@@ -109,7 +109,7 @@ class _Decoder:
         losses = [
             follower.prefill(
                 [row.job.prompts[follower.m] for row in self.ready],
-                None if wanted is None else [found[follower.m] for found in wanted],
+                None if wanted is None else [reads[follower.m] for reads in wanted],
             )
             for follower in self.followers
         ]
@@ -177,12 +177,12 @@ class _Decoder:
 
     def _log_posteriors(self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]]) -> Tensor:
         """Return the experts' log posterior [sum of (1 + drafted), K] after 0, 1, ... of each row's drafted tokens."""
-        found, start = [], 0
+        log_posteriors, start = [], 0
         for row, draft in zip(self.rows, drafts, strict=True):
             assert row.weights is not None
-            found.append(_learnt(by_expert, start, row.weights, draft))
+            log_posteriors.append(_learnt(by_expert, start, row.weights, draft))
             start += len(draft) + 1
-        return torch.cat(found)
+        return torch.cat(log_posteriors)
 
     def _routes(self, row: BatchRow, draft: Sequence[int]) -> list[tuple[TokenPrefix | None, ...]]:
         """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.

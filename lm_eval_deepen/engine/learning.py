@@ -37,8 +37,8 @@ class Ledger:
         """
         wanted = [(at, reader) for at, own in enumerate(readers) for reader in own]
         index = torch.tensor([[at, token] for at, (_, _, token) in wanted])
-        found = rows.at(index[:, 0], index[:, 1]).cpu()  # [n, K]
-        for values, (_, (key, position, _)) in zip(found, wanted, strict=True):
+        logp = rows.at(index[:, 0], index[:, 1]).cpu()  # [n, K]
+        for values, (_, (key, position, _)) in zip(logp, wanted, strict=True):
             self.logp[key][position] = values
 
     def before(self, key: Hashable, at: int) -> Tensor:

@@ -57,7 +57,7 @@ def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[Projec
         reading: made by `read_with_covers`.
         own: the bits that every member needs in its own pieces, by its name.
     """
-    ensemble, found = reading.ensemble, []
+    ensemble, losses = reading.ensemble, []
     temperatures = tuple(member.config.temperature for member in ensemble.members)
     states = [covers for covers in ("off", "on") if covers == "off" or ensemble.config.covers == "on"]
     for m, member in enumerate(ensemble.members[1:], start=1):
@@ -72,7 +72,7 @@ def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[Projec
         ]
         bits = reading.bits(reading.logp(variants)).sum(1).tolist()
         shares = [value / own[member.name] - 1 for value in bits]
-        found.append(
+        losses.append(
             ProjectionLoss(ensemble.main.name, member.name, shares[0], dict(zip(states, shares, strict=True)).get("on"))
         )
-    return found
+    return losses

@@ -29,7 +29,7 @@ def prompt_losses(
         step: how many rows of logits to compute at once.
     """
     targets: dict[TokenPrefix, dict[int, float]] = {}
-    for read in (read for found in wanted for read in found or ()):
+    for read in (read for reads in wanted for read in reads or ()):
         targets.setdefault(read.before, {})[read.token] = 0.0
     paths = list(targets)
     for start in range(0, len(paths), step):
@@ -42,12 +42,12 @@ def prompt_losses(
     pieces = member.codec.vocab.pieces
     return [
         None
-        if found is None
+        if reads is None
         else PromptLoss(
-            nats=-sum(targets[read.before][read.token] for read in found),
-            tokens=len(found),
-            num_bytes=sum(len(pieces[read.token]) for read in found),
-            each=tuple((targets[read.before][read.token], len(pieces[read.token])) for read in found),
+            nats=-sum(targets[read.before][read.token] for read in reads),
+            tokens=len(reads),
+            num_bytes=sum(len(pieces[read.token]) for read in reads),
+            each=tuple((targets[read.before][read.token], len(pieces[read.token])) for read in reads),
         )
-        for found in wanted
+        for reads in wanted
     ]

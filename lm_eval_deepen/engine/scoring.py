@@ -80,8 +80,8 @@ def score(ensemble: EnsembleBase, spans: Sequence[Span], nodes: int) -> Iterator
     Yields:
         The index of a span and its score, as soon as its round is done.
     """
-    for index, (found,) in score_together([ensemble], spans, nodes):
-        yield index, found
+    for index, (only,) in score_together([ensemble], spans, nodes):
+        yield index, only
 
 
 def score_together(
@@ -105,7 +105,7 @@ def score_together(
         results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
         traced = {i for i in indices if spans[i].traced}
         _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
-        yield from ((i, [found[i] for found in results]) for i in indices)
+        yield from ((i, [scores[i] for scores in results]) for i in indices)
 
 
 def _score_round(
@@ -120,8 +120,8 @@ def _score_round(
     members, device = ensembles[0].active, ensembles[0].device
     reads_prompts = any(ensemble.reads_prompts for ensemble in ensembles)
     prompts = prompts if reads_prompts else []
-    found = [evidence(ensembles[0], own) for own in prompts]
-    wanted = [[reads[m] for reads in found] for m in range(len(members))]
+    by_prompt = [evidence(ensembles[0], own) for own in prompts]
+    wanted = [[reads[m] for reads in by_prompt] for m in range(len(members))]
     covers = next((ensemble.covers for ensemble in ensembles if ensemble.covers), {})
     plans = {m: [_plan(reader, trees, m, row.place) for row in rows] for m, reader in covers.items()}
     passes = [_Pass(member, m, walkers[m], trees[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
@@ -136,12 +136,12 @@ def _score_round(
     tracers = [StepReader(ensemble) for ensemble in ensembles]
     for start in range(0, len(rows), step):
         chunk = range(start, min(start + step, len(rows)))
-        raw = [found.logp(chunk).to(device) for found in passes]
+        raw = [own.logp(chunk).to(device) for own in passes]
         covered = [
             covers[m].rows(own, plans[m][start : chunk.stop], passes[m].look_up) if m in covers else own
             for m, own in enumerate(raw)
         ]
-        present = torch.tensor([[found.place[i] is not None for found in passes] for i in chunk], device=device)
+        present = torch.tensor([[own.place[i] is not None for own in passes] for i in chunk], device=device)
         here = rows[start : chunk.stop]
         seen = [(at, reader) for at, row in enumerate(here) for reader in row.readers if reader[0] in traced]
         for ensemble, base, ledger, result, tracer in zip(ensembles, bases, ledgers, results, tracers, strict=True):
@@ -206,20 +206,20 @@ def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
     A walker goes on from the way it visited last, so that a beginning shared by two rounds is not forwarded
     again.
     """
-    found: list[int] = []
+    indices: list[int] = []
     nodes = 0
     before: tuple[int, ...] = ()
     for index in sorted(range(len(spans)), key=lambda index: spans[index].prompts[0].ids):
         ids = spans[index].prompts[0].ids
         added = len(ids) - common_prefix(before, ids) + len(spans[index].target)
-        if found and nodes + added > size:
-            yield found
-            found, nodes = [], 0
-        found.append(index)
+        if indices and nodes + added > size:
+            yield indices
+            indices, nodes = [], 0
+        indices.append(index)
         nodes += added
         before = ids
-    if found:
-        yield found
+    if indices:
+        yield indices
 
 
 def _rows(

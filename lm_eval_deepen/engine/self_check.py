@@ -54,15 +54,15 @@ def measure(ensemble: Ensemble, documents: Sequence[Document]) -> tuple[dict[str
     """
     num_bytes = sum(document.num_bytes for document in documents)
     together = reading = read_with_covers(ensemble, documents)
-    found = {"ensemble": float(reading.bits(reading.logp([Variant.of(ensemble)])).sum()) / num_bytes}
+    bits_of = {"ensemble": float(reading.bits(reading.logp([Variant.of(ensemble)])).sum()) / num_bytes}
     for m, member in enumerate(ensemble.members):
         if m:
             order = [m, *(k for k in range(len(ensemble.members)) if k != m)]
             turned = replace(ensemble, members=tuple(ensemble.members[k] for k in order))
             reading = Reading.of(turned, documents, members=1)
         bits = reading.bits(reading.own_logp((member.config.temperature,)))
-        found[member.name] = float(bits.sum()) / num_bytes
-    return found, projection_losses(together, {name: value * num_bytes for name, value in found.items()})
+        bits_of[member.name] = float(bits.sum()) / num_bytes
+    return bits_of, projection_losses(together, {name: value * num_bytes for name, value in bits_of.items()})
 
 
 def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warned]:
@@ -72,10 +72,10 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
     """
     alone = {name: value for name, value in bits.items() if name != "ensemble"}
     best = min(alone, key=lambda name: alone[name])
-    found = []
+    warnings = []
     share = bits["ensemble"] / alone[best] - 1
     if share > LEEWAY:
-        found.append(
+        warnings.append(
             Warned(
                 "worse_than_best_member",
                 f"the ensemble needs {bits['ensemble']:.4f} bits per byte of the calibration text, {100 * share:.1f} % "
@@ -87,7 +87,7 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
         gap = value / alone[best] - 1
         if gap <= UNEQUAL:
             continue
-        found.append(
+        warnings.append(
             Warned(
                 "unequal_members",
                 f"member {name!r} needs {100 * gap:.0f} % more bits per byte of the calibration text than {best!r}: "
@@ -95,14 +95,14 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
             )
         )
         if weights and weights[name] >= weights[best]:
-            found.append(
+            warnings.append(
                 Warned(
                     "weights_ignore_quality",
                     f"member {name!r} has weight {weights[name]:.3g}, the much better {best!r} has "
                     f"{weights[best]:.3g}. Give {best!r} more, or run `lm-eval-deepen tune`.",
                 )
             )
-    return found
+    return warnings
 
 
 def examine(ensemble: Ensemble) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class StepReader:
         values, ids = largest(own, min(TOP, own.shape[1]))
         order = values.argsort(dim=1, descending=True)
         tops = zip(ids.gather(1, order).tolist(), values.gather(1, order).exp().tolist(), strict=True)
-        found = []
+        steps = []
         for at, (tokens, shares) in enumerate(tops):
             top = tuple(
                 (self._piece(m, token), share) for token, share in zip(tokens, shares, strict=True) if share > 0
@@ -169,8 +169,8 @@ class StepReader:
             same = self._ids(m, chosen[at]) if here[at] else ()
             said = min(1.0, float(own[at, list(same)].exp().sum())) if same else None
             name = self.ensemble.active[m].name
-            found.append(MemberStep(name, weights[at], not here[at], top if here[at] else (), said))
-        return found
+            steps.append(MemberStep(name, weights[at], not here[at], top if here[at] else (), said))
+        return steps
 
     def _ids(self, m: int, token: int) -> Sequence[int]:
         """Return the ids of active member `m` that stand for a piece of the fused distribution."""

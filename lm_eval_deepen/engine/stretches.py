@@ -119,12 +119,12 @@ class MemberText:
 
 def boundaries(texts: Sequence[MemberText | None]) -> list[int]:
     """Return the offsets of a text at which the tokens of all members that take part end, 0 first."""
-    found: set[int] | None = None
+    shared: set[int] | None = None
     for text in texts:
         if text is not None:
             own = {0, *text.ends}
-            found = own if found is None else found & own
-    return sorted(found or ())
+            shared = own if shared is None else shared & own
+    return sorted(shared or ())
 
 
 class StretchPrompter:
@@ -186,8 +186,8 @@ class StretchPrompter:
     def _strip_bos(self, text: str) -> tuple[str, bool]:
         """Return a text without the literal of some member's BOS token at its start, and whether there was one."""
         for member in self.members:
-            rest, found = member.codec.strip_bos(text)
-            if found:
+            rest, stripped = member.codec.strip_bos(text)
+            if stripped:
                 return rest, True
         return text, False
 
@@ -346,19 +346,19 @@ def without_evidence(span: StretchSpan) -> StretchSpan:
 def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[int]]:
     """Yield indices of texts whose trees have about `size` nodes in member `m`, sorted by its tokens."""
     firsts = [span.paths[m] or () for span in spans]
-    found: list[int] = []
+    indices: list[int] = []
     count = 0
     before: tuple[int, ...] = ()
     for index in sorted(range(len(spans)), key=lambda index: firsts[index]):
         added = len(firsts[index]) - common_prefix(before, firsts[index])
-        if found and count + added > size:
-            yield found
-            found, count = [], 0
-        found.append(index)
+        if indices and count + added > size:
+            yield indices
+            indices, count = [], 0
+        indices.append(index)
         count += added
         before = firsts[index]
-    if found:
-        yield found
+    if indices:
+        yield indices
 
 
 def _read(
@@ -388,20 +388,20 @@ def _read(
         step = max(1, LOGITS_PER_CHUNK // member.vocab_size)
         for start in range(0, len(read), step):
             _look_up(member, member.logp(states[start : start + step]), read[start : start + step], targets, powers)
-    found = []
+    scores = []
     for span, way in zip(spans, ways, strict=True):
         path, cuts = span.paths[m], span.cuts[m]
         if path is None:
             count = max(len(own) for own in span.cuts) - 1
             nothing = torch.full((len(powers), count), -torch.inf, dtype=torch.float64)
-            found.append((nothing, torch.zeros(count, dtype=torch.bool)))
+            scores.append((nothing, torch.zeros(count, dtype=torch.bool)))
             continue
         tokens = [targets[node][token] for node, token in zip(way, path[cuts[0] :], strict=True)]
         parts = [tokens[a - cuts[0] : b - cuts[0]] for a, b in zip(cuts, cuts[1:], strict=False)]
         sums = [[math.fsum(values[p] for values, _ in part) for part in parts] for p in range(len(powers))]
         logp = torch.tensor(sums, dtype=torch.float64).reshape(len(powers), len(parts))
-        found.append((logp, torch.tensor([all(same for _, same in part) for part in parts], dtype=torch.bool)))
-    return found
+        scores.append((logp, torch.tensor([all(same for _, same in part) for part in parts], dtype=torch.bool)))
+    return scores
 
 
 def _look_up(

@@ -157,18 +157,18 @@ class Texts:
         yield from generate(self.ensemble, jobs, size, drafts)
         self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
 
-    def finished(self, found: Generation, until: Sequence[str]) -> str:
+    def finished(self, generation: Generation, until: Sequence[str]) -> str:
         """Return a generation as ``hf`` presents it: stop strings and thinking removed.
 
         One member's end of text stays in the text where it is no special token, as in ``hf``.
         """
-        lm, ids = self.ensemble.main.lm, found.ids
+        lm, ids = self.ensemble.main.lm, generation.ids
         end = lm.think_end_token
-        if self.prompter.solo and found.end is not None:
-            ids = [*ids, found.end]
+        if self.prompter.solo and generation.end is not None:
+            ids = [*ids, generation.end]
         if isinstance(end, int) and end in ids:
             ids = ids[len(ids) - ids[::-1].index(end) :]
-        text = lm.tok_decode(ids) if self.ensemble.is_own(ids) else found.data.decode(errors="replace")
+        text = lm.tok_decode(ids) if self.ensemble.is_own(ids) else generation.data.decode(errors="replace")
         if isinstance(end, int):
             text = text.lstrip()
         return presented(text, until, end if isinstance(end, str) else None)
@@ -182,13 +182,13 @@ def generated(
     if texts.prompter.solo:
         ensemble.main.check_generation()
     prepared = [texts.job(prompt, arguments, repeats) for prompt in prompts]
-    found: dict[int, GeneratedText] = {}
+    texts_by_index: dict[int, GeneratedText] = {}
     for index, one in texts.generations([replace(job, traced=traced) for job, _ in prepared]):
         if one.refusal:
             raise RequestError(f"prompt {index}: {one.refusal}")
         text = texts.finished(one, prepared[index][1])
-        found[index] = GeneratedText(prompts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
-    return tuple(found[index] for index in range(len(prompts)))
+        texts_by_index[index] = GeneratedText(prompts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
+    return tuple(texts_by_index[index] for index in range(len(prompts)))
 
 
 class _Kept(Drafter):
@@ -215,8 +215,8 @@ def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: boo
         prompter = StretchPrompter(ensemble)
         return _by_stretches(texts, pairs, [prompter.span(*pair) for pair in pairs])
     spans = [replace(texts.prompter.span(*pair), traced=traced) for pair in pairs]
-    found = dict(score(ensemble, spans, texts.nodes(spans)))
-    return tuple(_scored(pair, [found[index]], found[index].total) for index, pair in enumerate(pairs))
+    scores = dict(score(ensemble, spans, texts.nodes(spans)))
+    return tuple(_scored(pair, [scores[index]], scores[index].total) for index, pair in enumerate(pairs))
 
 
 def read(ensemble: EnsembleBase, text: str) -> ScoredText:
@@ -224,8 +224,8 @@ def read(ensemble: EnsembleBase, text: str) -> ScoredText:
     require_scoring(ensemble)
     texts = Texts(ensemble)
     spans = [replace(span, traced=True) for span in rolling_spans(ensemble, text)]
-    found = dict(score(ensemble, spans, texts.nodes(spans)))
-    windows = [found[index] for index in range(len(spans))]
+    scores = dict(score(ensemble, spans, texts.nodes(spans)))
+    windows = [scores[index] for index in range(len(spans))]
     return _scored(("", text), windows, total(ensemble, windows) if windows else 0.0)
 
 

@@ -44,11 +44,11 @@ class OneHotExperts:
     def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return every expert's log-probability [n, K] (fp64) of a token in a row, for n pairs of them."""
         owner = torch.searchsorted(self.starts, rows.contiguous(), right=True) - 1
-        found = torch.empty(len(rows), self.parts[0].experts, dtype=torch.float64, device=self.device)
+        logp = torch.empty(len(rows), self.parts[0].experts, dtype=torch.float64, device=self.device)
         for index in owner.unique().tolist():
             mine = owner == index
-            found[mine] = self.parts[index].at(rows[mine] - self.starts[index], tokens[mine])
-        return found
+            logp[mine] = self.parts[index].at(rows[mine] - self.starts[index], tokens[mine])
+        return logp
 
     def mixed(self, log_posterior: Tensor) -> Fused:
         """Return the experts' mixture under each row's log posterior [B, K]."""
@@ -89,7 +89,7 @@ class _Part:
         alone = torch.zeros_like(share)
         alone[..., 0] = 1
         share = torch.where(total > 0, share / total.clamp_min(1e-30), alone)
-        classes = [found for found in parts.classes if found is not None]  # [b, A] each, given text
+        classes = [own for own in parts.classes if own is not None]  # [b, A] each, given text
         self.own = classes[0]
         reached = self.own / (self.own + SMALLEST)  # 1 where the main member has any mass
         spare = SMALLEST * reached.sum(1)
@@ -139,17 +139,17 @@ class _Part:
         gain = ((mass + SMALLEST) / (self.own[rows, at] + SMALLEST)[:, None]).log() - self.log_mass[rows]
         given = self.main[rows, tokens].float()
         text = gain.masked_fill(~described[:, None], 0.0) + self.log_text[rows]
-        found = text + (given - self.log_sum[rows] + self.kept[rows])[:, None]
+        logp = text + (given - self.log_sum[rows] + self.kept[rows])[:, None]
         control, unused, eos = (torch.isin(tokens, ids) for ids in (self.side.control, self.side.unused, self.side.eos))
         own = given - self.log_total[rows]
-        found = torch.where(control[:, None], own[:, None], found)
+        logp = torch.where(control[:, None], own[:, None], logp)
         if bool(eos.any()):
             ends = torch.zeros_like(given)
             ends[eos] = given[eos] - torch.logsumexp(self.main[rows[eos]][:, self.side.eos].float(), dim=1)
             ends = ends.nan_to_num(nan=0.0)
-            found = torch.where(eos[:, None], self.log_end[rows] + (ends + self.kept[rows])[:, None], found)
-        found = torch.where(self.usable[rows, None], found, own[:, None].expand_as(found))
-        return found.masked_fill(unused[:, None], NEG_INF).double()
+            logp = torch.where(eos[:, None], self.log_end[rows] + (ends + self.kept[rows])[:, None], logp)
+        logp = torch.where(self.usable[rows, None], logp, own[:, None].expand_as(logp))
+        return logp.masked_fill(unused[:, None], NEG_INF).double()
 
     def mixed(self, log_posterior: Tensor, out: Tensor) -> Tensor:
         """Write the mixture to `out` [b, V_0] and return the mass of its end [b]."""

@@ -74,7 +74,7 @@ class Found:
         def join(values: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(values))[order]
 
-        found = [part for _, part in parts]
-        stats = {name: join([part.stats[name] for part in found]) for name in found[0].stats}
-        log_text, log_end = join([part.log_text for part in found]), join([part.log_end for part in found])
-        return cls(log_text, log_end, join([part.usable for part in found]), stats)
+        groups = [part for _, part in parts]
+        stats = {name: join([part.stats[name] for part in groups]) for name in groups[0].stats}
+        log_text, log_end = join([part.log_text for part in groups]), join([part.log_end for part in groups])
+        return cls(log_text, log_end, join([part.usable for part in groups]), stats)

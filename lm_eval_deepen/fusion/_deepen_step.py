@@ -197,19 +197,19 @@ def _fuse(
     kept, total = parts.log_kept[:, 0], parts.log_total[:, 0]
     taking_part = torch.cat([torch.ones_like(active[:, :1]), active[:, 1:]], dim=1)
     rows = Rows(parts, share, taking_part, out, with_end)
-    found = _invert_full(fuser, rows, sides) if full else _invert_truncated(fuser, rows, sides)
+    inverted = _invert_full(fuser, rows, sides) if full else _invert_truncated(fuser, rows, sides)
     if len(side.eos):
-        out.index_copy_(1, side.eos, _end_logp(main, side.eos) + (kept + found.log_end)[:, None])
+        out.index_copy_(1, side.eos, _end_logp(main, side.eos) + (kept + inverted.log_end)[:, None])
     out.index_copy_(1, side.control, main.index_select(1, side.control).float() - total[:, None])
     out.index_fill_(1, side.unused, NEG_INF)
-    usable, stats = found.usable, found.stats
+    usable, stats = inverted.usable, inverted.stats
     if not bool(usable.all()):
         own = main.to(torch.float32, copy=True).index_fill_(1, side.unused, NEG_INF)
         out.copy_(torch.where(usable[:, None], out, own - total[:, None]))
     stats = {name: value.masked_fill(~usable, 0.0) for name, value in stats.items()}
     if not full:
         stats["max_truncated_mass"] = stats["truncated_mass"]
-    stats["end_mass"] = (torch.where(usable, found.log_end, parts.log_end[:, 0]) + kept).exp()
+    stats["end_mass"] = (torch.where(usable, inverted.log_end, parts.log_end[:, 0]) + kept).exp()
     stats["dropped_control_mass"] = (weights[:, 1:] * parts.dropped[:, 1:]).sum(1)
     return stats
 
@@ -222,8 +222,8 @@ def _end_logp(main: Tensor, eos: Tensor) -> Tensor:
 
 def _one_hot(sides: Sequence[Side]) -> list[OneHotOperator] | None:
     """Return the members' matrices where every row is one-hot."""
-    found = [op for op in (side.matrix.full() for side in sides) if isinstance(op, OneHotOperator)]
-    return found if len(found) == len(sides) else None
+    operators = [op for op in (side.matrix.full() for side in sides) if isinstance(op, OneHotOperator)]
+    return operators if len(operators) == len(sides) else None
 
 
 def _invert_full(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> Found:
@@ -235,7 +235,7 @@ def _invert_full(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> Found
         own = texts[0]
         projected = [side.matrix.full().project(text.exp()) for side, text in zip(sides, texts, strict=True)]
     else:
-        projected = [found for found in parts.classes if found is not None]
+        projected = [own_mass for own_mass in parts.classes if own_mass is not None]
     agreed = fuser.average(projected[0], projected[1:], rows.share, parts, with_end=rows.with_end)
     mass = parts.log_kept[:, 0] + agreed.log_text
     nothing = torch.zeros_like(mass)
@@ -264,13 +264,13 @@ def _invert_truncated(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side]) -> 
     """Write the fused text pieces to ``rows.out`` [B, V_0], from supports of every row's own size."""
     groups, rest = _groups(fuser, rows, sides)
     moved = [_invert_group(fuser, rows, sides, group) for group in groups]
-    found = [(group.index, found) for group, (found, _, _) in zip(groups, moved, strict=True)]
+    inverted = [(group.index, own) for group, (own, _, _) in zip(groups, moved, strict=True)]
     whole = None
     if len(rest):
         again = split([x[rest] for x in rows.parts.rows], sides, with_end=rows.with_end, one_hot=_one_hot(sides))
         whole = rows.at(rest, again)
-        found.append((rest, _invert_full(fuser, whole, sides)))
-    together = found[0][1] if len(found) == 1 else Found.together(found)
+        inverted.append((rest, _invert_full(fuser, whole, sides)))
+    together = inverted[0][1] if len(inverted) == 1 else Found.together(inverted)
     scale = (rows.parts.log_kept[:, 0] + together.log_text - rows.parts.log_sum[:, 0])[:, None]
     torch.add(rows.parts.rows[0], scale, out=rows.out)
     for group, (_, support, logp) in zip(groups, moved, strict=True):
@@ -308,18 +308,18 @@ def _invert_group(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: 
     """Find the log-probabilities [b, K] given the main member's support, from own pieces and their counterparts."""
     index = group.index
     parts, share, active = rows.parts.masses(index), rows.share[index], rows.active[index]
-    found = supports(rows.parts.rows, index, sides, active, [top.ids for top in group.tops])
-    operators = share_columns([side.matrix.at(at.ids) for side, at in zip(sides, found, strict=True)])
-    held = torch.stack([support.log_mass for support in found], dim=1) - parts.log_sum
-    projected = [op.project(support.logp.exp()) for op, support in zip(operators, found, strict=True)]
+    chosen = supports(rows.parts.rows, index, sides, active, [top.ids for top in group.tops])
+    operators = share_columns([side.matrix.at(at.ids) for side, at in zip(sides, chosen, strict=True)])
+    held = torch.stack([support.log_mass for support in chosen], dim=1) - parts.log_sum
+    projected = [op.project(support.logp.exp()) for op, support in zip(operators, chosen, strict=True)]
     agreed = fuser.average(projected[0], projected[1:], share, parts, with_end=rows.with_end)
-    logp0 = found[0].logp
+    logp0 = chosen[0].logp
     solved = fuser.solver.solve(logp0, agreed.r, operators[0], projected[0])
     widened = torch.stack([top.widened for top in group.tops], dim=1).any(1).float()
     truncated = (agreed.blend * (1 - held.exp()).clamp(min=0)).sum(1)
     stats = {**solved.stats, "truncated_mass": truncated, "rows_widened": widened}
     logp, stats = _held_back(fuser, logp0, solved.logp, stats)
-    return Found.of(agreed, stats), found[0], logp
+    return Found.of(agreed, stats), chosen[0], logp
 
 
 def _held_back(

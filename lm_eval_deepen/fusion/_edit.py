@@ -39,8 +39,8 @@ def nearest(queries: Sequence[bytes], candidates: Sequence[bytes]) -> tuple[NDAr
             wanted = gap * len(candidates) <= best  # no distance is below the difference in length
             rows = [n for n in order if wanted[n]]
             walk = _Walk([candidates[n] for n in chunk], word, int(lengths.max(initial=0)))
-            found = np.array([walk.nearest(queries[n]) for n in rows], dtype=np.int64).reshape(-1, 2)
-            keys = found[:, 0] * len(candidates) + np.array(chunk, dtype=np.int64)[found[:, 1]]
+            pairs = np.array([walk.nearest(queries[n]) for n in rows], dtype=np.int64).reshape(-1, 2)
+            keys = pairs[:, 0] * len(candidates) + np.array(chunk, dtype=np.int64)[pairs[:, 1]]
             best[rows] = np.minimum(best[rows], keys)
         low = width + 1
     for index in (n for n, candidate in enumerate(candidates) if len(candidate) >= low):

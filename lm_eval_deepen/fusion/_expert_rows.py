@@ -74,11 +74,11 @@ class SomeLeft:
         """Return every expert's log-probability [n, K]; a token that the main member lacks has none in a row left."""
         own = tokens < self.main.shape[1]
         values = torch.where(own, self.main[rows, tokens.clamp(max=self.main.shape[1] - 1)].double(), -torch.inf)
-        found = values[:, None].repeat(1, self.experts)
+        logp = values[:, None].repeat(1, self.experts)
         fused = ~self.left[rows]
         if self.fused is not None and bool(fused.any()):
-            found[fused] = self.fused.at(self.place[rows[fused]], tokens[fused])
-        return found
+            logp[fused] = self.fused.at(self.place[rows[fused]], tokens[fused])
+        return logp
 
     def mixed(self, log_posterior: Tensor) -> Fused:
         """Return the mixture [B, C]."""

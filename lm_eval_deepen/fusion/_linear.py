@@ -145,6 +145,6 @@ def spread(mapped: Tensor, own: Tensor, roles: Roles) -> Tensor:
 
 def one_to_one(targets: Tensor, columns: int) -> SparseMatrix:
     """Return the map [V_m, K] that sends every piece to the column `targets` [V_m], and -1 nowhere."""
-    found = targets >= 0
-    lost = (~found).to(torch.float32)
-    return SparseMatrix(found.to(torch.float32)[:, None], targets.clamp(min=0).to(torch.int32)[:, None], columns, lost)
+    mapped = targets >= 0
+    lost = (~mapped).to(torch.float32)
+    return SparseMatrix(mapped.to(torch.float32)[:, None], targets.clamp(min=0).to(torch.int32)[:, None], columns, lost)

@@ -78,15 +78,15 @@ def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:
     have the bytes of that token, it is the one that the tokenizer gives.
     """
     own = text_ids(member.vocabulary)
-    found = torch.full((len(pieces),), -1, dtype=torch.int64)
+    firsts = torch.full((len(pieces),), -1, dtype=torch.int64)
     longest = max(map(len, own), default=0)
     for n, piece in enumerate(pieces):
         if member.spelling is not None:
-            found[n] = _first_token(member.spelling, piece)
+            firsts[n] = _first_token(member.spelling, piece)
             continue
         beginnings = (piece[:end] for end in range(min(len(piece), longest), 0, -1))
-        found[n] = next((own[part][0] for part in beginnings if part in own), -1)
-    return found
+        firsts[n] = next((own[part][0] for part in beginnings if part in own), -1)
+    return firsts
 
 
 def _first_token(spelling: Spelling, piece: bytes) -> int:

@@ -48,8 +48,8 @@ def text_ids(vocabulary: ByteVocab) -> dict[bytes, tuple[int, ...]]:
     apart = vocabulary.control | vocabulary.unused
     if not any(vocabulary.pieces[i] for i in apart):
         return vocabulary.ids_of
-    found = ((piece, tuple(i for i in ids if i not in apart)) for piece, ids in vocabulary.ids_of.items())
-    return {piece: ids for piece, ids in found if ids}
+    kept = ((piece, tuple(i for i in ids if i not in apart)) for piece, ids in vocabulary.ids_of.items())
+    return {piece: ids for piece, ids in kept if ids}
 
 
 def roles_of(vocabulary: ByteVocab, *, with_end: bool) -> Roles:
@@ -80,11 +80,11 @@ def leaders_of(vocabulary: ByteVocab) -> Tensor:
     A tokenizer may spell a text with another id of a group than its leader: Gemma spells "'" with its text piece, and
     ``<0x27>`` leads. Where the mass of a group is at its leader (`gather_groups`), that is where it has to be read.
     """
-    found = torch.arange(len(vocabulary))
+    leaders = torch.arange(len(vocabulary))
     for ids in text_ids(vocabulary).values():
         if len(ids) > 1:
-            found[list(ids)] = ids[0]
-    return found
+            leaders[list(ids)] = ids[0]
+    return leaders
 
 
 @dataclass(frozen=True)

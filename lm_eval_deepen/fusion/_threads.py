@@ -34,9 +34,9 @@ def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slic
     if threads == 1 or len(parts) == 1:
         return [work(part) for part in parts]
     inference = torch.is_inference_mode_enabled()
-    found = list(_pool(os.getpid(), threads).map(lambda part: _alone(part, work, inference), parts))
+    results = list(_pool(os.getpid(), threads).map(lambda part: _alone(part, work, inference), parts))
     torch.set_num_threads(threads)  # what a worker set for itself also is what threads made later begin with
-    return found
+    return results
 
 
 @functools.lru_cache(maxsize=1)

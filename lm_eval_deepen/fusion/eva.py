@@ -94,8 +94,8 @@ class Eva(Options):
             def build(member: MemberView = member, anchors: AnchorSet = anchors) -> SparseMatrix:
                 return align(member, main, anchors, self.neighbours, self.similarity_floor, store.progress)
 
-            found, fact = stored_map(store, member, "eva", identity, build)
-            maps.append(found)
+            matrix, fact = stored_map(store, member, "eva", identity, build)
+            maps.append(matrix)
             facts.append({**fact, "common_pieces": len(anchors)})
         vocabularies = [member.vocabulary for member in members]
         return EvaFuser(self.filter_top, main.vocabulary, vocabularies, maps, {"maps": facts})
@@ -118,8 +118,8 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _normalised(rows: Tensor, ids: Tensor) -> Tensor:
     """Return rows `ids` [n, d] of length 1 about their mean, fp32; a zero row stays one."""
-    found = _unit(rows[ids.to(rows.device)].to(torch.float32))
-    return _unit(found - found.mean(0))
+    unit = _unit(rows[ids.to(rows.device)].to(torch.float32))
+    return _unit(unit - unit.mean(0))
 
 
 def procrustes(source: Tensor, target: Tensor) -> Tensor:
@@ -152,9 +152,9 @@ def align(
     parts = []
     with tqdm(total=len(source), unit="row", desc=f"alignment of {member.name}", disable=not progress) as bar:
         for start in range(0, len(source), block):
-            cosines, found = largest(source[start : start + block] @ target.T, width)
-            parts.append((torch.where(cosines >= max(floor, 1e-6), cosines, 0.0).cpu(), leaders[found.cpu()].int()))
-            bar.update(len(found))
+            cosines, near = largest(source[start : start + block] @ target.T, width)
+            parts.append((torch.where(cosines >= max(floor, 1e-6), cosines, 0.0).cpu(), leaders[near.cpu()].int()))
+            bar.update(len(near))
     groups = list(text_ids(member.vocabulary).values())  # in the order of `own`: equal bytes have equal rows
     rows_of = torch.tensor([n for n, group in enumerate(groups) for _ in group])
     every_id = torch.tensor([i for group in groups for i in group])

@@ -46,8 +46,8 @@ class Mined(Options):
             def build(member: MemberView = member) -> SparseMatrix:
                 return one_to_one(nearest_pieces(member.vocabulary, main), len(main))
 
-            found, fact = stored_map(store, member, "mined", identity, build)
-            maps.append(found)
+            matrix, fact = stored_map(store, member, "mined", identity, build)
+            maps.append(matrix)
             facts.append(fact)
         return LinearFuser(main, [member.vocabulary for member in members], maps, {"maps": facts})
 
@@ -58,10 +58,10 @@ def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab) -> Tensor:
     own, places = text_ids(vocabulary), {piece: ids[0] for piece, ids in text_ids(main).items()}
     missing = [piece for piece in own if piece not in places]
     candidates = sorted(places, key=lambda piece: places[piece])
-    found = dict(zip(missing, nearest(missing, candidates)[0].tolist(), strict=True)) if candidates else {}
+    closest = dict(zip(missing, nearest(missing, candidates)[0].tolist(), strict=True)) if candidates else {}
     for piece, ids in own.items():
-        if piece in places or piece in found:
-            near = places[piece if piece in places else candidates[found[piece]]]
+        if piece in places or piece in closest:
+            near = places[piece if piece in places else candidates[closest[piece]]]
             for i in ids:
                 target[i] = near
     for i in vocabulary.eos if main.eos else ():

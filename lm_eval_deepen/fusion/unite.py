@@ -81,24 +81,24 @@ class Unite(Options):
             def build(member: MemberView = member, columns: Tensor = columns) -> SparseMatrix:
                 return one_to_one(_lookup(member, columns, union), len(member.vocabulary))
 
-            found, fact = stored_map(store, member, "unite", identity, build)
-            ids = found.indices[:, 0].long()
+            matrix, fact = stored_map(store, member, "unite", identity, build)
+            ids = matrix.indices[:, 0].long()
             # A map is of the ids that the tokenizer gives; the fuser reads a group's mass at its leader.
-            lookups.append(torch.where(found.values[:, 0] > 0, leaders_of(member.vocabulary)[ids], -1))
+            lookups.append(torch.where(matrix.values[:, 0] > 0, leaders_of(member.vocabulary)[ids], -1))
             facts.append(fact)
         return UniteFuser(self, union, [member.vocabulary for member in members], lookups, facts)
 
 
 def _lookup(member: MemberView, columns: Tensor, union: Union) -> Tensor:
     """Return the member's id for every column of the union [K]: its own piece, else its first token, else -1."""
-    found = torch.full((len(union.vocabulary),), -1, dtype=torch.int64)
+    leaders = torch.full((len(union.vocabulary),), -1, dtype=torch.int64)
     ids = (columns >= 0).nonzero()[:, 0]
-    found.scatter_reduce_(0, columns[ids], ids, "amin", include_self=False)  # ids with one column: their leader
+    leaders.scatter_reduce_(0, columns[ids], ids, "amin", include_self=False)  # ids with one column: their leader
     apart = union.vocabulary.control | union.vocabulary.unused
-    missing = [n for n in (found < 0).nonzero()[:, 0].tolist() if n not in apart]
+    missing = [n for n in (leaders < 0).nonzero()[:, 0].tolist() if n not in apart]
     if missing:
-        found[missing] = first_pieces(member, [union.vocabulary.pieces[n] for n in missing])
-    return found
+        leaders[missing] = first_pieces(member, [union.vocabulary.pieces[n] for n in missing])
+    return leaders
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,24 +166,24 @@ class UniteFuser:
         active[:, 0] = True  # its candidates are kept even where it has no weight
         parts = [keep(abstain(rows, active[:, m]), places[m].roles) for m, rows in enumerate(logp)]
         p = [gather_groups(part.logp.exp(), place.roles) for part, place in zip(parts, places, strict=True)]
-        found, used = self._candidates(p, active, places)
+        candidates, used = self._candidates(p, active, places)
         shares = shares_of(weights, parts)
-        average = torch.zeros(found.shape, device=found.device)
+        average = torch.zeros(candidates.shape, device=candidates.device)
         for m, place in enumerate(places):
-            ids = place.lookup[found]
+            ids = place.lookup[candidates]
             own = torch.where(used & (ids >= 0), p[m].gather(1, ids.clamp(min=0)), 0.0)
             average += own * (shares[:, m] / own.sum(1).clamp(min=TINY))[:, None]
         mass = average.sum(1)
         usable = parts[0].valid & (mass > TINY)
-        inside = torch.where(used & (found < size), p[0].gather(1, found.clamp(max=size - 1)), 0.0).sum(1)
+        inside = torch.where(used & (candidates < size), p[0].gather(1, candidates.clamp(max=size - 1)), 0.0).sum(1)
 
         held = inside.clamp(TINY, 1) if self.options.tail == "main" else torch.ones_like(inside)
         values = average.log() + (held.log() - torch.where(usable, mass, 1.0).log())[:, None]
-        out = torch.full((len(found), columns + 1), NEG_INF, device=found.device)
+        out = torch.full((len(candidates), columns + 1), NEG_INF, device=candidates.device)
         if self.options.tail == "main":
             out[:, :size] = parts[0].logp
-        out.scatter_(1, torch.where(used, found, columns), values)
-        out = self._share_groups(out[:, :columns], parts[0], places[0].roles, found, used)
+        out.scatter_(1, torch.where(used, candidates, columns), values)
+        out = self._share_groups(out[:, :columns], parts[0], places[0].roles, candidates, used)
         out = finish(out, logp[0], parts[0], places[0].roles, usable)
         dropped = torch.stack([part.dropped for part in parts[1:]], dim=1)
         return Fused(
@@ -198,23 +198,23 @@ class UniteFuser:
 
     def _candidates(self, p: Sequence[Tensor], active: Tensor, places: Sequence[_Place]) -> tuple[Tensor, Tensor]:
         """Return the columns of a row's candidates [B, n], ascending, and which places are in use [B, n]."""
-        columns, found = len(self.out_vocab), []
+        columns, columns_of = len(self.out_vocab), []
         for m, place in enumerate(places):
             values, ids = largest(p[m], min(self.options.top_k, p[m].shape[1]))
             taken = (values > 0) & active[:, m, None]
-            found.append(torch.where(taken, place.columns[ids], columns))
-        ids = torch.cat(found, dim=1).sort(dim=1).values
+            columns_of.append(torch.where(taken, place.columns[ids], columns))
+        ids = torch.cat(columns_of, dim=1).sort(dim=1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
         used = (ids < columns) & ~repeated
         return torch.where(used, ids, 0), used
 
-    def _share_groups(self, out: Tensor, part: Kept, roles: Roles, found: Tensor, used: Tensor) -> Tensor:
+    def _share_groups(self, out: Tensor, part: Kept, roles: Roles, candidates: Tensor, used: Tensor) -> Tensor:
         """Share a candidate's mass among the main member's ids that stand for it, in proportion to its own."""
         if not len(roles.groups):
             return out
         chosen = torch.zeros((len(out), out.shape[1] + 1), dtype=torch.bool, device=out.device)
-        chosen.scatter_(1, torch.where(used, found, out.shape[1]), True)
+        chosen.scatter_(1, torch.where(used, candidates, out.shape[1]), True)
         chosen = chosen[:, roles.leaders]
         shared = within_groups(part.logp, roles) + out[:, roles.leaders, None]
         shared = torch.where(chosen[..., None], shared, out[:, roles.groups])

@@ -15,11 +15,11 @@ ACCELERATORS = ("cuda", "xpu", "npu", "hpu")  # what ``HFLM`` places models on, 
 
 def existing_devices() -> tuple[str, ...]:
     """Return every device of this machine that a member can be loaded on, as ``HFLM`` spells it."""
-    found = ["cpu"]
+    devices = ["cpu"]
     for kind in ACCELERATORS:
         module = getattr(torch, kind, None)  # `torch.npu` and `torch.hpu` come with plugins
-        found += [f"{kind}:{index}" for index in range(module.device_count() if module else 0)]
-    return (*found, "mps:0") if torch.backends.mps.is_available() else tuple(found)
+        devices += [f"{kind}:{index}" for index in range(module.device_count() if module else 0)]
+    return (*devices, "mps:0") if torch.backends.mps.is_available() else tuple(devices)
 
 
 def default_device() -> str:

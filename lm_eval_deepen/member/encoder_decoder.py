@@ -194,13 +194,13 @@ class EncoderDecoderMember(Member):
         pattern = self.config.source_pattern
         if pattern is None:
             return text
-        found = list(re.finditer(pattern, text))
-        if not found or found[-1][1] is None:
+        matches = list(re.finditer(pattern, text))
+        if not matches or matches[-1][1] is None:
             raise RequestError(
                 f"member {self.name!r}: source_pattern {pattern!r} finds no source text in the prompt that ends in "
                 f"{text[-80:]!r}. Correct the pattern, or evaluate tasks with such prompts."
             )
-        return found[-1][1]
+        return matches[-1][1]
 
     def prompt(self, text: str) -> Prompt:
         """Return the prompt whose source is cut out of a text.

@@ -51,7 +51,7 @@ class Seq2SeqRunner(PlainRunner):
         A path that begins another one is read off that one's forward pass.
         """
         ordered = sorted({divide(path) for path in paths})
-        found: dict[tuple[Ids, Ids], Tensor] = {}
+        states: dict[tuple[Ids, Ids], Tensor] = {}
         rows: list[tuple[Ids, Ids]] = []
         reads: list[tuple[int, tuple[Ids, Ids]]] = []  # row, path
         for (source, tokens), after in zip(ordered, [*ordered[1:], None], strict=True):
@@ -61,9 +61,9 @@ class Seq2SeqRunner(PlainRunner):
             rows.append((source, tokens))
             longest = max(len(part) for pair in [*rows, *([after] if after else [])] for part in pair)
             if after is None or (len(rows) + 1) * longest > TOKENS_PER_FORWARD or len(rows) >= SOURCES_KEPT:
-                found.update(self._forward(rows, reads))
+                states.update(self._forward(rows, reads))
                 rows, reads = [], []
-        return torch.stack([found[divide(path)] for path in paths])
+        return torch.stack([states[divide(path)] for path in paths])
 
     def _forward(
         self, rows: Sequence[tuple[Ids, Ids]], reads: Sequence[tuple[int, tuple[Ids, Ids]]]

@@ -101,14 +101,14 @@ class Asked:
 
 def with_end(until: list[str], end: str | None) -> list[str]:
     """Return the strings that end a text with the end of text among them, as ``hf`` has it."""
-    found: list[str] = handle_stop_sequences(until, eos=end)
-    return found
+    stops: list[str] = handle_stop_sequences(until, eos=end)
+    return stops
 
 
 def presented(text: str, until: Sequence[str], think_end: str | None) -> str:
     """Return a text up to its first stop string and behind its thinking, as ``hf`` presents it."""
-    found: str = postprocess_generated_text(text, stop=list(until), think_end_token=think_end)
-    return found
+    shown: str = postprocess_generated_text(text, stop=list(until), think_end_token=think_end)
+    return shown
 
 
 def _check_until(given: Mapping[str, Any]) -> None:

@@ -44,11 +44,11 @@ def content_of(tokenizer: tokenizers.Tokenizer) -> tuple[str, int]:
         [part.__getstate__() if part is not None else None for part in parts],
         added, tokenizer.truncation, tokenizer.padding, tokenizer.encode_special_tokens, settings,
     ))  # fmt: skip
-    found = _digests.get(tokenizer)
-    if found is None or found[0] != state:
+    known = _digests.get(tokenizer)
+    if known is None or known[0] != state:
         written = tokenizer.to_str().encode()
-        found = _digests[tokenizer] = (state, hashlib.sha256(written).hexdigest(), len(written))
-    return found[1:]
+        known = _digests[tokenizer] = (state, hashlib.sha256(written).hexdigest(), len(written))
+    return known[1:]
 
 
 def kept(kind: str, decides: Sequence[Any], make: Callable[[], bytes], length: int) -> bytes:

@@ -49,11 +49,11 @@ class ColumnCache:
     @torch.inference_mode()
     def take(self, columns: Tensor) -> list[LayerKV]:
         """Return copies of `columns` [n] of row 0: keys and values [H, n, D] per layer."""
-        found = []
+        layers = []
         for layer in self.layers:
             at = columns.to(layer.keys.device)
-            found.append((layer.keys[0].index_select(1, at), layer.values[0].index_select(1, at)))
-        return found
+            layers.append((layer.keys[0].index_select(1, at), layer.values[0].index_select(1, at)))
+        return layers
 
     @torch.inference_mode()
     def put(self, row: int, rows: int, held: Sequence[LayerKV]) -> None:

@@ -312,8 +312,8 @@ def ends_of_text(generation: Any, config: Any, tokenizer: int | None) -> tuple[i
         tokenizer: that of the tokenizer.
     """
     named = config if generation is None else generation
-    found = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
-    return tuple(dict.fromkeys([*found, *([] if tokenizer is None else [tokenizer])]))
+    ids = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
+    return tuple(dict.fromkeys([*ids, *([] if tokenizer is None else [tokenizer])]))
 
 
 def _digest(rows: Tensor) -> str:

@@ -69,13 +69,13 @@ def preview_vocabularies(configs: Sequence[MemberConfig], tokenizers: Sequence[A
     Raises:
         VocabularyError: a tokenizer without an exact byte mapping.
     """
-    found = []
+    vocabularies = []
     for config, tokenizer in zip(configs, tokenizers, strict=True):
         if tokenizer is not None:
             eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             read = Backend(tokenizer, files_of(config), size=len(tokenizer), eos=eos, name=config.name)
-            found.append(read.vocab.events)
-    return found
+            vocabularies.append(read.vocab.events)
+    return vocabularies
 
 
 def reusable(tokenizer: Any | None) -> bool:

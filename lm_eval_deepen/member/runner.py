@@ -123,7 +123,7 @@ class PlainRunner:
         A path that begins another one is read off that one's forward pass.
         """
         ordered = sorted({tuple(path) for path in paths})
-        found: dict[tuple[int, ...], Tensor] = {}
+        states: dict[tuple[int, ...], Tensor] = {}
         batch: list[tuple[int, ...]] = []
         pending: list[tuple[tuple[int, ...], int]] = []  # path, row of the batch
         size: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
@@ -134,9 +134,9 @@ class PlainRunner:
             batch.append(path)
             width = max(map(len, batch))
             if not after or self.alone or (len(batch) + 1) * max(width, len(after)) * size > PLAIN_LOGITS:
-                found.update(self._read(batch, pending))
+                states.update(self._read(batch, pending))
                 batch, pending = [], []
-        return torch.stack([found[tuple(path)] for path in paths])
+        return torch.stack([states[tuple(path)] for path in paths])
 
     def _read(
         self, batch: TokenSequences, pending: Sequence[tuple[tuple[int, ...], int]]

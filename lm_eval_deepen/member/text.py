@@ -361,8 +361,8 @@ class TextCodec:
     def strip_bos(self, text: str) -> tuple[str, bool]:
         """Return the text without a BOS literal at its start, and whether there was one."""
         literal = self.opening.bos[1] if self.opening.bos else ""
-        found = bool(literal) and text.startswith(literal)
-        return (text[len(literal) :] if found else text), found
+        begins = bool(literal) and text.startswith(literal)
+        return (text[len(literal) :] if begins else text), begins
 
     def prompt(self, text: str) -> Prompt:
         """Return the prompt for plain text; an empty text is conditioned on the prefix token."""
@@ -470,8 +470,8 @@ class TextCodec:
 
     def _spell(self, data: bytes) -> tuple[int, ...] | None:
         """Return one byte piece per byte, None where a byte has no piece."""
-        found = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
-        return None if any(ids is None for ids in found) else tuple(ids[0] for ids in found if ids)
+        ids_of_bytes = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
+        return None if any(ids is None for ids in ids_of_bytes) else tuple(ids[0] for ids in ids_of_bytes if ids)
 
     def _spell_invalid(self, data: bytes) -> tuple[int, ...] | None:
         """Encode bytes that are not UTF-8: valid stretches as text, the others byte by byte."""

@@ -84,8 +84,8 @@ class TokenizerFiles:
             except (OSError, ValueError):  # nothing of that name is here: the tokenizer was made in memory
                 return None
 
-        found = look_up(CONFIG)
-        config = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        config_file = look_up(CONFIG)
+        config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
         versions = config.get("fast_tokenizer_files")
         path = look_up(get_fast_tokenizer_file(versions) if versions else FILE)
         return None if path is None else cls(Path(path), config)
@@ -173,18 +173,18 @@ def require_same(
     def compared() -> bytes:
         if backend.to_str(pretty=True) == files.path.read_text(encoding="utf-8"):
             return b"[[], []]"
-        found, notes = differences(json.loads(backend.to_str()), files, edges=not own_edges)
-        return json.dumps([[astuple(difference) for difference in found], notes]).encode()
+        differing, notes = differences(json.loads(backend.to_str()), files, edges=not own_edges)
+        return json.dumps([[astuple(difference) for difference in differing], notes]).encode()
 
     content, length = content_of(backend)
     listed = json.loads(kept("same", [content, files.digest, own_edges], compared, length))
-    found, notes = [Difference(*difference) for difference in listed[0]], listed[1]
+    differing, notes = [Difference(*difference) for difference in listed[0]], listed[1]
     for note in notes:
         log.warning("member %r: its tokenizer is not quite the one of %s: %s", name, files.path, note)
-    if not found:
+    if not differing:
         return
-    effects = "; ".join(dict.fromkeys(difference.effect for difference in found))
-    kind, sides = type(tokenizer).__name__, f"{'; '.join(difference.sides for difference in found)}. So {effects}"
+    effects = "; ".join(dict.fromkeys(difference.effect for difference in differing))
+    kind, sides = type(tokenizer).__name__, f"{'; '.join(difference.sides for difference in differing)}. So {effects}"
     if allowed:
         log.warning("member %r: its tokenizer is not the one of %s (%s): %s", name, files.path, ALLOW, sides)
         return
@@ -192,9 +192,9 @@ def require_same(
         f"Copy {FILE} and {CONFIG} to a folder without config.json, write "
         '"tokenizer_class": "PreTrainedTokenizerFast" there, and give the member tokenizer=FOLDER'
     )
-    if all(difference.part == "added_tokens" for difference in found):
+    if all(difference.part == "added_tokens" for difference in differing):
         remedy = f"Correct the added tokens of {FILE} and {CONFIG}: no id may be left out between them"
-    parts = " and its ".join(dict.fromkeys(difference.part for difference in found))
+    parts = " and its ".join(dict.fromkeys(difference.part for difference in differing))
     raise MemberError(
         f"member {name!r}: the tokenizer that was loaded is not the one of {files.path}. The class {kind} replaced its "
         f"{parts} ({sides}). {remedy}; or take it as it was loaded, with {ALLOW}=True."
@@ -212,10 +212,10 @@ def differences(
         edges: whether the control tokens around a text are compared.
     """
     compared = _Compared(spec, files.read(), files.config)
-    found = [*compared.added_tokens(), *compared.splits(), *compared.decoder()]
-    found += compared.openings() if not found else []
-    found += compared.edges() if edges else []
-    return found, compared.notes
+    differing = [*compared.added_tokens(), *compared.splits(), *compared.decoder()]
+    differing += compared.openings() if not differing else []
+    differing += compared.edges() if edges else []
+    return differing, compared.notes
 
 
 class _Compared:
@@ -246,18 +246,20 @@ class _Compared:
                 ids.setdefault(token["content"], set()).add(int(key))
                 flags.setdefault(token["content"], []).append(token)
         loaded = {token["content"]: token for token in self.loaded.get("added_tokens") or ()}
-        found = []
+        differing = []
         for content, expected in ids.items():
             if content not in loaded:
-                found.append(Difference("added_tokens", f"{content!r} (id {min(expected)})", "none", "it is lost"))
+                differing.append(Difference("added_tokens", f"{content!r} (id {min(expected)})", "none", "it is lost"))
             elif loaded[content]["id"] not in expected:
                 effect = f"{content!r} gets an id that stands for something else"
-                found.append(Difference("added_tokens", f"id {min(expected)}", f"id {loaded[content]['id']}", effect))
+                differing.append(
+                    Difference("added_tokens", f"id {min(expected)}", f"id {loaded[content]['id']}", effect)
+                )
             elif not any(_same_flags(loaded[content], token) for token in flags[content]):
                 file, got = (str([key for key in FLAGS if t.get(key)]) for t in (flags[content][0], loaded[content]))
                 effect = f"{content!r} takes other spaces beside it, or is found elsewhere"
-                found.append(Difference("added_tokens", file, got, effect))
-        return found[:3]
+                differing.append(Difference("added_tokens", file, got, effect))
+        return differing[:3]
 
     def decoder(self) -> list[Difference]:
         """Compare what the pieces spell."""
@@ -292,11 +294,11 @@ class _Compared:
         effect = f"{probe[:60]!r} becomes {len(got)} tokens {_short(got)} instead of {len(expected)} {_short(expected)}"
         if got == expected:
             effect = f"{probe[:60]!r} becomes {ours.encode(probe)[:20]} instead of {theirs.encode(probe)[:20]}"
-        found = [self.difference(part, effect) for part in parts]
+        differing = [self.difference(part, effect) for part in parts]
         if options:
             shown = [_short({key: given.get(key) for key in sorted(options)}) for given in (file, loaded)]
-            found.append(Difference("model", shown[0], shown[1], effect))
-        return found
+            differing.append(Difference("model", shown[0], shown[1], effect))
+        return differing
 
     def _telling(self, ours: _Splitter, theirs: _Splitter, *, anywhere: bool) -> str | None:
         """Return a short text that becomes other tokens; `anywhere`: even where both cut it alike."""
@@ -362,15 +364,15 @@ def with_parts(spec: Mapping[str, Any], vocabulary: Sequence[str] = (), **parts:
 def _normal(spec: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the steps of a tokenizer's parts as the library writes them, without what changes no token."""
     whole = json.loads(with_parts(spec).to_str())
-    found = {part: stages(whole[part], key) for part, key in STEPS.items()}
-    for part, steps in found.items():
+    parts = {part: stages(whole[part], key) for part, key in STEPS.items()}
+    for part, steps in parts.items():
         for step in steps:
             step.pop("trim_offsets", None)  # of where a token lies in a text
             if step["type"] == "ByteLevel" and part in ("decoder", "post_processor"):
                 step.pop("add_prefix_space", None)
                 step.pop("use_regex", None)
-    found["post_processor"] = [step for step in found["post_processor"] if step != {"type": "ByteLevel"}]
-    return found
+    parts["post_processor"] = [step for step in parts["post_processor"] if step != {"type": "ByteLevel"}]
+    return parts
 
 
 def _options(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,13 +67,13 @@ class TokenTree:
         first = self.depths[node] + 1 if node >= 0 else 0
         for depth, token in enumerate(tokens, start=first):
             key = (node, token)
-            found = self._children.get(key)
-            if found is None:
-                found = self._children[key] = len(self.tokens)
+            child = self._children.get(key)
+            if child is None:
+                child = self._children[key] = len(self.tokens)
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.depths.append(depth)
-            node = found
+            node = child
             nodes.append(node)
         return nodes
 

@@ -54,8 +54,8 @@ class TreeWalker:
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the state at every one of some nodes of a tree [n, d]; the whole tree is forwarded."""
-        found = {node: state for node, state, _, _ in self._visit(tree, frozenset(nodes))}
-        return torch.stack([found[node] for node in nodes])
+        states = {node: state for node, state, _, _ in self._visit(tree, frozenset(nodes))}
+        return torch.stack([states[node] for node in nodes])
 
     def prefill(
         self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()

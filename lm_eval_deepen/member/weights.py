@@ -47,14 +47,14 @@ class WeightsReport:
 @contextmanager
 def weights_reports() -> Iterator[list[WeightsReport]]:
     """Collect a report of everything that transformers and PEFT load meanwhile, whoever calls them."""
-    found: list[WeightsReport] = []
+    reports: list[WeightsReport] = []
     with ExitStack() as stack:
-        for patch in (*_reports_of_models(found), *_reports_of_adapters(found)):
+        for patch in (*_reports_of_models(reports), *_reports_of_adapters(reports)):
             stack.enter_context(patch)
-        yield found
+        yield reports
 
 
-def _reports_of_models(found: list[WeightsReport]) -> Iterator[Any]:
+def _reports_of_models(reports: list[WeightsReport]) -> Iterator[Any]:
     """Yield patches of what tells of loading: what ``from_pretrained`` returns of it, and transformers' own report.
 
     The first is public. The other comes before an error of transformers, and for a model below an adapter as well;
@@ -67,7 +67,7 @@ def _reports_of_models(found: list[WeightsReport]) -> Iterator[Any]:
         shapes = {f"{key} {_shape(got)} for {_shape(wanted)}" for key, got, wanted in mismatched}
         left_out = {key for key in unexpected if not OLD_BUFFERS.search(key)} - _computed(model)
         kind, source = type(model).__name__, str(source)
-        found.append(WeightsReport(source, kind, *map(tuple, map(sorted, (missing, left_out, shapes)))))
+        reports.append(WeightsReport(source, kind, *map(tuple, map(sorted, (missing, left_out, shapes)))))
 
     from_pretrained = transformers.PreTrainedModel.from_pretrained.__func__
 
@@ -91,7 +91,7 @@ def _reports_of_models(found: list[WeightsReport]) -> Iterator[Any]:
         yield mock.patch.object(module, "log_state_dict_report", report)
 
 
-def _reports_of_adapters(found: list[WeightsReport]) -> Iterator[Any]:
+def _reports_of_adapters(reports: list[WeightsReport]) -> Iterator[Any]:
     """Yield a patch of where PEFT returns what it loaded of an adapter; none where PEFT is not installed."""
     try:
         from peft import PeftModel
@@ -105,7 +105,7 @@ def _reports_of_adapters(found: list[WeightsReport]) -> Iterator[Any]:
             tuple(key for key in keys if not SHARED_IN_ADAPTERS.search(key))
             for keys in (result.missing_keys, result.unexpected_keys)
         )
-        found.append(WeightsReport(str(model_id), type(model).__name__, missing, unexpected))
+        reports.append(WeightsReport(str(model_id), type(model).__name__, missing, unexpected))
         return result
 
     yield mock.patch.object(PeftModel, "load_adapter", load_adapter)

@@ -97,17 +97,17 @@ def shown(folders: Sequence[Path], limit: int | None = None, names: Sequence[str
         ResultError: no trace in the first folder, nothing in another one, no task in common, or files that cannot be
             read.
     """
-    found = Shown()
+    page = Shown()
     for number, folder in enumerate(folders):
-        one = side(folder, found, limit, traced and not number)
-        if number and not set(one.tasks) & set(found.sides[0].tasks):
-            here, there = (", ".join(tasks) for tasks in (found.sides[0].tasks, one.tasks))
+        one = side(folder, page, limit, traced and not number)
+        if number and not set(one.tasks) & set(page.sides[0].tasks):
+            here, there = (", ".join(tasks) for tasks in (page.sides[0].tasks, one.tasks))
             raise ResultError(f"{folder}: has no task of {folders[0]}: {there} there, {here} here")
-        found.sides.append(one)
-    if names or len({one.name for one in found.sides}) < len(folders):
-        for one, name in zip(found.sides, names or map(str, folders), strict=True):
+        page.sides.append(one)
+    if names or len({one.name for one in page.sides}) < len(folders):
+        for one, name in zip(page.sides, names or map(str, folders), strict=True):
             one.name = name
-    return found
+    return page
 
 
 def page(*folders: Path, limit: int | None = None) -> str:
@@ -186,10 +186,10 @@ def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], shown: Sid
 
 def samples_by_document(path: Path) -> Samples:
     """Return the lines of a samples file by number and hash of the document."""
-    found: Samples = {}
+    samples: Samples = {}
     for record in _records(path):
-        found.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
-    return found
+        samples.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
+    return samples
 
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:

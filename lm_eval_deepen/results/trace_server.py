@@ -38,8 +38,8 @@ def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
                 self._send(HTTPStatus.FORBIDDEN, b"this server answers to 127.0.0.1 only\n", "text/plain")
             elif self.path == "/":
                 self._send(HTTPStatus.OK, page, "text/html; charset=utf-8")
-            elif asked.path == "/steps" and (found := steps.get(key(asked.query))) is not None:
-                self._send(HTTPStatus.OK, zlib.decompress(found), "application/json")
+            elif asked.path == "/steps" and (packed := steps.get(key(asked.query))) is not None:
+                self._send(HTTPStatus.OK, zlib.decompress(packed), "application/json")
             else:
                 self._send(HTTPStatus.NOT_FOUND, b"there is / and /steps\n", "text/plain")
 
@@ -62,7 +62,7 @@ def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
 def _taken(shown: Shown) -> dict[Key, bytes]:
     """Take the steps out of all documents; return them as compressed JSON, with the pieces that they name."""
     pieces = list(shown.pieces.at)
-    found: dict[Key, bytes] = {}
+    packed: dict[Key, bytes] = {}
     for number, one in enumerate(shown.sides):
         for task, documents in one.tasks.items():
             for at, document in enumerate(documents):
@@ -78,7 +78,7 @@ def _taken(shown: Shown) -> dict[Key, bytes]:
                     for piece in said[2][::2]
                 }
                 text = json.dumps({"steps": steps, "pieces": {piece: pieces[piece] for piece in named}})
-                found[str(number), task, str(at)] = zlib.compress(text.encode(), 1)
+                packed[str(number), task, str(at)] = zlib.compress(text.encode(), 1)
                 for request in document["requests"]:
                     request["steps"] = []
-    return found
+    return packed

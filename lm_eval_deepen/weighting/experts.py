@@ -64,11 +64,11 @@ class Experts:
     def of_steps(cls, members: int, *, geometric: bool, prior: Sequence[float] | None = None) -> Experts:
         """Return the experts of a method that fuses steps: linear averages, and geometric ones where it has them."""
         points = list(simplex_grid(members))
-        found = [(point, False, 1.0) for point in points]
+        experts = [(point, False, 1.0) for point in points]
         for power in POWERS if geometric else ():
             # with all weight on one member and power 1, the geometric average is the linear one
-            found += [(point, True, power) for point in points if power != 1 or max(point) < 1]
-        return cls.of(found, prior)
+            experts += [(point, True, power) for point in points if power != 1 or max(point) < 1]
+        return cls.of(experts, prior)
 
     @classmethod
     def of_stretches(cls, members: int, prior: Sequence[float] | None = None) -> Experts:
