@@ -148,13 +148,13 @@ class CoverReader:
                 first = bisect_left(self.keys, pending)
                 last = bisect_left(self.keys, pending + b"\xff" * 8, lo=first) if pending else len(self.keys)
                 covers[way[:at]] = Cover(source, way[:at], first, last, pending, ahead)
-        reaching = sorted(covers.values(), key=lambda cover: len(cover.way))
+        near = sorted(covers.values(), key=lambda cover: len(cover.way))
         ends = [*covers, *([tail] if whole else [])]
-        while reaching and not self._goes_on(reaching[0]) and sum(len(way) == len(reaching[0].way) + 1 for way in ends) == 1:
-            reaching.pop(0)  # nothing is longer than the pending bytes, and there is one way on
-        if not any(self._goes_on(cover) for cover in reaching):
+        while near and not self._goes_on(near[0]) and sum(len(way) == len(near[0].way) + 1 for way in ends) == 1:
+            near.pop(0)  # nothing is longer than the pending bytes, and there is one way on
+        if not any(self._goes_on(cover) for cover in near):
             return None
-        return Plan(tuple(reaching), tail if whole else None, word, tokens)
+        return Plan(tuple(near), tail if whole else None, word, tokens)
 
     def _look_ahead(
         self, word: bytes, tokens: tuple[int, ...], tail: tuple[int, ...], data: bytes
