@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
+PRINTED = "-"  # the place of JSON that is printed
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong, with the nearest name and where the others are listed."""
@@ -116,6 +118,26 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
             raise ConfigError(f"{option} has {name!r} twice ({values[name]!r} and {value!r}); give it once")
         values[name] = value
     return values
+
+
+def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
+    """Add ``--json``, for a command whose `run` leaves in ``args.found`` what its table says (see `cli.main`).
+
+    Args:
+        parser: the command's.
+        file: whether it takes a file; without, as where folders may follow it, it only prints.
+    """
+    if file:
+        parser.add_argument(
+            "--json",
+            nargs="?",
+            const=PRINTED,
+            metavar="FILE",
+            help="print JSON in place of the table; into a file, beside it",
+        )
+    else:
+        parser.add_argument("--json", action="store_const", const=PRINTED, help="print JSON in place of the table")
+    parser.set_defaults(found=None)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

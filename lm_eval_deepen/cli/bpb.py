@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, count
+from lm_eval_deepen.cli.arguments import PRINTED, add_device, add_json, count
 from lm_eval_deepen.cli.build import add_ensemble
-from lm_eval_deepen.storage import check_place, write_json
+from lm_eval_deepen.storage import check_place
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
     )  # fmt: skip
     parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    add_json(parser)
     add_device(parser)
 
 
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
     from lm_eval_deepen.tuning.bits_table import best, facts, level, table
 
-    if args.json:
-        check_place(args.json)
+    if args.json not in (None, PRINTED):
+        check_place(Path(args.json))
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
     lines, lost = measure(load(args.ensemble, args.device), documents, dev)
@@ -58,16 +58,14 @@ def run(args: argparse.Namespace) -> int:
     print("\nlost between vocabularies: a member in the main member's pieces, against itself in its own")
     for one in lost:
         print(f"  {one}")
-    if args.json:
-        figures: dict[str, Any] = {
-            "documents": len(documents),
-            "bytes": num_bytes,
-            "text_sha256": digest(documents),
-            "reference": reference.system,
-            "systems": [facts(line, reference, num_bytes, each) for line in lines],
-            "projection_loss": [one.to_dict() for one in lost],
-        }
-        write_json(args.json, figures)
+    args.found = {
+        "documents": len(documents),
+        "bytes": num_bytes,
+        "text_sha256": digest(documents),
+        "reference": reference.system,
+        "systems": [facts(line, reference, num_bytes, each) for line in lines],
+        "projection_loss": [one.to_dict() for one in lost],
+    }
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lm_eval_deepen.cli.arguments import add_device
+from lm_eval_deepen.cli.arguments import add_device, add_json
 from lm_eval_deepen.harness.recipes import parse_ensemble
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ensemble(parser)
     add_device(parser)
     parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
+    add_json(parser)
 
 
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +39,15 @@ def run(args: argparse.Namespace) -> int:
     ensemble = Ensemble.load(config, args.device)
     facts: dict[str, Any] = getattr(ensemble.fuser, "facts", {})
     folder = MatrixStore(config.matrix_dir).folder
+    made_files = [*facts.get("matrices", ()), *facts.get("maps", ())]
+    args.found = {"method": config.method, "folder": str(folder), "anchors": facts.get("anchors"), "files": made_files}
     if facts.get("matrices"):
         print(f"{facts['anchors']} anchors common to {len(ensemble.members)} members, matrices in {folder}")
     elif facts.get("maps"):
         print(f"maps between {len(ensemble.members)} vocabularies, in {folder}")
     else:
         print(f"nothing to build: method {config.method} keeps no file for these members")
-    for made in (*facts.get("matrices", ()), *facts.get("maps", ())):
+    for made in made_files:
         dropped = f", mean dropped mass {made['mean_dropped_mass']:.4f}" if "mean_dropped_mass" in made else ""
         print(f"  {made['member']}: {made['bytes'] / 1e6:.1f} MB{dropped}, {made['file']}")
     return 0

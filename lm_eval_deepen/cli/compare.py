@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, share, whole
+from lm_eval_deepen.cli.arguments import Names, add_json, share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
+    add_json(parser, file=False)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
 
 
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise ResultError("nothing to compare:\n  " + "\n  ".join(notes))
     notes += groups(runs, reference)
-    text = rendered(corrected(rows), args.alpha, list(dict.fromkeys(notes)), args.format)
+    told = corrected(rows), args.alpha, list(dict.fromkeys(notes))
+    args.found = report.to_dict(*told)
+    text = rendered(*told, "json" if args.json else args.format)
     if args.output:
         write_text(args.output, text + "\n")
     else:

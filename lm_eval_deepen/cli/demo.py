@@ -9,13 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.cli.arguments import Names, add_device, count
+from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count
 from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.results.trace_page import shown
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
     parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")
+    add_json(parser)
     add_device(parser)
 
 
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         rows.append(evaluate(system, args, task_manager, folder))
     found = shown(folders, names=[system.label for system in plan], traced=False)
     write_text(page, found.html("The demo: who decided each token"))
+    systems_found = [{"system": row.system, "seconds": row.seconds, "scores": row.measured} for row in rows]
+    args.found = {"systems": systems_found, "page": str(page)}
     print(f"\n{side_by_side(rows)}\n\n{READING}\nResult files: {args.output}\nTheir documents, token by token: {page}")
     return 0
 
@@ -115,11 +118,12 @@ def _ensemble(label: str, folders: Sequence[Path]) -> System:
 
 @dataclass(frozen=True)
 class Result:
-    """What one system reached: its scores by task and metric, and the wall time of its run."""
+    """What one system reached: its scores by task and metric, the wall time of its run, the harness's own figures."""
 
     system: str
     scores: Mapping[tuple[str, str], str]
     seconds: float
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate(system: System, args: argparse.Namespace, task_manager: Any, folder: Path) -> Result:
@@ -151,7 +155,7 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any, folder
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in samples:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    return Result(system.label, scores(results), seconds)
+    return Result(system.label, scores(results), seconds, results["results"])
 
 
 def scores(results: Mapping[str, Any]) -> dict[tuple[str, str], str]:

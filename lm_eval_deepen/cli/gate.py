@@ -6,13 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, nonnegative, positive, share, whole
+from lm_eval_deepen.cli.arguments import Names, add_json, nonnegative, positive, share, whole
 from lm_eval_deepen.results.gate import judge, single_run
 from lm_eval_deepen.results.gate_report import Status, markdown, plain
 from lm_eval_deepen.results.junit import github_errors, junit
 from lm_eval_deepen.results.regression import GateRule
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
-from lm_eval_deepen.storage import append_text, write_json, write_text
+from lm_eval_deepen.storage import append_text, write_text
 
 HELP = (
     "Test whether the candidate's evaluation is worse than the baseline's, paired by document. "
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    add_json(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the outcome as JUnit XML")
     parser.add_argument(
         "--summary", type=Path, metavar="FILE",
@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     print(plain(report))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(github_errors(report)))
-    if args.json:
-        write_json(args.json, {**report.to_dict(), "exit_status": EXIT[report.status]})
+    args.found = {**report.to_dict(), "exit_status": EXIT[report.status]}
     if args.junit:
         write_text(args.junit, junit(report))
     summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")

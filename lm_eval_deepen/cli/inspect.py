@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.cli.arguments import add_device, count, pairs, positive
+from lm_eval_deepen.cli.arguments import add_device, add_json, count, pairs, positive
 from lm_eval_deepen.storage import read_json
 
 HELP = (
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", type=Path, metavar="DIR",
         help="of `reproduce`, whose scores stand beside those published (default: results/NAME_OF_RECIPE)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
     if report.recipe is not None and report.recipe.expected:  # nothing is published of an ensemble that is given inline
         report.measured = _measured(args.results or Path("results") / Path(report.recipe.name).stem)
-    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else rendered(report))
+    args.found = report.to_dict()
+    print(rendered(report))
     return 1 if report.problems else 0
 
 

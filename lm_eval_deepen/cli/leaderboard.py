@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lm_eval_deepen.cli.arguments import add_device, limit, pairs
+from lm_eval_deepen.cli.arguments import add_device, add_json, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import write_text
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
     )
+    add_json(parser)
     add_device(parser)
     parser.add_argument(
         "--ray", metavar="ADDRESS",
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lm_eval_deepen.leaderboard import table as leaderboard_table
 
+    if args.dry_run and args.json:
+        raise ConfigError("--dry-run lists what is to do, and has no table for --json; give one of them")
     recipe = adjusted(args)
     if args.into is not None:
         leaderboard_table.check_markers(args.into)
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     todo, table = evaluated(recipe, out, args.device, args.redo, args.built, ray=args.ray)
     if args.into is not None:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
+    args.found = leaderboard_table.to_dict(table)
     print(leaderboard_table.rendered(table, args.format))
     say(f"cells, {', '.join(FILES.values())}: {out}")
     refuse_failed(todo)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import lm_eval_deepen
-from lm_eval_deepen.cli.arguments import Parser
+from lm_eval_deepen.cli.arguments import PRINTED, Parser
 from lm_eval_deepen.cli.ending import STATUSES, ended
+from lm_eval_deepen.storage import write_json
 
 PROG = "lm-eval-deepen"
 
@@ -81,6 +87,9 @@ def _run_harness(argv: list[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    completing = "_ARGCOMPLETE" in os.environ  # a shell asks what may follow in COMP_LINE
+    if completing:
+        argv = os.environ.get("COMP_LINE", "").split()[1:]
     parser = Parser(prog=PROG, description=lm_eval_deepen.__doc__, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"{PROG} {lm_eval_deepen.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -92,9 +101,25 @@ def _dispatch(argv: list[str]) -> int:
             module = _load(path)
             subparser.description = module.HELP
             module.add_arguments(subparser)
+    if completing:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     assert module is not None  # argparse has refused every other word
-    return module.run(args)
+    return _finished(module, args)
+
+
+def _finished(module: Subcommand, args: argparse.Namespace) -> int:
+    """Run a command; with `--json`, give what it found as JSON: in place of what it prints, or in a file beside it."""
+    place = getattr(args, "json", None)
+    with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
+        status = module.run(args)
+    if place == PRINTED:
+        print(json.dumps(args.found, indent=2, ensure_ascii=False))
+    elif place is not None and args.found is not None:
+        write_json(Path(place), args.found)
+    return status
 
 
 def _load(path: str) -> Subcommand:

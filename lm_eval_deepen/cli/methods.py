@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_deepen.cli.arguments import add_json
 from lm_eval_deepen.results.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -74,17 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="all keys of ensembles, members and recipes, and their meaning"
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print the list as JSON")
-    form.add_argument("--markdown", action="store_true", help="print all of it as the page docs/options.md")
+    add_json(parser)
+    parser.add_argument("--markdown", action="store_true", help="print all of it as the page docs/options.md")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the list."""
-    if args.json:
-        print(json.dumps(catalogue(), indent=2, ensure_ascii=False))
-    else:
-        print(markdown() if args.markdown else listing(everything=args.all))
+    args.found = catalogue()
+    print(markdown() if args.markdown else listing(everything=args.all))
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, pairs, whole
+from lm_eval_deepen.cli.arguments import add_device, add_json, pairs, whole
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_text
 
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
     parser.add_argument("--dry-run", action="store_true", help="check, say what it needs, and evaluate nothing")
     parser.add_argument("--no-check", action="store_true", help="leave out the check of tokenizers, memory and data")
+    add_json(parser)
     add_device(parser)
 
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.models and not args.miniature:
         raise ConfigError("--models are those of a miniature; add --miniature, or replace a member with --member")
+    if args.dry_run and args.json:
+        raise ConfigError("--dry-run has no table for --json; give one of them")
     recipe, out = asked(args)
     with _data_folder(recipe):
         from lm_eval_deepen.cli.leaderboard import evaluated, refuse_failed, say
@@ -70,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
             report = checked(recipe, args.device)
             print("\n".join(needs(recipe, report)) + "\n")
             if report.problems:
+                args.found = {"problems": [str(problem) for problem in report.problems]}
                 numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
                 print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
                 return 1
         if args.dry_run:
             return 0
         todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
-        data = reproduction.to_dict(table, args.miniature)
+        args.found = data = reproduction.to_dict(table, args.miniature)
         write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
         print(reproduction.rendered(table, args.miniature))

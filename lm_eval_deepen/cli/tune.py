@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import Names, add_device, count, natural, positive
+from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count, natural, positive
 from lm_eval_deepen.cli.build import add_ensemble
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
     )
+    add_json(parser)
     add_device(parser)
     _add_score_arguments(parser)
 
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for line in chosen.log:
         print(line)
     keys = tune_score.placed(chosen.config.to_dict())
-    written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents, given)}
+    args.found = written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents, given)}
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\nwritten to {args.output}")
     return 0

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.errors import MatrixError
@@ -17,6 +16,7 @@ from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.fusion._maps import stored_map
 from lm_eval_deepen.fusion._rows import Roles, gather_groups, text_ids
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
+from lm_eval_deepen.relative.blocks import blocks
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, find_anchors
@@ -150,11 +150,9 @@ def align(
     leaders = torch.tensor([group[0] for group in text_ids(main.vocabulary).values()])  # in the order of `theirs`
     width, block = min(neighbours, len(leaders)), max(16, BLOCK_BYTES // (4 * len(target)))
     parts = []
-    with tqdm(total=len(source), unit="row", desc=f"alignment of {member.name}", disable=not progress) as bar:
-        for start in range(0, len(source), block):
-            cosines, near = largest(source[start : start + block] @ target.T, width)
-            parts.append((torch.where(cosines >= max(floor, 1e-6), cosines, 0.0).cpu(), leaders[near.cpu()].int()))
-            bar.update(len(near))
+    for part in blocks(f"alignment of {member.name}", len(source), block, progress):
+        cosines, near = largest(source[part] @ target.T, width)
+        parts.append((torch.where(cosines >= max(floor, 1e-6), cosines, 0.0).cpu(), leaders[near.cpu()].int()))
     groups = list(text_ids(member.vocabulary).values())  # in the order of `own`: equal bytes have equal rows
     rows_of = torch.tensor([n for n, group in enumerate(groups) for _ in group])
     every_id = torch.tensor([i for group in groups for i in group])

@@ -420,15 +420,19 @@ def conclusion(table: Table) -> str:
     return f"{told} better{listed}. {worse} are significantly worse."
 
 
+def to_dict(table: Table) -> dict[str, Any]:
+    """Return the leaderboard as plain data."""
+    data = report.to_dict(table.rows, table.recipe.alpha, table.notes)
+    empty = [{"system": s, "column": c, "reason": r} for (s, c), r in table.meaningless.items()]
+    return {"title": table.recipe.title, "provenance": dict(table.provenance), **data, "not_applicable": empty}
+
+
 def rendered(table: Table, fmt: str) -> str:
     """Return the leaderboard as ``text``, ``md``, ``json`` or ``html``."""
     alpha = table.recipe.alpha
     told = [_KEY.format(alpha=alpha), conclusion(table)]
     if fmt == "json":
-        data = report.to_dict(table.rows, alpha, table.notes)
-        empty = [{"system": s, "column": c, "reason": r} for (s, c), r in table.meaningless.items()]
-        whole = {"title": table.recipe.title, "provenance": dict(table.provenance), **data, "not_applicable": empty}
-        return json.dumps(whole, indent=2, ensure_ascii=False)
+        return json.dumps(to_dict(table), indent=2, ensure_ascii=False)
     if fmt == "html":
         return html(table.rows, alpha, remarks(table), table.recipe.title, table.provenance, summary(table), told)
     if fmt == "md":

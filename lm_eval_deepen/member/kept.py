@@ -44,10 +44,13 @@ def content_of(tokenizer: tokenizers.Tokenizer) -> tuple[str, int]:
         [part.__getstate__() if part is not None else None for part in parts],
         added, tokenizer.truncation, tokenizer.padding, tokenizer.encode_special_tokens, settings,
     ))  # fmt: skip
-    known = _digests.get(tokenizer)
-    if known is None or known[0] != state:
-        written = tokenizer.to_str().encode()
-        known = _digests[tokenizer] = (state, hashlib.sha256(written).hexdigest(), len(written))
+    with suppress(TypeError):  # tokenizers before 0.23 cannot be referred to weakly: theirs are written every time
+        if (known := _digests.get(tokenizer)) is not None and known[0] == state:
+            return known[1:]
+    written = tokenizer.to_str().encode()
+    known = (state, hashlib.sha256(written).hexdigest(), len(written))
+    with suppress(TypeError):
+        _digests[tokenizer] = known
     return known[1:]
 
 

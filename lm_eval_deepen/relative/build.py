@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lm_eval_deepen.errors import ConfigError, MatrixError, did_you_mean
+from lm_eval_deepen.relative.blocks import blocks
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, Shift, get_normalization, unit_rows
@@ -208,11 +208,8 @@ def build_matrix(
 
 def _blocks(member: str, job: _Job, ids: Tensor, progress: bool) -> Iterator[Tensor]:
     rows = max(64, min(8192, BLOCK_BYTES // (4 * len(job.anchors))))
-    with tqdm(total=len(ids), unit="row", desc=f"relative matrix of {member}", disable=not progress) as bar:
-        for start in range(0, len(ids), rows):
-            block = ids[start : start + rows]
-            yield block
-            bar.update(len(block))
+    for part in blocks(f"relative matrix of {member}", len(ids), rows, progress):
+        yield ids[part]
 
 
 def _dense(member: str, job: _Job, ids: Tensor, progress: bool) -> DenseMatrix:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness import deepen, requests
+from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli.arguments import Names, Parser
@@ -29,6 +33,53 @@ def test_every_command_has_an_example_that_it_takes() -> None:
             parser = Parser(prog=name)
             importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
             parser.parse_args(words)
+
+
+TABLES = {"demo", "bpb", "build", "compare", "gate", "inspect", "leaderboard", "methods", "reproduce", "tune"}
+
+
+def test_every_command_that_prints_a_table_gives_it_as_json(pico: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    """The other three, which take minutes or have results to show, are asked in the tests of their own."""
+    for name in cli.COMMANDS.keys() - {"run"}:
+        parser = Parser(prog=name)
+        importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+        assert ("--json" in parser.format_help()) == (parser.get_default("found") is None and name in TABLES)
+    for name in ("a", "b"):
+        synthesised(tmp_path / name, {"t": {"acc": [1.0, 0.0, 1.0]}})
+    (tmp_path / "text.txt").write_text("one fox\n\ntwo dogs\n\nthree")
+    pair = [{"pretrained": str(pico[name])} for name in ("bytelevel", "metaspace")]
+    spelt = json.dumps({"pretrained": pair[0]["pretrained"], "members": pair, "matrix_dir": str(tmp_path)})
+    a, b, text, tuned = (str(tmp_path / name) for name in ("a", "b", "text.txt", "tuned.yaml"))
+    asked = [
+        (["methods"], "method"), (["inspect", spelt, "--no-tasks"], "members"), (["build", spelt], "files"),
+        (["bpb", spelt, "--text", text], "systems"), (["tune", spelt, "--text", text, "--output", tuned], "evidence"),
+        (["compare", a, b], "rows"), (["gate", "--baseline", a, "--candidate", b], "exit_status"),
+    ]  # fmt: skip
+    for argv, key in asked:
+        status = cli.main([*argv, "--json"])
+        assert status == 0 and json.loads(capsys.readouterr().out).get(key) is not None, argv
+    place = tmp_path / "new" / "gate.json"
+    assert cli.main(["gate", "--baseline", a, "--candidate", b, "--json", str(place)]) == 0
+    assert capsys.readouterr().out.startswith("PASS") and json.loads(place.read_text())["exit_status"] == 0
+    for name in ("leaderboard", "reproduce"):
+        assert cli.main([name, "deepen_nq_2", "--dry-run", "--json"]) == 2
+        assert "--dry-run" in capsys.readouterr().err
+
+
+def test_a_shell_is_offered_the_options_of_the_command_that_is_typed(monkeypatch: Any) -> None:
+    asked: list[argparse.ArgumentParser] = []
+
+    def autocomplete(parser: argparse.ArgumentParser) -> None:
+        asked.append(parser)
+        raise SystemExit(0)
+
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setenv("COMP_LINE", "lm-eval-deepen gate --ba")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([])
+    (commands,) = (action for action in asked[0]._actions if isinstance(action, argparse._SubParsersAction))
+    assert commands.choices.keys() == cli.COMMANDS.keys() and "--baseline" in commands.choices["gate"].format_usage()
 
 
 def test_help_ends_with_the_example(capsys: Any) -> None:

@@ -197,6 +197,9 @@ def test_demo_writes_results_and_prints_the_table(
     assert [system["name"] for system in data["systems"]] == [
         system.label for system in demo.systems(Path(), Path(), "hf")
     ]
+    assert cli.main([*argv, "--output", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [system["scores"]["choice"]["acc,none"] for system in found["systems"]] == [0.8125] * 4
     assert [system["tasks"]["short"][0]["scores"] for system in data["systems"]] == [{"acc": 1.0}] * 4
 
 

@@ -630,6 +630,12 @@ def finished(pico, folder, tmp_path_factory):
     return root / "recipe.yaml", root / "out"
 
 
+def test_a_finished_leaderboard_is_given_as_json(finished, capsys):
+    recipe, out = finished
+    assert cli.main(["leaderboard", str(recipe), "--out", str(out), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "leaderboard.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def columns(finished):
     recipe = read_recipe(finished[0])

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tensor_worlds import member, trio, vocabulary, with_output_rows
 
 import lm_eval_deepen.relative.store as store_module
 from lm_eval_deepen.errors import MatrixError
+from lm_eval_deepen.relative import blocks
 from lm_eval_deepen.relative.build import MatrixSpec
 from lm_eval_deepen.relative.store import MatrixStore, default_folder, describe
 from lm_eval_deepen.vocabulary.anchors import find_anchors
@@ -333,3 +335,19 @@ def test_matrices_in_use_are_shared_and_others_are_released(tmp_path: Path) -> N
     assert len(store._loaded) == 1
     del kept
     assert len(store._loaded) == 0
+
+
+def test_what_a_long_build_costs_is_said_after_its_first_block(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = iter(range(0, 1000, 3))  # seconds: a block takes three
+    monkeypatch.setattr(blocks, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    found = list(blocks.blocks("alignment of B", 1_000, 3, True))
+    assert found[0] == slice(0, 3) and found[-1] == slice(999, 1_000)
+    assert [record.getMessage() for record in caplog.records] == [
+        "alignment of B: 1,000 rows take about 16.7 minutes here; it is built once."
+    ]
+    caplog.clear()
+    list(blocks.blocks("alignment of B", 6, 3, True))
+    list(blocks.blocks("alignment of B", 1_000, 3, False))
+    assert not caplog.records
