@@ -76,14 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         # Everything after it belongs to the harness's own parser, `--help` included.
-        return ended(lambda: _run_harness(argv[1:]), guest=True)
+        from lm_eval_deepen.cli.run import run_harness
+
+        return ended(lambda: run_harness(argv[1:]), guest=True)
     return ended(lambda: _dispatch(argv))
-
-
-def _run_harness(argv: list[str]) -> int:
-    from lm_eval_deepen.cli.run import run_harness
-
-    return run_harness(argv)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -35,7 +35,8 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
             if len(groups[group]) == 1:  # the group's only row in this column
                 scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
                 continue
-            scores[group] = _mean([measured.scores[row] for row in rows])
+            own = [measured.scores[row] for row in rows]
+            scores[group] = replace(own[0], values=np.mean([one.values for one in own], axis=0))
             figures = [measured.extra.get(row, {}) for row in rows]
             means: dict[str, float | None] = {}
             for key in figures[0]:
@@ -44,7 +45,7 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
             extra[group] = {
                 **means,
                 SEEDS: float(len(rows)),
-                SPREAD: spread([measured.scores[row].score for row in rows]),
+                SPREAD: spread([one.score for one in own]),
             }
     return replace(measured, scores=scores, extra=extra)
 
@@ -52,7 +53,3 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
 def spread(scores: Sequence[float]) -> float | None:
     """Return the standard deviation (n - 1); None of one score."""
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-
-
-def _mean(scores: Sequence[Scores]) -> Scores:
-    return replace(scores[0], values=np.mean([one.values for one in scores], axis=0))

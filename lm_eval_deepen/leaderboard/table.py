@@ -161,11 +161,23 @@ def _columns(
     alone = [row.name for row in recipe.alone if (row.name, task.name) in cells]
     grouped = _groups(recipe, task.name)
     rows: list[ScoreRow] = []
-    for column in _wanted(runs, task, _is_whole(recipe, task)):
+    wanted = wanted_columns(runs, list(task.leaves), task.spec.metric)
+    # A group is one column where that is asked for, or where a published score is of the whole group.
+    published = any(task.name in one.scores for one in recipe.expected)
+    whole = task.name not in task.leaves and (task.spec.whole or published)
+    if whole:
+        wanted = list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in wanted))
+    for column in wanted:
         try:
-            if _is_whole(recipe, task):
+            if whole:
                 kept, empty = list(runs), dict[str, str]()
-                measured = _whole(runs, *column)
+                name, metric, flt = column
+                of_group, _ = measured_group(runs, name, f"{metric},{flt}")
+                if of_group is None:
+                    raise NotPairedError(
+                        f"{name} {metric}: the score of the whole group is no mean over documents of its tasks"
+                    )
+                measured = of_group
             else:
                 kept, empty = _with_scores(runs, *column, grouped)
                 measured = paired(kept, *column, notes)
@@ -207,32 +219,6 @@ def _with_needs(row: ScoreRow, measured: Measured, alpha: float, power: float) -
     return replace(
         row, extra={**row.extra, **dict(zip((SEEN, NEEDED), paired_needs(differences, alpha, power), strict=True))}
     )
-
-
-def _is_whole(recipe: LeaderboardRecipe, task: LoadedTask) -> bool:
-    """Return whether a group is one column: it is asked for, or a published score is of the whole group."""
-    published = any(task.name in one.scores for one in recipe.expected)
-    return task.name not in task.leaves and (task.spec.whole or published)
-
-
-def _wanted(runs: Sequence[Run], task: LoadedTask, whole: bool) -> list[tuple[str, str, str]]:
-    """Return the columns of a task as (task, metric, filter); a group that is shown whole is one task."""
-    every = wanted_columns(runs, list(task.leaves), task.spec.metric)
-    if not whole:
-        return every
-    return list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in every))
-
-
-def _whole(runs: Sequence[Run], group: str, metric: str, flt: str) -> Measured:
-    """Return the score of a whole group by row, over all documents of its tasks.
-
-    Raises:
-        NotPairedError: it is no mean over documents.
-    """
-    measured, _ = measured_group(runs, group, f"{metric},{flt}")
-    if measured is None:
-        raise NotPairedError(f"{group} {metric}: the score of the whole group is no mean over documents of its tasks")
-    return measured
 
 
 def _as_reported(
@@ -347,15 +333,12 @@ def listing(plan: Plan) -> str:
         lines.append([row.name, *states, row.config.fingerprint()[:12]])
     told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
     builds = plan.recipe.builds
-    wanted = builds.needed(name for row in plan.recipe.rows for name in row.members if _is_missing(plan, row.name))
+    to_do = {row for row, _ in plan.missing}
+    wanted = builds.needed(name for row in plan.recipe.rows for name in row.members if row.name in to_do)
     if absent := [name for name in wanted if not builds.folder(name, plan.built).is_dir()]:
         told.insert(1, f"to build in {plan.built}: {', '.join(absent)}")
     reasons = dict.fromkeys(f"n/a: {reason}" for reason in plan.meaningless.values())
     return "\n".join([aligned(lines), "", *told, *reasons])
-
-
-def _is_missing(plan: Plan, row: str) -> bool:
-    return any(row == name for name, _ in plan.missing)
 
 
 def summary(table: Table) -> list[list[str]]:
