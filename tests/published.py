@@ -11,6 +11,9 @@ MODELS = {  # the name in the pictures -> on the hub
     "LLaMA2-70B": "NousResearch/Llama-2-70b-hf",
     "Mixtral-8x7B": "mistralai/Mixtral-8x7B-v0.1",
     "NLLB-600M": "facebook/nllb-200-distilled-600M",
+    "LLaMA2-7B": "meta-llama/Llama-2-7b-hf",
+    "OpenLLaMA-7B-v2": "openlm-research/open_llama_7b_v2",
+    "MPT-7B": "mosaicml/mpt-7b",
 }
 COLUMNS = {  # of the main table -> our tasks
     "MMLU": "deepen_mmlu",
@@ -140,3 +143,10 @@ RIVALS = {
         "minerva_math500": {"Qwen2.5-3B": 42.4, "Falcon3-7B": 30.2},
     }),
 }  # fmt: skip
+
+# FuseLLM (arXiv 2401.10491): target first, sources, and the benchmarks as tasks of the harness
+FUSELLM = ["LLaMA2-7B", "OpenLLaMA-7B-v2", "MPT-7B"]
+FUSELLM_TASKS = [
+    "bbh_cot_fewshot", "arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "triviaqa", "drop",
+    "lambada_openai",
+]  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_deepen.config.recipes import GONE, recipe_file, shipped_recipes
+from lm_eval_deepen.config.recipes import read_recipe as read_build
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.recipes import find_recipe, load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
@@ -209,6 +210,16 @@ def test_a_rivals_table_has_its_published_scores(name: str) -> None:
     for row in ensembles:
         assert row.config.method == {"DeePEn": "deepen", "GaC": "gac", "UniTE": "unite"}.get(row.name, "deepen")
         assert (row.config.compat == "reference") == (row.name == "DeePEn")
+
+
+def test_fusellm_is_evaluated_on_its_benchmarks() -> None:
+    recipe = read_recipe(recipe_file("fusellm_benchmarks"))
+    tasks = {spec.task for spec in recipe.tasks}
+    assert tasks == set(published.FUSELLM_TASKS) and not recipe.expected
+    trained = read_build(recipe_file("fusellm_llama2"), "distill")
+    assert list(trained["models"].values()) == [published.MODELS[name] for name in published.FUSELLM]
+    assert [member.pretrained for member in recipe.members][:3] == list(trained["models"].values())
+    assert {tuple(row.members) for row in recipe.rows[4:]} == {tuple(member.name for member in recipe.members[:3])}
 
 
 def test_there_is_a_test_of_every_shipped_table() -> None:

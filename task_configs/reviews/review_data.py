@@ -7,6 +7,12 @@ reviews/{drugs,yelp,apps}/{dev,test}.jsonl, one JSON object a line with `text` a
 A rating becomes a label so: of 1 to 5 stars, 1 and 2 are negative, 3 is neutral, 4 and 5 are positive; of 1 to 10
 points (drugs), 1 to 4, 5 and 6, 7 to 10. Models may be trained on `dev`; no text of it is in `test`. From the hub
 both are drawn with a fixed seed, from the training and the test split, or both from the only one (apps).
+
+The hub itself was not read. Names, columns and splits were compared with public code: the former loading scripts
+`app_reviews.py` (review, star 1 to 5; train alone) and `yelp_review_full.py` (text, label 0 to 4 for 1 to 5 stars;
+train and test) of huggingface/datasets, and for the drugs (review, rating 1 to 10; train and test)
+`drug_experiment/merge_eval.py` of alt2177/mllm, the code of the merged GPT-2 siblings. That code predicts the rating
+itself, one of ten, with a classification head; here one of three labels is scored.
 """
 
 import json

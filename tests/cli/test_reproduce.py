@@ -18,7 +18,11 @@ from lm_eval_deepen.leaderboard import miniature, reproduction
 from lm_eval_deepen.leaderboard.recipe import parse_recipe, read_recipe
 
 # The others are tables of the demo's pair, whose rows stand in files of their own.
-TABLES = [name for name in shipped_recipes("leaderboard") if name.startswith(("paper_", "rival_", "open_", "mllm_"))]
+TABLES = [
+    name
+    for name in shipped_recipes("leaderboard")
+    if name.startswith(("paper_", "rival_", "open_", "mllm_", "fusellm_"))
+]
 TABLES += ["leaderboard_trio"]
 ENSEMBLES = list(shipped_recipes("ensemble"))
 # One of each kind is run; the others are rows of the paper's tables, which are.
