@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from lm_eval_deepen.errors import DeepenError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.member.runner import PlainRunner
+from lm_eval_deepen.member.state import StateRunner
 
 PATIENCE_S = 240
 LONGEST_REASON = 200  # characters
@@ -100,6 +102,8 @@ def path_of(model: DeepenLM) -> str:
     runner = model.ensemble.main.runner
     if isinstance(runner, PlainRunner):
         return "whole texts, one at a time" if runner.alone else "whole texts"
+    if isinstance(runner, StateRunner):
+        return "state" + ", by token" * runner.by_token + ", one at a time" * (not runner.together)
     return "tree"
 
 
@@ -126,8 +130,9 @@ def compare(folder: Path | str, name: str = "", **loading: Any) -> Row:
         outcomes[request] = _outcome(got, expected, theirs, arguments)
         tokens[request] = (runner.forwarded, counted[0])
     if any(outcome.startswith(OFF) for outcome in outcomes.values()) and "dtype" not in loading:
-        double = compare(folder, dtype="float64", **loading).outcomes  # rounding goes away there, and nothing else does
-        rounded = [request for request in outcomes if outcomes[request].startswith(OFF) and double[request] == EQUAL]
+        # rounding goes away there, and nothing else does; grouped products of experts are of single precision only
+        double = compare(folder, dtype="float64", experts_implementation="eager", **loading).outcomes
+        rounded = [name for name in outcomes if outcomes[name].startswith(OFF) and double.get(name) == EQUAL]
         outcomes |= {request: f"equal in float64 (float32: {outcomes[request]})" for request in rounded}
     return Row(name, kind, path_of(ours), outcomes, tokens)
 
@@ -269,16 +274,24 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def summary(found: Sequence[Row]) -> str:
-    """Return how many rows came out how, in a sentence."""
-    loaded = [row for row in found if row.outcomes]
-    equal = [row for row in loaded if all(outcome.startswith(EQUAL) for outcome in row.outcomes.values())]
-    refused = [row for row in found if row.why.startswith("refused")]
-    unmade = [row for row in found if row.why and row not in refused]
-    on_tree = sum(row.path == "tree" for row in equal)
+def merged(page: str, found: Sequence[Row]) -> str:
+    """Return a page's table with these rows in the place of those of the same names."""
+    new = dict(zip((row.name for row in found), table(found).splitlines()[2:], strict=True))
+    return "\n".join(new.get(line[2:].partition(" | ")[0], line) for line in page.splitlines() if line.startswith("|"))
+
+
+def summary(text: str) -> str:
+    """Return how many rows of a table came out how, in a sentence."""
+    lines = [line.split(" | ") for line in text.splitlines()[2:]]
+    found = [[cell.strip("| ") for cell in cells] for cells in lines]
+    loaded = [cells for cells in found if not cells[2].startswith(("refused", "not made"))]
+    equal = [cells for cells in loaded if all(outcome.startswith(EQUAL) for outcome in cells[3:6])]
+    refused = sum(cells[2].startswith("refused") for cells in found)
+    paths = Counter(cells[2].partition(",")[0] for cells in equal)
     return (
-        f"{len(found)} rows: {len(equal)} equal in all three requests ({on_tree} on the prefix tree), "
-        f"{len(loaded) - len(equal)} in some, {len(refused)} refused when they load, {len(unmade)} could not be made."
+        f"{len(found)} rows: {len(equal)} equal in all three requests ({paths['tree']} on the prefix tree, "
+        f"{paths['state']} with a state), {len(loaded) - len(equal)} in some, {refused} refused when they load, "
+        f"{len(found) - len(loaded) - refused} could not be made."
     )
 
 

@@ -58,18 +58,22 @@ def compare(tokenizer: Any, ours: list[Any], theirs: list[Any]) -> dict[str, flo
 
 
 def of_architectures(names: Sequence[str], page: Path | None) -> None:
-    """Compare tiny models of some architectures, or of all, with `hf`; write the table between a page's markers."""
+    """Compare tiny models of some architectures, or of all, with `hf`; write their rows between a page's markers."""
     import architectures
 
     found = []
     for row in architectures.rows(names):
         found.append(row)
         print(f"{row.name:28} {row.path:12} {dict(row.outcomes) or row.why}", flush=True)
-    text = f"{architectures.summary(found)}\n\n{architectures.table(found)}"
+    table = architectures.table(found)
     if page is not None:
         before, rest = page.read_text(encoding="utf8").split(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf8")
-    print(json.dumps({"transformers": version("transformers"), "summary": architectures.summary(found)}))
+        inside, after = rest.split(END)
+        table = architectures.merged(inside, found) if names else table
+        page.write_text(
+            f"{before}{BEGIN}\n\n{architectures.summary(table)}\n\n{table}\n\n{END}{after}", encoding="utf8"
+        )
+    print(json.dumps({"transformers": version("transformers"), "summary": architectures.summary(table)}))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # Config fields of windowed attention that the masks below do not express.
 UNSUPPORTED_WINDOWS = ("attention_chunk_size", "window_size", "attention_types")
+GPT_NEO = "gpt_neo"  # its layers mask by themselves, see `OwnMasks`
 
 
 class MaskMaker:
@@ -28,7 +29,8 @@ class MaskMaker:
         self.window: int | None = getattr(config, "sliding_window", None)
         self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
         unknown = self.layer_types - {"full_attention", "sliding_attention"}
-        windows = [name for name in UNSUPPORTED_WINDOWS if getattr(config, name, None)]
+        kind = getattr(config, "model_type", "")
+        windows = [name for name in UNSUPPORTED_WINDOWS if kind != GPT_NEO and getattr(config, name, None)]
         if unknown or windows:
             raise NotImplementedError(f"attention of kinds {sorted(unknown) + windows}")
 
@@ -102,3 +104,43 @@ class Alibi:
                 delattr(self.owner, self.name)
             else:
                 setattr(self.owner, self.name, saved)
+
+
+class OwnMasks:
+    """GPT-Neo's layers mask by columns too, and half of them have a window: they are told positions."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Find the layers; none in another body."""
+        self.layers: list[Any] = []
+        config: Any = getattr(network, "config", None)
+        if getattr(config, "model_type", "") == GPT_NEO:
+            self.window: int = config.window_size
+            self.layers = [
+                part for part in network.modules() if hasattr(part, "attention_type") and hasattr(part, "bias")
+            ]
+
+    @contextmanager
+    def by_position(self, distance: Tensor) -> Iterator[None]:
+        """Let the next passes see keys by their `distance` [B, Q, K], query minus key, where the mask lets them."""
+        for layer in self.layers:
+            near = (
+                distance < self.window
+                if layer.attention_type == "local"
+                else torch.ones_like(distance, dtype=torch.bool)
+            )
+            vars(layer)["bias"] = _WholeMask(near[:, None].to(layer.k_proj.weight.device))  # before the module's buffer
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del vars(layer)["bias"]
+
+
+class _WholeMask:
+    """A mask that is whatever part of it is asked for."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask  # [B, 1, Q, K]
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.mask

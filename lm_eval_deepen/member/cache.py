@@ -91,17 +91,22 @@ class RecomputedRows:
     """The same interface without a cache, for models whose cache cannot be rolled back."""
 
     def __init__(self, runner: ForwardInFull) -> None:
-        """Keep nothing between steps."""
+        """Keep nothing between steps but what prefilling told of whole prompts."""
         self.runner = runner
+        self.known: dict[tuple[int, ...], Tensor] = {}
 
     def admit(self, texts: Sequence[Prefilled], rows: Sequence[int] | None = None) -> None:
-        """Nothing is kept."""
+        """Keep the states after prompts until they are read."""
+        self.known |= {text.tokens: text.state for text in texts}
 
     def advance(self, sequences: Sequence[Sequence[int]], reads: Reads | None = None) -> Tensor:
         """Forward every sequence in full and return the states at the places read."""
         places = [[len(tokens)] for tokens in sequences] if reads is None else reads
-        paths = [tokens[:n] for tokens, lengths in zip(sequences, places, strict=True) for n in lengths]
-        return self.runner.states_at(paths)
+        paths = [tuple(tokens[:n]) for tokens, lengths in zip(sequences, places, strict=True) for n in lengths]
+        new = [path for path in dict.fromkeys(paths) if path not in self.known]
+        found = self.known | dict(zip(new, self.runner.states_at(new), strict=True) if new else ())
+        self.known = {}
+        return torch.stack([found[path] for path in paths])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing is kept."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.runner import PlainRunner, TokenSequences, TreeRunner
+from lm_eval_deepen.member.state import StateRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision
@@ -173,6 +174,42 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
             _compare("a rolled-back cache", runner.logits(state), expected[[1, 0, 2]], allowed)
     finally:
         runner.forwarded = 0
+
+
+def check_state(runner: StateRunner, longest: int) -> None:
+    """Compare walks from copied states, and rows that go on, join and go back, with plain forward passes.
+
+    Args:
+        runner: of the model that is checked.
+        longest: the number of tokens that its context holds.
+
+    Raises:
+        ArithmeticError: they differ by more than rounding.
+    """
+    plain = PlainRunner(runner.model, runner.autocast)
+    length = min(longest, LONG)
+    first, second, third = _paths(runner.model, length)
+    trunk, near = first[: length // 2], first[: length // 2 + 3]
+    paths = [first, [*trunk, *second[-3:]], [*trunk, *third[2:7]], [*trunk, third[0]], near, third, trunk]
+    paths += [[*near, second[0]], [*trunk, *third[2:4], second[0]]]  # two branches with branches of their own
+    longer = [[*near, *third[2:4]], [*near, *third[2:4], third[5]], [*trunk, *third[2:4]]]
+    try:
+        with _short_window(runner.model.config.get_text_config()):
+            expected, further = plain.logits(plain.states_at(paths)), plain.logits(plain.states_at(longer))
+            changed = plain.logits(plain.states_at([[*first[:-2], third[0], first[-1]]]))
+            given = runner.logits(runner.states_at(paths))
+            if given.shape != expected.shape:
+                raise ArithmeticError("its head does not read what its body returns")
+            allowed = _allowed(_apart(expected[:1], changed), expected)
+            _compare("a walk from copied states", given, expected, allowed)
+            rows = runner.rows()
+            rows.admit(runner.walker().prefill([near, near, trunk])[0])
+            rows.advance([longer[0], longer[0], [*trunk, third[2]]])
+            _compare("a state that goes on", runner.logits(rows.advance(longer)), further, allowed)
+            back = runner.logits(rows.advance([paths[4], paths[2], paths[1]]))
+            _compare("a state that goes back", back, expected[[4, 2, 1]], allowed)
+    finally:
+        runner.forwarded, runner.rolls_back = 0, False
 
 
 def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int], list[int]]:

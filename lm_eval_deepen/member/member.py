@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,13 +20,15 @@ from lm_eval_deepen.member.devices import weight_of
 from lm_eval_deepen.member.loading_check import (
     LONG,
     check_reading,
+    check_state,
     check_tree,
     generates_as_it_reads,
     needs_a_pass_alone,
     sharpest,
 )
 from lm_eval_deepen.member.preflight import files_of
-from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, cooled, speed_up_few_rows
+from lm_eval_deepen.member.runner import BodyRunner, PlainRunner, TreeRunner, cooled, speed_up_few_rows
+from lm_eval_deepen.member.state import StateRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)
@@ -64,10 +67,10 @@ class Member:
                 f"0 to {self.known_ids - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its "
                 "EOS."
             )
-        self.runner: TreeRunner | PlainRunner = self._runner()
+        self.runner: BodyRunner | PlainRunner = self._runner()
 
-    def _runner(self) -> TreeRunner | PlainRunner:
-        """Return the fastest forward passes that are right for the model.
+    def _runner(self) -> BodyRunner | PlainRunner:
+        """Return the fastest forward passes that are right for the model, and say which where it is no prefix tree.
 
         Raises:
             MemberError: it is no causal language model.
@@ -75,23 +78,45 @@ class Member:
         model, autocast, longest = self.lm.model, self.lm.mixed_precision_dtype, self.max_length
         checked, checked_autocast = sharpest(model, autocast)
         check_reading(checked, self.name, checked_autocast)
+        speed_up_few_rows(model.get_output_embeddings())
         try:
             check_tree(TreeRunner(checked, checked_autocast), longest)
             runner = TreeRunner(model, autocast)
             if model.dtype != torch.float32 or autocast is not None:  # a cache may fail in one precision alone
                 check_tree(runner, longest)
-        except Exception as error:  # whatever an unknown architecture raises: the plain path needs none of it
-            log.warning(
-                "member %r: its cache cannot be shared or rolled back (%s); every sequence is forwarded in full, "
-                "which is slow but exact.",
+            return runner
+        except Exception as error:  # whatever an unknown architecture raises: the other paths need none of it
+            no_tree = error
+        check_reading(checked, self.name, checked_autocast, min(longest, LONG))
+        self.generates_as_it_reads = generates_as_it_reads(checked, longest, checked_autocast)
+        alone = needs_a_pass_alone(checked, longest, checked_autocast)
+        no_state: Exception = NotImplementedError("its positions depend on the length of a text")
+        for by_token, together in () if alone else product((False, True), (True, False)):
+            try:
+                check_state(StateRunner(checked, checked_autocast, by_token, together), longest)
+                found = StateRunner(model, autocast, by_token, together)
+                if model.dtype != torch.float32 or autocast is not None:
+                    check_state(found, longest)
+            except Exception as error:
+                no_state = error
+                continue
+            log.info(
+                "member %r: its cache cannot be shared as a prefix tree (%s). It carries its state along a text%s and "
+                "copies it where texts branch%s.",
                 self.name,
-                error,
+                no_tree,
+                " by one token at a time" if by_token else "",
+                "" if together else ", one text at a time",
             )
-            check_reading(checked, self.name, checked_autocast, min(longest, LONG))
-            self.generates_as_it_reads = generates_as_it_reads(checked, longest, checked_autocast)
-            return PlainRunner(model, autocast, alone=needs_a_pass_alone(checked, longest, checked_autocast))
-        speed_up_few_rows(model.get_output_embeddings())
-        return runner
+            return found
+        log.warning(
+            "member %r: its cache cannot be shared or rolled back (%s), and its state cannot be carried along a text "
+            "(%s); every sequence is forwarded in full, which is slow but exact.",
+            self.name,
+            no_tree,
+            no_state,
+        )
+        return PlainRunner(model, autocast, alone)
 
     def check_generation(self) -> None:
         """Check that a text generated here, by whole forward passes, is the one that `--model hf` generates.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lm_eval_deepen.member.attention import Alibi, MaskMaker
+from lm_eval_deepen.member.attention import Alibi, MaskMaker, OwnMasks
 from lm_eval_deepen.member.cache import RecomputedRows, RowCache
 from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.tree import pad
@@ -23,34 +23,24 @@ FEW_ROWS = 48
 PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at once
 
 
-class TreeRunner:
-    """Runs the model's body over packed token trees and its head only where logits are read."""
+class BodyRunner:
+    """Runs a model's body, and its head only where logits are read."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        """Wrap a loaded causal language model.
-
-        Raises:
-            NotImplementedError: its attention cannot be masked explicitly.
-        """
+        """Wrap a loaded causal language model."""
         self.model = unwrap(model)
         self.network = body_of(self.model)
         self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
-        self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
-        self.alibi = Alibi(self.network)
         self.autocast = autocast
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
-    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None) -> Tensor:
-        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
-        mask = self.masks(allowed.to(self.device), distance.to(self.device))
-        with torch.inference_mode(), self._autocast(), self.alibi.by_position(distance):
-            return self.network(
-                input_ids=ids.to(self.device),
-                attention_mask=mask,
-                position_ids=position.to(self.device),
-                past_key_values=kv,
-                use_cache=kv is not None,
-            ).last_hidden_state
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> Any:
+        """Return a walker over trees of token prefixes."""
+        raise NotImplementedError
+
+    def rows(self) -> Any:
+        """Return what follows growing texts, without any yet."""
+        raise NotImplementedError
 
     def states_at(self, paths: TokenSequences) -> Tensor:
         """Return the hidden state after the last token of every path [n, d].
@@ -58,10 +48,6 @@ class TreeRunner:
         Every distinct prefix is forwarded once.
         """
         return self.walker().states(paths)
-
-    def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
-        """Return a walker that forwards at most `nodes` tokens at once."""
-        return TreeWalker(self, nodes)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the model's logits [n, V] (its dtype) from hidden states [n, d]."""
@@ -89,6 +75,38 @@ class TreeRunner:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.autocast)
+
+
+class TreeRunner(BodyRunner):
+    """Runs the model's body over packed token trees."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        """Wrap a loaded causal language model.
+
+        Raises:
+            NotImplementedError: its attention cannot be masked explicitly.
+        """
+        super().__init__(model, autocast)
+        self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
+        self.alibi = Alibi(self.network)
+        self.own_masks = OwnMasks(self.network)
+
+    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None) -> Tensor:
+        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
+        mask = self.masks(allowed.to(self.device), distance.to(self.device))
+        placed = self.alibi.by_position(distance), self.own_masks.by_position(distance)
+        with torch.inference_mode(), self._autocast(), placed[0], placed[1]:
+            return self.network(
+                input_ids=ids.to(self.device),
+                attention_mask=mask,
+                position_ids=position.to(self.device),
+                past_key_values=kv,
+                use_cache=kv is not None,
+            ).last_hidden_state
+
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
+        """Return a walker that forwards at most `nodes` tokens at once."""
+        return TreeWalker(self, nodes)
 
     def rows(self) -> RowCache:
         """Return a KV cache without rows."""
@@ -209,7 +227,7 @@ def speed_up_few_rows(head: nn.Module | None) -> None:
 
 def body_of(model: Any) -> nn.Module:
     """Return the part of a model that its head reads; some heads call the decoder in the body, and not the body."""
-    body = getattr(model, model.base_model_prefix)
+    body = getattr(model, model.base_model_prefix, None) or model.model  # Llama 4 lacks what its prefix names
     decoder = getattr(body, "decoder", None)
     if not isinstance(decoder, nn.Module):
         return body

@@ -88,6 +88,13 @@ class TokenTree:
             yield node
             node = self.parents[node]
 
+    def children(self) -> list[list[int]]:
+        """Return every node's children in the order in which they were added; the last list is that of -1."""
+        children: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for node, parent in enumerate(self.parents):
+            children[parent].append(node)
+        return children
+
     def preorder(self, first: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """Return the nodes depth first, children in the order in which they were added.
 
@@ -103,9 +110,7 @@ class TokenTree:
             if node is None:
                 break
             way.append(node)
-        children: list[list[int]] = [[] for _ in range(len(self) + 1)]  # the last one: first tokens
-        for node, parent in enumerate(self.parents):
-            children[parent].append(node)
+        children = self.children()
         for parent, node in zip([-1, *way], way, strict=False):
             children[parent].remove(node)
             children[parent].insert(0, node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ class Prefilled:
     Attributes:
         tokens: the sequence.
         state: what ``logp`` needs for its end [d].
-        kv: keys and values [H, len(tokens), D] per layer; empty where none are kept.
+        kv: keys and values [H, len(tokens), D] per layer, or the state that a model carries; empty where none is kept.
     """
 
     tokens: tuple[int, ...]
     state: Tensor
-    kv: list[LayerKV]
+    kv: Any
 
 
 class TreeWalker:
@@ -87,7 +88,7 @@ class TreeWalker:
         for depth, node in enumerate(way):
             if node in wanted:
                 yield node, self.hidden[depth], depth, None
-        for start, stop in _chunks(len(order), self.nodes):
+        for start, stop in chunks(len(order), self.nodes):
             chunk = order[start:stop]
             held = tree.depths[chunk[0]]
             self._cut(held)
@@ -140,7 +141,7 @@ def _way(tree: TokenTree, node: int, columns: dict[int, int]) -> Tensor:
     return torch.tensor([columns[n] for n in tree.way_up(node)]).flip(0)
 
 
-def _chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
+def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield bounds that divide `total` into as few parts of at most `size` as possible, nearly equal."""
     parts = math.ceil(total / size)
     for part in range(parts):
