@@ -29,7 +29,7 @@ from lm_eval_deepen.member.state import StateRunner
 
 PATIENCE_S = 240
 LONGEST_REASON = 200  # characters
-NATS_PER_TOKEN = 1e-5
+NATS_PER_TOKEN = 2e-5  # linear attention computes chunks in single precision, and chunks begin elsewhere here
 EQUAL, OFF = "equal", "off by"
 SHOTS = "Question: What is the largest planet of the solar system? It is not the Earth.\nAnswer:"
 LONG = "In 1969 the first people walked on the moon; in 2024 there were many. " * 4

@@ -17,7 +17,7 @@ OTHER = "everything else"
 # What time is spent on, and the functions that spend it: `module:Class.method` or `module:function`, below the
 # package. Functions that a version of the product does not have are listed, not timed.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "log-softmax, temperature": ("member.runner:TreeRunner.logp", "member.runner:PlainRunner.logp"),
+    "log-softmax, temperature": ("member.runner:BodyRunner.logp", "member.runner:PlainRunner.logp"),
     "masks": ("member.attention:MaskMaker.__call__",),
     "cache bookkeeping": (
         "member.cache:RowCache.advance",
@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "prefix trees": (
         "member.tree:TokenTree.add",
         "member.tree:TokenTree.preorder",
-        "member.runner:TreeRunner.states_at",
+        "member.runner:BodyRunner.states_at",
         "member.walk:TreeWalker.states",
         "member.walk:TreeWalker.prefill",
         "member.walk:TreeWalker._forward",

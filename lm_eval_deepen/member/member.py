@@ -84,6 +84,7 @@ class Member:
             runner = TreeRunner(model, autocast)
             if model.dtype != torch.float32 or autocast is not None:  # a cache may fail in one precision alone
                 check_tree(runner, longest)
+            log.info("member %r: texts with a common beginning share its cache, as a prefix tree.", self.name)
             return runner
         except Exception as error:  # whatever an unknown architecture raises: the other paths need none of it
             no_tree = error
