@@ -121,7 +121,7 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
 
 
 def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
-    """Add ``--json``, for a command whose `run` leaves in ``args.found`` what its table says (see `cli.main`).
+    """Add ``--json``, for a command whose `run` leaves in ``args.facts`` what its table says (see `cli.main`).
 
     Args:
         parser: the command's.
@@ -137,7 +137,7 @@ def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
         )
     else:
         parser.add_argument("--json", action="store_const", const=PRINTED, help="print JSON in place of the table")
-    parser.set_defaults(found=None)
+    parser.set_defaults(facts=None)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

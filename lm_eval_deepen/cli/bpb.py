@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     print("\nlost between vocabularies: a member in the main member's pieces, against itself in its own")
     for one in lost:
         print(f"  {one}")
-    args.found = {
+    args.facts = {
         "documents": len(documents),
         "bytes": num_bytes,
         "text_sha256": digest(documents),

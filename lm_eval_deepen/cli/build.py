@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = getattr(ensemble.fuser, "facts", {})
     folder = MatrixStore(config.matrix_dir).folder
     made_files = [*facts.get("matrices", ()), *facts.get("maps", ())]
-    args.found = {"method": config.method, "folder": str(folder), "anchors": facts.get("anchors"), "files": made_files}
+    args.facts = {"method": config.method, "folder": str(folder), "anchors": facts.get("anchors"), "files": made_files}
     if facts.get("matrices"):
         print(f"{facts['anchors']} anchors common to {len(ensemble.members)} members, matrices in {folder}")
     elif facts.get("maps"):

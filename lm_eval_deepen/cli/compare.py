@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise ResultError("nothing to compare:\n  " + "\n  ".join(notes))
     notes += groups(runs, reference)
     told = corrected(rows), args.alpha, list(dict.fromkeys(notes))
-    args.found = report.to_dict(*told)
+    args.facts = report.to_dict(*told)
     text = rendered(*told, "json" if args.json else args.format)
     if args.output:
         write_text(args.output, text + "\n")

@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     for number, (system, folder) in enumerate(zip(plan, folders, strict=True), 1):
         print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
         rows.append(evaluate(system, args, task_manager, folder))
-    found = shown(folders, names=[system.label for system in plan], traced=False)
-    write_text(page, found.html("The demo: who decided each token"))
+    viewed = shown(folders, names=[system.label for system in plan], traced=False)
+    write_text(page, viewed.html("The demo: who decided each token"))
     systems_found = [{"system": row.system, "seconds": row.seconds, "scores": row.measured} for row in rows]
-    args.found = {"systems": systems_found, "page": str(page)}
+    args.facts = {"systems": systems_found, "page": str(page)}
     print(f"\n{side_by_side(rows)}\n\n{READING}\nResult files: {args.output}\nTheir documents, token by token: {page}")
     return 0
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     print(plain(report))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(github_errors(report)))
-    args.found = {**report.to_dict(), "exit_status": EXIT[report.status]}
+    args.facts = {**report.to_dict(), "exit_status": EXIT[report.status]}
     if args.junit:
         write_text(args.junit, junit(report))
     summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
     if report.recipe is not None and report.recipe.expected:  # nothing is published of an ensemble that is given inline
         report.measured = _measured(args.results or Path("results") / Path(report.recipe.name).stem)
-    args.found = report.to_dict()
+    args.facts = report.to_dict()
     print(rendered(report))
     return 1 if report.problems else 0
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     todo, table = evaluated(recipe, out, args.device, args.redo, args.built, ray=args.ray)
     if args.into is not None:
         leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
-    args.found = leaderboard_table.to_dict(table)
+    args.facts = leaderboard_table.to_dict(table)
     print(leaderboard_table.rendered(table, args.format))
     say(f"cells, {', '.join(FILES.values())}: {out}")
     refuse_failed(todo)

@@ -112,9 +112,9 @@ def _finished(module: Subcommand, args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
         status = module.run(args)
     if place == PRINTED:
-        print(json.dumps(args.found, indent=2, ensure_ascii=False))
-    elif place is not None and args.found is not None:
-        write_json(Path(place), args.found)
+        print(json.dumps(args.facts, indent=2, ensure_ascii=False))
+    elif place is not None and args.facts is not None:
+        write_json(Path(place), args.facts)
     return status
 
 

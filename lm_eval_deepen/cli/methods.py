@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list."""
-    args.found = catalogue()
+    args.facts = catalogue()
     print(markdown() if args.markdown else listing(everything=args.all))
     return 0
 

@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
             report = checked(recipe, args.device)
             print("\n".join(needs(recipe, report)) + "\n")
             if report.problems:
-                args.found = {"problems": [str(problem) for problem in report.problems]}
+                args.facts = {"problems": [str(problem) for problem in report.problems]}
                 numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
                 print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
                 return 1
         if args.dry_run:
             return 0
         todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
-        args.found = data = reproduction.to_dict(table, args.miniature)
+        args.facts = data = reproduction.to_dict(table, args.miniature)
         write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
         print(reproduction.rendered(table, args.miniature))

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for line in chosen.log:
         print(line)
     keys = tune_score.placed(chosen.config.to_dict())
-    args.found = written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents, given)}
+    args.facts = written = {"kind": "ensemble", **keys, "evidence": evidence(ensemble, chosen, documents, given)}
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\nwritten to {args.output}")
     return 0

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
     chosen = search.run(args.weights, args.weight_step, args.learning_rates)
-    args.found = written = tuned_file(config, chosen, search, args)
+    args.facts = written = tuned_file(config, chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{chosen.what} written to {args.output}")
     return 0

@@ -43,7 +43,7 @@ def test_every_command_that_prints_a_table_gives_it_as_json(pico: dict[str, Path
     for name in cli.COMMANDS.keys() - {"run"}:
         parser = Parser(prog=name)
         importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
-        assert ("--json" in parser.format_help()) == (parser.get_default("found") is None and name in TABLES)
+        assert ("--json" in parser.format_help()) == (parser.get_default("facts") is None and name in TABLES)
     for name in ("a", "b"):
         synthesised(tmp_path / name, {"t": {"acc": [1.0, 0.0, 1.0]}})
     (tmp_path / "text.txt").write_text("one fox\n\ntwo dogs\n\nthree")
