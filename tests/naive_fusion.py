@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -112,12 +113,67 @@ def mapped(
     return {key: p / total for key, p in fused.items()}
 
 
+def others(weights, masses, keys, average):
+    """Other averages of classes: text by class, and the masses of text and of end."""
+    ends = [mass.get(END, 0.0) for mass in masses]
+    texts = [sum(mass.get(key, 0.0) for key in keys) for mass in masses]
+    given = [{key: mass.get(key, 0.0) / text for key in keys} for mass, text in zip(masses, texts, strict=True)]
+    end = sum(w * own for w, own in zip(weights, ends, strict=True))
+    text = sum(w * own for w, own in zip(weights, texts, strict=True))
+    shares = [w * own / text for w, own in zip(weights, texts, strict=True)]
+    if isinstance(average, list):
+        pooled = pooled_product([{key: max(q, 1e-12) for key, q in own.items()} for own in given], average)
+        stop = pooled_product([{"text": a, "end": max(b, 1e-12)} for a, b in zip(texts, ends, strict=True)], average)
+        return pooled, stop["text"], stop["end"]
+    if average == "consistent":
+        mean = {key: sum(s * own[key] for s, own in zip(shares, given, strict=True)) for key in keys}
+        filters, counts = [], []
+        for own in given:
+            least = math.exp(-2)
+            said = [key for key in keys if own[key] + given[0][key] > 1e-12]
+            scores = {key: (math.exp(-2 * abs(own[key] - mean[key])) - least) / (1 - least) for key in said}
+            entropy = -sum(q * math.log(q) for q in own.values() if q > 0)
+            counts.append(sum(scores.values()) / (entropy + 1e-12))
+            size = sum(scores.values()) / len(scores)
+            filters.append({key: scores.get(key, 0.0) / size for key in keys})
+        counts = [s * count for s, count in zip(shares, counts, strict=True)]
+        counts[0] = max(counts[0], sum(counts[1:]))
+        filters[0] = dict.fromkeys(keys, 1.0)
+        pairs = list(zip(counts, filters, given, strict=True))
+        pooled = {key: sum(w * f[key] * own[key] for w, f, own in pairs) for key in keys}
+    else:
+        pooled = {}
+        for key in keys:
+            values = [max(own[key], 1e-12) for own in given]
+            if average in ("min", "max"):
+                pooled[key] = min(values) if average == "min" else max(values)
+            else:
+                pooled[key] = sum(s * q**average for s, q in zip(shares, values, strict=True)) ** (1 / average)
+    total = sum(pooled.values())
+    return {key: value / total for key, value in pooled.items()}, text, end
+
+
+def pooled_product(given, exponents):
+    """A product of experts; beside a negative exponent, only of what the other members find plausible."""
+    logs = {key: sum(e * math.log(own[key]) for e, own in zip(exponents, given, strict=True)) for key in given[0]}
+    if min(exponents) < 0:
+        liked = {
+            key: sum(max(e, 0) * math.log(own[key]) for e, own in zip(exponents, given, strict=True)) for key in logs
+        }
+        least = max(liked.values()) + sum(max(e, 0) for e in exponents) * math.log(0.1)
+        best = max(value for key, value in logs.items() if liked[key] >= least)
+        logs = {key: value if liked[key] >= least else best + math.log(1e-12) for key, value in logs.items()}
+    top = max(logs.values())
+    total = sum(math.exp(value - top) for value in logs.values())
+    return {key: math.exp(value - top) / total for key, value in logs.items()}
+
+
 def classes(
     members: Sequence[MemberView],
     logp: Sequence[Tensor],
     weights: Iterable[float],
     anchor_of: Sequence[dict[bytes, bytes | None]],
-    average: str,
+    average: str | float | list[float],
 ) -> dict[Event, float]:
     """The average over classes of pieces, a class's mass shared in proportion to the main member's own.
 
@@ -126,7 +182,7 @@ def classes(
         logp: a row of each.
         weights: all above 0.
         anchor_of: for every member the anchor that stands for a piece, None where none does.
-        average: ``linear``, or ``geometric`` of text and of text against end.
+        average: as the option; ``geometric`` and a product pool text, and text against end.
     """
     weights = [float(weight) for weight in weights]
     own = [events(member.vocabulary, row) for member, row in zip(members, logp, strict=True)]
@@ -142,6 +198,8 @@ def classes(
         mixed = {key: sum(w * mass.get(key, 0.0) for w, mass in zip(weights, masses, strict=True)) for key in keys}
         end = mixed.pop(END, 0.0)
         text = sum(mixed.values())
+    elif average != "geometric":
+        mixed, text, end = others(weights, masses, keys - {END}, average)
     else:
         ends = [mass.get(END, 0.0) for mass in masses]
         mixed = {key: 1.0 for key in keys if key != END}

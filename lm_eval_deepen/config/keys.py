@@ -153,7 +153,8 @@ def exact(value: Any, annotation: Any, key: str) -> Any:
         ConfigError: inside of a nested mapping.
     """
     types = arms(annotation)
-    if type(value) in types:
+    named = [name for arm in types if typing.get_origin(arm) is typing.Literal for name in typing.get_args(arm)]
+    if type(value) in types or (isinstance(value, str) and value in named):
         return value
     if isinstance(value, os.PathLike) and str in types:
         return os.fspath(value)

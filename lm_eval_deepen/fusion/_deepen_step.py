@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,10 +16,13 @@ from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused
+from lm_eval_deepen.relative.average import Agreed, linear
 from lm_eval_deepen.relative.average import geometric as pool_geometrically
-from lm_eval_deepen.relative.average import linear
+from lm_eval_deepen.relative.consistent import consistent
 from lm_eval_deepen.relative.gathered import share_columns
 from lm_eval_deepen.relative.matrix import OneHotOperator
+from lm_eval_deepen.relative.power_mean import power_mean
+from lm_eval_deepen.relative.product import product
 from lm_eval_deepen.relative.support import Side, Support, abstain, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
 from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
@@ -40,8 +43,8 @@ class StepOptions(Protocol):
     """The options of a step, as `Deepen` has them."""
 
     @property
-    def average(self) -> str:
-        """``linear`` or ``geometric``."""
+    def average(self) -> str | tuple[float, ...]:
+        """The name of an average, the power of a power mean, or the exponents of a product."""
         ...
 
     @property
@@ -109,7 +112,7 @@ class DeepenFuser:
         self.out_vocab, self.options, self.facts = out_vocab, options, facts
         self.solver = options.build_solver()
         self.rule = options.support_rule()  # None: everything
-        self.average = pool_geometrically if options.average == "geometric" else linear
+        self.average = averaging(options.average)
         self._eos_ids = sorted(set(out_vocab.eos))
         self._placed: dict[torch.device, tuple[Side, ...]] = {torch.device("cpu"): tuple(sides)}
 
@@ -156,7 +159,7 @@ class DeepenFuser:
     def pooled_as(self, geometric: bool, power: float) -> DeepenFuser:
         """Return this fuser with another average."""
         fuser = copy.copy(self)
-        fuser.average = partial(pool_geometrically, power=power) if geometric else linear
+        fuser.average = partial(pool_geometrically, power=power) if geometric else averaging("linear")
         return fuser
 
     def _sides(self, device: torch.device) -> tuple[Side, ...]:
@@ -169,6 +172,20 @@ class DeepenFuser:
         if self.rule is None:
             return 16 * (width + 2 * anchors)
         return 8 * (width + anchors) + support_bytes(sides, self.rule.first)
+
+
+def averaging(average: str | tuple[float, ...]) -> Callable[..., Agreed]:
+    """Return what averages as an option says."""
+    if isinstance(average, tuple):
+        return partial(power_mean, power=average[0]) if len(average) == 1 else partial(product, exponents=average)
+    named: dict[str, Callable[..., Agreed]] = {
+        "linear": linear,
+        "geometric": pool_geometrically,
+        "min": partial(power_mean, power=-math.inf),
+        "max": partial(power_mean, power=math.inf),
+        "consistent": consistent,
+    }
+    return named[average]
 
 
 def chunk_bytes(device: torch.device) -> int:

@@ -67,8 +67,17 @@ class Deepen(Options):
         description="Of rows from embeddings: those of the input (as published), or of the output head, which are the "
         "same where a member ties them.",
     )
-    average: Literal["linear", "geometric"] = Field(
-        "linear", description="How the members' relative vectors are averaged: `linear` is as published."
+    average: Annotated[
+        Literal["linear", "geometric", "min", "max", "consistent"] | tuple[float, ...],
+        Shown(
+            "'linear', 'geometric', 'min', 'max', 'consistent', a number but 0 or one number for each member",
+        ),
+    ] = Field(
+        "linear",
+        description="How the members' relative vectors are averaged: `linear` is as published. A number p gives the "
+        "power mean, of which `min` and `max` are the ends; numbers in a list are the exponents of a product of "
+        "experts, negative ones for contrastive decoding (arXiv 2210.15097); `consistent` weighs by agreement (CoRE, "
+        "arXiv 2510.13855).",
     )
     inverse: Annotated[
         Annotated[str, Choice(SOLVERS)] | None, Shown(default="exact where rows come from bytes, else em")
@@ -180,6 +189,10 @@ class Deepen(Options):
                 "learning_rate", f"does not belong to inverse {self.solver!r}, got {self.learning_rate!r}. Remove it, "
                 "or use inverse 'adamw'."
             )  # fmt: skip
+        if self.average == (0,):
+            raise _conflict("average", "0 is the geometric average. Give average: geometric.")
+        if isinstance(self.average, tuple) and len(self.average) != 1 and not max(self.average, default=0.0) > 0:
+            raise _conflict("average", f"needs an exponent above 0, got {list(self.average)}.")
         if self.max_anchors is not None and self.max_anchors < self.min_anchors:
             raise _conflict("max_anchors", f"{self.max_anchors} is less than min_anchors {self.min_anchors}.")
         if self.max_support is not None and not isinstance(self.support, float):
@@ -248,7 +261,12 @@ class Deepen(Options):
 
         Raises:
             VocabularyError: too few of them.
+            ConfigError: another number of exponents than of members.
         """
+        if isinstance(self.average, tuple) and len(self.average) not in (1, len(vocabularies)):
+            raise _conflict(
+                "average", f"has {len(self.average)} exponents for {len(vocabularies)} members. Give one for each."
+            )
         return find_anchors(
             vocabularies,
             max_anchors=self.max_anchors,

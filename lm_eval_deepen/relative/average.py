@@ -34,6 +34,30 @@ class Agreed:
     usable: Tensor
 
 
+@dataclass(frozen=True)
+class Blended:
+    """Linear averages of the members' masses of text and of end of text; attributes as `Agreed`."""
+
+    log_text: Tensor
+    log_end: Tensor
+    blend: Tensor
+    usable: Tensor
+
+    def agree(self, r: Tensor) -> Agreed:
+        """Return them with an average given text [B, A]."""
+        return Agreed(r, self.log_text, self.log_end, self.blend, self.usable)
+
+
+def blended(share: Tensor, parts: Split) -> Blended:
+    """Return what a linear average makes of the masses; w_m given text is a member's weight times its mass of text."""
+    logs = share.log()
+    end = torch.logsumexp(logs + parts.log_end, dim=1)
+    text = logs + parts.log_text
+    mass = torch.logsumexp(text, dim=1)
+    usable = (parts.log_text[:, 0] > NEG_INF) & (mass > NEG_INF)
+    return Blended(mass, end, (text - mass.masked_fill(~usable, 0.0)[:, None]).exp(), usable)
+
+
 def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool) -> Agreed:
     """Return sum_m w_m q_m (DeePEn, section 3.2); w_m is a member's weight times its mass of text, normalised.
 
@@ -44,16 +68,11 @@ def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Spli
         parts: the members' masses.
         with_end: not needed: a member without an end of text has no mass there.
     """
-    logs = share.log()
-    end = torch.logsumexp(logs + parts.log_end, dim=1)
-    text = logs + parts.log_text
-    mass = torch.logsumexp(text, dim=1)
-    usable = (parts.log_text[:, 0] > NEG_INF) & (mass > NEG_INF)
-    blend = (text - mass.masked_fill(~usable, 0.0)[:, None]).exp()
-    r = blend[:, :1] * reached
+    found = blended(share, parts)
+    r = found.blend[:, :1] * reached
     for i, vector in enumerate(others, start=1):
-        r.addcmul_(blend[:, i, None], vector)
-    return Agreed(r, mass, end, blend, usable)
+        r.addcmul_(found.blend[:, i, None], vector)
+    return found.agree(r)
 
 
 def geometric(

@@ -23,7 +23,9 @@ from lm_eval_deepen.relative.tops import TopRule
         ({"embeddings": "output"}, "embeddings is of rows from embeddings, got 'output' with rows 'canonical'"),
         ({"rows": "exact", "embeddings": "head"}, "embeddings must be 'input' or 'output'; got 'head'"),
         ({"rows": "canon"}, "rows must be .*; got 'canon'. Did you mean 'canonical'"),
-        ({"average": "geo"}, "average must be 'linear' or 'geometric'; got 'geo'. Did you mean 'geometric'"),
+        ({"average": "geo"}, "average must be 'linear', 'geometric', .*; got 'geo'. Did you mean 'geometric'"),
+        ({"average": 0}, "average 0 is the geometric average"),
+        ({"average": [0.0, -1.0]}, r"average needs an exponent above 0, got \[0.0, -1.0\]"),
         ({"trust_region": 0}, "trust_region must be a number above 0; got 0"),
         ({"row_entropy": -1.0}, "row_entropy must be a number above 0; got -1.0"),
         (

@@ -27,6 +27,8 @@ VARIANTS = [(name, {}, 2e-6) for name in METHODS]
 if "deepen" in METHODS:
     VARIANTS += [
         ("deepen", {"average": "geometric"}, 2e-6),
+        *[("deepen", {"average": average}, 2e-5) for average in (0.5, "min", "max", "consistent")],
+        ("deepen", {"average": (1.5, 0.5, 0.7)}, 2e-5),
         ("deepen", {"rows": "prefix", "support": 20}, 2e-6),
         ("deepen", {"rows": "embedding", "support": 20}, 2e-6),
         ("deepen", {"rows": "embedding", "support": "full", "top_m": 0}, 2e-6),

@@ -146,7 +146,14 @@ def test_unite(members, store, order) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "order"), [({}, (0, 1)), ({"average": "geometric"}, (1, 0)), ({"rows": "prefix"}, (0, 1))], ids=str
+    ("options", "order"),
+    [
+        ({}, (0, 1)),
+        ({"average": "geometric"}, (1, 0)),
+        ({"rows": "prefix"}, (0, 1)),
+        *[({"average": average}, (0, 1)) for average in (-1.5, 2, "min", "max", [1.5, 0.7], [1.0, -0.5], "consistent")],
+    ],
+    ids=str,
 )
 def test_deepen_with_rows_from_bytes(members, store, options, order) -> None:
     members = [members[n] for n in order]

@@ -1,0 +1,36 @@
+"""Power means of the members' relative vectors: from the smallest of their values (minus infinity) to the largest.
+
+r is in proportion to (sum_m w_m q_m ** p) ** (1 / p). With p = 1 that is the linear average, near 0 the geometric one;
+below 1 the members must agree, above 1 one of them is enough (Amini et al., ICLR 2025, arXiv 2403.00867, averages
+language models so).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lm_eval_deepen.relative.average import FLOOR, Agreed, blended
+from lm_eval_deepen.relative.support import Split
+
+
+def power_mean(
+    reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Split, *, with_end: bool, power: float
+) -> Agreed:
+    """Return the power mean given text, normalised; text and end of text are averaged linearly. See `linear`.
+
+    Where q_m is 0 it counts as `FLOOR`.
+    """
+    found = blended(share, parts)
+    logs = [vector.clamp_min(FLOOR).log() for vector in (reached, *others)]
+    if math.isinf(power):
+        absent = math.inf if power < 0 else -math.inf
+        values = [torch.where(found.blend[:, m, None] > 0, own, absent) for m, own in enumerate(logs)]
+        r = torch.stack(values).amin(0) if power < 0 else torch.stack(values).amax(0)
+    else:
+        weights = found.blend.log()
+        r = torch.logsumexp(torch.stack([weights[:, m, None] + power * own for m, own in enumerate(logs)]), 0) / power
+    return found.agree(torch.softmax(r, dim=1))

@@ -1,0 +1,69 @@
+"""Averages beside the linear and the geometric one: where they meet. Their formulas are tested with the methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm_eval_deepen.relative.average import geometric, linear
+from lm_eval_deepen.relative.power_mean import power_mean
+from lm_eval_deepen.relative.product import product
+from lm_eval_deepen.relative.support import Split
+
+
+def drawn(rows=6, members=3, anchors=40):
+    """Return relative vectors [M, B, A], weights [B, M], and masses of text and end."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.softmax(3 * torch.randn(members, rows, anchors, generator=generator), dim=2)
+    share = torch.softmax(torch.randn(rows, members, generator=generator), dim=1)
+    share[0] = torch.tensor([0.4, 0.6, 0.0])
+    text = torch.sigmoid(torch.randn(rows, members, generator=generator))
+    nothing = torch.zeros(rows, members)
+    parts = Split.__new__(Split)
+    values = {"log_text": text.log(), "log_end": (1 - text).log(), "valid": nothing == 0, "log_kept": nothing}
+    for name, value in values.items():
+        object.__setattr__(parts, name, value)
+    return vectors, share, parts
+
+
+def both(average, other):
+    vectors, share, parts = drawn()
+    found = [
+        f(v[0], list(v[1:]), share, parts, with_end=True) for f, v in ((average, vectors.clone()), (other, vectors))
+    ]
+    return [torch.cat([one.r.log(), one.log_text[:, None], one.log_end[:, None]], 1) for one in found]
+
+
+def test_power_1_is_the_linear_average():
+    a, b = both(lambda *x, **k: power_mean(*x, **k, power=1.0), linear)
+    torch.testing.assert_close(a, b)
+
+
+def test_a_product_whose_exponents_are_the_weights_is_the_geometric_average():
+    vectors, _, parts = drawn()
+    share = torch.tensor([0.5, 0.3, 0.2]).expand(6, 3)
+    args = (share, parts)
+    a = product(vectors[0], list(vectors[1:]), *args, with_end=True, exponents=(0.5, 0.3, 0.2))
+    b = geometric(vectors[0].clone(), list(vectors[1:].clone()), *args, with_end=True)
+    for name in ("r", "log_text", "log_end"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("power", [-40.0, 40.0])
+def test_large_powers_near_the_ends(power):
+    """For equal values of the weights the mean tends to the smallest and the largest value."""
+    ends = torch.tensor(power).sign() * torch.inf
+    a, b = both(
+        lambda *x, **k: power_mean(*x, **k, power=power), lambda *x, **k: power_mean(*x, **k, power=float(ends))
+    )
+    torch.testing.assert_close(a, b, atol=0.2, rtol=0)
+
+
+def test_an_absent_amateur_excludes_nothing():
+    """In a batch as alone."""
+    vectors, share, parts = drawn()
+    exponents = (1.0, 0.5, -0.5)
+    found = product(vectors[0], list(vectors[1:]), share, parts, with_end=True, exponents=exponents)
+    alone = (vectors[0, 0].log() + 0.5 * vectors[1, 0].log()).softmax(0)
+    torch.testing.assert_close(found.r[0], alone)
+    assert (found.r[1:] < 1e-9).any(1).all()  # where it is there, it does
