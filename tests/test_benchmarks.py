@@ -18,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cost  # noqa: E402
 import make_performance_table as page  # noqa: E402
+import make_scale_table as scale_table  # noqa: E402
 import profile_step  # noqa: E402
 from costs import counts, figures, probe, resources, sides, timers, workloads  # noqa: E402
 from costs.figures import Figure  # noqa: E402
@@ -302,3 +303,14 @@ def test_the_gpu_script_is_rehearsed_on_the_cpu(pico, tmp_path):
     assert len(compared) == 3
     for value in compared.values():
         assert value["nats_per_token"] < 1e-4 and value["texts_alike"] == value["texts"] == 4
+
+
+def test_the_page_on_large_ensembles_has_the_table_of_the_formulas():
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    assert page.insert(text, "formulas", scale_table.table()) == text
+    assert scale_table.MISTRAL_7B.kv_bytes == 131_072  # 2 * 32 layers * 8 heads * 128 numbers * 2 bytes
+    (two, *_), (four, *_), (mixed, *_) = (
+        [float(cell) for cell in scale_table.line("", members).split("|")[2:-1]]
+        for members in scale_table.ENSEMBLES.values()
+    )
+    assert (two, four, mixed) == (29.7, 159.2, 234.6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -21,10 +23,24 @@ NODES_ON_ACCELERATOR = 8_192
 def kv_bytes(member: Member) -> int:
     """Return the bytes of keys and values that one token takes up in one member."""
     config = member.lm.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kv_heads * width * member.lm.model.dtype.itemsize
+    return kv_bytes_by(lambda key, default=None: getattr(config, key, default), member.lm.model.dtype.itemsize)
+
+
+def kv_bytes_by(get: Callable[..., Any], itemsize: int) -> int:
+    """Return the bytes of keys and values of one token by a configuration: two vectors a layer and key-value head.
+
+    Args:
+        get: returns what the configuration has under a key, or a default.
+        itemsize: bytes of a number.
+    """
+    heads = get("num_attention_heads", 1)
+    width = get("head_dim") or get("hidden_size", 0) // heads
+    return 2 * get("num_hidden_layers", 0) * (get("num_key_value_heads") or heads) * width * itemsize
+
+
+def fusion_bytes(vocabulary: int, batch: int) -> int:
+    """Return the bytes that fusing a step of a batch takes for a member with so many logits."""
+    return 4 * FUSION_COPIES * batch * vocabulary
 
 
 def free_bytes(device: torch.device) -> int:
@@ -42,7 +58,7 @@ def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:
         device = member.runner.device
         needed[device] += int(ROOM * kv_bytes(member) * longest)
         needed[device] += 4 * member.vocab_size * drafted
-        needed[ensemble.device] += 4 * FUSION_COPIES * member.vocab_size * drafted
+        needed[ensemble.device] += fusion_bytes(member.vocab_size, drafted)
     return dict(needed)
 
 

@@ -25,7 +25,7 @@ import torch.distributed
 from accelerate import PartialState
 
 from lm_eval_deepen.config import EnsembleConfig
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.member.devices import parse_device
 
 if TYPE_CHECKING:
@@ -45,10 +45,19 @@ class Ranks:
     Attributes:
         index: number of this process, 0 for the one that shows progress.
         count: how many processes share the requests.
+        slices: how many processes hold slices of the same members, and answer every request together.
+        slice: number of this process among them.
     """
 
     index: int = 0
     count: int = 1
+    slices: int = 1
+    slice: int = 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process shows progress and writes what all of them know."""
+        return self.index == self.slice == 0
 
     @classmethod
     def join(cls, config: EnsembleConfig) -> Ranks:
@@ -60,7 +69,8 @@ class Ranks:
             ConfigError: a member names one device for all processes.
         """
         if any(member.loading_dict().get("tp_plan") for member in config.members):
-            return cls()  # each process holds a slice of a member: all of them run every request
+            atexit.register(_leave)
+            return cls(slices=int(os.environ.get("WORLD_SIZE", 1)), slice=int(os.environ.get("RANK", 0)))
         ranks = cls.launched()
         if ranks.count > 1:
             refuse_fixed_devices(config, PartialState())
@@ -97,6 +107,20 @@ class Ranks:
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def require_same(self, digest: str) -> None:
+        """Refuse requests that are not those of every process that holds a slice: they would wait for each other.
+
+        Raises:
+            RequestError: they are not.
+        """
+        digests: list[Any] = [None] * self.slices
+        torch.distributed.all_gather_object(digests, digest)
+        if len(set(digests)) > 1:
+            raise RequestError(
+                f"the {self.slices} processes that hold slices of a member (tp_plan) were given different requests, as "
+                "where response caches of an interrupted run differ. Remove these caches, and start all again."
+            )
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -139,12 +163,15 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
     @functools.wraps(method)
     def answer(self: Any, requests: list[Instance], disable_tqdm: bool = False) -> list:
         ranks: Ranks = self.ranks
-        if ranks.count == 1:
+        if ranks.count == ranks.slices == 1:
             return method(self, requests, disable_tqdm=disable_tqdm)
         arguments = [request.args for request in requests]
         digest = hashlib.sha256()
         for args in arguments:
             digest.update(repr(args).encode("utf-8", "surrogatepass"))
+        if ranks.slices > 1:
+            ranks.require_same(digest.hexdigest())
+            return method(self, requests, disable_tqdm=disable_tqdm)
         if len(set(ranks.gather(digest.hexdigest()))) == 1:
             mine = ranks.share(arguments, whole=method.__name__ == "generate_until")
             own = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)

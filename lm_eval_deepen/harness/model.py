@@ -89,6 +89,10 @@ class DeepenLM(RequestHandler):
         config = configure({"pretrained": pretrained, **arguments})
         folder_of(config)  # before anything loads
         ranks = Ranks.join(config)
+        if config.trace is not None and ranks.slices > 1:
+            raise ConfigError(
+                "trace needs members that are whole in a process, and tp_plan divides them; leave one out"
+            )
         self._adopt(Ensemble.load(config, device), ranks)
         if config.trace is not None:
             self.step_files = StepFiles(config, ranks.index, ranks.count)
@@ -186,7 +190,7 @@ class DeepenLM(RequestHandler):
         self.results_in = samples_folder()
         answers: list[Any] = [None] * len(requests)
         before = Counter(self.ensemble.counters.outgrown)
-        quiet = disable_tqdm or self.ranks.index != 0
+        quiet = disable_tqdm or not self.ranks.speaks
         told = False
         progress = tqdm(total=len(requests), disable=quiet, desc=f"Running {kind} requests")
         with progress, settling(self.cache_hook):

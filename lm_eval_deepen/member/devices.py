@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, MemberError
 
 ACCELERATORS = ("cuda", "xpu", "npu", "hpu")  # what ``HFLM`` places models on, by number
 
@@ -82,7 +83,16 @@ def working_device(module: nn.Module) -> torch.device:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Return a module's ``weight``, fetched from where it was offloaded to."""
+    """Return a module's ``weight``, fetched from where it was offloaded to.
+
+    Raises:
+        MemberError: it is divided over processes.
+    """
+    if isinstance(module.weight, DTensor):  # gathering needs all processes at once, which build matrices in turn
+        raise MemberError(
+            "a method that reads embeddings needs them whole, and tp_plan divides them over processes. Use a method "
+            "that reads none, such as deepen with rows from bytes (canonical or prefix), or leave tp_plan out"
+        )
     if module.weight.device.type != "meta":
         return module.weight.detach()
     with align_module_device(module):

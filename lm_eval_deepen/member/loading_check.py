@@ -36,6 +36,7 @@ def sharpest(model: nn.Module, autocast: torch.dtype | None) -> tuple[nn.Module,
     weights = list(model.parameters())
     plain = not getattr(model, "is_quantized", False) and all(x.is_floating_point() for x in weights)
     here = not any(x.is_meta for x in weights) and not hasattr(model, "hf_device_map")
+    here = here and not getattr(model, "tp_size", None)  # a copy of a slice would call the others' collectives
     if not plain or not here or sum(x.numel() for x in weights) > SMALL_MODEL:
         return model, autocast
     try:

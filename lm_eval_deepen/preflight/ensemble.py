@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lm_eval_deepen.vocabulary import AnchorSet
 
 SAMPLE_ROWS = 256  # relative rows that are computed to see how flat they are
-FUSION_COPIES = 6  # fp32 copies of a row's logits that fusion holds at once
 
 
 @dataclass(frozen=True)
@@ -256,13 +255,15 @@ def device_needs(
         tokens: length of the longest of them.
         available: bytes of every device that is known.
     """
+    from lm_eval_deepen.engine.memory import fusion_bytes
+
     weights: Counter[str] = Counter()
     working: Counter[str] = Counter()
     for member in members:
         weights[member.device] += member.weight_bytes or 0
         working[member.device] += (member.kv_bytes or 0) * batch * tokens
         if member.codec is not None:
-            working[members[0].device] += 4 * FUSION_COPIES * batch * len(member.codec.vocab)
+            working[members[0].device] += fusion_bytes(len(member.codec.vocab), batch)
     matrices = {members[0].device: sum(plan.memory_bytes for plan in plans)}
     return [
         DeviceNeed(device, weights[device], matrices.get(device, 0), working[device], available.get(device))

@@ -93,10 +93,9 @@ class Inspected:
         """Bytes of keys and values that one token takes up."""
         if self.files is None:
             return None
-        files, heads = self.files, self.files.get("num_attention_heads", 1)
-        width = files.get("head_dim") or files.get("hidden_size", 0) // heads
-        kv_heads = files.get("num_key_value_heads") or heads
-        return 2 * files.get("num_hidden_layers", 0) * kv_heads * width * DTYPE_BYTES.get(self.dtype, 2)
+        from lm_eval_deepen.engine.memory import kv_bytes_by
+
+        return kv_bytes_by(self.files.get, DTYPE_BYTES.get(self.dtype, 2))
 
     @property
     def spelt(self) -> int:
