@@ -244,9 +244,11 @@ def test_sampled_repeats_do_not_depend_on_the_ranks():
 def test_tensor_parallel_members_share_nothing(single, monkeypatch):
     """Every process runs every request: a collective over ranks would wait for requests that nobody skips."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "PartialState", None)
     config = SimpleNamespace(members=[SimpleNamespace(loading_dict=lambda: {"tp_plan": "auto"})])
-    assert Ranks.join(config) == Ranks(0, 1)
+    ranks = Ranks.join(config)
+    assert ranks == Ranks(0, 1, slices=2, slice=1) and not ranks.speaks and Ranks().speaks
 
 
 def test_a_launcher_that_starts_one_process_is_named(single, monkeypatch, caplog):
