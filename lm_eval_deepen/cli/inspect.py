@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.cli.arguments import add_device, add_json, count, pairs, positive
 from lm_eval_deepen.storage import read_json
+
+if TYPE_CHECKING:
+    from lm_eval_deepen.config import EnsembleConfig
+    from lm_eval_deepen.engine.projection_loss import ProjectionLoss
 
 HELP = (
     "Pre-flight report of an ensemble: anchors and overlap, relative matrices, memory per device, where texts begin "
@@ -45,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", type=Path, metavar="DIR",
         help="of `reproduce`, whose scores stand beside those published (default: results/NAME_OF_RECIPE)",
     )  # fmt: skip
+    parser.add_argument(
+        "--projection-loss", action="store_true",
+        help="load the weights, and say what every member loses in the pieces of every other one, with and without "
+        "covers, on the calibration text",
+    )  # fmt: skip
     add_json(parser)
 
 
@@ -62,7 +71,27 @@ def run(args: argparse.Namespace) -> int:
         report.measured = _measured(args.results or Path("results") / Path(report.recipe.name).stem)
     args.facts = report.to_dict()
     print(rendered(report))
+    if args.projection_loss and report.config is not None and not report.problems:
+        lost = _projection_losses(report.config, args.device)
+        args.facts["projection_loss"] = [one.to_dict() for one in lost]
+        print("\nProjection loss, how many more bits a member needs in the pieces of another one:")
+        print("\n".join(f"  {one}" for one in lost))
     return 1 if report.problems else 0
+
+
+def _projection_losses(config: EnsembleConfig, device: str | None) -> list[ProjectionLoss]:
+    """Return what every member loses in the pieces of every other one."""
+    from lm_eval_deepen.engine.calibration import default_text, load_documents
+    from lm_eval_deepen.engine.ensemble import Ensemble
+    from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
+    from lm_eval_deepen.engine.self_check import DOCUMENTS
+    from lm_eval_deepen.member.devices import default_device
+    from lm_eval_deepen.tuning.bits import orders, own
+
+    documents = load_documents([default_text()], DOCUMENTS)
+    readings = [read_with_covers(one, documents) for one in orders(Ensemble.load(config, device or default_device()))]
+    natural = {single.name: float(single.bits.sum()) for single in map(own, readings)}
+    return [loss for reading in readings for loss in projection_losses(reading, natural)]
 
 
 def _measured(folder: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,8 @@ class Mbr(Options):
 
     with_fused: bool = Field(
         False,
-        description="Whether the step-fused ensemble answers as well, with the weight of an average member (DeePEn, "
+        description="Whether the step-fused ensemble answers as well, with equal weights and no covers unless they are "
+        "given, and with the weight of an average member (DeePEn, "
         "arXiv 2404.12715, combined with MBR).",
     )
     utility: Literal["chrf", "f1"] = Field(

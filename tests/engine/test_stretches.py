@@ -10,6 +10,8 @@ import pytest
 import torch
 from harness import deepen, requests
 
+from lm_eval_deepen.harness.model import DeepenLM
+
 CONTEXTS = ["The quick brown fox", "Question: What is 1 + 1?\nAnswer:", "café 中国", "walk", "", "ends\n", "Paris "]
 CHOICES = [" jumps over", "ing and talking", " 🙂 smile", "\n\n  indented", " </s> <|im_end|> text"]
 LONG = "In 1969 the first people walked on the moon; über 中国 🙂 there were many. " * 6
@@ -145,6 +147,33 @@ def test_bayes_needs_at_most_log2_k_bits_more_than_its_best_expert(make):
             each.append([score for score, _ in scores(make(*names, weights=row), PAIRS[:20])])
         best = torch.tensor(each).max(0).values
         assert bool((torch.tensor(learned) >= best - bound - 1e-4).all())
+
+
+def test_five_members_have_the_bound_and_no_order(pico, tmp_path):
+    """Three tokenizers, two of the models twice at other temperatures: by stretches and, for the bound, at steps."""
+    members = [
+        {"name": f"m{n}", "pretrained": str(pico[name]), "temperature": temperature}
+        for n, (name, temperature) in enumerate(zip([*NAMES, "metaspace", "bytelevel"], (1, 1, 1, 2, 0.5), strict=True))
+    ]
+
+    def model(order, method, **options):
+        chosen = [members[n] for n in order]
+        given = {"method": method, "matrix_dir": str(tmp_path), "device": "cpu", "self_check": False, **options}
+        return DeepenLM(chosen[0]["pretrained"], members=chosen, **given)
+
+    pairs = PAIRS[:6]
+    for method in ("mixture", "deepen"):
+        learned = model(range(5), method)
+        experts = learned.ensemble.stretch_experts if method == "mixture" else learned.ensemble.experts
+        assert len(experts) > 15
+        learned = torch.tensor([score for score, _ in scores(learned, pairs)])
+        for weights in [(0.2,) * 5, (0.0, 1.0, 0.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.0, 0.5)]:
+            static = torch.tensor([score for score, _ in scores(model(range(5), method, weights=list(weights)), pairs)])
+            assert bool((learned >= static - math.log(len(experts)) - 1e-3).all()), (method, weights)
+        if method == "mixture":
+            for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+                again = torch.tensor([score for score, _ in scores(model(order, method), pairs)])
+                torch.testing.assert_close(again, learned, atol=1e-6, rtol=1e-6)
 
 
 def test_evidence_from_the_prompt_moves_the_weights(make):

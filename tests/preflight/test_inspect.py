@@ -364,3 +364,11 @@ def test_weights_that_were_cut_are_a_problem(pico, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main(["inspect", f"members={pico['bytelevel']}+{folder},method=gac", "--no-tasks"]) == 1
     assert "model.safetensors is no complete safetensors file" in capsys.readouterr().out
+
+
+def test_what_every_member_loses_in_the_pieces_of_every_other(capsys, pico, tmp_path):
+    asked = f"members={pico['bytelevel']}+{pico['metaspace']},matrix_dir={tmp_path}"
+    assert main(["inspect", asked, "--no-tasks", "--projection-loss", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)["projection_loss"]
+    assert [(one["main"], one["member"]) for one in found] == [("bytelevel", "metaspace"), ("metaspace", "bytelevel")]
+    assert all({"no_covers", "covers"} <= one.keys() for one in found)
