@@ -112,6 +112,7 @@ def evaluated(
     table = leaderboard_table.measure(todo, cells)
     for kind, name in FILES.items():
         write_text(out / name, leaderboard_table.rendered(table, kind) + "\n")
+    write_text(out / leaderboard_table.DOCUMENTS, leaderboard_table.documents(todo, cells))
     return todo, table
 
 

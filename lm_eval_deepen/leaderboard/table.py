@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from lm_eval_deepen.build.architecture import DIFFERENCES
 from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, StorageError
@@ -19,6 +21,7 @@ from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
 from lm_eval_deepen.results.aggregation import to_number
+from lm_eval_deepen.results.files import TaskRun
 from lm_eval_deepen.results.page import html
 from lm_eval_deepen.results.pairing import groups, measured_group, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
@@ -26,8 +29,12 @@ from lm_eval_deepen.results.rows import compare
 from lm_eval_deepen.results.statistics import paired_needs
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
+from lm_eval_deepen.results.trace_page import shown_runs
 from lm_eval_deepen.storage import read_text, write_text
 
+DOCUMENTS = "documents.html"
+FEWEST, MOST = 20, 50_000  # documents of a task that are shown at least; of all rows and tasks together at most
+GAINED = 6  # the filter "right here, wrong there" of the page
 BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
 SECONDS, FUSING, TOKENS = "s/doc", "fusing s/doc", "tokens/doc"
 PARAMETERS, SPEED, TRAINED = "parameters (M)", "tokens/s", "training tokens (k)"
@@ -92,6 +99,7 @@ class Table:
         notes: what else is to be said.
         reported: published metrics that cannot be compared by document.
         provenance: where the numbers come from, by name.
+        shown: the rows whose documents stand in `DOCUMENTS`, in its order, and their tasks.
     """
 
     recipe: LeaderboardRecipe
@@ -100,6 +108,7 @@ class Table:
     notes: Sequence[str]
     reported: Sequence[Reported] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    shown: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
@@ -141,7 +150,38 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         known = "" if one.published is None else f", published {report.number(one.published)}"
         notes.append(f"{one.column}, as reported, without a test: {one.system} {report.number(one.score)}{known}")
     where_from = provenance(recipe, evaluations)
-    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)), reported, where_from)
+    told = list(dict.fromkeys(notes))
+    shown = {name: list(tasks) for name, tasks in _runs(plan, cells).items()}
+    return Table(recipe, corrected(rows), meaningless, told, reported, where_from, shown)
+
+
+def _runs(plan: Plan, cells: Mapping[Key, Cell]) -> dict[str, dict[str, TaskRun]]:
+    """Return what was evaluated, by row and task of the harness."""
+    found: dict[str, dict[str, TaskRun]] = {}
+    for row in plan.recipe.rows:
+        for task in plan.tasks:
+            if (cell := cells.get((row.name, task.name))) is not None:
+                found.setdefault(row.name, {}).update(cell.runs())
+    return found
+
+
+def documents(plan: Plan, cells: Mapping[Key, Cell]) -> str:
+    """Return the page of all rows' documents, which the cells of the leaderboard's own page lead to."""
+    runs = _runs(plan, cells)
+    limit = max(FEWEST, MOST // max(1, sum(map(len, runs.values()))))
+    return shown_runs(runs, limit).html(f"{plan.recipe.title}: documents")
+
+
+def _link(table: Table, row: ScoreRow) -> str | None:
+    """Return where a cell's documents are: those that are right there and wrong in the reference."""
+    systems = list(table.shown)
+    places = {one.group: systems.index(one.name) for one in reversed(table.recipe.rows) if one.name in table.shown}
+    if row.system not in places or row.task not in table.shown[systems[places[row.system]]]:
+        return None
+    reference = places.get(row.comparison.reference, -1) if row.comparison else -1
+    score = row.metric if row.flt == "none" else f"{row.metric},{row.flt}"
+    asked = {"system": places[row.system], "beside": reference, "task": row.task, "score": score, "show": GAINED}
+    return f"{DOCUMENTS}#{urlencode(asked)}"
 
 
 def _columns(
@@ -417,7 +457,9 @@ def rendered(table: Table, fmt: str) -> str:
     if fmt == "json":
         return json.dumps(to_dict(table), indent=2, ensure_ascii=False)
     if fmt == "html":
-        return html(table.rows, alpha, remarks(table), table.recipe.title, table.provenance, summary(table), told)
+        link = partial(_link, table)
+        where_from = table.provenance
+        return html(table.rows, alpha, remarks(table), table.recipe.title, where_from, summary(table), told, link)
     if fmt == "md":
         title, lines = literal(table.recipe.title), "\n".join(map(literal, told))
         parts = [f"### {title}", markdown_table(summary(table)), lines]

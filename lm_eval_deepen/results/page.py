@@ -5,7 +5,7 @@ The page is `templates/page.html.j2`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -47,6 +47,7 @@ def html(
     facts: Mapping[str, str] | None = None,
     summary: Sequence[Sequence[str]] = (),
     told: Sequence[str] = (),
+    link: Callable[[ScoreRow], str | None] = lambda row: None,
 ) -> str:
     """Return the page: for every task and metric the table, and two charts with error bars that say the same.
 
@@ -58,21 +59,36 @@ def html(
         facts: where the numbers come from, by name.
         summary: a table of all columns that comes first, headings first.
         told: sentences below it.
+        link: returns where a row's documents are shown, if they are.
     """
     names = extras(rows)
+    by_place = {(row.system, row.column): row for row in rows}
+    top = summary[0] if summary else ()
+    linked = [
+        [_linked(cell, by_place.get((line[0], column)), link) for column, cell in zip(top, line, strict=True)]
+        for line in summary[1:]
+    ]
     return render(
         "page.html.j2",
         title=title,
         facts=facts or {},
-        summary=summary,
+        summary=[top, *linked] if summary else (),
         told=told,
-        sections=[_section(i, group, alpha, names) for i, group in enumerate(columns(rows).values(), 1)],
+        sections=[_section(i, group, alpha, names, link) for i, group in enumerate(columns(rows).values(), 1)],
         reading=" ".join([f"Significance at {alpha:g}.", *reading(rows)]),
         notes=notes,
     )
 
 
-def _section(index: int, group: Sequence[ScoreRow], alpha: float, names: Sequence[str]) -> Section:
+def _linked(cell: str, row: ScoreRow | None, link: Callable[[ScoreRow], str | None]) -> str:
+    """Return a cell that leads to the documents of a row, where there is one and they are shown."""
+    where = None if row is None else link(row)
+    return cell if where is None else Markup('<a href="{}">{}</a>').format(where, cell)
+
+
+def _section(
+    index: int, group: Sequence[ScoreRow], alpha: float, names: Sequence[str], link: Callable[[ScoreRow], str | None]
+) -> Section:
     own, column = extras(group), group[0].column
     headings = [name for name in head(group) if name not in own] + list(names)
     looks: dict[str, Look] = {}  # a system has one mark in every chart
@@ -91,5 +107,8 @@ def _section(index: int, group: Sequence[ScoreRow], alpha: float, names: Sequenc
         ]
         drawing = chart(f"d{index}", f"Differences, {column}", caption, points, zero=True)
         figures.append(Figure(Markup(drawing), caption))
-    lines = [headings, *(cells(row, alpha, names) for row in group)]
+    lines: list[list[str]] = [headings]
+    for row in group:
+        first, score, *others = cells(row, alpha, names)
+        lines.append([first, _linked(score, row, link), *others])
     return Section(column, heading(group), lines, figures)

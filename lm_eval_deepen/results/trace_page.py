@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.results.files import find_runs, fingerprint
+from lm_eval_deepen.results.files import TaskRun, find_runs, fingerprint
 from lm_eval_deepen.results.templates import render
 from lm_eval_deepen.results.traces import TraceFile, bytes_of, documents_of, find_traces, text_of
 
@@ -108,6 +108,26 @@ def shown(folders: Sequence[Path], limit: int | None = None, names: Sequence[str
         for one, name in zip(page.sides, names or map(str, folders), strict=True):
             one.name = name
     return page
+
+
+def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Shown:
+    """Return what a page of evaluated tasks shows, by system and task: texts and scores, without steps.
+
+    Args:
+        systems: tasks by system.
+        limit: documents of each task that are shown.
+    """
+    found = Shown()
+    for name, tasks in systems.items():
+        one = Side(name)
+        for task, run in tasks.items():
+            one.tasks[task] = documents([], samples_by_document(run.samples_path), found)
+            one.facts = one.facts or _facts(run.results)
+            if len(one.tasks[task]) > limit:
+                del one.tasks[task][limit:]
+                one.notes = [f"the first {limit} documents of each task are shown"]
+        found.sides.append(one)
+    return found
 
 
 def page(*folders: Path, limit: int | None = None) -> str:

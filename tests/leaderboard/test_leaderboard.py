@@ -10,7 +10,9 @@ import math
 import os
 import re
 import shutil
+from html import unescape
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import lm_eval
 import numpy as np
@@ -628,6 +630,23 @@ def finished(pico, folder, tmp_path_factory):
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
         assert cli.main(["leaderboard", str(root / "recipe.yaml"), "--out", str(root / "out"), "--device", "cpu"]) == 0
     return root / "recipe.yaml", root / "out"
+
+
+def test_each_cell_leads_to_its_documents(finished):
+    _, out = finished
+    data = json.loads((out / "documents.html").read_text("utf-8").split('id="data">')[1].split("</script>")[0])
+    systems = [system["name"] for system in data["systems"]]
+    board = json.loads((out / "leaderboard.json").read_text())
+    page = (out / "leaderboard.html").read_text("utf-8")
+    links = [parse_qs(unescape(link)) for link in re.findall(r'<a href="documents.html#([^"]*)">', page)]
+    asked = {(systems[int(link["system"][0])], link["task"][0], link["score"][0]) for link in links}
+    names = {row["system"] for row in board["rows"]}
+    assert {name for name, _, _ in asked} == names and len(links) == 2 * len(board["rows"])  # in both tables
+    for system, task, score in asked:
+        documents = data["systems"][systems.index(system)]["tasks"][task]
+        assert documents and all(score in document["scores"] for document in documents)
+    references = {int(link["beside"][0]) for link in links}
+    assert -1 in references and references <= {-1, systems.index("A"), systems.index("B")}
 
 
 def test_a_finished_leaderboard_is_given_as_json(finished, capsys):

@@ -10,7 +10,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from browser import CHROMIUM, measured
+from browser import CHROMIUM, CONTRAST, measured
 
 from lm_eval_deepen.results import Measured, corrected, report, rows_of
 from lm_eval_deepen.results.aggregation import mean_scores
@@ -226,14 +226,25 @@ def _unescaped(cell):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 400, 1280])
-def test_a_phone_shows_system_and_score_first(tmp_path, width):
-    """Without scrolling the page sideways, and the names of systems in lines, not in columns of letters."""
-    layout = """(() => {
+def test_a_phone_shows_system_and_score_first(tmp_path, width, dark):
+    """Without scrolling, the names of systems in lines, not in columns of letters; every text can be read."""
+    layout = f"""(() => {{
         const name = page.document.querySelector("th[scope=row]"), score = name.nextElementSibling;
-        const needed = page.document.documentElement.scrollWidth;
-        return [needed, page.innerWidth, name.offsetWidth, score.getBoundingClientRect().right];
-    })()"""
-    found, console = measured(html(sample_rows(), 0.05, ["note"], title="Title"), width, layout, tmp_path)
-    needed, there, name, end_of_score = found
-    assert needed <= there == width and name >= 80 and end_of_score <= width and not console
+        const needed = page.document.documentElement.scrollWidth, box = score.getBoundingClientRect();
+        return [needed, page.innerWidth, name.offsetWidth, box.right, box.bottom, {CONTRAST},
+            page.getComputedStyle(page.document.body).backgroundColor];
+    }})()"""
+    facts = {f"fact {n}": "some words about it, and some more of them" for n in range(12)}
+    rows = sample_rows()
+    summary = [["system", *{row.column: 0 for row in rows}]]
+    summary += [[name, *(["0.500 [0.400, 0.600]"] * (len(summary[0]) - 1))] for name in {row.system: 0 for row in rows}]
+    link = lambda row: "documents.html#task=t&show=6"  # noqa: E731
+    page = html(rows, 0.05, ["note"], "Title", facts, summary, ["a sentence"], link)
+    assert page.count('<a href="documents.html#task=t&amp;show=6">') == 2 * len(rows)
+    found, console = measured(page, width, layout, tmp_path, dark)
+    needed, there, name, right, bottom, (contrast, text), ground = found
+    assert needed <= there == width and name >= 80 and right <= width and bottom <= 740 and not console
+    assert contrast >= 4.5, text
+    assert (ground == "rgb(255, 255, 255)") == (not dark)

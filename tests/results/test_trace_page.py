@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from browser import CHROMIUM, dumped, measured
+from browser import CHROMIUM, CONTRAST, dumped, measured
 from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
@@ -278,10 +278,12 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 400, 1280])
 def test_a_browser_shows_it_without_an_error_and_without_scrolling_sideways(
-    folders: tuple[Path, Path], tmp_path: Path, width: int
+    folders: tuple[Path, Path], tmp_path: Path, width: int, dark: bool
 ) -> None:
-    shown = "[page.document.documentElement.scrollWidth, page.innerWidth, page.document.body.innerText]"
-    (needed, there, text), console = measured(page(*folders), width, shown, tmp_path)
+    shown = f"[page.document.documentElement.scrollWidth, page.innerWidth, page.document.body.innerText, {CONTRAST}]"
+    (needed, there, text, (contrast, least)), console = measured(page(*folders), width, shown, tmp_path, dark)
     assert needed <= there == width and "Token 2 of 3" in text and not console
+    assert contrast >= 4.5, least
