@@ -104,9 +104,9 @@ class RecomputedRows:
         places = [[len(tokens)] for tokens in sequences] if reads is None else reads
         paths = [tuple(tokens[:n]) for tokens, lengths in zip(sequences, places, strict=True) for n in lengths]
         new = [path for path in dict.fromkeys(paths) if path not in self.known]
-        found = self.known | dict(zip(new, self.runner.states_at(new), strict=True) if new else ())
+        states = self.known | dict(zip(new, self.runner.states_at(new), strict=True) if new else ())
         self.known = {}
-        return torch.stack([found[path] for path in paths])
+        return torch.stack([states[path] for path in paths])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing is kept."""

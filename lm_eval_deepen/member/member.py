@@ -95,9 +95,9 @@ class Member:
         for by_token, together in () if alone else product((False, True), (True, False)):
             try:
                 check_state(StateRunner(checked, checked_autocast, by_token, together), longest)
-                found = StateRunner(model, autocast, by_token, together)
+                carrying = StateRunner(model, autocast, by_token, together)
                 if model.dtype != torch.float32 or autocast is not None:
-                    check_state(found, longest)
+                    check_state(carrying, longest)
             except Exception as error:
                 no_state = error
                 continue
@@ -109,7 +109,7 @@ class Member:
                 " by one token at a time" if by_token else "",
                 "" if together else ", one text at a time",
             )
-            return found
+            return carrying
         log.warning(
             "member %r: its cache cannot be shared or rolled back (%s), and its state cannot be carried along a text "
             "(%s); every sequence is forwarded in full, which is slow but exact.",

@@ -98,11 +98,11 @@ class StateRunner(BodyRunner):
                 self.forwarded += len(rows) * len(before)
                 hidden, state = self._pass(pad([[*before, *row] for row in rows], len(before) + width), [0], None)
                 return hidden[:, len(before) :], state
-        ids, found = pad(rows, width), []
+        ids, parts = pad(rows, width), []
         for start, stop in chunks(width, size):
             hidden, state = self._pass(ids[:, start:stop], [n + start for n in held], state, mask)
-            found.append(hidden)
-        return torch.cat(found, 1) if len(found) > 1 else found[0], state
+            parts.append(hidden)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0], state
 
     def _pass(self, ids: Tensor, held: Sequence[int], state: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         if self.kept:
@@ -147,8 +147,8 @@ class StateWalker:
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the hidden state at every one of some nodes of a tree [n, d]."""
-        found = {node: hidden for node, hidden, _ in self._visit(tree, frozenset(nodes), frozenset())}
-        return torch.stack([found[node] for node in nodes])
+        states = {node: hidden for node, hidden, _ in self._visit(tree, frozenset(nodes), frozenset())}
+        return torch.stack([states[node] for node in nodes])
 
     def prefill(self, paths: TokenSequences, read: TokenSequences = ()) -> tuple[list[Prefilled], Tensor]:
         """Return whole paths with their states, and the hidden states [n, d] after the paths to `read`."""
@@ -156,8 +156,8 @@ class StateWalker:
         ends, places = [tree.add(path) for path in paths], [tree.add(path) for path in read]
         hidden: dict[int, Tensor] = {}
         states: dict[int, Any] = {}
-        for node, found, state in self._visit(tree, frozenset([*ends, *places]), frozenset(ends)):
-            hidden[node] = found
+        for node, end, state in self._visit(tree, frozenset([*ends, *places]), frozenset(ends)):
+            hidden[node] = end
             if state is not None:
                 states[node] = state
         texts = [Prefilled(tuple(path), hidden[n], copied(states[n])) for path, n in zip(paths, ends, strict=True)]
@@ -377,9 +377,9 @@ def repeated(state: Any, rows: int) -> Any:
 
 def shapes(state: Any) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a row's tensors in a state, without the dimension of rows."""
-    found: list[tuple[int, ...]] = []
-    mapped([state], lambda one: found.append(tuple(one[0].shape[1:])) or one[0])  # type: ignore[func-returns-value]
-    return tuple(found)
+    sizes: list[tuple[int, ...]] = []
+    mapped([state], lambda one: sizes.append(tuple(one[0].shape[1:])) or one[0])  # type: ignore[func-returns-value]
+    return tuple(sizes)
 
 
 def can_be_padded(state: Any) -> bool:

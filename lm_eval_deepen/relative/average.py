@@ -68,11 +68,11 @@ def linear(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: Spli
         parts: the members' masses.
         with_end: not needed: a member without an end of text has no mass there.
     """
-    found = blended(share, parts)
-    r = found.blend[:, :1] * reached
+    masses = blended(share, parts)
+    r = masses.blend[:, :1] * reached
     for i, vector in enumerate(others, start=1):
-        r.addcmul_(found.blend[:, i, None], vector)
-    return found.agree(r)
+        r.addcmul_(masses.blend[:, i, None], vector)
+    return masses.agree(r)
 
 
 def geometric(

@@ -24,20 +24,20 @@ def consistent(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: 
 
     The members' weights are the prior of their weights by consistency. Arguments as `linear`.
     """
-    found = blended(share, parts)
+    masses = blended(share, parts)
     vectors = torch.stack([reached, *others], dim=1)  # [B, M, A]
-    vectors = torch.where(found.blend[:, :, None] > 0, vectors, 0.0)
-    mean = (found.blend[:, :, None] * vectors).sum(1, keepdim=True)
+    vectors = torch.where(masses.blend[:, :, None] > 0, vectors, 0.0)
+    mean = (masses.blend[:, :, None] * vectors).sum(1, keepdim=True)
     least = math.exp(-SHARPNESS)
     agree = ((-SHARPNESS * (vectors - mean).abs()).exp() - least) / (1 - least)
     agree = agree * (vectors + vectors[:, :1] > FLOOR)  # what neither this member nor the main one says has no score
     total = agree.sum(2)
     entropy = -torch.special.xlogy(vectors, vectors).sum(2)
-    weights = found.blend * total / (entropy + FLOOR)
+    weights = masses.blend * total / (entropy + FLOOR)
     weights[:, 0] = torch.maximum(weights[:, 0], weights[:, 1:].sum(1))
     weights = weights / weights.sum(1, keepdim=True).clamp_min(FLOOR)
     scale = (agree > 0).sum(2) / total.clamp_min(FLOOR)  # so that the scores of a member are 1 in the mean
     scores = agree * scale[:, :, None]
     scores[:, 0] = 1
     r = (weights[:, :, None] * scores * vectors).sum(1)
-    return found.agree(r / r.sum(1, keepdim=True).clamp_min(FLOOR))
+    return masses.agree(r / r.sum(1, keepdim=True).clamp_min(FLOOR))

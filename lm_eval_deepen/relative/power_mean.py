@@ -24,13 +24,13 @@ def power_mean(
 
     Where q_m is 0 it counts as `FLOOR`.
     """
-    found = blended(share, parts)
+    masses = blended(share, parts)
     logs = [vector.clamp_min(FLOOR).log() for vector in (reached, *others)]
     if math.isinf(power):
         absent = math.inf if power < 0 else -math.inf
-        values = [torch.where(found.blend[:, m, None] > 0, own, absent) for m, own in enumerate(logs)]
+        values = [torch.where(masses.blend[:, m, None] > 0, own, absent) for m, own in enumerate(logs)]
         r = torch.stack(values).amin(0) if power < 0 else torch.stack(values).amax(0)
     else:
-        weights = found.blend.log()
+        weights = masses.blend.log()
         r = torch.logsumexp(torch.stack([weights[:, m, None] + power * own for m, own in enumerate(logs)]), 0) / power
-    return found.agree(torch.softmax(r, dim=1))
+    return masses.agree(torch.softmax(r, dim=1))
