@@ -171,7 +171,7 @@ class EnsembleConfig(Settings):
             "chat_fallback": self.chat_fallback,
         }
         if self.weighting_options is not None and self.weights_change:  # else the members' weights say all
-            facts["weighting"] = {"name": self.weighting, **self.weighting_options.to_dict()}
+            facts["weighting"] = {"name": self.weighting, **self.weighting_options.identity()}
         if self.skip_when != "never":
             facts["skip"] = [self.skip_when, self.skip_above if self.skip_when == "confident" else None]
         if self.covers == "on":

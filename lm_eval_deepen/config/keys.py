@@ -117,6 +117,10 @@ class Options(Keys):
         """Return whether a method reads covers unless told otherwise, under the options that are given."""
         return False
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides results: the options as plain data; the content of a file stands for its name."""
+        return self.to_dict()
+
     @property
     def uses_fused(self) -> bool:
         """Whether a pooling needs the step-fused ensemble, to answer beside the members or to score their answers."""

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.encoder_decoder import check_specialists
+from lm_eval_deepen.engine.evidence import evidence
+from lm_eval_deepen.engine.following import Follower
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.texts import GeneratedText, NextPiece, ScoredText, following, generated, read, scored
 from lm_eval_deepen.engine.trace import Trace
@@ -65,7 +69,10 @@ class Ensemble(EnsembleBase):
         selective = None
         if fuser and config.skip_when != "never":
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)
-        return cls(config, tuple(members), fuser, weights, Trace(names), weigher, selective)
+        ensemble = cls(config, tuple(members), fuser, weights, Trace(names), weigher, selective)
+        if weigher is not None and (prompts := getattr(weigher, "prompts", None)):  # those of a router
+            weigher.learn(embedded(ensemble, prompts))
+        return ensemble
 
     def generate(self, texts: Sequence[str], *, traced: bool = False, **arguments: Any) -> tuple[GeneratedText, ...]:
         """Continue texts, `batch_size` of the configuration at a time; the harness's `generate_until` gives the same.
@@ -137,6 +144,14 @@ class Ensemble(EnsembleBase):
 def fuses(config: EnsembleConfig) -> bool:
     """Return whether distributions are fused at all: several members, not all weight on the main one."""
     return config.fuses_steps and len(config.members) > 1 and (config.weights_change or config.members[0].weight < 1)
+
+
+def embedded(ensemble: EnsembleBase, texts: Sequence[str]) -> list[Tensor | None]:
+    """Return the main member's embedding [d] of every text, None where it is not evidence; see `PromptLoss`."""
+    prompts = [Prompter(ensemble).prompts(text) for text in texts]
+    wanted = [evidence(ensemble, own)[0] for own in prompts]
+    losses = Follower(ensemble, 0).prefill([own[0] for own in prompts], wanted)
+    return [None if loss is None else loss.embedding for loss in losses]
 
 
 def check_vocabularies(config: EnsembleConfig, vocabularies: Sequence[ByteVocab]) -> None:

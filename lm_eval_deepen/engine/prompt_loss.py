@@ -48,6 +48,7 @@ def prompt_losses(
             tokens=len(reads),
             num_bytes=sum(len(pieces[read.token]) for read in reads),
             each=tuple((targets[read.before][read.token], len(pieces[read.token])) for read in reads),
+            embedding=states([read.before for read in reads]).float().mean(0).flatten().cpu() if reads else None,
         )
         for reads in wanted
     ]

@@ -6,10 +6,11 @@ evaluated alone on the task's validation split, cell by cell as any other row, i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.tasks import LoadedTask, load_tasks
@@ -18,8 +19,11 @@ from lm_eval_deepen.leaderboard.execution import Plan, execute, plan
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import Tuned, kept_digits
+from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import Run
 from lm_eval_deepen.results.pairing import wanted_columns
+from lm_eval_deepen.storage import read_text, write_text
+from lm_eval_deepen.weighting.knn import Knn
 
 FOLDER = "development"
 
@@ -81,8 +85,43 @@ def adapted(
     for (name, task), reason in todo.failed.items():
         raise ConfigError(f"member {name!r} has no score on the development split of {task!r}: {reason}")
     by_name = {task.name: task for task in todo.tasks}
-    rows = [_weighed(row, by_name[row.tasks[0]], cells, when_zero, say) if row.adapts else row for row in recipe.rows]
+    rows = []
+    for row in recipe.rows:
+        if row.routes is not None:
+            row = _routed(row, row.routes, by_name[row.tasks[0]], cells, out / FOLDER)
+        elif row.adapts:
+            row = _weighed(row, by_name[row.tasks[0]], cells, when_zero, say)
+        rows.append(row)
     return replace(recipe, rows=tuple(rows))
+
+
+def _routed(
+    row: Row, options: Mapping[str, Any], task: LoadedTask, cells: Mapping[tuple[str, str], Cell], folder: Path
+) -> Row:
+    """Return a row whose router knows the development split's prompts and every member's scores on them."""
+    lines = []
+    for leaf in task.leaves:
+        runs = [cells[member, task.name].runs()[leaf] for member in row.members]
+        (_, metric, flt), *_ = wanted_columns([Run(row.members[0], folder, {leaf: runs[0]})], [leaf], task.spec.metric)
+        sign = -1.0 if runs[0].results["higher_is_better"][leaf].get(metric) is False else 1.0
+        tables = [run.samples.under(flt) for run in runs]
+        records = [json.loads(one) for one in read_text(Path(runs[0].samples.source)).split("\n") if one.strip()]
+        prompts = {record["doc_id"]: record["arguments"]["gen_args_0"]["arg_0"] for record in records}
+        for key, sample in tables[0].items():
+            scores = [to_number(table[key].values.get(metric)) for table in tables]
+            if None in scores:
+                raise ConfigError(f"row {row.name!r}: {metric} has no score of every document; name another metric")
+            example = {
+                "prompt": prompts[sample.doc_id],
+                "scores": [sign * score for score in scores if score is not None],
+            }
+            lines.append(json.dumps(example, ensure_ascii=False) + "\n")
+    path = folder / f"router-{row.slug}.jsonl"
+    write_text(path, "".join(lines))
+    config = row.config.replace(weighting_options=Knn(router=str(path.resolve()), **options))
+    documents = frozenset(kept_digits(digest) for hashes in task.documents.values() for digest in hashes)
+    tuned = Tuned(f"the development split of {task.name}", config.fingerprint(), documents, {"router": str(path)})
+    return replace(row, config=config, tuned=tuned, adapts=False, routes=None)
 
 
 def _weighed(

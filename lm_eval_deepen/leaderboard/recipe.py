@@ -53,7 +53,8 @@ class LeaderboardKeys(Asking):
     rows: Annotated[Any, Shown("a list of mappings")] = Field(
         None, description="Rows: each has the keys of an ensemble, with the names of its members; or names an "
         "`ensemble` file, or a model to `build`. `by_task` says by task what differs there; such a row has no other "
-        "columns. `dev_scores: measured` weighs by scores that are measured on every task's development split."
+        "columns. `dev_scores: measured` weighs by scores that are measured on every task's development split, and "
+        "`router: measured`, of `weighting: knn`, routes by them."
     )  # fmt: skip
     grid: Grid | None = Field(None, description="Rows that are every combination of some choices.")
     tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(

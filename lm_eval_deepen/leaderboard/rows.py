@@ -58,8 +58,9 @@ class Row:
         repeats: the row of the table that it is a part of: one of several seeds, or one task's; None for a row of its
             own.
         tasks: the only columns that it has; empty for all.
-        adapts: whether its weights are the members' scores on the development split of its task, which are measured
-            first (see `development`); until then the members count alike.
+        adapts: whether its weights depend on the members' scores on the development split of its task, which are
+            measured first (see `development`); until then the members count alike.
+        routes: options of ``weighting: knn``, where these scores are its router's.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Row:
     repeats: str | None = None
     tasks: tuple[str, ...] = ()
     adapts: bool = False
+    routes: Mapping[str, Any] | None = None
 
     def has(self, task: str) -> bool:
         """Return whether a column is one of the row's."""
@@ -161,7 +163,7 @@ def _listed_rows(
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise ConfigError(f"{at}: name must be non-empty text; got {name!r}", key=f"{at}.name", code="value")
     by_task = keys.pop("by_task", None)
-    if by_task is None and keys.get("dev_scores") != MEASURED:
+    if by_task is None and MEASURED not in (keys.get("dev_scores"), keys.get("router")):
         return [_listed_row(name, keys, at, members, common, folder)]
     if by_task is None:
         by_task = {task: {} for task in tasks}
@@ -184,17 +186,21 @@ def _listed_rows(
         if not isinstance(own or {}, Mapping):
             raise ConfigError(f"row {name!r}: by_task: {task} must be a mapping; got {own!r}", key=f"{at}.by_task")
         merged = {**keys, **given(own or {})}
-        adapts = merged.get("dev_scores") == MEASURED
-        if adapts:
-            if merged.pop("weighting", None) != "adaptive":
+        key = next((key for key in ("dev_scores", "router") if merged.get(key) == MEASURED), None)
+        routes: dict[str, Any] | None = None
+        if key is not None:
+            weighting = "adaptive" if key == "dev_scores" else "knn"
+            if merged.pop("weighting", None) != weighting:
                 raise ConfigError(
-                    f"row {name!r}: dev_scores belong to weighting: adaptive; give both, or neither", key="dev_scores"
+                    f"row {name!r}: {key} belong to weighting: {weighting}; give both, or neither", key=key
                 )
-            del merged["dev_scores"]
+            del merged[key]
+            if weighting == "knn":
+                routes = {"nearest": merged.pop("nearest")} if "nearest" in merged else {}
             count = len(_order(merged.get("members", list(members)), members, at))
             merged["weights"] = [1 / count] * count  # given ones: else those of some methods learn
         row = _listed_row(f"{name} [{task}]", merged, at, members, common, folder)
-        rows.append(replace(row, repeats=name, tasks=(str(task),), adapts=adapts))
+        rows.append(replace(row, repeats=name, tasks=(str(task),), adapts=key is not None, routes=routes))
     return rows
 
 

@@ -22,7 +22,7 @@ prompts, the weights belong to what makes a row distinct.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -46,17 +46,23 @@ class PromptLoss:
         tokens: how many these are, in this member's tokenisation; 0 where nothing counts.
         num_bytes: their length as text, the same for every member.
         each: natural-log probability and length in bytes of each of these tokens, in the order of the text.
+        embedding: the mean of the states from which the member predicts these tokens [d], fp32 on the CPU; None without
+            tokens.
     """
 
     nats: float
     tokens: int
     num_bytes: int
     each: tuple[tuple[float, int], ...] = ()
+    embedding: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable
 class Weigher(Protocol):
-    """Weights that depend on what the members see. No I/O, no model, no state."""
+    """Weights that depend on what the members see. No I/O, no model, no state.
+
+    One that has ``prompts`` is given the main member's embedding of each by ``learn``, when the ensemble is built.
+    """
 
     reads_prompts: bool  # whether `prepare` is called, which needs every member's loss on every prompt
     reads_steps: bool  # whether `weights` is called for every fused row

@@ -141,6 +141,23 @@ def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path
     assert {str(path): path.stat().st_mtime_ns for path in out.rglob("*.cell.json")} == before
 
 
+def test_a_router_knows_the_members_scores_on_the_development_split(write, tmp_path):
+    row = {"name": "Routed", "members": ["A", "B"], "method": "gac", "weighting": "knn", "router": "measured"}
+    tasks = [{"task": "deepen_sample_piqa", "metric": "acc"}]
+    recipe, out = read_recipe(write(rows=[{**row, "nearest": 3}], tasks=tasks)), tmp_path / "out"
+    routed = adapted(recipe, out, "cpu", lambda text: None).rows[-1]
+    options = routed.config.weighting_options
+    assert (routed.config.weighting, options.nearest) == ("knn", 3) and not routed.adapts
+    for at, name in enumerate("AB"):
+        mark = json.loads((out / "development" / name / "deepen_sample_piqa.cell.json").read_text())
+        results = json.loads((out / "development" / name / mark["results"]).read_text())
+        mean = sum(one.scores[at] for one in options.examples) / len(options.examples)
+        assert mean == pytest.approx(results["results"]["deepen_sample_piqa"]["acc,none"])
+    assert run(tmp_path / "recipe.yaml")["rows"]
+    with pytest.raises(ConfigError, match="router belong to weighting: knn"):
+        read_recipe(write(rows=[{**row, "weighting": "uniform"}], tasks=tasks))
+
+
 def test_development_documents_that_are_evaluated_too_are_refused(write, tmp_path):
     """The task's own splits are disjoint; a recipe that evaluates the development split is not."""
     adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}

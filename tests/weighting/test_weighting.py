@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +18,14 @@ from lm_eval_deepen.weighting.base import PromptLoss, Weigher
 from lm_eval_deepen.weighting.best_by_prompt import BestByPrompt
 from lm_eval_deepen.weighting.confidence import Confidence
 from lm_eval_deepen.weighting.explicit import Explicit
+from lm_eval_deepen.weighting.knn import Knn
 from lm_eval_deepen.weighting.perplexity import Perplexity
 
 NAMES = sorted(WEIGHTINGS)
-REQUIRED = {"adaptive": {"dev_scores": (0.2, 0.6, 0.2)}}
+ROUTER = Path(tempfile.mkdtemp()) / "router.jsonl"
+EXAMPLES = [("a cat", (1, 0, 0)), ("a dog", (1, 0, 1)), ("two and two", (0, 1, 1)), ("three and two", (0, 1, 0))]
+ROUTER.write_text("".join(json.dumps({"prompt": p, "scores": s}) + "\n" for p, s in EXAMPLES))
+REQUIRED = {"adaptive": {"dev_scores": (0.2, 0.6, 0.2)}, "knn": {"router": str(ROUTER)}}
 CONFIGURED = torch.tensor([0.5, 0.3, 0.2])
 
 
@@ -113,6 +120,36 @@ def test_best_by_prompt_gives_a_request_to_the_member_that_predicts_it_best() ->
     assert BestByPrompt().build().prepare(equal, CONFIGURED).tolist() == [[1, 0, 0]]
     sharp = Perplexity(loss_per="byte", loss_temperature=1e-4).build().prepare(LOSSES, CONFIGURED)
     torch.testing.assert_close(found, sharp)
+
+
+def test_knn_gives_a_request_to_the_best_member_on_the_nearest_prompts(tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    known, asked = torch.randn(4, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    for neighbours in (1, 2, 3):
+        weigher = Knn(router=str(ROUTER), nearest=neighbours).build()
+        weigher.learn(list(known))
+        found = weigher.prepare([[PromptLoss(1.0, 1, 1, embedding=one)] * 3 for one in asked], CONFIGURED)
+        for row, one in zip(found.tolist(), asked.double() - known.double().mean(0), strict=True):
+            near = sorted(
+                range(4), key=lambda n: -torch.cosine_similarity(known[n].double() - known.double().mean(0), one, dim=0)
+            )
+            means = [sum(EXAMPLES[n][1][m] for n in near[:neighbours]) / neighbours for m in range(3)]
+            equals = [m for m in range(3) if means[m] == pytest.approx(max(means))]
+            overall = [sum(scores[m] for _, scores in EXAMPLES) for m in range(3)]
+            best = max(equals, key=lambda m: (overall[m], -m))
+            assert row == [float(m == best) for m in range(3)]
+    assert torch.equal(weigher.prepare([[PromptLoss(0.0, 0, 0)] * 3], CONFIGURED)[0], CONFIGURED)
+    assert torch.equal(weigher.prepare([[PromptLoss(1.0, 1, 1, embedding=one)] * 2], CONFIGURED[:2])[0], CONFIGURED[:2])
+    same = tmp_path / "elsewhere.jsonl"
+    same.write_text(ROUTER.read_text())
+    assert Knn(router=str(same)).identity() == Knn(router=str(ROUTER)).identity()
+    with pytest.raises(ConfigError, match="has 3 scores a line for 2 members"):
+        Knn(router=str(ROUTER)).start(None, 2)
+    with pytest.raises(ConfigError, match="router .*none.jsonl"):
+        Knn(router=str(tmp_path / "none.jsonl")).start(None, 3)
+    same.write_text('{"prompt": "x"}\n')
+    with pytest.raises(ConfigError, match=r'line 1: \{"prompt": text, "scores": \[numbers\]\} is needed'):
+        Knn(router=str(same)).start(None, 3)
 
 
 def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:

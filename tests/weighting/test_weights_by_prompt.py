@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import naive
 import pytest
@@ -71,6 +72,35 @@ def test_weights_by_prompt_equal_plain_losses(pair):
         expected = naive.score_span(with_weights(model, weights), span)
         assert found[index].logp == pytest.approx(expected, abs=5e-4)
     assert changed >= 6
+
+
+def plain_embedding(member, prompts, own):
+    """Return the mean of the hidden states before a prompt's tokens that are evidence, from plain passes."""
+    members_places = [places(one, prompt.ids) for one, prompt in zip(own, prompts, strict=True)]
+    first = members_places[0][max(set.intersection(*map(set, members_places)))]
+    ids = torch.tensor([list(prompts[0].ids)])
+    with torch.inference_mode():
+        states = member.lm.model.base_model(ids).last_hidden_state[0]
+    return states[first - 1 : ids.shape[1] - 1].mean(0)
+
+
+def test_a_router_compares_prompts_by_the_main_members_states(pair, tmp_path):
+    texts = ["The quick brown dog", "Question: 2 + 2?\nAnswer:", "a café 国", "Question: 1 + 3?\nAnswer:"]
+    scores = [[1, 0], [0, 1], [1, 0], [0, 1]]
+    file = tmp_path / "router.jsonl"
+    file.write_text("".join(json.dumps({"prompt": t, "scores": s}) + "\n" for t, s in zip(texts, scores, strict=True)))
+    model = pair(weighting="knn", router=str(file), nearest=1)
+    prompter, members = Prompter(model.ensemble), model.ensemble.members
+    known = torch.stack([plain_embedding(members[0], prompter.prompts(text), members) for text in texts])
+    spans = [prompter.span(*request) for request in itertools.product(CONTEXTS[:3], CHOICES[:1])]
+    found, chosen = dict(score(model.ensemble, spans, 16)), []
+    for index, span in enumerate(spans):
+        own = plain_embedding(members[0], span.prompts, members)
+        near = torch.cosine_similarity(known - known.mean(0), (own - known.mean(0))[None])
+        chosen.append(scores[int(near.argmax())])
+        expected = naive.score_span(with_weights(model, torch.tensor(chosen[-1], dtype=torch.float32)), span)
+        assert found[index].logp == pytest.approx(expected, abs=5e-4)
+    assert len({tuple(one) for one in chosen}) == 2
 
 
 def test_generation_uses_the_weights_of_its_prompt(pair):
