@@ -157,12 +157,12 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
 
 def _runs(plan: Plan, cells: Mapping[Key, Cell]) -> dict[str, dict[str, TaskRun]]:
     """Return what was evaluated, by row and task of the harness."""
-    found: dict[str, dict[str, TaskRun]] = {}
+    runs: dict[str, dict[str, TaskRun]] = {}
     for row in plan.recipe.rows:
         for task in plan.tasks:
             if (cell := cells.get((row.name, task.name))) is not None:
-                found.setdefault(row.name, {}).update(cell.runs())
-    return found
+                runs.setdefault(row.name, {}).update(cell.runs())
+    return runs
 
 
 def documents(plan: Plan, cells: Mapping[Key, Cell]) -> str:

@@ -117,17 +117,17 @@ def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Show
         systems: tasks by system.
         limit: documents of each task that are shown.
     """
-    found = Shown()
+    page = Shown()
     for name, tasks in systems.items():
         one = Side(name)
         for task, run in tasks.items():
-            one.tasks[task] = documents([], samples_by_document(run.samples_path), found)
+            one.tasks[task] = documents([], samples_by_document(run.samples_path), page)
             one.facts = one.facts or _facts(run.results)
             if len(one.tasks[task]) > limit:
                 del one.tasks[task][limit:]
                 one.notes = [f"the first {limit} documents of each task are shown"]
-        found.sides.append(one)
-    return found
+        page.sides.append(one)
+    return page
 
 
 def page(*folders: Path, limit: int | None = None) -> str:
