@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.runner import PlainRunner, TokenSequences, TreeRunner
-from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.state import LongropeRunner, StateRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision
@@ -211,6 +211,22 @@ def check_state(runner: StateRunner, longest: int) -> None:
             _compare("a state that goes back", back, expected[[4, 2, 1]], allowed)
     finally:
         runner.forwarded, runner.rolls_back = 0, False
+
+
+def check_growing(runner: LongropeRunner) -> None:
+    """Compare a text that grows by a state with plain forward passes; arguments and errors as `check_state`."""
+    first, second, _ = _paths(runner.model)
+    rows = runner.rows()
+    rows.admit(runner.walker().prefill([first[:-2]])[0])
+    grown = [rows.advance([first[:-at] if at else first]) for at in (1, 0)]
+    expected = runner.states_at([first, first[:-1], second])
+    _compare(
+        "a state that goes on",
+        torch.cat(grown[::-1]),
+        expected[:2],
+        _allowed(_apart(expected[:1], expected[2:]), expected),
+    )
+    runner.forwarded = 0
 
 
 def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int], list[int]]:

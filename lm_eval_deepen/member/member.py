@@ -19,6 +19,7 @@ from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.member.devices import weight_of
 from lm_eval_deepen.member.loading_check import (
     LONG,
+    check_growing,
     check_reading,
     check_state,
     check_tree,
@@ -28,7 +29,7 @@ from lm_eval_deepen.member.loading_check import (
 )
 from lm_eval_deepen.member.preflight import files_of
 from lm_eval_deepen.member.runner import BodyRunner, PlainRunner, TreeRunner, cooled, speed_up_few_rows
-from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.state import LongropeRunner, StateRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,20 @@ class Member:
         self.generates_as_it_reads = generates_as_it_reads(checked, longest, checked_autocast)
         alone = needs_a_pass_alone(checked, longest, checked_autocast)
         no_state: Exception = NotImplementedError("its positions depend on the length of a text")
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if alone and rope.get("rope_type") == "longrope":
+            try:
+                switch = rope["original_max_position_embeddings"]
+                check_growing(LongropeRunner(checked, checked_autocast, switch))
+                log.info(
+                    "member %r: longrope's positions depend on the length of a text: every text is scored in full and "
+                    "alone, and generated with a cache that is made anew at %d tokens.",
+                    self.name,
+                    switch,
+                )
+                return LongropeRunner(model, autocast, switch)
+            except Exception as error:
+                no_state = error
         for by_token, together in () if alone else product((False, True), (True, False)):
             try:
                 check_state(StateRunner(checked, checked_autocast, by_token, together), longest)

@@ -23,9 +23,9 @@ from transformers.cache_utils import (
 )
 
 from lm_eval_deepen.member.cache import Reads
-from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, TokenSequences
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, PlainRunner, TokenSequences
 from lm_eval_deepen.member.tree import TokenTree, common_prefix, pad
-from lm_eval_deepen.member.walk import Prefilled, chunks
+from lm_eval_deepen.member.walk import PlainWalker, Prefilled, chunks
 
 NAMES = ("past_key_values", "cache_params", "state")  # of a state, in the arguments and outputs of models
 KEPT_IN_PARTS = ("conv1d_state", "recurrent_states")  # of a state, which RecurrentGemma's layers keep themselves
@@ -335,6 +335,57 @@ class StateRows:
         """Keep only these rows, in this order."""
         for name in ("tokens", "first", "states", "known"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
+
+
+class LongropeRunner(PlainRunner):
+    """Scores by whole texts, and generates with a state as long as a text is on one side of `switch`.
+
+    Longrope takes other frequencies for all positions where a text is longer: the state is then made anew, as under hf.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None, switch: int) -> None:
+        """Wrap a loaded causal language model whose longest text with short frequencies has `switch` tokens."""
+        super().__init__(model, autocast, alone=True)
+        self.carrier = StateRunner(model, autocast, by_token=True, together=False)
+        self.switch = switch
+
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> PlainWalker:
+        """Return a walker that gives prompts with their states."""
+        return _LongropeWalker(self)
+
+    def rows(self) -> StateRows:  # type: ignore[override]
+        """Return rows with a state each."""
+        return _LongropeRows(self)
+
+
+class _LongropeWalker(PlainWalker):
+    def __init__(self, runner: LongropeRunner) -> None:
+        super().__init__(runner)
+        self.whole = runner
+
+    def prefill(self, paths: TokenSequences, read: TokenSequences = ()) -> tuple[list[Prefilled], Tensor]:
+        texts = []
+        for path in paths:
+            hidden, state = self.whole.carrier.forward([path], [0], None)
+            texts.append(Prefilled(tuple(path), hidden[0, -1], state))
+            self.whole.forwarded += len(path)
+        return texts, self.states(read) if read else torch.empty(0)
+
+
+class _LongropeRows(StateRows):
+    def __init__(self, runner: LongropeRunner) -> None:
+        super().__init__(runner.carrier)
+        self.whole = runner
+
+    def advance(self, sequences: TokenSequences, reads: Reads | None = None) -> Tensor:
+        before = self.runner.forwarded
+        logits = self.runner.logits(super().advance(sequences, reads))
+        self.whole.forwarded += self.runner.forwarded - before
+        return logits
+
+    def _roll_back(self, row: int, tokens: tuple[int, ...], lengths: Sequence[int]) -> int:
+        begin = super()._roll_back(row, tokens, lengths)
+        return 0 if begin <= self.whole.switch < len(tokens) else begin
 
 
 def mapped(states: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
