@@ -17,6 +17,7 @@ from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count
 from lm_eval_deepen.cli.paths import data_folder
+from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.results.trace_page import shown
 from lm_eval_deepen.storage import make_folder, write_text
@@ -84,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
     plan = systems(smollm2, gemma3, "hf" if args.hf else "deepen")
     page = args.output / "view.html"
     folders = [args.output / "documents" / f"{system.slug}-{system.model}" for system in plan]
-    for number, (system, folder) in enumerate(zip(plan, folders, strict=True), 1):
-        print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
-        rows.append(evaluate(system, args, task_manager, folder))
+    with said_once():
+        for number, (system, folder) in enumerate(zip(plan, folders, strict=True), 1):
+            print(f"\n[{number}/{len(plan)}] {system.label}", file=sys.stderr, flush=True)
+            rows.append(evaluate(system, args, task_manager, folder))
     viewed = shown(folders, names=[system.label for system in plan], traced=False)
     write_text(page, viewed.html("The demo: who decided each token"))
     systems_found = [{"system": row.system, "seconds": row.seconds, "scores": row.measured} for row in rows]

@@ -21,6 +21,7 @@ from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.engine.self_check import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
 from lm_eval_deepen.fusion.base import Fuser
+from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
@@ -158,7 +159,7 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
         return todo.finished
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a leaderboard runs in one process; start it without torchrun or accelerate launch")
-    with sole_writer(todo):
+    with sole_writer(todo), said_once():
         execution = Execution(todo, device, say)
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         cells = dict(todo.finished)

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import yaml
 
+    from lm_eval_deepen.harness.once import said_once
     from lm_eval_deepen.harness.recipes import parse_ensemble
     from lm_eval_deepen.harness.tasks import load_tasks
     from lm_eval_deepen.leaderboard.fitting import Search
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     evaluated = [spec_of(args, name, None) for name in args.evaluated or args.tasks]
     refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
-    chosen = search.run(args.weights, args.weight_step, args.learning_rates)
+    with said_once():
+        chosen = search.run(args.weights, args.weight_step, args.learning_rates)
     args.facts = written = tuned_file(config, chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{chosen.what} written to {args.output}")
