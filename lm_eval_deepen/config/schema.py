@@ -105,7 +105,7 @@ class Settings(Keys):
     speculate: Annotated[Literal["off", "lookup", "draft"], BeforeValidator(_as_written)] = Field(
         "off",
         description="Where greedy decoding takes drafts from, which it verifies: from repeated text, or from the "
-        "smallest member. It changes no text.",
+        "smallest member. It drafts where that pays, seldom in a batch on a CPU, and changes no text.",
     )
     skip_when: Literal["never", "agree", "confident"] = Field(
         "never",
