@@ -32,6 +32,12 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
+def drafts_are_made_whether_or_not_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of texts are about what drafts do; where they pay is a test of its own."""
+    monkeypatch.setattr("lm_eval_deepen.engine.drafts.MARGIN", -1.0)
+
+
+@pytest.fixture(autouse=True)
 def open_streams_for_logs() -> None:
     """Point handlers that an earlier test left behind to a stream that is open.
 

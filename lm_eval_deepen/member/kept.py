@@ -1,7 +1,7 @@
 """What takes long to read off a large tokenizer, kept in the cache folder by the content that it was read from.
 
-A kept file's name is a digest of that content. Its first line is a digest of the rest, of this package's code and of
-the libraries' versions: a damaged file, or one that other code made, is made again.
+A kept file's name is a digest of that content. Its first line is a digest of this package's code and the libraries'
+versions, and one of the rest: a damaged file, or one that other code made, is made again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def kept(kind: str, decides: Sequence[Any], make: Callable[[], bytes], length: i
         seal, _, body = path.read_bytes().partition(b"\n")
         if seal == _seal(body):
             return body
-        log.warning("%s is damaged, or of another version; it is made again.", path)
+        if seal.startswith(code().encode()) or b" " not in seal:
+            log.warning("%s is damaged; it is made again.", path)
     except FileNotFoundError:
         pass
     except (OSError, StorageError):  # a folder that cannot be read costs time alone
@@ -83,7 +84,7 @@ def kept(kind: str, decides: Sequence[Any], make: Callable[[], bytes], length: i
 
 
 def _seal(body: bytes) -> bytes:
-    return hashlib.sha256(code().encode() + body).hexdigest().encode()
+    return f"{code()} {hashlib.sha256(body).hexdigest()}".encode()
 
 
 @cache

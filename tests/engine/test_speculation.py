@@ -11,7 +11,6 @@ from harness import deepen, requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import lm_eval_deepen.engine.drafts as drafts_module
 from lm_eval_deepen.engine.drafts import Cheapest, Drafter, Lookup, drafter, look_up
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
@@ -35,13 +34,13 @@ def references(model):
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Drafts are made whether or not they pay."""
-    monkeypatch.setattr(drafts_module, "MARGIN", -1.0)
+def where_it_pays(monkeypatch):
+    """Drafts are made as they are outside tests; see `conftest.py`."""
+    monkeypatch.setattr("lm_eval_deepen.engine.drafts.MARGIN", 1.25)
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "draft"])
-def test_drafting_changes_no_token(model, references, speculate, always):
+def test_drafting_changes_no_token(model, references, speculate):
     """Every token is that of the plain loop, unless its two best pieces are nearly tied, which is listed."""
     drafts = drafter(speculate)
     jobs = [Job(Prompter(model.ensemble).prompts(context, 24), 24) for context in CONTEXTS]
@@ -61,7 +60,7 @@ def test_drafting_changes_no_token(model, references, speculate, always):
 
 @QUICK
 @given(data=st.data(), speculate=st.sampled_from(["off", "lookup", "draft"]))
-def test_texts_do_not_depend_on_batches_lengths_or_drafts(model, references, always, data, speculate):
+def test_texts_do_not_depend_on_batches_lengths_or_drafts(model, references, data, speculate):
     """Jobs of unequal lengths in any order and batch size: each is the beginning of the plain loop's text."""
     order = data.draw(st.lists(st.sampled_from(CONTEXTS), min_size=1, max_size=9))
     lengths = [data.draw(st.integers(0, 24)) for _ in order]
@@ -141,7 +140,7 @@ def test_look_up_finds_what_followed_the_end(tokens, count):
     assert found == expected
 
 
-def test_results_tell_what_drafting_did(pico, tmp_path, always):
+def test_results_tell_what_drafting_did(pico, tmp_path):
     model = deepen(pico["bytelevel"], pico["bytelevel"], speculate="draft", matrix_dir=str(tmp_path))
     model.generate_until(requests("generate_until", ("The quick", {"until": [], "max_gen_toks": 16})))
     told = model.get_model_info()["deepen"]["speculation"]
@@ -150,7 +149,7 @@ def test_results_tell_what_drafting_did(pico, tmp_path, always):
 
 
 @pytest.mark.parametrize("kind", [Lookup, Cheapest])
-def test_drafts_are_made_where_they_pay(model, kind):
+def test_drafts_are_made_where_they_pay(model, where_it_pays, kind):
     """Never in a full batch, always for one text while they stand, again after a while where they did not."""
     drafts, row = kind(), SimpleNamespace(index=0)
     assert not drafts.pays(model.ensemble, 8) and drafts.pays(model.ensemble, 1)
@@ -165,7 +164,7 @@ def test_drafts_are_made_where_they_pay(model, kind):
     assert drafts.pays(model.ensemble, 8)
 
 
-def test_a_full_batch_forwards_what_it_forwards_without_drafts(model):
+def test_a_full_batch_forwards_what_it_forwards_without_drafts(model, where_it_pays):
     jobs = [Job(Prompter(model.ensemble).prompts(f"The fox {n}", 8), 8) for n in range(8)]
     counts = []
     for drafts in (Drafter(), Lookup()):
