@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def test_every_score_of_every_shipped_recipe_names_its_picture_or_text() -> None
     for path in shipped_recipes("ensemble").values():
         for entry in load_recipe(path).expected:
             assert entry.score is None or (entry.read_in and entry.table), path.name
+    for path in shipped_recipes("leaderboard").values():
+        for table in read_recipe(path).expected:
+            assert re.search(r"picture figures/|arXiv \d{4}\.\d{5}", table.read_in) and table.table, path.name
 
 
 @pytest.mark.parametrize("name", GONE)
