@@ -64,7 +64,7 @@ EXAMPLES = {
     "make": "make merge.yaml merged",
     "methods": "methods --all",
     "path": "path tasks",
-    "reproduce": "reproduce deepen_nq_22 --miniature",
+    "reproduce": "reproduce deepen_nq_2 --miniature",
     "tune": "tune ensemble.yaml --text notes.txt --output tuned.yaml",
     "view": "view results --output trace.html",
     "run": "run --model deepen --model_args pretrained=A,members=A+B --tasks piqa",

@@ -231,6 +231,9 @@ def _columns(
             notes.append(f"not compared: {error}")
             continue
         extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
+        for name in alone:  # nothing is fused
+            if name in extra:
+                extra[name][FUSING] = None
         for name, built in recipe.builds.recipes.items():
             if name in extra and not built.is_merge:
                 extra[name][SEEDS] = 1.0

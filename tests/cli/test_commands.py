@@ -18,6 +18,7 @@ from run_files import synthesised
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli.arguments import Names, Parser
 from lm_eval_deepen.cli.ending import FAULT, INTERRUPTED, UNUSABLE
+from lm_eval_deepen.config.recipes import shipped_recipes
 from lm_eval_deepen.harness import closing
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text("utf-8")
@@ -33,6 +34,8 @@ def test_every_command_has_an_example_that_it_takes() -> None:
             parser = Parser(prog=name)
             importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
             parser.parse_args(words)
+        if name == "reproduce":
+            assert words[0] in shipped_recipes()
 
 
 TABLES = {"demo", "bpb", "build", "compare", "gate", "inspect", "leaderboard", "methods", "reproduce", "tune"}
