@@ -163,7 +163,7 @@ def test_columns_sort(tmp_path):
         addEventListener(_, call) { this.call = call; }, getAttribute(name) { return this.attributes[name] ?? null; },
         setAttribute(name, value) { this.attributes[name] = value; },
         removeAttribute(name) { delete this.attributes[name]; }});
-      const heads = ["system", "score", "p"].map(make), buttons = [];
+      const innerWidth = 1280, heads = ["system", "score", "p"].map(make), buttons = [];
       const body = {rows: ROWS.map(cells => ({cells: cells.map(make)})), append(...rows) { this.rows = rows; }};
       const document = {querySelectorAll: () => [{tBodies: [body], tHead: {rows: [{cells: heads}]}}],
         createElement: () => { const made = make(""); buttons.push(made); return made; }};
