@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from costs.decoding import measure_fusion, measure_generation, measure_third, measure_unequal  # noqa: E402
 from costs.figures import Figure, plain, rounded  # noqa: E402
 from costs.parts import Parts  # noqa: E402
-from costs.resources import measure_matrices, measure_memory  # noqa: E402
+from costs.resources import measure_load, measure_matrices, measure_memory  # noqa: E402
 from costs.scoring import measure_nodes, measure_shape  # noqa: E402
 from costs.sides import Bench, Settings, cores, head_share, parameters  # noqa: E402
 from costs.workloads import QUICK, Scale  # noqa: E402
@@ -44,6 +44,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEASURES: dict[str, Callable[[Bench], list[Figure]]] = {
     "memory": lambda bench: measure_memory(bench.settings),
     "matrices": lambda bench: measure_matrices(bench.settings),
+    "load": measure_load,
     "arc_differing": lambda bench: measure_shape(bench, "arc_differing"),
     "arc_fixed": lambda bench: measure_shape(bench, "arc_fixed"),
     "arc_zero": lambda bench: measure_shape(bench, "arc_zero"),

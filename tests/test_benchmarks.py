@@ -46,7 +46,7 @@ def test_every_measure_gives_its_figures(run):
         assert named[name]["low"] <= named[name]["value"] <= named[name]["high"]
         assert 0 < named[name]["floor"] and 0 < named[name]["floor_by_time"]
         assert named[name]["name"].endswith("smaller") or named[name]["details"]["cpu_time_ratio"] > 0
-    for name in ("generation_off", "unequal", "unequal_batched"):
+    for name in ("load", "generation_off", "unequal", "unequal_batched"):
         assert named[name]["value"] > 0
     assert {"fusion", "third_scoring", "third_generation"} <= named.keys()
     assert run["data"] == "synthetic"

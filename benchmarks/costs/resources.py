@@ -7,12 +7,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from costs.figures import Figure
-from costs.sides import BenchmarkError, Settings
+from costs.sides import Bench, BenchmarkError, Settings
+from lm_eval_deepen.harness.model import DeepenLM
 
 GB, MB = 1e9, 1e6
 
@@ -45,6 +48,32 @@ def measure_memory(settings: Settings) -> list[Figure]:
         }
         figures.append(Figure(f"memory_{work}", label, value, unit="GB", goal=2.0, details=details))
     return figures
+
+
+def measure_load(bench: Bench) -> list[Figure]:
+    """Measure a warm load of all members as an ensemble, over the sum of their loads under `hf`."""
+    settings, count = bench.settings, len(bench.settings.models)
+
+    def ours() -> None:
+        DeepenLM(device=settings.device, **settings.arguments(range(count)))
+
+    def theirs() -> None:
+        for model in settings.models:
+            HFLM(pretrained=model, device=settings.device, dtype=settings.dtype, batch_size=1)
+
+    ours(), theirs()  # files are in memory then, and what is kept of tokenizers in its folder
+    ratios, by_processor, seconds = [], [], []
+    for turn in range(bench.scale.repeats):
+        spent = {}
+        for action in (ours, theirs) if turn % 2 else (theirs, ours):
+            took = bench.seconds(action)
+            spent[action] = (took, bench.cpu_seconds)
+        ratios.append(spent[ours][0] / spent[theirs][0])
+        by_processor.append(spent[ours][1] / spent[theirs][1])
+        seconds.append(spent[ours][0])
+    details = {"cpu_time_ratio": median(by_processor), "seconds": seconds}
+    label = "a warm load of the ensemble / sum of both under hf"
+    return [Figure("load", label, median(ratios), min(ratios), max(ratios), goal=1.25, details=details)]
 
 
 def measure_matrices(settings: Settings) -> list[Figure]:
