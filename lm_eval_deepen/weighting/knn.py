@@ -57,14 +57,14 @@ class Knn(Options):
             lines = read_text(Path(self.router).expanduser()).split("\n")
         except StorageError as error:
             raise ConfigError(f"router {self.router}: {error}", key="router") from error
-        found = tuple(
+        known = tuple(
             _example(line, f"router {self.router}, line {at}") for at, line in enumerate(lines, 1) if line.strip()
         )
-        if not found or len({len(one.scores) for one in found}) != 1:
+        if not known or len({len(one.scores) for one in known}) != 1:
             raise ConfigError(
                 f"router {self.router}: at least one example is needed, and all with as many scores", key="router"
             )
-        return found
+        return known
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the weights: the content of the file, not its place."""
@@ -88,8 +88,8 @@ class Knn(Options):
 
 def _example(line: str, where: str) -> Example:
     try:
-        found = json.loads(line)
-        return Example(str(found["prompt"]), tuple(float(score) for score in found["scores"]))
+        record = json.loads(line)
+        return Example(str(record["prompt"]), tuple(float(score) for score in record["scores"]))
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f'{where}: {{"prompt": text, "scores": [numbers]}} is needed; got {line[:80]!r}', key="router"
