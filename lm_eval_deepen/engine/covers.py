@@ -22,11 +22,12 @@ Exact bytes from tokens: Phan et al., arXiv 2410.09303; Vieira et al., arXiv 241
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,8 @@ TokenPrefix = tuple[int, ...]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
 TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depend: each has a byte at least
-PRECISION = 1e-3  # largest share of a row's mass that pieces too unlikely to be looked at may have
+PRECISION = 1e-4  # largest share of a row's mass that pieces too unlikely to be looked at may have
+NEGLIGIBLE = 1e-15  # of the likeliest piece's mass
 EXCLUDED = 1e-4  # what a row keeps of what the main member's boundary excludes
 RESTS_KEPT = 4_096  # words whose rests are remembered
 NOTHING = Prompt((), "", ())
@@ -112,7 +114,7 @@ class CoverReader:
         ]
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
-        self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...]], dict[int, int]] = OrderedDict()
+        self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...], bool], dict[int, int]] = OrderedDict()
         self._targets: dict[bytes, int] = {}
         self._after: dict[int, bytes] = {}
 
@@ -175,8 +177,8 @@ class CoverReader:
         kept = [more for more in LOOKED_AHEAD if self._cuts(word + more + LETTER, tokens)]
         seen = []
         for more in kept:
-            if more and self._cuts(word + more, tokens):
-                continue  # seen without looking ahead
+            if more and (b"" in kept or self._cuts(word + more, tokens)):
+                continue  # nothing else is certain, or it is seen without looking ahead
             way: tuple[int, ...] = ()
             for token in _follow(self.other, data + more + LETTER) or ():
                 if len(_spelt(self.other.vocab.pieces, (*way, token))) > len(data + more):
@@ -238,7 +240,7 @@ class CoverReader:
     ) -> tuple[Tensor, Tensor, float | None] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.
 
-        Pieces that together could add less than `PRECISION` of the whole are left out.
+        Pieces that together could add less than `PRECISION` of what counts are left out.
         """
         ways = {cover.way for cover in plan.covers} | ({plan.own} if plan.own is not None else set())
         reached = {plan.covers[0].way: 0.0}  # log masses of ways
@@ -252,21 +254,38 @@ class CoverReader:
         own = None if plan.own is None else reached[plan.own]
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
-        targets, masses = [], []
-        for cover, values, places in zip(plan.covers, ranges, _likeliest(ranges, own), strict=True):
-            rests = self._rests_of(cover, plan)
-            for at in places:
-                target = self._rest(cover, plan, rests, cover.first + at)
-                if target >= 0 and (*cover.way, self.sorted[cover.first + at]) not in ways:
+        logs = torch.cat(ranges)
+        top = max(float(logs.max()) if len(logs) else -math.inf, -math.inf if own is None else own)
+        mass = (logs - top).exp()
+        least = 1e-9 if own is None else min(1e-9, PRECISION * math.exp(own - top) / max(1, len(mass)))
+        likely = (mass > least).nonzero()[:, 0]  # sorting all is slow
+        mass, order = mass[likely].sort(descending=True)
+        order = likely[order]
+        left = mass.flip(0).cumsum(0).flip(0)  # of every piece and those after it
+        ends = list(accumulate(map(len, ranges)))
+        counted, looked_at, size = 0.0 if own is None else math.exp(own - top), 0, 64
+        rests = [self._rests_of(cover, plan) for cover in plan.covers]
+        targets: list[int] = []
+        found: list[float] = []
+        # most of the mass may not count: that of what is left is compared with what counts
+        while looked_at < len(mass) and float(left[looked_at]) > max(PRECISION * counted, NEGLIGIBLE):
+            for at in order[looked_at : looked_at + size].tolist():
+                n = bisect_right(ends, at)
+                cover = plan.covers[n]
+                place = cover.first + at - (ends[n] - len(ranges[n]))
+                target = self._rest(cover, plan, rests[n], place)
+                if target >= 0 and (*cover.way, self.sorted[place]) not in ways:
                     targets.append(target)
-                    masses.append(float(values[at]))
-        if not masses:
+                    found.append(float(logs[at]))
+                    counted += math.exp(found[-1] - top)
+            looked_at, size = looked_at + size, 2 * size
+        if not targets:
             return None
-        return torch.tensor(targets), torch.tensor(masses, dtype=torch.float64), own
+        return torch.tensor(targets), torch.tensor(found, dtype=torch.float64), own
 
     def _rests_of(self, cover: Cover, plan: Plan) -> dict[int, int]:
         """Return what is known of the rests of a cover: by place in the sorted vocabulary."""
-        key = (cover.pending, cover.ahead, plan.tokens)
+        key = (cover.pending, cover.ahead, plan.tokens, plan.own is None)
         known = self._rests.get(key)
         if known is None:
             known = self._rests[key] = {}
@@ -284,7 +303,11 @@ class CoverReader:
             after = self._follows(self.sorted[at])
             tokens = _follow(self.main, plan.word + rest + after) if rest else None
             count = len(plan.tokens)
-            if tokens is not None and len(tokens) > count and tokens[:count] == plan.tokens:
+            kept = tokens is not None and len(tokens) > count and tokens[:count] == plan.tokens
+            # what counts with its whole row was no longer white space to the main member one token ago
+            if kept and after and plan.own is not None:
+                kept = self._cuts(plan.word + rest, plan.tokens)
+            if kept and tokens is not None:
                 certain = len(rest) + len(after.removesuffix(LETTER))
                 known[at] = self._target(self.main.vocab.pieces[tokens[count]][:certain])
         return known[at]
@@ -308,26 +331,6 @@ class CoverReader:
             ids = self.other.vocab.events.ids_of.get(self.stand_in(data))
             self._targets[data] = ids[0] if ids else -1
         return self._targets[data]
-
-
-def _likeliest(ranges: list[Tensor], own: float | None) -> list[list[int]]:
-    """Return which places of every range matter: the others have `PRECISION` of the mass together, at most.
-
-    Args:
-        ranges: log masses.
-        own: the log mass of the member's own way, None where there is none.
-    """
-    logs = torch.cat(ranges)
-    top = max(float(logs.max()) if len(logs) else -math.inf, -math.inf if own is None else own)
-    if top == -math.inf:
-        return [[] for _ in ranges]
-    mass = (logs - top).exp()
-    total = float(mass.sum()) + (0.0 if own is None else math.exp(own - top))
-    keep = mass > PRECISION * total / 2 / len(mass)  # without the many that are next to nothing, sorting is quick
-    some, order = mass[keep].sort()
-    dropped = int((some.cumsum(0) <= PRECISION * total / 2).sum())
-    keep[keep.nonzero()[order[:dropped], 0]] = False
-    return [own.nonzero()[:, 0].tolist() for own in keep.split([len(values) for values in ranges])]
 
 
 def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:

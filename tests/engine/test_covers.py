@@ -81,7 +81,7 @@ def covered(ensemble, m, main_path, path):
         kept = [more for more in (b"", b" ", b"\n") if goes_on(main, word + more + b"a", tokens)]
         whole = not kept or b"" in kept
         for more in kept:
-            if not more or not goes_on(main, word + more, tokens):
+            if not more or not (whole or goes_on(main, word + more, tokens)):
                 spelt = other.follow(NOTHING, data + more + b"a") or ()
                 ends = [n for n in range(len(spelt) + 1) if len(vocab.decode(spelt[:n])) <= len(data + more)]
                 way = spelt[: ends[-1]]
@@ -107,6 +107,8 @@ def covered(ensemble, m, main_path, path):
             if text[-1:] in white:
                 after = next((x for x in (b"a", b" a") if (other.follow(NOTHING, text + x) or ())[:1] == (token,)), b"")
             if not goes_on(main, word + rest + after, tokens):
+                continue
+            if whole and not goes_on(main, word + rest, tokens):
                 continue
             following = main.vocab.pieces[main.follow(NOTHING, word + rest + after)[len(tokens)]]
             ids = vocab.ids_of.get(ensemble.covers[m].stand_in(following[: len(rest + after.rstrip(b"a"))]))
