@@ -39,12 +39,12 @@ class ColumnCache:
         return self.cache
 
     @torch.inference_mode()
-    def pack(self, columns: Tensor) -> None:
-        """Move `columns` [n] of every row to the first n places, in this order."""
+    def pack(self, columns: Tensor, start: int = 0) -> None:
+        """Move `columns` [n] of every row to n places from `start` on, in this order."""
         for layer in self.layers:
-            at = columns.to(layer.keys.device)
-            layer.keys[:, :, : len(at)] = layer.keys.index_select(2, at)
-            layer.values[:, :, : len(at)] = layer.values.index_select(2, at)
+            at, places = columns.to(layer.keys.device), slice(start, start + len(columns))
+            layer.keys[:, :, places] = layer.keys.index_select(2, at)
+            layer.values[:, :, places] = layer.values.index_select(2, at)
 
     @torch.inference_mode()
     def take(self, columns: Tensor) -> list[LayerKV]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class TreeWalker:
     ) -> Iterator[tuple[int, Tensor, int, dict[int, int] | None]]:
         """Forward a tree and yield every wanted node with its state [d] and its depth.
 
-        With it come the columns of the nodes on its way; None where they are the first ones, in order.
+        With it come the columns of a chunk's nodes; None where those of its way are the first ones, in order. A node
+        before the chunk lies in the column of its depth.
         """
         order, way = tree.preorder(self.tokens)
         self._cut(len(way))
@@ -93,13 +95,13 @@ class TreeWalker:
             held = tree.depths[chunk[0]]
             self._cut(held)
             way = way[:held]
-            columns = {node: at for at, node in enumerate([*way, *chunk])}
+            columns = {node: held + at for at, node in enumerate(chunk)}
             hidden = self._forward(tree, chunk, columns)
             for node in chunk:
                 if node in wanted:
                     yield node, hidden[columns[node] - held], tree.depths[node], columns
             last = tree.parents[order[stop]] if stop < len(order) else chunk[-1]
-            way = self._move(tree, last, columns, hidden)
+            way = self._move(tree, last, way, columns, hidden)
 
     def _forward(self, tree: TokenTree, chunk: Sequence[int], columns: dict[int, int]) -> Tensor:
         """Forward nodes after the way kept and return their states [N, d]."""
@@ -108,7 +110,8 @@ class TreeWalker:
         allowed = torch.zeros(count, held + count, dtype=torch.bool)
         rows = allowed.numpy()
         for at, node in enumerate(chunk):
-            parent = columns.get(tree.parents[node], -1)
+            above = tree.parents[node]
+            parent = columns[above] if above in columns else tree.depths[node] - 1
             if parent >= held:
                 rows[at] = rows[parent - held]
             else:
@@ -120,17 +123,17 @@ class TreeWalker:
         self.runner.forwarded += count
         return self.runner.body(ids, depths[None], allowed[None], distance[None], kv)[0]
 
-    def _move(self, tree: TokenTree, node: int, columns: dict[int, int], hidden: Tensor) -> list[int]:
+    def _move(self, tree: TokenTree, node: int, way: list[int], columns: dict[int, int], hidden: Tensor) -> list[int]:
         """Keep the way to `node` (-1: none) alone, out of the way before and a chunk's states."""
         held = len(self.tokens)
-        way = list(reversed(list(tree.way_up(node))))
-        at = [columns[n] for n in way]
-        shared = sum(column < held for column in at)
-        self.kv.pack(torch.tensor(at, dtype=torch.long))
-        self.tokens = [tree.tokens[n] for n in way]
-        new = hidden[[column - held for column in at[shared:]]]
-        self.hidden = torch.cat([self.hidden[:shared], new]) if shared else new
-        return way
+        new = list(takewhile(columns.__contains__, tree.way_up(node)))[::-1]
+        shared = (tree.depths[node] + 1 if node >= 0 else 0) - len(new)
+        at = [columns[n] for n in new]
+        self.kv.pack(torch.tensor(at, dtype=torch.long), shared)
+        self.tokens = self.tokens[:shared] + [tree.tokens[n] for n in new]
+        fresh = hidden[[column - held for column in at]]
+        self.hidden = torch.cat([self.hidden[:shared], fresh]) if shared else fresh
+        return way[:shared] + new
 
     def _cut(self, length: int) -> None:
         self.tokens, self.hidden = self.tokens[:length], self.hidden[:length]
@@ -138,7 +141,8 @@ class TreeWalker:
 
 def _way(tree: TokenTree, node: int, columns: dict[int, int]) -> Tensor:
     """Return the columns of the way from the root to a node, itself included [depth + 1]."""
-    return torch.tensor([columns[n] for n in tree.way_up(node)]).flip(0)
+    new = [columns[n] for n in takewhile(columns.__contains__, tree.way_up(node))]
+    return torch.tensor([*range(tree.depths[node] + 1 - len(new)), *new[::-1]])
 
 
 def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
