@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lm_eval_deepen.errors import ConfigError, MemberError
 
@@ -88,7 +87,9 @@ def weight_of(module: Any) -> Tensor:
     Raises:
         MemberError: it is divided over processes.
     """
-    if isinstance(module.weight, DTensor):  # gathering needs all processes at once, which build matrices in turn
+    # A DTensor, whose place moves between versions of torch. Gathering it needs all processes at once, which build
+    # matrices in turn.
+    if hasattr(module.weight, "full_tensor"):
         raise MemberError(
             "a method that reads embeddings needs them whole, and tp_plan divides them over processes. Use a method "
             "that reads none, such as deepen with rows from bytes (canonical or prefix), or leave tp_plan out"
