@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -312,9 +313,10 @@ def _only(values: Any) -> Any:
 
 
 def _value(answer: Any) -> float | None:
-    """Return the log-probability of a choice in a sample, where it is ``[[logp, greedy]]``, numbers as text."""
+    """Return the finite log-probability of a choice in a sample: ``[[logp, greedy]]``, numbers as text."""
     try:
-        return float(answer[0][0])
+        found = float(answer[0][0])
+        return found if math.isfinite(found) else None
     except (TypeError, ValueError, LookupError):
         return None
 
@@ -348,7 +350,7 @@ def _step(step: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
     return {
         "p": strings(text_of(step["piece"])),
         "k": 0 if isinstance(step["piece"], str) else 1,
-        "l": step.get("logp") if isinstance(step.get("logp"), (int, float)) else None,
+        "l": logp if isinstance(logp := step.get("logp"), (int, float)) and math.isfinite(logp) else None,
         "e": step.get("entropy"),
         "b": strings(text_of(step["best"])) if "best" in step else None,
         "c": int(bool(step.get("changed"))),

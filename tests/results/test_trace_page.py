@@ -149,6 +149,18 @@ def test_scores_and_right_here_wrong_there(tmp_path: Path) -> None:
     assert gained["count"] == "1 of 2 documents" and "right" in gained["list"][0]
 
 
+def test_a_choice_without_probability_is_shown(tmp_path: Path) -> None:
+    synthesised(tmp_path / "a", {"t": {"acc": [1.0]}})
+    [samples] = (tmp_path / "a").rglob("samples_*.jsonl")
+    record = json.loads(samples.read_text())
+    asked = {f"gen_args_{n}": {"arg_0": "Why?", "arg_1": f" {n}"} for n in range(3)}
+    answers = [[["-inf", "False"]], [["nan", "False"]], [["-1.5", "True"]]]
+    samples.write_text(json.dumps({**record, "arguments": asked, "resps": answers}) + "\n")
+    text = shown([tmp_path / "a"], traced=False).html()
+    [document] = json.loads(text.split('id="data">')[1].split("</script>")[0])["systems"][0]["tasks"]["t"]
+    assert document["values"] == [None, None, -1.5]
+
+
 def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     steps = [step(text, text, {"control": text}) for text in HOSTILE]
     folder = write_trace(tmp_path / '<b>&"x', [steps], task="t<i>", members=("<u>one", "two\0"))
