@@ -38,12 +38,17 @@ def drafts_are_made_whether_or_not_they_pay(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True)
-def open_streams_for_logs() -> None:
-    """Point handlers that an earlier test left behind to a stream that is open.
+def logs_of_no_earlier_test() -> None:
+    """Start without what the harness set up for its log in an earlier test of this process.
 
-    The harness makes its handler once, for the stream that stands for stderr at that moment. Under `capsys` that is
-    the test's own, and closed after it; a later warning would print "--- Logging error ---" into another test.
+    It makes one handler for the stream that stands for stderr at that moment, and keeps its lines from the root logger.
+    Under `capsys` that stream is the test's own, and closed after it. Other libraries do the like.
     """
+    harness = logging.getLogger("lm_eval")
+    harness.handlers.clear()
+    harness.propagate = True
+    if "lm_eval.utils" in sys.modules:
+        sys.modules["lm_eval.utils"].__dict__.update(_LOGGING_CONFIGURED=False)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
