@@ -22,7 +22,7 @@ Exact bytes from tokens: Phan et al., arXiv 2410.09303; Vieira et al., arXiv 241
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +43,11 @@ TokenPrefix = tuple[int, ...]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
 TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depend: each has a byte at least
-PRECISION = 1e-4  # largest share of a row's mass that pieces too unlikely to be looked at may have
+PRECISION = 1e-3  # largest share of a row's mass that pieces too unlikely to be looked at may have
 NEGLIGIBLE = 1e-15  # of the likeliest piece's mass
 EXCLUDED = 1e-4  # what a row keeps of what the main member's boundary excludes
-RESTS_KEPT = 4_096  # words whose rests are remembered
+RESTS_KEPT = 2**24  # pieces whose rests are remembered, 64 MB; a cover counts as 4,096 at least
+UNKNOWN = -2  # a rest that was not looked at yet
 NOTHING = Prompt((), "", ())
 WHITE = (b" ", b"\n", b"\r", b"\t")
 LETTER = b"a"  # stands for whatever is not white space
@@ -114,7 +115,9 @@ class CoverReader:
         ]
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
-        self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...], bool], dict[int, int]] = OrderedDict()
+        self.places = {token: place for place, token in enumerate(self.sorted)}
+        self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...], bool], Tensor] = OrderedDict()
+        self._rests_kept = 0
         self._targets: dict[bytes, int] = {}
         self._after: dict[int, bytes] = {}
 
@@ -249,68 +252,82 @@ class CoverReader:
             on = [way for way in ways if way[:-1] == cover.way and len(way) > len(cover.way)]
             ids = torch.cat([self.ids[cover.first : cover.last], torch.tensor([way[-1] for way in on]).long()])
             values = look_up(cover.source, ids).double().cpu() + reached[cover.way]
-            ranges.append(values[: len(values) - len(on)])
             reached |= dict(zip(on, values[len(values) - len(on) :].tolist(), strict=True))
+            values = values[: len(values) - len(on)]
+            # what a way goes on with is counted where that goes on
+            for place in (self.places.get(way[-1], -1) for way in on):
+                if cover.first <= place < cover.last:
+                    values[place - cover.first] = -math.inf
+            ranges.append(values)
         own = None if plan.own is None else reached[plan.own]
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
         logs = torch.cat(ranges)
-        top = max(float(logs.max()) if len(logs) else -math.inf, -math.inf if own is None else own)
+        top = max([*reached.values(), float(logs.max()) if len(logs) else -math.inf][1:])
         mass = (logs - top).exp()
         least = 1e-9 if own is None else min(1e-9, PRECISION * math.exp(own - top) / max(1, len(mass)))
         likely = (mass > least).nonzero()[:, 0]  # sorting all is slow
         mass, order = mass[likely].sort(descending=True)
         order = likely[order]
         left = mass.flip(0).cumsum(0).flip(0)  # of every piece and those after it
-        ends = list(accumulate(map(len, ranges)))
-        counted, looked_at, size = 0.0 if own is None else math.exp(own - top), 0, 64
+        begins = torch.tensor([0, *accumulate(map(len, ranges))])
         rests = [self._rests_of(cover, plan) for cover in plan.covers]
-        targets: list[int] = []
-        found: list[float] = []
+        counted, looked_at, size = 0.0 if own is None else math.exp(own - top), 0, 64
+        parts: list[tuple[Tensor, Tensor]] = []
         # most of the mass may not count: that of what is left is compared with what counts
         while looked_at < len(mass) and float(left[looked_at]) > max(PRECISION * counted, NEGLIGIBLE):
-            for at in order[looked_at : looked_at + size].tolist():
-                n = bisect_right(ends, at)
-                cover = plan.covers[n]
-                place = cover.first + at - (ends[n] - len(ranges[n]))
-                target = self._rest(cover, plan, rests[n], place)
-                if target >= 0 and (*cover.way, self.sorted[place]) not in ways:
-                    targets.append(target)
-                    found.append(float(logs[at]))
-                    counted += math.exp(found[-1] - top)
+            some = order[looked_at : looked_at + size]
+            of = torch.bucketize(some, begins, right=True) - 1
+            for n in of.unique().tolist():
+                at = some[of == n]
+                targets = self._targets_of(plan.covers[n], plan, rests[n], at - begins[n])
+                at, targets = at[targets >= 0], targets[targets >= 0]
+                parts.append((targets, logs[at]))
+                counted += float((logs[at] - top).exp().sum())
             looked_at, size = looked_at + size, 2 * size
-        if not targets:
+        if not any(len(targets) for targets, _ in parts):
             return None
-        return torch.tensor(targets), torch.tensor(found, dtype=torch.float64), own
+        return torch.cat([targets for targets, _ in parts]), torch.cat([values for _, values in parts]), own
 
-    def _rests_of(self, cover: Cover, plan: Plan) -> dict[int, int]:
-        """Return what is known of the rests of a cover: by place in the sorted vocabulary."""
+    def _rests_of(self, cover: Cover, plan: Plan) -> Tensor:
+        """Return the target of every piece of a cover [n] (int32), as far as it is known."""
         key = (cover.pending, cover.ahead, plan.tokens, plan.own is None)
         known = self._rests.get(key)
         if known is None:
-            known = self._rests[key] = {}
-            if len(self._rests) > RESTS_KEPT:
-                self._rests.popitem(last=False)
+            known = self._rests[key] = torch.full((cover.last - cover.first,), UNKNOWN, dtype=torch.int32)
+            self._rests_kept += max(len(known), 4_096)
+            while self._rests_kept > RESTS_KEPT and len(self._rests) > 1:
+                self._rests_kept -= max(len(self._rests.popitem(last=False)[1]), 4_096)
         else:
             self._rests.move_to_end(key)
         return known
 
-    def _rest(self, cover: Cover, plan: Plan, known: dict[int, int], at: int) -> int:
-        """Return the member's id that stands for what a piece goes on with, -1 for a piece that does not count."""
-        if at not in known:
-            known[at] = -1
-            rest = cover.ahead + self.keys[at][len(cover.pending) :]
-            after = self._follows(self.sorted[at])
-            tokens = _follow(self.main, plan.word + rest + after) if rest else None
-            count = len(plan.tokens)
-            kept = tokens is not None and len(tokens) > count and tokens[:count] == plan.tokens
-            # what counts with its whole row was no longer white space to the main member one token ago
-            if kept and after and plan.own is not None:
-                kept = self._cuts(plan.word + rest, plan.tokens)
-            if kept and tokens is not None:
-                certain = len(rest) + len(after.removesuffix(LETTER))
-                known[at] = self._target(self.main.vocab.pieces[tokens[count]][:certain])
-        return known[at]
+    def _targets_of(self, cover: Cover, plan: Plan, known: Tensor, at: Tensor) -> Tensor:
+        """Return the member's ids that stand for what pieces go on with [n]; -1 for a piece that does not count.
+
+        Args:
+            cover: the cover.
+            plan: its plan.
+            known: what `_rests_of` gives, filled in here.
+            at: places of pieces in the cover's range [n].
+        """
+        for place in at[known[at] == UNKNOWN].tolist():
+            known[place] = self._rest(cover, plan, cover.first + place)
+        return known[at].long()
+
+    def _rest(self, cover: Cover, plan: Plan, at: int) -> int:
+        rest = cover.ahead + self.keys[at][len(cover.pending) :]
+        if not rest:
+            return -1
+        after = self._follows(self.sorted[at])
+        tokens, count = _follow(self.main, plan.word + rest + after), len(plan.tokens)
+        if tokens is None or len(tokens) <= count or tokens[:count] != plan.tokens:
+            return -1
+        # what counts with its whole row was no longer white space to the main member one token ago
+        if after and plan.own is not None and not self._cuts(plan.word + rest, plan.tokens):
+            return -1
+        certain = len(rest) + len(after.removesuffix(LETTER))
+        return self._target(self.main.vocab.pieces[tokens[count]][:certain])
 
     def _follows(self, token: int) -> bytes:
         """Return what follows white space that is one of the member's tokens, if its tokenizer says so."""
