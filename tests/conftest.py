@@ -47,6 +47,7 @@ def logs_of_no_earlier_test() -> None:
     harness = logging.getLogger("lm_eval")
     harness.handlers.clear()
     harness.propagate = True
+    harness.setLevel(logging.NOTSET)
     if "lm_eval.utils" in sys.modules:
         sys.modules["lm_eval.utils"].__dict__.update(_LOGGING_CONFIGURED=False)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
