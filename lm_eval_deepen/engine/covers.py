@@ -46,7 +46,8 @@ TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depe
 PRECISION = 1e-3  # largest share of a row's mass that pieces too unlikely to be looked at may have
 NEGLIGIBLE = 1e-15  # of the likeliest piece's mass
 EXCLUDED = 1e-4  # what a row keeps of what the main member's boundary excludes
-RESTS_KEPT = 2**24  # pieces whose rests are remembered, 64 MB; a cover counts as 4,096 at least
+RESTS_KEPT = 2**24  # pieces whose rests are remembered: 64 MB
+LEAST_COUNTED = 4_096  # pieces that a remembered cover counts as, however few it has
 UNKNOWN = -2  # a rest that was not looked at yet
 NOTHING = Prompt((), "", ())
 WHITE = (b" ", b"\n", b"\r", b"\t")
@@ -263,7 +264,8 @@ class CoverReader:
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
         logs = torch.cat(ranges)
-        top = max([*reached.values(), float(logs.max()) if len(logs) else -math.inf][1:])
+        _, *further = reached.values()  # the first way is the condition of all others
+        top = max([*further, float(logs.max()) if len(logs) else -math.inf])
         mass = (logs - top).exp()
         least = 1e-9 if own is None else min(1e-9, PRECISION * math.exp(own - top) / max(1, len(mass)))
         likely = (mass > least).nonzero()[:, 0]  # sorting all is slow
@@ -295,9 +297,9 @@ class CoverReader:
         known = self._rests.get(key)
         if known is None:
             known = self._rests[key] = torch.full((cover.last - cover.first,), UNKNOWN, dtype=torch.int32)
-            self._rests_kept += max(len(known), 4_096)
+            self._rests_kept += max(len(known), LEAST_COUNTED)
             while self._rests_kept > RESTS_KEPT and len(self._rests) > 1:
-                self._rests_kept -= max(len(self._rests.popitem(last=False)[1]), 4_096)
+                self._rests_kept -= max(len(self._rests.popitem(last=False)[1]), LEAST_COUNTED)
         else:
             self._rests.move_to_end(key)
         return known
@@ -316,6 +318,7 @@ class CoverReader:
         return known[at].long()
 
     def _rest(self, cover: Cover, plan: Plan, at: int) -> int:
+        """Return the target of the piece at a place of the sorted vocabulary."""
         rest = cover.ahead + self.keys[at][len(cover.pending) :]
         if not rest:
             return -1
