@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +90,10 @@ class Knn(Options):
 def _example(line: str, where: str) -> Example:
     try:
         record = json.loads(line)
-        return Example(str(record["prompt"]), tuple(float(score) for score in record["scores"]))
+        scores = tuple(float(score) for score in record["scores"])
+        if not all(map(math.isfinite, scores)):
+            raise ValueError("a score that is no finite number")
+        return Example(str(record["prompt"]), scores)
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f'{where}: {{"prompt": text, "scores": [numbers]}} is needed; got {line[:80]!r}', key="router"

@@ -150,6 +150,9 @@ def test_knn_gives_a_request_to_the_best_member_on_the_nearest_prompts(tmp_path)
     same.write_text('{"prompt": "x"}\n')
     with pytest.raises(ConfigError, match=r'line 1: \{"prompt": text, "scores": \[numbers\]\} is needed'):
         Knn(router=str(same)).start(None, 3)
+    same.write_text('{"prompt": "a", "scores": [1, NaN, 0]}')
+    with pytest.raises(ConfigError, match="line 1: .*numbers"):
+        Knn(router=str(same)).start(None, 3)
 
 
 def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
