@@ -7,7 +7,7 @@ candidates. Queries are walked in sorted order and share the columns of their co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ CHUNK = 32_768  # candidates whose state stays in a core's cache
 FAR = 1 << 40  # more than any distance times the number of candidates
 
 
-def nearest(queries: Sequence[bytes], candidates: Sequence[bytes]) -> tuple[NDArray, NDArray]:
+def nearest(
+    queries: Sequence[bytes], candidates: Sequence[bytes], advance: Callable[[int], None] = lambda compared: None
+) -> tuple[NDArray, NDArray]:
     """Return, for every query, the index of the nearest candidate and its edit distance [n] (int64).
 
     The distance counts insertions, deletions and substitutions of bytes. Among candidates at the same distance
-    it is the first.
+    it is the first. `advance` is told of pairs as they are compared, ``len(queries) * len(candidates)`` in all.
     """
     if not candidates or b"" in candidates:
         raise ValueError("nearest needs candidates, none of them empty")
@@ -38,8 +40,12 @@ def nearest(queries: Sequence[bytes], candidates: Sequence[bytes]) -> tuple[NDAr
             gap = np.maximum(np.maximum(min(sizes) - lengths, lengths - max(sizes)), 0)
             wanted = gap * len(candidates) <= best  # no distance is below the difference in length
             rows = [n for n in order if wanted[n]]
+            advance((len(order) - len(rows)) * len(chunk))
             walk = _Walk([candidates[n] for n in chunk], word, int(lengths.max(initial=0)))
-            pairs = np.array([walk.nearest(queries[n]) for n in rows], dtype=np.int64).reshape(-1, 2)
+            pairs = np.empty((len(rows), 2), dtype=np.int64)
+            for at, n in enumerate(rows):
+                pairs[at] = walk.nearest(queries[n])
+                advance(len(chunk))
             keys = pairs[:, 0] * len(candidates) + np.array(chunk, dtype=np.int64)[pairs[:, 1]]
             best[rows] = np.minimum(best[rows], keys)
         low = width + 1
@@ -47,6 +53,7 @@ def nearest(queries: Sequence[bytes], candidates: Sequence[bytes]) -> tuple[NDAr
         for row in np.flatnonzero((len(candidates[index]) - lengths) * len(candidates) <= best).tolist():
             key = distance(candidates[index], queries[row]) * len(candidates) + index
             best[row] = min(best[row], key)
+        advance(len(queries))
     return best % len(candidates), best // len(candidates)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError, VocabularyError
 from lm_eval_deepen.fusion._rows import text_ids
-from lm_eval_deepen.fusion.base import MemberView, Spelling
+from lm_eval_deepen.fusion.base import MemberView
+from lm_eval_deepen.relative.blocks import counted
 from lm_eval_deepen.relative.files import identity_hash, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.store import explained
@@ -71,7 +72,7 @@ def _build(path: Path, identity: Mapping[str, Any], build: Callable[[], SparseMa
                 write_matrix(path, matrix, [], identity, time.monotonic() - started)
 
 
-def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:
+def first_pieces(member: MemberView, pieces: Sequence[bytes], progress: bool = False) -> Tensor:
     """Return the id of the first token that a member spells each of some pieces with, -1 for none [n].
 
     By its tokenizer; for a member without one it is the longest piece that the bytes begin with. Where several ids
@@ -80,21 +81,17 @@ def first_pieces(member: MemberView, pieces: Sequence[bytes]) -> Tensor:
     own = text_ids(member.vocabulary)
     firsts = torch.full((len(pieces),), -1, dtype=torch.int64)
     longest = max(map(len, own), default=0)
-    for n, piece in enumerate(pieces):
-        if member.spelling is not None:
-            firsts[n] = _first_token(member.spelling, piece)
-            continue
-        beginnings = (piece[:end] for end in range(min(len(piece), longest), 0, -1))
-        firsts[n] = next((own[part][0] for part in beginnings if part in own), -1)
+    with counted(f"spellings of {member.name}", len(pieces), progress, "piece") as advance:
+        for n, piece in enumerate(pieces):
+            advance(1)
+            if member.spelling is None:
+                beginnings = (piece[:end] for end in range(min(len(piece), longest), 0, -1))
+                firsts[n] = next((own[part][0] for part in beginnings if part in own), -1)
+                continue
+            # some tokenizers drop characters that they have no piece for: as good as none
+            with contextlib.suppress(VocabularyError):
+                firsts[n] = next(iter(member.spelling.encode(piece) or ()), -1)
     return firsts
-
-
-def _first_token(spelling: Spelling, piece: bytes) -> int:
-    try:
-        ids = spelling.encode(piece)
-    except VocabularyError:  # some tokenizers drop characters that they have no piece for: as good as None
-        return -1
-    return ids[0] if ids else -1
 
 
 def spelling_fingerprint(member: MemberView) -> str:

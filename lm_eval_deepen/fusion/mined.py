@@ -14,6 +14,7 @@ from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._maps import stored_map
 from lm_eval_deepen.fusion._rows import text_ids
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
+from lm_eval_deepen.relative.blocks import counted
 from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -44,7 +45,7 @@ class Mined(Options):
             identity = {"tokenizer": member.vocabulary.fingerprint, "main": main.fingerprint}
 
             def build(member: MemberView = member) -> SparseMatrix:
-                return one_to_one(nearest_pieces(member.vocabulary, main), len(main))
+                return one_to_one(nearest_pieces(member.vocabulary, main, member.name, store.progress), len(main))
 
             matrix, fact = stored_map(store, member, "mined", identity, build)
             maps.append(matrix)
@@ -52,13 +53,16 @@ class Mined(Options):
         return LinearFuser(main, [member.vocabulary for member in members], maps, {"maps": facts})
 
 
-def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab) -> Tensor:
+def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab, name: str = "", progress: bool = False) -> Tensor:
     """Return the main member's id for every id of a vocabulary, -1 for control pieces and unused ids [V_m]."""
     target = [-1] * len(vocabulary)
     own, places = text_ids(vocabulary), {piece: ids[0] for piece, ids in text_ids(main).items()}
     missing = [piece for piece in own if piece not in places]
     candidates = sorted(places, key=lambda piece: places[piece])
-    closest = dict(zip(missing, nearest(missing, candidates)[0].tolist(), strict=True)) if candidates else {}
+    closest = {}
+    if candidates:
+        with counted(f"edit distances of {name}", len(missing) * len(candidates), progress, "pair") as advance:
+            closest = dict(zip(missing, nearest(missing, candidates, advance)[0].tolist(), strict=True))
     for piece, ids in own.items():
         if piece in places or piece in closest:
             near = places[piece if piece in places else candidates[closest[piece]]]

@@ -79,7 +79,7 @@ class Unite(Options):
             identity = {"spelling": spelling_fingerprint(member), "union": union.vocabulary.fingerprint}
 
             def build(member: MemberView = member, columns: Tensor = columns) -> SparseMatrix:
-                return one_to_one(_lookup(member, columns, union), len(member.vocabulary))
+                return one_to_one(_lookup(member, columns, union, store.progress), len(member.vocabulary))
 
             matrix, fact = stored_map(store, member, "unite", identity, build)
             ids = matrix.indices[:, 0].long()
@@ -89,7 +89,7 @@ class Unite(Options):
         return UniteFuser(self, union, [member.vocabulary for member in members], lookups, facts)
 
 
-def _lookup(member: MemberView, columns: Tensor, union: Union) -> Tensor:
+def _lookup(member: MemberView, columns: Tensor, union: Union, progress: bool) -> Tensor:
     """Return the member's id for every column of the union [K]: its own piece, else its first token, else -1."""
     leaders = torch.full((len(union.vocabulary),), -1, dtype=torch.int64)
     ids = (columns >= 0).nonzero()[:, 0]
@@ -97,7 +97,7 @@ def _lookup(member: MemberView, columns: Tensor, union: Union) -> Tensor:
     apart = union.vocabulary.control | union.vocabulary.unused
     missing = [n for n in (leaders < 0).nonzero()[:, 0].tolist() if n not in apart]
     if missing:
-        leaders[missing] = first_pieces(member, [union.vocabulary.pieces[n] for n in missing])
+        leaders[missing] = first_pieces(member, [union.vocabulary.pieces[n] for n in missing], progress)
     return leaders
 
 

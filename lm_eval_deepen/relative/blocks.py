@@ -1,35 +1,50 @@
-"""Rows of a matrix, block by block: what all of them cost is said before they are paid for."""
+"""What takes long has a bar, and what all of it costs is said before it is paid for."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
 SAID_FROM = 20.0  # seconds
+SAID_AFTER = 2.0  # seconds of work, from which the whole is estimated
 
 
-def blocks(what: str, total: int, size: int, progress: bool) -> Iterator[slice]:
-    """Yield slices of `size` rows, with a bar; after the first one, say how long all take where that is long.
+@contextmanager
+def counted(what: str, total: int, progress: bool, unit: str = "row") -> Iterator[Callable[[int], None]]:
+    """Give a function that counts what is done; it moves a bar, and once says how long all takes where that is long.
 
     Args:
         what: what is built, for messages.
-        total: how many rows there are.
-        size: rows of a block.
+        total: how much there is.
         progress: whether to show and say anything.
+        unit: what is counted.
     """
-    start = time.perf_counter()
-    with tqdm(total=total, unit="row", desc=what, disable=None if progress else True) as bar:
+    start, done, said = time.perf_counter(), 0, not progress
+    with tqdm(total=total, unit=unit, desc=what, disable=None if progress else True) as bar:
+
+        def advance(more: int) -> None:
+            nonlocal done, said
+            bar.update(more)
+            done += more
+            if not said and (taken := time.perf_counter() - start) >= SAID_AFTER:
+                said = True
+                if (seconds := taken * total / done) >= SAID_FROM:
+                    told = f"{total:,} {unit}s take about {seconds / 60:.1f} minutes here"
+                    log.warning("%s: %s; it is built once.", what, told)
+
+        yield advance
+
+
+def blocks(what: str, total: int, size: int, progress: bool) -> Iterator[slice]:
+    """Yield slices of `size` rows, counted as they are done."""
+    with counted(what, total, progress) as advance:
         for at in range(0, total, size):
             rows = slice(at, min(at + size, total))
             yield rows
-            bar.update(rows.stop - at)
-            if at == 0 and progress:
-                seconds = (time.perf_counter() - start) * total / rows.stop
-                if seconds >= SAID_FROM:
-                    told = f"{total:,} rows take about {seconds / 60:.1f} minutes here"
-                    log.warning("%s: %s; it is built once.", what, told)
+            advance(rows.stop - at)

@@ -313,3 +313,11 @@ def test_eva_refuses_what_it_cannot_align(store: MatrixStore) -> None:
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Eva(**options)
+
+
+def test_edit_distances_count_every_pair_once() -> None:
+    queries = [b"a", b"ab", b"abcdefghij", b"x" * 30]
+    candidates = [b"a", b"abc", b"abcdefghijkl", b"y" * 20, b"z" * 70]
+    steps: list[int] = []
+    nearest(queries, candidates, steps.append)
+    assert sum(steps) == len(queries) * len(candidates)

@@ -337,7 +337,7 @@ def test_matrices_in_use_are_shared_and_others_are_released(tmp_path: Path) -> N
     assert len(store._loaded) == 0
 
 
-def test_what_a_long_build_costs_is_said_after_its_first_block(
+def test_what_a_long_build_costs_is_said_after_two_seconds_of_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = iter(range(0, 1000, 3))  # seconds: a block takes three
