@@ -177,7 +177,12 @@ class BuildRecipe:
 
     def _visit(self, change: Callable[[str], str]) -> dict[str, Any]:
         """Return a copy of the content with every spelt model replaced by what `change` returns."""
-        names_model = _names_merged if self.is_merge else _names_trained
+
+        def names_model(key: str, inside: str, value: str) -> bool:
+            if not self.is_merge:
+                return key in ("target", "sources") and not inside
+            tokenizer = key == "tokenizer_source" or (key == "source" and inside == "tokenizer")
+            return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
 
         def visit(value: Any, key: str, inside: str) -> Any:
             if isinstance(value, str):
@@ -189,16 +194,6 @@ class BuildRecipe:
             return value
 
         return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
-
-
-def _names_trained(key: str, inside: str, value: str) -> bool:
-    return key in ("target", "sources") and not inside
-
-
-def _names_merged(key: str, inside: str, value: str) -> bool:
-    """Tell whether a text of mergekit's configuration is a model's name."""
-    tokenizer = key == "tokenizer_source" or (key == "source" and inside == "tokenizer")
-    return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
 
 
 def _model_digest(place: str) -> str:

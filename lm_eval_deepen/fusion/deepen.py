@@ -292,7 +292,8 @@ class Deepen(Options):
             ids, duplicates_of = anchor_ids(vocabulary, anchors), duplicates(vocabulary, anchors)
             sides.append(make_side(vocabulary, matrix, ids, duplicates_of, spec.rows))
             info = store.info(member, anchors, spec, tokenizers)
-            which = {} if spec.from_bytes else {"embeddings": _said(member, spec.embeddings)}
+            tied = spec.embeddings == "output" and member.tied
+            which = {} if spec.from_bytes else {"embeddings": "output, tied to the input" if tied else spec.embeddings}
             matrices.append(
                 {
                     "member": member.name,
@@ -312,10 +313,6 @@ class Deepen(Options):
             )
         facts = {"anchors": len(anchors.pieces), "anchors_sha256": anchors.fingerprint, "matrices": matrices}
         return DeepenFuser(members[0].vocabulary, sides, self, facts)
-
-
-def _said(member: MemberView, which: str) -> str:
-    return "output, tied to the input" if which == "output" and member.tied else which
 
 
 def _conflict(option: str, message: str) -> ConfigError:

@@ -113,7 +113,9 @@ class Builds:
         for each in self.needed([name]):
             if each not in self._identities:
                 recipe = self.recipes[each]
-                self._identities[each] = recipe.identity({**self.places, **self._unbuilt()}, self._identities)
+                self._identities[each] = recipe.identity(
+                    {**self.places, **{name: self.pretrained(name) for name in self.recipes}}, self._identities
+                )
         return self._identities[name]
 
     def incompatible(self, names: Iterable[str]) -> str | None:
@@ -163,7 +165,8 @@ class Builds:
 
     def folder(self, name: str, root: Path) -> Path:
         """Return where a built model is kept below a folder."""
-        return root / f"{_slug(name)}-{self.identity(name)[:12]}"
+        slug = re.sub(r"[^\w.+=-]+", "_", name).strip("_.") or "model"
+        return root / f"{slug}-{self.identity(name)[:12]}"
 
     def trained_on(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return the tasks on whose documents models were trained, or what they are made from, by model."""
@@ -177,19 +180,12 @@ class Builds:
             trained |= {name: tasks} if tasks else {}
         return trained
 
-    def _unbuilt(self) -> dict[str, str]:
-        return {name: self.pretrained(name) for name in self.recipes}
-
     def _origin(self, name: str, recipe: BuildRecipe) -> str:
         """Return the place of a model with the architecture of `name`."""
         while name in self.recipes:
             recipe = self.recipes[name]
             name = recipe.architecture_of
         return recipe.place(name, self.places)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+=-]+", "_", name).strip("_.") or "model"
 
 
 def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:

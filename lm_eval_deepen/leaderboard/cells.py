@@ -80,7 +80,7 @@ class Cell:
                 raise ResultError(f"{self.mark.parent / name} is not the file that was written: cut off, or edited")
         if not self.sha256:  # of an older version: whatever can be seen
             samples = [run.samples for run in runs.values()]
-            if (count := sum(map(_documents, samples))) != self.documents:
+            if (count := sum(len(next(iter(one.by_filter.values()))) for one in samples)) != self.documents:
                 raise ResultError(f"its samples are of {count} documents, {self.documents} were evaluated")
             for one in samples:
                 _refuse_nan(one)
@@ -258,10 +258,6 @@ def _written(path: Path, place: Path) -> str:
     except ResultError as error:
         raise ResultError(f"{place}: the harness could not write it ({error}); is the disk full?") from error
     return sha256(path)
-
-
-def _documents(samples: Samples) -> int:
-    return len(next(iter(samples.by_filter.values())))
 
 
 def _refuse_nan(samples: Samples) -> None:

@@ -189,11 +189,7 @@ class RowModel(DeepenLM):
 
     def _readings(self) -> tuple[float, int, dict[int, float]]:
         tokens = sum(member.runner.forwarded for member in self.ensemble.active)
-        return time.perf_counter(), tokens, {id(peer): _fusing(peer) for peer in self.peers}
-
-
-def _fusing(model: RequestHandler) -> float:
-    return model.ensemble.fusing if isinstance(model.ensemble, TimedEnsemble) else 0.0
+        return time.perf_counter(), tokens, {id(peer): getattr(peer.ensemble, "fusing", 0.0) for peer in self.peers}
 
 
 def load_members(

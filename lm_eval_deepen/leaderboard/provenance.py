@@ -21,12 +21,13 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
     """Return facts by name, from the recipe and the harness's results files of the finished cells."""
     dates = sorted(evaluation["date"] for evaluation in evaluations if isinstance(evaluation.get("date"), (int, float)))
     days = [datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]
+    few_shots = {task: shots for one in evaluations for task, shots in (one.get("n-shot") or {}).items()}
     told = {
         "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",
         "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
         "models": "; ".join(_models(evaluations)),
-        "few-shots": ", ".join(f"{task} {shots}" for task, shots in _few_shots(evaluations).items()),
+        "few-shots": ", ".join(f"{task} {shots}" for task, shots in few_shots.items()),
         "limits": ", ".join(dict.fromkeys(_limit(evaluation) for evaluation in evaluations)),
         "seeds": ", ".join(map(str, recipe.seeds)),
         "fingerprints": "; ".join(f"{row.name} {row.config.fingerprint()[:12]}" for row in recipe.rows),
@@ -55,13 +56,6 @@ def _models(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
             where = f"{member.get('pretrained')} (revision {member.get('revision')}, {member.get('dtype')})"
             models[f"{member.get('name')}: {where}"] = None
     return list(models)
-
-
-def _few_shots(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    shots: dict[str, Any] = {}
-    for evaluation in evaluations:
-        shots |= evaluation.get("n-shot") or {}
-    return shots
 
 
 def _limit(evaluation: Mapping[str, Any]) -> str:

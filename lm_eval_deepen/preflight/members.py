@@ -195,18 +195,23 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
 def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
     from lm_eval_deepen.member.encoder_decoder import DecoderCodec
+    from lm_eval_deepen.member.member import ends_of_text
     from lm_eval_deepen.member.preflight import files_of, load_tokenizer
     from lm_eval_deepen.member.text import TextCodec
 
     tokenizer: Any = load_tokenizer(member.config)
     start = _begin_decoder(member.config, files, tokenizer, problems) if member.generates_only else ()
-    eos = _eos_ids(files, tokenizer)
+    eos = ends_of_text(files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
     given = member.config.loading_dict()
     asked = given.get("prefix_token_id")
     prefix = next((i for i in (asked, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    if files.embedding is None:
+        logits = int(files.get("vocab_size", len(tokenizer)))
+    else:
+        logits = files.tensors[files.embedding].shape[0]  # rows of the embedding, where its header is known
     codec = (DecoderCodec if member.generates_only else TextCodec).build(
         tokenizer,
-        size=_logits(files, len(tokenizer)),
+        size=logits,
         eos=eos,
         prefix_id=prefix,
         add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
@@ -235,20 +240,6 @@ def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, prob
     except DeepenError as error:
         problems.append(str(error))
         return ()
-
-
-def _logits(files: ModelFiles, default: int) -> int:
-    """Return the number of logits: rows of the embedding where its header is known."""
-    if files.embedding is not None:
-        return files.tensors[files.embedding].shape[0]
-    return int(files.get("vocab_size", default))
-
-
-def _eos_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
-    """Return every id that ends a text, in the order in which a loaded member has them."""
-    from lm_eval_deepen.member.member import ends_of_text
-
-    return ends_of_text(files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
 
 
 def estimate_parameters(files: ModelFiles) -> int | None:

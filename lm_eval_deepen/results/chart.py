@@ -37,11 +37,12 @@ def chart(identity: str, title: str, description: str, points: Sequence[Point], 
     def at(value: float) -> float:
         return round(left + (value - low) / (high - low) * (_WIDTH - left - _RIGHT), 1)
 
+    all_points = "; ".join(f"{point.label}: {point.text}" for point in points)
     parts = [
         f'<svg role="img" aria-labelledby="{identity}t {identity}d" viewBox="0 0 {_WIDTH} {bottom + _BOTTOM}" '
         f'width="{_WIDTH}" xmlns="http://www.w3.org/2000/svg">',
         f'<title id="{identity}t">{escape(title)}</title>',
-        f'<desc id="{identity}d">{escape(description)} {escape(_told(points))}</desc>',
+        f'<desc id="{identity}d">{escape(description)} {escape(all_points)}</desc>',
     ]
     for tick in ticks:
         parts.append(f'<line class="axis" x1="{at(tick)}" x2="{at(tick)}" y1="{_TOP}" y2="{bottom}"/>')
@@ -70,10 +71,6 @@ def _fitted(label: str) -> str:
     """Return a label, or where it is too long its two ends, which tell systems apart."""
     most = _LABELS[1] // _CHARACTER
     return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-(most - most // 2) :]}"
-
-
-def _told(points: Sequence[Point]) -> str:
-    return "; ".join(f"{point.label}: {point.text}" for point in points)
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

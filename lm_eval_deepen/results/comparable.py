@@ -109,14 +109,11 @@ def _ensemble(one: TaskRun, two: TaskRun) -> str | None:
     if described[0].get("method") != described[1].get("method"):  # what one of them does not have is no change
         keys = {key: None for key in keys if all(key in own for own in options)}
     differences += [_differs(key, *(o.get(key) for o in options)) for key in keys]
-    differences.append(_differs("members", *([_member(m) for m in d.get("members") or ()] for d in described)))
+    members = ([f"{m.get('pretrained')} x {m.get('weight')}" for m in d.get("members") or ()] for d in described)
+    differences.append(_differs("members", *members))
     told = "; ".join(difference for difference in differences if difference)
     shown = " -> ".join(_short(p) or "none (no ensemble)" for p in prints)
     return f"ensemble fingerprint: {shown}" + (f" ({told})" if told else "")
-
-
-def _member(member: Mapping[str, Any]) -> str:
-    return f"{member.get('pretrained')} x {member.get('weight')}"
 
 
 def _notes(one: TaskRun, two: TaskRun) -> list[str]:

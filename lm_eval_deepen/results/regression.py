@@ -96,7 +96,7 @@ def decide(pairs: Sequence[Pair], rule: GateRule) -> list[Decision]:
     """Return a decision per pair. A regression of any of them is one of the whole."""
     tested = [_test(pair, rule) for pair in pairs]
     adjusted = holm([p for _, p in tested])
-    drops = [_sign(pair) * (pair.baseline.score - pair.candidate.score) for pair in pairs]
+    drops = [(pair.baseline.score - pair.candidate.score) * (1 if pair.higher_is_better else -1) for pair in pairs]
     return [
         Decision(drop, test, p, p_holm, p_holm <= rule.alpha and drop > 0 and drop >= rule.min_effect - ROUNDING)
         for (test, p), p_holm, drop in zip(tested, adjusted, drops, strict=True)
@@ -121,10 +121,6 @@ def _test(pair: Pair, rule: GateRule) -> tuple[str, float]:
 def _changes(pair: Pair) -> tuple[int, int]:
     below, above = discordant(pair.baseline.per_document, pair.candidate.per_document)
     return (below, above) if pair.higher_is_better else (above, below)
-
-
-def _sign(pair: Pair) -> float:
-    return 1.0 if pair.higher_is_better else -1.0
 
 
 def details(pair: Pair, tested: int, rule: GateRule) -> Details:

@@ -290,6 +290,9 @@ def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, 
     generated = isinstance(one, Mapping) and isinstance(one.get("arg_1"), Mapping)  # how, beside the prompt
     answers = first.get("resps")
     said = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], list) else []
+    filtered = first.get("filtered_resps")
+    if isinstance(filtered, list) and len(filtered) == 1:
+        filtered = filtered[0]
     choices = [
         texts(argument["arg_1"])
         for argument in given.values()
@@ -302,14 +305,10 @@ def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, 
         else None,
         "target": texts(_short(first["target"])) if "target" in first else None,
         "answer": texts(said[0]) if generated and said and isinstance(said[0], str) else None,
-        "filtered": texts(_short(_only(first.get("filtered_resps")))) if generated else None,
+        "filtered": texts(_short(filtered)) if generated else None,
         "choices": choices,
         "values": [_value(answer) for answer in answers] if choices and isinstance(answers, list) else [],
     }
-
-
-def _only(values: Any) -> Any:
-    return values[0] if isinstance(values, list) and len(values) == 1 else values
 
 
 def _value(answer: Any) -> float | None:

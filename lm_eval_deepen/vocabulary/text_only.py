@@ -15,7 +15,6 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 from lm_eval_deepen.vocabulary.round_trip import is_exact, require_exact
 from lm_eval_deepen.vocabulary.tokenizer_json import (
     BYTE_PIECE,
-    PieceDecoder,
     model_pieces,
     read_decoder,
     split_merge,
@@ -68,7 +67,14 @@ def text_only_spec(
     ids |= {i for i in contents if size is not None and i >= size}
     renamed = {contents[i]: UNREACHABLE + contents[i] for i in ids if i in contents}
     if decoder.byte_level:
-        added = [token for token in added if token["id"] in ids or not _spelt_otherwise(decoder, pieces, token)]
+        # not those that are a piece of the model, and whose content has other bytes than the piece
+        added = [
+            token
+            for token in added
+            if token["id"] in ids
+            or token["id"] not in pieces
+            or decoder.bytes_of(pieces[token["id"]]) == token["content"].encode()
+        ]
     for token in added:
         token["special"] = token["id"] in ids
         token["content"] = renamed.get(token["content"], token["content"])
@@ -84,11 +90,6 @@ def text_only_spec(
         "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
         "model": _text_only_model(spec["model"], renamed, decoder.byte_fallback),
     }
-
-
-def _spelt_otherwise(decoder: PieceDecoder, pieces: Mapping[int, str], token: Mapping[str, Any]) -> bool:
-    """Tell whether an added token is a piece of the model, and its content has other bytes than the piece."""
-    return token["id"] in pieces and decoder.bytes_of(pieces[token["id"]]) != token["content"].encode()
 
 
 def without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
