@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--serve writes no file; leave --output out")
     if args.port is not None and not args.serve:
         raise ConfigError("--port belongs to --serve; give both, or neither")
-    pages = shown([args.folder, *args.others], args.limit)
+    pages = shown([args.folder, *args.others], args.limit, served=args.serve)
     if args.serve:
         with server(pages, args.port or 0) as serving:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)

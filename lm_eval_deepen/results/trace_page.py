@@ -7,8 +7,10 @@ no text can end it.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from tqdm import tqdm
 
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.results.files import TaskRun, find_runs, fingerprint
 from lm_eval_deepen.results.templates import render
-from lm_eval_deepen.results.traces import TraceFile, bytes_of, documents_of, find_traces, text_of
+from lm_eval_deepen.results.traces import Documents, TraceFile, bytes_of, documents_of, find_traces, text_of
 
 PROMPT = 3000  # characters of a prompt that are shown: its end
 ALL, NOBODY = -1, -2  # who would have chosen a token, beside the numbers of the members
@@ -49,10 +52,14 @@ class _Strings:
     """The strings of a page, each of which stands there once."""
 
     def __init__(self) -> None:
-        self.at: dict[str, int] = {}
+        self._at: dict[str, int] = {}
+        self.all: list[str] = []
 
     def __call__(self, text: str) -> int:
-        return self.at.setdefault(text, len(self.at))
+        at = self._at.setdefault(text, len(self.all))
+        if at == len(self.all):
+            self.all.append(text)
+        return at
 
 
 @dataclass
@@ -63,29 +70,40 @@ class Shown:
         sides: the systems; the first two are shown beside each other at first.
         texts: prompts, targets and answers.
         pieces: what the tokens spell.
+        served: whether a server hands out the steps of a document where they are looked at.
+        packed: of a served page, the steps by number of the system, task, and number of the document, and the pieces
+            that they name: compressed JSON.
     """
 
+    served: bool = False
     sides: list[Side] = field(default_factory=list)
     texts: _Strings = field(default_factory=_Strings)
     pieces: _Strings = field(default_factory=_Strings)
+    packed: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
 
-    def html(self, title: str = "", served: bool = False) -> str:
-        """Return the page; one that is `served` asks for the steps of a document where it shows them."""
+    def html(self, title: str = "") -> str:
+        """Return the page; one that is served asks for the steps of a document where it shows them."""
         first, *others = [one.name for one in self.sides]
         beside = f" beside {others[0] if len(others) == 1 else f'{len(others)} others'}" if others else ""
         systems = [{"name": one.name, "members": one.members, "tasks": one.tasks} for one in self.sides]
-        data = {"systems": systems, "texts": list(self.texts.at), "served": served}
+        data = {"systems": systems, "texts": self.texts.all, "served": self.served}
         return render(
             "trace_page.html.j2",
             title=title or f"Trace of {first}{beside}",
             sides=self.sides,
-            served=served,
-            data=Markup(script_json({**data, "pieces": {} if served else list(self.pieces.at)})),
+            served=self.served,
+            data=Markup(script_json({**data, "pieces": {} if self.served else self.pieces.all})),
             made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         )
 
 
-def shown(folders: Sequence[Path], limit: int | None = None, names: Sequence[str] = (), traced: bool = True) -> Shown:
+def shown(
+    folders: Sequence[Path],
+    limit: int | None = None,
+    names: Sequence[str] = (),
+    traced: bool = True,
+    served: bool = False,
+) -> Shown:
     """Return what a page of result folders shows.
 
     Args:
@@ -93,12 +111,13 @@ def shown(folders: Sequence[Path], limit: int | None = None, names: Sequence[str
         limit: documents of each task that are shown; None for all.
         names: of the systems; default: the folders'.
         traced: whether it is an error if the first folder has no trace.
+        served: whether a server shows the page.
 
     Raises:
         ResultError: no trace in the first folder, nothing in another one, no task in common, or files that cannot be
             read.
     """
-    page = Shown()
+    page = Shown(served)
     for number, folder in enumerate(folders):
         one = side(folder, page, limit, traced and not number)
         if number and not set(one.tasks) & set(page.sides[0].tasks):
@@ -122,10 +141,10 @@ def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Show
     for name, tasks in systems.items():
         one = Side(name)
         for task, run in tasks.items():
-            one.tasks[task] = documents([], samples_by_document(run.samples_path), page)
+            samples = samples_by_document(run.samples_path)
+            one.tasks[task] = documents(Documents(), samples, page, limit)
             one.facts = one.facts or _facts(run.results)
-            if len(one.tasks[task]) > limit:
-                del one.tasks[task][limit:]
+            if len(samples) > limit:
                 one.notes = [f"the first {limit} documents of each task are shown"]
         page.sides.append(one)
     return page
@@ -141,7 +160,7 @@ def script_json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def side(folder: Path, strings: Shown, limit: int | None = None, traced: bool = True) -> Side:
+def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = True) -> Side:
     """Return what a folder holds; with `traced`, it is an error if that is no trace."""
     shown = Side(folder.resolve().name)
     traces: dict[str, list[TraceFile]] = {}
@@ -160,11 +179,11 @@ def side(folder: Path, strings: Shown, limit: int | None = None, traced: bool = 
             shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
     _say(shown, next(iter(traces.values()), []))
     for task in traces or samples:
-        records = documents_of(traces[task]) if task in traces else []
-        shown.tasks[task] = documents(records, samples.get(task, {}), strings)
-        if limit is not None and len(shown.tasks[task]) > limit:
-            shown.notes.append(f"{task}: the first {limit} of {len(shown.tasks[task])} documents are shown (--limit)")
-            del shown.tasks[task][limit:]
+        records = documents_of(traces[task]) if task in traces else Documents()
+        shown.tasks[task] = documents(records, samples.get(task, {}), page, limit, task)
+        count = len({key[:2] for key in records.keys} or samples.get(task, {}))
+        if limit is not None and count > limit:
+            shown.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
         if task in traces and not samples.get(task):
             shown.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
     return shown
@@ -248,17 +267,31 @@ def _short(value: Any) -> str:
 
 
 def documents(
-    records: Sequence[Mapping[str, Any]], samples: Mapping[tuple, Sequence[Mapping[str, Any]]], strings: Shown
+    records: Documents,
+    samples: Mapping[tuple, Sequence[Mapping[str, Any]]],
+    page: Shown,
+    limit: int | None = None,
+    task: str = "",
 ) -> list[dict[str, Any]]:
-    """Return the documents of a task in the page's form, from the lines of a trace and of samples."""
-    by_document: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in records:
-        by_document.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
-    entries = []
-    for key in by_document or samples:
-        asked = by_document.get(key, [])
-        requests = [_request(record, strings.pieces) for record in asked]
+    """Return the documents of a task in the page's form, from the lines of a trace and of samples.
+
+    Args:
+        records: of the trace.
+        samples: the samples by document.
+        page: gets the strings, and if it is served the steps.
+        limit: how many documents; None for all.
+        task: its name, for steps that are served; the page's next system is whose they are.
+    """
+    by_document: dict[tuple, list[int]] = {}
+    for at, key in enumerate(records.keys):
+        by_document.setdefault(key[:2], []).append(at)
+    entries: list[dict[str, Any]] = []
+    keys = list(itertools.islice(by_document or samples, limit))
+    for key in tqdm(keys, desc=f"documents of {task}", disable=None, delay=2):
+        requests = [_request(records[at], page.pieces) for at in by_document.get(key, ())]
         steps = [step for request in requests for step in request["steps"]]
+        if page.served:
+            page.packed[str(len(page.sides)), task, str(len(entries))] = _packed(requests, page.pieces.all)
         scored = list(samples.get(key, ()))
         entries.append(
             {
@@ -268,10 +301,23 @@ def documents(
                 "changed": sum(step["c"] for step in steps),
                 "steps": len(steps),
                 "agree": sum(step["w"] == ALL for step in steps) / len(steps) if steps else None,
-                **_outcome(scored, strings.texts),
+                **_outcome(scored, page.texts),
             }
         )
     return entries
+
+
+def _packed(requests: Sequence[dict[str, Any]], pieces: Sequence[str]) -> bytes:
+    """Take the steps out of a document's requests; return them with the pieces that they name."""
+    steps = [request["steps"] for request in requests]
+    named = set()
+    for step in itertools.chain.from_iterable(steps):
+        named |= {step["p"], step["b"]}
+        named |= {piece for said in step["m"] if said for piece in said[2][::2]}
+    named.discard(None)
+    for request in requests:
+        request["steps"] = []
+    return zlib.compress(json.dumps({"steps": steps, "pieces": {at: pieces[at] for at in named}}).encode(), 1)
 
 
 def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from lm_eval_deepen.results.trace_page import Shown
-
-Key = tuple[str, str, str]  # number of the system, task, number of the document within it
 
 
 def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
@@ -20,13 +17,12 @@ def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
     answered: a page elsewhere whose name leads here reads nothing.
 
     Args:
-        shown: the systems; their steps leave it.
+        shown: the systems of a page that is served.
         port: where; 0 for one that is free.
     """
-    steps = _taken(shown)
-    page = shown.html(served=True).encode()
+    steps, page = shown.packed, shown.html().encode()
 
-    def key(query: str) -> Key:
+    def key(query: str) -> tuple[str, str, str]:
         asked = parse_qs(query)
         system, task, at = (asked.get(name, [""])[0] for name in ("system", "task", "at"))
         return system, task, at
@@ -57,28 +53,3 @@ def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
     serving = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     hosts = {f"{name}:{serving.server_port}" for name in ("127.0.0.1", "localhost")}
     return serving
-
-
-def _taken(shown: Shown) -> dict[Key, bytes]:
-    """Take the steps out of all documents; return them as compressed JSON, with the pieces that they name."""
-    pieces = list(shown.pieces.at)
-    packed: dict[Key, bytes] = {}
-    for number, one in enumerate(shown.sides):
-        for task, documents in one.tasks.items():
-            for at, document in enumerate(documents):
-                steps = [request["steps"] for request in document["requests"]]
-                named = {step["p"] for request in steps for step in request}
-                named |= {step["b"] for request in steps for step in request if step["b"] is not None}
-                named |= {
-                    piece
-                    for request in steps
-                    for step in request
-                    for said in step["m"]
-                    if said
-                    for piece in said[2][::2]
-                }
-                text = json.dumps({"steps": steps, "pieces": {piece: pieces[piece] for piece in named}})
-                packed[str(number), task, str(at)] = zlib.compress(text.encode(), 1)
-                for request in document["requests"]:
-                    request["steps"] = []
-    return packed

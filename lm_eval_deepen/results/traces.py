@@ -10,16 +10,55 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+from tqdm import tqdm
 
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.storage import reason
 
 SCHEMA = "lm_eval_deepen trace 1"
 NAME = re.compile(r"trace_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)(_rank\d+)?\.jsonl\.gz$")
+
+
+Key = tuple[Any, ...]  # doc_id, doc_hash, request, repeat, type
+
+
+class Documents(Sequence[Mapping[str, Any]]):
+    """Documents of traces, packed, each parsed where it is asked for: those of a long run take as much as its file.
+
+    Attributes:
+        keys: what tells documents apart, one each.
+        packed: their lines, compressed.
+    """
+
+    def __init__(self, keys: Iterable[Key] = (), packed: Iterable[bytes] = ()) -> None:
+        """Take the keys and the packed lines."""
+        self.keys, self.packed = list(keys), list(packed)
+
+    def append(self, document: Mapping[str, Any], line: str) -> None:
+        """Add a document, whose line this is."""
+        names = ("doc_id", "doc_hash", "request", "repeat", "type")
+        self.keys.append(tuple(document.get(name) for name in names))
+        self.packed.append(zlib.compress(line.encode(), 1))
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, at: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Documents: ...
+    def __getitem__(self, at: int | slice) -> Mapping[str, Any] | Documents:
+        """Parse a document, or return some of them."""
+        if isinstance(at, slice):
+            return Documents(self.keys[at], self.packed[at])
+        document: Mapping[str, Any] = json.loads(zlib.decompress(self.packed[at]))
+        return document
 
 
 @dataclass(frozen=True)
@@ -35,7 +74,7 @@ class TraceFile:
 
     path: Path
     head: Mapping[str, Any]
-    documents: Sequence[Mapping[str, Any]]
+    documents: Documents
     cut: bool = False
 
 
@@ -45,7 +84,8 @@ def read_trace(path: Path) -> TraceFile:
     Raises:
         ResultError: it cannot be read, is damaged, or follows another schema.
     """
-    records, cut = [], False
+    head: dict[str, Any] | None = None
+    documents, cut = Documents(), False
     for number, (line, cut) in enumerate(_lines(path), 1):
         if cut:
             break
@@ -57,29 +97,32 @@ def read_trace(path: Path) -> TraceFile:
             ) from error
         if not isinstance(record, dict):
             raise ResultError(f"{path}:{number}: not a line of a trace; the file is damaged, run again")
-        records.append(record)
-    if not records:
-        raise ResultError(f"{path}: holds no trace; run again with trace=true")
-    head, *documents = records
-    if head.get("schema") != SCHEMA:
-        raise ResultError(
-            f"{path}: its schema is {head.get('schema')!r:.60}; this version reads {SCHEMA!r}. Read it with the "
-            "version that wrote it, or run again"
-        )
-    members = head.get("members")
-    if not isinstance(members, list) or any(not isinstance(member, dict) for member in members):
-        raise ResultError(f"{path}:1: names no members; the file is damaged, run again")
-    for number, document in enumerate(documents, 2):
-        if (odd := _odd(document, len(members))) is not None:
+        if head is None:
+            head = record
+            if head.get("schema") != SCHEMA:
+                raise ResultError(
+                    f"{path}: its schema is {head.get('schema')!r:.60}; this version reads {SCHEMA!r}. Read it with "
+                    "the version that wrote it, or run again"
+                )
+            members = head.get("members")
+            if not isinstance(members, list) or any(not isinstance(member, dict) for member in members):
+                raise ResultError(f"{path}:1: names no members; the file is damaged, run again")
+        elif (odd := _odd(record, len(head["members"]))) is not None:
             raise ResultError(f"{path}:{number}: {odd}; the file is damaged, run again")
+        else:
+            documents.append(record, line)
+    if head is None:
+        raise ResultError(f"{path}: holds no trace; run again with trace=true")
     return TraceFile(path, head, documents, cut)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bool]]:
     """Yield the lines, and at a cut-off end an empty one with True."""
     try:
-        with path.open("rb") as raw, gzip.open(raw) as file:
+        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None, delay=2)
+        with path.open("rb") as raw, gzip.open(raw) as file, bar:
             while True:
+                bar.update(raw.tell() - bar.n)
                 try:
                     line = file.readline()
                 except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -132,16 +175,14 @@ def find_traces(folder: Path) -> dict[str, list[TraceFile]]:
     return by_task
 
 
-def documents_of(files: Sequence[TraceFile]) -> list[Mapping[str, Any]]:
+def documents_of(files: Sequence[TraceFile]) -> Documents:
     """Return the documents of the files of a task, by number; of one that several have, the newest file's."""
-    latest: dict[tuple, Mapping[str, Any]] = {}
+    first: dict[Key, bytes] = {}
     for file in files:
-        for document in file.documents:
-            key = tuple(document.get(name) for name in ("doc_id", "doc_hash", "request", "repeat"))
-            latest.setdefault((*key, document.get("type")), document)
-    return sorted(
-        latest.values(), key=lambda one: (one["doc_id"] or 0, one.get("request") or 0, one.get("repeat") or 0)
-    )
+        for key, packed in zip(file.documents.keys, file.documents.packed, strict=True):
+            first.setdefault(key, packed)
+    keys = sorted(first, key=lambda key: (key[0] or 0, key[2] or 0, key[3] or 0))
+    return Documents(keys, [first[key] for key in keys])
 
 
 def text_of(piece: Any) -> str:

@@ -223,7 +223,7 @@ def test_another_page_leads_to_a_system_a_filter_and_a_document(folders: tuple[P
 
 @pytest.fixture
 def address(folders: tuple[Path, Path]) -> Iterator[str]:
-    with server(shown(folders)) as serving:
+    with server(shown(folders, served=True)) as serving:
         thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{serving.server_port}"
