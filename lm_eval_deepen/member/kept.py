@@ -1,4 +1,4 @@
-"""What takes long to read off a large tokenizer, kept in the cache folder by the content that it was read from.
+"""What takes long to find out of a large tokenizer or model, kept in the cache folder by the content it was read from.
 
 A kept file's name is a digest of that content. Its first line is a digest of this package's code and the libraries'
 versions, and one of the rest: a damaged file, or one that other code made, is made again.
@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import tokenizers
+import torch
 import transformers
 
 from lm_eval_deepen.errors import StorageError
@@ -65,22 +66,39 @@ def kept(kind: str, decides: Sequence[Any], make: Callable[[], bytes], length: i
     """
     if length < LARGE:
         return make()
-    name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    try:
-        path = cache_folder() / "tokenizers" / f"{kind}-{name}"
-        seal, _, body = path.read_bytes().partition(b"\n")
-        if seal == _seal(body):
-            return body
-        if seal.startswith(code().encode()) or b" " not in seal:
-            log.warning("%s is damaged; it is made again.", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, StorageError):  # a folder that cannot be read costs time alone
-        return make()
-    body = make()
-    with suppress(StorageError):
-        write_bytes(path, _seal(body) + b"\n" + body)
+    body = find(f"tokenizers/{kind}", decides)
+    if body is None:
+        keep(f"tokenizers/{kind}", decides, body := make())
     return body
+
+
+def find(kind: str, decides: Sequence[Any]) -> bytes | None:
+    """Return what was kept; None where it is not there, damaged, or of other code.
+
+    Args:
+        kind: its folder in the cache folder, and how the file's name begins.
+        decides: all that it is a function of, as JSON takes it.
+    """
+    try:
+        path = _path(kind, decides)
+        seal, _, body = path.read_bytes().partition(b"\n")
+    except (OSError, StorageError):  # a folder that cannot be read costs time alone
+        return None
+    if seal == _seal(body):
+        return body
+    if seal.startswith(code().encode()) or b" " not in seal:
+        log.warning("%s is damaged; it is made again.", path)
+    return None
+
+
+def keep(kind: str, decides: Sequence[Any], body: bytes) -> None:
+    """Keep what `find` returns then, where the cache folder can be written."""
+    with suppress(StorageError):
+        write_bytes(_path(kind, decides), _seal(body) + b"\n" + body)
+
+
+def _path(kind: str, decides: Sequence[Any]) -> Path:
+    return cache_folder() / f"{kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}"
 
 
 def _seal(body: bytes) -> bytes:
@@ -90,7 +108,7 @@ def _seal(body: bytes) -> bytes:
 @cache
 def code() -> str:
     """Return a hex digest of the code that reads tokenizers and checks models, and of the libraries' versions."""
-    digest = hashlib.sha256(repr((tokenizers.__version__, transformers.__version__)).encode())
+    digest = hashlib.sha256(repr((tokenizers.__version__, torch.__version__, transformers.__version__)).encode())
     for folder in CODE:
         for path in sorted(folder.glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())

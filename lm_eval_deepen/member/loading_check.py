@@ -3,13 +3,18 @@
 Both checks compare forward passes that must agree, and measure how far they are apart by what would go unnoticed
 otherwise: by how much an earlier token, or another position, changes what the model says. So they tell as much of flat
 distributions as of peaked ones. Small models are checked on a copy in double precision, where rounding hides nothing.
+Of others it is kept that they have passed, by all that decides it.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from lm_eval_deepen.member.state import LongropeRunner, StateRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision
+PARTS = 16  # of a weight that are added up
 SHORT, LONG = 14, 160  # tokens of the paths; the long ones show what works on chunks of a text
 WINDOW = 6  # of layers with a sliding window, while they are checked
 AHEAD = 4  # tokens at the end of the context that are forwarded beside a path, and must not change it
@@ -45,6 +51,44 @@ def sharpest(model: nn.Module, autocast: torch.dtype | None) -> tuple[nn.Module,
     except Exception:  # code that insists on its own precision: it is checked in that
         return model, autocast
     return exact, None
+
+
+def decides(model: nn.Module, autocast: torch.dtype | None, longest: int) -> list[Any] | None:
+    """Return all that the outcome of `check_reading` and `check_tree` is a function of, beside this package's code.
+
+    Weights count by sums of their bits. What touches every weight once takes a hundredth of the checks' time.
+
+    Args:
+        model: the model.
+        autocast: what it is autocast to.
+        longest: the number of tokens that its context holds.
+
+    Returns:
+        None where nothing is kept: of small models, and of weights that are not all here, and plain.
+    """
+    weights = dict(chain(model.named_parameters(), model.named_buffers()))
+    plain = all(type(x) in (Tensor, nn.Parameter) and x.is_contiguous() for x in weights.values())
+    here = not any(x.is_meta for x in weights.values()) and not getattr(model, "tp_size", None)
+    code = {getattr(sys.modules.get(type(part).__module__), "__file__", None) for part in model.modules()}
+    if not (plain and here and all(code)) or sum(x.numel() for x in model.parameters()) <= SMALL_MODEL:
+        return None
+    sums = []
+    for name, weight in weights.items():
+        bits = weight.detach().flatten()
+        whole = bits.nbytes % 8 == 0 and bits.storage_offset() * bits.itemsize % 8 == 0
+        parts = bits.view(torch.int64 if whole else torch.uint8).chunk(PARTS)
+        total = torch.stack([part.sum() for part in parts]).tolist()
+        sums.append([name, list(weight.shape), str(weight.dtype), str(weight.device), total])
+    config: Any = model.config
+    return [
+        hashlib.sha256(repr(sums).encode()).hexdigest(),
+        hashlib.sha256(b"".join(Path(path).read_bytes() for path in sorted(filter(None, code)))).hexdigest(),
+        repr(model),
+        repr(config.to_dict()),
+        [str(getattr(part, "_attn_implementation", None)) for part in (config, config.get_text_config())],
+        [str(autocast), longest, torch.get_float32_matmul_precision(), torch.backends.cpu.get_cpu_capability()],
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    ]
 
 
 def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = None, length: int = SHORT) -> None:

@@ -17,12 +17,14 @@ from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, RenderError, RequestError, one_line
 from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.member.devices import weight_of
+from lm_eval_deepen.member.kept import find, keep
 from lm_eval_deepen.member.loading_check import (
     LONG,
     check_growing,
     check_reading,
     check_state,
     check_tree,
+    decides,
     generates_as_it_reads,
     needs_a_pass_alone,
     sharpest,
@@ -78,13 +80,19 @@ class Member:
         """
         model, autocast, longest = self.lm.model, self.lm.mixed_precision_dtype, self.max_length
         checked, checked_autocast = sharpest(model, autocast)
-        check_reading(checked, self.name, checked_autocast)
+        deciding = decides(model, autocast, longest)
+        passed = deciding is not None and find("checks/tree", deciding) is not None
+        if not passed:
+            check_reading(checked, self.name, checked_autocast)
         speed_up_few_rows(model.get_output_embeddings())
         try:
-            check_tree(TreeRunner(checked, checked_autocast), longest)
+            if not passed:
+                check_tree(TreeRunner(checked, checked_autocast), longest)
             runner = TreeRunner(model, autocast)
-            if model.dtype != torch.float32 or autocast is not None:  # a cache may fail in one precision alone
-                check_tree(runner, longest)
+            if not passed and (model.dtype != torch.float32 or autocast is not None):
+                check_tree(runner, longest)  # a cache may fail in one precision alone
+            if not passed and deciding is not None:
+                keep("checks/tree", deciding, b"passed")
             log.info("member %r: texts with a common beginning share its cache, as a prefix tree.", self.name)
             return runner
         except Exception as error:  # whatever an unknown architecture raises: the other paths need none of it

@@ -118,7 +118,7 @@ def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:
                 f"anchor {piece!r} is not in the vocabulary of {len(vocab)} pieces. Find the anchors with "
                 "all members' vocabularies."
             )
-        chosen.append(vocab.preferred(ids))
+        chosen.append(ids[0] if len(ids) == 1 else vocab.preferred(ids))
     return chosen
 
 
@@ -127,9 +127,5 @@ def duplicates(vocab: ByteVocab, anchors: AnchorSet) -> dict[int, int]:
 
     They get the anchor's row of the relative matrix, so that equal bytes have equal rows.
     """
-    return {
-        i: index
-        for index, (piece, chosen) in enumerate(zip(anchors.pieces, anchor_ids(vocab, anchors), strict=True))
-        for i in vocab.ids_of[piece]
-        if i != chosen
-    }
+    alike = ((index, vocab.ids_of[piece]) for index, piece in enumerate(anchors.pieces))
+    return {i: index for index, ids in alike if len(ids) > 1 for i in ids if i != vocab.preferred(ids)}

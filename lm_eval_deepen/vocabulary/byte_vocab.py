@@ -38,11 +38,11 @@ class ByteVocab:
     @cached_property
     def ids_of(self) -> dict[bytes, tuple[int, ...]]:
         """Ascending ids of every non-empty byte string; several where ids share bytes."""
-        by_piece: dict[bytes, list[int]] = {}
+        ids: dict[bytes, tuple[int, ...]] = {}
         for i, piece in enumerate(self.pieces):
             if piece:
-                by_piece.setdefault(piece, []).append(i)
-        return {piece: tuple(ids) for piece, ids in by_piece.items()}
+                ids[piece] = (*ids[piece], i) if piece in ids else (i,)
+        return ids
 
     def preferred(self, ids: Sequence[int]) -> int:
         """Return which of the ids of one byte string [n] stands for it: the first that is no ``<0xNN>`` piece.

@@ -1,18 +1,23 @@
-"""What is kept of a tokenizer is what reading it gives, and a damaged or stale file is made again."""
+"""What is kept of a tokenizer or a model is what reading it gives, and a damaged or stale file is made again."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from vocabulary_helpers import CAFE, CORPUS, byte_level, sentencepiece_bpe, unigram
 
+from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
-from lm_eval_deepen.member import kept, text, tokenizer_files
+from lm_eval_deepen.member import kept, load_member, loading_check, member, text, tokenizer_files
+from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Backend, TextCodec
 from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_only_spec
@@ -135,3 +140,86 @@ def test_a_tokenizer_that_is_not_its_files_is_refused_again(
     with pytest.raises(TypeError):  # another file is compared
         (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
         require_same(loaded, TokenizerFiles(tmp_path / "tokenizer.json", {}), name="m")
+
+
+@pytest.fixture
+def model(pico: dict[str, Path], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose checks are kept although it is small."""
+    monkeypatch.setattr(loading_check, "SMALL_MODEL", 0)
+    shutil.copytree(pico["bytelevel"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(model: Path, monkeypatch: pytest.MonkeyPatch, **loading: Any) -> tuple[Any, list[str]]:
+    """Return the runner of a model that is loaded, and which checks ran."""
+    ran: list[str] = []
+    with monkeypatch.context() as counted:
+        for check in ("check_reading", "check_tree"):
+            run = getattr(member, check)
+            counted.setattr(member, check, lambda *a, name=check, run=run, **kw: (ran.append(name), run(*a, **kw)))
+        return load_member(
+            MemberConfig(name="m", pretrained=str(model), loading=FrozenDict(loading)), "cpu"
+        ).runner, ran
+
+
+def test_forward_passes_are_checked_once_and_again_where_anything_has_changed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold, first = loaded(model, monkeypatch)
+    warm, second = loaded(model, monkeypatch)
+    assert first == ["check_reading", "check_tree"] and second == []
+    assert isinstance(warm, TreeRunner)
+    paths = [[5, 6, 7], [5, 6, 9]]
+    assert torch.equal(warm.logp(warm.states_at(paths)), cold.logp(cold.states_at(paths)))
+
+    def one_weight() -> None:
+        weights = load_file(model / "model.safetensors")
+        name = next(name for name, weight in weights.items() if weight.ndim == 2)
+        weights[name][3, 3] += 1e-3  # same names, shapes and size of the file
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    def config(**changes: Any) -> None:
+        old = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(old | changes))
+
+    for change in (
+        one_weight,
+        lambda: config(rms_norm_eps=1e-4),
+        lambda: config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        lambda: monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+        lambda: monkeypatch.setattr(kept, "code", lambda: "of other code"),
+    ):
+        change()
+        assert loaded(model, monkeypatch)[1] == ["check_reading", "check_tree"]
+        assert loaded(model, monkeypatch)[1] == []
+    for loading in (
+        {"dtype": "bfloat16"},
+        {"attn_implementation": "eager"},
+        {"mixed_precision_dtype": "bfloat16"},
+        {"max_length": 100},
+    ):
+        assert "check_tree" in loaded(model, monkeypatch, **loading)[1], loading
+        assert loaded(model, monkeypatch, **loading)[1] == [], loading
+    assert loaded(model, monkeypatch)[1] == []  # the first is still there
+
+
+def test_a_check_that_fails_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr(member, "check_tree", lambda *_: 1 / 0)
+        failing.setattr(member, "check_state", lambda *_: 1 / 0)
+        assert all(isinstance(loaded(model, monkeypatch)[0], PlainRunner) for _ in range(2))
+    weights = load_file(model / "model.safetensors")
+    for weight in weights.values():
+        weight.fill_(float("nan"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(MemberError, match="NaN"):
+            loaded(model, monkeypatch)
+    assert not (folder.parent / "checks").exists()
+
+
+def test_the_checks_of_a_small_model_are_not_kept(
+    pico: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [loaded(pico["padded"], monkeypatch)[1] for _ in range(2)] == [["check_reading", "check_tree"]] * 2
+    assert not (folder.parent / "checks").exists()
