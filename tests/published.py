@@ -107,6 +107,7 @@ TRANSLATOR = {  # the directions in the order above
     "DeePEn": (33.34, 43.70, 32.95, 42.84),
 }
 
+ADAFUSE = ("Llama-3.1-8B", "Mistral-7B", "DeePEn", "UniTE", "AdaFuse")
 # Tables of others that have a DeePEn row, by recipe: our task -> row -> score, and the source
 RIVALS = {
     "rival_unite_table_3": ("arXiv 2410.03777, table 3", ["OpenChat", "Mistral-7B", "DeepSeek-7B"], {
@@ -123,13 +124,13 @@ RIVALS = {
         "deepen_arc_challenge": {"UniTE": 85.07},
         "deepen_mmlu": {"UniTE": 69.78},
     }),
-    "rival_adafuse": ("arXiv 2601.06022", ["Llama-3.1-8B", "Mistral-7B"], {
-        "deepen_nq": {"DeePEn": 37.42},
-        "squad_completion": {"DeePEn": 71.51},
-        "deepen_triviaqa": {"DeePEn": 73.85},
-        "deepen_gsm8k": {"DeePEn": 67.63},
-        "deepen_flores_en_de": {"DeePEn": 37.56},
-        "deepen_flores_de_en": {"DeePEn": 42.33},
+    "rival_adafuse": ("arXiv 2601.06022, table 1", ["Llama-3.1-8B", "Mistral-7B"], {
+        "deepen_nq": dict(zip(ADAFUSE, (34.24, 32.05, 37.42, 38.95, 42.85), strict=True)),
+        "squad_completion": dict(zip(ADAFUSE, (80.13, 83.49, 71.51, 82.17, 90.15), strict=True)),
+        "deepen_triviaqa": dict(zip(ADAFUSE, (78.97, 77.27, 73.85, 81.38, 82.17), strict=True)),
+        "deepen_gsm8k": dict(zip(ADAFUSE, (81.05, 61.71, 67.63, 64.59, 79.15), strict=True)),
+        "deepen_flores_en_de": dict(zip(ADAFUSE, (31.33, 29.99, 37.56, 34.98, 39.83), strict=True)),
+        "deepen_flores_de_en": dict(zip(ADAFUSE, (41.78, 40.64, 42.33, 41.67, 45.25), strict=True)),
     }),
     "rival_safe_table_2": ("arXiv 2510.15346, table 2", ["InternLM3", "Qwen2.5"], {
         "mmlu_redux_generative": {"UniTE": 73.39},

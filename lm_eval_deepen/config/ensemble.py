@@ -93,6 +93,17 @@ class EnsembleConfig(Settings):
                 f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both "
                 "ways; remove average, or give constant weights",
             )
+        if self.writes_by_words:
+            by_steps = {"speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None}
+            for key, unset in by_steps.items():
+                value = getattr(self, key)
+                by_prompt = key == "weighting" and value not in ("bayes", "confidence")
+                if value not in (unset, None) and not by_prompt:
+                    raise conflict(
+                        key,
+                        f"{key}={value} is about single steps, and method={self.method} writes whole words; "
+                        f"remove {key}",
+                    )
         if self.pooling is not None and alone:
             raise conflict(
                 "pooling",
@@ -140,6 +151,11 @@ class EnsembleConfig(Settings):
     def fuses_steps(self) -> bool:
         """Whether the method is used: there is no pooling, or it needs the fused ensemble."""
         return self.pooling_options is None or bool(self.pooling_options.uses_fused)
+
+    @property
+    def writes_by_words(self) -> bool:
+        """Whether the method writes texts by words: it fuses no steps of theirs, and scores no given text."""
+        return bool(getattr(self.options, "BY_WORDS", False))
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""

@@ -19,6 +19,7 @@ from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
+from lm_eval_deepen.fusion.adafuse import AdaFuse
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.relative.topk import argmax
@@ -181,6 +182,11 @@ class EnsembleBase:
     def by_stretches(self) -> bool:
         """Whether given texts are scored by stretches, without a main member."""
         return getattr(self.fuser, "by_stretches", False)
+
+    @property
+    def by_words(self) -> AdaFuse | None:
+        """How texts are written by words; None where they are written by steps."""
+        return getattr(self.fuser, "by_words", None)
 
     @property
     def reads_prompts(self) -> bool:

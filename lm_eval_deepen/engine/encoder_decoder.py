@@ -11,7 +11,13 @@ from lm_eval_deepen.member import Member
 
 
 def require_scoring(ensemble: EnsembleBase) -> None:
-    """Raise RequestError where a member can score no given text, before anything is computed."""
+    """Raise RequestError where a member, or the method, can score no given text, before anything is computed."""
+    if ensemble.by_words:
+        raise RequestError(
+            f"method={ensemble.config.method} writes texts by words and has no probability of a given one, which "
+            "loglikelihood and loglikelihood_rolling requests ask for. Evaluate tasks that generate, or choose "
+            "another method; pooling=logp_mean ranks given texts as this method ranks words."
+        )
     names = [member.name for member in ensemble.active if member.generates_only]
     if names:
         raise RequestError(

@@ -87,6 +87,8 @@ class Ensemble(EnsembleBase):
             RequestError: a prompt or an argument that cannot be honoured.
         """
         self._require_steps("generate")
+        if traced and self.by_words:
+            raise RequestError(f"method={self.config.method} writes whole words, which have no steps; leave out traced")
         return generated(self, list(texts), arguments, traced)
 
     def score(

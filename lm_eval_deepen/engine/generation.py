@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 
 def generate(
-    ensemble: EnsembleBase, jobs: Sequence[Job], batch_size: int, drafter: Drafter | None = None
+    ensemble: EnsembleBase,
+    jobs: Sequence[Job],
+    batch_size: int,
+    drafter: Drafter | None = None,
+    kind: type[Decoder] | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """Generate texts, `batch_size` at a time; a finished one leaves its place to the next.
 
@@ -48,6 +52,7 @@ def generate(
         jobs: what to generate.
         batch_size: how many texts are decoded together.
         drafter: where drafts of greedy texts come from; the texts do not depend on it.
+        kind: what extends texts; by default `Decoder`.
 
     Yields:
         The index of a job and its text, as soon as it is finished.
@@ -57,16 +62,17 @@ def generate(
         if jobs[index].max_new <= 0:
             yield index, Generation(reason="length")
     waiting = deque(BatchRow(index, jobs[index]) for index in order if jobs[index].max_new > 0)
-    decoder = _Decoder(ensemble, waiting, batch_size, drafter or Drafter())
+    decoder = (kind or Decoder)(ensemble, waiting, batch_size, drafter or Drafter())
     while decoder.refill():
         for row in decoder.step():
             yield row.index, row.out
 
 
-class _Decoder:
+class Decoder:
     """The rows being decoded, and every member following them."""
 
     def __init__(self, ensemble: EnsembleBase, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
+        """Take the texts that wait, how many are decoded together, and where drafts come from."""
         self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
         self.rows: list[BatchRow] = []
         self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]

@@ -24,6 +24,7 @@ from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, without_evidence
 from lm_eval_deepen.engine.windows import rolling_spans
+from lm_eval_deepen.engine.words import WordDecoder
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.encoder_decoder_runner import divide
 from lm_eval_deepen.member.generation import Asked, Settings, presented, with_end
@@ -141,6 +142,12 @@ class Texts:
         prompts = self.prompter.prompts(context, asked.max_gen_toks)
         source, tokens = divide(prompts[0].ids)
         plan = self.settings.plan(asked, tokens, source)
+        if self.ensemble.by_words and not plan.sampler.plain_greedy:
+            raise RequestError(
+                f"method={self.ensemble.config.method} writes the words that the members find likeliest, without "
+                "sampling, penalties or other changes of scores, and the request, or the main member's "
+                "generation_config.json, asks for one. Remove it, or choose a method that fuses steps."
+            )
         generator = None
         if plan.sampler.do_sample:
             repeats[context] += 1
@@ -154,7 +161,7 @@ class Texts:
         most = self.ensemble.main.max_length  # a text ends where the main member's context does
         size = self.batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
         drafts = drafter(self.ensemble.config.speculate)
-        yield from generate(self.ensemble, jobs, size, drafts)
+        yield from generate(self.ensemble, jobs, size, drafts, WordDecoder if self.ensemble.by_words else None)
         self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
 
     def finished(self, generation: Generation, until: Sequence[str]) -> str:

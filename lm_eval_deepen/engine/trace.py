@@ -37,6 +37,7 @@ class Trace:
         self.without_answer: Counter[str] = Counter()
         self.selected: Counter[str] = Counter()
         self.stretched: dict[str, float] = defaultdict(float)
+        self.words: Counter[str] = Counter()
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
@@ -58,6 +59,10 @@ class Trace:
         for name, weight, here in zip(self.names, weights, present, strict=True):
             self.stretched[f"weight {name}"] += weight
             self.sat_out[name] += not here
+
+    def record_proposals(self, count: int) -> None:
+        """Count a place of a text at which the members made so many different proposals, and one was written."""
+        self.words.update(written=1, proposed=count)
 
     def record_pooled(self, stats: dict[str, float], missing: Sequence[str] = ()) -> None:
         """Count a request whose answers were combined, and the members that gave none."""
@@ -122,6 +127,7 @@ class Trace:
             total.pooled.update(trace.pooled)
             total.without_answer.update(trace.without_answer)
             total.selected.update(trace.selected)
+            total.words.update(trace.words)
             for key, value in trace.stretched.items():
                 total.stretched[key] += value
             for key, value in trace.sums.items():
@@ -149,6 +155,7 @@ class Trace:
             **pooled,
             **selected,
             **({"scored_by_stretches": stretched} if stretched else {}),
+            **({"proposals": dict(self.words)} if self.words else {}),
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
 from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
@@ -100,10 +101,12 @@ class DeepenFuser:
         facts: anchors and matrices, for the diagnostics of a run.
         has_geometric: whether it can average geometrically.
         by_stretches: whether given texts are scored by stretches instead (`method: mixture`).
+        by_words: the options under which texts are written by words instead (`method: adafuse`).
     """
 
     has_geometric = True
     by_stretches = False
+    by_words: Options | None = None
 
     def __init__(
         self, out_vocab: ByteVocab, sides: Sequence[Side], options: StepOptions, facts: dict[str, Any]

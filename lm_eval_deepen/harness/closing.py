@@ -54,6 +54,8 @@ def summary(run: Run) -> list[str]:
         did.append(f"{skipped:,} steps were left to the main member")
     if stretches := counts.get("scored_by_stretches"):
         did.append(f"{stretches['texts']:,} texts were scored by stretches")
+    if proposals := counts.get("proposals"):
+        did.append(f"{proposals['written']:,} of {proposals['proposed']:,} proposals were written")
     if pooled := counts.get("pooled"):
         did.append(f"the answers to {pooled['requests']:,} requests were combined")
     if out := {name: steps for name, steps in counts["steps_sat_out"].items() if steps}:

@@ -122,6 +122,8 @@ def no_answer(row: Row, task: LoadedTask) -> str | None:
         for member in row.config.members:
             if generates_only(member):
                 return f"{member.name} is an encoder-decoder model, which takes part in generation only"
+        if row.config.writes_by_words and (row.config.pooling is None or row.config.fuses_steps):
+            return f"{row.config.method} writes texts, and scores none that is given"
     if row.config.pooling is None:
         return None
     method = row.config.pooling_options

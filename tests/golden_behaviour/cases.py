@@ -92,6 +92,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         compat="reference", learning_rate=0.15, max_anchors=5000, anchor_seed=1, steps=5, trust_region=1
     ),
     # --- the others
+    "adafuse": pair(method="adafuse", threshold=0.5, candidates=2, words=1),
     "gac": pair(method="gac"),
     "gac, threshold": pair(method="gac", threshold=0.5),
     "gac, threshold of one": pair(method="gac", threshold=1),

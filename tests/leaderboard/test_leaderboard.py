@@ -458,7 +458,9 @@ def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch
 
 
 def test_meaningless_cells_are_not_run_and_say_why(write, tmp_path):
-    table = measured(write(grid={"orders": ["A+B"], "poolings": ["none", "vote"]}), tmp_path / "out")
+    rows = [{"name": "by words", "members": ["A", "B"], "method": "adafuse"}]
+    table = measured(write(grid={"orders": ["A+B"], "poolings": ["none", "vote"]}, rows=rows), tmp_path / "out")
+    assert table.meaningless["by words", "conf_choice acc"] == "adafuse writes texts, and scores none that is given"
     assert table.meaningless["A+B vote", "conf_choice acc"] == (
         "vote combines answers to generate_until, not to loglikelihood"
     )
