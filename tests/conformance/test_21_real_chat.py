@@ -24,10 +24,8 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    matrices = tmp_path_factory.getbasetemp() / "real_matrices"
-    paths = [prepare(SMOLLM2), prepare(GEMMA3)]
-    return deepen(*paths, matrix_dir=str(matrices), max_anchors=256, chat_fallback="plain")
+def model():
+    return deepen(prepare(SMOLLM2), prepare(GEMMA3), chat_fallback="plain")
 
 
 def test_21_an_instructed_and_a_base_model_converse(model):
