@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
-from lm_eval_deepen.engine.covers import CoverReader, stand_in
+from lm_eval_deepen.engine.covers import CoverReader
 from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
@@ -168,7 +168,7 @@ class EnsembleBase:
             return {}
         codecs = [member.codec for member in self.active]
         return {
-            m: CoverReader(codecs[0], codecs[m], stand_in(codecs, codecs[m]), member.max_length)
+            m: CoverReader(codecs, m, member.max_length)
             for m, member in enumerate(self.active)
             if m not in self.siblings and not member.generates_only
         }

@@ -158,7 +158,8 @@ class Reading:
                     key = wanted[m]
                     if key not in covered:
                         plans = [self.positions[i].plans[m] for i in part]
-                        covered[key] = reader.rows(logp[m], plans, partial(look_up, cool[key], index[m]))
+                        rows_of = partial(look_up, cool[key], index[m])
+                        covered[key] = reader.rows(logp[m].clone(), plans, rows_of)
                     logp[m] = covered[key]
                 if variant.ensemble.learns:  # what experts give does not depend on the weights, which are learnt below
                     parts.append(variant.ensemble.fuse_by_expert(logp, present).at(everything, target).cpu())
@@ -226,9 +227,9 @@ class Reading:
             yield part, raw, index, torch.stack(present, dim=1).to(device), target
 
 
-def look_up(rows: Tensor, index: Mapping[tuple[int, ...], int], path: tuple[int, ...], ids: Tensor) -> Tensor:
-    """Return log-probabilities [n] of some ids after some tokens, off rows [b, V]."""
-    return rows[index[path], ids.to(rows.device)]
+def look_up(rows: Tensor, index: Mapping[tuple[int, ...], int], path: tuple[int, ...]) -> Tensor:
+    """Return log-probabilities [V] after some tokens, off rows [b, V]."""
+    return rows[index[path]]
 
 
 def cooled(logp: Tensor, temperature: float) -> Tensor:

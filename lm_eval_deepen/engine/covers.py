@@ -22,32 +22,42 @@ Exact bytes from tokens: Phan et al., arXiv 2410.09303; Vieira et al., arXiv 241
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member.kept import find, keep
+from lm_eval_deepen.storage import sha256
 
 if TYPE_CHECKING:
     from lm_eval_deepen.member import TextCodec
 
 TokenPrefix = tuple[int, ...]
+RestsKey = tuple[bytes, bytes, tuple[int, ...], bool]
 
 LONGEST_WORD = 32  # bytes that are looked back on, where no word begins in them
 TOKENS_READ = LONGEST_WORD + 2  # last tokens of a text on which its covers depend: each has a byte at least
 PRECISION = 1e-3  # largest share of a row's mass that pieces too unlikely to be looked at may have
 NEGLIGIBLE = 1e-15  # of the likeliest piece's mass
+SORTED_AT_ONCE = 8_192  # pieces
+LEVEL = 1e-2  # by which the mass falls down to which pieces are sorted
 EXCLUDED = 1e-4  # what a row keeps of what the main member's boundary excludes
 RESTS_KEPT = 2**24  # pieces whose rests are remembered: 64 MB
 LEAST_COUNTED = 4_096  # pieces that a remembered cover counts as, however few it has
+KEPT_FROM = 2**16  # pieces of a cover whose rests are kept in the cache folder, too; fewer are soon found again
+NEW_TO_KEEP = 1_024  # rests; and a quarter of those known
 UNKNOWN = -2  # a rest that was not looked at yet
 NOTHING = Prompt((), "", ())
 WHITE = (b" ", b"\n", b"\r", b"\t")
@@ -97,17 +107,19 @@ class Plan:
 class CoverReader:
     """Finds and applies the covers of one other member under the main member's boundaries."""
 
-    def __init__(self, main: TextCodec, other: TextCodec, stand_in: Callable[[bytes], bytes], longest: int) -> None:
+    def __init__(self, codecs: Sequence[TextCodec], m: int, longest: int) -> None:
         """Sort the other member's pieces by their bytes.
 
         Args:
-            main: the main member's codec.
-            other: the other member's codec.
-            stand_in: gives the bytes of the other member's piece that stands for some bytes that come next.
-            longest: how many tokens the other member takes in.
+            codecs: of all members, the main one first.
+            m: which of them the other member is.
+            longest: how many tokens it takes in.
         """
-        self.main, self.other, self.stand_in, self.longest = main, other, stand_in, longest
-        vocab = other.vocab.events
+        self.main, self.other, self.longest = codecs[0], codecs[m], longest
+        self.stand_in = stand_in(
+            codecs, self.other
+        )  # gives the bytes of its piece that stands for bytes that come next
+        vocab = self.other.vocab.events
         ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
         duplicates = {i: ids for ids in vocab.ids_of.values() for i in ids}
         # ids with the same bytes follow each other
@@ -117,8 +129,11 @@ class CoverReader:
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
         self.places = {token: place for place, token in enumerate(self.sorted)}
-        self._rests: OrderedDict[tuple[bytes, bytes, tuple[int, ...], bool], Tensor] = OrderedDict()
+        self._rests: OrderedDict[RestsKey, Tensor] = OrderedDict()
         self._rests_kept = 0
+        self._new: Counter[RestsKey] = Counter()  # rests found since they were kept last
+        # all that a rest is a function of, but for its key
+        self._decides = [sha256(Path(__file__)), sys.byteorder, m, *(repr(codec.identity) for codec in codecs)]
         self._targets: dict[bytes, int] = {}
         self._after: dict[int, bytes] = {}
 
@@ -213,109 +228,115 @@ class CoverReader:
             at, data = at - 1, piece + data
         return data, tuple(path[at:])
 
-    def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        """Return the member's distributions of what comes next, in its own pieces.
+    def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Any], Tensor]) -> Tensor:
+        """Turn the member's distributions into those of what comes next, in its own pieces.
 
         Args:
-            logp: its log-probabilities [B, V_m] after its own last token.
+            logp: its log-probabilities [B, V_m] after its own last token; changed in place.
             plans: of every row, its covers.
-            look_up: gives the log-probabilities [n] of some ids [n] at the source of a cover.
+            look_up: gives the log-probabilities [V_m] at the source of a cover; they may be rows of `logp`.
+
+        Returns:
+            `logp`.
         """
-        out = logp
-        for row, plan in enumerate(plans):
-            extra = None if plan is None else self._extra(plan, look_up)
+        extras = [
+            None if plan is None else self._extra(plan, look_up) for plan in plans
+        ]  # all are read before a row is changed
+        for row, extra in enumerate(extras):
             if extra is None:
                 continue
-            if out is logp:
-                out = logp.clone()
             targets, values, own = extra  # log masses, all given the first cover
             if own is None:  # what is excluded keeps a little: a text may be cut in another way than the tokenizer's
                 own = float(torch.logsumexp(values, 0)) + math.log(EXCLUDED)
             total = torch.logaddexp(torch.logsumexp(values, 0), torch.tensor(own, dtype=values.dtype))
-            out[row] += float(own - total)
+            logp[row] += float(own - total)
             unique, place = targets.unique(return_inverse=True)
             masses = torch.zeros(len(unique), dtype=values.dtype).index_add_(0, place, (values - total).exp())
-            unique, masses = unique.to(out.device), masses.to(out)
-            out[row, unique] = torch.logaddexp(out[row, unique], masses.log())
-        return out
+            unique, masses = unique.to(logp.device), masses.to(logp)
+            logp[row, unique] = torch.logaddexp(logp[row, unique], masses.log())
+        return logp
 
-    def _extra(
-        self, plan: Plan, look_up: Callable[[Any, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, float | None] | None:
+    def _extra(self, plan: Plan, look_up: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.
 
         Pieces that together could add less than `PRECISION` of what counts are left out.
         """
         ways = {cover.way for cover in plan.covers} | ({plan.own} if plan.own is not None else set())
         reached = {plan.covers[0].way: 0.0}  # log masses of ways
-        ranges: list[Tensor] = []
+        ranges: list[Tensor] = []  # log-probabilities of every cover's pieces
         for cover in plan.covers:
-            on = [way for way in ways if way[:-1] == cover.way and len(way) > len(cover.way)]
-            ids = torch.cat([self.ids[cover.first : cover.last], torch.tensor([way[-1] for way in on]).long()])
-            values = look_up(cover.source, ids).double().cpu() + reached[cover.way]
-            reached |= dict(zip(on, values[len(values) - len(on) :].tolist(), strict=True))
-            values = values[: len(values) - len(on)]
-            # what a way goes on with is counted where that goes on
-            for place in (self.places.get(way[-1], -1) for way in on):
-                if cover.first <= place < cover.last:
-                    values[place - cover.first] = -math.inf
+            row = look_up(cover.source)
+            self.ids = self.ids.to(row.device)
+            values = row.index_select(0, self.ids[cover.first : cover.last])  # much faster than row[ids]
+            for way in ways:
+                if way[:-1] == cover.way and len(way) > len(cover.way):
+                    reached[way] = reached[cover.way] + float(row[way[-1]])
+                    # what a way goes on with is counted where that goes on
+                    if cover.first <= (place := self.places.get(way[-1], -1)) < cover.last:
+                        values[place - cover.first] = -math.inf
             ranges.append(values)
         own = None if plan.own is None else reached[plan.own]
         if own == -math.inf:
             return None  # the member excludes its own tokens; it has no say about what follows them
-        logs = torch.cat(ranges)
+        before = [reached[cover.way] for cover in plan.covers]
+        tops = [float(values.max()) + way for values, way in zip(ranges, before, strict=True) if len(values)]
         _, *further = reached.values()  # the first way is the condition of all others
-        top = max([*further, float(logs.max()) if len(logs) else -math.inf])
-        mass = (logs - top).exp()
-        least = 1e-9 if own is None else min(1e-9, PRECISION * math.exp(own - top) / max(1, len(mass)))
-        likely = (mass > least).nonzero()[:, 0]  # sorting all is slow
-        mass, order = mass[likely].sort(descending=True)
-        order = likely[order]
-        left = mass.flip(0).cumsum(0).flip(0)  # of every piece and those after it
+        top = max([*further, *tops, -math.inf])
         begins = torch.tensor([0, *accumulate(map(len, ranges))])
-        rests = [self._rests_of(cover, plan) for cover in plan.covers]
-        counted, looked_at, size = 0.0 if own is None else math.exp(own - top), 0, 64
+        least = 1e-9 if own is None else min(1e-9, PRECISION * math.exp(own - top) / max(1, int(begins[-1])))
+        mass = torch.cat([values + (way - top) for values, way in zip(ranges, before, strict=True)]).exp_()
+        counted = 0.0 if own is None else math.exp(own - top)
         parts: list[tuple[Tensor, Tensor]] = []
-        # most of the mass may not count: that of what is left is compared with what counts
-        while looked_at < len(mass) and float(left[looked_at]) > max(PRECISION * counted, NEGLIGIBLE):
-            some = order[looked_at : looked_at + size]
+        for some, left in _likeliest(threshold(mass, least, 0)):
+            # most of the mass may not count: that of what is left is compared with what counts
+            if left <= max(PRECISION * counted, NEGLIGIBLE):
+                break
             of = torch.bucketize(some, begins, right=True) - 1
             for n in of.unique().tolist():
-                at = some[of == n]
-                targets = self._targets_of(plan.covers[n], plan, rests[n], at - begins[n])
+                at = some[of == n] - begins[n]
+                targets = self._targets_of(plan.covers[n], plan, at)
                 at, targets = at[targets >= 0], targets[targets >= 0]
-                parts.append((targets, logs[at]))
-                counted += float((logs[at] - top).exp().sum())
-            looked_at, size = looked_at + size, 2 * size
+                values = ranges[n][at.to(mass.device)].double().cpu() + before[n]
+                parts.append((targets, values))
+                counted += float((values - top).exp().sum())
         if not any(len(targets) for targets, _ in parts):
             return None
         return torch.cat([targets for targets, _ in parts]), torch.cat([values for _, values in parts]), own
 
-    def _rests_of(self, cover: Cover, plan: Plan) -> Tensor:
-        """Return the target of every piece of a cover [n] (int32), as far as it is known."""
-        key = (cover.pending, cover.ahead, plan.tokens, plan.own is None)
-        known = self._rests.get(key)
-        if known is None:
-            known = self._rests[key] = torch.full((cover.last - cover.first,), UNKNOWN, dtype=torch.int32)
-            self._rests_kept += max(len(known), LEAST_COUNTED)
-            while self._rests_kept > RESTS_KEPT and len(self._rests) > 1:
-                self._rests_kept -= max(len(self._rests.popitem(last=False)[1]), LEAST_COUNTED)
-        else:
-            self._rests.move_to_end(key)
-        return known
-
-    def _targets_of(self, cover: Cover, plan: Plan, known: Tensor, at: Tensor) -> Tensor:
+    def _targets_of(self, cover: Cover, plan: Plan, at: Tensor) -> Tensor:
         """Return the member's ids that stand for what pieces go on with [n]; -1 for a piece that does not count.
 
         Args:
             cover: the cover.
             plan: its plan.
-            known: what `_rests_of` gives, filled in here.
             at: places of pieces in the cover's range [n].
         """
-        for place in at[known[at] == UNKNOWN].tolist():
-            known[place] = self._rest(cover, plan, cover.first + place)
+        key = (cover.pending, cover.ahead, plan.tokens, plan.own is None)
+        known = self._rests_of(key, cover.last - cover.first)
+        unknown = at[known[at] == UNKNOWN]
+        if len(unknown):
+            found = [self._rest(cover, plan, cover.first + place) for place in unknown.tolist()]
+            known[unknown] = torch.tensor(found, dtype=known.dtype)
+            if len(known) >= KEPT_FROM:
+                self._new[key] += len(unknown)
+                if self._new[key] >= max(NEW_TO_KEEP, int((known != UNKNOWN).sum()) // 4):
+                    keep("tokenizers/rests", [*self._decides, repr(key)], known.numpy().tobytes())
+                    del self._new[key]
         return known[at].long()
+
+    def _rests_of(self, key: RestsKey, size: int) -> Tensor:
+        """Return the target of every piece of a cover [n] (int32), as far as it is known."""
+        known = self._rests.get(key)
+        if known is None:
+            body = find("tokenizers/rests", [*self._decides, repr(key)]) if size >= KEPT_FROM else None
+            unknown = torch.full((size,), UNKNOWN, dtype=torch.int32)
+            known = self._rests[key] = torch.frombuffer(bytearray(body), dtype=torch.int32) if body else unknown
+            self._rests_kept += max(size, LEAST_COUNTED)
+            while self._rests_kept > RESTS_KEPT and len(self._rests) > 1:
+                self._rests_kept -= max(len(self._rests.popitem(last=False)[1]), LEAST_COUNTED)
+        else:
+            self._rests.move_to_end(key)
+        return known
 
     def _rest(self, cover: Cover, plan: Plan, at: int) -> int:
         """Return the target of the piece at a place of the sorted vocabulary."""
@@ -351,6 +372,26 @@ class CoverReader:
             ids = self.other.vocab.events.ids_of.get(self.stand_in(data))
             self._targets[data] = ids[0] if ids else -1
         return self._targets[data]
+
+
+def _likeliest(mass: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yield places of masses [n], the largest first, and what these and all later ones sum to.
+
+    First 64, then twice as many each time. Sorting many is slow, so of those only what is above a falling level is
+    sorted. The masses are used up.
+    """
+    size, level, left = 64, 1.0, float(mass.sum())  # left: of what is not in order yet
+    order, ordered = mass.new_empty(0, dtype=torch.long), mass[:0]
+    while left > 0 or len(order):
+        while left > 0 and len(order) < size:
+            level *= LEVEL if len(mass) > SORTED_AT_ONCE else 0
+            more = (mass > level).nonzero()[:, 0]
+            found, by = mass.index_select(0, more).sort(descending=True)
+            order, ordered = torch.cat([order, more.index_select(0, by)]), torch.cat([ordered, found])
+            mass.index_fill_(0, more, 0)
+            left = float(mass.sum()) if level else 0.0
+        yield order[:size].cpu(), float(ordered.sum()) + left
+        order, ordered, size = order[size:], ordered[size:], 2 * size
 
 
 def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:

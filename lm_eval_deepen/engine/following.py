@@ -161,7 +161,7 @@ class Follower:
         known = self.kept | detours | here
         order = [at_path[row, len(path)] for row, paths in enumerate(ends) for path in paths]
         flat = [plan for own in plans for plan in own]
-        out = self.ensemble.covers[self.m].rows(logp[order], flat, lambda path, ids: known[path][ids.to(logp.device)])
+        out = self.ensemble.covers[self.m].rows(logp[order], flat, known.__getitem__)
         read = _sources(flat)
         latest = {path for paths in ends for path in paths}
         # a view would keep the rows of the whole step

@@ -134,11 +134,14 @@ def _score_round(
         for ensemble, base, result in zip(ensembles, bases, results, strict=True)
     ]
     tracers = [StepReader(ensemble) for ensemble in ensembles]
+    any_raw = not all(ensemble.covers for ensemble in ensembles)
     for start in range(0, len(rows), step):
         chunk = range(start, min(start + step, len(rows)))
         raw = [own.logp(chunk).to(device) for own in passes]
         covered = [
-            covers[m].rows(own, plans[m][start : chunk.stop], passes[m].look_up) if m in covers else own
+            covers[m].rows(own.clone() if any_raw else own, plans[m][start : chunk.stop], passes[m].look_up)
+            if m in covers
+            else own
             for m, own in enumerate(raw)
         ]
         present = torch.tensor([[own.place[i] is not None for own in passes] for i in chunk], device=device)
@@ -163,7 +166,7 @@ def _score_round(
                 for (_, (span, position, _)), one in zip(seen, steps, strict=True):
                     result[span].steps[position] = one
         for own in passes:
-            own.done(chunk)
+            own.done()
     for ledger, result in zip(ledgers, results, strict=True):
         if ledger is not None:
             for key, score in result.items():
@@ -302,7 +305,10 @@ class _Pass:
             size = self.member.vocab_size
             return torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
         own = [node for i in chunk if (node := self.nodes[i]) is not None]
-        self.here = dict(zip([*own, *sources], rows, strict=True)) if self.left else {}
+        if self.left:
+            self.here = dict(zip([*own, *sources], rows, strict=True))
+            self.left.subtract(cover.source for i in chunk if (plan := self.plans[i]) for cover in plan.covers)
+            self.kept |= {node: row.clone() for node, row in self.here.items() if self.left[node] > 0}
         if len(here) == len(wanted):
             return rows[: len(here)]
         logp = rows.new_full((len(wanted), rows.shape[1]), -math.log(rows.shape[1]))
@@ -316,18 +322,14 @@ class _Pass:
         asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
         return [node for node in asked if node not in own and node not in self.kept]
 
-    def look_up(self, node: int, ids: Tensor) -> Tensor:
-        """Return the log-probabilities [n] of some ids after a node, for a cover of the chunk in hand."""
-        row = self.here[node] if node in self.here else self.kept[node]
-        return row[ids.to(row.device)]
+    def look_up(self, node: int) -> Tensor:
+        """Return the log-probabilities [V_m] after a node, for a cover of the chunk in hand."""
+        return self.here[node] if node in self.here else self.kept[node]
 
-    def done(self, chunk: range) -> None:
-        """Forget the rows of a chunk, but for those that covers of later ones read."""
-        for i in chunk:
-            plan = self.plans[i]
-            self.left.subtract(cover.source for cover in (plan.covers if plan is not None else ()))
+    def done(self) -> None:
+        """Forget the rows of a chunk that covers of later ones do not read."""
+        self.here = {}
         self.kept = {node: row for node, row in self.kept.items() if self.left[node] > 0}
-        self.kept |= {node: row.clone() for node, row in self.here.items() if self.left[node] > 0}
         self.here = {}
 
 

@@ -196,3 +196,30 @@ def test_a_published_method_has_no_covers():
     with pytest.raises(ConfigError, match="covers=on.*compat=reference"):
         configure({**keys, "covers": "on"})
     assert configure(keys).covers == "off"
+
+
+def test_rests_are_kept_in_the_cache_folder(make, tmp_path, monkeypatch):
+    """Scores are the same with what was kept, with a damaged file, and where nothing can be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    rest = covers.CoverReader._rest
+    monkeypatch.setattr(covers.CoverReader, "_rest", lambda *of: asked.append(of) or rest(*of))
+
+    def run():
+        asked.clear()
+        pairs = [*REQUESTS[:2], LINES]
+        return [value for value, _ in make().loglikelihood(requests("loglikelihood", *pairs))], len(asked)
+
+    expected, count = run()
+    assert not list(tmp_path.rglob("rests-*"))  # these vocabularies are small
+    monkeypatch.setattr(covers, "KEPT_FROM", 0)
+    monkeypatch.setattr(covers, "NEW_TO_KEEP", 1)
+    assert run() == (expected, count)
+    again, fewer = run()
+    assert again == expected and fewer < count / 2
+    for path in tmp_path.rglob("rests-*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    assert run() == (expected, count)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert run() == (expected, count)
