@@ -108,13 +108,13 @@ def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warne
 def examine(ensemble: Ensemble) -> dict[str, Any]:
     """Return what an evaluation should say of an ensemble: figures on the text that ships, and warnings.
 
-    Without figures where no text can be scored: weights that depend on prompts, or a member that generates only. Empty
-    where there is nothing to say then, or nothing to compare (no fusion of steps).
+    Without figures where no text can be scored: weights that depend on prompts, a member or a method that generates
+    only. Empty where there is nothing to say then, or nothing to compare (no fusion of steps).
     """
     if ensemble.fuser is None:
         return {}
     warned = flat_spaces(getattr(ensemble.fuser, "facts", {}))
-    if ensemble.reads_prompts or any(member.generates_only for member in ensemble.members):
+    if ensemble.reads_prompts or ensemble.by_words or any(member.generates_only for member in ensemble.members):
         return {"warnings": [asdict(warning) for warning in warned]} if warned else {}
     documents = load_documents([default_text()], DOCUMENTS)
     try:

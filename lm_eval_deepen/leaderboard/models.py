@@ -222,13 +222,14 @@ def share_by_members(models: Sequence[RowModel]) -> None:
 
     Those whose weights depend on prompts share one of their own: they need the head at every position of a prompt,
     which may take longer than all the rest, and what a row costs would be lost in it. So do those that score by
-    stretches, which read other positions.
+    stretches, which read other positions, and those that only write.
     """
     groups: dict[tuple, list[RowModel]] = {}
     for model in models:
         if model.pool is None:
             ensemble = model.ensemble
-            how = (model.ensemble_config.chat_fallback, ensemble.reads_prompts, ensemble.by_stretches)
+            by = (ensemble.by_stretches, ensemble.by_words is not None)
+            how = (model.ensemble_config.chat_fallback, ensemble.reads_prompts, *by)
             key = (*map(id, ensemble.active), *how)
             groups.setdefault(key, []).append(model)
         else:

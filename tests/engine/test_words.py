@@ -10,6 +10,7 @@ import pytest
 from harness import deepen, requests
 
 from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.self_check import examine
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import configure
 
@@ -199,4 +200,5 @@ def test_what_it_cannot_do_is_an_error_that_says_so(pair, pico) -> None:
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"{key}=.* is about single steps, and method=adafuse"):
             configure({**members, "method": "adafuse", key: value})
+    assert examine(pair.ensemble) == {}  # no text is scored to warn of
     assert pair.ensemble.next_logp("a").logp.exp().sum().item() == pytest.approx(1, abs=1e-4)

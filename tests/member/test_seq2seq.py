@@ -288,6 +288,13 @@ def test_the_source_is_cut_out_of_the_whole_prompt_even_where_it_is_cut_for_othe
     assert divide(prompts[1].ids)[0] == tuple(model.ensemble.members[1].lm.tokenizer("The fox")["input_ids"])
 
 
+@pytest.mark.parametrize("names", [("bytelevel", "translator"), ("t5", "metaspace")], ids="+".join)
+def test_a_translator_proposes_words(ensemble: Any, names: tuple[str, ...]) -> None:
+    model = ensemble(*names, method="adafuse", batch_size=3, candidates=2)
+    together = texts(model)
+    assert any(together) and together == [texts(model, (prompt,))[0] for prompt in PROMPTS]
+
+
 # --- what it refuses
 
 
