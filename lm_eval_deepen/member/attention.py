@@ -34,16 +34,17 @@ class MaskMaker:
         if unknown or windows:
             raise NotImplementedError(f"attention of kinds {sorted(unknown) + windows}")
 
-    def __call__(self, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+    def __call__(self, allowed: Tensor, place: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
         """Return the mask argument of the model's forward.
 
         Args:
             allowed: whether a query may see a key at all [B, Q, K] (bool).
-            distance: query position minus key position [B, Q, K] (int).
+            place: the positions of queries [B, Q].
+            keys: the positions of keys [B, K].
         """
         if self.window is None or self.layer_types == {"full_attention"}:
             return self._format(allowed)
-        near = self._format(allowed & (distance < self.window))
+        near = self._format(allowed & within(self.window, place, keys))
         if "full_attention" not in self.layer_types:
             return near
         return {"full_attention": self._format(allowed), "sliding_attention": near}
@@ -54,6 +55,14 @@ class MaskMaker:
             return mask
         blocked = torch.finfo(self.dtype).min
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, blocked)
+
+
+def within(window: int, place: Tensor, keys: Tensor) -> Tensor:
+    """Return which keys [B, K] are less than `window` before the queries at a place [B, Q], as [B, Q, K] (bool).
+
+    A long text has many pairs: none but the result is ever held of them.
+    """
+    return keys.int()[:, None] > (place.int() - window)[:, :, None]
 
 
 class Alibi:
@@ -77,15 +86,12 @@ class Alibi:
         return self.owner is not None
 
     @contextmanager
-    def by_position(self, distance: Tensor) -> Iterator[None]:
-        """Let the next passes take the positions of their keys from `distance` [B, Q, K], query minus key.
-
-        The first key of a text is among them, and all rows have the same ones.
-        """
+    def by_position(self, keys: Tensor) -> Iterator[None]:
+        """Let the next passes count by the positions of their `keys` [B, K], all rows alike, the first among them."""
         if self.owner is None:
             yield
             return
-        place = distance[0, 0].max() - distance[0, 0]  # [K]
+        place = keys[0] - keys[0].min()  # [K]
         build: Callable[..., Tensor] = getattr(self.owner, self.name)
 
         def placed(first: Any, *rest: Any, **others: Any) -> Tensor:
@@ -120,14 +126,11 @@ class OwnMasks:
             ]
 
     @contextmanager
-    def by_position(self, distance: Tensor) -> Iterator[None]:
-        """Let the next passes see keys by their `distance` [B, Q, K], query minus key, where the mask lets them."""
+    def by_position(self, place: Tensor, keys: Tensor) -> Iterator[None]:
+        """Let the next passes at a place [B, Q] see `keys` [B, K] by their positions, where the mask lets them."""
+        longest = int(place.max()) + 1
         for layer in self.layers:
-            near = (
-                distance < self.window
-                if layer.attention_type == "local"
-                else torch.ones_like(distance, dtype=torch.bool)
-            )
+            near = within(self.window if layer.attention_type == "local" else longest, place, keys)
             vars(layer)["bias"] = _WholeMask(near[:, None].to(layer.k_proj.weight.device))  # before the module's buffer
         try:
             yield

@@ -74,11 +74,12 @@ class RowCache:
         begin = torch.tensor([len(tokens) - len(new) for tokens, new in zip(wanted, fresh, strict=True)])
         columns = begin[:, None] + torch.arange(width)  # [B, N]; a short row's padding lies behind its end
         total = int(begin.max()) + width
-        distance = columns[:, :, None] - torch.arange(total)  # [B, N, T]
+        keys = torch.arange(total)[None]
+        allowed = keys[:, None] <= columns[:, :, None]  # [B, N, T]
         position = columns * pad([[1] * len(new) for new in fresh], width)  # padding may lie behind the last position
         self.runner.forwarded += sum(map(len, fresh))
         kv = self.kv.aim(columns, total)
-        return self.runner.body(pad(fresh, width), position, distance >= 0, distance, kv)
+        return self.runner.body(pad(fresh, width), position, allowed, columns, keys, kv)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""

@@ -304,7 +304,7 @@ def _packed(runner: TreeRunner, paths: TokenSequences, longest: int, by_column: 
     ids = torch.tensor([[*tree.tokens[:AHEAD], *tree.tokens]])
     position = torch.arange(len(depths)) if by_column else depths
     place = position if runner.alibi else depths  # what alibi counts by, but not the windows of layers
-    hidden = runner.body(ids, position[None], allowed[None], (place[:, None] - place)[None])
+    hidden = runner.body(ids, position[None], allowed[None], place[None], place[None])
     return runner.logits(hidden[0, [AHEAD + end for end in ends]])
 
 

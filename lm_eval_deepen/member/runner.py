@@ -91,10 +91,21 @@ class TreeRunner(BodyRunner):
         self.alibi = Alibi(self.network)
         self.own_masks = OwnMasks(self.network)
 
-    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Cache | None = None) -> Tensor:
-        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
-        mask = self.masks(allowed.to(self.device), distance.to(self.device))
-        placed = self.alibi.by_position(distance), self.own_masks.by_position(distance)
+    def body(
+        self, ids: Tensor, position: Tensor, allowed: Tensor, place: Tensor, keys: Tensor, kv: Cache | None = None
+    ) -> Tensor:
+        """Return hidden states [B, N, d].
+
+        Args:
+            ids: the tokens [B, N].
+            position: their positions, for the model [B, N].
+            allowed: which keys they see [B, N, K] (bool).
+            place: their positions [B, N], for windows.
+            keys: the positions of the keys [B, K].
+            kv: those before.
+        """
+        mask = self.masks(allowed.to(self.device), place.to(self.device), keys.to(self.device))
+        placed = self.alibi.by_position(keys), self.own_masks.by_position(place, keys)
         with torch.inference_mode(), self._autocast(), placed[0], placed[1]:
             return self.network(
                 input_ids=ids.to(self.device),

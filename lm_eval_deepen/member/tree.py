@@ -15,8 +15,10 @@ class Forward(Protocol):
 
     forwarded: int
 
-    def body(self, ids: Tensor, position: Tensor, allowed: Tensor, distance: Tensor, kv: Any = None) -> Tensor:
-        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K]."""
+    def body(
+        self, ids: Tensor, position: Tensor, allowed: Tensor, place: Tensor, keys: Tensor, kv: Any = None
+    ) -> Tensor:
+        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K], positions of keys [B, K]."""
         ...
 
 

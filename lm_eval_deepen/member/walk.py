@@ -46,7 +46,7 @@ class TreeWalker:
         self.runner, self.nodes = runner, nodes
         self.kv = ColumnCache()
         self.tokens: list[int] = []  # the way kept, one column each
-        self.hidden = torch.empty(0)  # states along it [P, d]
+        self.hidden = torch.empty(0)  # states along it [>= P, d]
 
     def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Return the state after the last token of every path [n, d]."""
@@ -89,54 +89,64 @@ class TreeWalker:
         self._cut(len(way))
         for depth, node in enumerate(way):
             if node in wanted:
-                yield node, self.hidden[depth], depth, None
+                yield node, self.hidden[depth].clone(), depth, None
         for start, stop in chunks(len(order), self.nodes):
             chunk = order[start:stop]
             held = tree.depths[chunk[0]]
             self._cut(held)
-            way = way[:held]
+            del way[held:]
             columns = {node: held + at for at, node in enumerate(chunk)}
             hidden = self._forward(tree, chunk, columns)
             for node in chunk:
                 if node in wanted:
                     yield node, hidden[columns[node] - held], tree.depths[node], columns
             last = tree.parents[order[stop]] if stop < len(order) else chunk[-1]
-            way = self._move(tree, last, way, columns, hidden)
+            self._move(tree, last, way, columns, hidden)
 
     def _forward(self, tree: TokenTree, chunk: Sequence[int], columns: dict[int, int]) -> Tensor:
         """Forward nodes after the way kept and return their states [N, d]."""
         held, count = len(self.tokens), len(chunk)
         depths = torch.tensor([tree.depths[node] for node in chunk])
-        allowed = torch.zeros(count, held + count, dtype=torch.bool)
-        rows = allowed.numpy()
+        allowed = torch.ones(count, held + count, dtype=torch.bool)
+        allowed[:, held:] = False
+        before, within = allowed[:, :held].numpy(), allowed[:, held:].numpy()
+        reach: list[int] = []  # how much of the way kept comes before each node
         for at, node in enumerate(chunk):
-            above = tree.parents[node]
-            parent = columns[above] if above in columns else tree.depths[node] - 1
-            if parent >= held:
-                rows[at] = rows[parent - held]
+            parent = columns.get(tree.parents[node])
+            if parent is None:
+                reach.append(tree.depths[node])
             else:
-                rows[at, : parent + 1] = True
-            rows[at, held + at] = True
-        distance = depths[:, None] - torch.cat([torch.arange(held), depths])
+                reach.append(reach[parent - held])
+                within[at] = within[parent - held]
+            within[at, at] = True
+            if reach[at] < held:
+                before[at, reach[at] :] = False
+        keys = torch.cat([torch.arange(held), depths])
         ids = torch.tensor([[tree.tokens[node] for node in chunk]])
         kv = self.kv.aim(torch.arange(held, held + count)[None], held + count)
         self.runner.forwarded += count
-        return self.runner.body(ids, depths[None], allowed[None], distance[None], kv)[0]
+        return self.runner.body(ids, depths[None], allowed[None], depths[None], keys[None], kv)[0]
 
-    def _move(self, tree: TokenTree, node: int, way: list[int], columns: dict[int, int], hidden: Tensor) -> list[int]:
-        """Keep the way to `node` (-1: none) alone, out of the way before and a chunk's states."""
+    def _move(self, tree: TokenTree, node: int, way: list[int], columns: dict[int, int], hidden: Tensor) -> None:
+        """Make `way` the one to `node` (-1: none) and keep it alone, out of the way before and a chunk's states."""
         held = len(self.tokens)
         new = list(takewhile(columns.__contains__, tree.way_up(node)))[::-1]
         shared = (tree.depths[node] + 1 if node >= 0 else 0) - len(new)
         at = [columns[n] for n in new]
         self.kv.pack(torch.tensor(at, dtype=torch.long), shared)
-        self.tokens = self.tokens[:shared] + [tree.tokens[n] for n in new]
-        fresh = hidden[[column - held for column in at]]
-        self.hidden = torch.cat([self.hidden[:shared], fresh]) if shared else fresh
-        return way[:shared] + new
+        self._cut(shared)
+        self.tokens += [tree.tokens[n] for n in new]
+        end = len(self.tokens)
+        if end > len(self.hidden):
+            room = hidden.new_empty(end + len(self.hidden), hidden.shape[1])
+            if shared:
+                room[:shared] = self.hidden[:shared]
+            self.hidden = room
+        self.hidden[shared:end] = hidden[[column - held for column in at]]
+        way[shared:] = new
 
     def _cut(self, length: int) -> None:
-        self.tokens, self.hidden = self.tokens[:length], self.hidden[:length]
+        del self.tokens[length:]
 
 
 def _way(tree: TokenTree, node: int, columns: dict[int, int]) -> Tensor:

@@ -90,7 +90,7 @@ def test_alibi_by_columns_is_noticed(name, wide, monkeypatch):
     check_tree(TreeRunner(model), 256)
     assert torch.equal(model(input_ids=ids).logits, before)
     by_position = Alibi.by_position
-    columns = lambda self, distance: by_position(self, -torch.arange(distance.shape[2])[None, None])  # noqa: E731
+    columns = lambda self, keys: by_position(self, torch.arange(keys.shape[1])[None])  # noqa: E731
     monkeypatch.setattr(Alibi, "by_position", columns)
     with pytest.raises(ArithmeticError, match="differs from a plain forward pass"):
         check_tree(TreeRunner(model), 256)
