@@ -13,6 +13,7 @@ from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
+from lm_eval_deepen.member.state import OLD_STATES, StateRunner
 
 SHARE = 0.5  # of the free memory; the rest is left to forward passes and to other processes
 ROOM = 1.5  # columns grow by a quarter, and a layer is copied when they do
@@ -50,13 +51,28 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def held_bytes(ensemble: EnsembleBase, m: int, longest: int) -> int:
+    """Return the bytes that active member `m` keeps of one text of at most `longest` tokens, and of a pass over it.
+
+    A row with a state has the last one, and where its tokens may be cut anew that after the prompt and a few older
+    ones; a pass joins the last ones of all rows to a batch.
+    """
+    member = ensemble.active[m]
+    runner = getattr(member.runner, "carrier", member.runner)
+    if not isinstance(runner, StateRunner):
+        return int(ROOM * kv_bytes(member) * longest)
+    whole, more = runner.state_bytes
+    goes_on = m in ensemble.siblings and ensemble.config.speculate == "off"
+    return (whole + more * longest) * (2 if goes_on else OLD_STATES + 3)
+
+
 def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:
     """Return the bytes per device that one text of at most `longest` tokens takes up while it is decoded."""
     needed: Counter[torch.device] = Counter()
     drafted = 1 if ensemble.config.speculate == "off" else 1 + LONGEST
-    for member in ensemble.active:
+    for m, member in enumerate(ensemble.active):
         device = member.runner.device
-        needed[device] += int(ROOM * kv_bytes(member) * longest)
+        needed[device] += held_bytes(ensemble, m, longest)
         needed[device] += 4 * member.vocab_size * drafted
         needed[ensemble.device] += fusion_bytes(member.vocab_size, drafted)
     return dict(needed)

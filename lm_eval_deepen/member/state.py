@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,6 +124,18 @@ class StateRunner(BodyRunner):
         if after is None:
             raise NotImplementedError("it gives no state of the text")
         return out.last_hidden_state, after
+
+    @cached_property
+    def state_bytes(self) -> tuple[int, int]:
+        """The bytes of one text's state: of any text, and more for each of its tokens; of two states that it made.
+
+        A sliding window counts as if it kept all tokens.
+        """
+        forwarded = self.forwarded
+        short, long = (num_bytes(self.forward([[0] * length], [0], None)[1]) for length in (8, 16))
+        self.forwarded = forwarded
+        more = max(0, long - short) // 8
+        return short - 8 * more, more
 
     def walker(self, nodes: int = NODES_PER_FORWARD) -> StateWalker:
         """Return a walker; how much it forwards at once is its own business."""
@@ -431,6 +444,13 @@ def shapes(state: Any) -> tuple[tuple[int, ...], ...]:
     sizes: list[tuple[int, ...]] = []
     mapped([state], lambda one: sizes.append(tuple(one[0].shape[1:])) or one[0])  # type: ignore[func-returns-value]
     return tuple(sizes)
+
+
+def num_bytes(state: Any) -> int:
+    """Return the bytes of a state's tensors."""
+    sizes: list[int] = []
+    mapped([state], lambda one: sizes.append(one[0].nbytes) or one[0])  # type: ignore[func-returns-value]
+    return sum(sizes)
 
 
 def can_be_padded(state: Any) -> bool:

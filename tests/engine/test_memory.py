@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from harness import deepen, requests
+from transformers import CONFIG_MAPPING
 
 from lm_eval_deepen.engine import memory
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
+from lm_eval_deepen.member.state import OLD_STATES, StateRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from tiny_models import byte_level_tokenizer, tiny_model  # noqa: E402
 
 SHOTS = "".join(f"Question: What is {n} and {n}?\nAnswer: {2 * n}\n\n" for n in range(12))
 QUESTIONS = [f"Question: {q}?\nAnswer:" for q in ("Where is the moon", "What is café", "Who walked", "1 + 1", "中国")]
@@ -75,6 +83,23 @@ def test_auto_finds_a_batch_from_memory(model, monkeypatch):
     assert memory.safe_batch(ensemble, 100, 3) == 3
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
     assert memory.safe_batch(ensemble, 100, 64) == 1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
+def test_auto_counts_states(kind, pico, tmp_path, monkeypatch):
+    """The main member's row has its last state; that of another one, whose words are cut anew, older ones as well."""
+    tiny_model(CONFIG_MAPPING[kind], len(byte_level_tokenizer())).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    for pair, states in (((tmp_path, pico["metaspace"]), 1), ((pico["metaspace"], tmp_path), OLD_STATES + 2)):
+        ensemble = deepen(*pair, matrix_dir=str(tmp_path)).ensemble
+        carrying = next(member for member in ensemble.active if isinstance(member.runner, StateRunner))
+        whole, more = carrying.runner.state_bytes
+        cached = sum(150 * memory.kv_bytes(member) for member in ensemble.active if member is not carrying)
+        logits = sum(28 * member.vocab_size for member in ensemble.active)
+        expected = cached + logits + (states + 1) * (whole + 100 * more)
+        assert whole > 0 and memory.row_bytes(ensemble, 100) == {torch.device("cpu"): expected}
+        monkeypatch.setattr(memory, "free_bytes", lambda device, expected=expected: 10 * expected)
+        assert memory.safe_batch(ensemble, 100, 64) == 5
 
 
 def test_the_model_of_keys_and_values_is_what_a_cache_holds(model):

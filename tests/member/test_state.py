@@ -133,6 +133,17 @@ def test_the_check_notices_states_that_are_shared_and_passes_that_forget(monkeyp
     check_state(StateRunner(first_mamba, by_token=True), 256)
 
 
+def test_a_state_takes_the_bytes_that_are_counted(runner):
+    """A recurrent state has one size, keys and values grow with the text."""
+    whole, more = runner.state_bytes
+    prefilled = runner.walker().prefill([list(range(4, 4 + n)) for n in (30, 100)])[0]
+    held = [states.num_bytes(text.kv) for text in prefilled]
+    assert held == [whole + more * n for n in (30, 100)] and all(held)
+    if isinstance(prefilled[0].kv, Cache):
+        layers = [layer for layer in prefilled[1].kv.layers if hasattr(layer, "keys")]
+        assert more * 100 == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
 def test_a_second_member_with_a_state_answers_as_by_whole_texts(kind, pico, tmp_path, monkeypatch):
     """Its words are cut anew as the text grows, so that its rows go back, and covers read states of before."""
