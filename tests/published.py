@@ -133,11 +133,11 @@ RIVALS = {
         "deepen_flores_de_en": dict(zip(ADAFUSE, (41.78, 40.64, 42.33, 41.67, 45.25), strict=True)),
     }),
     "rival_safe_table_2": ("arXiv 2510.15346, table 2", ["InternLM3", "Qwen2.5"], {
-        "mmlu_redux_generative": {"UniTE": 73.39},
-        "minerva_math500": {"UniTE": 59.6},
-        "deepen_gsm8k": {"UniTE": 75.06},
-        "bbh_cot_fewshot": {"UniTE": 79.58},
-        "deepen_arc_challenge": {"UniTE": 87.97},
+        "mmlu_redux_generative": {"UniTE": 73.39, "UniTE with SAFE": 77.81},
+        "minerva_math500": {"UniTE": 59.6, "UniTE with SAFE": 77.4},
+        "deepen_gsm8k": {"UniTE": 75.06, "UniTE with SAFE": 92.04},
+        "bbh_cot_fewshot": {"UniTE": 79.58, "UniTE with SAFE": 82.97},
+        "deepen_arc_challenge": {"UniTE": 87.97, "UniTE with SAFE": 90.78},
     }),
     "rival_lvr": ("arXiv 2510.08102", ["Qwen2.5-3B", "Falcon3-7B"], {
         "deepen_gsm8k": {"Qwen2.5-3B": 79.1, "Falcon3-7B": 77.9},

@@ -212,7 +212,7 @@ def test_a_rivals_table_has_its_published_scores(name: str) -> None:
     ensembles = recipe.rows[len(recipe.members) :]
     assert all(set(row.members) == set(members) for row in ensembles)
     for row in ensembles:
-        methods = {"GaC": "gac", "UniTE": "unite", "AdaFuse": "adafuse"}
+        methods = {"GaC": "gac", "UniTE": "unite", "UniTE with SAFE": "unite", "AdaFuse": "adafuse"}
         assert row.config.method == methods.get(row.name, "deepen")
         assert (row.config.compat == "reference") == (row.name == "DeePEn")
 

@@ -107,10 +107,11 @@ class Settings(Keys):
         description="Where greedy decoding takes drafts from, which it verifies: from repeated text, or from the "
         "smallest member. It drafts where that pays, seldom in a batch on a CPU, and changes no text.",
     )
-    skip_when: Literal["never", "agree", "confident"] = Field(
+    skip_when: Literal["never", "agree", "confident", "safe"] = Field(
         "never",
         description="Which steps are left to the main member: those where all members agree on the most likely piece, "
-        "or those where the main member is confident.",
+        "those where the main member is confident, or, as in SAFE, those where another member is inside one of its own "
+        "tokens, all agree, or the main member's likeliest piece has more than half of the mean probability.",
     )
     skip_above: float = Field(
         0.9, gt=0, le=1, description="The probability from which the main member is confident, for `skip_when`."

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.covers import CoverReader
-from lm_eval_deepen.engine.selective import Selective
+from lm_eval_deepen.engine.selective import Selective, inside
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
@@ -214,8 +214,35 @@ class EnsembleBase:
             shares[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
         return shares
 
+    def inside(self, logp: Tensor, tokens: Iterable[Sequence[Sequence[int] | None]]) -> Tensor | None:
+        """Return which members are inside one of their tokens [B, M] (bool); None where nothing asks for it.
+
+        That is so where the main member's likeliest piece would be one token with bytes before it.
+
+        Args:
+            logp: the main member's log-probabilities [B, V].
+            tokens: of every row, every active member's tokens so far, or the last of them; None where it abstains.
+        """
+        if self.selective is None or self.selective.when != "safe":
+            return None
+        main = self.main.codec.vocab.events
+        following = [b"" if token in main.eos else main.pieces[token] for token in argmax(logp).tolist()]
+        # a member with the main member's tokenizer takes over its tokens
+        others = [m for m in range(1, len(self.active)) if m not in self.siblings]
+        found = torch.zeros(len(logp), len(self.active), dtype=torch.bool)
+        for row, (own, more) in enumerate(zip(tokens, following, strict=True)):
+            for m in others:
+                if (path := own[m]) is not None:
+                    found[row, m] = inside(self.active[m].codec, path, more)
+        return found
+
     def fuse(
-        self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None
+        self,
+        logp: Sequence[Tensor],
+        present: Tensor,
+        base: Tensor | None = None,
+        notes: FusionNotes | None = None,
+        inside: Tensor | None = None,
     ) -> Tensor:
         """Return the ensemble's log-probabilities [B, K] from the active members' [B, V_m].
 
@@ -224,6 +251,7 @@ class EnsembleBase:
             present: which members follow each row's bytes [B, M] (bool); the main member always does.
             base: the weights of each row's request [B, M]; by default the ensemble's.
             notes: where to note what was done, for a trace.
+            inside: what `inside` gives.
         """
         if self.fuser is None:
             self.counters.record_skipped(len(logp[0]))
@@ -242,7 +270,7 @@ class EnsembleBase:
         if notes is not None:
             notes.weights = weights
         with torch.inference_mode():
-            return self._fuse_rows(self.fuser, logp, weights, notes)
+            return self._fuse_rows(self.fuser, logp, weights, notes, inside)
 
     def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
         for member, rows in zip(self.members, logp, strict=True):
@@ -253,7 +281,7 @@ class EnsembleBase:
                 )
         self.counters.record_present(present)
 
-    def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor) -> ExpertRows:
+    def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor, inside: Tensor | None = None) -> ExpertRows:
         """Return rows under every expert; arguments as `fuse`. Only where the ensemble `learns`."""
         assert self.fuser is not None
         self._check_rows(logp, present)
@@ -262,7 +290,7 @@ class EnsembleBase:
             mean = weights.mean(1).float()
             left = self.fuser.skip(logp, mean)
             if self.selective is not None:
-                left |= self._selected(self.selective, self.fuser, logp, mean, ~left)
+                left |= self._selected(self.selective, self.fuser, logp, mean, ~left, inside)
             if not bool(left.any()):
                 return by_expert(self.fuser, logp, weights, self.experts)
             fused = None
@@ -307,14 +335,19 @@ class EnsembleBase:
         return fused.logp
 
     def _fuse_rows(
-        self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, notes: FusionNotes | None = None
+        self,
+        fuser: Fuser,
+        logp: Sequence[Tensor],
+        weights: Tensor,
+        notes: FusionNotes | None = None,
+        inside: Tensor | None = None,
     ) -> Tensor:
         left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
         if notes is not None:
             notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
             notes.leave(BY_METHOD, left.clone())
         if self.selective is not None:
-            chosen = self._selected(self.selective, fuser, logp, weights, ~left)
+            chosen = self._selected(self.selective, fuser, logp, weights, ~left, inside)
             left |= chosen
             if notes is not None:
                 notes.leave(f"skip_when={self.selective.when}", chosen)
@@ -329,11 +362,17 @@ class EnsembleBase:
         return out
 
     def _selected(
-        self, selective: Selective, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, fused: Tensor
+        self,
+        selective: Selective,
+        fuser: Fuser,
+        logp: Sequence[Tensor],
+        weights: Tensor,
+        fused: Tensor,
+        inside: Tensor | None,
     ) -> Tensor:
         """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
         vocabs = [member.codec.vocab.events for member in self.members]
-        chosen = selective.rows(logp, weights, vocabs) & fused
+        chosen = selective.rows(logp, weights, vocabs, inside) & fused
         checked = changed = 0
         if selective.check and bool(chosen.any()):
             own = [rows[chosen] for rows in logp]

@@ -161,10 +161,11 @@ class Reading:
                         rows_of = partial(look_up, cool[key], index[m])
                         covered[key] = reader.rows(logp[m].clone(), plans, rows_of)
                     logp[m] = covered[key]
+                inside = variant.ensemble.inside(logp[0], (self.positions[i].paths for i in part))
                 if variant.ensemble.learns:  # what experts give does not depend on the weights, which are learnt below
-                    parts.append(variant.ensemble.fuse_by_expert(logp, present).at(everything, target).cpu())
+                    parts.append(variant.ensemble.fuse_by_expert(logp, present, inside).at(everything, target).cpu())
                 else:
-                    parts.append(variant.ensemble.fuse(logp, present)[everything, target].cpu())
+                    parts.append(variant.ensemble.fuse(logp, present, inside=inside)[everything, target].cpu())
         pairs = zip(variants, map(torch.cat, parts_of), strict=True)
         return torch.stack([self._learnt(v.ensemble, part) if v.ensemble.learns else part for v, part in pairs])
 

@@ -149,17 +149,18 @@ class Decoder:
             ]
         present = torch.tensor([[path is not None for path in places] for route in routes for places in route])
         present = present.to(ensemble.device)
+        inside = ensemble.inside(logp[0], (places for route in routes for places in route))
         by_expert = None
         notes = FusionNotes() if any(row.job.traced for row in self.rows) else None
         if ensemble.learns:
-            by_expert = ensemble.fuse_by_expert(logp, present)
+            by_expert = ensemble.fuse_by_expert(logp, present, inside)
             fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present, notes)
         else:
             base = None
             if ensemble.reads_prompts:
                 pairs = zip(self.rows, routes, strict=True)
                 base = torch.stack([row.weights for row, route in pairs for _ in route if row.weights is not None])
-            fused = ensemble.fuse(logp, present, base, notes)  # [sum of (1 + drafted), K]
+            fused = ensemble.fuse(logp, present, base, notes, inside)  # [sum of (1 + drafted), K]
         scores = fused if scores is None else scores
         finished, start = [], 0
         taken: list[tuple[BatchRow, int, int]] = []  # of traced rows: a row, where its distribution is, what was chosen

@@ -150,11 +150,12 @@ def _score_round(
         for ensemble, base, ledger, result, tracer in zip(ensembles, bases, ledgers, results, tracers, strict=True):
             logp = covered if ensemble.covers else raw
             notes = FusionNotes() if seen else None
+            inside = ensemble.inside(logp[0], (_last(trees, row.place) for row in here))
             if ledger is None:
                 weights = None if base is None else torch.stack([base[row.prompts] for row in here])
-                fused = ensemble.fuse(logp, present, weights, notes)
+                fused = ensemble.fuse(logp, present, weights, notes, inside)
             else:
-                by_expert = ensemble.fuse_by_expert(logp, present)
+                by_expert = ensemble.fuse_by_expert(logp, present, inside)
                 ledger.note(by_expert, [row.readers for row in here])
                 # Rows with the same prompts and paths have the same bytes before them, whoever reads them.
                 log_posterior = torch.stack([ledger.before(*row.readers[0][:2]) for row in here])
@@ -244,6 +245,13 @@ def _rows(
                 row = rows[place.nodes, number] = _Row(place, number)
             row.readers.append((index, at, target))
     return list(rows.values()), list(numbers)
+
+
+def _last(trees: Sequence[TokenTree], at: Place) -> list[list[int] | None]:
+    """Return every member's last tokens at a place, None where it abstains."""
+    return [
+        None if node is None else tree.last(node, TOKENS_READ)[0] for tree, node in zip(trees, at.nodes, strict=True)
+    ]
 
 
 def _plan(reader: CoverReader, trees: Sequence[TokenTree], m: int, at: Place) -> Plan | None:

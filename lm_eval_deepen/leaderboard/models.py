@@ -69,11 +69,16 @@ class TimedEnsemble(Ensemble):
         return cls(**{field.name: getattr(ensemble, field.name) for field in fields(Ensemble)})
 
     def fuse(
-        self, logp: Sequence[Tensor], present: Tensor, base: Tensor | None = None, notes: FusionNotes | None = None
+        self,
+        logp: Sequence[Tensor],
+        present: Tensor,
+        base: Tensor | None = None,
+        notes: FusionNotes | None = None,
+        inside: Tensor | None = None,
     ) -> Tensor:
         """Fuse rows; see `Ensemble.fuse`."""
         start = self._now()
-        fused = super().fuse(logp, present, base, notes)
+        fused = super().fuse(logp, present, base, notes, inside)
         self.fusing += self._now() - start
         return fused
 
