@@ -31,7 +31,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from costs.decoding import measure_fusion, measure_generation, measure_third, measure_unequal  # noqa: E402
+from costs.decoding import measure_fusion, measure_generation, measure_sampling, measure_third, measure_unequal  # noqa: E402
 from costs.figures import Figure, plain, rounded  # noqa: E402
 from costs.parts import Parts  # noqa: E402
 from costs.resources import measure_load, measure_matrices, measure_memory  # noqa: E402
@@ -54,6 +54,7 @@ MEASURES: dict[str, Callable[[Bench], list[Figure]]] = {
     "unequal": measure_unequal,
     "fusion": measure_fusion,
     "third": measure_third,
+    "sampling": measure_sampling,
 }
 OWN_PROCESS = ("memory", "matrices")
 QUIET_LOAD = 0.7  # above it, a run's times say more about the other processes

@@ -210,6 +210,46 @@ def _fusion(bench: Bench, model: DeepenLM, name: str, what: str, goal: float | N
     return Figure(name, label, unit="%", goal=goal, details=details, **spread(shares))
 
 
+def measure_sampling(bench: Bench) -> list[Figure]:
+    """Time sampled texts of equal lengths by turns and from the fused distribution, against each member alone here."""
+    scale, which = bench.scale, tuple(range(len(bench.settings.models)))
+    linear = {"average": "linear", "weighting": "uniform", "covers": "off"}
+    ways = {"member": {"sampling": "member"}, "fused": {}, "covers": {"sampling": "member", "covers": "on"}}
+    models = {
+        **{way: bench.ensemble(which, **{**linear, **options}) for way, options in ways.items()},
+        **{name: bench.ensemble((m,)) for m, name in enumerate(bench.settings.names)},
+    }
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+    asked = generation(prompts(bench.source, scale.prompts), [scale.new_tokens] * scale.prompts, **drawn)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    cpu: dict[str, list[float]] = {name: [] for name in models}
+
+    def run(name: str) -> None:
+        times[name].append(bench.generate(models[name], asked)[0])
+        cpu[name].append(bench.cpu_seconds)
+
+    with endless(_all_models(bench, *models.values())):
+        for model in models.values():
+            bench.generate(model, asked)
+        alternate(bench, "sampling", [lambda name=name: run(name) for name in models])
+    sums, cpu_sums = ([sum(own) for own in zip(*map(of.get, bench.settings.names), strict=True)] for of in (times, cpu))
+    figures = []
+    named = {"member": "sampling by turns", "fused": "sampling", "covers": "sampling by turns with covers"}
+    for how, goal in (("member", 0.65), ("fused", None), ("covers", None)):
+        label = (
+            f"{named[how]}, {scale.new_tokens} new tokens, batch {scale.prompts}, linear average: ensemble / sum of both "
+            "alone under this engine"
+        )
+        ratios = [a / b for a, b in zip(times[how], sums, strict=True)]
+        details = {
+            "ours_seconds": times[how],
+            "alone_seconds": {name: times[name] for name in bench.settings.names},
+            "cpu_time_ratio": median(cpu[how]) / median(cpu_sums),
+        }
+        figures.append(Figure(f"sampling_{how}", label, goal=goal, details=details, **spread(ratios)))
+    return figures
+
+
 def measure_third(bench: Bench) -> list[Figure]:
     """Measure what a third member equal to the second adds, over that member's own time as an ensemble of one."""
     scale, which = bench.scale, tuple(range(len(bench.settings.models)))

@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "prompts, tokenisation": ("engine.prompts:Prompter.span", "engine.prompts:Prompter.prompts"),
     "positions to read": ("engine.scoring:_rows",),
     "reading targets": ("engine.scoring:_read",),
-    "stops": ("engine.generation:append", "engine.generation:_Decoder._take"),
+    "stops": ("engine.generation:append", "engine.generation:Decoder._take"),
     "drafting": ("engine.drafts:Lookup.draft", "engine.drafts:Cheapest.draft"),
 }
 

@@ -207,10 +207,10 @@ def scoring(documents: Sequence[Document]) -> list[Instance]:
     return requests("loglikelihood", [(d.context, text) for d in documents for text in d.continuations])
 
 
-def generation(prompts: Sequence[str], lengths: Sequence[int]) -> list[Instance]:
-    """Return greedy generation requests without stop strings, each with its own number of new tokens."""
-    pairs = zip(prompts, lengths, strict=True)
-    return requests("generate_until", [(p, {"until": [], "max_gen_toks": n, "do_sample": False}) for p, n in pairs])
+def generation(prompts: Sequence[str], lengths: Sequence[int], **choice: Any) -> list[Instance]:
+    """Return generation requests without stop strings, each with its own number of new tokens; greedy by default."""
+    pairs, settings = zip(prompts, lengths, strict=True), {"until": [], "do_sample": False, **choice}
+    return requests("generate_until", [(p, {**settings, "max_gen_toks": n}) for p, n in pairs])
 
 
 def shapes(source: Source, scale: Scale, length: Length) -> dict[str, Shape]:

@@ -81,6 +81,12 @@ class EnsembleConfig(Settings):
             )
         if self.trace_dir is not None and self.trace is None:
             raise conflict("trace_dir", "trace_dir says where traces are written, and trace is not set; set trace=true")
+        if self.trace is not None and self.sampling == "member":
+            raise conflict(
+                "sampling",
+                f"sampling=member asks one member at a time, and trace={self.trace} shows what all members said at "
+                "each step; remove one of the two",
+            )
         if self.trace is not None and self.pooling is not None:
             raise conflict(
                 "trace",
@@ -192,6 +198,8 @@ class EnsembleConfig(Settings):
             facts["skip"] = [self.skip_when, self.skip_above if self.skip_when == "confident" else None]
         if self.covers == "on":
             facts["covers"] = "on"
+        if self.sampling != "fused":
+            facts["sampling"] = self.sampling
         if self.pooling_options is not None:
             facts["pooling"] = {"name": self.pooling, **self.pooling_options.to_dict()}
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

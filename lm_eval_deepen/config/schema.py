@@ -107,6 +107,12 @@ class Settings(Keys):
         description="Where greedy decoding takes drafts from, which it verifies: from repeated text, or from the "
         "smallest member. It drafts where that pays, seldom in a batch on a CPU, and changes no text.",
     )
+    sampling: Literal["fused", "member"] = Field(
+        "fused",
+        description="How `do_sample` draws: from the fused distribution, or by turns (`member`): a member by its "
+        "weight, and then its token, so that the others need no forward pass until then. It needs linear averages, "
+        "temperature 1 and `top_k: 0`; `mixture` then writes without a main member.",
+    )
     skip_when: Literal["never", "agree", "confident", "safe"] = Field(
         "never",
         description="Which steps are left to the main member: those where all members agree on the most likely piece, "

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from lm_eval_deepen.engine.covers import CoverReader
 from lm_eval_deepen.engine.selective import Selective, inside
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
 from lm_eval_deepen.fusion.adafuse import AdaFuse
 from lm_eval_deepen.fusion.base import Fuser
@@ -173,6 +174,12 @@ class EnsembleBase:
             if m not in self.siblings and not member.generates_only
         }
 
+    @cached_property
+    def turn_events(self) -> Events | None:
+        """What members' tokens stand for, where steps are mixtures of the members' own distributions."""
+        events: Callable[[], Events | None] | None = getattr(self.fuser, "events", None)
+        return None if events is None else events()
+
     @property
     def learns(self) -> bool:
         """Whether the weights learn from the text itself."""
@@ -193,15 +200,15 @@ class EnsembleBase:
         """Whether a request's weights depend on its prompt."""
         return self.weigher is not None and self.weigher.reads_prompts
 
-    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]]) -> Tensor:
+    def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]], experts: Experts) -> Tensor:
         """Return the weights [R, M] of requests, from every active member's loss on their prompts.
 
-        Where the ensemble `learns`, these are the experts' log posteriors [R, K]. A member that cannot take in a prompt
-        has no loss (None) and weight 0; the others' weights are those of the ensemble without it.
+        Where the ensemble `learns`, these are the log posteriors [R, K] of the `experts`. A member that cannot take in
+        a prompt has no loss (None) and weight 0; the others' weights are those of the ensemble without it.
         """
         assert self.weigher is not None
         if self.learns:
-            return torch.stack([after_prompt(self.experts, own) for own in losses])
+            return torch.stack([after_prompt(experts, own) for own in losses])
         shares = torch.zeros(len(losses), len(self.active), dtype=self.weights.dtype)
         together: dict[tuple[int, ...], list[int]] = {}
         for row, own in enumerate(losses):
@@ -274,11 +281,7 @@ class EnsembleBase:
 
     def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
         for member, rows in zip(self.members, logp, strict=True):
-            if rows.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
-                raise MemberError(
-                    f"member {member.name!r} gave NaN log-probabilities. "
-                    "Load it in another dtype (float32 or bfloat16)."
-                )
+            check_row(member, rows)
         self.counters.record_present(present)
 
     def fuse_by_expert(self, logp: Sequence[Tensor], present: Tensor, inside: Tensor | None = None) -> ExpertRows:
@@ -428,3 +431,11 @@ class EnsembleBase:
             **facts,
             **self.counters.summary(),
         }
+
+
+def check_row(member: Member, logp: Tensor) -> None:
+    """Raise MemberError where a member's log-probabilities [B, V_m] are no numbers."""
+    if logp.amax(dim=1).isnan().any():  # NaN is larger than any number, and the maximum is vectorised
+        raise MemberError(
+            f"member {member.name!r} gave NaN log-probabilities. Load it in another dtype (float32 or bfloat16)."
+        )

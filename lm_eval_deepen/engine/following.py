@@ -33,6 +33,8 @@ class Job:
         stops: strings that end the text.
         sampler: how tokens are chosen.
         generator: the row's own source of randomness, None for greedy decoding.
+        turns: the source of whose turn it is, where members take turns; the same for first samples of all prompts, for
+            second ones, and so on, so that the texts of a batch need the same member at a time.
         prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
         ends: token ids that end the text; None for the main member's.
         traced: whether the text comes with its steps.
@@ -43,6 +45,7 @@ class Job:
     stops: tuple[str, ...] = ()
     sampler: Sampler = Sampler()
     generator: torch.Generator | None = None
+    turns: torch.Generator | None = None
     prefix_space: bool = False
     ends: frozenset[int] | None = None
     traced: bool = False

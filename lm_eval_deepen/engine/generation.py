@@ -78,6 +78,7 @@ class Decoder:
         self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
         self.ready: deque[BatchRow] = deque()
         self.reader = StepReader(ensemble)
+        self.experts = ensemble.experts
 
     def refill(self) -> bool:
         """Put waiting texts into free places, drop finished ones from the others; return whether any is left."""
@@ -120,12 +121,12 @@ class Decoder:
             for follower in self.followers
         ]
         if by_prompt:
-            weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)))
+            weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)), self.experts)
             for row, own in zip(self.ready, weights, strict=True):
                 row.weights = own
         elif self.ensemble.learns:
             for row in self.ready:
-                row.weights = self.ensemble.experts.log_prior
+                row.weights = self.experts.log_prior
 
     def step(self) -> list[BatchRow]:
         """Extend every row by at least one token and return those that are finished by it."""
@@ -303,15 +304,15 @@ def _goes_on(before: TokenPrefix | None, after: TokenPrefix | None) -> bool:
     return after[: len(before)] == before
 
 
-def append(ensemble: EnsembleBase, row: BatchRow, token: int, logp: float) -> None:
-    """Extend a row by a piece, or finish it."""
+def append(ensemble: EnsembleBase, row: BatchRow, token: int, logp: float, data: bytes | None = None) -> None:
+    """Extend a row by a piece, or finish it; `data` are the piece's bytes where the fuser has no such piece."""
     ends = ensemble.main.eos_ids if row.job.ends is None else row.job.ends
     if token in ends:
         row.out.reason, row.out.end = "eos", token
         return
     row.out.ids.append(token)
     row.out.logp.append(logp)
-    row.out.data += piece_of(ensemble, token)
+    row.out.data += piece_of(ensemble, token) if data is None else data
     text = text_of(ensemble, row.out.ids, row.out.data) if row.job.stops else ""
     if any(stop in text for stop in row.job.stops):
         row.out.reason = "stop"

@@ -201,7 +201,10 @@ def _bases(
         return [None] * len(ensembles)
     columns = [prompt_losses(p.member, wanted[p.m], p.states_of, step) for p in passes]
     losses = list(zip(*columns, strict=True))
-    return [list(ensemble.prompt_weights(losses)) if ensemble.reads_prompts else None for ensemble in ensembles]
+    return [
+        list(ensemble.prompt_weights(losses, ensemble.experts)) if ensemble.reads_prompts else None
+        for ensemble in ensembles
+    ]
 
 
 def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:

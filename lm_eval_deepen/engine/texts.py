@@ -17,12 +17,13 @@ from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import Drafter, drafter
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
 from lm_eval_deepen.engine.following import BatchRow, Generation, Job
-from lm_eval_deepen.engine.generation import generate
+from lm_eval_deepen.engine.generation import Decoder, generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, without_evidence
+from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
 from lm_eval_deepen.errors import RequestError
@@ -148,20 +149,28 @@ class Texts:
                 "sampling, penalties or other changes of scores, and the request, or the main member's "
                 "generation_config.json, asks for one. Remove it, or choose a method that fuses steps."
             )
-        generator = None
+        generator = turns = None
         if plan.sampler.do_sample:
             repeats[context] += 1
-            generator = row_generator(torch.initial_seed(), context, str(repeats[context]))
+            repeat = str(repeats[context])
+            generator = row_generator(torch.initial_seed(), context, repeat)
+            turns = row_generator(torch.initial_seed(), "turns", "of members", repeat)
         prefix_space = not solo and not context and self.ensemble.main.codec.prefix_space
         stops = tuple(stop for stop in until if stop)
-        return Job(prompts, plan.max_new, stops, plan.sampler, generator, prefix_space, plan.ends), until
+        return Job(prompts, plan.max_new, stops, plan.sampler, generator, turns, prefix_space, plan.ends), until
 
     def generations(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Generation]]:
         """Yield the index of each job and its generation, as soon as it is finished."""
         most = self.ensemble.main.max_length  # a text ends where the main member's context does
         size = self.batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
         drafts = drafter(self.ensemble.config.speculate)
-        yield from generate(self.ensemble, jobs, size, drafts, WordDecoder if self.ensemble.by_words else None)
+        decoder = WordDecoder if self.ensemble.by_words else Decoder
+        by_turns = [index for index, job in enumerate(jobs) if takes_turns(self.ensemble, job)]
+        fused = sorted(set(range(len(jobs))) - set(by_turns))
+        for indices, kind in ((fused, decoder), (by_turns, TurnDecoder)):
+            if indices:
+                chosen = [jobs[index] for index in indices]
+                yield from ((indices[at], text) for at, text in generate(self.ensemble, chosen, size, drafts, kind))
         self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
 
     def finished(self, generation: Generation, until: Sequence[str]) -> str:
@@ -185,6 +194,11 @@ def generated(
     ensemble: EnsembleBase, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
 ) -> tuple[GeneratedText, ...]:
     """Return one text for each prompt; see `Ensemble.generate`."""
+    if traced and arguments.get("do_sample") and ensemble.config.sampling == "member":
+        raise RequestError(
+            "sampling=member asks one member at a time, and traced=True wants what all members said at each step; "
+            "leave out one of the two"
+        )
     texts, repeats = Texts(ensemble), Counter[str]()
     if texts.prompter.solo:
         ensemble.main.check_generation()

@@ -38,6 +38,8 @@ class Trace:
         self.selected: Counter[str] = Counter()
         self.stretched: dict[str, float] = defaultdict(float)
         self.words: Counter[str] = Counter()
+        self.turns: Counter[str] = Counter()
+        self.told: set[str] = set()  # warnings that are given once
 
     def record_skipped(self, count: int) -> None:
         """Count rows that were left to the main member."""
@@ -128,6 +130,7 @@ class Trace:
             total.without_answer.update(trace.without_answer)
             total.selected.update(trace.selected)
             total.words.update(trace.words)
+            total.turns.update(trace.turns)
             for key, value in trace.stretched.items():
                 total.stretched[key] += value
             for key, value in trace.sums.items():
@@ -146,6 +149,7 @@ class Trace:
         absent = {"without_answer_of": dict(self.without_answer)} if self.without_answer else {}
         pooled = {"pooled": {"requests": int(count), **means, **absent}} if count else {}
         selected = {"selective": dict(self.selected)} if self.selected else {}
+        turns = {"sampled_by_turns": dict(self.turns)} if self.turns else {}
         stretched: dict[str, Any] = {}
         if texts := self.stretched["texts"]:
             weights = {name: self.stretched[f"weight {name}"] / texts for name in self.names}
@@ -154,6 +158,7 @@ class Trace:
             **drafts,
             **pooled,
             **selected,
+            **turns,
             **({"scored_by_stretches": stretched} if stretched else {}),
             **({"proposals": dict(self.words)} if self.words else {}),
             "steps_fused": fused,

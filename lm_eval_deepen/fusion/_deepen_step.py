@@ -14,6 +14,7 @@ from torch import Tensor
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
 from lm_eval_deepen.fusion._deepen_rows import Found, Group, Rows
+from lm_eval_deepen.fusion._events import Events, of_anchors, of_union
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused
@@ -102,11 +103,13 @@ class DeepenFuser:
         has_geometric: whether it can average geometrically.
         by_stretches: whether given texts are scored by stretches instead (`method: mixture`).
         by_words: the options under which texts are written by words instead (`method: adafuse`).
+        vocabularies: the members', with `by_stretches`.
     """
 
     has_geometric = True
     by_stretches = False
     by_words: Options | None = None
+    vocabularies: tuple[ByteVocab, ...] = ()
 
     def __init__(
         self, out_vocab: ByteVocab, sides: Sequence[Side], options: StepOptions, facts: dict[str, Any]
@@ -158,6 +161,15 @@ class DeepenFuser:
         if one_hot and self.options.trust_region is None:
             return OneHotExperts(logp, weights, experts, self._sides(logp[0].device))
         return FusedByEach([self.pooled_as(*kind) for kind in experts.kinds()], logp, weights)
+
+    def events(self) -> Events | None:
+        """Return what the members' tokens stand for; None where a step is no mixture of their distributions."""
+        if self.by_stretches:
+            return of_union(self.vocabularies)
+        linear_and_exact = self.options.average == "linear" and self.options.solver == "exact" and self.rule is None
+        if not linear_and_exact or self.options.eos != "anchor" or self.options.trust_region is not None:
+            return None
+        return of_anchors(self.out_vocab, self._placed[torch.device("cpu")])
 
     def pooled_as(self, geometric: bool, power: float) -> DeepenFuser:
         """Return this fuser with another average."""

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.fusion._events import Events, of_columns
 from lm_eval_deepen.fusion._rows import (
     TINY,
     Kept,
     Roles,
     finish,
     keep,
+    leaders_of,
     left_alone,
     roles_of,
     shares_of,
@@ -50,7 +52,7 @@ class LinearFuser:
         facts: dict[str, Any] | None = None,
     ) -> None:
         """Take the members' vocabularies and the maps [V_m, K] of all but the main one; nothing is computed."""
-        self.out_vocab, self.facts = out_vocab, facts or {}
+        self.out_vocab, self.facts, self.vocabularies = out_vocab, facts or {}, tuple(vocabularies)
         with_end = bool(vocabularies[0].eos)
         roles = tuple(roles_of(vocabulary, with_end=with_end) for vocabulary in vocabularies)
         self._placed = {torch.device("cpu"): (roles, tuple(maps))}
@@ -68,6 +70,22 @@ class LinearFuser:
             roles: the main member's ids by role.
         """
         return shares
+
+    def events(self) -> Events | None:
+        """Return what the members' tokens stand for; None where the result is no mixture of their distributions."""
+        roles, maps = self._placed[torch.device("cpu")]
+        if type(self).shares is not LinearFuser.shares or any(matrix.values.shape[1] > 1 for matrix in maps):
+            return None
+        main = leaders_of(self.vocabularies[0])
+        if ends := self.vocabularies[0].eos:
+            main[list(ends)] = min(ends)
+        main[roles[0].outside] = -1
+        others = []
+        for role, matrix in zip(roles[1:], maps, strict=True):
+            own = torch.where(matrix.values[:, 0] > 0, matrix.indices[:, 0].long(), len(self.out_vocab))
+            own[role.outside] = -1
+            others.append(own)
+        return of_columns(self.out_vocab, main, others, roles[0].control)
 
     @torch.no_grad()
     def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_eval_deepen.config import Options, Shown
+from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._union import unite_vocabularies
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
@@ -61,6 +62,10 @@ class GacFuser(LinearFuser):
         """Take the threshold and what a `LinearFuser` takes."""
         super().__init__(out_vocab, vocabularies, maps, facts)
         self.threshold = threshold
+
+    def events(self) -> Events | None:
+        """Return what the members' tokens stand for; None with a threshold, which asks the main member first."""
+        return None if self.threshold is not None else super().events()
 
     def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Return rows [B] without another member, or in which the main member is sure."""

@@ -20,8 +20,8 @@ class Mixture(Options):
 
     Between two places of a text at which the tokens of all members end lies a stretch. Its probability is
     sum_m w_m P_m, with P_m the product of member m's probabilities of its own tokens in the stretch. That is the same
-    in every order of the members. Greedy generation has no such law: it fuses steps as ``method: deepen`` does by
-    default, where the first member's vocabulary is written in.
+    in every order of the members. Generation fuses steps as ``method: deepen`` does by default, where the first
+    member's vocabulary is written in; with ``sampling: member``, texts are sampled without a main member.
     """
 
     @classmethod
@@ -38,5 +38,5 @@ class Mixture(Options):
         """Return the fuser of generation; scoring needs none."""
         fuser = Deepen().build(members, store)
         if isinstance(fuser, DeepenFuser):
-            fuser.by_stretches = True
+            fuser.by_stretches, fuser.vocabularies = True, tuple(member.vocabulary for member in members)
         return fuser
