@@ -49,7 +49,7 @@ def test_every_measure_gives_its_figures(run):
         assert named[name]["name"].endswith("smaller") or named[name]["details"]["cpu_time_ratio"] > 0
     for name in ("load", "generation_off", "unequal", "unequal_batched"):
         assert named[name]["value"] > 0
-    assert {"fusion", "third_scoring", "third_generation"} <= named.keys()
+    assert {"fusion", "third_scoring", "third_generation", "sampling_member", "sampling_fused"} <= named.keys()
     assert run["data"] == "synthetic"
     assert [member["name"] for member in run["members"]] == ["bytelevel", "metaspace"]
     assert run["machine"]["torch_threads"] == 1

@@ -237,8 +237,8 @@ def measure_sampling(bench: Bench) -> list[Figure]:
     named = {"member": "sampling by turns", "fused": "sampling", "covers": "sampling by turns with covers"}
     for how, goal in (("member", 0.65), ("fused", None), ("covers", None)):
         label = (
-            f"{named[how]}, {scale.new_tokens} new tokens, batch {scale.prompts}, linear average: ensemble / sum of both "
-            "alone under this engine"
+            f"{named[how]}, {scale.new_tokens} new tokens, batch {scale.prompts}, linear average: ensemble / sum of "
+            "both alone under this engine"
         )
         ratios = [a / b for a, b in zip(times[how], sums, strict=True)]
         details = {
