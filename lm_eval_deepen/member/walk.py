@@ -142,7 +142,8 @@ class TreeWalker:
             if shared:
                 room[:shared] = self.hidden[:shared]
             self.hidden = room
-        self.hidden[shared:end] = hidden[[column - held for column in at]]
+        if new:
+            self.hidden[shared:end] = hidden[[column - held for column in at]]
         way[shared:] = new
 
     def _cut(self, length: int) -> None:

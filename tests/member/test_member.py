@@ -58,6 +58,17 @@ def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, dat
         assert runner.forwarded == len(prefixes - held)
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 5, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_goes_on_from_any_tree_to_any_other(members, family, nodes):
+    """From one way to others that share nothing with it, all of it, or are longer than any before."""
+    runner = members[family].runner
+    walker = runner.walker(nodes)
+    grown = [9, *range(4, 40)]
+    for paths in ([[5], [6], [7]], [[8]], [[5, 6], [5, 7], [9]], [grown, [4]], [grown[:5], grown], [[3]], [grown[:2]]):
+        assert torch.allclose(runner.logp(walker.states(paths)), plain(runner, paths), atol=2e-4)
+
+
 @QUICK
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
 def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
