@@ -51,4 +51,6 @@ def write(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+        raise SystemExit("usage: python benchmarks/third_model.py OUT, where OUT is a folder that is not there yet")
     write(prepare(MODEL), Path(sys.argv[1]))
