@@ -52,13 +52,13 @@ class RowCache:
         wanted = [tuple(tokens) for tokens in sequences]
         places = [[len(tokens)] for tokens in wanted] if reads is None else reads
         fresh = [self._roll_back(row, *pair) for row, pair in enumerate(zip(wanted, places, strict=True))]
-        width = max(map(len, fresh), default=0)
-        if width:
-            hidden = self._forward(wanted, fresh, width)  # [B, N, d]
-            for row, (tokens, new, lengths) in enumerate(zip(wanted, fresh, places, strict=True)):
-                held = len(tokens) - len(new)
-                self.tokens[row] = tokens
-                self.known[row].update((n, hidden[row, n - held - 1]) for n in lengths if n > held)
+        rows = [row for row, new in enumerate(fresh) if new]
+        if rows:
+            hidden = self._forward(rows, wanted, fresh)  # [b, N, d]
+            for at, row in enumerate(rows):
+                held = len(wanted[row]) - len(fresh[row])
+                self.tokens[row] = wanted[row]
+                self.known[row].update((n, hidden[at, n - held - 1]) for n in places[row] if n > held)
         return torch.stack([self.known[row][n] for row, lengths in enumerate(places) for n in lengths])
 
     def _roll_back(self, row: int, tokens: tuple[int, ...], lengths: Sequence[int]) -> tuple[int, ...]:
@@ -70,15 +70,21 @@ class RowCache:
         self.tokens[row] = tokens[:shared]
         return tokens[shared:]
 
-    def _forward(self, wanted: Sequence[tuple[int, ...]], fresh: Sequence[tuple[int, ...]], width: int) -> Tensor:
-        begin = torch.tensor([len(tokens) - len(new) for tokens, new in zip(wanted, fresh, strict=True)])
+    def _forward(
+        self, rows: Sequence[int], wanted: Sequence[tuple[int, ...]], fresh: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """Forward the new tokens of some rows; the others wait."""
+        begin = torch.tensor([len(wanted[row]) - len(fresh[row]) for row in rows])
+        some = None if len(rows) == len(fresh) else torch.tensor(rows)
+        fresh = [fresh[row] for row in rows]
+        width = max(map(len, fresh))
         columns = begin[:, None] + torch.arange(width)  # [B, N]; a short row's padding lies behind its end
         total = int(begin.max()) + width
         keys = torch.arange(total)[None]
         allowed = keys[:, None] <= columns[:, :, None]  # [B, N, T]
         position = columns * pad([[1] * len(new) for new in fresh], width)  # padding may lie behind the last position
         self.runner.forwarded += sum(map(len, fresh))
-        kv = self.kv.aim(columns, total)
+        kv = self.kv.aim(columns, total, some)
         return self.runner.body(pad(fresh, width), position, allowed, columns, keys, kv)
 
     def keep(self, rows: Sequence[int]) -> None:

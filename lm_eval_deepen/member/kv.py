@@ -26,6 +26,7 @@ class ColumnCache:
         """Start without rows; the first forward pass tells their number and every layer's shape."""
         self.cache: Any = Cache(layer_class_to_replicate=partial(_ColumnLayer, self))
         self.columns: Tensor = torch.zeros(0, 0, dtype=torch.long)  # where the next pass writes [B, N]
+        self.rows: Tensor | None = None  # the rows of the next pass [b], None for all
         self.width = 0  # columns that the next pass sees
 
     @property
@@ -33,9 +34,9 @@ class ColumnCache:
         """The layers that have seen a forward pass."""
         return [layer for layer in self.cache.layers if layer.is_initialized]
 
-    def aim(self, columns: Tensor, width: int) -> Cache:
-        """Make the next forward pass write into `columns` [B, N] and see the first `width` columns."""
-        self.columns, self.width = columns, width
+    def aim(self, columns: Tensor, width: int, rows: Tensor | None = None) -> Cache:
+        """Make the next forward pass, of some rows or all, write into `columns` [b, N] and see `width` columns."""
+        self.columns, self.width, self.rows = columns, width, rows
         return self.cache
 
     @torch.inference_mode()
@@ -97,14 +98,16 @@ class _ColumnLayer(DynamicLayer):
             setattr(self, name, bigger)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> LayerKV:
-        """Write states [B, H, N, D] into the columns aimed at and return views [B, H, T, D]."""
-        rows, width = len(key_states), self.owner.width
-        self.grow(key_states, value_states, rows, width)
-        columns = self.owner.columns.to(key_states.device)
-        at = torch.arange(rows, device=key_states.device)[:, None]
+        """Write states [b, H, N, D] into the columns aimed at and return keys and values [b, H, T, D]: views of all."""
+        width, device = self.owner.width, key_states.device
+        self.grow(key_states, value_states, len(key_states), width)
+        rows = torch.arange(len(key_states)) if self.owner.rows is None else self.owner.rows
+        at, columns = rows.to(device)[:, None], self.owner.columns.to(device)
         self.keys[at, :, columns] = key_states.transpose(1, 2)
         self.values[at, :, columns] = value_states.transpose(1, 2)
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        if self.owner.rows is None:
+            return self.keys[:, :, :width], self.values[:, :, :width]
+        return self.keys[at[:, 0], :, :width], self.values[at[:, 0], :, :width]
 
     def get_seq_length(self) -> int:
         """Return how many columns the next pass sees before its own; positions are given explicitly."""

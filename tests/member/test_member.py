@@ -111,6 +111,16 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
         assert torch.allclose(got, plain(runner, sequences), atol=2e-4)
 
 
+def test_rows_that_wait_are_not_forwarded(members, monkeypatch):
+    runner, seen = members["metaspace"].runner, []
+    rows, sequences, body = runner.rows(), [[5, 6], [7, 8, 9], [10]], runner.body
+    rows.admit(runner.walker().prefill(sequences)[0])
+    monkeypatch.setattr(runner, "body", lambda ids, *given: seen.append(tuple(ids.shape)) or body(ids, *given))
+    for longer in ([[5, 6], [7, 8, 9, 4], [10, 11]], [[5, 6, 4, 4], [7, 8, 9, 4], [10, 11]]):
+        rows.advance(longer)
+    assert seen == [(2, 1), (1, 2)]
+
+
 def test_a_rollback_needs_no_room(members):
     runner = members["metaspace"].runner
     rows, sequence = runner.rows(), list(range(10, 60))
