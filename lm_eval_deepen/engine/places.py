@@ -9,7 +9,7 @@ from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
-from lm_eval_deepen.member.tree import TokenTree
+from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class _TextWay:
     def __init__(self, tree: TokenTree, cursor: TextCursor, longest: int | None) -> None:
         self.tree, self.cursor, self.longest = tree, cursor, longest
         self.added, self.at = 0, -1
+        self.rest: tuple[int, ...] = ()  # what was last added after `at`: a text without cuts is one word
+        self.nodes: list[int] = []
         self.outgrown = False
 
     def take_bytes(self, data: bytes) -> None:
@@ -101,10 +103,15 @@ class _TextWay:
         if end is None or self.outgrown:
             return None
         count, rest = end
-        if not count:
-            return self.tree.add(rest)
-        self.added, self.at = count, _grown(self.tree, self.at, self.cursor.fixed, self.added, count)
-        return self.tree.extend(self.at, rest)
+        if count != self.added:
+            self.at = _grown(self.tree, self.at, self.cursor.fixed, self.added, count)
+            self.added, self.rest, self.nodes = count, (), []
+        shared = common_prefix(self.rest, rest)
+        del self.nodes[shared:]
+        for token in rest[shared:]:
+            self.nodes.append(self.tree.extend(self.nodes[-1] if self.nodes else self.at, (token,)))
+        self.rest = rest
+        return self.nodes[-1] if self.nodes else self.at
 
 
 def _grown(tree: TokenTree, node: int, tokens: Sequence[int], added: int, count: int) -> int:

@@ -460,13 +460,11 @@ class TextCodec:
             whole = self.encode(text + character)
         except VocabularyError:  # a character that the tokenizer alters; those that are meant may be others
             return None
-        end, ids = len(text.encode()) + len(tail), []
-        for token in whole:
-            ids.append(token)
-            end -= len(self.vocab.pieces[token])
-            if end <= 0:
-                return tuple(ids) if end == 0 else None
-        return None
+        beyond, count = len(character.encode()) - len(tail), len(whole)
+        while beyond > 0:
+            count -= 1
+            beyond -= len(self.vocab.pieces[whole[count]])
+        return whole[:count] if beyond == 0 else None
 
     def _spell(self, data: bytes) -> tuple[int, ...] | None:
         """Return one byte piece per byte, None where a byte has no piece."""

@@ -64,7 +64,7 @@ class ByteVocab:
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of a token sequence; control pieces add none."""
-        return b"".join(self.pieces[i] for i in ids)
+        return b"".join(map(self.pieces.__getitem__, ids))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -50,7 +50,7 @@ def is_exact(vocab: ByteVocab, text: str, ids: Sequence[int], *, prefix_space: b
         ids: its tokens.
         prefix_space: one space more in front is exact too (a prompt's prefix space).
     """
-    if any(not 0 <= i < len(vocab) for i in ids):
+    if min(ids, default=0) < 0 or max(ids, default=0) >= len(vocab):
         return False
     spelt, data = vocab.decode(ids), text.encode()
     return spelt == data or (prefix_space and spelt == b" " + data)
