@@ -59,7 +59,7 @@ class Generation:
         ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
             are its tokens, others are of the union vocabulary.
         data: their bytes; none where one member ran alone.
-        logp: fused natural-log probability of each piece that was chosen.
+        logp: fused natural-log probability of each piece that was chosen; NaN where members took turns.
         reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
         end: the end-of-text token that was chosen, if one was.
         refusal: why it could not be finished.

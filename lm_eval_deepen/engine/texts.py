@@ -41,7 +41,7 @@ class GeneratedText:
         prompt: what it continues.
         text: the continuation, without the stop string that ended it.
         logp: fused natural-log probability (nats) of each piece that was chosen [T]; pieces behind a stop string's
-            beginning are among them, the end of text is not.
+            beginning are among them, the end of text is not. NaN where members took turns (``sampling: member``).
         reason: ``eos``, ``stop`` or ``length``.
         steps: what every member said at each piece, and at the end of text; empty where it was not asked for.
     """
