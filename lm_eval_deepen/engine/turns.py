@@ -116,7 +116,7 @@ class TurnDecoder(Decoder):
         m = max(sorted(counts), key=lambda m: counts[m])
         routes = [route if own == m else [None] for own, route in wanted]
         follower = self.followers[m]
-        if m in self.ensemble.covers:
+        if m in self.ensemble.covers and self.events.control is not None:  # else all write tokens of their own
             readers = {m: self.ensemble.covers[m]}
             plans = [
                 [plans_of(readers, self.turns[row.index].paths)[m] if own == m else None]
