@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.stretches import StretchReading, weigh
 from lm_eval_deepen.tuning.bits_table import Change, compare
+from lm_eval_deepen.weighting.bayes import Bayes, BayesWeigher
 from lm_eval_deepen.weighting.experts import Experts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "relative-space.md"
@@ -49,11 +50,15 @@ def member_bits(folder: Path, system: str, kind: str) -> tuple[Tensor, float] | 
 
 
 def learned(found: Found, experts: Experts) -> Tensor:
-    """Bits per document of the mixture of some of the experts that were measured."""
+    """Bits per document of the mixture of some of the experts that were measured, after what prompts teach."""
     kinds = zip(experts.weights, *zip(*experts.kinds(), strict=True), strict=True)
     index = [place(found, *kind) for kind in kinds]
     by_expert = -per_document(found, found["on"].T[index]) * math.log(2)  # nats [K, D]
-    return -(by_expert + experts.log_prior[:, None]).logsumexp(0) / math.log(2)
+    start = [
+        experts.begun(torch.logsumexp(experts.weights.log()[:, :, None] + logp[0, :, :evidence], dim=1))
+        for logp, evidence in found["stretches"]
+    ]
+    return -(by_expert + torch.stack(start, dim=1)).logsumexp(0) / math.log(2)
 
 
 def static(found: Found, covers: str, weights: Sequence[float]) -> Tensor:
@@ -71,7 +76,7 @@ def place(found: Found, weights: Tensor, pools: bool, power: float = 1.0) -> int
     return int(same.nonzero()[0])
 
 
-def stretches(found: Found, experts: Experts, *, from_prompt: bool) -> Tensor:
+def stretches(found: Found, experts: Experts) -> Tensor:
     """Bits per document of `method: mixture` with learning weights."""
     bits = []
     for logp, evidence in found["stretches"]:
@@ -79,7 +84,7 @@ def stretches(found: Found, experts: Experts, *, from_prompt: bool) -> Tensor:
         reading = StretchReading(
             logp, torch.zeros(logp.shape[1:], dtype=torch.bool), torch.ones(count).bool(), evidence
         )
-        bits.append(-weigh(experts, reading, learn_from_prompt=from_prompt).total / math.log(2))
+        bits.append(-weigh(experts, reading).total / math.log(2))
     return torch.tensor(bits, dtype=torch.float64)
 
 
@@ -94,26 +99,27 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
     own = {name: value for name, value in alone.items() if value is not None}
     best = min(own, key=lambda name: float(own[name][0].sum()))
     reference = own[best][0]
-    experts = Experts.of_steps(len(names), geometric=True)
+    default, afresh = (BayesWeigher(Bayes(learn_from=start)) for start in ("prompt", "continuation"))
     found: dict[str, Any] = {"kind": kind, "best": best, "temperature": own[best][1], "documents": len(reference)}
     size = int(next(iter(tests.values()))["bytes"].sum())
     found |= {"bytes": size, "bits_per_byte": float(reference.sum()) / size}
     for system, test in tests.items():
         equal = [1 / len(names)] * len(names)
         found[system] = {
-            "default": compare(learned(test, experts), reference),
+            "default": compare(bits := learned(test, default.of_steps(len(names), geometric=True)), reference),
+            "afresh": compare(learned(test, afresh.of_steps(len(names), geometric=True)), reference),
             "equal, no covers": compare(static(test, "off", equal), reference),
-            "bits": learned(test, experts),
+            "bits": bits,
         }
         if len(names) == 2:
             other = system.split("+")[1]
             theirs = next(load(folder, s, kind, "test") for s in all_systems(folder) if s.startswith(f"{other}+"))
             natural = per_document(theirs, theirs["own"][TEMPERATURES.index(1.0)])
             found[system]["lost"] = {c: compare(static(test, c, (0.0, 1.0)), natural) for c in ("off", "on")}
-    for prompt in (False, True):
-        own_bits = [stretches(test, Experts.of_stretches(len(names)), from_prompt=prompt) for test in tests.values()]
-        found["mixture, prompt" if prompt else "mixture"] = compare(own_bits[0], reference)
-        found["mixture, orders" if not prompt else "mixture, prompt, orders"] = max(
+    for name, weigher in (("mixture", default), ("mixture, afresh", afresh)):
+        own_bits = [stretches(test, weigher.of_stretches(len(names))) for test in tests.values()]
+        found[name] = compare(own_bits[0], reference)
+        found[f"{name}, orders"] = max(
             float((a - b).abs().max()) * math.log(2) for a, b in itertools.product(own_bits, own_bits)
         )
     bits = [float(found[system]["bits"].sum()) for system in systems]
@@ -132,25 +138,25 @@ def shown(change: Change) -> str:
 def tables(folder: Path, systems: Sequence[str]) -> list[str]:
     rows = [found for kind in KINDS if (found := row(folder, kind, systems)) is not None]
     head = ["text (documents, bytes)", "best member, fitted"]
-    head += [f"{system}, defaults" for system in systems] + ["orders differ by", "mixture", "mixture, from the prompt"]
+    head += [f"{system}, defaults" for system in systems] + ["orders differ by", "mixture"]
     out = [head, ["---"] * len(head)]
     for r in rows:
         out.append(
             [f"{r['kind']} ({r['documents']}, {r['bytes']:,})", f"{r['best']} {r['bits_per_byte']:.4f}"]
             + [shown(r[system]["default"]) for system in systems]
-            + [f"{100 * r['orders']:.2f} %", shown(r["mixture"]), shown(r["mixture, prompt"])]
+            + [f"{100 * r['orders']:.2f} %", shown(r["mixture"])]
         )
     lines = ["| " + " | ".join(line) + " |" for line in out]
-    head = ["text"]
+    head = ["text"] + ["mixture: nothing learnt from prompts"]
     for system in systems:
-        head += [f"{system}: equal weights, no covers"]
+        head += [f"{system}: nothing learnt from prompts", f"{system}: equal weights, no covers"]
         head += [f"{system}: lost, no covers", f"{system}: lost, covers"] if system.count("+") == 1 else []
     out = [head, ["---"] * len(head)]
     for r in rows:
-        line = [r["kind"]]
+        line = [r["kind"], shown(r["mixture, afresh"])]
         for system in systems:
             own = r[system]
-            line += [shown(own["equal, no covers"])]
+            line += [shown(own["afresh"]), shown(own["equal, no covers"])]
             line += [f"{100 * own['lost'][c].share:+.1f} %" for c in ("off", "on")] if "lost" in own else []
         out.append(line)
     return [*lines, "", *("| " + " | ".join(line) + " |" for line in out)]

@@ -200,6 +200,11 @@ class EnsembleBase:
         """Whether a request's weights depend on its prompt."""
         return self.weigher is not None and self.weigher.reads_prompts
 
+    @property
+    def prompt_stretches(self) -> int | None:
+        """How many of a prompt's last stretches its weights depend on; None for all of them."""
+        return self.weigher.prompt_stretches if isinstance(self.weigher, BayesWeigher) else None
+
     def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]], experts: Experts) -> Tensor:
         """Return the weights [R, M] of requests, from every active member's loss on their prompts.
 

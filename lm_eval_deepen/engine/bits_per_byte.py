@@ -124,7 +124,7 @@ class Reading:
                 "bits per byte compare members with their ensemble: give at least two members, not all weight on "
                 "the main one, and a method that fuses steps."
             )
-        if ensemble.reads_prompts:
+        if ensemble.reads_prompts and not ensemble.learns:
             raise RequestError(
                 f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
                 "has not. Measure with constant weights: leave weighting out."

@@ -25,6 +25,7 @@ from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.weighting.bayes import BayesWeigher
 
 
 @dataclass(eq=False)
@@ -65,7 +66,8 @@ class Ensemble(EnsembleBase):
             fuser = config.options.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
         weigher = config.weighting_options.build() if fuser and config.weighting_options is not None else None
-        check_specialists(config, members, weigher is not None and weigher.reads_prompts)
+        learns = isinstance(weigher, BayesWeigher)  # from what there is: nothing, of a source
+        check_specialists(config, members, weigher is not None and weigher.reads_prompts and not learns)
         selective = None
         if fuser and config.skip_when != "never":
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)

@@ -29,7 +29,7 @@ class Read:
     token: int
 
 
-def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt]) -> list[list[Read] | None]:
+def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt], last: int | None = None) -> list[list[Read] | None]:
     """Return the tokens of every active member's prompt [M] that are evidence: they spell the same bytes.
 
     In each stretch of text that all prompts have, they are the tokens between the first and the last byte at which
@@ -40,32 +40,44 @@ def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt]) -> list[list[Rea
     Args:
         ensemble: the members.
         prompts: of one request, one per active member.
+        last: how much of the end is evidence: so many stretches between places where all members' tokens are cut
+            alike; None for all.
 
     Returns:
         None for a member that cannot take in its prompt; the others are compared without it.
     """
+    if any(member.generates_only for member in ensemble.active):  # it reads a source, and predicts none of it
+        return [[] for _ in prompts]
     here = [m for m, prompt in enumerate(prompts) if ensemble.path(m, prompt, (), b"") is not None]
     given = [prompts[m] for m in here]
-    own = iter(_evidence([ensemble.active[m] for m in here], given, ensemble.config.chat_fallback))
+    own = iter(_evidence([ensemble.active[m] for m in here], given, ensemble.config.chat_fallback, last))
     return [next(own) if m in here else None for m in range(len(prompts))]
 
 
-def _evidence(members: Sequence[Member], prompts: Sequence[Prompt], fallback: str) -> list[list[Read]]:
+def _evidence(
+    members: Sequence[Member], prompts: Sequence[Prompt], fallback: str, last: int | None
+) -> list[list[Read]]:
     reads: list[list[Read]] = [[] for _ in members]
     edges = [_edges(member, prompt) for member, prompt in zip(members, prompts, strict=True)]
-    for stretches in _stretches(members, prompts, fallback):
+    parts: list[tuple[list[Stretch], list[int]]] = []  # texts that all have, and where all tokens are cut in them
+    left = last
+    for stretches in reversed(_stretches(members, prompts, fallback)):
         cuts = [
             {edge - start for edge in own.values() if start <= edge <= end}
             for own, (start, end) in zip(edges, stretches, strict=True)
         ]
-        common = set.intersection(*cuts)
-        if not common:
-            continue
+        common = sorted(set.intersection(*cuts))
+        if left is not None and common:
+            common = common[-left - 1 :]
+            left -= len(common) - 1
+        if common:
+            parts.append((stretches, common))
+    for stretches, common in reversed(parts):
         for m, (prompt, own, (start, _)) in enumerate(zip(prompts, edges, stretches, strict=True)):
-            first, last = start + min(common), start + max(common)
+            first, end = start + common[0], start + common[-1]
             control = members[m].codec.vocab.control
             for at, token in enumerate(prompt.ids):
-                if at in own and token not in control and first <= own[at] and own[at + 1] <= last:
+                if at in own and token not in control and first <= own[at] and own[at + 1] <= end:
                     reads[m].append(Read(prompt.ids[:at], token))
     return reads
 

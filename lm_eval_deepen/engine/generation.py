@@ -112,7 +112,8 @@ class Decoder:
                 break
             self.ready.append(self.waiting.popleft())
         by_prompt = self.ensemble.reads_prompts
-        wanted = [evidence(self.ensemble, row.job.prompts) for row in self.ready] if by_prompt else None
+        last = self.ensemble.prompt_stretches
+        wanted = [evidence(self.ensemble, row.job.prompts, last) for row in self.ready] if by_prompt else None
         losses = [
             follower.prefill(
                 [row.job.prompts[follower.m] for row in self.ready],

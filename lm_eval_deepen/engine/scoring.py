@@ -120,7 +120,9 @@ def _score_round(
     members, device = ensembles[0].active, ensembles[0].device
     reads_prompts = any(ensemble.reads_prompts for ensemble in ensembles)
     prompts = prompts if reads_prompts else []
-    by_prompt = [evidence(ensembles[0], own) for own in prompts]
+    lasts = [ensemble.prompt_stretches for ensemble in ensembles if ensemble.reads_prompts]
+    last = None if None in lasts else max((n for n in lasts if n is not None), default=None)
+    by_prompt = [evidence(ensembles[0], own, last) for own in prompts]
     wanted = [[reads[m] for reads in by_prompt] for m in range(len(members))]
     covers = next((ensemble.covers for ensemble in ensembles if ensemble.covers), {})
     plans = {m: [_plan(reader, trees, m, row.place) for row in rows] for m, reader in covers.items()}

@@ -114,7 +114,8 @@ def examine(ensemble: Ensemble) -> dict[str, Any]:
     if ensemble.fuser is None:
         return {}
     warned = flat_spaces(getattr(ensemble.fuser, "facts", {}))
-    if ensemble.reads_prompts or ensemble.by_words or any(member.generates_only for member in ensemble.members):
+    by_prompt = ensemble.reads_prompts and not ensemble.learns
+    if by_prompt or ensemble.by_words or any(member.generates_only for member in ensemble.members):
         return {"warnings": [asdict(warning) for warning in warned]} if warned else {}
     documents = load_documents([default_text()], DOCUMENTS)
     try:

@@ -305,29 +305,26 @@ def read_stretches(
             yield i, StretchReading(logp, greedy, present, span.evidence)
 
 
-def weigh(experts: Experts, reading: StretchReading, *, learn_from_prompt: bool) -> StretchScore:
+def weigh(experts: Experts, reading: StretchReading) -> StretchScore:
     """Return the score of a text: of every stretch the weighted mean of the members' probabilities.
 
     Args:
         experts: the static ensembles, whose posterior is updated after every stretch; one where weights are constant.
         reading: what the members make of the text.
-        learn_from_prompt: whether the stretches of the prompt move the posterior.
     """
-    evidence = reading.evidence if learn_from_prompt else 0
-    start = reading.evidence - evidence
-    logp, greedy = reading.logp[:, :, start:], reading.greedy[:, start:]
+    prompt = reading.evidence
     weights = experts.among(reading.present[None])[0]  # [K, M]
-    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp[experts.places_of_powers()], dim=1)  # [K, S]
-    log_posterior, values = posteriors(experts.log_prior, by_expert)
-    in_force = (log_posterior[:-1].exp() @ weights)[evidence:]  # [S, M]
-    chosen = (in_force * greedy.T[evidence:]).sum(1) > 0.5
+    by_expert = torch.logsumexp(weights.log()[:, :, None] + reading.logp[experts.places_of_powers()], dim=1)  # [K, S]
+    log_posterior, values = posteriors(experts.begun(by_expert[:, :prompt]), by_expert[:, prompt:])
+    in_force = log_posterior[:-1].exp() @ weights  # [S, M]
+    chosen = (in_force * reading.greedy.T[prompt:]).sum(1) > 0.5
     mean = in_force.mean(0) if len(in_force) else weights.mean(0)
-    return StretchScore(tuple(values[evidence:].tolist()), bool(chosen.all()), tuple(mean.tolist()))
+    return StretchScore(tuple(values.tolist()), bool(chosen.all()), tuple(mean.tolist()))
 
 
 def weighed(ensemble: EnsembleBase, reading: StretchReading) -> StretchScore:
     """Return the score of a text that an ensemble has read by stretches, and count it."""
-    score = weigh(ensemble.stretch_experts, reading, learn_from_prompt=ensemble.learns and ensemble.reads_prompts)
+    score = weigh(ensemble.stretch_experts, reading)
     ensemble.counters.record_stretches(score.weights, len(score.logp), reading.present.tolist())
     return score
 
@@ -338,9 +335,10 @@ def joined(readings: Sequence[StretchReading]) -> StretchReading:
     return StretchReading(logp, greedy, readings[0].present)
 
 
-def without_evidence(span: StretchSpan) -> StretchSpan:
-    """Return a text without the stretches of its prompt."""
-    return replace(span, cuts=tuple(own[span.evidence :] for own in span.cuts), evidence=0)
+def with_evidence(span: StretchSpan, last: int) -> StretchSpan:
+    """Return a text with the last stretches of its prompt alone."""
+    kept = min(span.evidence, last)
+    return replace(span, cuts=tuple(own[span.evidence - kept :] for own in span.cuts), evidence=kept)
 
 
 def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[int]]:

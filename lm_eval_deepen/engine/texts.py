@@ -22,7 +22,7 @@ from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
-from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, without_evidence
+from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, with_evidence
 from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
@@ -260,7 +260,7 @@ def _by_stretches(
     texts: Texts, pairs: Sequence[tuple[str, str]], spans: Sequence[StretchSpan]
 ) -> tuple[ScoredText, ...]:
     ensemble = texts.ensemble
-    kept = list(spans) if ensemble.reads_prompts else [without_evidence(span) for span in spans]
+    kept = [with_evidence(span, ensemble.prompt_stretches or 0) for span in spans]
     nodes = nodes_per_forward(ensemble, texts.batch(1))
     readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
     scores = [weighed(ensemble, readings[index]) for index in range(len(pairs))]

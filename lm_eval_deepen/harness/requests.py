@@ -20,7 +20,7 @@ from lm_eval_deepen.engine.stretches import (
     joined,
     read_stretches,
     weighed,
-    without_evidence,
+    with_evidence,
 )
 from lm_eval_deepen.engine.texts import Texts
 from lm_eval_deepen.engine.windows import rolling_spans
@@ -159,8 +159,8 @@ class RequestHandler(MainMemberView):
 
     def _score_stretches(self, texts: Sequence[Sequence[StretchSpan]]) -> Iterator[tuple[int, list[StretchScore]]]:
         """Score texts by stretches; a text may have several windows, and none where it is empty."""
-        learns = any(peer.ensemble.reads_prompts for peer in self.peers)
-        windows = [window if learns else without_evidence(window) for text in texts for window in text]
+        last = max(peer.ensemble.prompt_stretches or 0 for peer in self.peers)
+        windows = [with_evidence(window, last) for text in texts for window in text]
         owners = [index for index, text in enumerate(texts) for _ in text]
         nothing = StretchScore((), True, tuple(self.ensemble.weights.tolist()))
         yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.weighting.base import PromptLoss, weighting
-from lm_eval_deepen.weighting.experts import Experts, posteriors
+from lm_eval_deepen.weighting.experts import Experts
 
 
 @weighting("bayes", paper="arXiv:1302.2820")
@@ -20,12 +21,26 @@ class Bayes(Options):
 
     The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
     geometric one, as it is and less sure (see `POWERS`). After every step (or stretch) an expert's posterior is
-    multiplied by the probability that it gave to what came. The mixture needs at most log2 K bits a text more than the
-    best of its K experts, whatever the text. It depends on nothing but the bytes of its own request.
+    multiplied by the probability that it gave to what came. After a prompt, a share of the prior stays. So a
+    continuation needs at most log2(K / prior_share) bits more than with the best of the K experts, whatever the text;
+    with ``learn_from: continuation`` it is log2 K. All depends on nothing but the bytes of its own request.
     """
 
     learn_from: Literal["prompt", "continuation"] = Field(
-        "continuation", description="Where learning starts: at the continuation, or at the request's own prompt."
+        "prompt", description="Where learning starts: at the end of the request's own prompt, or at the continuation."
+    )
+    prompt_stretches: int = Field(
+        32,
+        ge=1,
+        description="How much of the prompt is learnt from: so many of its last stretches, which lie between places "
+        "where the tokens of all members end.",
+    )
+    prior_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="How much of the prior stays in the weights after a prompt. What a prompt teaches wrongly costs at "
+        "most log2(1/prior_share) bits.",
     )
     averages: Literal["both", "linear"] = Field(
         "both", description="The averages of the experts: linear and, where the method has it, geometric; or linear."
@@ -53,15 +68,19 @@ class BayesWeigher:
         """Take the options."""
         self.options = options
         self.reads_prompts = options.learn_from == "prompt"
+        self.prompt_stretches = options.prompt_stretches if self.reads_prompts else 0
 
     def of_steps(self, members: int, *, geometric: bool) -> Experts:
         """Return the experts at steps for so many members; `geometric` says whether the method has that average."""
         both = geometric and self.options.averages == "both"
-        return Experts.of_steps(members, geometric=both, prior=self.options.prior)
+        return self._learning(Experts.of_steps(members, geometric=both, prior=self.options.prior))
 
     def of_stretches(self, members: int) -> Experts:
         """Return the experts at stretches for so many members."""
-        return Experts.of_stretches(members, prior=self.options.prior)
+        return self._learning(Experts.of_stretches(members, prior=self.options.prior))
+
+    def _learning(self, experts: Experts) -> Experts:
+        return replace(experts, prompt_stretches=self.prompt_stretches, prior_share=self.options.prior_share)
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
         """Return the configured weights for every request [R, M]."""
@@ -73,10 +92,11 @@ class BayesWeigher:
 
 
 def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tensor:
-    """Return the log posterior [K] after a prompt of which every member has a loss, or None where it abstains.
+    """Return the experts' log weights [K] after a prompt of which every member has a loss, or None where it abstains.
 
     The prompt is divided into stretches: at the places where the tokens of all members end. An expert gives a stretch
     the weighted mean of what the members give it by their own tokens, so that no distribution is fused for a prompt.
+    The last stretches are most like what follows, and a long prompt would leave one expert alone.
     """
     known = [loss for loss in losses if loss is not None]
     weights = experts.weights
@@ -96,5 +116,4 @@ def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tenso
         return experts.log_prior
     sums = torch.tensor([[own[at] for at in common] for own in ends], dtype=torch.float64)  # [M, S]
     logp = torch.diff(sums, dim=1, prepend=torch.zeros(len(known), 1, dtype=torch.float64))
-    by_expert = torch.logsumexp(weights.log()[:, :, None] + logp, dim=1)  # [K, S]
-    return posteriors(experts.log_prior, by_expert)[0][-1]
+    return experts.begun(torch.logsumexp(weights.log()[:, :, None] + logp, dim=1))

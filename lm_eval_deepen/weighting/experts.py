@@ -28,12 +28,16 @@ class Experts:
         power: what the probabilities are raised to, and then normalised again [K], fp64: below 1, an expert is less
             sure than its members. Of a geometric expert that is the sum of its exponents.
         log_prior: natural-log prior of every expert [K], fp64.
+        prompt_stretches: how many of a prompt's last stretches they learn from.
+        prior_share: how much of the prior stays in the weights that a continuation begins with.
     """
 
     weights: Tensor
     geometric: Tensor
     power: Tensor
     log_prior: Tensor
+    prompt_stretches: int = 0
+    prior_share: float = 1.0
 
     @classmethod
     def static(cls, weights: Tensor) -> Experts:
@@ -101,6 +105,24 @@ class Experts:
         weights = self.weights.to(here.device) * here
         total = weights.sum(2, keepdim=True)
         return torch.where(total > 0, weights / total.clamp_min(1e-300), here / here.sum(2, keepdim=True).clamp_min(1))
+
+    def begun(self, prompt: Tensor) -> Tensor:
+        """Return the log weights [K] that a continuation begins with, after a prompt's stretches.
+
+        They are the posterior after the last `prompt_stretches`, and a share of the prior (the fixed share of Herbster
+        and Warmuth, 1998, at this one place). So what a prompt teaches costs a continuation at most log2(1/share) bits
+        if it is wrong there.
+
+        Args:
+            prompt: each expert's natural-log probability of every stretch of the prompt [K, S], fp64.
+        """
+        last = prompt[:, prompt.shape[1] - min(self.prompt_stretches, prompt.shape[1]) :]
+        learnt = posteriors(self.log_prior, last)[0][-1]
+        return torch.stack([_log(1 - self.prior_share) + learnt, _log(self.prior_share) + self.log_prior]).logsumexp(0)
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf
 
 
 def simplex_grid(members: int) -> Iterator[tuple[float, ...]]:

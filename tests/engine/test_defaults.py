@@ -102,7 +102,8 @@ def test_a_member_without_room_sits_out_and_the_others_learn_without_it(pico, tm
     long = ("The dog did not mind,", " and the fox walked away" * 3)
     ((value, _),) = short.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
     ((alone, _),) = model.loglikelihood(requests("loglikelihood", long), disable_tqdm=True)
-    assert 0 > value >= alone - math.log(len(short.ensemble.experts)) - 1e-3
+    experts = short.ensemble.experts
+    assert 0 > value >= alone - math.log(len(experts) / experts.prior_share) - 1e-3
     assert short.get_model_info()["deepen"]["steps_sat_out"]["metaspace"] > 10
 
 
@@ -134,7 +135,7 @@ def adversaries(pico, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["random", "permuted", "certain"])
 @pytest.mark.parametrize("method", ["deepen", "mixture"])
 def test_an_adversary_costs_at_most_log2_k_bits_a_text(pico, adversaries, tmp_path, method, name) -> None:
-    """In both orders; under `deepen` against the honest member in the main member's pieces, as every expert is."""
+    """In both orders, whatever the prompt teaches; under `deepen` against the honest member in the main one's pieces."""
     for first in (True, False):
         paths = [pico["bytelevel"], adversaries[name]][:: 1 if first else -1]
         keys = {"matrix_dir": str(tmp_path), "method": method}
@@ -145,7 +146,7 @@ def test_an_adversary_costs_at_most_log2_k_bits_a_text(pico, adversaries, tmp_pa
         learnt = model.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
         best = alone.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
         for (value, _), (other, _) in zip(learnt, best, strict=True):
-            assert math.isfinite(value) and value >= other - math.log(len(experts)) - 1e-3
+            assert math.isfinite(value) and value >= other - math.log(len(experts) / experts.prior_share) - 1e-3
 
 
 @pytest.mark.parametrize("method", ["deepen", "mixture"])
@@ -160,7 +161,8 @@ def test_five_members_two_of_them_adversaries(pico, adversaries, tmp_path, metho
         weights[m] = 1 - 4e-6
         alone = by_default(*paths, **keys, weights=weights)
         own = [value for value, _ in alone.loglikelihood(requests("loglikelihood", *PAIRS[:6]), disable_tqdm=True)]
-        assert all(a >= b - math.log(len(experts)) - 1e-3 for a, b in zip(learnt, own, strict=True))
+        bound = math.log(len(experts) / experts.prior_share)
+        assert all(a >= b - bound - 1e-3 for a, b in zip(learnt, own, strict=True))
     if method == "mixture":  # and the order changes nothing
         turned = by_default(*paths[::-1], **keys)
         again = [value for value, _ in turned.loglikelihood(requests("loglikelihood", *PAIRS[:6]), disable_tqdm=True)]

@@ -13,7 +13,7 @@ from harness import deepen, requests
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
-from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import score, score_together
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", ""]
@@ -59,7 +59,7 @@ def by_each(plain, span):
 
 
 def test_scoring_equals_the_mixture_of_plain_ensembles(make):
-    model = make(weighting="bayes")
+    model = make(weighting="bayes", learn_from="continuation")
     plain = experts_of(make, model)
     prompter = Prompter(model.ensemble)
     spans = [prompter.span(*request) for request in REQUESTS]
@@ -81,8 +81,16 @@ def test_one_pass_serves_learning_and_constant_weights(make):
             assert together[index][at].logp == pytest.approx(own.logp, abs=1e-4)
 
 
-def test_generation_learns_from_its_own_text(make):
+def test_generation_learns_from_its_prompt_as_scoring_does(make):
     model = make(weighting="bayes")
+    jobs = [Job(Prompter(model.ensemble).prompts(context, 6), 6) for context in CONTEXTS[:3]]
+    for index, found in generate(model.ensemble, jobs, 2):
+        ((_, scored),) = score(model.ensemble, [Span(jobs[index].prompts, tuple(found.ids))], 16)
+        assert scored.logp == pytest.approx(found.logp, abs=1e-3)
+
+
+def test_generation_learns_from_its_own_text(make):
+    model = make(weighting="bayes", learn_from="continuation")
     plain = experts_of(make, model)
     jobs = [Job(Prompter(model.ensemble).prompts(context, 6), 6) for context in CONTEXTS[:3]]
     found = dict(generate(model.ensemble, jobs, 2))
@@ -106,9 +114,10 @@ def test_speculation_changes_no_text(make):
     assert plain == drafted
 
 
-def test_what_the_prompt_teaches_is_what_stretches_say(make):
-    """The posterior after a prompt is that of the stretches between the places where all members' tokens end."""
-    model = make(weighting="bayes", learn_from="prompt")
+@pytest.mark.parametrize(("last", "share"), [(32, 0.25), (3, 0.0)])
+def test_what_the_prompt_teaches_is_what_stretches_say(make, last, share):
+    """The weights after a prompt are those of the last stretches between the places where all members' tokens end."""
+    model = make(weighting="bayes", prompt_stretches=last, prior_share=share)
     context = "The quick brown fox jumps over the lazy dog. The dog did not mind,"
     span = Prompter(model.ensemble).span(context, " and the fox walked away")
     (score_here,) = [found for _, found in score(model.ensemble, [span], 16)]
@@ -128,10 +137,12 @@ def test_what_the_prompt_teaches_is_what_stretches_say(make):
     common = sorted(set.intersection(*ends))
     experts = model.ensemble.experts
     log_posterior = experts.log_prior.clone()
-    for begin, end in itertools.pairwise(common):
+    assert len(common) > 4
+    for begin, end in itertools.pairwise(common[-last - 1 :]):
         values = torch.tensor([sum(v for place, v in own.items() if begin < place <= end) for own in sums]).double()
         log_posterior += torch.logsumexp(experts.weights.log() + values, dim=1)
-    log_posterior = torch.log_softmax(log_posterior, dim=0)
+    posterior = (1 - share) * torch.softmax(log_posterior, dim=0) + share * experts.log_prior.exp()
+    log_posterior = posterior.log()
     got = model.ensemble.experts
     plain = by_each(experts_of(make, model), span).double()
     expected = torch.logsumexp(log_posterior + plain.sum(1), dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,14 +48,25 @@ def test_the_grid_has_every_member_alone_and_equal_weights_and_prefers_nobody(me
 def test_no_text_costs_more_than_log_k_above_any_member(reading: StretchReading, learn: bool) -> None:
     members = reading.logp.shape[1]
     experts = Experts.of_steps(members, geometric=False)
-    score = weigh(experts, reading, learn_from_prompt=False)
+    score = weigh(experts, reading)
     scored = reading.logp[0, :, reading.evidence :].sum(1)
     best = max(float(scored[m]) for m in range(members) if reading.present[m])
     assert score.total >= best - math.log(len(experts)) - 1e-9
     if learn:  # with the prompt as evidence, the bound is on prompt and text together
-        whole = weigh(experts, StretchReading(reading.logp, reading.greedy, reading.present), learn_from_prompt=True)
+        whole = weigh(experts, StretchReading(reading.logp, reading.greedy, reading.present))
         together = max(float(reading.logp[0, m].sum()) for m in range(members) if reading.present[m])
         assert whole.total >= together - math.log(len(experts)) - 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(readings(), st.integers(0, 5), st.sampled_from([0.1, 0.25, 1.0]))
+def test_what_a_prompt_teaches_wrongly_costs_at_most_its_share(reading, stretches: int, share: float) -> None:
+    """Against the best member on the continuation alone, whatever came before."""
+    members = reading.logp.shape[1]
+    experts = replace(Experts.of_steps(members, geometric=False), prompt_stretches=stretches, prior_share=share)
+    score = weigh(experts, reading)
+    best = max(float(reading.logp[0, m, reading.evidence :].sum()) for m in range(members) if reading.present[m])
+    assert score.total >= best - math.log(len(experts) / share) - 1e-9
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,9 +75,10 @@ def test_the_order_of_the_members_changes_no_score(reading: StretchReading, rand
     order = list(range(reading.logp.shape[1]))
     random.shuffle(order)
     turned = StretchReading(reading.logp[:, order], reading.greedy[order], reading.present[order], reading.evidence)
-    experts = Experts.of_steps(len(order), geometric=False)
-    for learn in (False, True):
-        a, b = weigh(experts, reading, learn_from_prompt=learn), weigh(experts, turned, learn_from_prompt=learn)
+    for stretches, share in ((0, 1.0), (2, 0.25), (99, 0.0)):
+        experts = Experts.of_steps(len(order), geometric=False)
+        experts = replace(experts, prompt_stretches=stretches, prior_share=share)
+        a, b = weigh(experts, reading), weigh(experts, turned)
         assert a.total == pytest.approx(b.total, abs=1e-9) or (a.total == b.total == -math.inf)
         assert [a.weights[m] for m in order] == pytest.approx(b.weights, abs=1e-9)
 
@@ -95,14 +108,14 @@ def test_one_member_is_the_member() -> None:
         torch.tensor([[[-1.0, -2.5]]]).double(), torch.ones(1, 2, dtype=torch.bool), torch.tensor([True])
     )
     for experts in (Experts.of_steps(1, geometric=False), Experts.static(torch.tensor([1.0]))):
-        score = weigh(experts, reading, learn_from_prompt=False)
+        score = weigh(experts, reading)
         assert score.total == pytest.approx(-3.5) and score.greedy
 
 
 def test_weights_learn_who_is_right() -> None:
     logp = torch.tensor([[[-1.0] * 20, [-4.0] * 20]]).double()
     reading = StretchReading(logp, torch.zeros(2, 20, dtype=torch.bool), torch.tensor([True, True]))
-    score = weigh(Experts.of_steps(2, geometric=False), reading, learn_from_prompt=False)
+    score = weigh(Experts.of_steps(2, geometric=False), reading)
     assert score.weights[0] > 0.85
     first, last = score.logp[0], score.logp[-1]
     assert last > first and list(itertools.accumulate(score.logp))[-1] == pytest.approx(score.total)
