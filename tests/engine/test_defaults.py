@@ -135,7 +135,7 @@ def adversaries(pico, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["random", "permuted", "certain"])
 @pytest.mark.parametrize("method", ["deepen", "mixture"])
 def test_an_adversary_costs_at_most_log2_k_bits_a_text(pico, adversaries, tmp_path, method, name) -> None:
-    """In both orders, whatever the prompt teaches; under `deepen` against the honest member in the main one's pieces."""
+    """In both orders; under `deepen` against the honest member in the main member's pieces, as every expert is."""
     for first in (True, False):
         paths = [pico["bytelevel"], adversaries[name]][:: 1 if first else -1]
         keys = {"matrix_dir": str(tmp_path), "method": method}
