@@ -228,7 +228,7 @@ def by_stretches(model, expert):
 @pytest.mark.parametrize("names", [("bytelevel", "metaspace"), ("metaspace", "bytelevel")], ids="+".join)
 def test_mixture_writes_without_a_main_member(make, names):
     """The law is summed over the experts, each of which stands for a whole text; it is the same in both orders."""
-    model = make(names, method="mixture")
+    model = make(names, method="mixture", learn_from="continuation")
     experts = model.ensemble.stretch_experts
     cells = Counter()
     for expert, prior in enumerate(experts.log_prior.exp().tolist()):
@@ -379,7 +379,9 @@ def test_what_cannot_be_sampled_by_turns_is_sampled_as_before_and_told_once(make
 
 def test_experts_with_linear_averages_are_drawn_for_a_text(make):
     """The mixture of experts is one of whole texts, as that of the weights that learn."""
-    model = make(("bytelevel", "metaspace"), covers="off", weighting="bayes", averages="linear")
+    model = make(
+        ("bytelevel", "metaspace"), covers="off", weighting="bayes", averages="linear", learn_from="continuation"
+    )
     base, experts, cells = model.ensemble, model.ensemble.experts, Counter()
     weights, even = experts.weights.float(), base.weights
     for own, prior in zip(weights, experts.log_prior.exp().tolist(), strict=True):
