@@ -131,7 +131,8 @@ def test_one_member_and_one_that_abstains_are_told(pico: dict[str, Path], tmp_pa
     late = one["steps"][-1]
     assert late["members"][1] == {"abstained": True} and late["skipped"] == "all weight on the main member"
     assert late["members"][0]["weight"] == 1 and not late.get("changed")
-    assert "skipped" not in one["steps"][0] and one["steps"][0]["members"][1]["weight"] == 0.5
+    weights = [member["weight"] for member in one["steps"][0]["members"]]
+    assert "skipped" not in one["steps"][0] and min(weights) > 0 and sum(weights) == pytest.approx(1)
 
 
 def test_documents_are_joined_to_the_samples_and_counted(pico: dict[str, Path], tmp_path: Path, caplog: Any) -> None:

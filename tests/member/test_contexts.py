@@ -175,9 +175,9 @@ def test_weights_by_prompt_are_those_of_the_members_that_can_read_it(ensemble):
     for model, span in zip((trio, pair), spans, strict=True):
         fuse, seen = model.ensemble.fuse, []
 
-        def noted(logp, present, base, notes, fuse=fuse, seen=seen):
+        def noted(logp, present, base, *others, fuse=fuse, seen=seen):
             seen.append(base[0].tolist())
-            return fuse(logp, present, base, notes)
+            return fuse(logp, present, base, *others)
 
         model.ensemble.fuse = noted
         list(score(model.ensemble, [span], 512))
