@@ -21,13 +21,14 @@ class Bayes(Options):
 
     The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
     geometric one, as it is and less sure (see `POWERS`). After every step (or stretch) an expert's posterior is
-    multiplied by the probability that it gave to what came. After a prompt, a share of the prior stays. So a
-    continuation needs at most log2(K / prior_share) bits more than with the best of the K experts, whatever the text;
-    with ``learn_from: continuation`` it is log2 K. All depends on nothing but the bytes of its own request.
+    multiplied by the probability that it gave to what came. The mixture needs at most log2 K bits a text more than the
+    best of its K experts, whatever the text. With ``learn_from: prompt`` what a prompt teaches may be wrong about what
+    follows; a share of the prior stays, so that the bound is log2(K / prior_share). All depends on nothing but the
+    bytes of its own request.
     """
 
     learn_from: Literal["prompt", "continuation"] = Field(
-        "prompt", description="Where learning starts: at the end of the request's own prompt, or at the continuation."
+        "continuation", description="Where learning starts: at the continuation, or at the end of the request's prompt."
     )
     prompt_stretches: int = Field(
         32,
@@ -80,6 +81,8 @@ class BayesWeigher:
         return self._learning(Experts.of_stretches(members, prior=self.options.prior))
 
     def _learning(self, experts: Experts) -> Experts:
+        if not self.reads_prompts:
+            return experts
         return replace(experts, prompt_stretches=self.prompt_stretches, prior_share=self.options.prior_share)
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def by_each(plain, span):
 
 
 def test_scoring_equals_the_mixture_of_plain_ensembles(make):
-    model = make(weighting="bayes", learn_from="continuation")
+    model = make(weighting="bayes")
     plain = experts_of(make, model)
     prompter = Prompter(model.ensemble)
     spans = [prompter.span(*request) for request in REQUESTS]
@@ -82,7 +82,7 @@ def test_one_pass_serves_learning_and_constant_weights(make):
 
 
 def test_generation_learns_from_its_prompt_as_scoring_does(make):
-    model = make(weighting="bayes")
+    model = make(weighting="bayes", learn_from="prompt")
     jobs = [Job(Prompter(model.ensemble).prompts(context, 6), 6) for context in CONTEXTS[:3]]
     for index, found in generate(model.ensemble, jobs, 2):
         ((_, scored),) = score(model.ensemble, [Span(jobs[index].prompts, tuple(found.ids))], 16)
@@ -90,7 +90,7 @@ def test_generation_learns_from_its_prompt_as_scoring_does(make):
 
 
 def test_generation_learns_from_its_own_text(make):
-    model = make(weighting="bayes", learn_from="continuation")
+    model = make(weighting="bayes")
     plain = experts_of(make, model)
     jobs = [Job(Prompter(model.ensemble).prompts(context, 6), 6) for context in CONTEXTS[:3]]
     found = dict(generate(model.ensemble, jobs, 2))
@@ -117,7 +117,7 @@ def test_speculation_changes_no_text(make):
 @pytest.mark.parametrize(("last", "share"), [(32, 0.25), (3, 0.0)])
 def test_what_the_prompt_teaches_is_what_stretches_say(make, last, share):
     """The weights after a prompt are those of the last stretches between the places where all members' tokens end."""
-    model = make(weighting="bayes", prompt_stretches=last, prior_share=share)
+    model = make(weighting="bayes", learn_from="prompt", prompt_stretches=last, prior_share=share)
     context = "The quick brown fox jumps over the lazy dog. The dog did not mind,"
     span = Prompter(model.ensemble).span(context, " and the fox walked away")
     (score_here,) = [found for _, found in score(model.ensemble, [span], 16)]

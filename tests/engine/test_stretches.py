@@ -136,7 +136,7 @@ def test_left_truncation_keeps_the_same_text_in_every_member(make):
 
 def test_bayes_needs_at_most_log2_k_bits_more_than_its_best_expert(make):
     for names in [("bytelevel", "metaspace"), NAMES]:
-        model = make(*names, weighting="bayes", learn_from="continuation")
+        model = make(*names, weighting="bayes")
         experts = model.ensemble.experts
         bound = math.log(len(experts))
         learned = [score for score, _ in scores(model, PAIRS[:20])]
@@ -163,7 +163,7 @@ def test_five_members_have_the_bound_and_no_order(pico, tmp_path):
 
     pairs = PAIRS[:6]
     for method in ("mixture", "deepen"):
-        learned = model(range(5), method, learn_from="continuation")
+        learned = model(range(5), method)
         experts = learned.ensemble.stretch_experts if method == "mixture" else learned.ensemble.experts
         assert len(experts) > 15
         learned = torch.tensor([score for score, _ in scores(learned, pairs)])
@@ -172,7 +172,7 @@ def test_five_members_have_the_bound_and_no_order(pico, tmp_path):
             assert bool((learned >= static - math.log(len(experts)) - 1e-3).all()), (method, weights)
         if method == "mixture":
             for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
-                again = model(order, method, learn_from="continuation")
+                again = model(order, method)
                 again = torch.tensor([score for score, _ in scores(again, pairs)])
                 torch.testing.assert_close(again, learned, atol=1e-6, rtol=1e-6)
 

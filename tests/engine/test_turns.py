@@ -228,7 +228,7 @@ def by_stretches(model, expert):
 @pytest.mark.parametrize("names", [("bytelevel", "metaspace"), ("metaspace", "bytelevel")], ids="+".join)
 def test_mixture_writes_without_a_main_member(make, names):
     """The law is summed over the experts, each of which stands for a whole text; it is the same in both orders."""
-    model = make(names, method="mixture", learn_from="continuation")
+    model = make(names, method="mixture")
     experts = model.ensemble.stretch_experts
     cells = Counter()
     for expert, prior in enumerate(experts.log_prior.exp().tolist()):
