@@ -50,7 +50,7 @@ def member_bits(folder: Path, system: str, kind: str) -> tuple[Tensor, float] | 
 
 
 def learned(found: Found, experts: Experts) -> Tensor:
-    """Bits per document of the mixture of some of the experts that were measured, after what prompts teach."""
+    """Bits per document of the mixture of some of the experts that were measured."""
     kinds = zip(experts.weights, *zip(*experts.kinds(), strict=True), strict=True)
     index = [place(found, *kind) for kind in kinds]
     by_expert = -per_document(found, found["on"].T[index]) * math.log(2)  # nats [K, D]
@@ -99,7 +99,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
     own = {name: value for name, value in alone.items() if value is not None}
     best = min(own, key=lambda name: float(own[name][0].sum()))
     reference = own[best][0]
-    default, afresh = (BayesWeigher(Bayes(learn_from=start)) for start in ("prompt", "continuation"))
+    default, prompted = (BayesWeigher(Bayes(learn_from=start)) for start in ("continuation", "prompt"))
     found: dict[str, Any] = {"kind": kind, "best": best, "temperature": own[best][1], "documents": len(reference)}
     size = int(next(iter(tests.values()))["bytes"].sum())
     found |= {"bytes": size, "bits_per_byte": float(reference.sum()) / size}
@@ -107,7 +107,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
         equal = [1 / len(names)] * len(names)
         found[system] = {
             "default": compare(bits := learned(test, default.of_steps(len(names), geometric=True)), reference),
-            "afresh": compare(learned(test, afresh.of_steps(len(names), geometric=True)), reference),
+            "from prompt": compare(learned(test, prompted.of_steps(len(names), geometric=True)), reference),
             "equal, no covers": compare(static(test, "off", equal), reference),
             "bits": bits,
         }
@@ -116,7 +116,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
             theirs = next(load(folder, s, kind, "test") for s in all_systems(folder) if s.startswith(f"{other}+"))
             natural = per_document(theirs, theirs["own"][TEMPERATURES.index(1.0)])
             found[system]["lost"] = {c: compare(static(test, c, (0.0, 1.0)), natural) for c in ("off", "on")}
-    for name, weigher in (("mixture", default), ("mixture, afresh", afresh)):
+    for name, weigher in (("mixture", default), ("mixture, from prompt", prompted)):
         own_bits = [stretches(test, weigher.of_stretches(len(names))) for test in tests.values()]
         found[name] = compare(own_bits[0], reference)
         found[f"{name}, orders"] = max(
@@ -147,16 +147,16 @@ def tables(folder: Path, systems: Sequence[str]) -> list[str]:
             + [f"{100 * r['orders']:.2f} %", shown(r["mixture"])]
         )
     lines = ["| " + " | ".join(line) + " |" for line in out]
-    head = ["text"] + ["mixture: nothing learnt from prompts"]
+    head = ["text"] + ["mixture, from the prompt"]
     for system in systems:
-        head += [f"{system}: nothing learnt from prompts", f"{system}: equal weights, no covers"]
+        head += [f"{system}: from the prompt", f"{system}: equal weights, no covers"]
         head += [f"{system}: lost, no covers", f"{system}: lost, covers"] if system.count("+") == 1 else []
     out = [head, ["---"] * len(head)]
     for r in rows:
-        line = [r["kind"], shown(r["mixture, afresh"])]
+        line = [r["kind"], shown(r["mixture, from prompt"])]
         for system in systems:
             own = r[system]
-            line += [shown(own["afresh"]), shown(own["equal, no covers"])]
+            line += [shown(own["from prompt"]), shown(own["equal, no covers"])]
             line += [f"{100 * own['lost'][c].share:+.1f} %" for c in ("off", "on")] if "lost" in own else []
         out.append(line)
     return [*lines, "", *("| " + " | ".join(line) + " |" for line in out)]
