@@ -113,9 +113,8 @@ class Builds:
         for each in self.needed([name]):
             if each not in self._identities:
                 recipe = self.recipes[each]
-                self._identities[each] = recipe.identity(
-                    {**self.places, **{name: self.pretrained(name) for name in self.recipes}}, self._identities
-                )
+                unbuilt = {other: self.pretrained(other) for other in self.recipes}
+                self._identities[each] = recipe.identity({**self.places, **unbuilt}, self._identities)
         return self._identities[name]
 
     def incompatible(self, names: Iterable[str]) -> str | None:

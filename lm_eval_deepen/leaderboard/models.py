@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.base import FusionNotes
 from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.fusion.base import Fuser
@@ -68,17 +67,10 @@ class TimedEnsemble(Ensemble):
         """Return the same ensemble, timed."""
         return cls(**{field.name: getattr(ensemble, field.name) for field in fields(Ensemble)})
 
-    def fuse(
-        self,
-        logp: Sequence[Tensor],
-        present: Tensor,
-        base: Tensor | None = None,
-        notes: FusionNotes | None = None,
-        inside: Tensor | None = None,
-    ) -> Tensor:
+    def fuse(self, *arguments: Any, **named: Any) -> Tensor:
         """Fuse rows; see `Ensemble.fuse`."""
         start = self._now()
-        fused = super().fuse(logp, present, base, notes, inside)
+        fused = super().fuse(*arguments, **named)
         self.fusing += self._now() - start
         return fused
 
