@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from lm_eval_deepen.config import EnsembleConfig, MemberConfig
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.ensemble import check_vocabularies, fuses
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.fusion.base import Fuser
+from lm_eval_deepen.fusion._expert_rows import ExpertRows
+from lm_eval_deepen.fusion.base import Fused, Fuser
 from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.model import DeepenLM
@@ -69,15 +71,50 @@ class TimedEnsemble(Ensemble):
 
     def fuse(self, *arguments: Any, **named: Any) -> Tensor:
         """Fuse rows; see `Ensemble.fuse`."""
+        with self.timing():
+            return super().fuse(*arguments, **named)
+
+    def fuse_by_expert(self, *arguments: Any, **named: Any) -> ExpertRows:
+        """Return rows under every expert, timed too; see `Ensemble.fuse_by_expert`."""
+        with self.timing():
+            return TimedRows(super().fuse_by_expert(*arguments, **named), self)
+
+    def mix(self, logp: Sequence[Tensor], rows: ExpertRows, *arguments: Any, **named: Any) -> Tensor:
+        """Return the experts' mixture; see `Ensemble.mix`."""
+        with self.timing():
+            return super().mix(logp, rows.rows if isinstance(rows, TimedRows) else rows, *arguments, **named)
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Count what happens inside as fusing."""
         start = self._now()
-        fused = super().fuse(*arguments, **named)
-        self.fusing += self._now() - start
-        return fused
+        try:
+            yield
+        finally:
+            self.fusing += self._now() - start
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the members' pending work would count as fusing
         return time.perf_counter()
+
+
+@dataclass
+class TimedRows:
+    """Rows under several experts, whose look-ups count as fusing of an ensemble."""
+
+    rows: ExpertRows
+    ensemble: TimedEnsemble
+
+    def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return every expert's log-probability of a token in a row; see `ExpertRows.at`."""
+        with self.ensemble.timing():
+            return self.rows.at(rows, tokens)
+
+    def mixed(self, log_posterior: Tensor) -> Fused:
+        """Return the experts' mixture; see `ExpertRows.mixed`."""
+        with self.ensemble.timing():
+            return self.rows.mixed(log_posterior)
 
 
 class RowModel(DeepenLM):

@@ -242,6 +242,14 @@ def test_shared_passes_give_what_separate_runs_give(write, tmp_path, folder):
     assert all(0 < cost.fusing < cost.seconds for cost in ensemble)
 
 
+def test_the_fusing_of_weights_that_learn_has_its_seconds(write, tmp_path):
+    grid = {"orders": ["A+B"], "methods": ["deepen", "gac"], "weightings": ["bayes"]}
+    todo = planned(write(grid=grid, tasks=[CHOICE, "conf_answer"]), tmp_path / "out")
+    cells = execute(todo, "cpu", lambda text: None)
+    costs = [cell.cost for (row, _), cell in cells.items() if row.startswith("A+B")]
+    assert len(costs) == 4 and all(0 < cost.fusing < cost.seconds for cost in costs)
+
+
 def test_the_harnesses_own_files_are_written_and_compare_reads_them(write, tmp_path):
     table = measured(write(), tmp_path / "out")
     [run] = find_runs(tmp_path / "out" / "A+B_gac")
