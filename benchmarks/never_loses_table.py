@@ -1,6 +1,6 @@
 """Put what benchmarks/never_loses.py measured into docs/relative-space.md.
 
-    python benchmarks/never_loses_table.py DIR [--systems S+G G+S] [--into]
+    python benchmarks/never_loses_table.py DIR [--systems S+G G+S | --all] [--into]
 
 A member is compared at the temperature that is best for it on the dev split of the same kind of text; the ensembles are
 the defaults, on the test split. Only the text between `<!-- never loses -->` and `<!-- end never loses -->` changes.
@@ -131,6 +131,79 @@ def all_systems(folder: Path) -> list[str]:
     return sorted({path.name.split(".")[0] for path in folder.glob("*.pt")}, key=lambda name: (name.count("+"), name))
 
 
+def twos_and_threes(folder: Path) -> list[str]:
+    """Every set of members, with every main member: the defaults and `mixture` against the set's best member.
+
+    The second table compares sets of three with the best set of two, each at its best: with the main member, or the
+    `mixture`, that suits the very documents best.
+    """
+    weigher = BayesWeigher(Bayes())
+    systems = [system for system in all_systems(folder) if "+" in system]
+    sets = sorted(
+        {frozenset(system.split("+")) for system in systems},
+        key=lambda s: (len(s), min(systems.index(x) for x in systems if set(x.split("+")) == s)),
+    )
+    names = sorted({name for own in sets for name in own}, key="SGQ".find)
+    out = [["text (documents)", "members", "best, fitted", *(f"defaults, main {name}" for name in names), "mixture"]]
+    against = [["text", "three", "the best two", "defaults", "mixture"]]
+    for kind in KINDS:
+        mains = {
+            name: next(
+                (s for s in systems if s.startswith(f"{name}+") and (folder / f"{s}.{kind}.dev.pt").exists()), None
+            )
+            for name in names
+        }
+        alone = {}
+        for name, system in mains.items():
+            test = next(
+                (found for s in systems if s.startswith(f"{name}+") and (found := load(folder, s, kind, "test"))), None
+            )
+            dev = load(folder, system, kind, "dev") if system else None
+            if test is not None and dev is not None:
+                alone[name] = per_document(test, test["own"][int(per_document(dev, dev["own"]).sum(1).argmin())])
+        bits: dict[frozenset[str], dict[str, Tensor]] = {}
+        for own in sets:
+            orders = {
+                s.split("+")[0]: found
+                for s in systems
+                if set(s.split("+")) == own and (found := load(folder, s, kind, "test"))
+            }
+            if not orders or own - alone.keys():
+                continue
+            count = len(own)
+            bits[own] = {
+                name: learned(found, weigher.of_steps(count, geometric=True)) for name, found in orders.items()
+            }
+            bits[own]["mixture"] = stretches(next(iter(orders.values())), weigher.of_stretches(count))
+            best = min(own, key=lambda name: float(alone[name].sum()))
+            cells = [shown(compare(bits[own][c], alone[best])) if c in bits[own] else "" for c in (*names, "mixture")]
+            out.append([f"{kind} ({len(alone[best])})", "".join(sorted(own, key=names.index)), best, *cells])
+        pairs = {
+            ("".join(sorted(own, key=names.index)), c): b
+            for own, found in bits.items()
+            if len(own) == 2
+            for c, b in found.items()
+        }
+        for own, found in bits.items():
+            if len(own) == 3 and len({pair for pair, _ in pairs}) == 3:
+                best_pair = min(pairs, key=lambda key: float(pairs[key].sum()))
+                main = min((c for c in found if c != "mixture"), key=lambda c: float(found[c].sum()))
+                against.append(
+                    [
+                        kind,
+                        "".join(names),
+                        " ".join(best_pair),
+                        f"{shown(compare(found[main], pairs[best_pair]))} (main {main})",
+                        shown(compare(found["mixture"], pairs[best_pair])),
+                    ]
+                )
+    tables = []
+    for rows in (out, against):
+        rows.insert(1, ["---"] * len(rows[0]))
+        tables += ["| " + " | ".join(line) + " |" for line in rows] + [""]
+    return tables[:-1]
+
+
 def shown(change: Change) -> str:
     return f"**{change}**" if change.worse else str(change)
 
@@ -167,10 +240,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--systems", nargs="+", default=["S+G", "G+S"])
     parser.add_argument("--into", action="store_true", help="write the tables into the page")
+    parser.add_argument("--all", action="store_true", help="every set of members that was measured, in twos and threes")
     arguments = parser.parse_args()
-    text = "\n".join(tables(arguments.folder, arguments.systems))
+    text = "\n".join(
+        twos_and_threes(arguments.folder) if arguments.all else tables(arguments.folder, arguments.systems)
+    )
     if arguments.into:
-        begin, end = "<!-- never loses -->", "<!-- end never loses -->"
+        name = "twos and threes" if arguments.all else "never loses"
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         page = PAGE.read_text(encoding="utf8")
         before, rest = page.split(begin)
         PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf8")

@@ -17,7 +17,7 @@ from lm_eval_deepen.harness.model import DeepenLM
 model = DeepenLM.create_from_arg_obj(json.loads(sys.argv[1]), {"batch_size": 4, "device": "cpu"})
 results = lm_eval.simple_evaluate(
     model=model, tasks=["deepen_demo"], limit=3, bootstrap_iters=10,
-    task_manager=TaskManager(include_path=sys.argv[2]),
+    task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False),
 )
 kept = {key: results[key] for key in ("results", "samples", "configs", "n-shot")}
 kept["deepen"] = results["config"]["deepen"]
