@@ -22,6 +22,7 @@ from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
 from lm_eval_deepen.member.arguments import check_loading
+from lm_eval_deepen.member.devices import give_back_freed_memory
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
@@ -48,7 +49,9 @@ class Ensemble(EnsembleBase):
             tokenizers = [load_tokenizer(member) for member in config.members]
             check_vocabularies(config, preview_vocabularies(config.members, tokenizers))
         loaded = zip(config.members, tokenizers, strict=True)
-        return cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
+        ensemble = cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
+        give_back_freed_memory()  # what reading vocabularies took
+        return ensemble
 
     @classmethod
     def assemble(cls, config: EnsembleConfig, members: Sequence[Member], fuser: Fuser | None = None) -> Ensemble:

@@ -78,12 +78,12 @@ class Generation:
 class Follower:
     """One member following the rows of a batch."""
 
-    def __init__(self, ensemble: EnsembleBase, m: int) -> None:
-        """Follow with active member `m`."""
+    def __init__(self, ensemble: EnsembleBase, m: int, first: Sequence[Prompt] = ()) -> None:
+        """Follow with active member `m`; `first`: its prompts of the texts that begin together."""
         self.ensemble, self.m = ensemble, m
         self.member = ensemble.active[m]
         self.walker = self.member.runner.walker()
-        self.cache = self.member.runner.rows()
+        self.cache = self.member.runner.rows(len(first), max((len(prompt.ids) for prompt in first), default=0))
         self.ready: deque[Prefilled] = deque()
         self.held: list[TokenPrefix] = []  # the tokens that each row took in last
         self.kept: dict[
@@ -91,7 +91,10 @@ class Follower:
         ] = {}  # distributions [V_m] of the last step, which covers may read in the next one
 
     def prefill(
-        self, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read] | None] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        wanted: Sequence[Sequence[Read] | None] | None = None,
+        then: Prompt | None = None,
     ) -> list[PromptLoss | None]:
         """Forward prompts, whose common beginnings are forwarded once, and keep them ready.
 
@@ -99,6 +102,7 @@ class Follower:
             prompts: this member's. Where it cannot take one in, next to nothing stands in its place.
             wanted: its tokens of every prompt that are evidence (see `evidence`); None where weights do not depend on
                 prompts.
+            then: the prompt after these, which may begin like the last one; None where there is none.
 
         Returns:
             This member's loss on each prompt if there is something `wanted`, else nothing.
@@ -106,6 +110,7 @@ class Follower:
         paths = [self.ensemble.path(self.m, prompt, (), b"") or self.member.idle for prompt in prompts]
         before = dict.fromkeys(read.before for reads in wanted or () for read in reads or ())
         texts, states = self.walker.prefill(paths, list(before))
+        self.walker.forget(then.ids if then is not None else ())
         self.ready.extend(texts)
         if wanted is None:
             return []

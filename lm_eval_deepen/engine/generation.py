@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +76,8 @@ class Decoder:
         """Take the texts that wait, how many are decoded together, and where drafts come from."""
         self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
         self.rows: list[BatchRow] = []
-        self.followers = [Follower(ensemble, m) for m in range(len(ensemble.active))]
+        first = [row.job.prompts for row in islice(waiting, batch_size)]
+        self.followers = [Follower(ensemble, m, [own[m] for own in first]) for m in range(len(ensemble.active))]
         self.ready: deque[BatchRow] = deque()
         self.reader = StepReader(ensemble)
         self.experts = ensemble.experts
@@ -118,6 +120,7 @@ class Decoder:
             follower.prefill(
                 [row.job.prompts[follower.m] for row in self.ready],
                 None if wanted is None else [reads[follower.m] for reads in wanted],
+                self.waiting[0].job.prompts[follower.m] if self.waiting else None,
             )
             for follower in self.followers
         ]

@@ -12,6 +12,7 @@ import torch
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
+from lm_eval_deepen.member.attention import SLACK
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.state import OLD_STATES, StateRunner
 
@@ -21,22 +22,28 @@ FUSION_COPIES = 6  # fp32 copies of a row's logits that fusion holds at once
 NODES_ON_ACCELERATOR = 8_192
 
 
-def kv_bytes(member: Member) -> int:
-    """Return the bytes of keys and values that one token takes up in one member."""
+def kv_bytes(member: Member, tokens: int = 1) -> int:
+    """Return the bytes of keys and values that a text takes up in one member."""
     config = member.lm.model.config.get_text_config()
-    return kv_bytes_by(lambda key, default=None: getattr(config, key, default), member.lm.model.dtype.itemsize)
+    return kv_bytes_by(lambda key, default=None: getattr(config, key, default), member.lm.model.dtype.itemsize, tokens)
 
 
-def kv_bytes_by(get: Callable[..., Any], itemsize: int) -> int:
-    """Return the bytes of keys and values of one token by a configuration: two vectors a layer and key-value head.
+def kv_bytes_by(get: Callable[..., Any], itemsize: int, tokens: int = 1) -> int:
+    """Return the bytes of keys and values of a text by a configuration: two vectors a layer, key-value head and token.
+
+    Layers that are named as those with a sliding window keep its tokens and a few more.
 
     Args:
         get: returns what the configuration has under a key, or a default.
         itemsize: bytes of a number.
+        tokens: of the text.
     """
     heads = get("num_attention_heads", 1)
     width = get("head_dim") or get("hidden_size", 0) // heads
-    return 2 * get("num_hidden_layers", 0) * (get("num_key_value_heads") or heads) * width * itemsize
+    window, layers = get("sliding_window"), get("num_hidden_layers", 0)
+    windowed = (get("layer_types") or []).count("sliding_attention") if window else 0
+    kept = (layers - windowed) * tokens + windowed * min(tokens, (window or 0) + SLACK)
+    return 2 * (get("num_key_value_heads") or heads) * width * itemsize * kept
 
 
 def fusion_bytes(vocabulary: int, batch: int) -> int:
@@ -60,7 +67,7 @@ def held_bytes(ensemble: EnsembleBase, m: int, longest: int) -> int:
     member = ensemble.active[m]
     runner = getattr(member.runner, "carrier", member.runner)
     if not isinstance(runner, StateRunner):
-        return int(ROOM * kv_bytes(member) * longest)
+        return int(ROOM * kv_bytes(member, longest))
     whole, more = runner.state_bytes
     goes_on = m in ensemble.siblings and ensemble.config.speculate == "off"
     return (whole + more * longest) * (2 if goes_on else OLD_STATES + 3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # Config fields of windowed attention that the masks below do not express.
 UNSUPPORTED_WINDOWS = ("attention_chunk_size", "window_size", "attention_types")
+SLACK = 128  # keys beside a window that are kept: for what a pass writes over, and for a text that goes back
 GPT_NEO = "gpt_neo"  # its layers mask by themselves, see `OwnMasks`
 
 
@@ -33,18 +34,35 @@ class MaskMaker:
         windows = [name for name in UNSUPPORTED_WINDOWS if kind != GPT_NEO and getattr(config, name, None)]
         if unknown or windows:
             raise NotImplementedError(f"attention of kinds {sorted(unknown) + windows}")
+        self.slack = SLACK
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * getattr(config, "num_hidden_layers", 0)
+        self.by_layer = [kind == "sliding_attention" for kind in types]  # whether it has the window, if there is one
 
-    def __call__(self, allowed: Tensor, place: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+    @property
+    def spans(self) -> list[int]:
+        """How many of a growing text's last keys each layer keeps, 0 for all; empty where all layers keep all."""
+        if self.window is None or not any(self.by_layer):
+            return []
+        return [self.window + self.slack if windowed else 0 for windowed in self.by_layer]
+
+    def __call__(
+        self, allowed: Tensor, place: Tensor, keys: Tensor, last: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Return the mask argument of the model's forward.
 
         Args:
             allowed: whether a query may see a key at all [B, Q, K] (bool).
             place: the positions of queries [B, Q].
             keys: the positions of keys [B, K].
+            last: those of the keys that layers with a window hold, where these are others [B, L]; negative for none.
         """
         if self.window is None or self.layer_types == {"full_attention"}:
             return self._format(allowed)
-        near = self._format(allowed & within(self.window, place, keys))
+        if last is None:
+            near = self._format(allowed & within(self.window, place, keys))
+        else:
+            before = (last[:, None] >= 0) & (last[:, None] <= place[:, :, None])  # [B, Q, L]
+            near = self._format(before & within(self.window, place, last))
         if "full_attention" not in self.layer_types:
             return near
         return {"full_attention": self._format(allowed), "sliding_attention": near}

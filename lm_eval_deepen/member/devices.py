@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +13,12 @@ from torch import Tensor, nn
 from lm_eval_deepen.errors import ConfigError, MemberError
 
 ACCELERATORS = ("cuda", "xpu", "npu", "hpu")  # what ``HFLM`` places models on, by number
+
+
+def give_back_freed_memory() -> None:
+    """Give the system back what was freed, where the C library is glibc, which keeps much of it."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def existing_devices() -> tuple[str, ...]:

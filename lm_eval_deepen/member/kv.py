@@ -19,12 +19,18 @@ class ColumnCache:
     """A KV cache of B rows whose caller says into which columns the next forward pass writes.
 
     Which columns a query may see is the attention mask's business alone; a column that is not masked out must
-    have been written. Layers with a sliding window keep all columns too, since a rollback may need them.
+    have been written. A layer may keep the last columns alone: column c of its rows then lies in place c % span.
     """
 
-    def __init__(self) -> None:
-        """Start without rows; the first forward pass tells their number and every layer's shape."""
+    def __init__(self, spans: Sequence[int] = (), room: tuple[int, int] = (0, 0)) -> None:
+        """Start empty; the first forward pass tells every layer's shape.
+
+        Args:
+            spans: how many columns each layer keeps, 0 for all; empty where all layers keep all.
+            room: rows and columns to make room for at once: growing one by one leaves holes in memory.
+        """
         self.cache: Any = Cache(layer_class_to_replicate=partial(_ColumnLayer, self))
+        self.spans, self.room = spans, room
         self.columns: Tensor = torch.zeros(0, 0, dtype=torch.long)  # where the next pass writes [B, N]
         self.rows: Tensor | None = None  # the rows of the next pass [b], None for all
         self.width = 0  # columns that the next pass sees
@@ -48,27 +54,35 @@ class ColumnCache:
             layer.values[:, :, places] = layer.values.index_select(2, at)
 
     @torch.inference_mode()
-    def take(self, columns: Tensor) -> list[LayerKV]:
-        """Return copies of `columns` [n] of row 0: keys and values [H, n, D] per layer."""
+    def take(self, columns: Tensor, spans: Sequence[int] = ()) -> list[LayerKV]:
+        """Return copies of `columns` [n] of row 0, or of the last ones that a layer keeps: [H, n, D] per layer."""
         layers = []
-        for layer in self.layers:
-            at = columns.to(layer.keys.device)
+        for index, layer in enumerate(self.layers):
+            at = columns[-spans[index] if spans else 0 :].to(layer.keys.device)
             layers.append((layer.keys[0].index_select(1, at), layer.values[0].index_select(1, at)))
         return layers
 
     @torch.inference_mode()
-    def put(self, row: int, rows: int, held: Sequence[LayerKV]) -> None:
-        """Write keys and values [H, n, D] per layer into the first n columns of a row among `rows`."""
+    def put(self, row: int, rows: int, length: int, held: Sequence[LayerKV]) -> None:
+        """Write the last keys and values [H, n, D] per layer of a text with `length` tokens into a row among `rows`."""
         while len(self.cache.layers) < len(held):
             self.cache.layers.append(_ColumnLayer(self))
         for layer, (keys, values) in zip(self.cache.layers, held, strict=True):
-            layer.grow(keys[None], values[None], rows, keys.shape[1])
-            layer.keys[row, :, : keys.shape[1]] = keys
-            layer.values[row, :, : values.shape[1]] = values
+            layer.grow(keys[None], values[None], rows, length)
+            places = layer.places(torch.arange(length - keys.shape[1], length, device=keys.device))
+            layer.keys[row][:, places] = keys
+            layer.values[row][:, places] = values
+
+    @torch.inference_mode()
+    def shrink(self, width: int) -> None:
+        """Give back the columns from `width` on."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:, :, :width].clone(), layer.values[:, :, :width].clone()
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
+        self.room = (0, 0)
         index = torch.tensor(rows, dtype=torch.long)
         for layer in self.layers:
             layer.batch_select_indices(index.to(layer.keys.device))
@@ -80,6 +94,11 @@ class _ColumnLayer(DynamicLayer):
     def __init__(self, owner: ColumnCache) -> None:
         super().__init__()
         self.owner = owner
+        self.span = owner.spans[len(owner.cache.layers)] if owner.spans else 0
+
+    def places(self, columns: Tensor) -> Tensor:
+        """Return where columns lie."""
+        return columns % self.span if self.span else columns
 
     def grow(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
         """Make room for `rows` rows and `width` columns of states shaped like these [*, H, *, D]."""
@@ -87,9 +106,13 @@ class _ColumnLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys.new_zeros(0), values.new_zeros(0)
         have = self.keys.shape if self.keys.dim() == 4 else (0, 0, 0, 0)
+        width = min(width, self.span or width)
         if have[0] >= rows and have[2] >= width:
             return
-        columns = have[2] if have[2] >= width else max(width + SPARE, have[2] + have[2] // 4)
+        rows = max(rows, self.owner.room[0])
+        columns = max(width, self.owner.room[1]) + SPARE
+        columns = have[2] if have[2] >= width else max(columns, have[2] + have[2] // 4)
+        columns = min(columns, self.span or columns)
         for name, like in (("keys", keys), ("values", values)):
             # zeroed: what is masked out must still be finite
             bigger = like.new_zeros(max(rows, have[0]), like.shape[1], columns, like.shape[3])
@@ -99,14 +122,14 @@ class _ColumnLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> LayerKV:
         """Write states [b, H, N, D] into the columns aimed at and return keys and values [b, H, T, D]: views of all."""
-        width, device = self.owner.width, key_states.device
+        width, device = min(self.owner.width, self.span or self.owner.width), key_states.device
         self.grow(key_states, value_states, len(key_states), width)
         rows = torch.arange(len(key_states)) if self.owner.rows is None else self.owner.rows
-        at, columns = rows.to(device)[:, None], self.owner.columns.to(device)
+        at, columns = rows.to(device)[:, None], self.places(self.owner.columns.to(device))
         self.keys[at, :, columns] = key_states.transpose(1, 2)
         self.values[at, :, columns] = value_states.transpose(1, 2)
         if self.owner.rows is None:
-            return self.keys[:, :, :width], self.values[:, :, :width]
+            return self.keys[: len(at), :, :width], self.values[: len(at), :, :width]
         return self.keys[at[:, 0], :, :width], self.values[at[:, 0], :, :width]
 
     def get_seq_length(self) -> int:

@@ -315,16 +315,16 @@ def _short_window(config: Any, masks: MaskMaker | None = None) -> Iterator[None]
     if not window:
         yield
         return
-    before = masks.window if masks is not None else None
+    before = (masks.window, masks.slack) if masks is not None else (None, 0)
     config.sliding_window = min(WINDOW, window)
     if masks is not None:
-        masks.window = before and config.sliding_window
+        masks.window, masks.slack = masks.window and config.sliding_window, AHEAD
     try:
         yield
     finally:
         config.sliding_window = window
         if masks is not None:
-            masks.window = before
+            masks.window, masks.slack = before
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

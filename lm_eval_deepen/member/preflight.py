@@ -48,6 +48,9 @@ def load_tokenizer(config: MemberConfig) -> Any | None:
         allowed=config.allow_altered_tokenizer,
         asked=[key for key, value in given.items() if value is not None],
     )
+    if type(loader.tokenizer).__module__.startswith("transformers."):
+        for copied in ("_vocab", "_merges"):  # Python's copies of what the tokenizer was made of, which nothing reads
+            vars(loader.tokenizer).pop(copied, None)
     return loader.tokenizer
 
 

@@ -38,8 +38,8 @@ class BodyRunner:
         """Return a walker over trees of token prefixes."""
         raise NotImplementedError
 
-    def rows(self) -> Any:
-        """Return what follows growing texts, without any yet."""
+    def rows(self, count: int = 0, width: int = 0) -> Any:
+        """Return what follows growing texts, without any yet: `count` will come, the longest of `width` tokens."""
         raise NotImplementedError
 
     def states_at(self, paths: TokenSequences) -> Tensor:
@@ -92,7 +92,14 @@ class TreeRunner(BodyRunner):
         self.own_masks = OwnMasks(self.network)
 
     def body(
-        self, ids: Tensor, position: Tensor, allowed: Tensor, place: Tensor, keys: Tensor, kv: Cache | None = None
+        self,
+        ids: Tensor,
+        position: Tensor,
+        allowed: Tensor,
+        place: Tensor,
+        keys: Tensor,
+        kv: Cache | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Return hidden states [B, N, d].
 
@@ -103,8 +110,10 @@ class TreeRunner(BodyRunner):
             place: their positions [B, N], for windows.
             keys: the positions of the keys [B, K].
             kv: those before.
+            last: the positions of the keys that layers with a window hold [B, L], where these are not all.
         """
-        mask = self.masks(allowed.to(self.device), place.to(self.device), keys.to(self.device))
+        last = None if last is None else last.to(self.device)
+        mask = self.masks(allowed.to(self.device), place.to(self.device), keys.to(self.device), last)
         placed = self.alibi.by_position(keys), self.own_masks.by_position(place, keys)
         with torch.inference_mode(), self._autocast(), placed[0], placed[1]:
             return self.network(
@@ -117,11 +126,11 @@ class TreeRunner(BodyRunner):
 
     def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
         """Return a walker that forwards at most `nodes` tokens at once."""
-        return TreeWalker(self, nodes)
+        return TreeWalker(self, nodes, self.masks.spans)
 
-    def rows(self) -> RowCache:
+    def rows(self, count: int = 0, width: int = 0) -> RowCache:
         """Return a KV cache without rows."""
-        return RowCache(self)
+        return RowCache(self, self.masks.spans, self.masks.slack, (count, width))
 
 
 class _States(BaseModelOutputWithPast):
@@ -197,7 +206,7 @@ class PlainRunner:
         """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
         return log_softmax(self.logits(states), temperature)
 
-    def rows(self) -> RecomputedRows:
+    def rows(self, count: int = 0, width: int = 0) -> RecomputedRows:
         """Return rows that are recomputed at each step."""
         return RecomputedRows(self)
 

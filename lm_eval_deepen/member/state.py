@@ -141,7 +141,7 @@ class StateRunner(BodyRunner):
         """Return a walker; how much it forwards at once is its own business."""
         return StateWalker(self)
 
-    def rows(self) -> StateRows:
+    def rows(self, count: int = 0, width: int = 0) -> StateRows:
         """Return rows with a state each."""
         return StateRows(self)
 
@@ -175,6 +175,9 @@ class StateWalker:
                 states[node] = state
         texts = [Prefilled(tuple(path), hidden[n], copied(states[n])) for path, n in zip(paths, ends, strict=True)]
         return texts, torch.stack([hidden[node] for node in places]) if places else torch.empty(0)
+
+    def forget(self, path: Sequence[int]) -> None:
+        """Nothing is kept."""
 
     def _visit(
         self, tree: TokenTree, wanted: frozenset[int], kept: frozenset[int]
@@ -366,7 +369,7 @@ class LongropeRunner(PlainRunner):
         """Return a walker that gives prompts with their states."""
         return _LongropeWalker(self)
 
-    def rows(self) -> StateRows:  # type: ignore[override]
+    def rows(self, count: int = 0, width: int = 0) -> StateRows:  # type: ignore[override]
         """Return rows with a state each."""
         return _LongropeRows(self)
 

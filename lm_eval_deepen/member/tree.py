@@ -16,7 +16,14 @@ class Forward(Protocol):
     forwarded: int
 
     def body(
-        self, ids: Tensor, position: Tensor, allowed: Tensor, place: Tensor, keys: Tensor, kv: Any = None
+        self,
+        ids: Tensor,
+        position: Tensor,
+        allowed: Tensor,
+        place: Tensor,
+        keys: Tensor,
+        kv: Any = None,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K], positions of keys [B, K]."""
         ...

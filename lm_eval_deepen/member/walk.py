@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.member.kv import ColumnCache, LayerKV
-from lm_eval_deepen.member.tree import Forward, ForwardInFull, TokenTree
+from lm_eval_deepen.member.tree import Forward, ForwardInFull, TokenTree, common_prefix
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TreeWalker:
     Paths that begin like the last one of the call before continue from there.
     """
 
-    def __init__(self, runner: Forward, nodes: int) -> None:
-        """Walk with `runner` in chunks of at most `nodes` tokens."""
-        self.runner, self.nodes = runner, nodes
+    def __init__(self, runner: Forward, nodes: int, spans: Sequence[int] = ()) -> None:
+        """Walk with `runner` in chunks of at most `nodes` tokens; a layer gives a text's last `spans` keys, or all."""
+        self.runner, self.nodes, self.spans = runner, nodes, spans
         self.kv = ColumnCache()
         self.tokens: list[int] = []  # the way kept, one column each
         self.hidden = torch.empty(0)  # states along it [>= P, d]
@@ -73,9 +73,17 @@ class TreeWalker:
             states[node] = state
             if node in whole:
                 at = torch.arange(depth + 1) if columns is None else _way(tree, node, columns)
-                held[node] = self.kv.take(at)
+                held[node] = self.kv.take(at, self.spans)
         texts = [Prefilled(tuple(path), states[node], held[node]) for path, node in zip(paths, ends, strict=True)]
         return texts, torch.stack([states[node] for node in places]) if places else torch.empty(0)
+
+    def forget(self, path: Sequence[int]) -> None:
+        """Give back most of the memory of the way kept, where less than half of it begins the next path."""
+        shared = common_prefix(tuple(self.tokens), tuple(path))
+        if 2 * shared < len(self.tokens):
+            self._cut(shared)
+            self.hidden = self.hidden[:shared].clone()
+            self.kv.shrink(shared)
 
     def _visit(
         self, tree: TokenTree, wanted: frozenset[int]
@@ -86,6 +94,7 @@ class TreeWalker:
         before the chunk lies in the column of its depth.
         """
         order, way = tree.preorder(self.tokens)
+        self.kv.room = (1, max(tree.depths) + 1)
         self._cut(len(way))
         for depth, node in enumerate(way):
             if node in wanted:
@@ -185,3 +194,6 @@ class PlainWalker:
         states = self.runner.states_at([*paths, *read])
         texts = [Prefilled(tuple(path), state, []) for path, state in zip(paths, states, strict=False)]
         return texts, states[len(paths) :]
+
+    def forget(self, path: Sequence[int]) -> None:
+        """Nothing is kept."""

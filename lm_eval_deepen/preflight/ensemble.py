@@ -261,7 +261,7 @@ def device_needs(
     working: Counter[str] = Counter()
     for member in members:
         weights[member.device] += member.weight_bytes or 0
-        working[member.device] += (member.kv_bytes or 0) * batch * tokens
+        working[member.device] += (member.kv_bytes(tokens) or 0) * batch
         if member.codec is not None:
             working[members[0].device] += fusion_bytes(len(member.codec.vocab), batch)
     matrices = {members[0].device: sum(plan.memory_bytes for plan in plans)}

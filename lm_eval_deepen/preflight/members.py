@@ -88,14 +88,13 @@ class Inspected:
             return self.parameters * DTYPE_BYTES[self.dtype]
         return sum(header.count * STORED_BYTES.get(header.dtype, 4) for header in self.files.tensors.values())
 
-    @property
-    def kv_bytes(self) -> int | None:
-        """Bytes of keys and values that one token takes up."""
+    def kv_bytes(self, tokens: int) -> int | None:
+        """Bytes of keys and values that a text takes up."""
         if self.files is None:
             return None
         from lm_eval_deepen.engine.memory import kv_bytes_by
 
-        return kv_bytes_by(self.files.get, DTYPE_BYTES.get(self.dtype, 2))
+        return kv_bytes_by(self.files.get, DTYPE_BYTES.get(self.dtype, 2), tokens)
 
     @property
     def spelt(self) -> int:
@@ -120,7 +119,7 @@ class Inspected:
             "parameters_from": None if files is None else "weights" if files.tensors else "configuration",
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
-            "kv_bytes_per_token": self.kv_bytes,
+            "kv_bytes_per_token": self.kv_bytes(1),
             "context": files.get("max_position_embeddings") if files else None,
             "chat_template": self.chat_template,
         }

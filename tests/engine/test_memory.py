@@ -102,10 +102,37 @@ def test_auto_counts_states(kind, pico, tmp_path, monkeypatch):
         assert memory.safe_batch(ensemble, 100, 64) == 5
 
 
-def test_the_model_of_keys_and_values_is_what_a_cache_holds(model):
+@pytest.mark.parametrize("length", [3, 400])
+def test_the_model_of_keys_and_values_is_what_a_cache_holds(model, length):
+    """A window and some tokens before it, in layers that have one."""
     for member in model.ensemble.active:
-        ((held,), _) = member.runner.walker().prefill([[5, 6, 7]])
-        assert memory.kv_bytes(member) * 3 == sum(k.nbytes + v.nbytes for k, v in held.kv)
+        ((held,), _) = member.runner.walker().prefill([[5, 6, 7, 8] * (length // 4) or [5, 6, 7]])
+        assert memory.kv_bytes(member, length) == sum(k.nbytes + v.nbytes for k, v in held.kv)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, {}),
+        ({"speculate": "lookup"}, {}),
+        ({"covers": "on"}, {"do_sample": True, "temperature": 1.0}),
+        ({"sampling": "member", "average": "linear"}, {"do_sample": True, "temperature": 1.0, "top_k": 0}),
+    ],
+    ids=["greedy", "drafts", "covers", "turns"],
+)
+def test_texts_do_not_depend_on_what_layers_with_a_window_keep(pico, tmp_path, monkeypatch, options, chosen):
+    """A window of 16 tokens and 4 more, or all tokens; a place in the batch goes from one text to the next."""
+    members = [pico[name] for name in ("bytelevel", "metaspace", "padded")]
+    model = deepen(*members, batch_size=2, matrix_dir=str(tmp_path), **options)
+    prompts = [SHOTS[:300] + QUESTIONS[0], *QUESTIONS[1:]]
+    batch = requests("generate_until", *((q, {"until": [], "max_gen_toks": 24, **chosen}) for q in prompts))
+    masks = model.ensemble.active[1].runner.masks
+    texts = []
+    for slack in (4, 10_000):
+        monkeypatch.setattr(masks, "slack", slack)
+        torch.manual_seed(0)
+        texts.append(model.generate_until(batch))
+    assert masks.spans == [10_016, 0] and texts[0] == texts[1]
 
 
 def test_auto_runs_and_changes_nothing(pico, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -93,11 +94,12 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
 @QUICK
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
 def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
-    """Appends of several tokens, rollbacks deeper than the sliding window, rows that leave."""
+    """Appends of several tokens, rollbacks deeper than the sliding window and what is kept beside it, departures."""
     runner = members[family].runner
     sequences = [data.draw(tokens) for _ in range(data.draw(st.integers(1, 3)))]
-    rows = runner.rows()
-    rows.admit(runner.walker().prefill(sequences)[0])
+    with patch.object(runner.masks, "slack", data.draw(st.sampled_from([2, 6, 200]))):
+        rows = runner.rows()
+        rows.admit(runner.walker().prefill(sequences)[0])
     for _ in range(data.draw(st.integers(1, 5))):
         if len(sequences) > 1 and data.draw(st.booleans()):
             kept = data.draw(st.permutations(range(len(sequences))))[:-1]
@@ -109,6 +111,32 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
             sequences[row] = sequences[row] or [5]
         got = runner.logp(rows.advance(sequences))
         assert torch.allclose(got, plain(runner, sequences), atol=2e-4)
+
+
+def test_a_layer_with_a_window_keeps_what_lies_in_it(members, monkeypatch):
+    """16 tokens and 8 more in the layer that has the window, of texts that are prefilled, grow and go back."""
+    runner = members["metaspace"].runner
+    monkeypatch.setattr(runner.masks, "slack", 8)
+    text, other = list(range(10, 70)), list(range(100, 105))
+    prefilled, _ = runner.walker().prefill([text, other])
+    assert [[keys.shape[1] for keys, _ in own.kv] for own in prefilled] == [[24, 60], [5, 5]]
+    rows = runner.rows(2, len(text))
+    rows.admit(prefilled)
+    texts, whole = [text, other], []
+    forwarded = runner.forwarded
+    for back, more in ((0, 1), (3, 1), (5, 20), (9, 2), (40, 3)):
+        texts = [text[: len(text) - back] + list(range(200, 200 + more)), texts[1] + list(range(more))]
+        text = texts[0]
+        assert torch.allclose(runner.logp(rows.advance(texts)), plain(runner, texts), atol=2e-4)
+        whole.append(runner.forwarded - forwarded >= len(text) + more)
+        forwarded = runner.forwarded
+    assert whole == [False, False, False, True, True]
+    assert [layer.keys.shape[2] for layer in rows.kv.layers] == [24, 124]
+    walker = runner.walker()
+    walker.prefill([text])
+    walker.forget([*text[:2], 3])
+    assert walker.tokens == text[:2] and walker.kv.layers[0].keys.shape[2] == 2
+    assert torch.allclose(runner.logp(walker.states([text])), plain(runner, [text]), atol=2e-4)
 
 
 def test_rows_that_wait_are_not_forwarded(members, monkeypatch):

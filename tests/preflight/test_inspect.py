@@ -285,7 +285,7 @@ def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: floa
     assert member.parameters / 1e9 == pytest.approx(billions, abs=0.06)
     assert member.active / 1e9 == pytest.approx(active, abs=0.06)
     assert member.weight_bytes == 2 * member.parameters
-    assert member.kv_bytes == kv
+    assert member.kv_bytes(1) == kv
 
 
 def test_an_estimate_is_close_to_the_headers(pico: dict[str, Path]) -> None:
