@@ -11,6 +11,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -161,14 +162,26 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def json_text(data: Any, indent: int | None = 2) -> str:
+    """Return data as a text of JSON, which has no word for a number that is not finite: that is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(data), indent=indent, ensure_ascii=False)
+
+
 def write_json(path: Path, data: Any, indent: int | None = 2, sole: bool = False) -> None:
     """Write data as JSON, in one step; `sole` as for `replacing`.
 
     Raises:
         StorageError: as `write_text`.
     """
-    text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"), sole)
+    write_bytes(path, (json_text(data, indent) + "\n").encode("utf-8", "backslashreplace"), sole)
 
 
 def write_bytes(path: Path, data: bytes, sole: bool = False) -> None:

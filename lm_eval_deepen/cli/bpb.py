@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import PRINTED, add_device, add_json, count
+from lm_eval_deepen.cli.arguments import add_device, add_json, count
 from lm_eval_deepen.cli.build import add_ensemble
-from lm_eval_deepen.storage import check_place
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
@@ -46,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
     from lm_eval_deepen.tuning.bits_table import best, facts, level, table
 
-    if args.json not in (None, PRINTED):
-        check_place(Path(args.json))
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
     lines, lost = measure(load(args.ensemble, args.device), documents, dev)

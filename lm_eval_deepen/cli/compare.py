@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lm_eval_deepen.cli.arguments import Names, add_json, share, whole
@@ -12,7 +12,7 @@ from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
-from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.storage import json_text, write_text
 
 HELP = (
     "Compare result folders of the harness (written with --log_samples), ours or anyone's, of any model type: "
@@ -100,7 +100,9 @@ def read_runs(paths: Sequence[Path], names: Sequence[str] | None) -> list[Run]:
     if len(set(labels)) < len(labels):
         if names:
             raise ResultError(f"--names: {', '.join(labels)} are not all different.")
-        runs = [Run(str(run.folder), run.folder, run.tasks, run.notes) for run in runs]
+        places = [str(run.folder) for run in runs]
+        labels = [f"{p} ({places[:i].count(p) + 1})" if places.count(p) > 1 else p for i, p in enumerate(places)]
+        runs = [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
     return runs
 
 
@@ -122,7 +124,7 @@ def reference_of(runs: Sequence[Run], against: str | None) -> list[str]:
 def rendered(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str], fmt: str) -> str:
     """Return the table in one of `FORMATS`."""
     if fmt == "json":
-        return json.dumps(report.to_dict(rows, alpha, notes), indent=2, ensure_ascii=False)
+        return json_text(report.to_dict(rows, alpha, notes))
     if fmt == "html":
         from lm_eval_deepen.results.page import html
 

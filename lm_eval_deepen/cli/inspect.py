@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.cli.arguments import add_device, add_json, count, pairs, positive
+from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.storage import read_json
 
 if TYPE_CHECKING:
@@ -67,8 +69,14 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine(args.bandwidth * 1e9, args.tflops * 1e12)
     plan = Plan(args.device, args.memory, args.batch_size, not args.no_tasks, machine)
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
+    if args.results is not None and report.recipe is not None and not report.recipe.expected:
+        raise ConfigError(
+            f"--results: {args.recipe} says no published score that they could stand beside; leave it out"
+        )
     if report.recipe is not None and report.recipe.expected:  # nothing is published of an ensemble that is given inline
-        report.measured = _measured(args.results or Path("results") / Path(report.recipe.name).stem)
+        report.measured = _measured(
+            args.results or Path("results") / Path(report.recipe.name).stem, args.results is None
+        )
     args.facts = report.to_dict()
     print(rendered(report))
     if args.projection_loss and report.config is not None and not report.problems:
@@ -94,14 +102,23 @@ def _projection_losses(config: EnsembleConfig, device: str | None) -> list[Proje
     return [loss for reading in readings for loss in projection_losses(reading, natural)]
 
 
-def _measured(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `reproduce` measured of the ensemble, by task and metric; nothing where it did not run."""
+def _measured(folder: Path, guessed: bool) -> dict[str, dict[str, Any]]:
+    """Return what `reproduce` measured of the ensemble, by task and metric; nothing where it did not run.
+
+    Raises:
+        ResultError: a folder that was asked for without such a file, or a file that is none of these.
+    """
     from lm_eval_deepen.cli.reproduce import JSON
     from lm_eval_deepen.leaderboard.reproduction import ENSEMBLE
 
-    if not (folder / JSON).is_file():
+    path = folder / JSON
+    if guessed and not path.is_file():
         return {}
-    data = read_json(folder / JSON)
-    if data.get("miniature"):
-        return {}
-    return {row["column"]: row for row in data["rows"] if row["row"] == ENSEMBLE and row["measured"] is not None}
+    data = read_json(path)
+    try:
+        rows = [] if data["miniature"] else [row for row in data["rows"] if row["row"] == ENSEMBLE]
+        return {row["column"]: row for row in rows if None not in (to_number(row["measured"]), row["verdict"])}
+    except (LookupError, TypeError) as error:
+        raise ResultError(
+            f"{path} is no file of `reproduce` ({error!r}); run it again, or give another --results"
+        ) from error

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Protocol
 import lm_eval_deepen
 from lm_eval_deepen.cli.arguments import PRINTED, Parser
 from lm_eval_deepen.cli.ending import STATUSES, ended
-from lm_eval_deepen.storage import write_json
+from lm_eval_deepen.storage import check_place, json_text, write_json
 
 PROG = "lm-eval-deepen"
 
@@ -109,10 +108,12 @@ def _dispatch(argv: list[str]) -> int:
 def _finished(module: Subcommand, args: argparse.Namespace) -> int:
     """Run a command; with `--json`, give what it found as JSON: in place of what it prints, or in a file beside it."""
     place = getattr(args, "json", None)
+    if place not in (None, PRINTED):
+        check_place(Path(place))
     with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
         status = module.run(args)
     if place == PRINTED:
-        print(json.dumps(args.facts, indent=2, ensure_ascii=False))
+        print(json_text(args.facts))
     elif place is not None and args.facts is not None:
         write_json(Path(place), args.facts)
     return status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lm_eval_deepen.cli.arguments import add_device, add_json, pairs, whole
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
         args.facts = data = reproduction.to_dict(table, args.miniature)
-        write_text(out / JSON, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_json(out / JSON, data)
         write_text(out / MARKDOWN, reproduction.rendered(table, args.miniature, markdown=True) + "\n")
         print(reproduction.rendered(table, args.miniature))
         if not args.miniature:
@@ -116,6 +115,8 @@ def asked(args: argparse.Namespace) -> tuple[LeaderboardRecipe, Path]:
     raw, told = leaderboard_keys(path), {}
     out = args.out or Path("results") / (path.stem + ("-miniature" if args.miniature else ""))
     if args.miniature:
+        with blamed(str(path)):
+            parse_recipe(raw, path, {}, {})  # says what is wrong with the recipe itself
         raw = miniature.miniature(raw, args.models or small_models(), args.limit or 4)
         given = os.environ.get(DATA)
         made = miniature.sample_data(out / "data", Path(given).expanduser() if given else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count, natural, positive
 from lm_eval_deepen.cli.build import add_ensemble
+from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
 
@@ -23,6 +24,13 @@ HELP = (
     "the rest. Never give it a benchmark's test split."
 )
 
+# What one objective has, and the other has no use for.
+OF_BPB = ("text", "spaces")
+OF_SCORE = (
+    "tasks", "evaluated", "include_path", "metadata", "num_fewshot", "gen_kwargs", "metric", "weights", "weight_step",
+    "learning_rates",
+)  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
@@ -37,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
     parser.add_argument(
-        "--spaces", choices=["bytes", "all"], default="bytes",
+        "--spaces", choices=["bytes", "all"],
         help="bytes: spaces made from bytes alone; all: those from embeddings too, whose matrices take minutes to "
-        "build (default: %(default)s)",
+        "build (default: bytes)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
@@ -67,13 +75,11 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
     group.add_argument(
-        "--weights", choices=tune_score.WEIGHTS, default="both",
+        "--weights", choices=tune_score.WEIGHTS,
         help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt), nothing else; "
-        "keep: as they are; both: the best of all these (default: %(default)s)",
+        "keep: as they are; both: the best of all these (default: both)",
     )  # fmt: skip
-    group.add_argument(
-        "--weight-step", type=positive, default=0.1, metavar="W", help="of the grid (default: %(default)s)"
-    )
+    group.add_argument("--weight-step", type=positive, metavar="W", help="of the grid (default: 0.1)")
     group.add_argument(
         "--learning-rates", nargs="+", type=positive, metavar="LR",
         help="to try, where the inverse takes one (default: 0.05 to 0.3)",
@@ -82,6 +88,10 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, report and write the file."""
+    for name in OF_BPB if args.objective == "score" else OF_SCORE:
+        if getattr(args, name) not in (None, []):
+            other = "bpb" if args.objective == "score" else "score"
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --objective {other}; leave it out")
     check_place(args.output)
     if args.objective == "score":
         return tune_score.run(args)

@@ -164,5 +164,11 @@ def _score(cell: Cell, member: str, task: LoadedTask) -> float:
                 f"task {task.name!r}: of {metric} lower is better, and weights are in proportion to scores of which "
                 "higher is better; name another metric"
             )
-        scores.append(float(values["results"][name][f"{metric},{flt}"]))
+        said = values["results"][name].get(f"{metric},{flt}")
+        if (score := to_number(said)) is None or score < 0:
+            raise ConfigError(
+                f"task {name!r}: {metric} of member {member!r} is {said} on the development split, and weights "
+                "are in proportion to scores of at least 0; name another metric"
+            )
+        scores.append(score)
     return sum(scores) / len(scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from lm_eval_deepen.leaderboard.execution import evaluate
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.recipe import DEFAULT_SEEDS
 from lm_eval_deepen.member import Member
+from lm_eval_deepen.results.aggregation import to_number
 
 RATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+MOST_POINTS = 10_000  # of a grid of weights, each an evaluation
 _TIE = 1e-9
 
 
@@ -155,7 +158,11 @@ class Search:
             column = self._column(results["results"][name], name)
             self.columns[name] = column
             higher = results["higher_is_better"][name].get(column.partition(",")[0])
-            scores[name] = float(results["results"][name][column]) * (-1 if higher is False else 1)
+            if (score := to_number(results["results"][name][column])) is None:
+                raise ConfigError(
+                    f"task {name!r}: {column} is no finite number on the development split; give --metric"
+                )
+            scores[name] = score * (-1 if higher is False else 1)
         return scores
 
     def _column(self, values: Mapping[str, Any], task: str) -> str:
@@ -177,5 +184,9 @@ def simplex(count: int, step: float) -> list[tuple[float, ...]]:
     parts = round(1 / step) if step > 0 else 0
     if parts < count or abs(parts * step - 1) > _TIE:
         raise ConfigError(f"--weight-step must divide 1 into at least {count} parts; got {step}")
+    if math.comb(parts - 1, count - 1) > MOST_POINTS:
+        raise ConfigError(
+            f"--weight-step {step:g} makes a grid of more than {MOST_POINTS:,} weights; give a larger one"
+        )
     points = itertools.product(range(1, parts), repeat=count - 1)
     return [(*(k / parts for k in point), 1 - sum(point) / parts) for point in points if sum(point) < parts]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_deepen.config.keys import to_number
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import link_folder, make_folder, write_text
 
@@ -97,7 +98,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     dense = small.get("compat") == "reference"
     for keys in (small, *small.get("by_task", {}).values()):
         if "max_anchors" in keys:
-            keys["max_anchors"] = min(keys["max_anchors"], MOST_ANCHORS)
+            keys["max_anchors"] = min(to_number(keys["max_anchors"]) or MOST_ANCHORS, MOST_ANCHORS)
     if dense:
         small.setdefault("max_anchors", MOST_ANCHORS)
     return small
@@ -112,7 +113,7 @@ def _tasks(raw: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Any]], di
         if stand_in := keys.pop("miniature", None):
             keys = {"task": stand_in}
         names[name] = keys["task"]
-        keys["limit"] = min(limit, keys.get("limit") or limit)
+        keys["limit"] = min(limit, to_number(keys.get("limit")) or limit)
         if any(word in keys["task"] for word in _LONG):
             keys["gen_kwargs"] = {"max_gen_toks": _TOKENS}
         specs.append(keys)

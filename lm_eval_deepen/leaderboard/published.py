@@ -25,7 +25,10 @@ class PublishedTable(Keys):
     table: str = Field(min_length=1, description="Which table or figure of the publication.")
     read_in: str = Field(min_length=1, description="The source that the scores were read in.")
     note: str | None = Field(None, description="What else to know.")
-    metric: str | None = Field(None, description="What was measured; by default the only metric that a column shows.")
+    metric: str | None = Field(
+        None,
+        description="What was measured, as `acc` or `exact_match,strict-match`; by default the only one that is shown.",
+    )
     scores: Annotated[FrozenDict, Shown("a mapping of task to row to score, in per cent")] = Field(
         description="By task, then by row."
     )
@@ -85,23 +88,45 @@ def in_unit(score: float, metric: str) -> float:
     return score if metric in PER_CENT else score / 100
 
 
-def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str) -> Figure | None:
+def told_apart(
+    tables: Iterable[PublishedTable], task: str, columns: Iterable[tuple[str, str]]
+) -> tuple[tuple[PublishedTable, ...], list[str]]:
+    """Return the tables but those whose scores of a task might belong to several columns, and what is said of these.
+
+    Args:
+        tables: published.
+        task: the recipe's.
+        columns: (metric, filter) of what it shows.
+    """
+    kept, unclear = [], []
+    for table in tables:
+        fitting = [f"{metric},{flt}" for metric, flt in columns if table.metric in (None, metric, f"{metric},{flt}")]
+        if task in table.scores and len(fitting) > 1:
+            unclear.append(
+                f"{table.table}: its scores of {task} stand beside none of {' and '.join(fitting)}: its metric fits all"
+            )
+        else:
+            kept.append(table)
+    return tuple(kept), unclear
+
+
+def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str, flt: str) -> Figure | None:
     """Return the published score of a row in a column; None where there is none."""
     for table in tables:
         score: Any = table.scores.get(task, {}).get(row)
-        if score is not None and table.metric in (None, metric):
+        if score is not None and table.metric in (None, metric, f"{metric},{flt}"):
             return Figure(in_unit(float(score), metric), table.table, table.read_in)
     return None
 
 
-def distance(measured: float, stderr: float | None, documents: int, published: float) -> float | None:
+def distance(measured: float, stderr: float | None, right: int, published: float) -> float | None:
     """Return measured less published in standard errors of the measured score; None where these are not known.
 
     The standard error is over documents. Where all documents have the same score it is 0, which says nothing; then it
-    is that of so many documents if the published share of right answers were true.
+    is that of `right` documents, if these are right or wrong (else 0), were the published share of right answers true.
     """
-    if not stderr and documents and 0 < published < 1:
-        stderr = math.sqrt(published * (1 - published) / documents)
+    if not stderr and right and 0 < published < 1:
+        stderr = math.sqrt(published * (1 - published) / right)
     return (measured - published) / stderr if stderr else None
 
 

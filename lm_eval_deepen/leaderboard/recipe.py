@@ -27,6 +27,8 @@ from lm_eval_deepen.leaderboard.published import PublishedTable, check_published
 from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
 from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES
 
+# What else lies in a leaderboard's folder, beside those of its rows.
+OURS = ("built", "development", "data", "documents.html", *(f"leaderboard.{end}" for end in ("md", "json", "html")))
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
 
 
@@ -267,6 +269,10 @@ def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
 def _check_names(rows: Sequence[Row]) -> None:
     seen: dict[str, Row] = {}
     for row in rows:
+        if row.slug.casefold() in OURS:
+            raise ConfigError(
+                f"row {row.name!r} has the name of something else in the leaderboard's folder; give it another `name`"
+            )
         other = seen.setdefault(row.slug.casefold(), row)
         if other is not row:
             raise ConfigError(

@@ -57,7 +57,9 @@ def _of_ensemble(path: Path) -> dict[str, Any]:
         for entry in recipe.expected
         if entry.score is not None
     ]
-    metrics = {entry.task: entry.metric for entry in recipe.expected}
+    metrics: dict[str, list[str]] = {}
+    for entry in recipe.expected:
+        metrics[entry.task] = list(dict.fromkeys([*metrics.get(entry.task, ()), entry.metric]))
     return {
         "title": recipe.title or path.stem,
         "members": members,
@@ -102,7 +104,7 @@ def reproduced(table: Table) -> list[Reproduced]:
         known, away = row.extra.get(PUBLISHED), row.extra.get(DISTANCE)
         rows.append(Reproduced(row.system, row.column, known, row.score, row.stderr, away))
     for one in table.reported:
-        away = None if one.published is None else distance(one.score, one.stderr, one.documents, one.published)
+        away = None if one.published is None else distance(one.score, one.stderr, 0, one.published)
         rows.append(Reproduced(one.system, one.column, one.published, one.score, one.stderr, away))
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.weighting import WEIGHTINGS
 
 MEASURED = "measured"  # of `dev_scores`: the leaderboard measures them first
+LONGEST_NAME = 180  # bytes of a folder's: a file system takes 255, of which temporary ones beside it take some
 _BY_MEMBER = ("weights", "dev_scores")  # lists in the order of the members; a mapping by name fits every order
 
 Members = Mapping[str, MemberConfig]  # by name
@@ -93,8 +95,13 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """The name as a folder."""
-        return re.sub(r"[^\w.+=,-]+", "_", self.name).strip("_.") or "row"
+        """The name as a folder; of one that is too long for a folder its beginning, and a digest."""
+        slug = re.sub(r"[^\w.+=,-]+", "_", self.name).strip("_.") or "row"
+        if len(slug.encode()) <= LONGEST_NAME:
+            return slug
+        return (
+            f"{slug.encode()[:LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(slug.encode()).hexdigest()[:12]}"
+        )
 
     @property
     def alone(self) -> bool:
@@ -306,7 +313,7 @@ def _order(value: Any, members: Members, where: str) -> list[str]:
     if not isinstance(names, list):
         raise ConfigError(f"{where}: members must be a list of names, the main one first; got {value!r}")
     for name in names:
-        if name not in members:
+        if not isinstance(name, str) or name not in members:
             near = did_you_mean(str(name), members)
             raise ConfigError(f"{where}: member {name!r} is unknown.{near} Members: {', '.join(members)}")
     return names

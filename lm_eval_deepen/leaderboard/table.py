@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.cells import Cell
 from lm_eval_deepen.leaderboard.execution import Key, Plan
 from lm_eval_deepen.leaderboard.provenance import provenance
-from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure
+from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure, told_apart
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
 from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
@@ -30,7 +29,7 @@ from lm_eval_deepen.results.statistics import paired_needs
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 from lm_eval_deepen.results.trace_page import shown_runs
-from lm_eval_deepen.storage import read_text, write_text
+from lm_eval_deepen.storage import json_text, read_text, write_text
 
 DOCUMENTS = "documents.html"
 FEWEST, MOST = 20, 50_000  # documents of a task that are shown at least; of all rows and tasks together at most
@@ -76,7 +75,6 @@ class Reported:
         column: task and metric.
         score: the score.
         stderr: the harness's own standard error; None where it gives none.
-        documents: how many were evaluated.
         published: the published score, in the same unit; None where there is none.
     """
 
@@ -84,7 +82,6 @@ class Reported:
     column: str
     score: float
     stderr: float | None
-    documents: int
     published: float | None
 
 
@@ -202,8 +199,12 @@ def _columns(
     grouped = _groups(recipe, task.name)
     rows: list[ScoreRow] = []
     wanted = wanted_columns(runs, list(task.leaves), task.spec.metric)
+    shown = dict.fromkeys((metric, flt) for _, metric, flt in wanted)
+    expected, unclear = told_apart(recipe.expected, task.name, shown)
+    recipe = replace(recipe, expected=expected)
+    notes += unclear
     # A group is one column where that is asked for, or where a published score is of the whole group.
-    published = any(task.name in one.scores for one in recipe.expected)
+    published = any(task.name in one.scores for one in plan.recipe.expected)
     whole = task.name not in task.leaves and (task.spec.whole or published)
     if whole:
         wanted = list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in wanted))
@@ -222,7 +223,7 @@ def _columns(
                 kept, empty = _with_scores(runs, *column, grouped)
                 measured = paired(kept, *column, notes)
         except NotPairedError as error:
-            if as_reported := _as_reported(recipe, runs, *column, task, cells):
+            if as_reported := _as_reported(recipe, runs, *column, task):
                 reported += as_reported
                 notes.append(f"not compared: {error}")
                 continue
@@ -246,6 +247,10 @@ def _columns(
         if alone and not here:
             notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
             continue
+        if not alone:
+            notes.append(
+                f"{measured.task} {measured.metric}: no single member is evaluated there; the reference is the best row"
+            )
         compared = rows_of(measured, here, here, resamples=recipe.resamples or RESAMPLES)
         if recipe.power is not None:
             compared = [_with_needs(row, measured, recipe.alpha, recipe.power) for row in compared]
@@ -271,7 +276,6 @@ def _as_reported(
     metric: str,
     flt: str,
     task: LoadedTask,
-    cells: Mapping[Key, Cell],
 ) -> list[Reported]:
     """Return what the harness gives for a metric of which some score was published; nothing where none was."""
     groups = {row.name: row.group for row in recipe.rows}
@@ -280,11 +284,10 @@ def _as_reported(
         results = next(iter(run.tasks.values())).results
         values = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
         score, stderr = to_number(values.get(f"{metric},{flt}")), to_number(values.get(f"{metric}_stderr,{flt}"))
-        known = figure(recipe.expected, groups[run.label], task.name, metric)
+        known = figure(recipe.expected, groups[run.label], task.name, metric, flt)
         if score is not None:
             published = None if known is None else known.score
-            count = cells[run.label, task.name].documents
-            scores.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, count, published))
+            scores.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, published))
     return scores if any(one.published is not None for one in scores) else []
 
 
@@ -292,8 +295,8 @@ def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> 
     """Return the metric with the published scores beside those measured, and how far the latter are from them."""
     extra = dict(measured.extra)
     for name, scores in measured.scores.items():
-        if (known := figure(recipe.expected, name, task, measured.metric)) is not None:
-            away = distance(scores.score, scores.stderr, scores.documents, known.score)
+        if (known := figure(recipe.expected, name, task, measured.metric, measured.flt)) is not None:
+            away = distance(scores.score, scores.stderr, scores.documents if scores.binary else 0, known.score)
             extra[name] = {**extra.get(name, {}), PUBLISHED: known.score, DISTANCE: away}
     return replace(measured, extra=extra)
 
@@ -437,7 +440,10 @@ def conclusion(table: Table) -> str:
     """Return in a sentence which ensembles are better than their best member."""
     alpha = table.recipe.alpha
     members = {row.name for row in table.recipe.alone}
-    compared = [row for row in table.rows if row.comparison and row.system not in members]
+    compared = [
+        row for row in table.rows
+        if row.comparison and row.system not in members and row.comparison.reference in members
+    ]  # fmt: skip
     better = [row for row in compared if row.verdict(alpha) == "better"]
     what = "ensembles and built models" if table.recipe.builds.recipes else "ensembles"
     told = f"Of {len(compared)} comparisons of {what} with the best single member, {len(better)} are significantly"
@@ -458,7 +464,7 @@ def rendered(table: Table, fmt: str) -> str:
     alpha = table.recipe.alpha
     told = [_KEY.format(alpha=alpha), conclusion(table)]
     if fmt == "json":
-        return json.dumps(to_dict(table), indent=2, ensure_ascii=False)
+        return json_text(to_dict(table))
     if fmt == "html":
         link = partial(_link, table)
         where_from = table.provenance

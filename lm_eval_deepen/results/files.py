@@ -230,6 +230,11 @@ def _odd(results: Mapping[str, Any]) -> str | None:
         for name, inner in part.items():
             if not isinstance(inner, dict):
                 return f"{key}: {name}"
+    children = results.get("group_subtasks") or {}
+    if not isinstance(children, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in children.values()
+    ):
+        return "group_subtasks"
     config = results.get("config")
     if not isinstance(config, (dict, type(None))):
         return "config"

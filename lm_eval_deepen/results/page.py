@@ -5,6 +5,7 @@ The page is `templates/page.html.j2`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,10 +96,13 @@ def _section(
     for row in group:
         close = row.verdict(alpha) == "not significant"
         looks[row.system] = "diamond" if row.comparison is None else "hollow" if close else "dot"
-    scores = [Point(row.system, row.score, row.low, row.high, number(row.score), looks[row.system]) for row in group]
+    drawn = [row for row in group if math.isfinite(row.score)]
+    scores = [Point(row.system, row.score, row.low, row.high, number(row.score), looks[row.system]) for row in drawn]
     caption = f"Score with its 95 % interval over documents. {MARKS}"
-    figures = [Figure(Markup(chart(f"c{index}", f"Scores, {column}", caption, scores)), caption)]
-    compared = [(row.system, row.comparison) for row in group if row.comparison]
+    figures = [Figure(Markup(chart(f"c{index}", f"Scores, {column}", caption, scores)), caption)] if drawn else []
+    compared = [
+        (row.system, row.comparison) for row in group if row.comparison and math.isfinite(row.comparison.difference)
+    ]
     if compared:
         caption = f"Difference to {compared[0][1].reference} with its paired 95 % interval. {MARKS}"
         points = [

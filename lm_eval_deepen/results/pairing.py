@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm_eval_deepen.errors import ResultError, did_you_mean
 from lm_eval_deepen.results import report
@@ -100,6 +101,8 @@ def groups(runs: Sequence[Run], candidates: Sequence[str]) -> list[str]:
     for run in runs:
         for results in {id(task.results): task.results for task in run.tasks.values()}.values():
             for group, values in (results.get("groups") or {}).items():
+                if any(task in run.tasks and run.tasks[task].results is not results for task in leaves(results, group)):
+                    continue  # of tasks that were evaluated again later
                 for key, value in values.items():
                     number = to_number(value) if "," in key and "_stderr," not in key else None
                     if number is not None:
@@ -130,7 +133,8 @@ def group_differences(runs: Sequence[Run], group: str, key: str, candidates: Seq
 def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured | None, int]:
     """Return a group's score as a mean over documents, and of how many tasks; None where it is no such mean."""
     metric, _, flt = key.partition(",")
-    tasks = leaves(runs[0], group)
+    reports = [task.results for task in runs[0].tasks.values() if group in (task.results.get("groups") or {})]
+    tasks = leaves(reports[0], group) if reports else []
     if not tasks or not all(
         task in run.tasks and (metric, flt) in run.tasks[task].columns for task in tasks for run in runs
     ):
@@ -155,11 +159,9 @@ def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured 
     return None, 0
 
 
-def leaves(run: Run, group: str) -> list[str]:
-    """Return the tasks of a group, those of the groups in it among them."""
-    children: dict[str, Sequence[str]] = {}
-    for task in run.tasks.values():
-        children.update(task.results.get("group_subtasks") or {})
+def leaves(results: Mapping[str, Any], group: str) -> list[str]:
+    """Return the tasks of a group of a results file, those of the groups in it among them."""
+    children: Mapping[str, Sequence[str]] = results.get("group_subtasks") or {}
     names: list[str] = []
     open_groups, seen = [group], set()
     while open_groups:

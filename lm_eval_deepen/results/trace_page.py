@@ -21,6 +21,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from lm_eval_deepen.errors import ResultError
+from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import TaskRun, find_runs, fingerprint
 from lm_eval_deepen.results.templates import render
 from lm_eval_deepen.results.traces import Documents, TraceFile, bytes_of, documents_of, find_traces, text_of
@@ -239,16 +240,23 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ResultError(f"{path}: holds what is no sample ({error}); evaluate the task again") from error
         if isinstance(record, Mapping):
+            if not isinstance(record.get("doc_id"), (int, type(None))) or not isinstance(
+                record.get("doc_hash"), (str, type(None))
+            ):
+                raise ResultError(
+                    f"{path}: holds a sample of no document; the file is damaged, evaluate the task again"
+                )
             yield record
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     config = results.get("config") or {}
-    date = results.get("date")
+    try:
+        date = datetime.fromtimestamp(results["date"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (LookupError, TypeError, ValueError, OverflowError, OSError):  # none is told, or one that is no time
+        date = None
     told = {
-        "finished": datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        if isinstance(date, (int, float))
-        else None,
+        "finished": date,
         "model": results.get("model_name"),
         "model_args": config.get("model_args"),
         "limit": config.get("limit"),
@@ -395,8 +403,8 @@ def _step(step: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
     return {
         "p": strings(text_of(step["piece"])),
         "k": 0 if isinstance(step["piece"], str) else 1,
-        "l": logp if isinstance(logp := step.get("logp"), (int, float)) and math.isfinite(logp) else None,
-        "e": step.get("entropy"),
+        "l": to_number(step.get("logp")),
+        "e": to_number(step.get("entropy")),
         "b": strings(text_of(step["best"])) if "best" in step else None,
         "c": int(bool(step.get("changed"))),
         "s": str(step.get("skipped") or ""),

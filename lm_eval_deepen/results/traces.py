@@ -142,6 +142,12 @@ def _odd(document: Mapping[str, Any], members: int) -> str | None:
     steps = document.get("steps")
     if not isinstance(steps, list) or type(document.get("doc_id")) not in (int, type(None)):
         return "doc_id or steps are missing"
+    places = [document.get(name) for name in ("request", "repeat")]
+    texts = [document.get(name) for name in ("doc_hash", "type")]
+    if any(type(one) not in (int, type(None)) for one in places) or any(
+        not isinstance(one, (str, type(None))) for one in texts
+    ):
+        return "doc_hash, request, repeat or type is of another type"
     for at, step in enumerate(steps):
         said = step.get("members") if isinstance(step, dict) else None
         if not isinstance(said, list) or len(said) != members or "piece" not in step:

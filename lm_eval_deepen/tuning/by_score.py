@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.harness.once import said_once
     from lm_eval_deepen.harness.recipes import parse_ensemble
     from lm_eval_deepen.harness.tasks import load_tasks
-    from lm_eval_deepen.leaderboard.fitting import Search
+    from lm_eval_deepen.leaderboard.fitting import Search, simplex
 
     arguments = parse_ensemble(args.ensemble)
     config = checked(arguments)
-    metadata = _metadata(args.metadata)
+    metadata, weights, step = _metadata(args.metadata), args.weights or "both", args.weight_step or 0.1
+    if weights in ("both", "grid"):
+        simplex(len(config.members), step)  # refuses a step that makes no grid, before anything loads
     if not args.tasks:
         raise ConfigError("--objective score needs --tasks: what is scored on the development split")
     development = load_tasks([spec_of(args, name, "validation") for name in args.tasks], args.include_path, metadata)
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
     with said_once():
-        chosen = search.run(args.weights, args.weight_step, args.learning_rates)
+        chosen = search.run(weights, step, args.learning_rates)
     args.facts = written = tuned_file(config, chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{chosen.what} written to {args.output}")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lm_eval_deepen.build.demo_models import DEMO_MODELS
 from lm_eval_deepen.cli import main as cli
@@ -136,6 +137,15 @@ def test_a_model_that_cannot_be_had_is_a_numbered_problem(tmp_path: Path, capsys
 def test_what_cannot_be_reproduced(arguments, message, capsys) -> None:
     assert cli.main(["reproduce", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"members": 3}, {"members": [[]]}, {"rows": ["x"]}, {"tasks": [3]}, {"expected": 3}])
+def test_a_miniature_of_a_recipe_that_is_none(wrong, tmp_path: Path, capsys) -> None:
+    recipe = {"kind": "leaderboard", "members": ["a/A", "b/B"], "rows": [{"method": "gac"}], "tasks": ["t"], **wrong}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["reproduce", str(tmp_path / "r.yaml"), "--miniature", "--models", "m", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert str(tmp_path / "r.yaml") in capsys.readouterr().err
 
 
 def test_samples_are_taken_where_there_are_some(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
         ({"rows": [{"name": "x", "method": "gac", "dtype": "float16"}]}, r"dtype='float16' would load member 'A'"),
         ({"rows": [{"name": "x", "weights": {"A": 1, "C": 0}}]}, r"row 'x': weights names A, C, and its members are"),
         ({"rows": [{"name": "A", "method": "gac"}]}, r"rows 'A' and 'A' have one name"),
+        ({"rows": [{"members": [["A"], "B"]}]}, r"rows\[0\]: member \['A'\] is unknown. .*Members: A, B"),
+        ({"rows": [{"name": "leaderboard.json", "method": "gac"}]}, r"'leaderboard.json' has the name of something"),
         ({"common": {"members": "A"}}, r"common holds members, which is a member's own"),
         ({"seed": [1, 2]}, r"seed must be one number from 0 to 4294967295, or four"),
         ({"seed": -1}, r"seed must be one number from 0 to 4294967295, or four: .*; got -1"),
@@ -171,6 +173,13 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
 def test_bad_recipes_are_refused_before_anything_loads(write, changes, message):
     with pytest.raises(ConfigError, match=message):
         read_recipe(write(**changes))
+
+
+def test_a_long_name_has_a_folder_of_its_own(write):
+    long = ["ä" * 120 + end for end in ("x", "y")]
+    rows = read_recipe(write(grid=None, rows=[{"name": name, "method": "gac"} for name in long])).rows[-2:]
+    assert [row.name for row in rows] == long and len({row.slug for row in rows}) == 2
+    assert all(len(row.slug.encode()) < 200 for row in rows)
 
 
 def test_the_shipped_recipe_has_every_method_and_pooling_in_both_orders():

@@ -18,6 +18,7 @@ from lm_eval_deepen.leaderboard.development import adapted
 from lm_eval_deepen.leaderboard.execution import plan
 from lm_eval_deepen.leaderboard.published import distance, verdict
 from lm_eval_deepen.leaderboard.recipe import read_recipe
+from lm_eval_deepen.results.files import TaskRun
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,28 @@ def test_what_such_a_recipe_must_not_say(write, changes, message):
         read_recipe(write(**changes))
 
 
+def test_a_column_without_a_single_member_says_what_its_reference_is(write, capsys):
+    members = [{**one, "tasks": "deepen_sample_arc"} for one in yaml.safe_load(write().read_text())["members"]]
+    rows = [{"name": name, "members": ["A", "B"], "method": name} for name in ("gac", "unite")]
+    found = run(write(members=members, rows=rows))
+    told = "deepen_sample_piqa acc: no single member is evaluated there; the reference is the best row"
+    assert [note for note in found["notes"] if "no single member" in note] == [told]
+    assert "Of 2 comparisons of ensembles with the best single member" in capsys.readouterr().out  # those on ARC
+
+
+def test_a_published_score_that_fits_two_columns_stands_beside_none(write):
+    tasks = [{"task": "deepen_sample_arc", "metric": ["acc", "acc_norm"]}]
+    table = {"table": "table 1", "read_in": "a picture", "scores": {"deepen_sample_arc": {"A": 25}}}
+    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+    for metric, want in ((None, {}), ("acc_norm,none", {"acc_norm": 0.25})):
+        found = run(write(tasks=tasks, rows=rows, expected=[{**table, **({"metric": metric} if metric else {})}]))
+        said = {row["metric"]: row["extra"]["published"] for row in found["rows"] if "published" in row["extra"]}
+        assert said == want
+        assert any("stand beside none of acc,none and acc_norm,none" in note for note in found["notes"]) is not bool(
+            want
+        )
+
+
 def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path, capsys):
     adapt = {
         "name": "Adapt",
@@ -156,6 +179,21 @@ def test_a_router_knows_the_members_scores_on_the_development_split(write, tmp_p
     assert run(tmp_path / "recipe.yaml")["rows"]
     with pytest.raises(ConfigError, match="router belong to weighting: knn"):
         read_recipe(write(rows=[{**row, "weighting": "uniform"}], tasks=tasks))
+
+
+@pytest.mark.parametrize("score", [-0.25, math.nan])
+def test_scores_that_give_no_proportion(write, tmp_path, monkeypatch, score):
+    row = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
+    recipe = read_recipe(write(rows=[row], tasks=[{"task": "deepen_sample_piqa", "metric": "acc"}]))
+    read = TaskRun.__init__
+
+    def scored(self, task, *others):
+        others[-1]["results"][task]["acc,none"] = score
+        read(self, task, *others)
+
+    monkeypatch.setattr(TaskRun, "__init__", scored)
+    with pytest.raises(ConfigError, match=f"acc of member 'A' is {score} on the development split"):
+        adapted(recipe, tmp_path / "out", "cpu", lambda text: None)
 
 
 def test_development_documents_that_are_evaluated_too_are_refused(write, tmp_path):

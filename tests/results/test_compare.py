@@ -44,6 +44,44 @@ def three(tmp_path):
     ]
 
 
+def no_json(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_a_run_beside_itself_and_a_score_without_bound(three, tmp_path, capsys):
+    found = as_json(capsys, three[0], three[0])
+    assert [row["system"] for row in found["rows"]] == [f"{three[0]} (1)", f"{three[0]} (2)"]
+    assert found["rows"][1]["comparison"]["difference"] == 0
+    a, b = (
+        synthesised(
+            tmp_path / name, {"t": {"perplexity": [far, -1.0]}}, {"perplexity": False}, {"perplexity": "perplexity"}
+        )
+        for name, far in (("near", -3.0), ("far", -5000.0))
+    )
+    for arguments in ((a, b), (b, a)):
+        assert compare(*arguments, "--json", *FEW) == 0
+        rows = json.loads(capsys.readouterr().out, parse_constant=no_json)["rows"]
+        assert {row["system"]: row["score"] for row in rows}["far"] is None  # exp(2500)
+        assert compare(*arguments, "--format", "html", *FEW) == 0
+        assert "inf" in capsys.readouterr().out
+
+
+def test_a_group_is_reported_of_the_evaluation_of_its_tasks(tmp_path, capsys):
+    def grouped(name, values, date):
+        folder = synthesised(tmp_path / name, values, date=date)
+        path = folder / f"results_{date}.json"
+        results = json.loads(path.read_text())
+        score = results["results"]["t"]["acc,none"]
+        results |= {"groups": {"g": {"acc,none": score}}, "group_subtasks": {"g": ["t"]}}
+        path.write_text(json.dumps(results))
+
+    for name in "ab":
+        grouped(name, {"t": {"acc": [0.0, 0.0]}, "u": {"acc": [1.0, 0.0]}}, "2026-01-02T03-04-05.000006")
+        grouped(name, {"t": {"acc": [1.0, 1.0]}}, "2026-02-02T03-04-05.000006")
+    [told] = [note for note in as_json(capsys, tmp_path / "a", tmp_path / "b")["notes"] if note.startswith("group g")]
+    assert "a 1.0000, b 1.0000; against a, paired over 2 documents of 1 tasks" in told
+
+
 # The table ---------------------------------------------------------------------------------------------
 
 

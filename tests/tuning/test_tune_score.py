@@ -10,6 +10,7 @@ import lm_eval
 import pytest
 import yaml
 
+from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli import tune as command
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import DeepenLM, configure
@@ -188,10 +189,27 @@ def test_nothing_to_fit_is_an_error(tune, options, arguments, message):
         tune(*arguments, **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metric", "acc"], "--metric belongs to --objective score"),
+        (["--num-fewshot", "0"], "--num-fewshot belongs to --objective score"),
+        (["--objective", "score", "--tasks", "t", "--text", "a"], "--text belongs to --objective bpb"),
+        (["--objective", "score", "--tasks", "t", "--weight-step", "0.3"], "--weight-step must divide 1"),
+    ],
+)
+def test_options_without_an_effect_are_refused_before_anything_loads(arguments, message, tmp_path, capsys):
+    argv = ["tune", "pretrained=a/A,members=a/A+b/B", "--output", str(tmp_path / "t.yaml"), *arguments]
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_grid_of_weights():
     assert fitting.simplex(2, 0.25) == [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
     assert len(fitting.simplex(3, 0.1)) == 36
     assert all(sum(point) == pytest.approx(1) and min(point) > 0 for point in fitting.simplex(3, 0.1))
+    with pytest.raises(ConfigError, match="a grid of more than 10,000 weights"):
+        fitting.simplex(2, 1e-9)
     for step in (0, -1, 0.3, 1, 0.7):
         with pytest.raises(ConfigError, match="--weight-step must divide 1"):
             fitting.simplex(2, step)
