@@ -111,35 +111,46 @@ def mark_of(out: Path, row: Row, task: LoadedTask) -> Path:
     return out / row.slug / (re.sub(r"[^\w.-]+", "_", task.name) + SUFFIX)
 
 
-def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool) -> Cell | None:
+def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[str, str] | None = None) -> Cell | None:
     """Return the finished cell; None where it is to be evaluated.
 
     Args:
         mark: its mark.
         wanted: the identity it should have.
-        redo: evaluate a cell again that is of another identity, or damaged.
+        redo: evaluate a cell again that is of another identity or other model files, or damaged.
+        files: digests of the files in its models' folders (see `model_files`), which older cells do not know.
 
     Raises:
-        ResultError: what is there is of another identity, which is named beside the wanted one.
+        ResultError: what is there is of another identity, which is named beside the wanted one, or of other files.
     """
     if not mark.is_file():
         return None
+    changed: list[str] = []
     try:
         cell = _parsed(mark)
         if json.loads(json.dumps(wanted)) == cell.identity:
             cell.check()
-            return cell
+            if not (changed := _changed(cell, files or {})):
+                return cell
     except (ResultError, StorageError) as error:
         if redo:
             return None
         raise ResultError(f"{mark}: the cell is damaged ({error}); --redo evaluates it again") from error
     if redo:
         return None
-    raise ResultError(
-        f"{mark} is of another evaluation: fingerprint {fingerprint(cell.identity)[:12]} there, "
-        f"{fingerprint(wanted)[:12]} wanted ({_differences(cell.identity, wanted)}). "
-        "--redo evaluates such cells again; another --out keeps both"
+    why = (
+        f"was evaluated before the files in {' and '.join(changed)} changed"
+        if changed
+        else f"is of another evaluation: fingerprint {fingerprint(cell.identity)[:12]} there, "
+        f"{fingerprint(wanted)[:12]} wanted ({_differences(cell.identity, wanted)})"
     )
+    raise ResultError(f"{mark} {why}. --redo evaluates such cells again; another --out keeps both")
+
+
+def _changed(cell: Cell, files: Mapping[str, str]) -> list[str]:
+    """Return the folders whose files are others than when a cell was evaluated, as far as it says."""
+    then = cell.facts.get("files")
+    return [place for place, digest in files.items() if isinstance(then, dict) and then.get(place, digest) != digest]
 
 
 def _parsed(mark: Path) -> Cell:

@@ -25,6 +25,7 @@ from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
+from lm_eval_deepen.leaderboard.model_files import digests
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.progress import Progress
 from lm_eval_deepen.leaderboard.provenance import versions
@@ -108,7 +109,8 @@ def plan(
                 for name, hashes in task.documents.items():
                     refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
             refuse_trained(recipe.builds, row.members, task)
-            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo)
+            files = digests(row.config.members)
+            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo, files)
             if cell is None:
                 missing.append(key)
             else:
@@ -269,6 +271,7 @@ class Execution:
             results = evaluate(model, task, self.todo.recipe.seeds, tracker)
             results["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
             facts = facts_of([self.members[name] for name in row.members])
+            facts["files"] = digests(row.config.members)
             if built := facts.pop("built"):
                 results["config"]["built"] = built
             if model.ensemble.fuser is not None:  # what a single evaluation warns of; the rest stands in the table

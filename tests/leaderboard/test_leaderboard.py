@@ -762,6 +762,28 @@ def test_a_damaged_cell_is_an_error_and_redo_evaluates_that_cell_alone(kind, dam
     assert plan(read, tasks, out, redo=True).missing == [("B", "conf_choice")]
 
 
+def test_a_cell_of_other_weights_in_the_same_folder_is_refused_or_redone(pico, write, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(pico["bytelevel"], model)
+    members = [{"name": "A", "pretrained": str(model)}, {"name": "B", "pretrained": str(pico["metaspace"])}]
+    path = write(members=members, grid=None, rows=[{"name": "pair", "method": "gac"}])
+    before = scores(measured(path, out))
+    (model / "README.md").write_text("about it")
+    assert not planned(path, out).missing
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:  # another training: the same sizes
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(2048))
+    with pytest.raises(ResultError, match=r"was evaluated before the files in .*model changed\. --redo"):
+        planned(path, out)
+    assert {row for row, _ in planned(path, out, redo=True).missing} == {"A", "pair"}
+    for mark in out.rglob("*.cell.json"):  # as older versions wrote it
+        cell = json.loads(mark.read_text())
+        del cell["facts"]["files"]
+        mark.write_text(json.dumps(cell))
+    assert not planned(path, out).missing and before
+
+
 def test_what_redo_mends_is_what_it_was(copied, capsys):
     recipe, out = copied
     before = json.loads((out / "leaderboard.json").read_text())
