@@ -12,6 +12,7 @@ from lm_eval_deepen.member import Member
 from lm_eval_deepen.weighting.base import PromptLoss
 
 LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of the demo pair, which fill its heads
+ROWS = 16  # of log-probabilities at once
 
 
 def prompt_losses(
@@ -34,11 +35,7 @@ def prompt_losses(
     paths = list(targets)
     for start in range(0, len(paths), step):
         chunk = paths[start : start + step]
-        logp = member.logp(states(chunk))
-        for row, path in zip(logp, chunk, strict=True):
-            tokens = list(targets[path])
-            values = row[torch.tensor(tokens, device=row.device)].tolist()
-            targets[path] = dict(zip(tokens, values, strict=True))
+        _read(member.logits(states(chunk)), [targets[path] for path in chunk])
     pieces = member.codec.vocab.pieces
     return [
         None
@@ -52,3 +49,14 @@ def prompt_losses(
         )
         for reads in wanted
     ]
+
+
+def _read(logits: Tensor, targets: Sequence[dict[int, float]]) -> None:
+    """Set the log-probability of every token among a row's targets, from logits [n, V].
+
+    The log-probabilities of a few rows at a time: all of them would take as much memory as the logits again.
+    """
+    for start in range(0, len(logits), ROWS):
+        for row, values in zip(torch.log_softmax(logits[start : start + ROWS], dim=-1), targets[start:], strict=False):
+            tokens = list(values)
+            values.update(zip(tokens, row[torch.tensor(tokens, device=row.device)].tolist(), strict=True))
