@@ -109,7 +109,7 @@ def fitting(ensembles: Sequence[Ensemble], found: Sequence[Document]) -> list[Do
 
 
 def save(reading: Reading, path: Path) -> None:
-    torch.save({key: getattr(reading, key) for key in ("documents", "positions", "states", "place", "sources")}, path)
+    torch.save({key: getattr(reading, key) for key in ("documents", "positions", "trees", "states", "rows")}, path)
 
 
 def load(ensemble: Ensemble, out: Path, kind: str, split: str, k: int) -> Reading:
@@ -120,8 +120,7 @@ def take(reading: Reading, step: int) -> Reading:
     """Every step-th document of a reading."""
     keep = [i for i, p in enumerate(reading.positions) if p.document % step == 0]
     positions = tuple(replace(reading.positions[i], document=reading.positions[i].document // step) for i in keep)
-    place = tuple(tuple(rows[i] for i in keep) for rows in reading.place)
-    return replace(reading, documents=reading.documents[::step], positions=positions, place=place)
+    return replace(reading, documents=reading.documents[::step], positions=positions)
 
 
 def size(reading: Reading) -> int:

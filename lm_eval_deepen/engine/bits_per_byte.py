@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.engine.covers import Plan, plans_of
+from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
+from lm_eval_deepen.engine.places import Place, places
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.experts import posteriors
 
 if TYPE_CHECKING:
@@ -74,14 +76,14 @@ class Position:
         document: index of its document.
         target: the main member's token.
         left: bytes of the document after it.
-        paths: every member's tokens before it, None where a member abstains.
+        place: where it is, in every member's tree of token prefixes.
         plans: every member's covers there, None where it has none (see `lm_eval_deepen.engine.covers`).
     """
 
     document: int
     target: int
     left: int
-    paths: tuple[tuple[int, ...] | None, ...]
+    place: Place
     plans: tuple[Plan | None, ...] = ()
 
 
@@ -93,17 +95,17 @@ class Reading:
         ensemble: the members, the main member first.
         documents: what was read.
         positions: the n scored tokens, in the order of the text.
+        trees: every member's token prefixes.
         states: every member's states [n_m, ...].
-        place: the row of `states` per member and position, None where the member abstains.
-        sources: of every member, the row of `states` at each place that covers read.
+        rows: of every member, the row of `states` of each node that positions or their covers read.
     """
 
     ensemble: Ensemble
     documents: tuple[Document, ...]
     positions: tuple[Position, ...]
+    trees: tuple[TokenTree, ...]
     states: tuple[Tensor, ...]
-    place: tuple[tuple[int | None, ...], ...]
-    sources: tuple[Mapping[tuple[int, ...], int], ...]
+    rows: tuple[Mapping[int, int], ...]
 
     @classmethod
     def of(cls, ensemble: Ensemble, documents: Sequence[Document], members: int | None = None) -> Reading:
@@ -129,16 +131,19 @@ class Reading:
                 f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
                 "has not. Measure with constant weights: leave weighting out."
             )
-        positions = _positions(ensemble, documents)
-        states, place, sources = [], [], []
+        trees = tuple(TokenTree() for _ in ensemble.active)
+        positions = _positions(ensemble, documents, trees)
+        states, rows = [], []
         for m, member in enumerate(ensemble.active[:members]):
-            at: dict[tuple[int, ...], int] = {}
-            rows = [None if (path := p.paths[m]) is None else at.setdefault(path, len(at)) for p in positions]
-            plans = [plan for p in positions if (plan := p.plans[m]) is not None]
-            sources.append({c.source: at.setdefault(c.source, len(at)) for plan in plans for c in plan.covers})
-            states.append(member.states_at(list(at)) if at else torch.empty(0))
-            place.append(tuple(rows))
-        return cls(ensemble, tuple(documents), tuple(positions), tuple(states), tuple(place), tuple(sources))
+            at: dict[int, int] = {}
+            for node in (p.place.nodes[m] for p in positions):
+                if node is not None:
+                    at.setdefault(node, len(at))
+            for cover in (cover for p in positions if (plan := p.plans[m]) is not None for cover in plan.covers):
+                at.setdefault(cover.source, len(at))
+            states.append(member.runner.walker().read(trees[m], list(at)) if at else torch.empty(0))
+            rows.append(at)
+        return cls(ensemble, tuple(documents), tuple(positions), trees, tuple(states), tuple(rows))
 
     def logp(self, variants: Sequence[Variant]) -> Tensor:
         """Return the log-probability of every scored token under every variant [variants, n], in nats."""
@@ -161,7 +166,7 @@ class Reading:
                         rows_of = partial(look_up, cool[key], index[m])
                         covered[key] = reader.rows(logp[m].clone(), plans, rows_of)
                     logp[m] = covered[key]
-                inside = variant.ensemble.inside(logp[0], (self.positions[i].paths for i in part))
+                inside = variant.ensemble.inside(logp[0], (self.positions[i].place.last(self.trees) for i in part))
                 if variant.ensemble.learns:  # what experts give does not depend on the weights, which are learnt below
                     parts.append(variant.ensemble.fuse_by_expert(logp, present, inside).at(everything, target).cpu())
                 else:
@@ -196,11 +201,11 @@ class Reading:
 
     def _chunks(
         self, members: int | None = None
-    ) -> Iterator[tuple[range, list[Tensor], list[dict[tuple[int, ...], int]], Tensor, Tensor]]:
+    ) -> Iterator[tuple[range, list[Tensor], list[dict[int, int]], Tensor, Tensor]]:
         """Yield b positions, log-probabilities at temperature 1, presence [b, M] and targets [b].
 
         A member's rows [b + s, V_m] are those of the positions, then s more at places that their covers read; which
-        row is whose, by tokens, comes with them.
+        row is whose, by node, comes with them.
         """
         active = self.ensemble.active[:members]
         device = self.ensemble.device
@@ -209,28 +214,27 @@ class Reading:
             part = range(start, min(start + step, len(self.positions)))
             raw, present, index = [], [], []
             for m, member in enumerate(active):
-                wanted = [self.place[m][i] for i in part]
+                nodes = [self.positions[i].place.nodes[m] for i in part]
+                present.append(torch.tensor([node is not None for node in nodes]))
                 plans = [plan for i in part if (plan := self.positions[i].plans[m]) is not None]
-                paths = [self.positions[i].paths[m] for i in part]
-                places = {path: at for at, path in enumerate(paths) if path is not None}
+                here = {node: at for at, node in enumerate(nodes) if node is not None}
                 for source in (cover.source for plan in plans for cover in plan.covers):
-                    if source not in places:
-                        places[source] = len(wanted)
-                        wanted.append(self.sources[m][source])
-                index.append(places)
+                    if source not in here:
+                        here[source] = len(nodes)
+                        nodes.append(source)
+                index.append(here)
                 if len(self.states[m]):
-                    rows = torch.tensor([0 if at is None else at for at in wanted])
+                    rows = torch.tensor([0 if node is None else self.rows[m][node] for node in nodes])
                     raw.append(member.runner.logp(self.states[m][rows.to(self.states[m].device)], 1.0).to(device))
                 else:  # it takes in no text of any document
                     raw.append(torch.full((len(part), member.vocab_size), -math.log(member.vocab_size), device=device))
-                present.append(torch.tensor([path is not None for path in paths]))
             target = torch.tensor([self.positions[i].target for i in part], device=device)
             yield part, raw, index, torch.stack(present, dim=1).to(device), target
 
 
-def look_up(rows: Tensor, index: Mapping[tuple[int, ...], int], path: tuple[int, ...]) -> Tensor:
-    """Return log-probabilities [V] after some tokens, off rows [b, V]."""
-    return rows[index[path]]
+def look_up(rows: Tensor, index: Mapping[int, int], node: int) -> Tensor:
+    """Return log-probabilities [V] at a node, off rows [b, V]."""
+    return rows[index[node]]
 
 
 def cooled(logp: Tensor, temperature: float) -> Tensor:
@@ -238,23 +242,30 @@ def cooled(logp: Tensor, temperature: float) -> Tensor:
     return logp if temperature == 1 else torch.log_softmax(logp / temperature, dim=-1)
 
 
-def _positions(ensemble: Ensemble, documents: Sequence[Document]) -> list[Position]:
+def _positions(ensemble: Ensemble, documents: Sequence[Document], trees: Sequence[TokenTree]) -> list[Position]:
     """Return the positions of all documents, or raise one RequestError that names every document without any."""
     prompter = Prompter(ensemble)
     positions: list[Position] = []
     refused: list[str] = []
     for index, document in enumerate(documents):
         try:
-            positions += _positions_of(ensemble, prompter, index, document)
+            positions += _positions_of(ensemble, prompter, index, document, trees)
         except RequestError as error:
             refused.append(f"document {index}: {error}")
     if refused:
         listed = [*refused[:SHOWN], *([f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else [])]
         raise RequestError("\n  ".join([f"{len(refused)} of {len(documents)} documents cannot be read:", *listed]))
-    return positions
+    # All places of texts come into the trees before those of covers, which may be beyond a text.
+    covers = ensemble.covers.items()
+    plans = [{m: p.place.plan(reader, trees, m) for m, reader in covers} for p in positions]
+    return [
+        replace(p, plans=tuple(own.get(m) for m in range(len(trees)))) for p, own in zip(positions, plans, strict=True)
+    ]
 
 
-def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: Document) -> Iterator[Position]:
+def _positions_of(
+    ensemble: Ensemble, prompter: Prompter, index: int, document: Document, trees: Sequence[TokenTree]
+) -> Iterator[Position]:
     pieces = ensemble.main.codec.vocab.pieces
     if not document.text.strip():
         raise RequestError("it has no text to predict; leave it out.")
@@ -265,7 +276,6 @@ def _positions_of(ensemble: Ensemble, prompter: Prompter, index: int, document: 
         spans = rolling_spans(ensemble, document.text)
     left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
     for span in spans:
-        for at, token in enumerate(span.target):
+        for at, (token, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
             left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
-            paths = span.paths(ensemble, at)
-            yield Position(index, token, left, paths, plans_of(ensemble.covers, paths))
+            yield Position(index, token, left, place)

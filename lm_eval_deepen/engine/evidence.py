@@ -17,15 +17,19 @@ from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.chat import ChatPrompt
 
-TokenPrefix = tuple[int, ...]
 Stretch = tuple[int, int]  # first byte, and the byte after the last one
 
 
 @dataclass(frozen=True)
 class Read:
-    """A token of a prompt and the tokens before it."""
+    """A token of a prompt.
 
-    before: TokenPrefix
+    Attributes:
+        before: how many of the prompt's tokens come before it.
+        token: its id.
+    """
+
+    before: int
     token: int
 
 
@@ -78,7 +82,7 @@ def _evidence(
             control = members[m].codec.vocab.control
             for at, token in enumerate(prompt.ids):
                 if at in own and token not in control and first <= own[at] and own[at + 1] <= end:
-                    reads[m].append(Read(prompt.ids[:at], token))
+                    reads[m].append(Read(at, token))
     return reads
 
 

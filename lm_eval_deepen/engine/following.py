@@ -12,11 +12,12 @@ from torch import Tensor
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, places_of, prompt_losses
 from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.sampling import Sampler
+from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.member.walk import Prefilled
 from lm_eval_deepen.weighting.base import PromptLoss
 
@@ -108,15 +109,18 @@ class Follower:
             This member's loss on each prompt if there is something `wanted`, else nothing.
         """
         paths = [self.ensemble.path(self.m, prompt, (), b"") or self.member.idle for prompt in prompts]
-        before = dict.fromkeys(read.before for reads in wanted or () for read in reads or ())
-        texts, states = self.walker.prefill(paths, list(before))
+        tree, ends = TokenTree.of(paths)
+        places = places_of(tree, prompts, wanted or [None] * len(prompts))
+        at: dict[int, int] = {}  # by node
+        for node in (node for own in places for node, _ in own or ()):
+            at.setdefault(node, len(at))
+        texts, states = self.walker.prefill(tree, ends, list(at))
         self.walker.forget(then.ids if then is not None else ())
         self.ready.extend(texts)
         if wanted is None:
             return []
-        at = {path: i for i, path in enumerate(before)}
         step = max(1, LOGITS_PER_CHUNK // self.member.vocab_size)
-        return prompt_losses(self.member, wanted, lambda paths: states[[at[path] for path in paths]], step)
+        return prompt_losses(self.member, places, lambda nodes: states[[at[node] for node in nodes]], step)
 
     def admit(self, places: Sequence[int]) -> None:
         """Put the first prompts that are ready into these rows; a row behind the last one is new."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lm_eval_deepen.engine.base import EnsembleBase
+from lm_eval_deepen.engine.covers import TOKENS_READ, CoverReader, Plan
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
@@ -23,6 +24,25 @@ class Place:
 
     nodes: tuple[int | None, ...]
     outgrown: tuple[int, ...]
+
+    def last(self, trees: Sequence[TokenTree]) -> list[list[int] | None]:
+        """Return every member's last tokens, as many as are read of a text; None where it abstains."""
+        pairs = zip(trees, self.nodes, strict=True)
+        return [None if node is None else tree.last(node, TOKENS_READ)[0] for tree, node in pairs]
+
+    def plan(self, reader: CoverReader, trees: Sequence[TokenTree], m: int) -> Plan | None:
+        """Return the covers of member `m`, whose sources are nodes of its tree."""
+        main, own = self.nodes[0], self.nodes[m]
+        if main is None or own is None:
+            return None
+        tree = trees[m]
+        tokens, nodes = tree.last(own, TOKENS_READ)
+
+        def source(count: int, more: tuple[int, ...]) -> int | None:
+            node = nodes[count - 1]
+            return tree.extend(node, more) if tree.depths[node] + len(more) < reader.longest else None
+
+        return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, source)
 
 
 def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
@@ -83,8 +103,8 @@ class _TextWay:
 
     def __init__(self, tree: TokenTree, cursor: TextCursor, longest: int | None) -> None:
         self.tree, self.cursor, self.longest = tree, cursor, longest
-        self.added, self.at = 0, -1
-        self.rest: tuple[int, ...] = ()  # what was last added after `at`: a text without cuts is one word
+        self.fixed, self.added, self.at = cursor.fixed, 0, -1
+        self.rest: tuple[int, ...] = ()  # what was last added after `at`
         self.nodes: list[int] = []
         self.outgrown = False
 
@@ -103,6 +123,8 @@ class _TextWay:
         if end is None or self.outgrown:
             return None
         count, rest = end
+        if self.fixed is not self.cursor.fixed or count < self.added:  # tokens have changed
+            self.fixed, self.added, self.at, self.rest, self.nodes = self.cursor.fixed, 0, -1, (), []
         if count != self.added:
             self.at = _grown(self.tree, self.at, self.cursor.fixed, self.added, count)
             self.added, self.rest, self.nodes = count, (), []

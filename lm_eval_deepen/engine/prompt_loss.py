@@ -7,47 +7,63 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.engine.evidence import Read, TokenPrefix
-from lm_eval_deepen.member import Member
+from lm_eval_deepen.engine.evidence import Read
+from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.base import PromptLoss
 
 LOGITS_PER_CHUNK = 40_000_000  # computed at once, over all members: 128 rows of the demo pair, which fill its heads
 ROWS = 16  # of log-probabilities at once
 
 
+Place = tuple[int, int]  # a node of a tree, and a token after it
+
+
+def places_of(
+    tree: TokenTree, prompts: Sequence[Prompt], wanted: Sequence[Sequence[Read] | None]
+) -> list[list[Place] | None]:
+    """Return the places of one member's tokens that are evidence, which are added to its tree."""
+    places: list[list[Place] | None] = []
+    for prompt, reads in zip(prompts, wanted, strict=True):
+        length = reads[-1].before if reads else 0
+        way = tree.last(tree.add(prompt.ids[:length]), length)[1] if length else []
+        places.append(None if reads is None else [(way[read.before - 1], read.token) for read in reads])
+    return places
+
+
 def prompt_losses(
     member: Member,
-    wanted: Sequence[Sequence[Read] | None],
-    states: Callable[[Sequence[TokenPrefix]], Tensor],
+    wanted: Sequence[Sequence[Place] | None],
+    states: Callable[[Sequence[int]], Tensor],
     step: int,
 ) -> list[PromptLoss | None]:
     """Return one member's loss on each prompt.
 
     Args:
         member: whose prompts these are.
-        wanted: its tokens of every prompt that are evidence; None where it cannot take in the prompt.
-        states: gives the states [n, ...] after token sequences.
+        wanted: the places of its tokens of every prompt that are evidence; None where it cannot take in the prompt.
+        states: gives the states [n, ...] at nodes.
         step: how many rows of logits to compute at once.
     """
-    targets: dict[TokenPrefix, dict[int, float]] = {}
-    for read in (read for reads in wanted for read in reads or ()):
-        targets.setdefault(read.before, {})[read.token] = 0.0
-    paths = list(targets)
-    for start in range(0, len(paths), step):
-        chunk = paths[start : start + step]
-        _read(member.logits(states(chunk)), [targets[path] for path in chunk])
+    targets: dict[int, dict[int, float]] = {}
+    for node, token in (place for places in wanted for place in places or ()):
+        targets.setdefault(node, {})[token] = 0.0
+    nodes = list(targets)
+    for start in range(0, len(nodes), step):
+        chunk = nodes[start : start + step]
+        _read(member.logits(states(chunk)), [targets[node] for node in chunk])
     pieces = member.codec.vocab.pieces
     return [
         None
-        if reads is None
+        if places is None
         else PromptLoss(
-            nats=-sum(targets[read.before][read.token] for read in reads),
-            tokens=len(reads),
-            num_bytes=sum(len(pieces[read.token]) for read in reads),
-            each=tuple((targets[read.before][read.token], len(pieces[read.token])) for read in reads),
-            embedding=states([read.before for read in reads]).float().mean(0).flatten().cpu() if reads else None,
+            nats=-sum(targets[node][token] for node, token in places),
+            tokens=len(places),
+            num_bytes=sum(len(pieces[token]) for _, token in places),
+            each=tuple((targets[node][token], len(pieces[token])) for node, token in places),
+            embedding=states([node for node, _ in places]).float().mean(0).flatten().cpu() if places else None,
         )
-        for reads in wanted
+        for places in wanted
     ]
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
-from lm_eval_deepen.engine.covers import TOKENS_READ, CoverReader, Plan
-from lm_eval_deepen.engine.evidence import Read, evidence
+from lm_eval_deepen.engine.covers import Plan
+from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.places import Place, places
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, prompt_losses
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, places_of, prompt_losses
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.steps import Step, StepReader
 from lm_eval_deepen.member import Member, Prompt
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
     Walker = TreeWalker | PlainWalker
-
-TokenPrefix = tuple[int, ...]
 
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
@@ -123,9 +121,11 @@ def _score_round(
     lasts = [ensemble.prompt_stretches for ensemble in ensembles if ensemble.reads_prompts]
     last = None if None in lasts else max((n for n in lasts if n is not None), default=None)
     by_prompt = [evidence(ensembles[0], own, last) for own in prompts]
-    wanted = [[reads[m] for reads in by_prompt] for m in range(len(members))]
     covers = next((ensemble.covers for ensemble in ensembles if ensemble.covers), {})
-    plans = {m: [_plan(reader, trees, m, row.place) for row in rows] for m, reader in covers.items()}
+    plans = {m: [row.place.plan(reader, trees, m) for row in rows] for m, reader in covers.items()}
+    wanted = [
+        places_of(tree, [own[m] for own in prompts], [reads[m] for reads in by_prompt]) for m, tree in enumerate(trees)
+    ]
     passes = [_Pass(member, m, walkers[m], trees[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
     bases = _bases(ensembles, prompts, passes, wanted, step)
@@ -152,7 +152,7 @@ def _score_round(
         for ensemble, base, ledger, result, tracer in zip(ensembles, bases, ledgers, results, tracers, strict=True):
             logp = covered if ensemble.covers else raw
             notes = FusionNotes() if seen else None
-            inside = ensemble.inside(logp[0], (_last(trees, row.place) for row in here))
+            inside = ensemble.inside(logp[0], (row.place.last(trees) for row in here))
             if ledger is None:
                 weights = None if base is None else torch.stack([base[row.prompts] for row in here])
                 fused = ensemble.fuse(logp, present, weights, notes, inside)
@@ -195,7 +195,7 @@ def _bases(
     ensembles: Sequence[EnsembleBase],
     prompts: Sequence[tuple[Prompt, ...]],
     passes: Sequence[_Pass],
-    wanted: Sequence[Sequence[Sequence[Read] | None]],
+    wanted: Sequence[Sequence[Sequence[tuple[int, int]] | None]],
     step: int,
 ) -> list[Sequence[Tensor] | None]:
     """Return every ensemble's weights [M] of every one of some prompts, None where they do not depend on it."""
@@ -252,28 +252,6 @@ def _rows(
     return list(rows.values()), list(numbers)
 
 
-def _last(trees: Sequence[TokenTree], at: Place) -> list[list[int] | None]:
-    """Return every member's last tokens at a place, None where it abstains."""
-    return [
-        None if node is None else tree.last(node, TOKENS_READ)[0] for tree, node in zip(trees, at.nodes, strict=True)
-    ]
-
-
-def _plan(reader: CoverReader, trees: Sequence[TokenTree], m: int, at: Place) -> Plan | None:
-    """Return the covers of member `m` at a place, whose sources are nodes of its tree."""
-    main, own = at.nodes[0], at.nodes[m]
-    if main is None or own is None:
-        return None
-    tree = trees[m]
-    tokens, nodes = tree.last(own, TOKENS_READ)
-
-    def place(count: int, more: TokenPrefix) -> int | None:
-        node = nodes[count - 1]
-        return tree.extend(node, more) if tree.depths[node] + len(more) < reader.longest else None
-
-    return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, place)
-
-
 class _Pass:
     """One member's pass over the rows of a round: a state for each node of its tree that is read."""
 
@@ -284,7 +262,7 @@ class _Pass:
         walker: Walker,
         tree: TokenTree,
         rows: Sequence[_Row],
-        wanted: Sequence[Sequence[Read] | None],
+        wanted: Sequence[Sequence[tuple[int, int]] | None],
         plans: Sequence[Plan | None] | None = None,
     ) -> None:
         self.member, self.m, self.tree = member, m, tree
@@ -292,9 +270,8 @@ class _Pass:
         at: dict[int, int] = {}  # by node
         self.nodes = [row.place.nodes[m] for row in rows]
         self.place = [None if node is None else at.setdefault(node, len(at)) for node in self.nodes]
-        for reads in wanted:
-            for read in reads or ():
-                at.setdefault(tree.add(read.before), len(at))
+        for node, _ in (place for own in wanted for place in own or ()):
+            at.setdefault(node, len(at))
         for plan in self.plans:
             for cover in plan.covers if plan is not None else ():
                 at.setdefault(cover.source, len(at))
@@ -304,9 +281,9 @@ class _Pass:
         self.at = at
         self.states = walker.read(tree, list(at)) if at else torch.empty(0)  # [n, ...]
 
-    def states_of(self, paths: Sequence[TokenPrefix]) -> Tensor:
-        """Return the states [n, ...] after token sequences of this pass."""
-        return self.states[[self.at[self.tree.add(path)] for path in paths]]
+    def states_of(self, nodes: Sequence[int]) -> Tensor:
+        """Return the states [n, ...] at nodes of this pass."""
+        return self.states[[self.at[node] for node in nodes]]
 
     def logp(self, chunk: range) -> Tensor:
         """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member abstains."""

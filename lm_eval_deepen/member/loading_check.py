@@ -214,7 +214,7 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
                 raise ArithmeticError("its positions are not those that it is given")
             _compare("a walk", runner.logits(runner.walker(20).states(paths)), expected, allowed)
             rows = runner.rows()
-            rows.admit(runner.walker().prefill([first, trunk, third])[0])
+            rows.admit(runner.walker().prefill(*TokenTree.of([first, trunk, third]))[0])
             state = rows.advance([paths[1], first, paths[2]])
             _compare("a rolled-back cache", runner.logits(state), expected[[1, 0, 2]], allowed)
     finally:
@@ -248,7 +248,7 @@ def check_state(runner: StateRunner, longest: int) -> None:
             allowed = _allowed(_apart(expected[:1], changed), expected)
             _compare("a walk from copied states", given, expected, allowed)
             rows = runner.rows()
-            rows.admit(runner.walker().prefill([near, near, trunk])[0])
+            rows.admit(runner.walker().prefill(*TokenTree.of([near, near, trunk]))[0])
             rows.advance([longer[0], longer[0], [*trunk, third[2]]])
             _compare("a state that goes on", runner.logits(rows.advance(longer)), further, allowed)
             back = runner.logits(rows.advance([paths[4], paths[2], paths[1]]))
@@ -261,7 +261,7 @@ def check_growing(runner: LongropeRunner) -> None:
     """Compare a text that grows by a state with plain forward passes; arguments and errors as `check_state`."""
     first, second, _ = _paths(runner.model)
     rows = runner.rows()
-    rows.admit(runner.walker().prefill([first[:-2]])[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of([first[:-2]]))[0])
     grown = [rows.advance([first[:-at] if at else first]) for at in (1, 0)]
     expected = runner.states_at([first, first[:-1], second])
     _compare(

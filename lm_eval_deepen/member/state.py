@@ -155,26 +155,23 @@ class StateWalker:
 
     def states(self, paths: TokenSequences) -> Tensor:
         """Return the hidden state after the last token of every path [n, d]."""
-        tree = TokenTree()
-        return self.read(tree, [tree.add(path) for path in paths])
+        return self.read(*TokenTree.of(paths))
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the hidden state at every one of some nodes of a tree [n, d]."""
         states = {node: hidden for node, hidden, _ in self._visit(tree, frozenset(nodes), frozenset())}
         return torch.stack([states[node] for node in nodes])
 
-    def prefill(self, paths: TokenSequences, read: TokenSequences = ()) -> tuple[list[Prefilled], Tensor]:
-        """Return whole paths with their states, and the hidden states [n, d] after the paths to `read`."""
-        tree = TokenTree()
-        ends, places = [tree.add(path) for path in paths], [tree.add(path) for path in read]
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
+        """Return the ways to some `ends` with their states, and the hidden states [n, d] at nodes to `read`."""
         hidden: dict[int, Tensor] = {}
         states: dict[int, Any] = {}
-        for node, end, state in self._visit(tree, frozenset([*ends, *places]), frozenset(ends)):
+        for node, end, state in self._visit(tree, frozenset([*ends, *read]), frozenset(ends)):
             hidden[node] = end
             if state is not None:
                 states[node] = state
-        texts = [Prefilled(tuple(path), hidden[n], copied(states[n])) for path, n in zip(paths, ends, strict=True)]
-        return texts, torch.stack([hidden[node] for node in places]) if places else torch.empty(0)
+        texts = [Prefilled(tree.path(node), hidden[node], copied(states[node])) for node in ends]
+        return texts, torch.stack([hidden[node] for node in read]) if read else torch.empty(0)
 
     def forget(self, path: Sequence[int]) -> None:
         """Nothing is kept."""
@@ -379,13 +376,13 @@ class _LongropeWalker(PlainWalker):
         super().__init__(runner)
         self.whole = runner
 
-    def prefill(self, paths: TokenSequences, read: TokenSequences = ()) -> tuple[list[Prefilled], Tensor]:
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
         texts = []
-        for path in paths:
+        for path in map(tree.path, ends):
             hidden, state = self.whole.carrier.forward([path], [0], None)
-            texts.append(Prefilled(tuple(path), hidden[0, -1], state))
+            texts.append(Prefilled(path, hidden[0, -1], state))
             self.whole.forwarded += len(path)
-        return texts, self.states(read) if read else torch.empty(0)
+        return texts, self.read(tree, read) if read else torch.empty(0)
 
 
 class _LongropeRows(StateRows):

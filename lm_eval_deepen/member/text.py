@@ -17,9 +17,11 @@ from lm_eval_deepen.member.kept import content_of, kept
 from lm_eval_deepen.member.tokenizer_files import FLAGS, TokenizerFiles, as_marked, require_same, with_parts
 from lm_eval_deepen.vocabulary import (
     ByteVocab,
+    Restarts,
     byte_vocab_from_json,
     check_round_trip,
     exact_encoder,
+    find_restarts,
     last_safe_cut,
     reads_alike,
     safe_cut_allowed,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.member.chat import ChatPrompt
 
 SEGMENT_CACHE = 65_536
+LONGEST_CACHED = 64  # characters; longer segments seldom come again
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,8 @@ class Backend:
         }
         return json.dumps(head).encode() + b"\n" + b"".join(vocab.pieces)
 
-    def text_only(self, size: int) -> Callable[[str], Sequence[int]]:
-        """Return what encodes text alone, with ids below `size`."""
+    def text_only(self, size: int) -> tuple[Callable[[str], Sequence[int]], Restarts | None]:
+        """Return what encodes text alone, with ids below `size`, and from where it may do so."""
 
         def rewritten() -> bytes:
             control, text = self._control_and_text
@@ -223,7 +226,7 @@ class Backend:
         else:
             text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
         text_only.encode_special_tokens = True
-        return lambda text: text_only.encode(text, add_special_tokens=False).ids
+        return lambda text: text_only.encode(text, add_special_tokens=False).ids, find_restarts(spec, self.spelling)
 
 
 @dataclass(eq=False)
@@ -238,6 +241,7 @@ class TextCodec:
         prefix_ids: what an empty prompt is conditioned on (the harness's prefix token).
         identity: equal for tokenizers that give every prompt the same tokens.
         cuts: whether a text can be cut before a space after a letter or digit, and both sides spelt on their own.
+        restarts: where else a text that grows is read from again; None where it is nowhere.
         CHECKED: whether a tokenizer must spell every text exactly.
     """
 
@@ -248,12 +252,14 @@ class TextCodec:
     prefix_ids: tuple[int, ...]
     identity: tuple[Any, ...]
     cuts: bool
+    restarts: Restarts | None = None
     _segment: Callable[[str], tuple[int, ...]] = field(init=False)
     CHECKED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Derive what depends on the tokenizer alone."""
-        self._segment = lru_cache(SEGMENT_CACHE)(lambda text: tuple(self.pure(text)))
+        cached = lru_cache(SEGMENT_CACHE)(lambda text: tuple(self.pure(text)))
+        self._segment = lambda text: cached(text) if len(text) <= LONGEST_CACHED else tuple(self.pure(text))
 
     @classmethod
     def build(
@@ -291,7 +297,8 @@ class TextCodec:
             require_same(tokenizer, files, name=name, asked=("add_bos_token",))
         read = Backend(tokenizer, files, size=size, known=known, eos=eos, name=name)
         vocab, limit = read.vocab, size if known is None else min(size, known)
-        pure = exact_encoder(read.spelling, vocab, read.text_only(limit), name=name)
+        text_only, restarts = read.text_only(limit)
+        pure = exact_encoder(read.spelling, vocab, text_only, name=name)
         if cls.CHECKED:
             check_round_trip(vocab, pure, name=name)
         opening = Opening.of(tokenizer, vocab, add_special)
@@ -304,7 +311,7 @@ class TextCodec:
                     "or leave the token out (add_bos_token=False)."
                 )
         identity = (read.source, vocab.fingerprint, opening, prefix_id)
-        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts)
+        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts, restarts)
 
     @property
     def prefix_space(self) -> bool:
@@ -424,40 +431,46 @@ class TextCodec:
         ids = self.spell(data)
         return None if ids is None else prompt.head + ids
 
-    def spell(self, data: bytes, invalid: bool = False) -> tuple[int, ...] | None:
+    def spell(
+        self, data: bytes, invalid: bool = False, encode: Callable[[str], tuple[int, ...]] | None = None
+    ) -> tuple[int, ...] | None:
         """Return the tokens of some bytes that need not be whole characters, None where they cannot be spelt.
 
         Args:
             data: the bytes.
             invalid: whether they follow bytes that are not UTF-8.
+            encode: encodes text with which the data begins; by default `encode`.
         """
+        encode = encode or self.encode
         try:
-            return self._spell_invalid(data) if invalid else self._continue(data)
+            return self._spell_invalid(data, encode) if invalid else self._continue(data, encode)
         except VocabularyError:  # a text that the tokenizer alters
             return None
 
-    def _continue(self, data: bytes) -> tuple[int, ...] | None:
+    def _continue(self, data: bytes, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...] | None:
         unfinished = incomplete_tail(data)
         try:
             text = data[: len(data) - unfinished].decode()
         except UnicodeDecodeError:
-            return self._spell_invalid(data)
+            return self._spell_invalid(data, encode)
         if not unfinished:
-            return self.encode(text)
+            return encode(text)
         tail = data[-unfinished:]
-        ids = self._begin_character(text, tail)
+        ids = self._begin_character(text, tail, encode)
         if ids is not None:
             return ids
         spelt = self._spell(tail)
-        return None if spelt is None else self.encode(text) + spelt
+        return None if spelt is None else encode(text) + spelt
 
-    def _begin_character(self, text: str, tail: bytes) -> tuple[int, ...] | None:
+    def _begin_character(
+        self, text: str, tail: bytes, encode: Callable[[str], tuple[int, ...]]
+    ) -> tuple[int, ...] | None:
         """Return the tokens that reach exactly the end of `tail` when it is completed to a character."""
         character = complete_character(tail)
         if character is None:
             return None
         try:
-            whole = self.encode(text + character)
+            whole = encode(text + character)
         except VocabularyError:  # a character that the tokenizer alters; those that are meant may be others
             return None
         beyond, count = len(character.encode()) - len(tail), len(whole)
@@ -471,7 +484,7 @@ class TextCodec:
         ids_of_bytes = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
         return None if any(ids is None for ids in ids_of_bytes) else tuple(ids[0] for ids in ids_of_bytes if ids)
 
-    def _spell_invalid(self, data: bytes) -> tuple[int, ...] | None:
+    def _spell_invalid(self, data: bytes, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...] | None:
         """Encode bytes that are not UTF-8: valid stretches as text, the others byte by byte."""
         ids: list[int] = []
         stretch: list[str] = []
@@ -480,8 +493,8 @@ class TextCodec:
                 spelt = self._spell(bytes([ord(character) - 0xDC00]))
                 if spelt is None:
                     return None
-                ids += [*self.encode("".join(stretch)), *spelt]
-                stretch = []
+                ids += [*encode("".join(stretch)), *spelt]
+                stretch, encode = [], self.encode
             else:
                 stretch.append(character)
-        return (*ids, *self.encode("".join(stretch)))
+        return (*ids, *encode("".join(stretch)))

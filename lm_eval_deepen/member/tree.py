@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Forward(Protocol):
@@ -51,6 +54,12 @@ class TokenTree:
         self._children: dict[tuple[int, int], int] = {}
         self._last: tuple[tuple[int, ...], list[int]] = ((), [])
 
+    @classmethod
+    def of(cls, paths: Iterable[Sequence[int]]) -> tuple[Self, list[int]]:
+        """Return the tree of some sequences, and the node of each one's last token."""
+        tree = cls()
+        return tree, [tree.add(path) for path in paths]
+
     def __len__(self) -> int:
         """Return the number of nodes."""
         return len(self.tokens)
@@ -90,6 +99,10 @@ class TokenTree:
         """Return the last `count` tokens of the way to a node, or all of them, and their nodes."""
         nodes = list(islice(self.way_up(node), count))[::-1]
         return [self.tokens[n] for n in nodes], nodes
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Return all tokens of the way to a node."""
+        return tuple(self.tokens[n] for n in self.way_up(node))[::-1]
 
     def way_up(self, node: int) -> Iterator[int]:
         """Yield a node and its ancestors, up to a first token; nothing for -1."""

@@ -50,32 +50,25 @@ class TreeWalker:
 
     def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Return the state after the last token of every path [n, d]."""
-        tree = TokenTree()
-        ends = [tree.add(path) for path in paths]
-        return self.read(tree, ends)
+        return self.read(*TokenTree.of(paths))
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the state at every one of some nodes of a tree [n, d]; the whole tree is forwarded."""
         states = {node: state for node, state, _, _ in self._visit(tree, frozenset(nodes))}
         return torch.stack([states[node] for node in nodes])
 
-    def prefill(
-        self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()
-    ) -> tuple[list[Prefilled], Tensor]:
-        """Return the states, keys and values of whole paths, and the states [n, d] after the paths to `read`."""
-        tree = TokenTree()
-        ends = [tree.add(path) for path in paths]
-        places = [tree.add(path) for path in read]
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
+        """Return the states, keys and values of the ways to some `ends`, and the states [n, d] at nodes to `read`."""
         states: dict[int, Tensor] = {}
         held: dict[int, list[LayerKV]] = {}
         whole = frozenset(ends)
-        for node, state, depth, columns in self._visit(tree, whole | frozenset(places)):
+        for node, state, depth, columns in self._visit(tree, whole | frozenset(read)):
             states[node] = state
             if node in whole:
                 at = torch.arange(depth + 1) if columns is None else _way(tree, node, columns)
                 held[node] = self.kv.take(at, self.spans)
-        texts = [Prefilled(tuple(path), states[node], held[node]) for path, node in zip(paths, ends, strict=True)]
-        return texts, torch.stack([states[node] for node in places]) if places else torch.empty(0)
+        texts = [Prefilled(tree.path(node), states[node], held[node]) for node in ends]
+        return texts, torch.stack([states[node] for node in read]) if read else torch.empty(0)
 
     def forget(self, path: Sequence[int]) -> None:
         """Give back most of the memory of the way kept, where less than half of it begins the next path."""
@@ -185,15 +178,13 @@ class PlainWalker:
 
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Return the state at every one of some nodes of a tree [n, ...]."""
-        return self.states([[tree.tokens[n] for n in tree.way_up(node)][::-1] for node in nodes])
+        return self.states([tree.path(node) for node in nodes])
 
-    def prefill(
-        self, paths: Sequence[Sequence[int]], read: Sequence[Sequence[int]] = ()
-    ) -> tuple[list[Prefilled], Tensor]:
-        """Return the states of whole paths, without keys and values, and those after the paths to `read`."""
-        states = self.runner.states_at([*paths, *read])
-        texts = [Prefilled(tuple(path), state, []) for path, state in zip(paths, states, strict=False)]
-        return texts, states[len(paths) :]
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
+        """Return the states at some `ends`, without keys and values, and those at nodes to `read`."""
+        states = self.read(tree, [*ends, *read])
+        texts = [Prefilled(tree.path(node), state, []) for node, state in zip(ends, states, strict=False)]
+        return texts, states[len(ends) :]
 
     def forget(self, path: Sequence[int]) -> None:
         """Nothing is kept."""

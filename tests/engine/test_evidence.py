@@ -151,7 +151,7 @@ def test_of_a_conversation_the_messages_alone_count(model, turns, appended: str)
         assert all(byte in rest for byte in found[0])  # parts of the messages, in their order
         assert len(found[0]) > 0.4 * len(whole) and (not appended or found[0].strip().endswith(b"er is"))
         for own, prompt in zip(reads, prompts, strict=True):
-            assert all(prompt.ids[: len(read.before) + 1] == (*read.before, read.token) for read in own)
+            assert all(prompt.ids[read.before] == read.token for read in own)
 
 
 def test_messages_are_told_from_a_templates_own_words(model) -> None:
@@ -160,7 +160,7 @@ def test_messages_are_told_from_a_templates_own_words(model) -> None:
     prompts = Prompter(model.ensemble).prompts(chat, 4)
     (main, *_) = evidence(model.ensemble, prompts)
     vocab = model.ensemble.main.codec.vocab
-    assert all(vocab.decode(read.before) != b"" for read in main) and main
+    assert all(vocab.decode(prompts[0].ids[: read.before]) != b"" for read in main) and main
 
 
 def test_a_message_that_one_member_reads_as_control_is_no_evidence(model) -> None:
@@ -172,8 +172,10 @@ def test_weights_of_a_conversation_equal_plain_losses(model) -> None:
     chat = model.apply_chat_template([{"role": "user", "content": "Sofia is the capital of Bulgaria"}])
     span = Prompter(model.ensemble).span(chat, "Yes")
     means = []
-    for member, own in zip(model.ensemble.members, evidence(model.ensemble, span.prompts), strict=True):
-        values = [float(naive.member_logp(member, read.before)[0, read.token]) for read in own]
+    for member, prompt, own in zip(
+        model.ensemble.members, span.prompts, evidence(model.ensemble, span.prompts), strict=True
+    ):
+        values = [float(naive.member_logp(member, prompt.ids[: read.before])[0, read.token]) for read in own]
         means.append(sum(values) / len(values))
     weights = torch.softmax(torch.tensor(means), dim=0)
     assert float((weights - 1 / 3).abs().max()) > 0.01
@@ -191,7 +193,7 @@ def test_the_real_pair_is_compared_on_what_follows_the_first_word() -> None:
     reads = evidence(model.ensemble, prompts)
     assert spelt(model, reads) == [b": how do you open a jar?\nAnswer:"] * 2
     scores = []
-    for member, own in zip(model.ensemble.members, reads, strict=True):
-        values = [float(naive.member_logp(member, read.before)[0, read.token]) for read in own]
+    for member, prompt, own in zip(model.ensemble.members, prompts, reads, strict=True):
+        values = [float(naive.member_logp(member, prompt.ids[: read.before])[0, read.token]) for read in own]
         scores.append(math.exp(sum(values) / len(values)))
     assert scores[0] / sum(scores) == pytest.approx(0.261, abs=5e-4)

@@ -16,6 +16,7 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.state import OLD_STATES, StateRunner
+from lm_eval_deepen.member.tree import TokenTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -106,7 +107,7 @@ def test_auto_counts_states(kind, pico, tmp_path, monkeypatch):
 def test_the_model_of_keys_and_values_is_what_a_cache_holds(model, length):
     """A window and some tokens before it, in layers that have one."""
     for member in model.ensemble.active:
-        ((held,), _) = member.runner.walker().prefill([[5, 6, 7, 8] * (length // 4) or [5, 6, 7]])
+        ((held,), _) = member.runner.walker().prefill(*TokenTree.of([[5, 6, 7, 8] * (length // 4) or [5, 6, 7]]))
         assert memory.kv_bytes(member, length) == sum(k.nbytes + v.nbytes for k, v in held.kv)
 
 

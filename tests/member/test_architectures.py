@@ -17,6 +17,7 @@ from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.attention import Alibi
 from lm_eval_deepen.member.loading_check import check_tree
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
+from lm_eval_deepen.member.tree import TokenTree
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -179,7 +180,7 @@ def test_a_long_text_changes_nothing_for_a_short_one_beside_it(tmp_path):
     short, long = list(range(5, 20)), list(range(9, 60))
     assert torch.equal(runner.states_at([short, long])[0], runner.states_at([short])[0])
     text, rows = list(range(5, 31)), runner.rows()  # 32 tokens have short frequencies, longer texts have others
-    rows.admit(runner.walker().prefill([text, long])[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of([text, long]))[0])
     for token in range(40, 50):
         text, long = [*text, token], [*long, token]
         assert torch.allclose(rows.advance([text, long]), runner.states_at([text, long]), atol=1e-3)

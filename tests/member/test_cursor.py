@@ -1,5 +1,6 @@
 """A text that grows: the same tokens as when it is read whole, and no more of it read than a word."""
 
+import pickle
 import random
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +9,10 @@ import pytest
 from harness import deepen, requests
 from pico import CORPUS, FOREIGN
 
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading
+from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import GrowingPaths, Job, path_of
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.text import TextCodec
 from lm_eval_deepen.member.tree import TokenTree
@@ -48,10 +52,11 @@ def test_a_cursor_gives_the_tokens_of_the_whole_text(trio, m):
 
 
 def test_the_price_of_a_token_does_not_grow_with_the_text(trio, pico, monkeypatch):
-    """Characters that are encoded, and steps up the trees: four times as many for a text four times as long."""
+    """What is encoded, added to trees, climbed in them and held: four times as much for a text four times as long."""
     pair = deepen(pico["bytelevel"], pico["padded"], covers="on")
+    weighted = deepen(pico["bytelevel"], pico["padded"], method="gac", weighting="perplexity")
     counts: Counter[str] = Counter()
-    encode, way_up = TextCodec.encode, TokenTree.way_up
+    encode, way_up, add = TextCodec.encode, TokenTree.way_up, TokenTree.add
 
     def counted(codec, text):
         counts["encoded"] += len(text)
@@ -63,7 +68,24 @@ def test_the_price_of_a_token_does_not_grow_with_the_text(trio, pico, monkeypatc
             yield found
 
     monkeypatch.setattr(TextCodec, "encode", counted)
+
+    def added(tree, path):
+        counts["added"] += len(path)
+        return add(tree, path)
+
     monkeypatch.setattr(TokenTree, "way_up", climbed)
+    monkeypatch.setattr(TokenTree, "add", added)
+
+    def measured(words):
+        reading = Reading.of(pair.ensemble, [Document("A text:" + " the other fox walked" * (words // 4))])
+        counts["held"] += len(pickle.dumps(reading.positions))
+
+    def compared(words):
+        context = "A text:" + " the other fox walked" * (words // 4)
+        weighted.loglikelihood(requests("loglikelihood", (context, " and")))
+        weighted.generate_until(requests("generate_until", (context, {"max_gen_toks": 2, "until": []})))
+        prompts = Prompter(weighted.ensemble).prompts(context, 4)
+        counts["held"] += len(pickle.dumps(evidence(weighted.ensemble, prompts)))
 
     def scored(words):
         pair.loglikelihood(requests("loglikelihood", ("A text:", " the other fox walked" * (words // 4))))
@@ -81,7 +103,7 @@ def test_the_price_of_a_token_does_not_grow_with_the_text(trio, pico, monkeypatc
                 assert found == tuple(path_of(trio, m, paths.job, ids[:count], data) for m in range(3))
                 counts.update({key: before[key] - counts[key] for key in counts})  # what reads the whole text
 
-    for action in (scored, generated):
+    for action in (scored, generated, measured, compared):
         found = []
         for words in (32, 128):
             counts.clear()

@@ -77,7 +77,7 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
     trunk = data.draw(tokens)
     paths = [trunk + data.draw(st.lists(st.integers(4, 9), max_size=4)) for _ in range(data.draw(st.integers(1, 4)))]
     rows = runner.rows()
-    rows.admit(runner.walker(data.draw(st.sampled_from([2, 50]))).prefill(paths)[0])
+    rows.admit(runner.walker(data.draw(st.sampled_from([2, 50]))).prefill(*TokenTree.of(paths))[0])
     assert torch.allclose(runner.logp(rows.advance(paths)), plain(runner, paths), atol=2e-4)
     longer = [path + data.draw(st.lists(st.integers(4, 9), max_size=3)) for path in paths]
     reads = [
@@ -86,7 +86,7 @@ def test_prefilled_rows_go_on_like_plain_forwards(members, data, family):
     got = runner.logp(rows.advance(longer, reads))
     read = [more[:n] for more, lengths in zip(longer, reads, strict=True) for n in lengths]
     assert torch.allclose(got, plain(runner, read), atol=2e-4)
-    rows.admit(runner.walker().prefill([[9, 8, 7]])[0], [0])  # another text takes a place
+    rows.admit(runner.walker().prefill(*TokenTree.of([[9, 8, 7]]))[0], [0])  # another text takes a place
     longer[0] = [9, 8, 7, 6]
     assert torch.allclose(runner.logp(rows.advance(longer)), plain(runner, longer), atol=2e-4)
 
@@ -99,7 +99,7 @@ def test_a_cache_equals_plain_forwards_after_any_walk(members, data, family):
     sequences = [data.draw(tokens) for _ in range(data.draw(st.integers(1, 3)))]
     with patch.object(runner.masks, "slack", data.draw(st.sampled_from([2, 6, 200]))):
         rows = runner.rows()
-        rows.admit(runner.walker().prefill(sequences)[0])
+        rows.admit(runner.walker().prefill(*TokenTree.of(sequences))[0])
     for _ in range(data.draw(st.integers(1, 5))):
         if len(sequences) > 1 and data.draw(st.booleans()):
             kept = data.draw(st.permutations(range(len(sequences))))[:-1]
@@ -118,7 +118,7 @@ def test_a_layer_with_a_window_keeps_what_lies_in_it(members, monkeypatch):
     runner = members["metaspace"].runner
     monkeypatch.setattr(runner.masks, "slack", 8)
     text, other = list(range(10, 70)), list(range(100, 105))
-    prefilled, _ = runner.walker().prefill([text, other])
+    prefilled, _ = runner.walker().prefill(*TokenTree.of([text, other]))
     assert [[keys.shape[1] for keys, _ in own.kv] for own in prefilled] == [[24, 60], [5, 5]]
     rows = runner.rows(2, len(text))
     rows.admit(prefilled)
@@ -133,7 +133,7 @@ def test_a_layer_with_a_window_keeps_what_lies_in_it(members, monkeypatch):
     assert whole == [False, False, False, True, True]
     assert [layer.keys.shape[2] for layer in rows.kv.layers] == [24, 124]
     walker = runner.walker()
-    walker.prefill([text])
+    walker.prefill(*TokenTree.of([text]))
     walker.forget([*text[:2], 3])
     assert walker.tokens == text[:2] and walker.kv.layers[0].keys.shape[2] == 2
     assert torch.allclose(runner.logp(walker.states([text])), plain(runner, [text]), atol=2e-4)
@@ -142,7 +142,7 @@ def test_a_layer_with_a_window_keeps_what_lies_in_it(members, monkeypatch):
 def test_rows_that_wait_are_not_forwarded(members, monkeypatch):
     runner, seen = members["metaspace"].runner, []
     rows, sequences, body = runner.rows(), [[5, 6], [7, 8, 9], [10]], runner.body
-    rows.admit(runner.walker().prefill(sequences)[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of(sequences))[0])
     monkeypatch.setattr(runner, "body", lambda ids, *given: seen.append(tuple(ids.shape)) or body(ids, *given))
     for longer in ([[5, 6], [7, 8, 9, 4], [10, 11]], [[5, 6, 4, 4], [7, 8, 9, 4], [10, 11]]):
         rows.advance(longer)
@@ -152,7 +152,7 @@ def test_rows_that_wait_are_not_forwarded(members, monkeypatch):
 def test_a_rollback_needs_no_room(members):
     runner = members["metaspace"].runner
     rows, sequence = runner.rows(), list(range(10, 60))
-    rows.admit(runner.walker().prefill([sequence])[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of([sequence]))[0])
     for step in range(40):
         sequence = sequence[:-3] + [20 + step, 30 + step, 40 + step]
         state = rows.advance([sequence])
@@ -183,7 +183,7 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
     paths = [[7, 8, 9], [7, 8, 10, 11], [7, 8]]
     assert torch.allclose(slow.logp(slow.states_at(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
     rows = slow.runner.rows()
-    rows.admit(slow.runner.walker().prefill(paths)[0])
+    rows.admit(slow.runner.walker().prefill(*TokenTree.of(paths))[0])
     assert torch.allclose(slow.logp(rows.advance(paths)), fast.logp(fast.states_at(paths)), atol=2e-4)
 
 

@@ -17,6 +17,7 @@ from lm_eval_deepen.member import state as states
 from lm_eval_deepen.member.loading_check import check_state
 from lm_eval_deepen.member.runner import PlainRunner
 from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.tree import TokenTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -59,7 +60,8 @@ def test_a_walk_equals_plain_passes(runner, data):
     runner.forwarded = 0
     assert agree(runner, runner.states_at(paths), paths)
     assert runner.forwarded <= sum(map(len, paths))
-    texts, found = runner.walker().prefill(paths, read)
+    tree, ends = TokenTree.of(paths)
+    texts, found = runner.walker().prefill(tree, ends, [tree.add(path) for path in read])
     assert agree(runner, torch.stack([text.state for text in texts]), paths)
     assert agree(runner, found, read)
 
@@ -71,7 +73,7 @@ def test_rows_go_on_and_back_like_plain_passes(runner, data):
     sequences = [data.draw(tokens) for _ in range(4)]
     sequences[1] = [*sequences[0][:-1], 9]
     rows = runner.rows()
-    rows.admit(runner.walker().prefill(sequences)[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of(sequences))[0])
     for step in range(4):
         back = 0 if step < 2 else data.draw(st.integers(0, 3))
         sequences = [(path[: max(1, len(path) - back)]) + data.draw(tokens)[: step % 2 + 1] for path in sequences]
@@ -81,7 +83,7 @@ def test_rows_go_on_and_back_like_plain_passes(runner, data):
         if step == 1:
             rows.keep([2, 0, 1])
             sequences = [sequences[at] for at in (2, 0, 1)]
-            rows.admit(runner.walker().prefill([[7, 8, 9]])[0], [1])
+            rows.admit(runner.walker().prefill(*TokenTree.of([[7, 8, 9]]))[0], [1])
             sequences[1] = [7, 8, 9]
         assert all(len(kept) <= states.OLD_STATES + 2 for kept in rows.states)
 
@@ -89,7 +91,7 @@ def test_rows_go_on_and_back_like_plain_passes(runner, data):
 def test_a_text_that_only_grows_is_forwarded_once_and_its_state_is_never_copied(monkeypatch):
     runner = StateRunner(tiny_model(CONFIG_MAPPING["mamba2"], 400))
     rows, text = runner.rows(), list(range(5, 25))
-    rows.admit(runner.walker().prefill([text])[0])
+    rows.admit(runner.walker().prefill(*TokenTree.of([text]))[0])
     monkeypatch.setattr(states, "copied", None)
     for token in range(30, 40):
         text = [*text, token]
@@ -136,7 +138,7 @@ def test_the_check_notices_states_that_are_shared_and_passes_that_forget(monkeyp
 def test_a_state_takes_the_bytes_that_are_counted(runner):
     """A recurrent state has one size, keys and values grow with the text."""
     whole, more = runner.state_bytes
-    prefilled = runner.walker().prefill([list(range(4, 4 + n)) for n in (30, 100)])[0]
+    prefilled = runner.walker().prefill(*TokenTree.of([list(range(4, 4 + n)) for n in (30, 100)]))[0]
     held = [states.num_bytes(text.kv) for text in prefilled]
     assert held == [whole + more * n for n in (30, 100)] and all(held)
     if isinstance(prefilled[0].kv, Cache):
