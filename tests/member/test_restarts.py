@@ -32,6 +32,9 @@ def bpe(draw: random.Random, singles: list[str], words: list[str], merges: int) 
         begin, middle, end = sorted(draw.sample(range(len(word) + 1), 3)) if len(word) > 1 else (0, 0, 0)
         if begin < middle < end <= begin + 6:
             pairs.append((word[begin:middle], word[middle:end]))
+    if draw.random() < 0.5:  # a run that is read anew to its beginning when it grows
+        pairs += [("a" * size, "a" * size) for size in (1, 2, 4, 8, 16, 32)]
+        draw.shuffle(pairs)
     products = {left + right for left, right in pairs}
     pairs = [pair for pair in dict.fromkeys(pairs) if all(len(part) == 1 or part in products for part in pair)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*singles, *sorted(products)]))}
@@ -39,7 +42,9 @@ def bpe(draw: random.Random, singles: list[str], words: list[str], merges: int) 
 
 
 def text_of(draw: random.Random, size: int, alphabet: str = ALPHABET) -> str:
-    return "".join(draw.choice(alphabet) * draw.choice((1, 1, 1, 2, 5)) for _ in range(size))
+    return "".join(
+        draw.choice(alphabet) * draw.choice((1, 1, 1, 2, 5) if draw.random() < 0.98 else (90,)) for _ in range(size)
+    )
 
 
 def codec_of(tokenizer: Tokenizer) -> TextCodec:
