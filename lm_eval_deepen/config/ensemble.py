@@ -16,7 +16,7 @@ from lm_eval_deepen.config.schema import MemberKeys, Settings
 
 # Arguments that say where and how a model is fetched and placed: they change no result.
 PLACEMENT_KEYS = frozenset(
-    "device device_map parallelize max_memory_per_gpu max_cpu_memory offload_folder tp_plan "
+    "device device_map parallelize max_memory_per_gpu max_cpu_memory offload_folder tp_plan tp_size "
     "low_cpu_mem_usage cache_dir local_files_only token use_auth_token".split()
 )
 SECRET_KEYS = frozenset({"token", "use_auth_token"})  # never written to a result file

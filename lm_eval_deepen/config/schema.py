@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from lm_eval_deepen.config.describe import Shown
-from lm_eval_deepen.config.errors import bad_value
+from lm_eval_deepen.config.errors import bad_value, conflict
 from lm_eval_deepen.config.frozen import FrozenDict
 from lm_eval_deepen.config.keys import Keys, to_number
 
@@ -219,3 +220,19 @@ class LoadingKeys(Keys):
     max_length: Annotated[int | None, Shown(default="the model's own")] = Field(
         None, ge=1, description="The longest text, in the member's tokens."
     )
+    tp_plan: Annotated[str | FrozenDict | None, Shown("text, or a mapping of layers to ways", "none")] = Field(
+        None, description="How a member is divided over processes; `auto` is its architecture's plan."
+    )
+    tp_size: Annotated[int | None, Shown(default="all of the launch")] = Field(
+        None, ge=2, description="How many processes a member is divided over."
+    )
+
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        if self.tp_size and not self.tp_plan:
+            raise conflict(
+                "tp_size",
+                f"tp_size={self.tp_size} says how many processes a member is divided over, and this member has no "
+                "tp_plan: give tp_plan=auto as well, or leave tp_size out",
+            )
+        return self

@@ -30,7 +30,7 @@ def tell_at_the_end(run: Run) -> None:
 
     Elsewhere, as in a notebook, nothing is said: `DeepenLM.get_model_info` has it.
     """
-    if under_command() and run.ranks.index == 0:
+    if under_command() and run.ranks.speaks:
         atexit.register(tell, run)
 
 

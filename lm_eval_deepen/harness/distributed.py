@@ -5,6 +5,10 @@ few-shot examples than one process does (its samplers advance with every documen
 padding requests, and fails where a rank has no document. So every process is rank 0 of 1 to the harness
 and builds all requests, and the work is shared here, inside the request methods, which `LM` provides for.
 The harness tells such processes apart by ``LOCAL_RANK``: cache files, and who returns and saves results.
+
+Processes may also hold slices of the same members (``tp_plan``) and answer every request together. Then groups of
+such processes share the requests. A group is a launch of its own to torch, transformers and the harness's ``HFLM``,
+none of which knows of the others: groups talk through the store by which torch's processes find each other.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +26,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 from accelerate import PartialState
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.errors import ConfigError, RequestError
-from lm_eval_deepen.member.devices import parse_device
+from lm_eval_deepen.member.devices import parse_device, slices
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -34,18 +39,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(weeks=52)  # as the harness: processes wait for each other as long as their shares take
+PART = 4 << 20  # bytes: torch's store takes no value of more than 8 MiB
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a run's requests.
+    """This process in a launch, whose groups share a run's requests.
 
     Attributes:
-        index: number of this process, 0 for the one that shows progress.
-        count: how many processes share the requests.
-        slices: how many processes hold slices of the same members, and answer every request together.
+        index: number of this process's group.
+        count: how many groups share the requests.
+        slices: how many processes a group has, each with a slice of the same members: they answer requests together.
         slice: number of this process among them.
     """
 
@@ -57,7 +63,12 @@ class Ranks:
     @property
     def speaks(self) -> bool:
         """Whether this process shows progress and writes what all of them know."""
-        return self.index == self.slice == 0
+        return self.process == 0
+
+    @property
+    def process(self) -> int:
+        """Number of this process in the launch."""
+        return self.index * self.slices + self.slice
 
     @classmethod
     def join(cls, config: EnsembleConfig) -> Ranks:
@@ -66,15 +77,32 @@ class Ranks:
         Call it before members load, which then find the process group and their device.
 
         Raises:
-            ConfigError: a member names one device for all processes.
+            ConfigError: a member names one device for all processes, or cannot be divided over those that there are.
         """
         if any(member.loading_dict().get("tp_plan") for member in config.members):
-            atexit.register(_leave)
-            return cls(slices=int(os.environ.get("WORLD_SIZE", 1)), slice=int(os.environ.get("RANK", 0)))
+            return cls.divided(slices(config.members))
         ranks = cls.launched()
         if ranks.count > 1:
             refuse_fixed_devices(config, PartialState())
         return ranks
+
+    @classmethod
+    def divided(cls, slices: int) -> Ranks:
+        """Join the processes that hold slices of the same members; where they are all, transformers joins them.
+
+        Raises:
+            ConfigError: this process is among others already.
+        """
+        launched, process = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if slices < launched:
+            _store(slices)
+        if dist.is_initialized() and dist.get_world_size() != slices:
+            raise ConfigError(
+                f"the processes of this launch are in groups of {dist.get_world_size()} already, by a model that was "
+                f"loaded before, and this one's members are divided over {slices}. Load it in a launch of its own"
+            )
+        atexit.register(_leave)
+        return cls(process // slices, launched // slices, slices, process % slices)
 
     @classmethod
     def of_launch(cls) -> Ranks:
@@ -101,35 +129,43 @@ class Ranks:
         return cls(state.process_index, state.num_processes)
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, in the order of the processes; each of them has to call this."""
-        if self.count == 1:
+        """Return the value of every process of the launch, in their order; each of them has to call this."""
+        processes = self.count * self.slices
+        if processes == 1:
             return [value]
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
+        if 1 < self.slices < processes:
+            return _gather(_store(self.slices), self.process, processes, value)
+        values: list[Any] = [None] * processes
+        dist.all_gather_object(values, value)
         return values
 
-    def require_same(self, digest: str) -> None:
-        """Refuse requests that are not those of every process that holds a slice: they would wait for each other.
+    def gather_groups(self, value: T) -> list[T]:
+        """Return the value of every group, in their order, which is its first process's; all processes call this."""
+        return self.gather(value)[:: self.slices]
+
+    def require_same(self, digests: Sequence[str]) -> None:
+        """Refuse requests that differ inside a group, whose processes would wait for each other.
+
+        Args:
+            digests: of the requests of every process.
 
         Raises:
-            RequestError: they are not.
+            RequestError: they differ; raised in every process.
         """
-        digests: list[Any] = [None] * self.slices
-        torch.distributed.all_gather_object(digests, digest)
-        if len(set(digests)) > 1:
+        if any(digest != digests[index // self.slices * self.slices] for index, digest in enumerate(digests)):
             raise RequestError(
-                f"the {self.slices} processes that hold slices of a member (tp_plan) were given different requests, as "
-                "where response caches of an interrupted run differ. Remove these caches, and start all again."
+                f"the {self.slices} processes that hold slices of a member (tp_plan) were given different requests, "
+                "and can only answer the same ones together. Give every process the same tasks, documents and seeds."
             )
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Let process 0 do something before the others, which find what it wrote."""
-        if self.count > 1 and self.index > 0:
-            torch.distributed.barrier()
+        if self.process > 0:
+            self.gather(None)
         yield
-        if self.count > 1 and self.index == 0:
-            torch.distributed.barrier()
+        if self.process == 0:
+            self.gather(None)
 
     def share(self, arguments: Sequence[tuple], whole: bool = False) -> list[int]:
         """Return the indices of the requests that this process answers, ascending.
@@ -154,10 +190,10 @@ class Ranks:
 
 
 def shared(method: Callable[..., list]) -> Callable[..., list]:
-    """Make a request method answer a share of its requests and return every process's answers.
+    """Make a request method answer a share of its requests and return every group's answers.
 
-    Processes that were given different requests answer their own. Afterwards the model's ``traces`` are those
-    of all processes.
+    Groups that were given different requests answer their own. Afterwards the model's ``traces`` are those of all
+    groups.
     """
 
     @functools.wraps(method)
@@ -169,33 +205,75 @@ def shared(method: Callable[..., list]) -> Callable[..., list]:
         digest = hashlib.sha256()
         for args in arguments:
             digest.update(repr(args).encode("utf-8", "surrogatepass"))
-        if ranks.slices > 1:
-            ranks.require_same(digest.hexdigest())
-            return method(self, requests, disable_tqdm=disable_tqdm)
-        if len(set(ranks.gather(digest.hexdigest()))) == 1:
+        digests = ranks.gather(digest.hexdigest())
+        ranks.require_same(digests)
+        if len(set(digests)) == 1:
             mine = ranks.share(arguments, whole=method.__name__ == "generate_until")
             own = method(self, [requests[index] for index in mine], disable_tqdm=disable_tqdm)
             answers: list = [None] * len(requests)
-            for indices, parts in ranks.gather((mine, own)):
+            for indices, parts in ranks.gather_groups((mine, own)):
                 for index, part in zip(indices, parts, strict=True):
                     answers[index] = part
         else:
             log.warning(
-                "the %d processes were given different %s requests: each answers all of its own.",
+                "the %d %s were given different %s requests: each answers all of its own.",
                 ranks.count,
+                "processes" if ranks.slices == 1 else "groups",
                 method.__name__,
             )
             answers = method(self, requests, disable_tqdm=disable_tqdm)
-        self.traces = ranks.gather(self.ensemble.counters)
+        self.traces = ranks.gather_groups(self.ensemble.counters)
         return answers
 
     return answer
 
 
+@functools.cache
+def _store(slices: int) -> dist.Store:
+    """Make the processes that hold slices of the same members a launch of their own; return the store of all.
+
+    The mesh of transformers has a place for groups (``dp_replicate_size``), and wraps their members in FSDP, for
+    training: these cannot be used in inference mode, nor apart from their heads.
+    """
+    store, process, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore("lm_eval_deepen", store)
+    kind = torch._C._get_accelerator().type  # as transformers and the harness find it
+    if kind != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            dist.get_default_backend_for_device(kind),
+            store=dist.PrefixStore(f"group {process // slices}", store),
+            rank=process % slices,
+            world_size=slices,
+            timeout=PATIENCE,
+        )
+    return store
+
+
+def _gather(store: Any, process: int, processes: int, value: T) -> list[T]:
+    """Return the value of every process, in their order, by way of a store."""
+    call = f"call {store.add(f'calls of {process}', 1)}"  # all of them make the same calls
+    data = pickle.dumps(value)
+    parts = [data[start : start + PART] for start in range(0, len(data), PART)]
+    for index, part in enumerate(parts):
+        store.set(f"{call}, part {index} of {process}", part)
+    store.set(f"{call}, parts of {process}", str(len(parts)))
+    values = []
+    for other in range(processes):
+        count = int(store.get(f"{call}, parts of {other}"))
+        values.append(pickle.loads(b"".join(store.get(f"{call}, part {index} of {other}") for index in range(count))))
+    if store.add(f"{call}, read", 1) == processes:
+        store.set(f"{call}, over", "")
+    if process == 0:  # without `torchrun` the store is in this process, which must not end before the others have read
+        store.wait([f"{call}, over"])
+    return values
+
+
 def _leave() -> None:
     """End gloo's threads while the interpreter still runs: one that frees a tensor later aborts the process."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def refuse_fixed_devices(config: EnsembleConfig, state: PartialState) -> None:

@@ -47,12 +47,12 @@ def claim(stored: SqliteDict, fingerprint: str, ranks: Ranks) -> None:
             raise CacheError(objection)
     stored[FINGERPRINT_KEY] = fingerprint
     stored.commit()  # on disk, whatever the database's own habit
-    if ranks.count > 1:
+    if ranks.count * ranks.slices > 1:
         held = ranks.gather(set(stored.keys()))  # a killed run leaves each process with its own
         everywhere = set.intersection(*held)
-        before = set().union(*held[: ranks.index])
-        for answers in ranks.gather({key: stored[key] for key in held[ranks.index] - everywhere - before}):
-            stored.update({key: value for key, value in answers.items() if key not in held[ranks.index]})
+        before = set().union(*held[: ranks.process])
+        for answers in ranks.gather({key: stored[key] for key in held[ranks.process] - everywhere - before}):
+            stored.update({key: value for key, value in answers.items() if key not in held[ranks.process]})
         stored.commit()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError
 
 ACCELERATORS = ("cuda", "xpu", "npu", "hpu")  # what ``HFLM`` places models on, by number
@@ -80,6 +83,30 @@ def _advice() -> str:
         f"Give one of {', '.join(existing_devices())}, or leave device out: members then load on the first GPU where "
         "there is one, else on the CPU."
     )
+
+
+def slices(members: Sequence[MemberConfig]) -> int:
+    """Return how many processes hold slices of the same members: 1 where none of them has a ``tp_plan``.
+
+    Raises:
+        ConfigError: members that are divided over different numbers, or a launch that is no multiple of the number.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    loading = {member.name: member.loading_dict() for member in members}
+    sizes = {name: keys.get("tp_size") or launched for name, keys in loading.items() if keys.get("tp_plan")}
+    if len({*sizes.values()}) > 1:
+        raise ConfigError(
+            f"tp_size differs between members: {', '.join(f'{name} {size}' for name, size in sizes.items())}. The "
+            "processes of a group hold slices of the same members; give one tp_size beside members"
+        )
+    size = max(sizes.values(), default=1)
+    if launched % size:
+        raise ConfigError(
+            f"tp_size={size} divides a member over {size} processes, and this launch has {launched}, which is no "
+            f"multiple of it. Start a multiple of {size}, as with torchrun --nproc-per-node {size}, or give another "
+            "tp_size"
+        )
+    return size
 
 
 def working_device(module: nn.Module) -> torch.device:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from accelerate.utils import patch_environment
+
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import DeepenError, MemberError, one_line
-from lm_eval_deepen.member.devices import place
+from lm_eval_deepen.member.devices import place, slices
 from lm_eval_deepen.member.encoder_decoder import EncoderDecoderMember
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.preflight import load_tokenizer, reusable
@@ -15,11 +17,11 @@ from lm_eval_deepen.member.weights import check_weights, weights_reports
 
 
 def loading_keys() -> frozenset[str]:
-    """Return the loading arguments of the harness's ``HFLM``, all of which a member takes."""
+    """Return the loading arguments of a member: those of the harness's ``HFLM``, and ``tp_size``."""
     from lm_eval.models.huggingface import HFLM
 
     named = inspect.signature(HFLM.__init__).parameters.values()
-    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"}
+    return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD) - {"self", "pretrained"} | {"tp_size"}
 
 
 def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any | None = None) -> Member:
@@ -31,18 +33,21 @@ def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any 
         tokenizer: the member's tokenizer, if it is loaded already.
 
     Raises:
-        ConfigError: a device that this machine lacks.
+        ConfigError: a device that this machine lacks, or a launch that is no multiple of ``tp_size`` processes.
         MemberError: loading failed (the cause is chained), or the weights are not those of the files.
     """
     from lm_eval.models.huggingface import HFLM
 
     arguments = {"device": device, **config.loading_dict(), **config.hf_kwargs_dict(), "batch_size": 1}
     arguments["device"] = place(arguments["device"], f"member {config.name!r}:")
+    arguments.pop("tp_size", None)
+    # what divides a member takes the processes that hold its slices for the whole launch
+    launch = {"world_size": slices([config])} if arguments.get("tp_plan") else {}
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     if reusable(tokenizer):
         arguments["tokenizer"] = tokenizer
     try:
-        with weights_reports() as reports:
+        with patch_environment(**launch), weights_reports() as reports:
             try:
                 lm = HFLM(pretrained=config.pretrained, **arguments)
             finally:

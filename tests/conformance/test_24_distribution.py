@@ -246,9 +246,19 @@ def test_tensor_parallel_members_share_nothing(single, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "PartialState", None)
-    config = SimpleNamespace(members=[SimpleNamespace(loading_dict=lambda: {"tp_plan": "auto"})])
+    keys = {"tp_plan": "auto"}
+    config = SimpleNamespace(members=[SimpleNamespace(name="a", loading_dict=lambda: keys)])
     ranks = Ranks.join(config)
     assert ranks == Ranks(0, 1, slices=2, slice=1) and not ranks.speaks and Ranks().speaks
+    # in groups, which are the processes that follow each other, as on one node
+    keys["tp_size"] = 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(distributed, "_store", lambda slices: None)
+    for process in range(4):
+        monkeypatch.setenv("RANK", str(process))
+        ranks = Ranks.join(config)
+        assert ranks == Ranks(process // 2, 2, slices=2, slice=process % 2) and ranks.process == process
+        assert ranks.share([("a", "b"), ("c", "d")]) == [process // 2]
 
 
 def test_a_launcher_that_starts_one_process_is_named(single, monkeypatch, caplog):
