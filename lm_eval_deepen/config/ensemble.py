@@ -99,6 +99,12 @@ class EnsembleConfig(Settings):
                 f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both "
                 "ways; remove average, or give constant weights",
             )
+        if getattr(self.options, "BY_STRETCHES", False) and self.weights_change and self.weighting != "bayes":
+            raise conflict(
+                "weighting",
+                f"weighting={self.weighting} makes weights by prompt or step, and method={self.method} scores "
+                "stretches, under constant weights or those of weighting=bayes; remove weighting",
+            )
         if self.writes_by_words:
             by_steps = {"speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None}
             for key, unset in by_steps.items():

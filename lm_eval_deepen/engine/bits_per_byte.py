@@ -117,8 +117,8 @@ class Reading:
             members: read by the first so many alone; 1 is enough for `own_logp`.
 
         Raises:
-            RequestError: an ensemble that does not fuse steps, weights that depend on prompts, or a document
-                without text.
+            RequestError: an ensemble that does not fuse steps, weights that depend on prompts (with ``learn_from:
+                prompt``, on the contexts that documents have), or a document without text.
         """
         require_scoring(ensemble)
         if len(ensemble.active) < 2:
@@ -130,6 +130,11 @@ class Reading:
             raise RequestError(
                 f"weighting {ensemble.config.weighting!r} depends on each request's prompt, which a text to predict "
                 "has not. Measure with constant weights: leave weighting out."
+            )
+        if ensemble.reads_prompts and any(document.context for document in documents):
+            raise RequestError(
+                "learn_from 'prompt' begins with what a document's context teaches, which bits per byte do not read. "
+                "Measure with learn_from=continuation, or documents without context."
             )
         trees = tuple(TokenTree() for _ in ensemble.active)
         positions = _positions(ensemble, documents, trees)

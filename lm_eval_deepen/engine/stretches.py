@@ -112,9 +112,18 @@ class MemberText:
         """Return how many of `ids` end at `offset` or before it."""
         return bisect_right(self.ends, offset)
 
-    def length(self, begin: int, end: int) -> int:
+    def first(self, begin: int) -> int:
+        """Return the first of `ids` of the text from `begin` on; a prefix space on its own stays."""
+        return self.before(begin) if begin else 0
+
+    def needs_prefix(self, begin: int, scored: int) -> bool:
+        """Return whether nothing comes before `scored`, where scoring begins, in the text from `begin` on."""
+        return not self.head and self.before(scored) == self.first(begin)
+
+    def length(self, begin: int, scored: int, end: int) -> int:
         """Return how many tokens a forward pass takes in for the text from `begin` to `end`, head included."""
-        return len(self.head) + self.before(end) - self.before(begin) - 1
+        head = len(self.head) + self.needs_prefix(begin, scored)
+        return head + self.before(end) - self.first(begin) - 1
 
 
 def boundaries(texts: Sequence[MemberText | None]) -> list[int]:
@@ -171,12 +180,12 @@ class StretchPrompter:
         while True:
             bounds, windows, first = boundaries(texts), [], 0
             while first < len(bounds) - 1:
-                begin, stop = max(0, first - 1), first + 1
-                while stop + 1 < len(bounds) and not self._outgrown(texts, bounds[begin], bounds[stop + 1]):
+                begin, scored, stop = bounds[max(0, first - 1)], bounds[first], first + 1
+                while stop + 1 < len(bounds) and not self._outgrown(texts, begin, scored, bounds[stop + 1]):
                     stop += 1
-                if outgrown := self._outgrown(texts, bounds[begin], bounds[stop]):
+                if outgrown := self._outgrown(texts, begin, scored, bounds[stop]):
                     break
-                windows.append(self._cut(texts, bounds[begin], bounds[first : stop + 1], 0))
+                windows.append(self._cut(texts, begin, bounds[first : stop + 1], 0))
                 first = stop
             else:
                 self._require(texts, len(text.encode()))
@@ -220,20 +229,23 @@ class StretchPrompter:
         bounds = boundaries(texts)
         self._require(texts, size)
         start = max(offset for offset in bounds if offset <= size)
-        outgrown = self._outgrown(texts, start, bounds[-1])
+        outgrown = self._outgrown(texts, start, start, bounds[-1])
         if outgrown:
             return self._fit([None if m in outgrown else own for m, own in enumerate(texts)], size)
-        begin = next(offset for offset in bounds if not self._outgrown(texts, offset, bounds[-1]))
+        begin = next(offset for offset in bounds if not self._outgrown(texts, offset, start, bounds[-1]))
         inside = [offset for offset in bounds if offset >= begin]
         at = inside.index(start)
         # A member without a BOS cannot score what comes first, so that the first stretch is no evidence.
         skipped = min(at, 1)
         return self._cut(texts, begin, inside[skipped:], at - skipped)
 
-    def _outgrown(self, texts: Sequence[MemberText | None], begin: int, end: int) -> set[int]:
-        """Return the members whose windows are too short for a text from `begin` to `end`."""
-        pairs = enumerate(zip(self.members, texts, strict=True))
-        return {m for m, (member, own) in pairs if own is not None and own.length(begin, end) > member.max_length}
+    def _outgrown(self, texts: Sequence[MemberText | None], begin: int, scored: int, end: int) -> set[int]:
+        """Return the members whose windows are too short for a text from `begin` to `end`, scored from `scored` on."""
+        return {
+            m
+            for m, (member, own) in enumerate(zip(self.members, texts, strict=True))
+            if own is not None and own.length(begin, scored, end) > member.max_length
+        }
 
     def _require(self, texts: Sequence[MemberText | None], size: int) -> None:
         if all(own is None for own in texts):
@@ -251,10 +263,8 @@ class StretchPrompter:
                 paths.append(None)
                 cuts.append(())
                 continue
-            first = own.before(begin) if begin else 0  # a prefix space on its own stays
-            head = own.head
-            if not head and own.before(bounds[0]) == first:
-                head = member.codec.prefix_ids  # something must come before what is scored
+            first = own.first(begin)
+            head = member.codec.prefix_ids if own.needs_prefix(begin, bounds[0]) else own.head
             paths.append(head + own.ids[first : own.before(bounds[-1])])
             cuts.append(tuple(len(head) + own.before(offset) - first for offset in bounds))
         return StretchSpan(tuple(paths), tuple(cuts), evidence)
@@ -373,7 +383,7 @@ def _read(
     targets: dict[int, dict[int, tuple[list[float], bool]]] = {}
     for span in spans:
         path, cuts = span.paths[m], span.cuts[m]
-        if path is None:
+        if path is None or cuts[0] == len(path):  # nothing of it is read
             ways.append([])
             continue
         way = list(tree.way_up(tree.add(path[:-1])))[::-1]

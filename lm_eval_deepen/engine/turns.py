@@ -10,6 +10,7 @@ piece that stands was drawn from its own distribution, and nothing behind one th
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,10 +188,11 @@ class TurnDecoder(Decoder):
         for at, proposal in enumerate(turn.proposals if m == 0 else ()):
             piece = self._decided(row, proposal, logp[at])
             if piece != proposal.piece:
-                turn.proposals, turn.member, turn.reason = [], None, ""
+                turn.proposals, turn.member, turn.reason, turn.text_only = [], None, "", piece < 0
                 row.out.ids, row.out.logp = row.out.ids[: proposal.pieces], row.out.logp[: proposal.pieces]
                 row.out.data, row.out.end, row.paths = row.out.data[: proposal.size], None, None
-                self._write(row, turn, piece)
+                if piece >= 0:
+                    self._write(row, turn, piece)
                 return
         if m == 0:
             read, turn.proposals = len(turn.proposals), []
@@ -215,17 +217,19 @@ class TurnDecoder(Decoder):
         self._write(row, turn, piece)
 
     def _decided(self, row: BatchRow, proposal: _Proposal, logp: Tensor) -> int:
-        """Return what the main member, with log-probabilities [V_0], makes of a proposed event."""
+        """Return what the main member, with log-probabilities [V_0], makes of a proposed event; -1 to draw anew."""
         assert self.events.control is not None
         control = self.events.control.to(logp.device)
         ids = (self.events.of[0] == proposal.event).nonzero()[:, 0].to(logp.device)
-        apart = logp[control] - torch.logsumexp(logp + self.unused, 0)
-        text = torch.log1p(-apart.exp().sum())
         if not len(ids):  # a piece that the main member lacks
-            ids, inside = torch.tensor([proposal.piece], device=logp.device), text[None]
-        else:
-            inside = torch.log_softmax(logp[ids], 0) + text
-        return int(torch.cat([control, ids])[self._pick(row, torch.cat([apart, inside]))])
+            ids = torch.tensor([proposal.piece], device=logp.device)
+            inside = torch.zeros(1, device=logp.device)
+        elif bool((inside := torch.log_softmax(logp[ids], 0)).isnan().any()):  # it gives them nothing
+            if self.events.end not in (None, proposal.event):
+                return -1
+            inside = torch.zeros(len(ids), device=logp.device) - math.log(len(ids))
+        inside = inside + torch.logsumexp(logp + self.barred[0], 0)
+        return int(torch.cat([control, ids])[self._pick(row, torch.cat([logp[control], inside]))])
 
     @staticmethod
     def _pick(row: BatchRow, scores: Tensor) -> int:

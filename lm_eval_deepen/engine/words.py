@@ -35,10 +35,10 @@ class Events:
     spelt_by: dict[int, int]  # of ids with the same bytes, the one that a tokenizer gives, by the lowest
 
     @classmethod
-    def of(cls, vocab: ByteVocab) -> Events:
-        """Read a vocabulary."""
+    def of(cls, vocab: ByteVocab, device: torch.device) -> Events:
+        """Read a vocabulary, whose rows are on a device."""
         twins = {ids[0]: vocab.preferred(ids) for ids in text_ids(vocab).values() if len(ids) > 1}
-        return cls(vocab, roles_of(vocab, with_end=True), twins)
+        return cls(vocab, roles_of(vocab, with_end=True).to(device), twins)
 
     def likeliest(self, logp: Tensor, count: int) -> list[tuple[int, float]]:
         """Return at most `count` events of a row [V] with their probabilities, the likeliest first."""
@@ -96,7 +96,7 @@ class WordDecoder(Decoder):
         super().__init__(ensemble, waiting, batch_size, drafter)
         assert ensemble.by_words is not None
         self.options = ensemble.by_words
-        self.events = [Events.of(member.codec.vocab.events) for member in ensemble.active]
+        self.events = [Events.of(member.codec.vocab.events, ensemble.device) for member in ensemble.active]
 
     def step(self) -> list[BatchRow]:
         """Extend every row by at least one token, or end it, and return those that are finished by it."""

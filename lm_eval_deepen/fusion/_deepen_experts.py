@@ -20,6 +20,7 @@ from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, abstain, split
 from lm_eval_deepen.relative.topk import NEG_INF
 from lm_eval_deepen.solvers.em import SMALLEST
+from lm_eval_deepen.solvers.exact import LITTLE, UNDERFLOWS
 
 if TYPE_CHECKING:
     from lm_eval_deepen.weighting.experts import Experts
@@ -43,6 +44,7 @@ class OneHotExperts:
 
     def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return every expert's log-probability [n, K] (fp64) of a token in a row, for n pairs of them."""
+        rows, tokens = rows.to(self.device), tokens.to(self.device)
         owner = torch.searchsorted(self.starts, rows.contiguous(), right=True) - 1
         logp = torch.empty(len(rows), self.parts[0].experts, dtype=torch.float64, device=self.device)
         for index in owner.unique().tolist():
@@ -91,7 +93,7 @@ class _Part:
         share = torch.where(total > 0, share / total.clamp_min(1e-30), alone)
         classes = [own for own in parts.classes if own is not None]  # [b, A] each, given text
         self.own = classes[0]
-        reached = self.own / (self.own + SMALLEST)  # 1 where the main member has any mass
+        reached = (self.own / (self.own + SMALLEST)).masked_fill_(self.own < UNDERFLOWS, 0.0)  # else 1, nearly
         spare = SMALLEST * reached.sum(1)
 
         log_share = share.log()
@@ -136,7 +138,10 @@ class _Part:
         mass = torch.einsum("nkm,mn->nk", self.blend[rows], self.classes[:, rows, at])
         for k, r in self.pooled:
             mass[:, k] = r[rows, at]
-        gain = ((mass + SMALLEST) / (self.own[rows, at] + SMALLEST)[:, None]).log() - self.log_mass[rows]
+        own = self.own[rows, at][:, None]
+        log_mass = self.log_mass[rows]
+        gain = ((mass + SMALLEST) / (own + SMALLEST)).log()
+        gain -= log_mass.masked_fill((own < UNDERFLOWS) & (log_mass < math.log(LITTLE)), 0.0)
         given = self.main[rows, tokens].float()
         text = gain.masked_fill(~described[:, None], 0.0) + self.log_text[rows]
         logp = text + (given - self.log_sum[rows] + self.kept[rows])[:, None]
@@ -146,7 +151,7 @@ class _Part:
         if bool(eos.any()):
             ends = torch.zeros_like(given)
             ends[eos] = given[eos] - torch.logsumexp(self.main[rows[eos]][:, self.side.eos].float(), dim=1)
-            ends = ends.nan_to_num(nan=0.0)
+            ends = ends.masked_fill(ends.isnan(), -math.log(len(self.side.eos)))
             logp = torch.where(eos[:, None], self.log_end[rows] + (ends + self.kept[rows])[:, None], logp)
         logp = torch.where(self.usable[rows, None], logp, own[:, None].expand_as(logp))
         return logp.masked_fill(unused[:, None], NEG_INF).double()
@@ -155,12 +160,11 @@ class _Part:
         """Write the mixture to `out` [b, V_0] and return the mass of its end [b]."""
         share = log_posterior.to(self.log_text)
         text = share + self.log_text  # [b, K]
-        scale = (text - self.log_mass).exp()
-        coefficient = torch.einsum("bk,bkm->bm", scale * self.linear.to(scale), self.blend)
-        r = torch.einsum("bm,mba->ba", coefficient, self.classes)
-        for k, pooled in self.pooled:
-            r.addcmul_(scale[:, k, None], pooled)
-        r.add_(SMALLEST).div_(self.own + SMALLEST).log_()
+        scale, few = (text - self.log_mass).exp(), self.log_mass < math.log(LITTLE)
+        r = self._averaged(scale)
+        if bool(few.any()):
+            r = torch.where(self.own < UNDERFLOWS, self._averaged(torch.where(few, text.exp(), scale)), r)
+        r.div_(self.own + SMALLEST).log_()
         moved = self.kept - self.log_sum
         empty = torch.logsumexp(text, dim=1) + moved
         self.operator.gather(r.add_(moved[:, None]), empty[:, None], out=out).add_(self.main)
@@ -177,6 +181,14 @@ class _Part:
             out.copy_(torch.where(self.usable[:, None], out, own - self.log_total[:, None]))
             end = torch.where(self.usable, end, self.own_end + self.kept)
         return end.exp()
+
+    def _averaged(self, scale: Tensor) -> Tensor:
+        """Return the sum over experts [b, A] of their class masses and s, each times its scale [b, K]."""
+        coefficient = torch.einsum("bk,bkm->bm", scale * self.linear.to(scale), self.blend)
+        r = torch.einsum("bm,mba->ba", coefficient, self.classes)
+        for k, pooled in self.pooled:
+            r.addcmul_(scale[:, k, None], pooled)
+        return r.add_(SMALLEST * scale.sum(1, keepdim=True))
 
 
 def _mean(share: Tensor, log_mass: Tensor) -> Tensor:

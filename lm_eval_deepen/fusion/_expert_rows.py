@@ -72,6 +72,7 @@ class SomeLeft:
 
     def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return every expert's log-probability [n, K]; a token that the main member lacks has none in a row left."""
+        rows, tokens = rows.to(self.main.device), tokens.to(self.main.device)
         own = tokens < self.main.shape[1]
         values = torch.where(own, self.main[rows, tokens.clamp(max=self.main.shape[1] - 1)].double(), -torch.inf)
         logp = values[:, None].repeat(1, self.experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_step import DeepenFuser
@@ -23,6 +23,8 @@ class Mixture(Options):
     in every order of the members. Generation fuses steps as ``method: deepen`` does by default, where the first
     member's vocabulary is written in; with ``sampling: member``, texts are sampled without a main member.
     """
+
+    BY_STRETCHES: ClassVar[bool] = True
 
     @classmethod
     def covers(cls, given: Mapping[str, Any]) -> bool:

@@ -11,6 +11,9 @@ from lm_eval_deepen.solvers.base import solver
 from lm_eval_deepen.solvers.em import SMALLEST
 from lm_eval_deepen.solvers.residual import Inverted
 
+LITTLE = 1e-3  # where p0 reaches less of r, what underflows in p0 R is not normalised: that would have no bound
+UNDERFLOWS = torch.finfo(torch.float32).tiny
+
 
 @torch.no_grad()
 def exact(logp0: Tensor, r: Tensor, op: Operator, *, reached: Tensor | None = None) -> Inverted:
@@ -39,6 +42,10 @@ def exact_gain(r: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
     ratio = (r + SMALLEST).div_(reached + SMALLEST)
     mass = (ratio * reached).sum(1).clamp(min=SMALLEST)  # of r on anchors that p0 reaches
     lost = (1 - mass / r.sum(1).clamp(min=SMALLEST)).clamp(min=0)
+    if bool((few := mass < LITTLE).any()):
+        underflows = reached < UNDERFLOWS
+        mass = torch.where(few, (ratio * reached.masked_fill(underflows, 0.0)).sum(1).clamp(min=SMALLEST), mass)
+        ratio = torch.where(few[:, None] & underflows, ratio * mass[:, None], ratio)
     return ratio.div_(mass[:, None]).log_(), lost
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from lm_eval_deepen.config import Options, Shown
+from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.weighting.base import PromptLoss, weighting
 from lm_eval_deepen.weighting.experts import Experts
 
@@ -47,9 +48,16 @@ class Bayes(Options):
         "both", description="The averages of the experts: linear and, where the method has it, geometric; or linear."
     )
     prior: Annotated[tuple[float, ...] | None, Shown(default="the same for all")] = Field(
-        None, min_length=1, description="The prior of the experts, in the order of the results' `experts`."
+        None, min_length=1, description="The prior of the experts, one number of 0 or more for each, in their order."
     )
     TAKES_WEIGHTS: ClassVar[bool] = False
+
+    @field_validator("prior")
+    @classmethod
+    def _believe_in_somebody(cls, prior: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if prior is not None and (min(prior) < 0 or not any(prior)):
+            raise ConfigError(f"prior must be numbers of 0 or more, not all 0; got {list(prior)}", key="prior")
+        return prior
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, the mean of the experts'."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.errors import ConfigError
+
 LARGEST_GRID = 21  # of points on the simplex
 POWERS = (1.0, 0.85)  # of the members' probabilities: language models are surer than they are right, as a rule
 
@@ -54,7 +56,14 @@ class Experts:
         Args:
             experts: what they are.
             prior: of every expert; None for a uniform one.
+
+        Raises:
+            ConfigError: another number of priors than of experts.
         """
+        if prior is not None and len(prior) != len(experts):
+            raise ConfigError(
+                f"prior has {len(prior)} values for {len(experts)} experts; give one for each", key="prior"
+            )
         weights, kinds, powers = zip(*experts, strict=True)
         share = torch.tensor([1.0] * len(experts) if prior is None else list(prior), dtype=torch.float64)
         return cls(

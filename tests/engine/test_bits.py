@@ -175,6 +175,10 @@ def test_one_member_has_nothing_to_compare(pico) -> None:
     by_prompt = deepen(pico["bytelevel"], pico["metaspace"], weighting="perplexity").ensemble
     with pytest.raises(RequestError, match="'perplexity' depends on each request's prompt"):
         Reading.of(by_prompt, DOCUMENTS)
+    taught = deepen(pico["bytelevel"], pico["metaspace"], weighting="bayes", learn_from="prompt").ensemble
+    assert len(Reading.of(taught, DOCUMENTS[:1]).positions) > 0
+    with pytest.raises(RequestError, match="learn_from 'prompt' begins with what a document's context teaches"):
+        Reading.of(taught, [Document(" fox", "The quick brown")])
 
 
 def test_the_search_finds_weights_that_the_text_speaks_for(pico) -> None:

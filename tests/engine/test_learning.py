@@ -15,6 +15,7 @@ from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import score, score_together
+from lm_eval_deepen.errors import ConfigError
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", ""]
 CHOICES = [" jumps over the lazy dog", " two 🙂", "\n\nmoon"]
@@ -173,3 +174,17 @@ def test_bits_per_byte_start_anew_for_every_document(make):
     for document, bits in zip(documents, together.tolist(), strict=True):
         alone = Reading.of(model.ensemble, [document])
         assert float(alone.bits(alone.logp(variant))[0]) == pytest.approx(bits, abs=1e-3)
+
+
+def test_a_prior_has_a_number_for_each_expert(pico, make):
+    pair = pico["bytelevel"], pico["metaspace"]
+    for prior in ([1, -1], [0, 0]):
+        with pytest.raises(ConfigError, match="prior must be numbers of 0 or more, not all 0"):
+            deepen(*pair, weighting="bayes", prior=prior)
+    for method in ("deepen", "mixture"):
+        with pytest.raises(ConfigError, match=r"prior has 1 values for \d+ experts; give one for each"):
+            deepen(*pair, method=method, weighting="bayes", prior=[1])
+    count = len(make(weighting="bayes").ensemble.experts)
+    prior = [2.0, *[0.0] * (count - 2), 6.0]
+    found = make(weighting="bayes", prior=prior).ensemble.experts.log_prior.exp()
+    assert found.tolist() == pytest.approx([share / 8 for share in prior])

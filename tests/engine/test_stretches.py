@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from harness import deepen, requests
 
+from lm_eval_deepen.engine.stretches import StretchPrompter
+from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM
 
 CONTEXTS = ["The quick brown fox", "Question: What is 1 + 1?\nAnswer:", "café 中国", "walk", "", "ends\n", "Paris "]
@@ -132,6 +135,39 @@ def test_left_truncation_keeps_the_same_text_in_every_member(make):
     model = make("metaspace", "padded", max_length=40)
     (value,) = scores(model, [(LONG, " the end")])
     assert math.isfinite(value[0])
+
+
+@pytest.mark.parametrize("names", [("bytelevel", "metaspace"), ("padded", "bytelevel")], ids="+".join)
+def test_no_window_is_longer_than_a_members_context(make, names):
+    """With what has to come before the first token, and with a prefix space of its own."""
+    model = make(*names, max_length=8, weights=[0.5, 0.5])
+    prompter, read = StretchPrompter(model.ensemble), 0
+    texts = [
+        "﹏ b): ﹏ quick",
+        "The quick brown fox",
+        "  the 🙂 The",
+        "zzqx indented \n\n def add(a, b):",
+        "on the moon 1969",
+    ]
+    for context, continuation in itertools.product([*texts, ""], texts):
+        spans = prompter.rolling(context + continuation)
+        with contextlib.suppress(RequestError):
+            spans.append(prompter.span(context, continuation))
+        for path in (path for span in spans for path in span.paths if path is not None):
+            read += len(path) == 9
+            assert 1 < len(path) <= 9
+    assert read > 20
+
+
+def test_nothing_after_nothing_is_certain(make):
+    model = make("metaspace", "bytelevel", weights=[0.5, 0.5])
+    assert scores(model, [("", ""), ("walk", "")]) == [(0.0, True), (0.0, True)]
+
+
+def test_weights_by_prompt_or_step_are_refused(pico):
+    for weighting in ("perplexity", "best_by_prompt", "confidence"):
+        with pytest.raises(ConfigError, match=f"weighting={weighting} makes weights by prompt or step, and method=mix"):
+            deepen(pico["bytelevel"], pico["metaspace"], method="mixture", weighting=weighting)
 
 
 def test_bayes_needs_at_most_log2_k_bits_more_than_its_best_expert(make):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
+from types import SimpleNamespace
 
 import naive
 import pytest
@@ -13,7 +14,8 @@ from harness import requests
 from scipy.stats import chi2
 
 from lm_eval_deepen.engine.covers import plans_of
-from lm_eval_deepen.engine.following import Follower
+from lm_eval_deepen.engine.drafts import Drafter
+from lm_eval_deepen.engine.following import BatchRow, Follower
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.texts import Texts
 from lm_eval_deepen.engine.turns import TurnDecoder
@@ -285,6 +287,54 @@ def test_texts_depend_on_the_seed_and_the_prompt_alone(make, pair):
         assert found[0] != found[3], "samples of one prompt differ"
         torch.manual_seed(4)
         assert [text.ids for text in written(model, 10, contexts)] != found
+
+
+def test_the_main_member_decides_whatever_it_excludes(make, monkeypatch):
+    """Control pieces that are certain, ends and texts to which it gives nothing: as in the fused distribution."""
+    ensemble = make(("padded", "bytelevel"), **LINEAR).ensemble
+    decoder, seen = TurnDecoder(ensemble, deque(), 1, Drafter()), []
+    monkeypatch.setattr(decoder, "_pick", lambda row, scores: seen.append(torch.softmax(scores, 0)) or 0)
+    events, ends = decoder.events, list(ensemble.main.eos_ids)
+    control, text = (
+        events.control.tolist(),
+        next(token for token, event in enumerate(events.of[0]) if 0 <= event < events.end),
+    )
+    fused = ensemble.fuser.fuse
+    for certain, event, excluded in [
+        (control, int(events.of[0][text]), []),
+        ([text], events.end, ends),
+        ([control[0], text], events.end, ends),
+    ]:
+        logits = torch.randn(ensemble.main.vocab_size, generator=torch.Generator().manual_seed(2))
+        logits[certain] += 60
+        logits[excluded] = -torch.inf
+        logp = torch.log_softmax(logits, 0)
+        decoder._decided(None, SimpleNamespace(piece=0, event=event), logp)
+        apart = fused([logp[None], torch.zeros(1, ensemble.members[1].vocab_size)], torch.tensor([[0.5, 0.5]])).logp
+        size = len(control)
+        torch.testing.assert_close(seen[-1][:size], apart[0, control].exp(), atol=1e-6, rtol=1e-5)
+        if excluded:
+            torch.testing.assert_close(seen[-1][size:] / seen[-1][size:].sum(), torch.tensor([0.5, 0.5]))
+    logp[text] = -torch.inf
+    twins = events.of[0] == events.of[0][text]
+    logp[twins] = -torch.inf
+    assert decoder._decided(None, SimpleNamespace(piece=text, event=int(events.of[0][text])), logp) == -1
+
+
+@pytest.mark.parametrize("instead", [7, -1])
+def test_a_text_that_goes_back_forgets_what_was_drawn_behind(pair, monkeypatch, instead):
+    """Where a piece falls, an end of text may be drawn again; where nothing stands in its place, text alone."""
+    decoder, wrote = TurnDecoder(pair.ensemble, deque(), 1, Drafter()), []
+    monkeypatch.setattr(decoder, "_decided", lambda row, proposal, logp: instead)
+    monkeypatch.setattr(decoder, "_write", lambda row, turn, piece: wrote.append(piece))
+    row = BatchRow(0, Texts(pair.ensemble).job(CONTEXT, {**SAMPLED, "max_gen_toks": 2}, Counter())[0])
+    row.out.ids, row.out.logp, row.out.data = [5, 6], [0.0, 0.0], b"ab"
+    proposal = SimpleNamespace(piece=6, event=6, path=(), pieces=1, size=1)
+    turn = SimpleNamespace(proposals=[proposal], member=0, reason="", text_only=True, alone=False, paths=())
+    decoder.turns[0] = turn
+    decoder._take_turn(row, 0, torch.zeros(1, pair.ensemble.main.vocab_size))
+    assert (turn.text_only, wrote) == (instead < 0, [7] if instead > 0 else [])
+    assert (turn.proposals, turn.member, row.out.ids, row.out.data) == ([], None, [5], b"a")
 
 
 def likelier_ends(model):

@@ -7,7 +7,7 @@ import torch
 from tensor_worlds import rows, trio
 
 from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
-from lm_eval_deepen.fusion._expert_rows import FusedByEach
+from lm_eval_deepen.fusion._expert_rows import FusedByEach, SomeLeft
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.weighting.experts import Experts
@@ -50,3 +50,53 @@ def test_the_mixture_is_the_posterior_mean_of_the_experts(made):
     expected = slow(*made).mixed(posterior.double())
     torch.testing.assert_close(got.logp, expected.logp, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(got.stats["end_mass"], expected.stats["end_mass"], atol=1e-5, rtol=1e-4)
+
+
+def half(rows, vocab):
+    rows[torch.rand(rows.shape, generator=torch.Generator().manual_seed(5)) < 0.5] = -torch.inf
+
+
+def no_end(rows, vocab):
+    rows[:, list(vocab.eos)] = -torch.inf
+
+
+def one_end(rows, vocab):
+    rows[:, vocab.eos[0]] = -torch.inf
+
+
+def sharp(rows, vocab):
+    """No piece of one member is one of another; what underflows is no infinity."""
+    rows.copy_(torch.log_softmax(60 * rows, dim=1))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=["one end", "two ends"])
+@pytest.mark.parametrize("extreme", [half, no_end, one_end, sharp])
+def test_what_a_member_excludes_is_excluded_alike(extreme, order, tmp_path):
+    members = [MEMBERS[m] for m in order]
+    fuser = Deepen().build(members, MatrixStore(tmp_path, progress=False))
+    experts, logp = Experts.of_steps(3, geometric=True), rows(members, 20)
+    for own, member in zip(logp, members, strict=True):
+        extreme(own, member.vocabulary)
+    weights = experts.among(torch.ones(20, 3, dtype=torch.bool))
+    posterior = torch.log_softmax(torch.arange(20.0)[:, None] * torch.linspace(-1, 1, len(experts)), dim=1).double()
+    place = torch.meshgrid(torch.arange(20), torch.arange(logp[0].shape[1]), indexing="ij")
+    expected, shape = None, (20, -1, len(experts))
+    for found in (fuser.experts(logp, weights, experts), slow(fuser, logp, experts, weights)):
+        each = found.at(place[0].flatten(), place[1].flatten()).reshape(shape)
+        for got in (found.mixed(posterior).logp.double(), torch.logsumexp(each + posterior[:, None], dim=2)):
+            torch.testing.assert_close(got.exp().sum(1), torch.ones(20).double(), atol=1e-4, rtol=0)
+            expected = got if expected is None else expected
+            likely = torch.where(expected > -30, expected, -torch.inf)
+            torch.testing.assert_close(torch.where(got > -30, got, -torch.inf), likely, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tokens_may_be_on_another_device_than_rows(made):
+    fuser, logp, experts, weights = made
+    row, token = torch.arange(24), torch.arange(24) + 3
+    expected = fuser.experts(logp, weights, experts).at(row, token)
+    there = [own.cuda() for own in logp]
+    fused = fuser.experts(there, weights.cuda(), experts)
+    none = SomeLeft(there[0], logp[0].shape[1], torch.zeros(24, dtype=torch.bool).cuda(), fused, len(experts))
+    for found in (fused, none):
+        torch.testing.assert_close(found.at(row, token).cpu(), expected, atol=2e-4, rtol=1e-4)
