@@ -3,7 +3,8 @@
     python benchmarks/never_loses_table.py DIR [--systems S+G G+S | --all] [--into]
 
 A member is compared at the temperature that is best for it on the dev split of the same kind of text; the ensembles are
-the defaults, on the test split. Only the text between `<!-- never loses -->` and `<!-- end never loses -->` changes.
+the defaults, on the test split. --into changes only the text between `<!-- never loses -->` and `<!-- end never loses
+-->`; with --all, between `<!-- twos and threes -->` and `<!-- end twos and threes -->`.
 """
 
 from __future__ import annotations
@@ -139,69 +140,39 @@ def twos_and_threes(folder: Path) -> list[str]:
     """
     weigher = BayesWeigher(Bayes())
     systems = [system for system in all_systems(folder) if "+" in system]
-    sets = sorted(
-        {frozenset(system.split("+")) for system in systems},
-        key=lambda s: (len(s), min(systems.index(x) for x in systems if set(x.split("+")) == s)),
-    )
-    names = sorted({name for own in sets for name in own}, key="SGQ".find)
+    names = list(dict.fromkeys(name for system in systems for name in system.split("+")))
+    sets: dict[str, list[str]] = {}  # the systems of the same members
+    for system in systems:
+        sets.setdefault("".join(sorted(system.split("+"), key=names.index)), []).append(system)
     out = [["text (documents)", "members", "best, fitted", *(f"defaults, main {name}" for name in names), "mixture"]]
     against = [["text", "three", "the best two", "defaults", "mixture"]]
     for kind in KINDS:
-        mains = {
-            name: next(
-                (s for s in systems if s.startswith(f"{name}+") and (folder / f"{s}.{kind}.dev.pt").exists()), None
-            )
-            for name in names
-        }
-        alone = {}
-        for name, system in mains.items():
-            test = next(
-                (found for s in systems if s.startswith(f"{name}+") and (found := load(folder, s, kind, "test"))), None
-            )
-            dev = load(folder, system, kind, "dev") if system else None
-            if test is not None and dev is not None:
-                alone[name] = per_document(test, test["own"][int(per_document(dev, dev["own"]).sum(1).argmin())])
-        bits: dict[frozenset[str], dict[str, Tensor]] = {}
-        for own in sets:
-            orders = {
-                s.split("+")[0]: found
-                for s in systems
-                if set(s.split("+")) == own and (found := load(folder, s, kind, "test"))
-            }
-            if not orders or own - alone.keys():
+        found = ((s.split("+")[0], member_bits(folder, s, kind)) for s in systems)
+        alone = {name: own[0] for name, own in found if own is not None}
+        bits: dict[str, dict[str, Tensor]] = {}
+        for label, orders in sets.items():
+            tests = {system: found for system in orders if (found := load(folder, system, kind, "test"))}
+            members = orders[0].split("+")
+            if not tests or set(members) - alone.keys():
                 continue
-            count = len(own)
-            bits[own] = {
-                name: learned(found, weigher.of_steps(count, geometric=True)) for name, found in orders.items()
-            }
-            bits[own]["mixture"] = stretches(next(iter(orders.values())), weigher.of_stretches(count))
-            best = min(own, key=lambda name: float(alone[name].sum()))
-            cells = [shown(compare(bits[own][c], alone[best])) if c in bits[own] else "" for c in (*names, "mixture")]
-            out.append([f"{kind} ({len(alone[best])})", "".join(sorted(own, key=names.index)), best, *cells])
-        pairs = {
-            ("".join(sorted(own, key=names.index)), c): b
-            for own, found in bits.items()
-            if len(own) == 2
-            for c, b in found.items()
-        }
-        for own, found in bits.items():
-            if len(own) == 3 and len({pair for pair, _ in pairs}) == 3:
-                best_pair = min(pairs, key=lambda key: float(pairs[key].sum()))
-                main = min((c for c in found if c != "mixture"), key=lambda c: float(found[c].sum()))
-                against.append(
-                    [
-                        kind,
-                        "".join(names),
-                        " ".join(best_pair),
-                        f"{shown(compare(found[main], pairs[best_pair]))} (main {main})",
-                        shown(compare(found["mixture"], pairs[best_pair])),
-                    ]
-                )
-    tables = []
+            experts = weigher.of_steps(len(members), geometric=True)
+            bits[label] = {system.split("+")[0]: learned(test, experts) for system, test in tests.items()}
+            bits[label]["mixture"] = stretches(next(iter(tests.values())), weigher.of_stretches(len(members)))
+            best = min(members, key=lambda name: float(alone[name].sum()))
+            compared = {column: shown(compare(own, alone[best])) for column, own in bits[label].items()}
+            cells = [compared.get(column, "") for column in (*names, "mixture")]
+            out.append([f"{kind} ({len(alone[best])})", label, best, *cells])
+        two = {f"{x} {c}": own for x in bits if sets[x][0].count("+") == 1 for c, own in bits[x].items()}
+        for label in (label for label in bits if two and sets[label][0].count("+") == 2):
+            best = min(two, key=lambda key: float(two[key].sum()))
+            mixture = shown(compare(bits[label].pop("mixture"), two[best]))
+            main, own = min(bits[label].items(), key=lambda pair: float(pair[1].sum()))
+            against.append([kind, label, best, f"{shown(compare(own, two[best]))} (main {main})", mixture])
+    lines: list[str] = []
     for rows in (out, against):
         rows.insert(1, ["---"] * len(rows[0]))
-        tables += ["| " + " | ".join(line) + " |" for line in rows] + [""]
-    return tables[:-1]
+        lines += ["| " + " | ".join(line) + " |" for line in rows] + [""]
+    return lines[:-1]
 
 
 def shown(change: Change) -> str:
@@ -249,6 +220,8 @@ if __name__ == "__main__":
         name = "twos and threes" if arguments.all else "never loses"
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         page = PAGE.read_text(encoding="utf8")
+        if begin not in page:
+            parser.error(f"{PAGE.name} has no place for this table; put {begin} and {end} there")
         before, rest = page.split(begin)
         PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf8")
     print(text)

@@ -97,7 +97,7 @@ def plan(
     meaningless: dict[Key, str] = {}
     missing: list[Key] = []
     for row in recipe.rows:
-        different = recipe.builds.incompatible(row.members)
+        different, files = recipe.builds.incompatible(row.members), digests(row.config.members)
         for task in tasks:
             if not row.has(task.name):
                 continue
@@ -109,7 +109,6 @@ def plan(
                 for name, hashes in task.documents.items():
                     refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
             refuse_trained(recipe.builds, row.members, task)
-            files = digests(row.config.members)
             cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo, files)
             if cell is None:
                 missing.append(key)
