@@ -50,6 +50,36 @@ def read_with_covers(ensemble: Ensemble, documents: Sequence[Document]) -> Readi
     return Reading.of(replace(ensemble, config=ensemble.config.replace(covers="on")), documents)
 
 
+def projections(ensemble: Ensemble) -> dict[tuple[str, str], Variant]:
+    """Return ensembles with all weight on one member that is not the main one, by its name and the state of covers."""
+    temperatures = tuple(member.config.temperature for member in ensemble.members)
+    found = {}
+    for m, member in enumerate(ensemble.members[1:], start=1):
+        weights = torch.zeros(len(ensemble.members))
+        weights[m] = 1
+        for covers in ("off", "on") if ensemble.config.covers == "on" else ("off",):
+            config = ensemble.config.replace(covers=covers)
+            one = replace(ensemble, config=config, weights=weights, weigher=None)
+            found[member.name, covers] = Variant(quiet(one), temperatures)
+    return found
+
+
+def losses(main: str, bits: Mapping[tuple[str, str], float], own: Mapping[str, float]) -> list[ProjectionLoss]:
+    """Return what members lose, from the bits that `projections` need and those that members need in their own pieces.
+
+    Args:
+        main: the main member's name.
+        bits: of a text, by the keys of `projections`.
+        own: of the same text, by member.
+    """
+    shares = {key: value / own[key[0]] - 1 for key, value in bits.items()}
+    return [
+        ProjectionLoss(main, name, plain, shares.get((name, "on")))
+        for (name, covers), plain in shares.items()
+        if covers == "off"
+    ]
+
+
 def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[ProjectionLoss]:
     """Return what every other member loses through the main one.
 
@@ -57,22 +87,6 @@ def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[Projec
         reading: made by `read_with_covers`.
         own: the bits that every member needs in its own pieces, by its name.
     """
-    ensemble, losses = reading.ensemble, []
-    temperatures = tuple(member.config.temperature for member in ensemble.members)
-    states = [covers for covers in ("off", "on") if covers == "off" or ensemble.config.covers == "on"]
-    for m, member in enumerate(ensemble.members[1:], start=1):
-        weights = torch.zeros(len(ensemble.members))
-        weights[m] = 1
-        variants = [
-            Variant(
-                quiet(replace(ensemble, config=ensemble.config.replace(covers=covers), weights=weights, weigher=None)),
-                temperatures,
-            )
-            for covers in states
-        ]
-        bits = reading.bits(reading.logp(variants)).sum(1).tolist()
-        shares = [value / own[member.name] - 1 for value in bits]
-        losses.append(
-            ProjectionLoss(ensemble.main.name, member.name, shares[0], dict(zip(states, shares, strict=True)).get("on"))
-        )
-    return losses
+    found = projections(reading.ensemble)
+    bits = reading.bits(reading.logp(list(found.values()))).sum(1).tolist()
+    return losses(reading.ensemble.main.name, dict(zip(found, bits, strict=True)), own)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
-from lm_eval_deepen.engine.projection_loss import ProjectionLoss, projection_losses, read_with_covers
+from lm_eval_deepen.engine.projection_loss import ProjectionLoss, losses, projections, read_with_covers
 from lm_eval_deepen.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,8 +53,11 @@ def measure(ensemble: Ensemble, documents: Sequence[Document]) -> tuple[dict[str
     The systems are every member by its name, and ``ensemble``, with the main member as it is.
     """
     num_bytes = sum(document.num_bytes for document in documents)
-    together = reading = read_with_covers(ensemble, documents)
-    bits_of = {"ensemble": float(reading.bits(reading.logp([Variant.of(ensemble)])).sum()) / num_bytes}
+    reading = read_with_covers(ensemble, documents)
+    # In one pass: computing the members' logits again would take longer than all that is done with them.
+    projected = projections(reading.ensemble)
+    fused, *through = reading.bits(reading.logp([Variant.of(ensemble), *projected.values()])).sum(1).tolist()
+    bits_of = {"ensemble": fused / num_bytes}
     for m, member in enumerate(ensemble.members):
         if m:
             order = [m, *(k for k in range(len(ensemble.members)) if k != m)]
@@ -62,7 +65,8 @@ def measure(ensemble: Ensemble, documents: Sequence[Document]) -> tuple[dict[str
             reading = Reading.of(turned, documents, members=1)
         bits = reading.bits(reading.own_logp((member.config.temperature,)))
         bits_of[member.name] = float(bits.sum()) / num_bytes
-    return bits_of, projection_losses(together, {name: value * num_bytes for name, value in bits_of.items()})
+    own = {name: value * num_bytes for name, value in bits_of.items()}
+    return bits_of, losses(ensemble.main.name, dict(zip(projected, through, strict=True)), own)
 
 
 def judge(bits: Mapping[str, float], weights: Mapping[str, float]) -> list[Warned]:
