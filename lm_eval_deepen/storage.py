@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -21,10 +22,25 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.errors import DeepenError, StorageError
+
+# What the cache folder keeps, by subfolder. Whatever is in REMADE is made again where it is missing.
+CACHE_KINDS = {
+    "matrices": "relative matrices and maps between vocabularies; made again in minutes",
+    "tokenizers": "what reading large tokenizers gives, and what covers found",
+    "checks": "which models have passed the checks of their forward passes",
+    "texts": "training splits of tasks, as files of text",
+    "distributions": "teacher logits of distillations; made again by their sources",
+    "models": "the models of `lm-eval-deepen demo`; nothing removes them unless they are named",
+}
+LEFTOVERS = "leftovers"  # of processes that were killed
+REMADE = frozenset(CACHE_KINDS) - {"models"} | {LEFTOVERS}
+CACHE_SIZE, DEFAULT_CACHE_SIZE = "LM_EVAL_DEEPEN_CACHE_SIZE", "50GB"
+_IN_USE_S = 3600  # what was used so lately may be read still
 
 _STALE_S = 24 * 3600
 _SHOWN = 40  # characters of a file's name in that of its temporary one: names have an end, too
@@ -57,6 +73,136 @@ def cache_folder() -> Path:
         raise StorageError(
             f"there is no home folder for the cache ({error}); set XDG_CACHE_HOME to a folder"
         ) from error
+
+
+def used(path: Path) -> None:
+    """Note that an entry of the cache folder is used now, in its time of change: few systems keep that of a reading."""
+    with contextlib.suppress(OSError):  # of a folder that is only read
+        os.utime(path)
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A file or a folder that is kept in the cache folder.
+
+    Attributes:
+        path: where it is.
+        kind: of `CACHE_KINDS`.
+        size: in bytes.
+        used: when it was made or used last, in seconds since 1970.
+    """
+
+    path: Path
+    kind: str
+    size: int
+    used: float
+
+    def remove(self) -> None:
+        """Remove it, unless another process has done so; a folder is there as a whole or not at all.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")  # of who makes a folder
+        with locked(lock) if lock.exists() else contextlib.nullcontext(), _explained(self.path, "removed"):
+            if not self.path.is_dir():
+                self.path.unlink(missing_ok=True)
+                return
+            trash = self.path.with_name(f"{_hidden(self.path)}.{secrets.token_hex(4)}.trash")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path, trash)
+                shutil.rmtree(trash)
+
+
+def cache_entries() -> list[CacheEntry]:
+    """Return what is kept in the cache folder, what was used last at the end.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    folder, entries = cache_folder(), []
+    with _explained(folder, "read"):
+        for place in (folder, *(folder / kind for kind in CACHE_KINDS)):
+            for path in place.iterdir() if place.is_dir() else ():
+                hidden = path.name.startswith(".")
+                if path.suffix == ".lock" or (place == folder and not hidden):
+                    continue
+                size, last = 0, 0.0
+                for part in (path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())):
+                    with contextlib.suppress(FileNotFoundError):  # another process removes or renames
+                        known = part.lstat()
+                        size += known.st_size if stat.S_ISREG(known.st_mode) else 0
+                        last = max(last, known.st_mtime)
+                if last and (not hidden or time.time() - last > _STALE_S):
+                    entries.append(CacheEntry(path, LEFTOVERS if hidden else place.name, size, last))
+    return sorted(entries, key=lambda entry: entry.used)
+
+
+def bound_cache(most: int, spared_s: float = -math.inf) -> list[CacheEntry]:
+    """Remove what was not used for longest of what can be made again, until it takes at most so many bytes.
+
+    Args:
+        most: the bytes.
+        spared_s: what was used within so many seconds stays, whatever it takes.
+
+    Returns:
+        What was removed; nothing where another process is at it.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    removed: list[CacheEntry] = []
+    entries = [entry for entry in cache_entries() if entry.kind in REMADE]
+    over = sum(entry.size for entry in entries) - most
+    if over <= 0:
+        return removed
+    at_it = StorageError("another process removes what is in the cache folder")
+    try:
+        with locked(cache_folder() / ".bound.lock", at_it):
+            for entry in entries:
+                if over > 0 and time.time() - entry.used >= spared_s:
+                    entry.remove()
+                    removed.append(entry)
+                    over -= entry.size
+    except StorageError as error:
+        if error is not at_it:
+            raise
+    return removed
+
+
+def _bound_cache_after(written: Path) -> None:
+    """Keep the cache folder within its bound, where what was written is in it."""
+    with contextlib.suppress(StorageError, ValueError):  # no home; not in it; what cannot be removed stays
+        if written.relative_to(os.path.realpath(cache_folder())).parts[0] in REMADE:
+            most = cache_bound()
+            bound_cache(most, _IN_USE_S) if most is not None else None
+
+
+def cache_bound() -> int | None:
+    """Return how many bytes of what can be made again the cache folder keeps; None: as many as there are.
+
+    Raises:
+        StorageError: ``$LM_EVAL_DEEPEN_CACHE_SIZE`` is no size.
+    """
+    text = os.environ.get(CACHE_SIZE) or DEFAULT_CACHE_SIZE
+    if text.strip().lower() == "unbounded":
+        return None
+    try:
+        return parsed_size(text)
+    except ValueError as error:
+        raise StorageError(f"{CACHE_SIZE}={text}: {error}, or `unbounded`") from error
+
+
+def parsed_size(text: str) -> int:
+    """Return the bytes of a size such as ``500MB`` or ``2.5 GB``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?)B?", text.strip().upper())
+    if found is None:
+        raise ValueError("must be a size such as 500MB or 20GB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -293,6 +439,7 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    _bound_cache_after(target)
 
 
 def discard(descriptor: int) -> None:

@@ -219,6 +219,79 @@ def test_the_cache_is_in_one_place(monkeypatch, tmp_path):
         storage.cache_folder()
 
 
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Makes an entry of the cache folder, last used so many hours ago."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(name: str, size: int, hours: float) -> Path:
+        path = storage.cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+        for place in (path, path.parent):
+            os.utime(place, (time.time() - 3600 * hours,) * 2)
+        return path
+
+    return make
+
+
+def test_what_is_written_into_the_cache_keeps_it_within_its_bound(cache, monkeypatch, tmp_path):
+    """The least recently used goes first; models, locks, what is read now, and other folders stay."""
+    stays = [
+        cache("models/demo/weights", 9000, 900), cache("matrices/.a.lock", 10, 900), cache("matrices/busy", 900, 0.5),
+        cache("other/mine", 9000, 900), cache(".cells-running/cell", 9000, 23),
+    ]  # fmt: skip
+    old, older = cache("tokenizers/text-1", 400, 5), cache("distributions/source-1/000000.safetensors", 400, 50)
+    (killed := cache(".cells-killed/cell", 400, 48)), (temporary := cache("matrices/.m-1.tmp", 400, 49))
+    found = {entry.path.name: (entry.kind, entry.size) for entry in storage.cache_entries()}
+    assert found == {
+        "demo": ("models", 9000), "busy": ("matrices", 900), "text-1": ("tokenizers", 400),
+        "source-1": ("distributions", 400), ".cells-killed": ("leftovers", 400), ".m-1.tmp": ("leftovers", 400),
+    }  # fmt: skip
+    monkeypatch.setenv(storage.CACHE_SIZE, "1.8kB")
+    storage.write_bytes(tmp_path / "elsewhere", b"x" * 5000)
+    assert old.exists() and older.exists() and killed.exists() and temporary.exists()
+    storage.write_bytes(storage.cache_folder() / "texts" / "new", b"x" * 500)
+    assert old.exists() and not any(map(Path.exists, (older.parent, killed.parent, temporary)))
+    storage.used(old)  # it was read
+    storage.write_bytes(storage.cache_folder() / "texts" / "newer", b"x" * 5000)
+    assert old.exists() and all(map(Path.exists, stays))
+    assert {entry.path.name for entry in storage.bound_cache(5000)} == {"busy", "text-1", "new"}
+    assert (storage.cache_folder() / "texts" / "newer").exists() and storage.bound_cache(5000) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("500MB", 5e8), ("2.5 gb", 2.5e9), ("1k", 1000), ("1TB", 1e12), ("unbounded", None)]
+)
+def test_sizes(text, size, monkeypatch):
+    monkeypatch.setenv(storage.CACHE_SIZE, text)
+    assert storage.cache_bound() == size
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1e3", "5XB", "nan", "GB"])
+def test_a_bound_that_is_no_size_is_an_error(text, monkeypatch):
+    monkeypatch.setenv(storage.CACHE_SIZE, text)
+    with pytest.raises(StorageError, match=f"{storage.CACHE_SIZE}={text}: must be a size such as 500MB"):
+        storage.cache_bound()
+
+
+WRITING = """
+from lm_eval_deepen import storage
+storage._IN_USE_S = 0
+for n in range(40):
+    storage.write_bytes(storage.cache_folder() / "texts" / f"{n}-{'%s'}", b"x" * 1000)
+"""
+
+
+def test_processes_that_write_at_once_keep_the_bound_together(cache):
+    folder = cache("texts/first", 1000, 1).parent
+    given = {**os.environ, storage.CACHE_SIZE: "5kB"}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITING % name], env=given) for name in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    storage.bound_cache(5000)
+    assert len([path for path in folder.iterdir() if not path.name.startswith(".")]) == 5
+
+
 # Folders ---------------------------------------------------------------------------------------------
 
 

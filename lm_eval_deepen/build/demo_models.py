@@ -19,6 +19,7 @@ from lm_eval_deepen.storage import (
     read_json,
     recover_folder,
     sha256,
+    used,
     working_folder,
     write_json,
 )
@@ -101,6 +102,7 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
     """
     folder = model.folder()
     if not redo and is_settled(folder) and _is_converted(model):
+        used(folder)
         return folder
     with locked(folder.parent / f".{model.name}.lock"):
         recover_folder(folder)

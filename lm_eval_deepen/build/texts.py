@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.storage import cache_folder, sha256, write_bytes
+from lm_eval_deepen.storage import cache_folder, sha256, used, write_bytes
 
 TASK = "task:"  # task:NAME is a task's training split, or its validation split where it has none
 
@@ -113,6 +113,7 @@ def _kept(name: str, documents: Sequence[str]) -> Path:
     path = cache_folder() / "texts" / f"{name}-{digest[:12]}.jsonl"
     if not path.is_file() or sha256(path) != digest:
         write_bytes(path, content.encode())
+    used(path)
     return path
 
 

@@ -19,9 +19,9 @@ from lm_eval_deepen.errors import MatrixError, VocabularyError
 from lm_eval_deepen.fusion._rows import text_ids
 from lm_eval_deepen.fusion.base import MemberView
 from lm_eval_deepen.relative.blocks import counted
-from lm_eval_deepen.relative.files import identity_hash, read_matrix, write_matrix
+from lm_eval_deepen.relative.files import identity_hash, write_matrix
 from lm_eval_deepen.relative.matrix import SparseMatrix
-from lm_eval_deepen.relative.store import explained
+from lm_eval_deepen.relative.store import explained, read_once
 from lm_eval_deepen.storage import locked
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def stored_map(
     if path is None:
         path = store.folder / f"{kind}-{slug[:80]}-{short}.safetensors"
         _build(path, identity, build)
-    matrix = read_matrix(path, identity, member.name)
+    matrix = read_once(path, identity, member.name)
     if not isinstance(matrix, SparseMatrix):
         raise MatrixError(f"Map file {path} holds a dense matrix. Delete it; it is built anew on the next use.")
     return matrix, {"member": member.name, "file": path.name, "bytes": path.stat().st_size}

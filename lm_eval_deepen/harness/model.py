@@ -35,6 +35,7 @@ from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.loading import loading_keys
 from lm_eval_deepen.pooling import POOLINGS
+from lm_eval_deepen.storage import cache_bound
 from lm_eval_deepen.weighting import WEIGHTINGS
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def configure(arguments: dict[str, Any]) -> EnsembleConfig:
 
     Raises:
         ConfigError: an argument that cannot be honoured.
+        StorageError: a bound of the cache folder that is no size.
     """
+    cache_bound()
     return parse_config(arguments, catalogue())
 
 

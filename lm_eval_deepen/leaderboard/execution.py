@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
@@ -22,6 +23,7 @@ from lm_eval_deepen.engine.self_check import flat_spaces
 from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.harness.once import said_once
+from lm_eval_deepen.harness.requests import share_passes
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
@@ -34,6 +36,7 @@ from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.configuration import is_encoder_decoder
+from lm_eval_deepen.member.devices import give_back_freed_memory
 from lm_eval_deepen.pooling.base import check_request, fused_takes_part
 from lm_eval_deepen.storage import locked
 
@@ -206,9 +209,8 @@ class Execution:
         here = {member.name for member in members}
         self.members: dict[str, Member] = self._load(members, [row for row in rows if here.issuperset(row.members)])
         self.rows = rows
-        self.fusers: dict[tuple, Fuser] = {}
+        self.fusers: WeakValueDictionary[tuple, Fuser] = WeakValueDictionary()  # of the models that are there
         self.alone = {row.name: self._model(row) for row in todo.recipe.alone if row.members[0] in used}
-        self.by_fingerprint: dict[str, RowModel] = {}
 
     def _load(self, members: Sequence[MemberConfig], rows: Sequence[Row]) -> dict[str, Member]:
         """Load members; those that were built, from where they are now."""
@@ -224,30 +226,21 @@ class Execution:
             yield from self._run_group(group)
             if passing:  # a built model is a row alone: the next one takes its memory
                 del self.members[order[0]]
-                self.by_fingerprint = {}
-                self.fusers.clear()
-                gc.collect()
+                _release()
 
     def _run_group(self, group: Sequence[Row]) -> Iterator[tuple[Key, Cell | str]]:
         """Evaluate the rows with the same members in the same order, task by task, then forget their models."""
         models: dict[str, RowModel] = {}
-        self.fusers.clear()
         for row in group:
             with _blamed(f"row {row.name!r}"):
                 models[row.name] = self.alone[row.name] if row.alone and row.name in self.alone else self._model(row)
-        self.by_fingerprint = {
-            row.config.fingerprint(): models[row.name] for row in group if row.config.pooling is None
-        }
+        named = {row.config.fingerprint(): row.name for row in group if row.config.pooling is None}
         for row in group:
             if row.config.pooling is not None:
-                model = models[row.name]
-                sources: list[RowModel] = [self.alone[name] for name in row.members]
-                if fused_takes_part(row.config.pooling_options):
-                    sources.append(
-                        self.by_fingerprint.get(row.config.replace(pooling_options=None).fingerprint(), model)
-                    )
-                model.pool_from(sources)
-        for task in self.todo.tasks:
+                same = named.get(row.config.replace(pooling_options=None).fingerprint(), row.name)
+                fused = [same] if fused_takes_part(row.config.pooling_options) else []
+                models[row.name].pool_from([*(self.alone[name] for name in row.members), *(models[n] for n in fused)])
+        for at, task in enumerate(self.todo.tasks):
             here = [row for row in group if (row.name, task.name) in self.todo.missing]
             steps = [row for row in here if row.config.pooling is None]
             for row in steps:
@@ -260,6 +253,13 @@ class Execution:
                     yield (row.name, task.name), self._evaluated(row, task, models[row.name])
                 except UnansweredError as error:
                     yield (row.name, task.name), str(error)
+            for name in models:
+                share_passes([models[name]])
+            to_come = {task.name for task in self.todo.tasks[at + 1 :]}
+            left = {name for name, other in self.todo.missing if other in to_come}
+            if models.keys() - left:
+                models = {name: model for name, model in models.items() if name in left}
+                _release()
 
     def _model(self, row: Row) -> RowModel:
         return RowModel.build(row.config, [self.members[name] for name in row.members], self.fusers)
@@ -306,6 +306,12 @@ def evaluate(
     )
     assert results is not None  # there is one process
     return {**versions(), **results}
+
+
+def _release() -> None:
+    """Give back the memory of models that nothing refers to any more, with their matrices and maps."""
+    gc.collect()
+    give_back_freed_memory()
 
 
 class _blamed:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +129,7 @@ class RowModel(DeepenLM):
     ensemble: TimedEnsemble
 
     @classmethod
-    def build(cls, config: EnsembleConfig, members: Sequence[Member], fusers: dict[tuple, Fuser]) -> RowModel:
+    def build(cls, config: EnsembleConfig, members: Sequence[Member], fusers: MutableMapping[tuple, Fuser]) -> RowModel:
         """Return the model of a row.
 
         Args:
@@ -222,7 +223,8 @@ class RowModel(DeepenLM):
             return None
 
     def _readings(self) -> tuple[float, int, dict[int, float]]:
-        tokens = sum(member.runner.forwarded for member in self.ensemble.active)
+        runners = {id(member.runner): member.runner for member in self.ensemble.active}
+        tokens = sum(runner.forwarded for runner in runners.values())
         return time.perf_counter(), tokens, {id(peer): getattr(peer.ensemble, "fusing", 0.0) for peer in self.peers}
 
 
@@ -231,7 +233,10 @@ def load_members(
     ensembles: Sequence[tuple[EnsembleConfig, Sequence[str]]],
     device: str | None,
 ) -> dict[str, Member]:
-    """Load each member once, by name, after what can be refused without weights was checked.
+    """Load each checkpoint once, after what can be refused without weights was checked; return the members by name.
+
+    Members that are loaded alike from one place, under several names or with other temperatures, share their model,
+    its tokenizer and its vocabulary.
 
     Args:
         members: the recipe's.
@@ -242,13 +247,27 @@ def load_members(
         DeepenError: a member that cannot be loaded, or vocabularies that a row's method cannot use.
     """
     check_loading(tuple(members), device)
-    tokenizers = {member.name: load_tokenizer(member) for member in members}
-    fused = [(config, names) for config, names in ensembles if fuses(config)]
-    needed = {name for _, names in fused for name in names}
-    read = {m.name: preview_vocabularies([m], [tokenizers[m.name]]) for m in members if m.name in needed}
-    for config, names in fused:
-        check_vocabularies(config, [vocabulary for name in names for vocabulary in read[name]])
-    return {member.name: load_member(member, device, tokenizers[member.name]) for member in members}
+    first: dict[MemberConfig, MemberConfig] = {}  # of the members that are loaded alike
+    same = {member.name: first.setdefault(_loaded(member), member) for member in members}
+    tokenizers = {member.name: load_tokenizer(member) for member in first.values()}
+    fused = [(config, [same[name] for name in names]) for config, names in ensembles if fuses(config)]
+    needed = {member.name for _, own in fused for member in own}
+    read = {m.name: preview_vocabularies([m], [tokenizers[m.name]]) for m in first.values() if m.name in needed}
+    for config, own in fused:
+        check_vocabularies(config, [vocabulary for member in own for vocabulary in read[member.name]])
+    loaded = {}
+    for member in first.values():
+        loaded[member.name] = load_member(member, device, tokenizers.pop(member.name))
+        if member.name in needed and list(same.values()).count(member) > 1:
+            loaded[member.name].codec  # noqa: B018  # read before it is shared
+    return {member.name: loaded[same[member.name].name].named(member) for member in members}
+
+
+def _loaded(member: MemberConfig) -> MemberConfig:
+    """Return a member as far as it decides what is loaded."""
+    place = Path(member.pretrained).expanduser()
+    pretrained = str(place.resolve()) if place.exists() else member.pretrained
+    return member.replace(name="", weight=1.0, temperature=1.0, pretrained=pretrained)
 
 
 def share_by_members(models: Sequence[RowModel]) -> None:

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from lm_eval_deepen.errors import StorageError
-from lm_eval_deepen.storage import cache_folder, write_bytes
+from lm_eval_deepen.storage import cache_folder, used, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ def find(kind: str, decides: Sequence[Any]) -> bytes | None:
     except (OSError, StorageError):  # a folder that cannot be read costs time alone
         return None
     if seal == _seal(body):
+        used(path)
         return body
     if seal.startswith(code().encode()) or b" " not in seal:
         log.warning("%s is damaged; it is made again.", path)

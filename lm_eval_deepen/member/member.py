@@ -72,6 +72,14 @@ class Member:
             )
         self.runner: BodyRunner | PlainRunner = self._runner()
 
+    def named(self, config: MemberConfig) -> Member:
+        """Return the same loaded model as a member of another name or temperature; what was read of it is shared."""
+        if config == self.config:
+            return self
+        member = copy.copy(self)
+        member.config = config
+        return member
+
     def _runner(self) -> BodyRunner | PlainRunner:
         """Return the fastest forward passes that are right for the model, and say which where it is no prefix tree.
 

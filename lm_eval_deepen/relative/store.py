@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,13 +16,15 @@ from lm_eval_deepen.relative.files import FORMAT, MatrixInfo, describe, identity
 from lm_eval_deepen.relative.member_view import MemberView
 from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
-from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason
+from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason, used
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
 
 __all__ = ["MatrixInfo", "MatrixStore", "default_folder", "describe"]
 
 
 HASH_LENGTH = 12  # hex digits of the identity in a file name; the whole identity is checked on load
+
+_in_use: WeakValueDictionary[tuple[Any, ...], RelativeMatrix] = WeakValueDictionary()  # by file and identity
 
 
 def default_folder() -> Path:
@@ -42,8 +44,6 @@ class MatrixStore:
         """Nothing is read or created before the first `get`."""
         self.folder = default_folder() if folder is None else Path(folder)
         self.progress = progress
-        # Fusers that differ only in their solver share one matrix while any of them lives.
-        self._loaded: WeakValueDictionary[Path, RelativeMatrix] = WeakValueDictionary()
 
     def identity(
         self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
@@ -103,16 +103,12 @@ class MatrixStore:
                 built, or a folder that cannot be written.
         """
         path, identity = self.path(member, anchors, spec, tokenizers), self.identity(member, anchors, spec, tokenizers)
-        matrix = self._loaded.get(path)
-        if matrix is None:
-            with explained(self.folder):
-                exists = path.exists()
-            if not exists:
-                self._build(path, identity, member, anchors, spec, tokenizers)
-                path = self.path(member, anchors, spec, tokenizers)
-            matrix = read_matrix(path, identity, member.name)
-            self._loaded[path] = matrix
-        return matrix
+        with explained(self.folder):
+            exists = path.exists()
+        if not exists:
+            self._build(path, identity, member, anchors, spec, tokenizers)
+            path = self.path(member, anchors, spec, tokenizers)
+        return read_once(path, identity, member.name)
 
     def info(
         self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
@@ -149,6 +145,21 @@ class MatrixStore:
                 matrix = build_matrix(member.name, vocabulary, rows, ids, duplicates_of, spec, progress=self.progress)
             with explained(self.folder):
                 write_matrix(path, matrix, ids, identity, time.monotonic() - started)
+
+
+def read_once(path: Path, identity: Mapping[str, Any], member: str) -> RelativeMatrix:
+    """Return the matrix of a file: one object in this process, while any fuser uses it and the file is the same.
+
+    Arguments and errors as `read_matrix`.
+    """
+    with explained(path.parent):
+        file = path.stat()
+        key = (path.resolve(), file.st_ino, file.st_size, identity_hash(identity))
+    used(path)
+    matrix = _in_use.get(key)
+    if matrix is None:
+        matrix = _in_use[key] = read_matrix(path, identity, member)
+    return matrix
 
 
 @contextlib.contextmanager

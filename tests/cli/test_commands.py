@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_every_command_has_an_example_that_it_takes() -> None:
             assert words[0] in shipped_recipes()
 
 
-TABLES = {"demo", "bpb", "build", "compare", "gate", "inspect", "leaderboard", "methods", "reproduce", "tune"}
+TABLES = {"demo", "bpb", "build", "cache", "compare", "gate", "inspect", "leaderboard", "methods", "reproduce", "tune"}
 
 
 def test_every_command_that_prints_a_table_gives_it_as_json(pico: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
@@ -134,3 +135,32 @@ def test_two_lines_sum_the_ensemble_up(pico: dict[str, Path], tmp_path: Path, ca
     pooled = deepen(pico["bytelevel"], pico["metaspace"], pooling="vote")
     pooled.generate_until(requests("generate_until", ("The", {"max_gen_toks": 2, "until": []})), disable_tqdm=True)
     assert "the answers to 1 requests were combined" in closing.summary(pooled)[0]
+
+
+def test_the_cache_is_listed_and_cleared(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    """Models go where they are named alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def asked(*words: str) -> dict[str, int]:
+        assert cli.main(["cache", *words, "--json"]) == 0
+        kinds = json.loads(capsys.readouterr().out)["kinds"]
+        return {kind: facts["bytes"] for kind, facts in kinds.items() if facts["entries"]}
+
+    assert asked() == asked("--clear") == {}
+    for name, size in {"models/demo/w": 10, "matrices/m": 2_000_000, "texts/a": 300, "texts/b": 400}.items():
+        (path := tmp_path / "lm_eval_deepen" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    assert cli.main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "texts" in shown and "2 MB" in shown and "of at most 50 GB" in shown and "tokenizers" not in shown
+    assert asked() == {"models": 10, "matrices": 2_000_000, "texts": 700}
+    assert asked("--keep", "1MB") == asked("--clear", "matrices") == {"models": 10, "texts": 700}
+    assert asked("--clear") == asked("--keep", "0") == {"models": 10}
+    assert asked("--clear", "models,texts") == {}
+    for words, message in (
+        (["--clear", "modles"], r"takes matrices, .*Did you mean 'models'"), (["--keep", "lots"], "must be a size"),
+        (["--clear", "--keep", "1GB"], "not allowed with"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main(["cache", *words])
+        assert re.search(message, capsys.readouterr().err)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import weakref
 from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -30,7 +31,7 @@ from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.requests import share_passes
 from lm_eval_deepen.harness.tasks import doc_hashes, evaluated, load_tasks
 from lm_eval_deepen.harness.unanswered import attempt
-from lm_eval_deepen.leaderboard import execution
+from lm_eval_deepen.leaderboard import execution, models
 from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.cells import SUFFIX
 from lm_eval_deepen.leaderboard.execution import execute, plan
@@ -311,6 +312,61 @@ def test_finished_rows_take_no_part_in_a_shared_pass(write, tmp_path, monkeypatc
     )
     measured(write(grid={"orders": ["A+B"], "methods": ["deepen", "gac", "unite"]}), out)
     assert peers == [2, 2]
+
+
+def test_members_of_one_checkpoint_share_it(write, pico, tmp_path, monkeypatch):
+    """A model under several names is loaded once; names, temperatures and counts stay the members' own."""
+    loads, load = [], models.load_member
+    monkeypatch.setattr(models, "load_member", lambda member, *rest: loads.append(member.name) or load(member, *rest))
+    link = tmp_path / "link"
+    link.symlink_to(pico["bytelevel"])
+    places = {"A": pico["bytelevel"], "B": pico["metaspace"], "A2": link, "B2": pico["metaspace"]}
+    members = [{"name": name, "pretrained": str(place)} for name, place in places.items()]
+    members += [{"name": "hot", "pretrained": str(link), "temperature": 2.0}]
+    members += [{"name": "half", "pretrained": str(link), "dtype": "bfloat16"}]
+    orders = ["A+B", "A2+B2", "A+A2", "hot+B"]
+    path = write(members=members, grid={"orders": orders, "methods": ["deepen"]}, tasks=["conf_text"])
+    todo = planned(path, tmp_path / "out")
+    cells = execute(todo, "cpu", lambda text: None)
+    assert loads == ["A", "B", "half"]
+    rows = {row.name.removesuffix(" deepen"): row for row in todo.recipe.rows}
+    found = {name: scores_of(cells[row.name, "conf_text"]) for name, row in rows.items()}
+    assert found["A"] == found["A2"] != found["half"] and found["A+B"] == found["A2+B2"] != found["hot+B"]
+    for name in ("A+A2", "hot+B"):
+        row = rows[name]
+        model = DeepenLM(**row.config.to_dict(), device="cpu")
+        alone = lm_eval.simple_evaluate(
+            model=model, tasks=["conf_text"], task_manager=todo.tasks[0].manager, bootstrap_iters=0
+        )
+        metric = "word_perplexity,none"
+        assert found[name][metric] == pytest.approx(alone["results"]["conf_text"][metric], rel=1e-4)
+    assert cells[rows["A+A2"].name, "conf_text"].cost.tokens == 2 * cells["A", "conf_text"].cost.tokens
+
+
+def scores_of(cell):
+    [found] = json.loads(cell.mark.with_name(cell.results).read_text())["results"].values()
+    return found
+
+
+def test_what_no_later_cell_needs_is_released(write, tmp_path, monkeypatch):
+    made, build, alive, evaluate = [], execution.RowModel.build, [], execution.evaluate
+
+    def watched(config, *rest):
+        made.append((config.options.inverse, weakref.ref(model := build(config, *rest))))
+        return model
+
+    def seen(model, task, *rest):
+        alive.append((task.name, sorted(inverse for inverse, ref in made if inverse and ref() is not None)))
+        return evaluate(model, task, *rest)
+
+    monkeypatch.setattr(execution.RowModel, "build", watched)
+    monkeypatch.setattr(execution, "evaluate", seen)
+    by_task = {"conf_choice": {"inverse": "mirror"}, "conf_text": {"inverse": "em"}}
+    rows = [{"name": "tuned", "method": "deepen", "weights": [0.5, 0.5], "by_task": by_task}]
+    rows += [{"name": "both", "method": "deepen", "weights": [0.5, 0.5], "inverse": "exact"}]
+    path = write(grid=None, rows=rows, tasks=[CHOICE, "conf_text"])
+    execute(planned(path, tmp_path / "out"), "cpu", lambda text: None)
+    assert ("conf_choice", ["em", "exact", "mirror"]) in alive and alive[-1] == ("conf_text", ["em", "exact"])
 
 
 def test_a_cell_of_another_evaluation_is_refused_or_redone(write, tmp_path):

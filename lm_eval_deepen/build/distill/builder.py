@@ -21,7 +21,16 @@ from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.member import Member, TextCodec, load_member
 from lm_eval_deepen.relative.files import content_hash, identity_hash
-from lm_eval_deepen.storage import cache_folder, make_folder, move_file, read_json, reason, remove_folder, write_json
+from lm_eval_deepen.storage import (
+    cache_folder,
+    make_folder,
+    move_file,
+    read_json,
+    reason,
+    remove_folder,
+    used,
+    write_json,
+)
 
 PACKAGES = ("lm_eval_deepen", "torch", "transformers", "accelerate", "lm_eval", "tokenizers")
 PARTIAL = ".partial"
@@ -264,6 +273,7 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
     }  # fmt: skip
     path = root / f"bits-{identity_hash(identity)[:16]}.json"
     if (kept := _kept_bits(path, identity, len(text.held_out))) is not None:
+        used(path)
         return kept
     bits = evaluation.bits_of(target, _held_out(target, text))
     try:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lm_eval_deepen.errors import MatrixError, StorageError, one_line
 from lm_eval_deepen.relative.files import CHECKSUM, content_hash, identity_hash
-from lm_eval_deepen.storage import reason, write_json, write_tensors
+from lm_eval_deepen.storage import reason, used, write_json, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class DistributionStore:
             raise MatrixError(f"{path} cannot be read ({one_line(error)}).") from error
         if content_hash(tensors, self.identity) != checksum:
             raise MatrixError(f"{path} is damaged: its checksum differs.")
+        used(path)
         edges = np.concatenate([[0], np.cumsum(tensors["counts"].numpy())])
         ids, logp, nats = (tensors[key].numpy() for key in ("ids", "logp", "nats"))
         pairs = zip(edges, edges[1:], nats, strict=False)
