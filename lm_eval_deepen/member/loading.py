@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from accelerate.utils import patch_environment
 
 from lm_eval_deepen.config import MemberConfig
@@ -52,6 +53,11 @@ def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any 
                 lm = HFLM(pretrained=config.pretrained, **arguments)
             finally:
                 check_weights(reports, f"member {config.name!r}:", config.allowed)
+        if lm.device.type == "cpu" and torch.device(arguments["device"]).type != "cpu":
+            raise MemberError(
+                f"member {config.name!r}: it was loaded on the CPU, not on device={arguments['device']!r}: accelerate "
+                "does not find that device. Install what it needs for it, or give device=cpu."
+            )
         return next(kind for kind in (EncoderDecoderMember, Member) if lm.backend in kind.BACKENDS)(config, lm)
     except DeepenError:
         raise

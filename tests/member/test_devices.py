@@ -158,6 +158,7 @@ def test_members_reach_hf_with_their_own_devices(machine, pico, tmp_path, monkey
         asked.append(device)
         machine()
         original(self, device="cpu", **arguments)
+        self._device = torch.device(device)  # where it says it is
         machine(cuda=2)
 
     monkeypatch.setattr(HFLM, "__init__", load)
