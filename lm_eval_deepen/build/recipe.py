@@ -31,25 +31,16 @@ _TOKENIZER_WORDS = ("union", "base")  # values of mergekit's tokenizer_source th
 
 @dataclass(frozen=True)
 class BuildRecipe:
-    """One model to build.
+    """One model to build."""
 
-    Attributes:
-        source: the file it was read from, or where it stands, for messages.
-        folder: where relative paths are read.
-        content: what the method takes, as it was written: for a merge a configuration of mergekit, verbatim.
-        seed: of whatever is drawn at random.
-        title: one line.
-        note: what else to know.
-        tasks: where the tasks are whose texts it may name.
-    """
-
-    source: str
-    folder: Path
+    source: str  # the file it was read from, or where it stands, for messages
+    folder: Path  # where relative paths are read
+    # what the method takes, as it was written: for a merge a configuration of mergekit, verbatim
     content: Mapping[str, Any]
-    seed: int = 0
-    title: str = ""
-    note: str = ""
-    tasks: texts.TaskSource = texts.ANYWHERE
+    seed: int = 0  # of whatever is drawn at random
+    title: str = ""  # one line
+    note: str = ""  # what else to know
+    tasks: texts.TaskSource = texts.ANYWHERE  # where the tasks are whose texts it may name
 
     @property
     def is_merge(self) -> bool:

@@ -19,15 +19,10 @@ TASK = "task:"  # task:NAME is a task's training split, or its validation split 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where tasks are found beside the harness's and ours, and what they are told.
+    """Where tasks are found beside the harness's and ours, and what they are told."""
 
-    Attributes:
-        include_path: folders.
-        metadata: a JSON object, as ``--metadata`` of the harness.
-    """
-
-    include_path: tuple[str, ...] = ()
-    metadata: str = "{}"
+    include_path: tuple[str, ...] = ()  # folders
+    metadata: str = "{}"  # a JSON object, as ``--metadata`` of the harness
 
     def under(self, other: TaskSource) -> TaskSource:
         """Return this source with what another one has beside it; what both say, this one decides."""

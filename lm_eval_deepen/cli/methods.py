@@ -31,21 +31,13 @@ holds for all of them. A key that is unknown, or that has no effect beside the o
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that belong together.
+    """Keys that belong together."""
 
-    Attributes:
-        kind: what they belong to, as ``method`` or ``ensemble``.
-        name: which of the kind; empty where there is one.
-        about: one line.
-        paper: where it is from, ``none`` for nowhere.
-        keys: the class that holds them.
-    """
-
-    kind: str
-    name: str
-    about: str
-    paper: str
-    keys: type[Keys]
+    kind: str  # what they belong to, as ``method`` or ``ensemble``
+    name: str  # which of the kind; empty where there is one
+    about: str  # one line
+    paper: str  # where it is from, ``none`` for nowhere
+    keys: type[Keys]  # the class that holds them
 
     def options(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the facts of every option by its name."""

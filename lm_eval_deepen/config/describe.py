@@ -24,17 +24,11 @@ _WORDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """Says of a field what its annotation does not say, as in ``Annotated[int | None, Shown(default="5")]``.
+    """Says of a field what its annotation does not say, as in ``Annotated[int | None, Shown(default="5")]``."""
 
-    Attributes:
-        allowed: the values it takes, as the end of "KEY must be ...".
-        default: what holds where the field is not given, and itself holds None.
-        remedy: what to do where it holds something else, for error messages.
-    """
-
-    allowed: str = ""
-    default: str = ""
-    remedy: str = ""
+    allowed: str = ""  # the values it takes, as the end of "KEY must be ..."
+    default: str = ""  # what holds where the field is not given, and itself holds None
+    remedy: str = ""  # what to do where it holds something else, for error messages
 
 
 def _named(names: tuple[str, ...]) -> tuple[str, ...]:

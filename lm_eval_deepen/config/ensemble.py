@@ -51,19 +51,13 @@ class MemberConfig(MemberKeys):
 
 
 class EnsembleConfig(Settings):
-    """A configuration that was understood: whatever uses it finds the members and the options as they were built.
+    """A configuration that was understood: whatever uses it finds the members and the options as they were built."""
 
-    Attributes:
-        members: the main member first.
-        options: of the fusion method; what fuses is built from them.
-        weighting_options: of what makes the weights; None where they are given, or equal.
-        pooling_options: of how the members' own answers are combined; None where their steps are fused.
-    """
-
-    members: tuple[MemberConfig, ...]
+    members: tuple[MemberConfig, ...]  # the main member first
+    # of the fusion method; what fuses is built from them
     options: Any  # what they can do is said where they are registered, in layers above this one
-    weighting_options: Any = None
-    pooling_options: Any = None
+    weighting_options: Any = None  # of what makes the weights; None where they are given, or equal
+    pooling_options: Any = None  # of how the members' own answers are combined; None where their steps are fused
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

@@ -17,17 +17,11 @@ C = TypeVar("C", bound=type[Options])
 
 @dataclass(frozen=True)
 class Entry:
-    """What a registry holds under a name.
+    """What a registry holds under a name."""
 
-    Attributes:
-        name: the name in a configuration.
-        options: the class of its options, which does the work, too.
-        paper: where it is from, ``none`` for nowhere.
-    """
-
-    name: str
-    options: type[Any]
-    paper: str
+    name: str  # the name in a configuration
+    options: type[Any]  # the class of its options, which does the work, too
+    paper: str  # where it is from, ``none`` for nowhere
 
 
 class Registry(Mapping[str, Entry]):

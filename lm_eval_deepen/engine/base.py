@@ -60,25 +60,15 @@ class FusionNotes:
 
 @dataclass(eq=False)
 class EnsembleBase:
-    """Several members evaluated as one model.
+    """Several members evaluated as one model."""
 
-    Attributes:
-        config: what was asked for.
-        members: all members, the main member first.
-        fuser: None where fusion is skipped: one member, or all weight on the main member.
-        weights: one weight per member [M], fp32, sum 1.
-        counters: what was counted while it ran.
-        weigher: what changes the weights by request or by step, None where they are constant.
-        selective: which steps are left to the main member by choice, None where all are fused.
-    """
-
-    config: EnsembleConfig
-    members: tuple[Member, ...]
-    fuser: Fuser | None
-    weights: Tensor
-    counters: Trace
-    weigher: Weigher | None = None
-    selective: Selective | None = None
+    config: EnsembleConfig  # what was asked for
+    members: tuple[Member, ...]  # all members, the main member first
+    fuser: Fuser | None  # None where fusion is skipped: one member, or all weight on the main member
+    weights: Tensor  # one weight per member [M], fp32, sum 1
+    counters: Trace  # what was counted while it ran
+    weigher: Weigher | None = None  # what changes the weights by request or by step, None where they are constant
+    selective: Selective | None = None  # which steps are left to the main member by choice, None where all are fused
 
     @property
     def main(self) -> Member:

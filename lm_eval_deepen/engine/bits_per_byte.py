@@ -34,15 +34,10 @@ SHOWN = 20  # documents that an error lists
 
 @dataclass(frozen=True)
 class Document:
-    """A text to predict, and what it follows.
+    """A text to predict, and what it follows."""
 
-    Attributes:
-        text: what is predicted.
-        context: what comes before it; conditioned on alone.
-    """
-
-    text: str
-    context: str = ""
+    text: str  # what is predicted
+    context: str = ""  # what comes before it; conditioned on alone
 
     @property
     def num_bytes(self) -> int:
@@ -70,41 +65,26 @@ def quiet(ensemble: Ensemble) -> Ensemble:
 
 @dataclass(frozen=True)
 class Position:
-    """A token that is scored.
+    """A token that is scored."""
 
-    Attributes:
-        document: index of its document.
-        target: the main member's token.
-        left: bytes of the document after it.
-        place: where it is, in every member's tree of token prefixes.
-        plans: every member's covers there, None where it has none (see `lm_eval_deepen.engine.covers`).
-    """
-
-    document: int
-    target: int
-    left: int
-    place: Place
+    document: int  # index of its document
+    target: int  # the main member's token
+    left: int  # bytes of the document after it
+    place: Place  # where it is, in every member's tree of token prefixes
+    # every member's covers there, None where it has none (see `lm_eval_deepen.engine.covers`)
     plans: tuple[Plan | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The members' states at every scored token of some documents, cut as the main member cuts them.
+    """The members' states at every scored token of some documents, cut as the main member cuts them."""
 
-    Attributes:
-        ensemble: the members, the main member first.
-        documents: what was read.
-        positions: the n scored tokens, in the order of the text.
-        trees: every member's token prefixes.
-        states: every member's states [n_m, ...].
-        rows: of every member, the row of `states` of each node that positions or their covers read.
-    """
-
-    ensemble: Ensemble
-    documents: tuple[Document, ...]
-    positions: tuple[Position, ...]
-    trees: tuple[TokenTree, ...]
-    states: tuple[Tensor, ...]
+    ensemble: Ensemble  # the members, the main member first
+    documents: tuple[Document, ...]  # what was read
+    positions: tuple[Position, ...]  # the n scored tokens, in the order of the text
+    trees: tuple[TokenTree, ...]  # every member's token prefixes
+    states: tuple[Tensor, ...]  # every member's states [n_m, ...]
+    # of every member, the row of `states` of each node that positions or their covers read
     rows: tuple[Mapping[int, int], ...]
 
     @classmethod

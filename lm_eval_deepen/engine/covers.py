@@ -67,41 +67,26 @@ LOOKED_AHEAD = (b"", b" ", b"\n")  # white space that may come before it
 
 @dataclass(frozen=True)
 class Cover:
-    """Some of the member's tokens, and the pieces that begin with the bytes after them.
+    """Some of the member's tokens, and the pieces that begin with the bytes after them."""
 
-    Attributes:
-        source: the place, among the member's tokens, at which its distribution is read: whatever names it.
-        way: its tokens since the first cover of the plan.
-        first: where the pieces that begin with the pending bytes start in the vocabulary sorted by bytes.
-        last: where they end.
-        pending: the bytes so far that come after these tokens.
-        ahead: the bytes with which the tokens go beyond the bytes so far; one of both is empty.
-    """
-
-    source: Any
-    way: tuple[int, ...]
-    first: int
-    last: int
-    pending: bytes
-    ahead: bytes = b""
+    source: Any  # the place, among the member's tokens, at which its distribution is read: whatever names it
+    way: tuple[int, ...]  # its tokens since the first cover of the plan
+    first: int  # where the pieces that begin with the pending bytes start in the vocabulary sorted by bytes
+    last: int  # where they end
+    pending: bytes  # the bytes so far that come after these tokens
+    ahead: bytes = b""  # the bytes with which the tokens go beyond the bytes so far; one of both is empty
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The covers of one row of one member, shorter ways first; there is at least one.
+    """The covers of one row of one member, shorter ways first; there is at least one."""
 
-    Attributes:
-        covers: what is summed over.
-        own: the way of the member's own tokens of the bytes so far, whose whole row counts; None where the main
-            member's boundary excludes a part of it, so that it is among the covers.
-        word: the main member's bytes since the word began.
-        tokens: its tokens of them.
-    """
-
-    covers: tuple[Cover, ...]
+    covers: tuple[Cover, ...]  # what is summed over
+    # the way of the member's own tokens of the bytes so far, whose whole row counts; None where the main member's
+    # boundary excludes a part of it, so that it is among the covers
     own: tuple[int, ...] | None
-    word: bytes
-    tokens: tuple[int, ...]
+    word: bytes  # the main member's bytes since the word began
+    tokens: tuple[int, ...]  # its tokens of them
 
 
 class CoverReader:

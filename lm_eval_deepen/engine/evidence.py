@@ -22,15 +22,10 @@ Stretch = tuple[int, int]  # first byte, and the byte after the last one
 
 @dataclass(frozen=True)
 class Read:
-    """A token of a prompt.
+    """A token of a prompt."""
 
-    Attributes:
-        before: how many of the prompt's tokens come before it.
-        token: its id.
-    """
-
-    before: int
-    token: int
+    before: int  # how many of the prompt's tokens come before it
+    token: int  # its id
 
 
 def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt], last: int | None = None) -> list[list[Read] | None]:

@@ -26,30 +26,19 @@ TokenPrefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """One text to generate.
+    """One text to generate."""
 
-    Attributes:
-        prompts: one per active member, the main member first.
-        max_new: most tokens of the main member to generate.
-        stops: strings that end the text.
-        sampler: how tokens are chosen.
-        generator: the row's own source of randomness, None for greedy decoding.
-        turns: the source of whose turn it is, where members take turns; the same for first samples of all prompts, for
-            second ones, and so on, so that the texts of a batch need the same member at a time.
-        prefix_space: whether a space that begins the text is the main tokenizer's prefix space.
-        ends: token ids that end the text; None for the main member's.
-        traced: whether the text comes with its steps.
-    """
-
-    prompts: tuple[Prompt, ...]
-    max_new: int
-    stops: tuple[str, ...] = ()
-    sampler: Sampler = Sampler()
-    generator: torch.Generator | None = None
+    prompts: tuple[Prompt, ...]  # one per active member, the main member first
+    max_new: int  # most tokens of the main member to generate
+    stops: tuple[str, ...] = ()  # strings that end the text
+    sampler: Sampler = Sampler()  # how tokens are chosen
+    generator: torch.Generator | None = None  # the row's own source of randomness, None for greedy decoding
+    # the source of whose turn it is, where members take turns; the same for first samples of all prompts, for second
+    # ones, and so on, so that the texts of a batch need the same member at a time
     turns: torch.Generator | None = None
-    prefix_space: bool = False
-    ends: frozenset[int] | None = None
-    traced: bool = False
+    prefix_space: bool = False  # whether a space that begins the text is the main tokenizer's prefix space
+    ends: frozenset[int] | None = None  # token ids that end the text; None for the main member's
+    traced: bool = False  # whether the text comes with its steps
 
 
 @dataclass
@@ -254,21 +243,14 @@ class GrowingPaths:
 
 @dataclass
 class BatchRow:
-    """A text that is being written.
+    """A text that is being written."""
 
-    Attributes:
-        index: of its job.
-        job: what to generate.
-        out: the continuation so far.
-        weights: its members' weights [M]; the experts' log posterior [K] where weights learn from the text.
-        paths: its members' tokens while it grows.
-    """
-
-    index: int
-    job: Job
-    out: Generation = field(default_factory=Generation)
+    index: int  # of its job
+    job: Job  # what to generate
+    out: Generation = field(default_factory=Generation)  # the continuation so far
+    # its members' weights [M]; the experts' log posterior [K] where weights learn from the text
     weights: Tensor | None = None
-    paths: GrowingPaths | None = None
+    paths: GrowingPaths | None = None  # its members' tokens while it grows
 
 
 def path_of(ensemble: EnsembleBase, m: int, job: Job, ids: TokenPrefix, data: bytes) -> TokenPrefix | None:

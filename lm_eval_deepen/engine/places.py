@@ -15,15 +15,10 @@ from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
 @dataclass(frozen=True)
 class Place:
-    """The beginning of a text that comes before one of its main tokens.
+    """The beginning of a text that comes before one of its main tokens."""
 
-    Attributes:
-        nodes: the node of every active member's tokens [M] in its tree; None where it abstains.
-        outgrown: the members that abstain because the text has outgrown their contexts.
-    """
-
-    nodes: tuple[int | None, ...]
-    outgrown: tuple[int, ...]
+    nodes: tuple[int | None, ...]  # the node of every active member's tokens [M] in its tree; None where it abstains
+    outgrown: tuple[int, ...]  # the members that abstain because the text has outgrown their contexts
 
     def last(self, trees: Sequence[TokenTree]) -> list[list[int] | None]:
         """Return every member's last tokens, as many as are read of a text; None where it abstains."""

@@ -18,19 +18,12 @@ from lm_eval_deepen.engine.ensemble import Ensemble
 
 @dataclass(frozen=True)
 class ProjectionLoss:
-    """How many more bits a member needs in the main member's pieces than in its own, as a share.
+    """How many more bits a member needs in the main member's pieces than in its own, as a share."""
 
-    Attributes:
-        main: the main member.
-        member: the member with all weight on it.
-        plain: without covers.
-        covered: with them; None for a published method, which has none.
-    """
-
-    main: str
-    member: str
-    plain: float
-    covered: float | None
+    main: str  # the main member
+    member: str  # the member with all weight on it
+    plain: float  # without covers
+    covered: float | None  # with them; None for a published method, which has none
 
     def __str__(self) -> str:
         """Return ``B through A: +7.7 % without covers, +2.8 % with them``."""

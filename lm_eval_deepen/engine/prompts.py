@@ -18,21 +18,13 @@ from lm_eval_deepen.member.text import incomplete_tail
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens to score after each member's own prompt.
+    """Tokens to score after each member's own prompt."""
 
-    Attributes:
-        prompts: one per active member, the main member first.
-        target: the main member's continuation tokens.
-        skip: how many of the target's first bytes are a prefix space and no text.
-        lead: an unfinished character that the other members' prompts leave out.
-        traced: whether its score comes with its steps.
-    """
-
-    prompts: tuple[Prompt, ...]
-    target: tuple[int, ...]
-    skip: int = 0
-    lead: bytes = b""
-    traced: bool = False
+    prompts: tuple[Prompt, ...]  # one per active member, the main member first
+    target: tuple[int, ...]  # the main member's continuation tokens
+    skip: int = 0  # how many of the target's first bytes are a prefix space and no text
+    lead: bytes = b""  # an unfinished character that the other members' prompts leave out
+    traced: bool = False  # whether its score comes with its steps
 
     def paths(self, ensemble: EnsembleBase, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return every active member's tokens before target number `count`; None where it abstains."""

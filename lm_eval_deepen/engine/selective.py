@@ -23,20 +23,15 @@ MAJORITY = 0.5  # mean probability above which a piece is the likeliest of the m
 
 @dataclass(frozen=True)
 class Selective:
-    """Which rows are skipped, and whether what that changes is measured.
+    """Which rows are skipped, and whether what that changes is measured."""
 
-    Attributes:
-        when: ``agree``: the most likely piece of all members that take part is the same bytes, or all want to end;
-            ``confident``: the main member's most likely piece has at least the probability `above`;
-            ``safe``: as in SAFE (arXiv 2510.15346), without its sharpening. Some other member is `inside` one of its
-            tokens, or all agree, or the main member's most likely piece has a mean probability above `MAJORITY`.
-        above: see `when`.
-        check: whether skipped rows are fused all the same, to count how often the most likely piece changes.
-    """
-
+    # ``agree``: the most likely piece of all members that take part is the same bytes, or all want to end;
+    # ``confident``: the main member's most likely piece has at least the probability `above`; ``safe``: as in SAFE
+    # (arXiv 2510.15346), without its sharpening. Some other member is `inside` one of its tokens, or all agree, or the
+    # main member's most likely piece has a mean probability above `MAJORITY`
     when: str
-    above: float
-    check: bool
+    above: float  # see `when`
+    check: bool  # whether skipped rows are fused all the same, to count how often the most likely piece changes
 
     def rows(
         self, logp: Sequence[Tensor], weights: Tensor, vocabs: Sequence[ByteVocab], inside: Tensor | None = None

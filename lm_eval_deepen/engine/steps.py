@@ -27,60 +27,38 @@ TOP = 5  # pieces that are kept of every member
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of some vocabulary.
+    """A piece of some vocabulary."""
 
-    Attributes:
-        id: its token id there.
-        data: its bytes; a character may go on in the next piece. Empty for a control piece.
-        control: the name of a control piece, as an end of text; empty for text.
-    """
-
-    id: int
-    data: bytes
-    control: str = ""
+    id: int  # its token id there
+    data: bytes  # its bytes; a character may go on in the next piece. Empty for a control piece
+    control: str = ""  # the name of a control piece, as an end of text; empty for text
 
 
 @dataclass(frozen=True)
 class MemberStep:
-    """What one member said at a step.
+    """What one member said at a step."""
 
-    Attributes:
-        name: the member's.
-        weight: its weight in this step, among the members that took part; 0 where it abstained.
-        abstained: whether it could not take in the text before this step.
-        top: its likeliest pieces with their probabilities, the likeliest first; empty where it abstained.
-        chosen: its probability of the bytes that were chosen, or of an end of text; None where none of its pieces has
-            these bytes, and where it abstained.
-    """
-
-    name: str
-    weight: float
-    abstained: bool
+    name: str  # the member's
+    weight: float  # its weight in this step, among the members that took part; 0 where it abstained
+    abstained: bool  # whether it could not take in the text before this step
+    # its likeliest pieces with their probabilities, the likeliest first; empty where it abstained
     top: tuple[tuple[Piece, float], ...]
+    # its probability of the bytes that were chosen, or of an end of text; None where none of its pieces has these
+    # bytes, and where it abstained
     chosen: float | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step."""
 
-    Attributes:
-        piece: what was chosen, or given, in the pieces of the fused distribution.
-        logp: its fused natural-log probability.
-        entropy: of the fused distribution, in nats.
-        best: the likeliest piece of the fused distribution.
-        changed: whether that stands for other text than the main member's likeliest piece.
-        skipped: why the step was left to the main member; empty where it was fused.
-        members: what each said, the main member first.
-    """
-
-    piece: Piece
-    logp: float
-    entropy: float
-    best: Piece
-    changed: bool
-    skipped: str
-    members: tuple[MemberStep, ...]
+    piece: Piece  # what was chosen, or given, in the pieces of the fused distribution
+    logp: float  # its fused natural-log probability
+    entropy: float  # of the fused distribution, in nats
+    best: Piece  # the likeliest piece of the fused distribution
+    changed: bool  # whether that stands for other text than the main member's likeliest piece
+    skipped: str  # why the step was left to the main member; empty where it was fused
+    members: tuple[MemberStep, ...]  # what each said, the main member first
 
 
 class StepReader:

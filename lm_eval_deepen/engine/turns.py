@@ -39,25 +39,16 @@ class _Proposal:
 
 @dataclass
 class _Turn:
-    """Where a text stands.
+    """Where a text stands."""
 
-    Attributes:
-        expert: the static ensemble that was drawn for it; the mixture of experts is one of whole texts.
-        member: whose turn it is, None before it is drawn.
-        alone: whether no other member can be drawn, so that the main member's distribution is taken as it is.
-        text_only: whether text was drawn that the main member has no piece for.
-        paths: the members' tokens.
-        proposals: what the main member has not read yet.
-        reason: why the text ends, if the proposals stand.
-    """
-
-    expert: int = 0
-    member: int | None = None
+    expert: int = 0  # the static ensemble that was drawn for it; the mixture of experts is one of whole texts
+    member: int | None = None  # whose turn it is, None before it is drawn
+    # whether no other member can be drawn, so that the main member's distribution is taken as it is
     alone: bool = False
-    text_only: bool = False
-    paths: tuple[TokenPrefix | None, ...] = ()
-    proposals: list[_Proposal] = field(default_factory=list)
-    reason: str = ""
+    text_only: bool = False  # whether text was drawn that the main member has no piece for
+    paths: tuple[TokenPrefix | None, ...] = ()  # the members' tokens
+    proposals: list[_Proposal] = field(default_factory=list)  # what the main member has not read yet
+    reason: str = ""  # why the text ends, if the proposals stand
 
 
 def takes_turns(ensemble: EnsembleBase, job: Job) -> bool:

@@ -47,19 +47,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found beside the text pieces.
+    """What was found beside the text pieces."""
 
-    Attributes:
-        log_text: log mass of text given text or end [B].
-        log_end: log mass of end given text or end [B].
-        usable: rows that could be fused [B] (bool).
-        stats: per-row statistics [B].
-    """
-
-    log_text: Tensor
-    log_end: Tensor
-    usable: Tensor
-    stats: dict[str, Tensor]
+    log_text: Tensor  # log mass of text given text or end [B]
+    log_end: Tensor  # log mass of end given text or end [B]
+    usable: Tensor  # rows that could be fused [B] (bool)
+    stats: dict[str, Tensor]  # per-row statistics [B]
 
     @classmethod
     def of(cls, agreed: Agreed, stats: dict[str, Tensor]) -> Found:

@@ -16,22 +16,15 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, eq=False)
 class Roles:
-    """The ids of a vocabulary by what they stand for; all tensors are int64 but the mask.
+    """The ids of a vocabulary by what they stand for; all tensors are int64 but the mask."""
 
-    Attributes:
-        outside: ids that are neither text nor end of text.
-        control: those of them that are control pieces.
-        unused: those of them without a token.
-        groups: ids that stand for one event, a row each: pieces with the same bytes, and all EOS ids [n, w]. The
-            first is the event's leader; a row that is shorter repeats it.
-        in_group: places of `groups` in use [n, w] (bool).
-    """
-
-    outside: Tensor
-    control: Tensor
-    unused: Tensor
+    outside: Tensor  # ids that are neither text nor end of text
+    control: Tensor  # those of them that are control pieces
+    unused: Tensor  # those of them without a token
+    # ids that stand for one event, a row each: pieces with the same bytes, and all EOS ids [n, w]. The first is the
+    # event's leader; a row that is shorter repeats it
     groups: Tensor
-    in_group: Tensor
+    in_group: Tensor  # places of `groups` in use [n, w] (bool)
 
     def to(self, device: torch.device) -> Roles:
         """Return the same roles on `device`."""
@@ -89,21 +82,13 @@ def leaders_of(vocabulary: ByteVocab) -> Tensor:
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows of a member without what is neither text nor end of text, in natural logs.
+    """Rows of a member without what is neither text nor end of text, in natural logs."""
 
-    Attributes:
-        logp: log-probabilities given text or end [B, V], a copy; ``-inf`` elsewhere.
-        log_kept: log mass of text and end given anything but unused ids [B].
-        log_total: log mass of everything but unused ids, as given [B].
-        dropped: mass of control pieces and unused ids [B].
-        valid: rows [B] (bool) with any mass on text or end.
-    """
-
-    logp: Tensor
-    log_kept: Tensor
-    log_total: Tensor
-    dropped: Tensor
-    valid: Tensor
+    logp: Tensor  # log-probabilities given text or end [B, V], a copy; ``-inf`` elsewhere
+    log_kept: Tensor  # log mass of text and end given anything but unused ids [B]
+    log_total: Tensor  # log mass of everything but unused ids, as given [B]
+    dropped: Tensor  # mass of control pieces and unused ids [B]
+    valid: Tensor  # rows [B] (bool) with any mass on text or end
 
 
 def keep(logp: Tensor, roles: Roles) -> Kept:

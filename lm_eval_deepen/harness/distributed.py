@@ -46,19 +46,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process in a launch, whose groups share a run's requests.
+    """This process in a launch, whose groups share a run's requests."""
 
-    Attributes:
-        index: number of this process's group.
-        count: how many groups share the requests.
-        slices: how many processes a group has, each with a slice of the same members: they answer requests together.
-        slice: number of this process among them.
-    """
-
-    index: int = 0
-    count: int = 1
+    index: int = 0  # number of this process's group
+    count: int = 1  # how many groups share the requests
+    # how many processes a group has, each with a slice of the same members: they answer requests together
     slices: int = 1
-    slice: int = 0
+    slice: int = 0  # number of this process among them
 
     @property
     def speaks(self) -> bool:

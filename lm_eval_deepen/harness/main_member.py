@@ -21,15 +21,10 @@ LONGEST_NAMES = 40  # bytes of tokenizers' names; a file's name has 255, of whic
 
 
 class MainMemberView(TemplateLM):
-    """Tokens, lengths and chat templates of the main member, by the code of ``hf`` itself where it has some.
+    """Tokens, lengths and chat templates of the main member, by the code of ``hf`` itself where it has some."""
 
-    Attributes:
-        ensemble_config: what was asked for.
-        ensemble: the members.
-    """
-
-    ensemble_config: EnsembleConfig
-    ensemble: Ensemble
+    ensemble_config: EnsembleConfig  # what was asked for
+    ensemble: Ensemble  # the members
 
     _DEFAULT_MAX_LENGTH = HFLM._DEFAULT_MAX_LENGTH
     max_length = HFLM.max_length

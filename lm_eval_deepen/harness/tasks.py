@@ -50,19 +50,12 @@ class TaskSpec(Asking):
 
 @dataclass(frozen=True, eq=False)
 class LoadedTask:
-    """One column of a recipe: a task, or the tasks of a group or tag.
+    """One column of a recipe: a task, or the tasks of a group or tag."""
 
-    Attributes:
-        spec: what the recipe says.
-        objects: what ``simple_evaluate`` takes as `tasks`: the group, or the tasks.
-        leaves: the harness's tasks by name.
-        manager: where they come from.
-    """
-
-    spec: TaskSpec
-    objects: list[Any]
-    leaves: Mapping[str, Any]
-    manager: Any
+    spec: TaskSpec  # what the recipe says
+    objects: list[Any]  # what ``simple_evaluate`` takes as `tasks`: the group, or the tasks
+    leaves: Mapping[str, Any]  # the harness's tasks by name
+    manager: Any  # where they come from
 
     @property
     def name(self) -> str:

@@ -28,32 +28,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SetAside:
-    """What stands in the place of an answer.
+    """What stands in the place of an answer."""
 
-    Attributes:
-        reason: why there is none.
-        too_long: whether a text does not fit into a member's context.
-    """
-
-    reason: str
-    too_long: bool = False
+    reason: str  # why there is none
+    too_long: bool = False  # whether a text does not fit into a member's context
 
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A request without an answer.
+    """A request without an answer."""
 
-    Attributes:
-        task: its task; None for a request that was made by hand.
-        document: its document's number in the task.
-        index: its place among the requests of the call.
-        reason: why it has no answer.
-    """
-
-    task: str | None
-    document: int | None
-    index: int
-    reason: str
+    task: str | None  # its task; None for a request that was made by hand
+    document: int | None  # its document's number in the task
+    index: int  # its place among the requests of the call
+    reason: str  # why it has no answer
 
     @property
     def where(self) -> str:

@@ -52,33 +52,21 @@ class BuiltRowKeys(Keys):
 
 @dataclass(frozen=True)
 class BuiltRow:
-    """A row of a built model.
+    """A row of a built model."""
 
-    Attributes:
-        name: of the row; of one of several seeds, with the seed.
-        group: the row of the table, which is the mean over seeds.
-        recipe: how the model is built.
-    """
-
-    name: str
-    group: str
-    recipe: BuildRecipe
+    name: str  # of the row; of one of several seeds, with the seed
+    group: str  # the row of the table, which is the mean over seeds
+    recipe: BuildRecipe  # how the model is built
 
 
 @dataclass(frozen=True, eq=False)
 class Builds:
-    """What a leaderboard builds.
+    """What a leaderboard builds."""
 
-    Attributes:
-        recipes: by the name of the member or row.
-        places: where the other members are, by name.
-        tasks: where the leaderboard's tasks are; recipes may have further ones.
-        controls: the row that is the control of a distilled one, by the names that the table has.
-    """
-
-    recipes: Mapping[str, BuildRecipe] = field(default_factory=dict)
-    places: Mapping[str, str] = field(default_factory=dict)
-    tasks: TaskSource = ANYWHERE
+    recipes: Mapping[str, BuildRecipe] = field(default_factory=dict)  # by the name of the member or row
+    places: Mapping[str, str] = field(default_factory=dict)  # where the other members are, by name
+    tasks: TaskSource = ANYWHERE  # where the leaderboard's tasks are; recipes may have further ones
+    # the row that is the control of a distilled one, by the names that the table has
     controls: Mapping[str, str] = field(default_factory=dict)
     _identities: dict[str, str] = field(default_factory=dict)
 

@@ -28,26 +28,17 @@ _FIGURES = ("parameters", "training_tokens", "models")  # numbers among the fact
 
 @dataclass(frozen=True)
 class Cell:
-    """A finished cell.
+    """A finished cell."""
 
-    Attributes:
-        mark: the file that says so.
-        identity: what was evaluated.
-        results: name of the harness's results file, beside the mark.
-        samples: names of its samples files, by task.
-        cost: what it took.
-        documents: how many were evaluated.
-        facts: of the models: parameters, tokens they were trained on as far as that is known.
-        sha256: digests of the harness's files, by name; empty in cells of older versions.
-    """
-
-    mark: Path
-    identity: Mapping[str, Any]
-    results: str
-    samples: Mapping[str, str]
-    cost: Cost
-    documents: int
+    mark: Path  # the file that says so
+    identity: Mapping[str, Any]  # what was evaluated
+    results: str  # name of the harness's results file, beside the mark
+    samples: Mapping[str, str]  # names of its samples files, by task
+    cost: Cost  # what it took
+    documents: int  # how many were evaluated
+    # of the models: parameters, tokens they were trained on as far as that is known
     facts: Mapping[str, Any] = field(default_factory=dict)
+    # digests of the harness's files, by name; empty in cells of older versions
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> dict[str, TaskRun]:

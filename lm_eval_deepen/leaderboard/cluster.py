@@ -33,17 +33,11 @@ Outcome = dict[str, bytes] | str  # the files of a finished cell, or why it has 
 
 @dataclass(frozen=True)
 class Group:
-    """The missing cells of the rows with the same members in the same order.
+    """The missing cells of the rows with the same members in the same order."""
 
-    Attributes:
-        members: their names.
-        keys: the cells.
-        attempt: how often it was given to a worker.
-    """
-
-    members: tuple[str, ...]
-    keys: tuple[Key, ...]
-    attempt: int = 1
+    members: tuple[str, ...]  # their names
+    keys: tuple[Key, ...]  # the cells
+    attempt: int = 1  # how often it was given to a worker
 
     def without(self, finished: Mapping[Key, Any]) -> Group:
         """Return what is left of the group, for another worker."""

@@ -46,28 +46,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to do.
+    """What there is to do."""
 
-    Attributes:
-        recipe: what was asked for.
-        tasks: its tasks, loaded.
-        out: where cells lie.
-        finished: cells that are there.
-        meaningless: why a row has no answer to a task.
-        missing: cells to evaluate.
-        built: where models that the leaderboard builds are kept.
-        redo: whether what is damaged is made again.
-        failed: why a cell could not be finished, since some requests have no answer; `execute` fills it.
-    """
-
-    recipe: LeaderboardRecipe
-    tasks: Sequence[LoadedTask]
-    out: Path
-    finished: dict[Key, Cell]
-    meaningless: Mapping[Key, str]
-    missing: Sequence[Key]
-    built: Path
-    redo: bool = False
+    recipe: LeaderboardRecipe  # what was asked for
+    tasks: Sequence[LoadedTask]  # its tasks, loaded
+    out: Path  # where cells lie
+    finished: dict[Key, Cell]  # cells that are there
+    meaningless: Mapping[Key, str]  # why a row has no answer to a task
+    missing: Sequence[Key]  # cells to evaluate
+    built: Path  # where models that the leaderboard builds are kept
+    redo: bool = False  # whether what is damaged is made again
+    # why a cell could not be finished, since some requests have no answer; `execute` fills it
     failed: dict[Key, str] = field(default_factory=dict)
 
     def identity(self, row: Row, task: LoadedTask) -> dict[str, Any]:

@@ -27,17 +27,11 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """An ensemble that was scored on the development split.
+    """An ensemble that was scored on the development split."""
 
-    Attributes:
-        what: how it differs from the others.
-        config: the ensemble.
-        scores: by task; higher is better.
-    """
-
-    what: str
-    config: EnsembleConfig
-    scores: Mapping[str, float]
+    what: str  # how it differs from the others
+    config: EnsembleConfig  # the ensemble
+    scores: Mapping[str, float]  # by task; higher is better
 
     @property
     def mean(self) -> float:

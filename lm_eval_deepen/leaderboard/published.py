@@ -47,17 +47,11 @@ class PublishedTable(Keys):
 
 @dataclass(frozen=True)
 class Figure:
-    """One published score.
+    """One published score."""
 
-    Attributes:
-        score: in the unit of the harness's metric.
-        table: where it stands.
-        read_in: where it was read.
-    """
-
-    score: float
-    table: str
-    read_in: str
+    score: float  # in the unit of the harness's metric
+    table: str  # where it stands
+    read_in: str  # where it was read
 
 
 def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows: Iterable[Row]) -> None:

@@ -81,39 +81,22 @@ class LeaderboardKeys(Asking):
 
 @dataclass(frozen=True)
 class LeaderboardRecipe:
-    """A leaderboard as it was asked for.
+    """A leaderboard as it was asked for."""
 
-    Attributes:
-        source: the file, for messages.
-        title: heading of the table.
-        members: each is loaded once, and is a row of its own.
-        rows: the members alone, then the ensembles.
-        tasks: columns.
-        include_path: folders with task configurations.
-        metadata: handed to the tasks.
-        seeds: of random, numpy, torch and few-shots.
-        alpha: level of significance.
-        power: chance of detection of what the table says that rows need; None where it says nothing.
-        resamples: of the permutation test; None for the usual number.
-        notes: combinations of the grid that mean nothing, and why.
-        builds: models that are built before they are evaluated.
-        expected: published tables.
-    """
-
-    source: str
-    title: str
-    members: tuple[MemberConfig, ...]
-    rows: tuple[Row, ...]
-    tasks: tuple[TaskSpec, ...]
-    include_path: tuple[str, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = DEFAULT_SEEDS
-    alpha: float = 0.05
-    power: float | None = None
-    resamples: int | None = None
-    notes: tuple[str, ...] = ()
-    builds: Builds = field(default_factory=Builds)
-    expected: tuple[PublishedTable, ...] = ()
+    source: str  # the file, for messages
+    title: str  # heading of the table
+    members: tuple[MemberConfig, ...]  # each is loaded once, and is a row of its own
+    rows: tuple[Row, ...]  # the members alone, then the ensembles
+    tasks: tuple[TaskSpec, ...]  # columns
+    include_path: tuple[str, ...] = ()  # folders with task configurations
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # handed to the tasks
+    seeds: tuple[int, ...] = DEFAULT_SEEDS  # of random, numpy, torch and few-shots
+    alpha: float = 0.05  # level of significance
+    power: float | None = None  # chance of detection of what the table says that rows need; None where it says nothing
+    resamples: int | None = None  # of the permutation test; None for the usual number
+    notes: tuple[str, ...] = ()  # combinations of the grid that mean nothing, and why
+    builds: Builds = field(default_factory=Builds)  # models that are built before they are evaluated
+    expected: tuple[PublishedTable, ...] = ()  # published tables
 
     @property
     def alone(self) -> tuple[Row, ...]:

@@ -73,23 +73,14 @@ def _of_ensemble(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """One score beside the published one.
+    """One score beside the published one."""
 
-    Attributes:
-        row: the system.
-        column: task and metric.
-        published: as published, in the metric's unit; None where it was not.
-        measured: the score here; None where there is none.
-        stderr: its standard error, over documents.
-        distance: measured less published, in standard errors; None where these are not known.
-    """
-
-    row: str
-    column: str
-    published: float | None
-    measured: float | None
-    stderr: float | None
-    distance: float | None
+    row: str  # the system
+    column: str  # task and metric
+    published: float | None  # as published, in the metric's unit; None where it was not
+    measured: float | None  # the score here; None where there is none
+    stderr: float | None  # its standard error, over documents
+    distance: float | None  # measured less published, in standard errors; None where these are not known
 
     @property
     def verdict(self) -> Verdict | None:

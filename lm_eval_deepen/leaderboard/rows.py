@@ -50,29 +50,19 @@ class Grid(Keys):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the leaderboard.
+    """One line of the leaderboard."""
 
-    Attributes:
-        name: unique.
-        config: what is evaluated.
-        members: names of the loaded members, the main one first; one name for a member alone.
-        tuned: what a tuned ensemble file says of the documents it was fitted on, or None.
-        repeats: the row of the table that it is a part of: one of several seeds, or one task's; None for a row of its
-            own.
-        tasks: the only columns that it has; empty for all.
-        adapts: whether its weights depend on the members' scores on the development split of its task, which are
-            measured first (see `development`); until then the members count alike.
-        routes: options of ``weighting: knn``, where these scores are its router's.
-    """
-
-    name: str
-    config: EnsembleConfig
-    members: tuple[str, ...]
-    tuned: Tuned | None = None
+    name: str  # unique
+    config: EnsembleConfig  # what is evaluated
+    members: tuple[str, ...]  # names of the loaded members, the main one first; one name for a member alone
+    tuned: Tuned | None = None  # what a tuned ensemble file says of the documents it was fitted on, or None
+    # the row of the table that it is a part of: one of several seeds, or one task's; None for a row of its own
     repeats: str | None = None
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # the only columns that it has; empty for all
+    # whether its weights depend on the members' scores on the development split of its task, which are measured first
+    # (see `development`); until then the members count alike
     adapts: bool = False
-    routes: Mapping[str, Any] | None = None
+    routes: Mapping[str, Any] | None = None  # options of ``weighting: knn``, where these scores are its router's
 
     def has(self, task: str) -> bool:
         """Return whether a column is one of the row's."""

@@ -68,43 +68,26 @@ _KEY = "▲, ▼: significantly better, worse than the best single member (ref) 
 
 @dataclass(frozen=True)
 class Reported:
-    """A score of a metric that cannot be compared by document (BLEU), as the harness gives it.
+    """A score of a metric that cannot be compared by document (BLEU), as the harness gives it."""
 
-    Attributes:
-        system: the row.
-        column: task and metric.
-        score: the score.
-        stderr: the harness's own standard error; None where it gives none.
-        published: the published score, in the same unit; None where there is none.
-    """
-
-    system: str
-    column: str
-    score: float
-    stderr: float | None
-    published: float | None
+    system: str  # the row
+    column: str  # task and metric
+    score: float  # the score
+    stderr: float | None  # the harness's own standard error; None where it gives none
+    published: float | None  # the published score, in the same unit; None where there is none
 
 
 @dataclass(frozen=True)
 class Table:
-    """A measured leaderboard.
+    """A measured leaderboard."""
 
-    Attributes:
-        recipe: what was asked for.
-        rows: a line per system and column, corrected over all of them.
-        meaningless: reasons, by system and column.
-        notes: what else is to be said.
-        reported: published metrics that cannot be compared by document.
-        provenance: where the numbers come from, by name.
-        shown: the rows whose documents stand in `DOCUMENTS`, in its order, and their tasks.
-    """
-
-    recipe: LeaderboardRecipe
-    rows: Sequence[ScoreRow]
-    meaningless: Mapping[tuple[str, str], str]
-    notes: Sequence[str]
-    reported: Sequence[Reported] = ()
-    provenance: Mapping[str, str] = field(default_factory=dict)
+    recipe: LeaderboardRecipe  # what was asked for
+    rows: Sequence[ScoreRow]  # a line per system and column, corrected over all of them
+    meaningless: Mapping[tuple[str, str], str]  # reasons, by system and column
+    notes: Sequence[str]  # what else is to be said
+    reported: Sequence[Reported] = ()  # published metrics that cannot be compared by document
+    provenance: Mapping[str, str] = field(default_factory=dict)  # where the numbers come from, by name
+    # the rows whose documents stand in `DOCUMENTS`, in its order, and their tasks
     shown: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 

@@ -18,19 +18,12 @@ _PREFIX = 16  # hexadecimal digits kept of a document's hash: 64 bits
 
 @dataclass(frozen=True)
 class Tuned:
-    """The record in a tuned ensemble file.
+    """The record in a tuned ensemble file."""
 
-    Attributes:
-        source: the file, for messages.
-        fingerprint: of the ensemble that was tuned, as it was written.
-        documents: the first 16 digits of the harness's ``doc_hash`` of every document it was fitted on.
-        about: what else was written down: objective, tasks, split, scores.
-    """
-
-    source: str
-    fingerprint: str
-    documents: frozenset[str]
-    about: Mapping[str, Any]
+    source: str  # the file, for messages
+    fingerprint: str  # of the ensemble that was tuned, as it was written
+    documents: frozenset[str]  # the first 16 digits of the harness's ``doc_hash`` of every document it was fitted on
+    about: Mapping[str, Any]  # what else was written down: objective, tasks, split, scores
 
 
 def kept_digits(digest: str) -> str:

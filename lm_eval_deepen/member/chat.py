@@ -10,20 +10,13 @@ class ChatPrompt(str):
     """The main member's rendering of a conversation, with what the other members render themselves.
 
     It is an ordinary string to the harness, and survives its request caches and text put after it.
-
-    Attributes:
-        messages: the conversation, ``[{"role": ..., "content": ...}, ...]``.
-        add_generation_prompt: whether an assistant turn is opened at the end; otherwise the last message goes on.
-        appended: text put after the rendering.
-        trimmed: whether spaces at the end are left to the continuation, in every member's rendering.
-        failure: why some member's template cannot render the conversation; empty where all can. The request has no
-            answer then.
     """
 
-    messages: list[dict[str, Any]]
-    add_generation_prompt: bool
-    appended: str
-    trimmed: bool
+    messages: list[dict[str, Any]]  # the conversation, ``[{"role": ..., "content": ...}, ...]``
+    add_generation_prompt: bool  # whether an assistant turn is opened at the end; otherwise the last message goes on
+    appended: str  # text put after the rendering
+    trimmed: bool  # whether spaces at the end are left to the continuation, in every member's rendering
+    # why some member's template cannot render the conversation; empty where all can. The request has no answer then
     failure: str
 
     def __new__(

@@ -14,17 +14,11 @@ SEARCHED = 256  # tokens, the last ones, among which a place to read from again 
 
 @dataclass(frozen=True)
 class _Block:
-    """Text since the last safe cut whose tokens are among the fixed ones, from a place to read from to the next.
+    """Text since the last safe cut whose tokens are among the fixed ones, from a place to read from to the next."""
 
-    Attributes:
-        text: the text.
-        before: how many of the fixed tokens come before it.
-        first: its first token; None at the cut, before which nothing can change.
-    """
-
-    text: str
-    before: int
-    first: int | None
+    text: str  # the text
+    before: int  # how many of the fixed tokens come before it
+    first: int | None  # its first token; None at the cut, before which nothing can change
 
 
 class TextCursor:

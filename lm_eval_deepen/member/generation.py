@@ -57,19 +57,12 @@ SUPPORTED = ", ".join(["until", "max_gen_toks", *sorted(HONOURED - {"max_new_tok
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        until: strings that end the text.
-        max_gen_toks: most tokens to generate; prompts are cut to leave room for them.
-        max_length: most tokens of prompt and text together, instead; None where it is not given.
-        settings: fields of ``GenerationConfig`` by name.
-    """
-
-    until: list[str]
-    max_gen_toks: int
-    max_length: int | None
-    settings: dict[str, Any]
+    until: list[str]  # strings that end the text
+    max_gen_toks: int  # most tokens to generate; prompts are cut to leave room for them
+    max_length: int | None  # most tokens of prompt and text together, instead; None where it is not given
+    settings: dict[str, Any]  # fields of ``GenerationConfig`` by name
 
     @classmethod
     def read(cls, arguments: Any, default_length: int) -> Asked:
@@ -170,17 +163,11 @@ def _check_choice(given: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one text is generated.
+    """How one text is generated."""
 
-    Attributes:
-        sampler: how its tokens are chosen.
-        max_new: most tokens of it.
-        ends: token ids that end it.
-    """
-
-    sampler: Sampler
-    max_new: int
-    ends: frozenset[int]
+    sampler: Sampler  # how its tokens are chosen
+    max_new: int  # most tokens of it
+    ends: frozenset[int]  # token ids that end it
 
 
 class Settings:

@@ -29,17 +29,12 @@ MULTIPLYING = (
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Chooses the tokens of one text.
+    """Chooses the tokens of one text."""
 
-    Attributes:
-        processors: what changes the scores before the choice.
-        do_sample: draw from the distribution; otherwise take its maximum.
-        named: the settings, for messages.
-    """
-
+    # what changes the scores before the choice
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    do_sample: bool = False
-    named: str = ""
+    do_sample: bool = False  # draw from the distribution; otherwise take its maximum
+    named: str = ""  # the settings, for messages
 
     def choose(self, scores: Tensor, before: Sequence[int], generator: torch.Generator | None) -> int:
         """Return the next token.

@@ -42,26 +42,18 @@ LONGEST_CACHED = 64  # characters; longer segments seldom come again
 
 @dataclass(frozen=True)
 class Prompt:
-    """A member's own prompt.
+    """A member's own prompt."""
 
-    Attributes:
-        head: token ids that no continuation can change.
-        tail: the prompt's last text, whose tokens may merge with the continuation's first ones.
-        ids: the tokens of the whole prompt: the head, then the tail on its own.
-        chat: the conversation that it renders; None for plain text.
-        is_evidence: whether how well a member predicts it tells what the member is worth for the request. The words
-            before a window of a long text are scored, and no prompt.
-        prefix_space: whether the tail is a prefix space, which gives way to a space that begins the continuation.
-        spelt: whether the member's tokenizer can spell the prompt; where it cannot, the member abstains.
-    """
-
-    head: tuple[int, ...]
-    tail: str
-    ids: tuple[int, ...]
-    chat: ChatPrompt | None = None
+    head: tuple[int, ...]  # token ids that no continuation can change
+    tail: str  # the prompt's last text, whose tokens may merge with the continuation's first ones
+    ids: tuple[int, ...]  # the tokens of the whole prompt: the head, then the tail on its own
+    chat: ChatPrompt | None = None  # the conversation that it renders; None for plain text
+    # whether how well a member predicts it tells what the member is worth for the request. The words before a window of
+    # a long text are scored, and no prompt
     is_evidence: bool = True
+    # whether the tail is a prefix space, which gives way to a space that begins the continuation
     prefix_space: bool = False
-    spelt: bool = True
+    spelt: bool = True  # whether the member's tokenizer can spell the prompt; where it cannot, the member abstains
 
     def before(self, continuation: bytes) -> Prompt:
         """Return the prompt before a continuation: without a prefix space where that has a space of its own."""
@@ -93,19 +85,12 @@ def complete_character(tail: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a tokenizer does to the beginning of a text.
+    """What a tokenizer does to the beginning of a text."""
 
-    Attributes:
-        control: the control tokens that it puts first.
-        prefix_space: whether it adds a space to a text that begins without one.
-        doubles: whether it adds that space to a text that begins with one, too.
-        bos: the BOS token and its literal, where there is one.
-    """
-
-    control: tuple[int, ...] = ()
-    prefix_space: bool = False
-    doubles: bool = False
-    bos: tuple[int, str] | None = None
+    control: tuple[int, ...] = ()  # the control tokens that it puts first
+    prefix_space: bool = False  # whether it adds a space to a text that begins without one
+    doubles: bool = False  # whether it adds that space to a text that begins with one, too
+    bos: tuple[int, str] | None = None  # the BOS token and its literal, where there is one
 
     @classmethod
     def of(cls, tokenizer: Any, vocab: ByteVocab, add_special: bool) -> Opening:
@@ -231,30 +216,19 @@ class Backend:
 
 @dataclass(eq=False)
 class TextCodec:
-    """Maps between text, bytes and the token ids of one tokenizer.
+    """Maps between text, bytes and the token ids of one tokenizer."""
 
-    Attributes:
-        name: the member's name, for messages.
-        vocab: the pieces as bytes, one per logit [V].
-        pure: encodes text alone, exactly: no BOS, no prefix space, special-token text is text.
-        opening: what the tokenizer does to the beginning of a text.
-        prefix_ids: what an empty prompt is conditioned on (the harness's prefix token).
-        identity: equal for tokenizers that give every prompt the same tokens.
-        cuts: whether a text can be cut before a space after a letter or digit, and both sides spelt on their own.
-        restarts: where else a text that grows is read from again; None where it is nowhere.
-        CHECKED: whether a tokenizer must spell every text exactly.
-    """
-
-    name: str
-    vocab: ByteVocab
+    name: str  # the member's name, for messages
+    vocab: ByteVocab  # the pieces as bytes, one per logit [V]
+    # encodes text alone, exactly: no BOS, no prefix space, special-token text is text
     pure: Callable[[str], Sequence[int]]
-    opening: Opening
-    prefix_ids: tuple[int, ...]
-    identity: tuple[Any, ...]
-    cuts: bool
-    restarts: Restarts | None = None
+    opening: Opening  # what the tokenizer does to the beginning of a text
+    prefix_ids: tuple[int, ...]  # what an empty prompt is conditioned on (the harness's prefix token)
+    identity: tuple[Any, ...]  # equal for tokenizers that give every prompt the same tokens
+    cuts: bool  # whether a text can be cut before a space after a letter or digit, and both sides spelt on their own
+    restarts: Restarts | None = None  # where else a text that grows is read from again; None where it is nowhere
     _segment: Callable[[str], tuple[int, ...]] = field(init=False)
-    CHECKED: ClassVar[bool] = True
+    CHECKED: ClassVar[bool] = True  # whether a tokenizer must spell every text exactly
 
     def __post_init__(self) -> None:
         """Derive what depends on the tokenizer alone."""

@@ -54,15 +54,10 @@ SPACED = (" a", "  a", "a<x> b")  # they have a space already: whether they get 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer's own files say.
+    """What a tokenizer's own files say."""
 
-    Attributes:
-        path: its ``tokenizer.json``.
-        config: its parsed ``tokenizer_config.json``; empty where there is none.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
+    path: Path  # its ``tokenizer.json``
+    config: Mapping[str, Any]  # its parsed ``tokenizer_config.json``; empty where there is none
 
     @classmethod
     def find(cls, name: str, *, revision: str = "main", subfolder: str = "") -> TokenizerFiles | None:
@@ -114,19 +109,12 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Difference:
-    """A part of a tokenizer that is not what its file says, and what comes of it.
+    """A part of a tokenizer that is not what its file says, and what comes of it."""
 
-    Attributes:
-        part: its name in ``tokenizer.json``.
-        file: what the file has there, in short.
-        loaded: what was loaded.
-        effect: an example.
-    """
-
-    part: str
-    file: str
-    loaded: str
-    effect: str
+    part: str  # its name in ``tokenizer.json``
+    file: str  # what the file has there, in short
+    loaded: str  # what was loaded
+    effect: str  # an example
 
     @property
     def sides(self) -> str:

@@ -27,21 +27,13 @@ SHARED_IN_ADAPTERS = re.compile(r"vblora_vector_bank|prompt_encoder|\.tinylora_v
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What loading one set of files left undone.
+    """What loading one set of files left undone."""
 
-    Attributes:
-        source: the folder, hub name or file.
-        kind: the model's class.
-        missing: weights of the model that the files lack; they are random.
-        unexpected: weights in the files that the model lacks; they are left out.
-        mismatched: weights of other shapes in the files than in the model; they are random.
-    """
-
-    source: str
-    kind: str
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
+    source: str  # the folder, hub name or file
+    kind: str  # the model's class
+    missing: tuple[str, ...] = ()  # weights of the model that the files lack; they are random
+    unexpected: tuple[str, ...] = ()  # weights in the files that the model lacks; they are left out
+    mismatched: tuple[str, ...] = ()  # weights of other shapes in the files than in the model; they are random
 
 
 @contextmanager

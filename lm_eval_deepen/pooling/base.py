@@ -69,12 +69,9 @@ class PoolingMethod(Protocol):
 
     A field ``with_fused: bool`` says whether the step-fused ensemble answers as well, and a class variable
     ``SCORES_TEXTS: bool`` whether it scores the answers.
-
-    Attributes:
-        REQUESTS: the request types whose answers it combines.
     """
 
-    REQUESTS: ClassVar[frozenset[str]]
+    REQUESTS: ClassVar[frozenset[str]]  # the request types whose answers it combines
 
     def combine(self, answers: Sequence[Any], weights: Sequence[float]) -> Pooled:
         """Combine the answers to one request.

@@ -23,36 +23,22 @@ SAMPLE_DOCUMENTS = 16  # per task, evenly spaced
 
 @dataclass(frozen=True)
 class TaskCost:
-    """What one task asks for, in tokens of the main member, extrapolated from a sample of its documents.
+    """What one task asks for, in tokens of the main member, extrapolated from a sample of its documents."""
 
-    Attributes:
-        task: its name.
-        documents: how many it has.
-        read_tokens: that are read, prompts with their few-shots; text that documents share counts every time.
-        written_tokens: that are generated at most.
-        longest: tokens of the longest document of the sample, with what is generated.
-        scores: whether it asks for the probability of given texts.
-    """
-
-    task: str
-    documents: int
-    read_tokens: int
-    written_tokens: int
-    longest: int
-    scores: bool = False
+    task: str  # its name
+    documents: int  # how many it has
+    read_tokens: int  # that are read, prompts with their few-shots; text that documents share counts every time
+    written_tokens: int  # that are generated at most
+    longest: int  # tokens of the longest document of the sample, with what is generated
+    scores: bool = False  # whether it asks for the probability of given texts
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Assumptions about the machine.
+    """Assumptions about the machine."""
 
-    Attributes:
-        bandwidth: bytes per second at which weights are read.
-        flops: floating-point operations per second.
-    """
-
-    bandwidth: float
-    flops: float
+    bandwidth: float  # bytes per second at which weights are read
+    flops: float  # floating-point operations per second
 
 
 def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) -> list[TaskCost]:

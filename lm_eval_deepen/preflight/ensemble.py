@@ -24,42 +24,26 @@ SAMPLE_ROWS = 256  # relative rows that are computed to see how flat they are
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pieces that two members, or all of them, have in common.
+    """Pieces that two members, or all of them, have in common."""
 
-    Attributes:
-        members: their names.
-        common: byte strings that all of them have a piece for.
-        shares: the common ones as a share of each member's pieces.
-    """
-
-    members: tuple[str, ...]
-    common: int
-    shares: tuple[float, ...]
+    members: tuple[str, ...]  # their names
+    common: int  # byte strings that all of them have a piece for
+    shares: tuple[float, ...]  # the common ones as a share of each member's pieces
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """A relative matrix that would be used.
+    """A relative matrix that would be used."""
 
-    Attributes:
-        member: whose.
-        kind: ``one-hot``, ``sparse`` or ``dense``.
-        rows: V.
-        anchors: A.
-        memory_bytes: of its entries where fusion runs.
-        file_bytes: of its file.
-        entropy_share: mean entropy of a sample of rows, as a share of that of flat ones; None where it is not known.
-        dropped_mass: mean mass that a sample of rows loses to `top_m`; None where it is not known.
-    """
-
-    member: str
-    kind: str
-    rows: int
-    anchors: int
-    memory_bytes: int
-    file_bytes: int
+    member: str  # whose
+    kind: str  # ``one-hot``, ``sparse`` or ``dense``
+    rows: int  # V
+    anchors: int  # A
+    memory_bytes: int  # of its entries where fusion runs
+    file_bytes: int  # of its file
+    # mean entropy of a sample of rows, as a share of that of flat ones; None where it is not known
     entropy_share: float | None = None
-    dropped_mass: float | None = None
+    dropped_mass: float | None = None  # mean mass that a sample of rows loses to `top_m`; None where it is not known
 
 
 def overlaps(members: Sequence[Inspected]) -> list[Overlap]:
@@ -221,21 +205,13 @@ def flat_notes(plans: Sequence[MatrixPlan], compat: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class DeviceNeed:
-    """What one device would hold.
+    """What one device would hold."""
 
-    Attributes:
-        device: its name.
-        weights: bytes of the members on it.
-        matrices: bytes of relative matrices, which are where the main member is.
-        working: bytes of keys, values and rows of logits of one batch.
-        available: bytes that it has; None where that is unknown.
-    """
-
-    device: str
-    weights: int
-    matrices: int
-    working: int
-    available: int | None
+    device: str  # its name
+    weights: int  # bytes of the members on it
+    matrices: int  # bytes of relative matrices, which are where the main member is
+    working: int  # bytes of keys, values and rows of logits of one batch
+    available: int | None  # bytes that it has; None where that is unknown
 
     @property
     def total(self) -> int:

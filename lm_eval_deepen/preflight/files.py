@@ -48,21 +48,14 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What is known of a model without its weights.
+    """What is known of a model without its weights."""
 
-    Attributes:
-        folder: where its files are, None where they are on the hub only.
-        config: config.json; its text part where the model has several.
-        generation: generation_config.json, empty where there is none.
-        tensors: headers of its weights by name; empty where no safetensors file could be looked at.
-        why_not: why there are no headers.
-    """
-
-    folder: Path | None
-    config: Mapping[str, Any]
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None  # where its files are, None where they are on the hub only
+    config: Mapping[str, Any]  # config.json; its text part where the model has several
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, empty where there is none
+    # headers of its weights by name; empty where no safetensors file could be looked at
     tensors: Mapping[str, TensorHeader] = field(default_factory=dict)
-    why_not: str = ""
+    why_not: str = ""  # why there are no headers
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the configuration, by any of the names that models give it."""

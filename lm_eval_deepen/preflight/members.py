@@ -19,28 +19,18 @@ SPREAD = "all GPUs"
 
 @dataclass(frozen=True)
 class Inspected:
-    """One member.
+    """One member."""
 
-    Attributes:
-        config: how it would be loaded.
-        device: where.
-        files: what its files say; None where they could not be had.
-        codec: its tokenizer as bytes; None where that could not be had.
-        eos: ids that end a text.
-        chat_template: whether it can render a conversation; None where that is unknown.
-        labels: how its tokenizer spells the control tokens at both ends of a text.
-        generates_only: whether it is an encoder-decoder model, which scores no text.
-        start: the first tokens of an encoder-decoder model's decoder; empty where it cannot be started.
-    """
-
-    config: MemberConfig
-    device: str
-    files: ModelFiles | None = None
-    codec: TextCodec | None = None
-    eos: tuple[int, ...] = ()
-    chat_template: bool | None = None
+    config: MemberConfig  # how it would be loaded
+    device: str  # where
+    files: ModelFiles | None = None  # what its files say; None where they could not be had
+    codec: TextCodec | None = None  # its tokenizer as bytes; None where that could not be had
+    eos: tuple[int, ...] = ()  # ids that end a text
+    chat_template: bool | None = None  # whether it can render a conversation; None where that is unknown
+    # how its tokenizer spells the control tokens at both ends of a text
     labels: Mapping[int, str] = field(default_factory=dict)
-    generates_only: bool = False
+    generates_only: bool = False  # whether it is an encoder-decoder model, which scores no text
+    # the first tokens of an encoder-decoder model's decoder; empty where it cannot be started
     start: tuple[int, ...] = ()
 
     @property

@@ -64,21 +64,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """The machine and the run to plan for.
+    """The machine and the run to plan for."""
 
-    Attributes:
-        device: where members load that name no device; None is the first GPU, else the CPU.
-        memory: GB of each device of another machine; None is what is free on this one.
-        batch_size: texts that are decoded together; None is the recipe's.
-        tasks: whether the cost of the recipe's tasks is estimated.
-        machine: how fast it reads weights and computes.
-    """
-
-    device: str | None
-    memory: float | None
-    batch_size: int | None
-    tasks: bool
-    machine: Machine
+    device: str | None  # where members load that name no device; None is the first GPU, else the CPU
+    memory: float | None  # GB of each device of another machine; None is what is free on this one
+    batch_size: int | None  # texts that are decoded together; None is the recipe's
+    tasks: bool  # whether the cost of the recipe's tasks is estimated
+    machine: Machine  # how fast it reads weights and computes
 
 
 def inspect(ensemble: str, elsewhere: Mapping[str, str], plan: Plan) -> Report:

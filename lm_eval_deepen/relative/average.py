@@ -17,21 +17,13 @@ FLOOR = 1e-12  # what the geometric average takes for a zero: an anchor that a m
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the members agree on.
+    """What the members agree on."""
 
-    Attributes:
-        r: the average given text [B, A], sum 1 where the members' vectors have that.
-        log_text: log mass of text given text or end [B].
-        log_end: log mass of end given text or end [B].
-        blend: the members' weights given that the next piece is text [B, M].
-        usable: rows [B] (bool) where the main member and the average have text; the others are not fused.
-    """
-
-    r: Tensor
-    log_text: Tensor
-    log_end: Tensor
-    blend: Tensor
-    usable: Tensor
+    r: Tensor  # the average given text [B, A], sum 1 where the members' vectors have that
+    log_text: Tensor  # log mass of text given text or end [B]
+    log_end: Tensor  # log mass of end given text or end [B]
+    blend: Tensor  # the members' weights given that the next piece is text [B, M]
+    usable: Tensor  # rows [B] (bool) where the main member and the average have text; the others are not fused
 
 
 @dataclass(frozen=True)

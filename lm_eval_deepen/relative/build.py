@@ -33,27 +33,19 @@ BYTE_ROWS = ("prefix", "canonical")  # one-hot, from bytes alone: neither embedd
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """How a relative matrix is made.
+    """How a relative matrix is made."""
 
-    Attributes:
-        normalization: a name of `NORMALIZATIONS`.
-        temperature: factor on the normalised cosines before the softmax.
-        top_m: entries kept per row; 0 keeps all (dense).
-        rows: ``text`` leaves rows of control pieces at zero, ``all`` treats them as the published code does;
-            rows of unused ids are zero in both.
-        pieces: a name of `PIECE_ROWS`.
-        entropy: where given, the temperature of every member is chosen so that its rows have this mean entropy
-            in nats, and `temperature` is not used.
-        embeddings: a name of `EMBEDDINGS`.
-    """
-
-    normalization: str = "centered"
-    temperature: float = 100.0
-    top_m: int = 64
+    normalization: str = "centered"  # a name of `NORMALIZATIONS`
+    temperature: float = 100.0  # factor on the normalised cosines before the softmax
+    top_m: int = 64  # entries kept per row; 0 keeps all (dense)
+    # ``text`` leaves rows of control pieces at zero, ``all`` treats them as the published code does; rows of unused ids
+    # are zero in both
     rows: str = "text"
-    pieces: str = "embedding"
+    pieces: str = "embedding"  # a name of `PIECE_ROWS`
+    # where given, the temperature of every member is chosen so that its rows have this mean entropy in nats, and
+    # `temperature` is not used
     entropy: float | None = None
-    embeddings: str = "input"
+    embeddings: str = "input"  # a name of `EMBEDDINGS`
 
     def __post_init__(self) -> None:
         """Check the values."""

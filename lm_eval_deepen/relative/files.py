@@ -26,27 +26,16 @@ IDENTITY = "identity"
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What a matrix file says of itself.
+    """What a matrix file says of itself."""
 
-    Attributes:
-        path: the file.
-        identity: format, fingerprints, normalization, temperature, top_m, rows, dtype.
-        content_sha256: checksum of identity and tensors; equal for equal matrices.
-        num_bytes: size of the file.
-        num_rows: pieces of the member, V.
-        num_anchors: A.
-        mean_dropped_mass: over the rows that are described.
-        build_seconds: wall time of the build.
-    """
-
-    path: Path
-    identity: dict[str, Any]
-    content_sha256: str
-    num_bytes: int
-    num_rows: int
-    num_anchors: int
-    mean_dropped_mass: float
-    build_seconds: float
+    path: Path  # the file
+    identity: dict[str, Any]  # format, fingerprints, normalization, temperature, top_m, rows, dtype
+    content_sha256: str  # checksum of identity and tensors; equal for equal matrices
+    num_bytes: int  # size of the file
+    num_rows: int  # pieces of the member, V
+    num_anchors: int  # A
+    mean_dropped_mass: float  # over the rows that are described
+    build_seconds: float  # wall time of the build
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

@@ -22,23 +22,14 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GatheredOperator:
-    """K rows of a matrix for each distribution, as N entries; a place without an entry has the value 0.
+    """K rows of a matrix for each distribution, as N entries; a place without an entry has the value 0."""
 
-    Attributes:
-        pieces: which of the K rows an entry belongs to [B, N].
-        columns: its column [B, N].
-        values: the entries [B, N].
-        num_pieces: K.
-        num_columns: how many columns the products have, num_anchors or fewer; see `share_columns`.
-        num_anchors: A.
-    """
-
-    pieces: Tensor
-    columns: Tensor
-    values: Tensor
-    num_pieces: int
-    num_columns: int
-    num_anchors: int
+    pieces: Tensor  # which of the K rows an entry belongs to [B, N]
+    columns: Tensor  # its column [B, N]
+    values: Tensor  # the entries [B, N]
+    num_pieces: int  # K
+    num_columns: int  # how many columns the products have, num_anchors or fewer; see `share_columns`
+    num_anchors: int  # A
 
     def project(self, p: Tensor) -> Tensor:
         """Return p R, [B, num_columns]."""
@@ -53,19 +44,12 @@ class GatheredOperator:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The nonzero entries of a sparse matrix, row after row; one of value 0 follows the last.
+    """The nonzero entries of a sparse matrix, row after row; one of value 0 follows the last."""
 
-    Attributes:
-        starts: where each row begins, and where the last one ends [V + 1], int64.
-        columns: [n + 1], int32.
-        values: [n + 1], fp32.
-        num_anchors: A.
-    """
-
-    starts: Tensor
-    columns: Tensor
-    values: Tensor
-    num_anchors: int
+    starts: Tensor  # where each row begins, and where the last one ends [V + 1], int64
+    columns: Tensor  # [n + 1], int32
+    values: Tensor  # [n + 1], fp32
+    num_anchors: int  # A
 
     @classmethod
     def pack(cls, values: Tensor, indices: Tensor, num_anchors: int) -> Entries:

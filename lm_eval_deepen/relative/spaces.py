@@ -20,15 +20,10 @@ BLOCK_ROWS = 8192  # rows converted to fp32 at once where a whole vocabulary is 
 
 @dataclass(frozen=True)
 class Shift:
-    """What is taken from every embedding row before the cosines.
+    """What is taken from every embedding row before the cosines."""
 
-    Attributes:
-        mean: subtracted [d], fp32.
-        directions: orthonormal rows [D, d] that are projected out after that; D may be 0.
-    """
-
-    mean: Tensor
-    directions: Tensor
+    mean: Tensor  # subtracted [d], fp32
+    directions: Tensor  # orthonormal rows [D, d] that are projected out after that; D may be 0
 
     def __call__(self, block: Tensor) -> Tensor:
         """Return rows [b, d] without the mean and the directions."""
@@ -38,21 +33,13 @@ class Shift:
 
 @dataclass(frozen=True)
 class Normalization:
-    """A named way from embedding rows to the logits of relative rows.
+    """A named way from embedding rows to the logits of relative rows."""
 
-    Attributes:
-        name: the value of the option ``normalization``.
-        formula: the logits of row w over anchors a, for ``--help`` and the docs.
-        center: whether the mean of the member's text rows is subtracted from every row first.
-        rescale: n(.) above, in place on the cosines [b, A].
-        remove: principal directions that are projected out after centring, as a share of d.
-    """
-
-    name: str
-    formula: str
-    center: bool
-    rescale: Callable[[Tensor], Tensor]
-    remove: float = 0.0
+    name: str  # the value of the option ``normalization``
+    formula: str  # the logits of row w over anchors a, for ``--help`` and the docs
+    center: bool  # whether the mean of the member's text rows is subtracted from every row first
+    rescale: Callable[[Tensor], Tensor]  # n(.) above, in place on the cosines [b, A]
+    remove: float = 0.0  # principal directions that are projected out after centring, as a share of d
 
     def shift(self, embeddings: Tensor, rows: Tensor) -> Shift | None:
         """Return what is taken from every row, from the rows [V] (bool) in use; None for nothing."""

@@ -23,27 +23,16 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """A member as a step sees it; all ids are int64.
+    """A member as a step sees it; all ids are int64."""
 
-    Attributes:
-        matrix: its relative matrix [V, A].
-        anchor_ids: its id of every anchor [A].
-        anchor_of: the anchor with the bytes of an id, or -1 [V].
-        outside: ids that are not text: ``eos``, ``control`` and ``unused`` together.
-        eos: ids that end a text.
-        control: ids of the other control pieces (and of pieces without bytes).
-        unused: ids without a token.
-        mask: 0 for text and ``-inf`` for ids outside [V], fp32.
-    """
-
-    matrix: RelativeMatrix
-    anchor_ids: Tensor
-    anchor_of: Tensor
-    outside: Tensor
-    eos: Tensor
-    control: Tensor
-    unused: Tensor
-    mask: Tensor
+    matrix: RelativeMatrix  # its relative matrix [V, A]
+    anchor_ids: Tensor  # its id of every anchor [A]
+    anchor_of: Tensor  # the anchor with the bytes of an id, or -1 [V]
+    outside: Tensor  # ids that are not text: ``eos``, ``control`` and ``unused`` together
+    eos: Tensor  # ids that end a text
+    control: Tensor  # ids of the other control pieces (and of pieces without bytes)
+    unused: Tensor  # ids without a token
+    mask: Tensor  # 0 for text and ``-inf`` for ids outside [V], fp32
 
     def to(self, device: torch.device) -> Side:
         """Return the same side on `device`."""
@@ -73,31 +62,19 @@ def make_side(
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of every member's rows, in natural logs.
+    """The parts of every member's rows, in natural logs."""
 
-    Attributes:
-        rows: log-probabilities as given, per member [B, V_m].
-        maxima: ``Scan.maxima`` of their text pieces, per member.
-        classes: ``Scan.classes`` of their text pieces, per member: p R where rows of R are one-hot.
-        log_sum: log mass of text as given [B, M], 0 where there is none.
-        log_text: log mass of text given text or end [B, M].
-        log_end: log mass of end given text or end [B, M].
-        log_kept: log mass of text and end given anything but unused ids [B, M].
-        log_total: log mass of everything but unused ids, as given [B, M].
-        dropped: mass of control pieces and unused ids [B, M].
-        valid: whether there is any mass on text or end [B, M] (bool).
-    """
-
-    rows: tuple[Tensor, ...]
-    maxima: tuple[Tensor | None, ...]
+    rows: tuple[Tensor, ...]  # log-probabilities as given, per member [B, V_m]
+    maxima: tuple[Tensor | None, ...]  # ``Scan.maxima`` of their text pieces, per member
+    # ``Scan.classes`` of their text pieces, per member: p R where rows of R are one-hot
     classes: tuple[Tensor | None, ...]
-    log_sum: Tensor
-    log_text: Tensor
-    log_end: Tensor
-    log_kept: Tensor
-    log_total: Tensor
-    dropped: Tensor
-    valid: Tensor
+    log_sum: Tensor  # log mass of text as given [B, M], 0 where there is none
+    log_text: Tensor  # log mass of text given text or end [B, M]
+    log_end: Tensor  # log mass of end given text or end [B, M]
+    log_kept: Tensor  # log mass of text and end given anything but unused ids [B, M]
+    log_total: Tensor  # log mass of everything but unused ids, as given [B, M]
+    dropped: Tensor  # mass of control pieces and unused ids [B, M]
+    valid: Tensor  # whether there is any mass on text or end [B, M] (bool)
 
     def masses(self, index: Tensor) -> Split:
         """Return the masses alone of some rows."""
@@ -166,21 +143,13 @@ def _log_mass(logp: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Support:
-    """A member's pieces that a step works on.
+    """A member's pieces that a step works on."""
 
-    Attributes:
-        places: where its pieces are in all rows [B, V], flattened [b, K].
-        ids: [b, K], ascending; a masked place repeats the first id of its row.
-        logp: log-probabilities given the support [b, K]; ``-inf`` where masked.
-        log_mass: log of the mass the support holds, as given [b], 0 where there is none.
-        mask: places in use [b, K].
-    """
-
-    places: Tensor
-    ids: Tensor
-    logp: Tensor
-    log_mass: Tensor
-    mask: Tensor
+    places: Tensor  # where its pieces are in all rows [B, V], flattened [b, K]
+    ids: Tensor  # [b, K], ascending; a masked place repeats the first id of its row
+    logp: Tensor  # log-probabilities given the support [b, K]; ``-inf`` where masked
+    log_mass: Tensor  # log of the mass the support holds, as given [b], 0 where there is none
+    mask: Tensor  # places in use [b, K]
 
     def scatter(self, rows: Tensor, logp: Tensor) -> None:
         """Write `logp` [b, K] into contiguous `rows` [B, V] in place; the rest stays."""

@@ -72,16 +72,11 @@ def _group_maxima(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over rows as long as a vocabulary finds.
+    """What one pass over rows as long as a vocabulary finds."""
 
-    Attributes:
-        log_mass: log of the sum of exponentials [B], fp32.
-        maxima: of groups of entries, for `largest` [B, n // 4]; None for short rows.
-        classes: exponentials added up by class, over the sum of all of them [B, A]; None if there are no classes.
-    """
-
-    log_mass: Tensor
-    maxima: Tensor | None
+    log_mass: Tensor  # log of the sum of exponentials [B], fp32
+    maxima: Tensor | None  # of groups of entries, for `largest` [B, n // 4]; None for short rows
+    # exponentials added up by class, over the sum of all of them [B, A]; None if there are no classes
     classes: Tensor | None
 
 

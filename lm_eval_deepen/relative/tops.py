@@ -19,17 +19,11 @@ AT_FIRST = 512  # pieces that are looked at where a mass is asked for
 
 @dataclass(frozen=True)
 class TopRule:
-    """Which of its text pieces a member brings to a row's support.
+    """Which of its text pieces a member brings to a row's support."""
 
-    Attributes:
-        pieces: its most likely ones, so many; with `mass`, at most so many.
-        mass: the fewest that hold this share of its text, None where their number alone counts.
-        max_truncated: the largest share of its text that may be left out; a row that leaves out more gets the fewest
-            pieces that do not.
-    """
-
-    pieces: int | None
-    mass: float | None
+    pieces: int | None  # its most likely ones, so many; with `mass`, at most so many
+    mass: float | None  # the fewest that hold this share of its text, None where their number alone counts
+    # the largest share of its text that may be left out; a row that leaves out more gets the fewest pieces that do not
     max_truncated: float
 
     @property
@@ -43,17 +37,11 @@ class TopRule:
 
 @dataclass(frozen=True)
 class Tops:
-    """A member's own pieces for a row's support.
+    """A member's own pieces for a row's support."""
 
-    Attributes:
-        ids: of its text pieces [B, n]; V in a place that is not used.
-        enough: rows [B] (bool) for which n was enough.
-        widened: rows [B] (bool) that have more pieces than the rule's number or mass asks for.
-    """
-
-    ids: Tensor
-    enough: Tensor
-    widened: Tensor
+    ids: Tensor  # of its text pieces [B, n]; V in a place that is not used
+    enough: Tensor  # rows [B] (bool) for which n was enough
+    widened: Tensor  # rows [B] (bool) that have more pieces than the rule's number or mass asks for
 
     def at(self, index: Tensor) -> Tops:
         """Return the same of some rows."""

@@ -38,17 +38,11 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """One metric of one system on given documents.
+    """One metric of one system on given documents."""
 
-    Attributes:
-        values: one row per document [n, k]; k is 1 but for sums over words or bytes.
-        statistic: from the means of the columns to the score.
-        averaged: whether the score is the plain mean of the documents' values.
-    """
-
-    values: Values
-    statistic: Statistic = mean_of_first
-    averaged: bool = True
+    values: Values  # one row per document [n, k]; k is 1 but for sums over words or bytes
+    statistic: Statistic = mean_of_first  # from the means of the columns to the score
+    averaged: bool = True  # whether the score is the plain mean of the documents' values
 
     @property
     def documents(self) -> int:

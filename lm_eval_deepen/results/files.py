@@ -79,19 +79,12 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one model with one set of arguments left in a folder: the latest evaluation of every task.
+    """Everything one model with one set of arguments left in a folder: the latest evaluation of every task."""
 
-    Attributes:
-        label: how tables call it.
-        folder: where it lies.
-        tasks: by name; the latest evaluation of each.
-        notes: what was left out, and why.
-    """
-
-    label: str
-    folder: Path
-    tasks: Mapping[str, TaskRun]
-    notes: tuple[str, ...] = ()
+    label: str  # how tables call it
+    folder: Path  # where it lies
+    tasks: Mapping[str, TaskRun]  # by name; the latest evaluation of each
+    notes: tuple[str, ...] = ()  # what was left out, and why
 
     def task(self, name: str) -> TaskRun:
         """Return one task.

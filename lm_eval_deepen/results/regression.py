@@ -35,60 +35,38 @@ class Pair:
 
 @dataclass(frozen=True)
 class GateRule:
-    """When a difference counts as a regression.
+    """When a difference counts as a regression."""
 
-    Attributes:
-        alpha: the chance of calling any regression where there is none, over everything tested.
-        min_effect: a smaller drop of the score, in the metric's unit, never counts, however significant.
-        power: the chance of detection that the minimal detectable effect is stated for.
-        resamples: of the permutation test.
-        seed: seeds it.
-    """
-
-    alpha: float = 0.05
-    min_effect: float = 0.0
-    power: float = 0.8
-    resamples: int = RESAMPLES
-    seed: int = 0
+    alpha: float = 0.05  # the chance of calling any regression where there is none, over everything tested
+    min_effect: float = 0.0  # a smaller drop of the score, in the metric's unit, never counts, however significant
+    power: float = 0.8  # the chance of detection that the minimal detectable effect is stated for
+    resamples: int = RESAMPLES  # of the permutation test
+    seed: int = 0  # seeds it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for one pair: by how much the candidate is worse, and whether that counts.
+    """The outcome for one pair: by how much the candidate is worse, and whether that counts."""
 
-    Attributes:
-        drop: loss in the metric's unit, positive where the candidate is worse, whichever way is good.
-        test: which test gave `p`.
-        p: one-sided p-value of "not worse".
-        p_holm: the same, corrected over all pairs.
-        regressed: `p_holm` is at most alpha and `drop` at least the minimal effect.
-    """
-
-    drop: float
-    test: str
-    p: float
-    p_holm: float
-    regressed: bool
+    drop: float  # loss in the metric's unit, positive where the candidate is worse, whichever way is good
+    test: str  # which test gave `p`
+    p: float  # one-sided p-value of "not worse"
+    p_holm: float  # the same, corrected over all pairs
+    regressed: bool  # `p_holm` is at most alpha and `drop` at least the minimal effect
 
 
 @dataclass(frozen=True)
 class Details:
-    """What is shown beside a decision.
+    """What is shown beside a decision."""
 
-    Attributes:
-        low: lower end of the paired 95 % interval of the difference, candidate less baseline; None where it cannot be
-            told (see `statistics.Interval`).
-        high: upper end.
-        worse: documents on which the candidate does worse.
-        better: documents on which it does better.
-        detectable: smallest true drop that this comparison finds with chance `Rule.power` at the level that Holm
-            gives the smallest p-value, alpha over the number of pairs; None where it cannot be told.
-    """
-
+    # lower end of the paired 95 % interval of the difference, candidate less baseline; None where it cannot be told
+    # (see `statistics.Interval`)
     low: float | None
-    high: float | None
-    worse: int
-    better: int
+    high: float | None  # upper end
+    worse: int  # documents on which the candidate does worse
+    better: int  # documents on which it does better
+    # smallest true drop that this comparison finds with chance `Rule.power` at the level that Holm gives the smallest
+    # p-value, alpha over the number of pairs; None where it cannot be told
     detectable: float | None
 
 

@@ -28,73 +28,46 @@ MCNEMAR, MCNEMAR_MID_P, SIGN_FLIP = "exact McNemar test", "mid-p McNemar test", 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system against a reference on the same documents.
+    """A system against a reference on the same documents."""
 
-    Attributes:
-        reference: the reference's name.
-        difference: score less the reference's score, in the metric's unit.
-        low: lower end of its confidence interval; None where it cannot be told (see `statistics.Interval`).
-        high: upper end.
-        level: confidence of the interval by itself: 0.95 against a reference that was given, more against one that was
-            picked, so that 95 % of the intervals shown beside each other hold (see `statistics.level_of_each`).
-        test: which test gave `p`.
-        p: two-sided p-value of this comparison, as if it were the only one and its reference given.
-        p_holm: the same, corrected over the table and for the choice of the reference; None before `corrected`.
-        candidates: of which systems the reference is the best on these documents, its own name included; its name
-            alone where it was given.
-        below: documents on which the system scores below the reference.
-        above: documents on which it scores above.
-        agreement: share of documents with the same score; None where scores are not averages of documents.
-    """
-
-    reference: str
-    difference: float
-    low: float | None
-    high: float | None
+    reference: str  # the reference's name
+    difference: float  # score less the reference's score, in the metric's unit
+    low: float | None  # lower end of its confidence interval; None where it cannot be told (see `statistics.Interval`)
+    high: float | None  # upper end
+    # confidence of the interval by itself: 0.95 against a reference that was given, more against one that was picked,
+    # so that 95 % of the intervals shown beside each other hold (see `statistics.level_of_each`)
     level: float
-    test: str
-    p: float
+    test: str  # which test gave `p`
+    p: float  # two-sided p-value of this comparison, as if it were the only one and its reference given
+    # the same, corrected over the table and for the choice of the reference; None before `corrected`
     p_holm: float | None
+    # of which systems the reference is the best on these documents, its own name included; its name alone where it was
+    # given
     candidates: tuple[str, ...]
-    below: int
-    above: int
-    agreement: float | None
+    below: int  # documents on which the system scores below the reference
+    above: int  # documents on which it scores above
+    agreement: float | None  # share of documents with the same score; None where scores are not averages of documents
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One system on one metric of one task.
+    """One system on one metric of one task."""
 
-    Attributes:
-        task: name of the task.
-        metric: name of the metric.
-        flt: name of the harness's filter.
-        higher_is_better: which way is good; None if unknown.
-        system: name of the system.
-        documents: how many were scored, the same for every row of a column.
-        score: the aggregated score over these.
-        stderr: its standard error; None with fewer than two documents.
-        low: lower end of the score's 95 % interval; None where it cannot be told.
-        high: upper end.
-        oracle: the score of whoever does best on each document, among the systems of `pool`; None if unknown.
-        pool: whose best `oracle` is.
-        comparison: against the reference; None in the reference's own row.
-        extra: further figures to show, by heading: seconds per document, tokens per document.
-    """
-
-    task: str
-    metric: str
-    flt: str
-    higher_is_better: bool | None
-    system: str
-    documents: int
-    score: float
-    stderr: float | None
-    low: float | None
-    high: float | None
+    task: str  # name of the task
+    metric: str  # name of the metric
+    flt: str  # name of the harness's filter
+    higher_is_better: bool | None  # which way is good; None if unknown
+    system: str  # name of the system
+    documents: int  # how many were scored, the same for every row of a column
+    score: float  # the aggregated score over these
+    stderr: float | None  # its standard error; None with fewer than two documents
+    low: float | None  # lower end of the score's 95 % interval; None where it cannot be told
+    high: float | None  # upper end
+    # the score of whoever does best on each document, among the systems of `pool`; None if unknown
     oracle: float | None
-    pool: tuple[str, ...]
-    comparison: Comparison | None
+    pool: tuple[str, ...]  # whose best `oracle` is
+    comparison: Comparison | None  # against the reference; None in the reference's own row
+    # further figures to show, by heading: seconds per document, tokens per document
     extra: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -117,22 +90,14 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one task, measured for several systems on the same documents in the same order.
+    """One metric of one task, measured for several systems on the same documents in the same order."""
 
-    Attributes:
-        task: name of the task.
-        metric: name of the metric.
-        flt: name of the harness's filter.
-        higher_is_better: which way is good; None if unknown.
-        scores: by system.
-        extra: further figures by system, then by heading.
-    """
-
-    task: str
-    metric: str
-    flt: str
-    higher_is_better: bool | None
-    scores: Mapping[str, Scores]
+    task: str  # name of the task
+    metric: str  # name of the metric
+    flt: str  # name of the harness's filter
+    higher_is_better: bool | None  # which way is good; None if unknown
+    scores: Mapping[str, Scores]  # by system
+    # further figures by system, then by heading
     extra: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def best(self, systems: Sequence[str]) -> str:

@@ -30,18 +30,12 @@ class Sample:
     The harness writes three hashes. `doc_hash`, of the whole document, says that it is the same question.
     `prompt_hash`, of its first request's prompt, says that it was asked alike: same template, description, few-shots.
     `target_hash`, of the expected answer, says that it was judged by the same one.
-
-    Attributes:
-        doc_id: number of the document in its split.
-        prompt_hash: see above.
-        target_hash: see above.
-        values: what each metric gave, by its name: a number, or what the metric's aggregation needs.
     """
 
-    doc_id: int
-    prompt_hash: str
-    target_hash: str
-    values: Mapping[str, Any]
+    doc_id: int  # number of the document in its split
+    prompt_hash: str  # see above
+    target_hash: str  # see above
+    values: Mapping[str, Any]  # what each metric gave, by its name: a number, or what the metric's aggregation needs
 
 
 @dataclass(frozen=True)

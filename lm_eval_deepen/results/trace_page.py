@@ -32,21 +32,13 @@ ALL, NOBODY = -1, -2  # who would have chosen a token, beside the numbers of the
 
 @dataclass
 class Side:
-    """What one folder holds.
+    """What one folder holds."""
 
-    Attributes:
-        name: how the page calls it.
-        facts: what was run, as pairs of a name and a value.
-        members: names, the main member first; none where there is no trace.
-        tasks: documents by task, in the page's form.
-        notes: what is missing, and why.
-    """
-
-    name: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    members: list[str] = field(default_factory=list)
-    tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    name: str  # how the page calls it
+    facts: list[tuple[str, str]] = field(default_factory=list)  # what was run, as pairs of a name and a value
+    members: list[str] = field(default_factory=list)  # names, the main member first; none where there is no trace
+    tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # documents by task, in the page's form
+    notes: list[str] = field(default_factory=list)  # what is missing, and why
 
 
 class _Strings:
@@ -65,21 +57,14 @@ class _Strings:
 
 @dataclass
 class Shown:
-    """What a page shows: systems, and the strings that they share.
+    """What a page shows: systems, and the strings that they share."""
 
-    Attributes:
-        sides: the systems; the first two are shown beside each other at first.
-        texts: prompts, targets and answers.
-        pieces: what the tokens spell.
-        served: whether a server hands out the steps of a document where they are looked at.
-        packed: of a served page, the steps by number of the system, task, and number of the document, and the pieces
-            that they name: compressed JSON.
-    """
-
-    served: bool = False
-    sides: list[Side] = field(default_factory=list)
-    texts: _Strings = field(default_factory=_Strings)
-    pieces: _Strings = field(default_factory=_Strings)
+    served: bool = False  # whether a server hands out the steps of a document where they are looked at
+    sides: list[Side] = field(default_factory=list)  # the systems; the first two are shown beside each other at first
+    texts: _Strings = field(default_factory=_Strings)  # prompts, targets and answers
+    pieces: _Strings = field(default_factory=_Strings)  # what the tokens spell
+    # of a served page, the steps by number of the system, task, and number of the document, and the pieces that they
+    # name: compressed JSON
     packed: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
 
     def html(self, title: str = "") -> str:

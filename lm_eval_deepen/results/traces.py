@@ -63,19 +63,12 @@ class Documents(Sequence[Mapping[str, Any]]):
 
 @dataclass(frozen=True)
 class TraceFile:
-    """One file.
+    """One file."""
 
-    Attributes:
-        path: where it is.
-        head: its first line: task, fingerprint, method and members.
-        documents: its other lines, a request each.
-        cut: whether its end is missing, as where the process was killed while it wrote.
-    """
-
-    path: Path
-    head: Mapping[str, Any]
-    documents: Documents
-    cut: bool = False
+    path: Path  # where it is
+    head: Mapping[str, Any]  # its first line: task, fingerprint, method and members
+    documents: Documents  # its other lines, a request each
+    cut: bool = False  # whether its end is missing, as where the process was killed while it wrote
 
 
 def read_trace(path: Path) -> TraceFile:

@@ -17,17 +17,11 @@ TEMPERATURES = tuple(round(math.exp(k / 12), 4) for k in range(-5, 8))  # 0.66 t
 
 @dataclass(frozen=True)
 class Own:
-    """A member's own figures.
+    """A member's own figures."""
 
-    Attributes:
-        name: the member.
-        bits: per document, as it is configured [D].
-        by_temperature: per document at every one of `TEMPERATURES` [T, D].
-    """
-
-    name: str
-    bits: Tensor
-    by_temperature: Tensor
+    name: str  # the member
+    bits: Tensor  # per document, as it is configured [D]
+    by_temperature: Tensor  # per document at every one of `TEMPERATURES` [T, D]
 
     def fitted(self, dev: Own | None = None) -> tuple[Tensor, list[float]]:
         """Return bits per document [D] at a temperature fitted elsewhere, and the temperatures that were fitted.

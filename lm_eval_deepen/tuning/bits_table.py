@@ -16,19 +16,12 @@ from lm_eval_deepen.results.tables import aligned
 
 @dataclass(frozen=True)
 class Change:
-    """How much larger one total is than another, as a share, with its confidence interval over documents.
+    """How much larger one total is than another, as a share, with its confidence interval over documents."""
 
-    Attributes:
-        share: a / b - 1.
-        low: lower end of the interval; minus infinity where it cannot be told.
-        high: upper end of the interval; infinity where it cannot be told.
-        level: confidence of this interval by itself.
-    """
-
-    share: float
-    low: float
-    high: float
-    level: float = CONFIDENCE
+    share: float  # a / b - 1
+    low: float  # lower end of the interval; minus infinity where it cannot be told
+    high: float  # upper end of the interval; infinity where it cannot be told
+    level: float = CONFIDENCE  # confidence of this interval by itself
 
     @property
     def better(self) -> bool:

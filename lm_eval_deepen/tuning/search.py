@@ -76,18 +76,12 @@ class Fusers:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a search found.
-
-    Attributes:
-        first: what was given.
-        best: what was chosen.
-        log: a line per stage.
-    """
+    """What a search found."""
 
     fusers: Fusers
-    first: Candidate
-    best: Candidate
-    log: tuple[str, ...]
+    first: Candidate  # what was given
+    best: Candidate  # what was chosen
+    log: tuple[str, ...]  # a line per stage
 
     @property
     def config(self) -> EnsembleConfig:

@@ -17,17 +17,11 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True)
 class AnchorSet:
-    """Byte strings common to all members, sorted; an anchor's index is its place here.
+    """Byte strings common to all members, sorted; an anchor's index is its place here."""
 
-    Attributes:
-        pieces: the anchors [A], ascending, without repetition.
-        max_anchors: size limit of the subset that was taken, None where all common pieces are anchors.
-        seed: seed of the subset, 0 where all common pieces are anchors.
-    """
-
-    pieces: tuple[bytes, ...]
-    max_anchors: int | None = None
-    seed: int = 0
+    pieces: tuple[bytes, ...]  # the anchors [A], ascending, without repetition
+    max_anchors: int | None = None  # size limit of the subset that was taken, None where all common pieces are anchors
+    seed: int = 0  # seed of the subset, 0 where all common pieces are anchors
 
     def __post_init__(self) -> None:
         """Refuse an order or a repetition that would give one set two identities."""

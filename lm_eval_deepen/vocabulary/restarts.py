@@ -52,17 +52,11 @@ OF_GPT_4 = re.compile(  # GPT-3.5, GPT-4, Llama 3, Qwen 2 and 3
 
 @dataclass(frozen=True)
 class Restarts:
-    """Where a text may be read from.
+    """Where a text may be read from."""
 
-    Attributes:
-        places: matches at each of these places, given what is around it.
-        margin: characters at the end of a text among which there are none: later text may change what is found there.
-        traps: matches what only a whole text tells how to read (see `exact_encoder`).
-    """
-
-    places: re.Pattern[str]
-    margin: int
-    traps: re.Pattern[str]
+    places: re.Pattern[str]  # matches at each of these places, given what is around it
+    margin: int  # characters at the end of a text among which there are none: later text may change what is found there
+    traps: re.Pattern[str]  # matches what only a whole text tells how to read (see `exact_encoder`)
 
     @property
     def worth(self) -> int:

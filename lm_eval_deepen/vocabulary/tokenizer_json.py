@@ -32,17 +32,12 @@ BYTE_ALPHABET = _byte_alphabet()
 
 @dataclass(frozen=True)
 class PieceDecoder:
-    """What a tokenizer's decoder makes of one piece.
+    """What a tokenizer's decoder makes of one piece."""
 
-    Attributes:
-        byte_level: pieces are spelt in the GPT-2 byte alphabet.
-        replaces: string replacements applied to every piece, in order, such as ``("▁", " ")``.
-        byte_fallback: ``<0xNN>`` pieces are single bytes.
-    """
-
-    byte_level: bool
+    byte_level: bool  # pieces are spelt in the GPT-2 byte alphabet
+    # string replacements applied to every piece, in order, such as ``("▁", " ")``
     replaces: tuple[tuple[str, str], ...]
-    byte_fallback: bool
+    byte_fallback: bool  # ``<0xNN>`` pieces are single bytes
 
     def bytes_of(self, piece: str, *, added: bool = False) -> bytes:
         """Return the bytes of one piece.

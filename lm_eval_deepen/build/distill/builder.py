@@ -146,27 +146,16 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What is known before training; no model is in memory any more.
+    """What is known before training; no model is in memory any more."""
 
-    Attributes:
-        text: the corpus in blocks.
-        blocks: the training blocks as the target reads them.
-        codec: the target's tokenizer.
-        roles: its control ids by role.
-        weights: hash of its weights.
-        bits: what it needs for every held-out document.
-        cpu: whether models run on the CPU.
-        sources: the sources with their distributions.
-    """
-
-    text: Text
-    blocks: list[Tokens]
-    codec: TextCodec
-    roles: Mapping[str, int]
-    weights: str
-    bits: list[float]
-    cpu: bool
-    sources: list[Source]
+    text: Text  # the corpus in blocks
+    blocks: list[Tokens]  # the training blocks as the target reads them
+    codec: TextCodec  # the target's tokenizer
+    roles: Mapping[str, int]  # its control ids by role
+    weights: str  # hash of its weights
+    bits: list[float]  # what it needs for every held-out document
+    cpu: bool  # whether models run on the CPU
+    sources: list[Source]  # the sources with their distributions
 
     @property
     def used(self) -> list[Tokens]:

@@ -35,17 +35,12 @@ class Corpus:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A block as one model reads it.
+    """A block as one model reads it."""
 
-    Attributes:
-        prefix: control tokens that the text is conditioned on.
-        ids: the tokens of the text [T].
-        ends: bytes of the text before each of them [T]: what has been read when token i is predicted. -1 for the first
-            one of a tokenizer that puts a space before a text.
-    """
-
-    prefix: tuple[int, ...]
-    ids: tuple[int, ...]
+    prefix: tuple[int, ...]  # control tokens that the text is conditioned on
+    ids: tuple[int, ...]  # the tokens of the text [T]
+    # bytes of the text before each of them [T]: what has been read when token i is predicted. -1 for the first one of a
+    # tokenizer that puts a space before a text
     ends: NDArray[np.int64]
 
     @classmethod
@@ -164,21 +159,13 @@ def training_order(sizes: Sequence[int], tokens: int | None, seed: int) -> list[
 
 @dataclass(frozen=True)
 class Text:
-    """The corpus as blocks of the target.
+    """The corpus as blocks of the target."""
 
-    Attributes:
-        corpus: the documents.
-        train: blocks of text to train on.
-        held_out: blocks of every held-out document.
-        order: indices of training blocks, in the order of training.
-        tokens: tokens of the target that are trained on, repetitions included.
-    """
-
-    corpus: Corpus
-    train: tuple[str, ...]
-    held_out: tuple[tuple[str, ...], ...]
-    order: tuple[int, ...]
-    tokens: int
+    corpus: Corpus  # the documents
+    train: tuple[str, ...]  # blocks of text to train on
+    held_out: tuple[tuple[str, ...], ...]  # blocks of every held-out document
+    order: tuple[int, ...]  # indices of training blocks, in the order of training
+    tokens: int  # tokens of the target that are trained on, repetitions included
 
     @property
     def used(self) -> list[int]:

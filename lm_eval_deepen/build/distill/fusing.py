@@ -16,19 +16,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Sparse distributions over the target's ids at the T positions of a block, an entry each.
+    """Sparse distributions over the target's ids at the T positions of a block, an entry each."""
 
-    Attributes:
-        row: position [n].
-        ids: id of the target [n]; no id twice in a row.
-        p: probability [n].
-        covered: whether a position has a distribution at all [T].
-    """
-
-    row: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    p: Floats
-    covered: NDArray[np.bool_]
+    row: NDArray[np.int64]  # position [n]
+    ids: NDArray[np.int64]  # id of the target [n]; no id twice in a row
+    p: Floats  # probability [n]
+    covered: NDArray[np.bool_]  # whether a position has a distribution at all [T]
 
     @property
     def rest(self) -> Floats:
@@ -39,19 +32,12 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the target learns at the T positions of a block.
+    """What the target learns at the T positions of a block."""
 
-    Attributes:
-        ids: ids of the target, 0 where there is no entry [T, K].
-        p: their probabilities, 0 where there is no entry [T, K].
-        rest: mass of all other ids together [T].
-        covered: whether there is anything to learn [T].
-    """
-
-    ids: NDArray[np.int64]
-    p: Floats
-    rest: Floats
-    covered: NDArray[np.bool_]
+    ids: NDArray[np.int64]  # ids of the target, 0 where there is no entry [T, K]
+    p: Floats  # their probabilities, 0 where there is no entry [T, K]
+    rest: Floats  # mass of all other ids together [T]
+    covered: NDArray[np.bool_]  # whether there is anything to learn [T]
 
 
 def project(rows: BlockRows, at: NDArray[np.int64], mapping: VocabularyMap) -> Entries:

@@ -13,19 +13,12 @@ SMALLEST = 1e-7  # of the mass that the model leaves to the rest: rounding may m
 
 @dataclass(frozen=True, eq=False)
 class FusedBatch:
-    """What the target learns from its sources.
+    """What the target learns from its sources."""
 
-    Attributes:
-        ids: ids with a probability [B, T, K].
-        p: their probabilities, 0 for padding [B, T, K].
-        rest: mass of all other ids together [B, T]; where it is 0 the event does not count.
-        covered: positions with a distribution [B, T] (bool).
-    """
-
-    ids: Tensor
-    p: Tensor
-    rest: Tensor
-    covered: Tensor
+    ids: Tensor  # ids with a probability [B, T, K]
+    p: Tensor  # their probabilities, 0 for padding [B, T, K]
+    rest: Tensor  # mass of all other ids together [B, T]; where it is 0 the event does not count
+    covered: Tensor  # positions with a distribution [B, T] (bool)
 
 
 @dataclass(frozen=True, eq=False)

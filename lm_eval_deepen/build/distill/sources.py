@@ -28,23 +28,14 @@ ROLES = ("bos", "unk", "pad", "sep", "cls", "mask")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A source after its forward passes.
+    """A source after its forward passes."""
 
-    Attributes:
-        name: its name in the recipe.
-        weights: hash of its weights.
-        codec: its tokenizer.
-        roles: its control ids by role.
-        tokens: the blocks as it reads them.
-        store: its distributions on them.
-    """
-
-    name: str
-    weights: str
-    codec: TextCodec
-    roles: Mapping[str, int]
-    tokens: Sequence[Tokens]
-    store: DistributionStore
+    name: str  # its name in the recipe
+    weights: str  # hash of its weights
+    codec: TextCodec  # its tokenizer
+    roles: Mapping[str, int]  # its control ids by role
+    tokens: Sequence[Tokens]  # the blocks as it reads them
+    store: DistributionStore  # its distributions on them
 
 
 def roles_of(tokenizer: Any) -> dict[str, int]:
@@ -88,19 +79,12 @@ def align(
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What the target learns from its sources, and how it came about.
+    """What the target learns from its sources, and how it came about."""
 
-    Attributes:
-        targets: per block.
-        chosen: index of the source that counts most, per block.
-        aligned: per source, positions that have a distribution of it.
-        mass: per source, probability by how its ids were matched.
-    """
-
-    targets: list[Targets]
-    chosen: list[int]
-    aligned: list[int]
-    mass: list[dict[str, float]]
+    targets: list[Targets]  # per block
+    chosen: list[int]  # index of the source that counts most, per block
+    aligned: list[int]  # per source, positions that have a distribution of it
+    mass: list[dict[str, float]]  # per source, probability by how its ids were matched
 
     @property
     def covered(self) -> float:

@@ -31,17 +31,11 @@ HASH_LENGTH = 16
 
 @dataclass(frozen=True, eq=False)
 class BlockRows:
-    """A source's distributions at the S positions of a block.
+    """A source's distributions at the S positions of a block."""
 
-    Attributes:
-        ids: the most likely ids, the likeliest first [S, k] (int32).
-        logp: their natural log-probabilities [S, k] (float16).
-        nats: what the source needs to predict the whole block.
-    """
-
-    ids: NDArray[np.int32]
-    logp: NDArray[np.float16]
-    nats: float
+    ids: NDArray[np.int32]  # the most likely ids, the likeliest first [S, k] (int32)
+    logp: NDArray[np.float16]  # their natural log-probabilities [S, k] (float16)
+    nats: float  # what the source needs to predict the whole block
 
     @property
     def num_bytes(self) -> int:

@@ -18,15 +18,10 @@ Roles = Mapping[str, int]
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Where the ids of a source go.
+    """Where the ids of a source go."""
 
-    Attributes:
-        target: the target's id, -1 for none [V_s].
-        kind: `BYTES`, `ROLE` or `NEAREST`; `NONE` where there is no target [V_s].
-    """
-
-    target: NDArray[np.int64]
-    kind: NDArray[np.int8]
+    target: NDArray[np.int64]  # the target's id, -1 for none [V_s]
+    kind: NDArray[np.int8]  # `BYTES`, `ROLE` or `NEAREST`; `NONE` where there is no target [V_s]
 
 
 def match(

@@ -35,18 +35,12 @@ ALONE = Ranks()
 
 @dataclass(frozen=True, eq=False)
 class TrainingBlocks(Dataset):
-    """Blocks in the order of training.
+    """Blocks in the order of training."""
 
-    Attributes:
-        blocks: what the target reads.
-        order: indices of blocks.
-        fused: what the sources say, by index of a block; None without sources.
-        multiple: of which the length is one; what is missing are blocks without labels, of which nothing is learnt.
-    """
-
-    blocks: Sequence[Tokens]
-    order: Sequence[int]
-    fused: Mapping[int, Targets] | None
+    blocks: Sequence[Tokens]  # what the target reads
+    order: Sequence[int]  # indices of blocks
+    fused: Mapping[int, Targets] | None  # what the sources say, by index of a block; None without sources
+    # of which the length is one; what is missing are blocks without labels, of which nothing is learnt
     multiple: int = 1
 
     def __len__(self) -> int:

@@ -141,18 +141,12 @@ class _Exchanges:
 
     Under the tilt t, a document that moves the difference by a moves it upwards with odds exp(2 t a). How likely all
     moves are together, against equal chances, is then a function of their sum S alone: exp(t S) / product of cosh(t a).
-
-    Attributes:
-        sizes: of the documents' moves [m].
-        tilts: of the parts of the mixture [q].
-        shares: of the parts [q].
-        norms: logarithms of the products of cosh(t a) [q].
     """
 
-    sizes: Values
-    tilts: Values
-    shares: Values
-    norms: Values
+    sizes: Values  # of the documents' moves [m]
+    tilts: Values  # of the parts of the mixture [q]
+    shares: Values  # of the parts [q]
+    norms: Values  # logarithms of the products of cosh(t a) [q]
 
     @classmethod
     def of(cls, sizes: Values, alternative: Alternative) -> _Exchanges:
