@@ -74,7 +74,6 @@ class Problems:
     """Collects all errors of a configuration, so that one message names them all."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self.found: list[Problem] = []
 
     @contextmanager
@@ -131,7 +130,6 @@ class UnansweredError(RequestError):
     """
 
     def __init__(self, message: str, requests: tuple[Any, ...] = ()) -> None:
-        """Take the message and the requests."""
         super().__init__(message)
         self.requests = requests
 

@@ -27,7 +27,6 @@ class IncompatibleError(ConfigError):
     """
 
     def __init__(self, label: str, detail: str) -> None:
-        """Keep what differs beside the message."""
         super().__init__(f"{label}: {detail}")
         self.label = label
 

@@ -91,7 +91,6 @@ class Output:
     """A standard stream that never stops the command: after a failure it takes the rest, and drops it."""
 
     def __init__(self, stream: Any) -> None:
-        """Stand before the stream."""
         self._stream = stream
         self._failure: OSError | None = None
 
@@ -119,7 +118,6 @@ class Output:
             discard(self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a stream has."""
         return getattr(self._stream, name)
 
 

@@ -21,28 +21,22 @@ class FrozenDict(Mapping[str, Any]):
         self._items = {key: freeze(value) for key, value in sorted((items or {}).items())}
 
     def __getitem__(self, key: str) -> Any:
-        """Return the frozen value of `key`."""
         return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys, sorted."""
         return iter(self._items)
 
     def __len__(self) -> int:
-        """Return the number of keys."""
         return len(self._items)
 
     def __hash__(self) -> int:
-        """Hash the items; equal mappings have equal hashes."""
         return hash(tuple(self._items.items()))
 
     def __repr__(self) -> str:
-        """Show the items."""
         return f"FrozenDict({self._items!r})"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        """Let a field of this type take any mapping."""
         return core_schema.no_info_plain_validator_function(cls._of)
 
     @classmethod

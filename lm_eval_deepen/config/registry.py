@@ -72,17 +72,14 @@ class Registry(Mapping[str, Entry]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> Entry:
-        """Return the entry of a name."""
         self._search()
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names, sorted."""
         self._search()
         return iter(sorted(self._entries))
 
     def __len__(self) -> int:
-        """Return the number of entries."""
         self._search()
         return len(self._entries)
 

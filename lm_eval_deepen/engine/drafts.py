@@ -40,7 +40,6 @@ class Drafter:
     """
 
     def __init__(self) -> None:
-        """Start without counts."""
         self.counts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
 

@@ -205,7 +205,6 @@ class GrowingPaths:
     """Every active member's tokens of one job's text: what `path_of` gives, reading again no more than a word."""
 
     def __init__(self, ensemble: EnsembleBase, job: Job) -> None:
-        """Start at the end of the prompts."""
         self.ensemble, self.job = ensemble, job
         self.text = b""  # what was taken in
         self.cursors: dict[int, TextCursor] = {}  # behind it, of members whose tokens follow from bytes

@@ -73,7 +73,6 @@ class Decoder:
     """The rows being decoded, and every member following them."""
 
     def __init__(self, ensemble: EnsembleBase, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
-        """Take the texts that wait, how many are decoded together, and where drafts come from."""
         self.ensemble, self.waiting, self.size, self.drafter = ensemble, waiting, batch_size, drafter
         self.rows: list[BatchRow] = []
         first = [row.job.prompts for row in islice(waiting, batch_size)]

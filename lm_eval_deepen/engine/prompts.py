@@ -93,7 +93,6 @@ class Prompter:
     """Turns request strings into prompts and spans for the active members."""
 
     def __init__(self, ensemble: EnsembleBase) -> None:
-        """Read the ensemble's active members."""
         self.ensemble = ensemble
         self.members: tuple[Member, ...] = ensemble.active
         self.main = self.members[0]

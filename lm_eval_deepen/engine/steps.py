@@ -65,7 +65,6 @@ class StepReader:
     """Reads steps off the rows of an ensemble."""
 
     def __init__(self, ensemble: EnsembleBase) -> None:
-        """Read the steps of this ensemble."""
         self.ensemble = ensemble
 
     @cached_property

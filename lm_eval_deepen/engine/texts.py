@@ -106,7 +106,6 @@ class Texts:
     """
 
     def __init__(self, ensemble: EnsembleBase) -> None:
-        """Read the ensemble's active members."""
         self.ensemble = ensemble
         self.prompter = Prompter(ensemble)
         main = ensemble.main

@@ -24,7 +24,6 @@ class Trace:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Start at zero for the members `names`."""
         self.names = tuple(names)
         self.rows: Counter[str] = Counter()
         self.sat_out: Counter[str] = Counter()

@@ -87,7 +87,6 @@ class TurnDecoder(Decoder):
     """Decodes by turns; a step is one member's forward pass for the rows that wait for it."""
 
     def __init__(self, *arguments: Any) -> None:
-        """Start without rows."""
         super().__init__(*arguments)
         events = self.ensemble.turn_events
         assert events is not None

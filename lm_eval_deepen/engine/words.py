@@ -92,7 +92,6 @@ class WordDecoder(Decoder):
     """Extends every row by one proposal at a time."""
 
     def __init__(self, ensemble: EnsembleBase, waiting: deque[BatchRow], batch_size: int, drafter: Drafter) -> None:
-        """Take what a `Decoder` takes; nothing is drafted."""
         super().__init__(ensemble, waiting, batch_size, drafter)
         assert ensemble.by_words is not None
         self.options = ensemble.by_words

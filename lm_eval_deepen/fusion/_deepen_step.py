@@ -82,7 +82,6 @@ class Alone:
     """The fuser of an ensemble of one: every row is left to it."""
 
     def __init__(self, vocabulary: ByteVocab) -> None:
-        """Keep the vocabulary."""
         self.out_vocab = vocabulary
 
     def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:

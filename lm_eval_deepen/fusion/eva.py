@@ -178,7 +178,6 @@ class EvaFuser(LinearFuser):
         maps: Sequence[SparseMatrix],
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Take the option and what a `LinearFuser` takes."""
         super().__init__(out_vocab, vocabularies, maps, facts)
         self.filter_top = filter_top
 

@@ -59,7 +59,6 @@ class GacFuser(LinearFuser):
         maps: Sequence[SparseMatrix],
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Take the threshold and what a `LinearFuser` takes."""
         super().__init__(out_vocab, vocabularies, maps, facts)
         self.threshold = threshold
 

@@ -187,7 +187,6 @@ class Execution:
     """One run: the loaded members, the models built around them so far."""
 
     def __init__(self, todo: Plan, device: str | None, say: Say) -> None:
-        """Load what the missing cells need, and build what is to be built."""
         self.todo = todo
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
         used = list(dict.fromkeys(name for row in rows for name in row.members))

@@ -70,7 +70,6 @@ class Search:
         device: str | None,
         say: Callable[[str], None],
     ) -> None:
-        """Load the members."""
         self.config, self.tasks, self.metric, self.say = config, tasks, metric, say
         names = [member.name for member in config.members]
         loaded = load_members(config.members, [(config, names)], device)

@@ -22,11 +22,9 @@ class Progress:
         self._bar = tqdm(total=total, unit="cell", disable=None, file=file, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
-        """Return itself."""
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Leave the bar as it is."""
         self._bar.close()
 
     def say(self, text: str) -> None:

@@ -30,7 +30,6 @@ class TextCursor:
     """
 
     def __init__(self, codec: TextCodec, prompt: Prompt) -> None:
-        """Start behind a prompt."""
         self.codec, self.prompt = codec, prompt
         self.fixed: list[int] = list(prompt.head)
         self._rest = prompt.tail.encode()  # the bytes after `fixed`

@@ -39,7 +39,6 @@ class Seq2SeqRunner(PlainRunner):
     """Encodes every source once, and forwards the decoder in full at each step, which needs no cache to roll back."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        """Wrap a loaded encoder-decoder model."""
         super().__init__(model, autocast)
         self.encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]

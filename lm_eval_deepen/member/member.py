@@ -53,7 +53,6 @@ class Member:
     BACKENDS: ClassVar[frozenset[str]] = frozenset({"causal"})  # as ``HFLM`` calls them
 
     def __init__(self, config: MemberConfig, lm: Any) -> None:
-        """Wrap a loaded ``HFLM``."""
         if lm.backend not in self.BACKENDS:
             raise MemberError(f"member {config.name!r}: a {lm.backend!r} model is no {type(self).__name__}.")
         if config.source and not self.generates_only:

@@ -27,7 +27,6 @@ class BodyRunner:
     """Runs a model's body, and its head only where logits are read."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        """Wrap a loaded causal language model."""
         self.model = unwrap(model)
         self.network = body_of(self.model)
         self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]

@@ -82,7 +82,6 @@ class FromChance(LogitsProcessor):
     """
 
     def __init__(self, processor: LogitsProcessor) -> None:
-        """Wrap a processor."""
         self.processor = processor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

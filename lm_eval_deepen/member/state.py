@@ -150,7 +150,6 @@ class StateWalker:
     """A walk over trees of token prefixes, depth first, which forwards every node once."""
 
     def __init__(self, runner: StateRunner) -> None:
-        """Walk with `runner`."""
         self.runner = runner
 
     def states(self, paths: TokenSequences) -> Tensor:
@@ -271,7 +270,6 @@ class StateRows:
     """
 
     def __init__(self, runner: StateRunner) -> None:
-        """Start without rows."""
         self.runner = runner
         self.tokens: list[tuple[int, ...]] = []
         self.first: list[int] = []  # tokens of each row when it was admitted

@@ -47,7 +47,6 @@ class TokenTree:
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
@@ -61,7 +60,6 @@ class TokenTree:
         return tree, [tree.add(path) for path in paths]
 
     def __len__(self) -> int:
-        """Return the number of nodes."""
         return len(self.tokens)
 
     def add(self, path: Sequence[int]) -> int:

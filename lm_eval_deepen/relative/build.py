@@ -48,7 +48,6 @@ class MatrixSpec:
     embeddings: str = "input"  # a name of `EMBEDDINGS`
 
     def __post_init__(self) -> None:
-        """Check the values."""
         get_normalization(self.normalization)
         if not (0 < self.temperature < float("inf")):
             raise ConfigError(f"relative_temperature must be a positive number, got {self.temperature!r}.")

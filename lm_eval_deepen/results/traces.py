@@ -36,7 +36,6 @@ class Documents(Sequence[Mapping[str, Any]]):
     """
 
     def __init__(self, keys: Iterable[Key] = (), packed: Iterable[bytes] = ()) -> None:
-        """Take the keys and the packed lines."""
         self.keys, self.packed = list(keys), list(packed)
 
     def append(self, document: Mapping[str, Any], line: str) -> None:
@@ -46,7 +45,6 @@ class Documents(Sequence[Mapping[str, Any]]):
         self.packed.append(zlib.compress(line.encode(), 1))
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self.keys)
 
     @overload
@@ -54,7 +52,6 @@ class Documents(Sequence[Mapping[str, Any]]):
     @overload
     def __getitem__(self, at: slice) -> Documents: ...
     def __getitem__(self, at: int | slice) -> Mapping[str, Any] | Documents:
-        """Parse a document, or return some of them."""
         if isinstance(at, slice):
             return Documents(self.keys[at], self.packed[at])
         document: Mapping[str, Any] = json.loads(zlib.decompress(self.packed[at]))

@@ -52,7 +52,6 @@ class Fusers:
     """Fusers by options; built once."""
 
     def __init__(self, ensemble: Ensemble) -> None:
-        """Take the ensemble whose members are fused."""
         self.ensemble = ensemble
         self._store = MatrixStore(ensemble.config.matrix_dir)
         self._built: dict[FrozenDict, Fuser] = {}

@@ -31,7 +31,6 @@ class AnchorSet:
             )
 
     def __len__(self) -> int:
-        """Return the number of anchors A."""
         return len(self.pieces)
 
     @cached_property

@@ -45,7 +45,6 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        """Start."""
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self._last = time.monotonic(), time.process_time()

@@ -44,7 +44,6 @@ class TrainingBlocks(Dataset):
     multiple: int = 1
 
     def __len__(self) -> int:
-        """Return the number of blocks, repetitions included."""
         return -(-len(self.order) // self.multiple) * self.multiple
 
     def __getitem__(self, at: int) -> dict[str, Any]:
