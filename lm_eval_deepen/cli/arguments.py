@@ -54,6 +54,7 @@ class Names(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
+        """Keep the names."""
         names = [name.strip() for text in values for name in text.split(",") if name.strip()]
         if not names:
             raise argparse.ArgumentError(self, "names nothing")

@@ -272,7 +272,24 @@ class EnsembleBase:
         if notes is not None:
             notes.weights = weights
         with torch.inference_mode():
-            return self._fuse_rows(self.fuser, logp, weights, notes, inside)
+            left = self.fuser.skip(logp, weights) | (weights[:, 0] == 1)
+            if notes is not None:
+                notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
+                notes.leave(BY_METHOD, left.clone())
+            if self.selective is not None:
+                chosen = self._selected(self.selective, self.fuser, logp, weights, ~left, inside)
+                left |= chosen
+                if notes is not None:
+                    notes.leave(f"skip_when={self.selective.when}", chosen)
+            skipped = int(left.sum())
+            self.counters.record_skipped(skipped)
+            if not skipped:
+                return self._fused(self.fuser, logp, weights)
+            out = logp[0].new_full((len(left), len(self.fuser.out_vocab)), -torch.inf)
+            out[:, : logp[0].shape[1]] = logp[0]
+            if skipped < len(left):
+                out[~left] = self._fused(self.fuser, [member[~left] for member in logp], weights[~left])
+            return out
 
     def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
         for member, rows in zip(self.members, logp, strict=True):
@@ -331,33 +348,6 @@ class EnsembleBase:
             result = fused.logp if not bool(left.any()) else fused.logp[~left]
             self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
         return fused.logp
-
-    def _fuse_rows(
-        self,
-        fuser: Fuser,
-        logp: Sequence[Tensor],
-        weights: Tensor,
-        notes: FusionNotes | None = None,
-        inside: Tensor | None = None,
-    ) -> Tensor:
-        left = fuser.skip(logp, weights) | (weights[:, 0] == 1)
-        if notes is not None:
-            notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
-            notes.leave(BY_METHOD, left.clone())
-        if self.selective is not None:
-            chosen = self._selected(self.selective, fuser, logp, weights, ~left, inside)
-            left |= chosen
-            if notes is not None:
-                notes.leave(f"skip_when={self.selective.when}", chosen)
-        skipped = int(left.sum())
-        self.counters.record_skipped(skipped)
-        if not skipped:
-            return self._fused(fuser, logp, weights)
-        out = logp[0].new_full((len(left), len(fuser.out_vocab)), -torch.inf)
-        out[:, : logp[0].shape[1]] = logp[0]
-        if skipped < len(left):
-            out[~left] = self._fused(fuser, [member[~left] for member in logp], weights[~left])
-        return out
 
     def _selected(
         self,

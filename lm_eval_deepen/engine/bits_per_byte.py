@@ -19,7 +19,7 @@ from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
 from lm_eval_deepen.engine.places import Place, places
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
-from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import RequestError
@@ -229,12 +229,22 @@ def cooled(logp: Tensor, temperature: float) -> Tensor:
 
 def _positions(ensemble: Ensemble, documents: Sequence[Document], trees: Sequence[TokenTree]) -> list[Position]:
     """Return the positions of all documents, or raise one RequestError that names every document without any."""
-    prompter = Prompter(ensemble)
+    prompter, pieces = Prompter(ensemble), ensemble.main.codec.vocab.pieces
     positions: list[Position] = []
     refused: list[str] = []
     for index, document in enumerate(documents):
         try:
-            positions += _positions_of(ensemble, prompter, index, document, trees)
+            if not document.text.strip():
+                raise RequestError("it has no text to predict; leave it out.")
+            if document.context:
+                spans = [prompter.span(document.context, document.text)]
+            else:
+                spans = rolling_spans(ensemble, document.text)
+            left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
+            for span in spans:
+                for at, (token, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
+                    left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
+                    positions.append(Position(index, token, left, place))
         except RequestError as error:
             refused.append(f"document {index}: {error}")
     if refused:
@@ -246,21 +256,3 @@ def _positions(ensemble: Ensemble, documents: Sequence[Document], trees: Sequenc
     return [
         replace(p, plans=tuple(own.get(m) for m in range(len(trees)))) for p, own in zip(positions, plans, strict=True)
     ]
-
-
-def _positions_of(
-    ensemble: Ensemble, prompter: Prompter, index: int, document: Document, trees: Sequence[TokenTree]
-) -> Iterator[Position]:
-    pieces = ensemble.main.codec.vocab.pieces
-    if not document.text.strip():
-        raise RequestError("it has no text to predict; leave it out.")
-    spans: list[Span]
-    if document.context:
-        spans = [prompter.span(document.context, document.text)]
-    else:
-        spans = rolling_spans(ensemble, document.text)
-    left = sum(len(pieces[token]) for span in spans for token in span.target) - spans[0].skip
-    for span in spans:
-        for at, (token, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
-            left -= len(pieces[token]) - (span.skip if at == 0 and span is spans[0] else 0)
-            yield Position(index, token, left, place)

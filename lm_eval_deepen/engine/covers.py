@@ -101,9 +101,7 @@ class CoverReader:
             longest: how many tokens it takes in.
         """
         self.main, self.other, self.longest = codecs[0], codecs[m], longest
-        self.stand_in = stand_in(
-            codecs, self.other
-        )  # gives the bytes of its piece that stands for bytes that come next
+        self.stand_in = stand_in(codecs, self.other)  # gives the bytes of its piece that stands for others
         vocab = self.other.vocab.events
         ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
         duplicates = {i: ids for ids in vocab.ids_of.values() for i in ids}
@@ -119,7 +117,7 @@ class CoverReader:
         self._new: Counter[RestsKey] = Counter()  # rests found since they were kept last
         # all that a rest is a function of, but for its key
         self._decides = [sha256(Path(__file__)), sys.byteorder, m, *(repr(codec.identity) for codec in codecs)]
-        self._targets: dict[bytes, int] = {}
+        self._targets: dict[bytes, int] = {}  # its ids that stand for some bytes, -1 where none does
         self._after: dict[int, bytes] = {}
 
     def plan(
@@ -224,9 +222,8 @@ class CoverReader:
         Returns:
             `logp`.
         """
-        extras = [
-            None if plan is None else self._extra(plan, look_up) for plan in plans
-        ]  # all are read before a row is changed
+        # all are read before a row is changed
+        extras = [None if plan is None else self._extra(plan, look_up) for plan in plans]
         for row, extra in enumerate(extras):
             if extra is None:
                 continue
@@ -289,12 +286,9 @@ class CoverReader:
         return torch.cat([targets for targets, _ in parts]), torch.cat([values for _, values in parts]), own
 
     def _targets_of(self, cover: Cover, plan: Plan, at: Tensor) -> Tensor:
-        """Return the member's ids that stand for what pieces go on with [n]; -1 for a piece that does not count.
+        """Return the member's ids that stand for what pieces of a cover's range, at places [n], go on with [n].
 
-        Args:
-            cover: the cover.
-            plan: its plan.
-            at: places of pieces in the cover's range [n].
+        They are -1 for a piece that does not count.
         """
         key = (cover.pending, cover.ahead, plan.tokens, plan.own is None)
         known = self._rests_of(key, cover.last - cover.first)
@@ -336,7 +330,11 @@ class CoverReader:
         if after and plan.own is not None and not self._cuts(plan.word + rest, plan.tokens):
             return -1
         certain = len(rest) + len(after.removesuffix(LETTER))
-        return self._target(self.main.vocab.pieces[tokens[count]][:certain])
+        data = self.main.vocab.pieces[tokens[count]][:certain]
+        if data not in self._targets:
+            ids = self.other.vocab.events.ids_of.get(self.stand_in(data))
+            self._targets[data] = ids[0] if ids else -1
+        return self._targets[data]
 
     def _follows(self, token: int) -> bytes:
         """Return what follows white space that is one of the member's tokens, if its tokenizer says so."""
@@ -350,13 +348,6 @@ class CoverReader:
             )
             self._after[token] = next(following, b"")
         return self._after[token]
-
-    def _target(self, data: bytes) -> int:
-        """Return the other member's id that stands for some bytes, -1 where none does."""
-        if data not in self._targets:
-            ids = self.other.vocab.events.ids_of.get(self.stand_in(data))
-            self._targets[data] = ids[0] if ids else -1
-        return self._targets[data]
 
 
 def _likeliest(mass: Tensor) -> Iterator[tuple[Tensor, float]]:

@@ -143,6 +143,7 @@ class Cheapest(_Adaptive):
         if not self.pays(ensemble, len(rows), min(sizes) / sum(sizes)):
             return [() for _ in rows]
         follower = followers[sizes.index(min(sizes))]
+        member, vocab = follower.member, follower.member.codec.vocab.events
         lengths = [self.length(row) for row in rows]
         routes: list[list[TokenPrefix | None]] = [
             [path_of(ensemble, follower.m, row.job, tuple(row.out.ids), row.out.data)] for row in rows
@@ -151,12 +152,12 @@ class Cheapest(_Adaptive):
         while any(length >= len(route) for route, length in zip(routes, lengths, strict=True)):
             states = follower.states(routes)
             ends = list(accumulate(map(len, routes)))
-            best = argmax(follower.member.logp(states[[end - 1 for end in ends]])).tolist()
+            best = argmax(member.logp(states[[end - 1 for end in ends]])).tolist()
             for at, token in enumerate(best):
                 path = routes[at][-1]
                 if path is None or lengths[at] < len(routes[at]):
                     continue
-                if self._ends(follower, path, token):
+                if token in vocab.control or token in vocab.unused or len(path) >= member.max_length:
                     lengths[at] = 0
                 else:
                     routes[at].append((*path, token))
@@ -164,11 +165,6 @@ class Cheapest(_Adaptive):
             _as_main(ensemble, follower, route[-1][len(route[0]) :]) if route[0] and route[-1] else ()
             for route in routes
         ]
-
-    @staticmethod
-    def _ends(follower: Follower, path: TokenPrefix, token: int) -> bool:
-        vocab = follower.member.codec.vocab.events
-        return token in vocab.control or token in vocab.unused or len(path) >= follower.member.max_length
 
 
 def _as_main(ensemble: EnsembleBase, follower: Follower, ids: Sequence[int]) -> tuple[int, ...]:

@@ -57,7 +57,12 @@ def _evidence(
     members: Sequence[Member], prompts: Sequence[Prompt], fallback: str, last: int | None
 ) -> list[list[Read]]:
     reads: list[list[Read]] = [[] for _ in members]
-    edges = [_edges(member, prompt) for member, prompt in zip(members, prompts, strict=True)]
+    edges: list[dict[int, int]] = []  # where tokens begin, and the last one ends, in bytes of the prompt
+    for member, prompt in zip(members, prompts, strict=True):
+        pieces = member.codec.vocab.pieces
+        places = accumulate((len(pieces[token]) for token in prompt.ids), initial=0)
+        # nothing comes before the first token: it cannot be predicted
+        edges.append({at: place for at, place in enumerate(places) if at})
     parts: list[tuple[list[Stretch], list[int]]] = []  # texts that all have, and where all tokens are cut in them
     left = last
     for stretches in reversed(_stretches(members, prompts, fallback)):
@@ -81,16 +86,6 @@ def _evidence(
     return reads
 
 
-def _edges(member: Member, prompt: Prompt) -> dict[int, int]:
-    """Return where tokens begin, and the last one ends, in bytes of the prompt, but for the first token's beginning.
-
-    Nothing comes before the first token: it cannot be predicted.
-    """
-    pieces = member.codec.vocab.pieces
-    places = accumulate((len(pieces[token]) for token in prompt.ids), initial=0)
-    return {at: place for at, place in enumerate(places) if at}
-
-
 def _stretches(members: Sequence[Member], prompts: Sequence[Prompt], fallback: str) -> list[list[Stretch]]:
     """Return the stretches of text that all prompts have, each as every member's bytes [M]."""
     if not all(prompt.is_evidence for prompt in prompts):
@@ -112,16 +107,8 @@ def _said(member: Member, chat: ChatPrompt, text: bytes, fallback: str) -> list[
     """Return where a member's prompt has every message of a conversation, and what was appended to it, in bytes.
 
     What a template puts around the messages is learnt from its rendering of other messages. The spaces at both ends
-    of a message do not count: some templates drop them.
-
-    Args:
-        member: whose prompt it is.
-        chat: the conversation.
-        text: the prompt's bytes.
-        fallback: see `Member.render`.
-
-    Returns:
-        None for a message that the template does not give as it is, and for those after it.
+    of a message do not count: some templates drop them. A message that the template does not give as it is, and those
+    after it, are None.
     """
     marks = [f"xqzj{n}jzqx" for n in range(len(chat.messages))]
     others = [{**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)]

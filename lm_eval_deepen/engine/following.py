@@ -76,9 +76,8 @@ class Follower:
         self.cache = self.member.runner.rows(len(first), max((len(prompt.ids) for prompt in first), default=0))
         self.ready: deque[Prefilled] = deque()
         self.held: list[TokenPrefix] = []  # the tokens that each row took in last
-        self.kept: dict[
-            TokenPrefix, Tensor
-        ] = {}  # distributions [V_m] of the last step, which covers may read in the next one
+        # distributions [V_m] of the last step, which covers may read in the next one
+        self.kept: dict[TokenPrefix, Tensor] = {}
 
     def prefill(
         self,

@@ -51,7 +51,13 @@ def prompt_losses(
     nodes = list(targets)
     for start in range(0, len(nodes), step):
         chunk = nodes[start : start + step]
-        _read(member.logits(states(chunk)), [targets[node] for node in chunk])
+        logits = member.logits(states(chunk))
+        # a few rows at a time: the log-probabilities of all would take as much memory as the logits again
+        for first in range(0, len(logits), ROWS):
+            for row, node in zip(torch.log_softmax(logits[first : first + ROWS], dim=-1), chunk[first:], strict=False):
+                tokens = list(targets[node])
+                values = row[torch.tensor(tokens, device=row.device)].tolist()
+                targets[node].update(zip(tokens, values, strict=True))
     pieces = member.codec.vocab.pieces
     return [
         None
@@ -65,14 +71,3 @@ def prompt_losses(
         )
         for places in wanted
     ]
-
-
-def _read(logits: Tensor, targets: Sequence[dict[int, float]]) -> None:
-    """Set the log-probability of every token among a row's targets, from logits [n, V].
-
-    The log-probabilities of a few rows at a time: all of them would take as much memory as the logits again.
-    """
-    for start in range(0, len(logits), ROWS):
-        for row, values in zip(torch.log_softmax(logits[start : start + ROWS], dim=-1), targets[start:], strict=False):
-            tokens = list(values)
-            values.update(zip(tokens, row[torch.tensor(tokens, device=row.device)].tolist(), strict=True))

@@ -113,7 +113,9 @@ class Prompter:
             self.main.require_known((*head, *target))
             self._check_target(target)
             return Span((frozen(head[-(self.main.max_length + 1 - len(target)) :]),), target)
-        context, bos = self._strip_bos(context)
+        bos = False
+        if not isinstance(context, ChatPrompt):
+            context, bos = self.main.codec.strip_bos(context)
         head, target, skip = self._split(context, continuation, bos)
         self._check_target(target)
         room = self.main.max_length + 1 - len(target)
@@ -137,9 +139,6 @@ class Prompter:
                 f"a continuation of {len(target)} tokens does not fit into the context of {self.main.max_length} "
                 f"tokens of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
             )
-
-    def _strip_bos(self, context: str) -> tuple[str, bool]:
-        return (context, False) if isinstance(context, ChatPrompt) else self.main.codec.strip_bos(context)
 
     def _split_solo(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Split as the harness's ``_encode_pair`` and ``loglikelihood`` do."""
@@ -171,18 +170,14 @@ class Prompter:
         prefix_space = len(codec.vocab.decode(whole[fixed:])) - len((context + continuation).encode())
         if not context:
             return whole[:fixed] if bos else codec.prefix_ids, whole[fixed:], prefix_space
-        return *self._divide(whole, fixed, len(context.encode()) + prefix_space), 0
-
-    def _divide(self, whole: tuple[int, ...], fixed: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the tokens of the first `size` bytes after `fixed` tokens, and the rest."""
-        pieces, cut, data = self.main.codec.vocab.pieces, fixed, b""
+        size, cut, data = len(context.encode()) + prefix_space, fixed, b""
         for at in range(fixed, len(whole)):
-            data += pieces[whole[at]]
+            data += codec.vocab.pieces[whole[at]]
             if len(data) > size:
                 break
             if not incomplete_tail(data):
                 cut = at + 1
-        return whole[:cut] or self.main.codec.prefix_ids, whole[cut:]
+        return whole[:cut] or codec.prefix_ids, whole[cut:], 0
 
     def prompts(self, context: str, reserve: int = 0) -> tuple[Prompt, ...]:
         """Return the members' prompts for a text to continue, leaving `reserve` tokens of room.
@@ -279,7 +274,9 @@ class Prompter:
             prompts = self._same_text(context, head[:controls], text, kept)
             span = Span(prompts, (*following, -1), skip)
             lengths = span.tokens(self.ensemble, len(following))
-            excess = {m: self._excess(m, lengths[m]) + reserve for m in members}
+            # a member that cannot spell the text is in nobody's way
+            sizes = {m: self.members[m].length(lengths[m] or ()) for m in members}
+            excess = {m: size + reserve - self.members[m].max_length for m, size in sizes.items()}
             if max(excess.values()) <= 0 and len(prompts[0].ids) <= room:
                 return prompts
             if kept > 0:
@@ -292,11 +289,6 @@ class Prompter:
                     f"context in its {self.main.max_length} tokens. Raise max_length, or lower max_gen_toks."
                 )
             kept = longest
-
-    def _excess(self, m: int, tokens: tuple[int, ...] | None) -> int:
-        """Return by how much a text exceeds a member's context; a member that cannot spell it is in nobody's way."""
-        member = self.members[m]
-        return member.length(tokens or ()) - member.max_length
 
     def _same_text(
         self, context: str, controls: tuple[int, ...], text: tuple[int, ...], kept: int

@@ -289,7 +289,11 @@ class _Pass:
         """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member abstains."""
         wanted = [self.place[i] for i in chunk]
         here = [i for i in wanted if i is not None]
-        sources = self._sources(chunk)
+        # the places that covers of the chunk read and that are neither in it nor known from before
+        plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
+        asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
+        read = {self.nodes[i] for i in chunk} | self.kept.keys()
+        sources = [node for node in asked if node not in read]
         rows = self.member.logp(self.states[[*here, *(self.at[node] for node in sources)]]) if here else None
         if rows is None:
             size = self.member.vocab_size
@@ -297,7 +301,7 @@ class _Pass:
         own = [node for i in chunk if (node := self.nodes[i]) is not None]
         if self.left:
             self.here = dict(zip([*own, *sources], rows, strict=True))
-            self.left.subtract(cover.source for i in chunk if (plan := self.plans[i]) for cover in plan.covers)
+            self.left.subtract(cover.source for plan in plans for cover in plan.covers)
             self.kept |= {node: row.clone() for node, row in self.here.items() if self.left[node] > 0}
         if len(here) == len(wanted):
             return rows[: len(here)]
@@ -305,20 +309,12 @@ class _Pass:
         logp[[at for at, i in enumerate(wanted) if i is not None]] = rows[: len(here)]
         return logp
 
-    def _sources(self, chunk: range) -> list[int]:
-        """Return the places that covers of a chunk read and that are neither in it nor known from before."""
-        own = {self.nodes[i] for i in chunk}
-        plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
-        asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
-        return [node for node in asked if node not in own and node not in self.kept]
-
     def look_up(self, node: int) -> Tensor:
         """Return the log-probabilities [V_m] after a node, for a cover of the chunk in hand."""
         return self.here[node] if node in self.here else self.kept[node]
 
     def done(self) -> None:
         """Forget the rows of a chunk that covers of later ones do not read."""
-        self.here = {}
         self.kept = {node: row for node, row in self.kept.items() if self.left[node] > 0}
         self.here = {}
 

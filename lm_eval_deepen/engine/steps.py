@@ -19,7 +19,6 @@ from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.member import Member
     from lm_eval_deepen.vocabulary import ByteVocab
 
 TOP = 5  # pieces that are kept of every member
@@ -69,7 +68,13 @@ class StepReader:
 
     @cached_property
     def _vocabs(self) -> list[ByteVocab | None]:
-        return [_vocabulary(member) for member in self.ensemble.active]
+        vocabs: list[ByteVocab | None] = []
+        for member in self.ensemble.active:
+            try:
+                vocabs.append(member.codec.vocab.events)
+            except VocabularyError:  # one alone, whose tokenizer has no byte mapping
+                vocabs.append(None)
+        return vocabs
 
     @property
     def _out(self) -> ByteVocab | None:
@@ -174,11 +179,3 @@ class StepReader:
         if token in vocab.unused:
             return Piece(token, b"", f"unused row {token}")
         return Piece(token, b"", str(member.lm.tokenizer.convert_ids_to_tokens(token) or identity(vocab, token)))
-
-
-def _vocabulary(member: Member) -> ByteVocab | None:
-    """Return a member's pieces as bytes; None for one alone whose tokenizer has no byte mapping."""
-    try:
-        return member.codec.vocab.events
-    except VocabularyError:
-        return None

@@ -22,7 +22,7 @@ from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
-from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, read_stretches, weighed, with_evidence
+from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches, weighed, with_evidence
 from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
@@ -233,7 +233,13 @@ def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: boo
     texts = Texts(ensemble)
     if ensemble.by_stretches:
         prompter = StretchPrompter(ensemble)
-        return _by_stretches(texts, pairs, [prompter.span(*pair) for pair in pairs])
+        kept = [with_evidence(prompter.span(*pair), ensemble.prompt_stretches or 0) for pair in pairs]
+        nodes = nodes_per_forward(ensemble, texts.batch(1))
+        readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
+        found = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
+        return tuple(
+            ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, found, strict=True)
+        )
     spans = [replace(texts.prompter.span(*pair), traced=traced) for pair in pairs]
     scores = dict(score(ensemble, spans, texts.nodes(spans)))
     return tuple(_scored(pair, [scores[index]], scores[index].total) for index, pair in enumerate(pairs))
@@ -253,16 +259,3 @@ def _scored(pair: tuple[str, str], windows: Sequence[SpanScore], total: float) -
     steps = tuple(window.steps[at] for window in windows for at in sorted(window.steps))
     logp = tuple(value for window in windows for value in window.logp)
     return ScoredText(*pair, total, all(window.greedy for window in windows), logp, steps)
-
-
-def _by_stretches(
-    texts: Texts, pairs: Sequence[tuple[str, str]], spans: Sequence[StretchSpan]
-) -> tuple[ScoredText, ...]:
-    ensemble = texts.ensemble
-    kept = [with_evidence(span, ensemble.prompt_stretches or 0) for span in spans]
-    nodes = nodes_per_forward(ensemble, texts.batch(1))
-    readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
-    scores = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
-    return tuple(
-        ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, scores, strict=True)
-    )

@@ -149,6 +149,12 @@ class Trace:
         pooled = {"pooled": {"requests": int(count), **means, **absent}} if count else {}
         selected = {"selective": dict(self.selected)} if self.selected else {}
         turns = {"sampled_by_turns": dict(self.turns)} if self.turns else {}
+        sums: dict[str, float] = {}
+        for key, value in sorted(self.sums.items()) if fused else ():
+            if key.startswith(COUNT):
+                sums[key] = int(value)
+            else:
+                sums[f"mean_{key}"] = value / fused
         stretched: dict[str, Any] = {}
         if texts := self.stretched["texts"]:
             weights = {name: self.stretched[f"weight {name}"] / texts for name in self.names}
@@ -167,9 +173,5 @@ class Trace:
             "argmax_differs_from_main": share["argmax_changed"],
             "members_agree": share["members_agree"],
             **dict(sorted(self.maxima.items())),
-            **dict(self._summed(key, self.sums[key], fused) for key in sorted(self.sums) if fused),
+            **sums,
         }
-
-    @staticmethod
-    def _summed(key: str, total: float, rows: int) -> tuple[str, float]:
-        return (key, int(total)) if key.startswith(COUNT) else (f"mean_{key}", total / rows)

@@ -133,7 +133,11 @@ class TurnDecoder(Decoder):
     def _wanted(self, row: BatchRow) -> tuple[int, list[TokenPrefix | None]]:
         """Return which member a row waits for, and the places where it is read."""
         if row.index not in self.turns:
-            self.turns[row.index] = _Turn(self._expert(row))
+            expert = 0
+            if self.ensemble.learns:
+                assert row.weights is not None
+                expert = int(torch.multinomial(row.weights.exp(), 1, generator=row.job.generator))
+            self.turns[row.index] = _Turn(expert)
         turn = self.turns[row.index]
         if turn.member is None and not turn.reason:
             ids, data = tuple(row.out.ids), row.out.data
@@ -147,12 +151,6 @@ class TurnDecoder(Decoder):
             return turn.member, here
         goes_on = turn.member == 0 and _begins(main, turn.proposals[-1].path)
         return 0, [*(proposal.path for proposal in turn.proposals), *(here if goes_on else [])]
-
-    def _expert(self, row: BatchRow) -> int:
-        if not self.ensemble.learns:
-            return 0
-        assert row.weights is not None
-        return int(torch.multinomial(row.weights.exp(), 1, generator=row.job.generator))
 
     def _draw_member(self, row: BatchRow, turn: _Turn) -> None:
         """Draw whose turn it is, among the members that take part."""

@@ -9,7 +9,6 @@ from dataclasses import replace
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompts import Span, frozen, require_text, same_text
 from lm_eval_deepen.errors import WindowError
-from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.text import incomplete_tail
 
 
@@ -75,17 +74,13 @@ def _span(ensemble: EnsembleBase, tokens: tuple[int, ...], text: str, window: tu
         first = codec.vocab.decode(tokens[:end])[skip:]
         prompts = tuple(prompt.before(first) for prompt in same_text(ensemble, codec.prefix_ids, ""))
         return Span(prompts, tokens[:end], skip)
-    while begin > 0 and codec.vocab.decode(tokens[begin:start])[:1] and _inside_character(codec, tokens[begin]):
-        begin -= 1
+    while begin > 0 and codec.vocab.decode(tokens[begin:start]) and codec.vocab.pieces[tokens[begin]][0] & 0xC0 == 0x80:
+        begin -= 1  # never begin inside a character
     seen = codec.vocab.decode(tokens[begin:start])
     lead = seen[len(seen) - incomplete_tail(seen) :]
     words = seen[: len(seen) - len(lead)].decode()
     prompts = same_text(ensemble, codec.automatic_prefix + tokens[begin:start], words)
     return Span(tuple(replace(prompt, is_evidence=False) for prompt in prompts), tokens[start:end], lead=lead)
-
-
-def _inside_character(codec: TextCodec, token: int) -> bool:
-    return codec.vocab.pieces[token][0] & 0xC0 == 0x80
 
 
 def _shares(ensemble: EnsembleBase, span: Span) -> list[float]:
