@@ -77,8 +77,7 @@ def _check_vocabularies(
     if pieces and others and pieces != others:
         odd = next(piece for piece in [*pieces, *others] if pieces.get(piece) != others.get(piece))
         raise IncompatibleError(
-            DIFFERENCES[1],
-            f"{odd!r} has the id {pieces.get(odd)} in {first} and {others.get(odd)} in {other}. {hint}",
+            DIFFERENCES[1], f"{odd!r} has the id {pieces.get(odd)} in {first} and {others.get(odd)} in {other}. {hint}"
         )
 
 

@@ -70,8 +70,7 @@ class EnsembleConfig(Settings):
         alone = len(self.members) == 1
         if self.weights_change and alone:
             raise conflict(
-                "weighting",
-                f"weighting={self.weighting} has nothing to weigh: there is one member; remove weighting",
+                "weighting", f"weighting={self.weighting} has nothing to weigh: there is one member; remove weighting"
             )
         if self.trace_dir is not None and self.trace is None:
             raise conflict("trace_dir", "trace_dir says where traces are written, and trace is not set; set trace=true")
@@ -112,8 +111,7 @@ class EnsembleConfig(Settings):
                     )
         if self.pooling is not None and alone:
             raise conflict(
-                "pooling",
-                f"pooling={self.pooling} has nothing to combine: there is one member; remove pooling",
+                "pooling", f"pooling={self.pooling} has nothing to combine: there is one member; remove pooling"
             )
         if self.pooling is not None and self.weights_change:
             raise conflict(

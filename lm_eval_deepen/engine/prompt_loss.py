@@ -32,10 +32,7 @@ def places_of(
 
 
 def prompt_losses(
-    member: Member,
-    wanted: Sequence[Sequence[Place] | None],
-    states: Callable[[Sequence[int]], Tensor],
-    step: int,
+    member: Member, wanted: Sequence[Sequence[Place] | None], states: Callable[[Sequence[int]], Tensor], step: int
 ) -> list[PromptLoss | None]:
     """Return one member's loss on each prompt.
 

@@ -177,10 +177,7 @@ def _score_round(
 
 
 def _ledger(
-    ensemble: EnsembleBase,
-    base: Sequence[Tensor] | None,
-    rows: Sequence[_Row],
-    results: dict[int, SpanScore],
+    ensemble: EnsembleBase, base: Sequence[Tensor] | None, rows: Sequence[_Row], results: dict[int, SpanScore]
 ) -> Ledger:
     """Return the ledger of a round's spans, which start with the prior or with what their prompts made of it."""
     prior = ensemble.experts.log_prior

@@ -69,9 +69,7 @@ class Deepen(Options):
     )
     average: Annotated[
         Literal["linear", "geometric", "min", "max", "consistent"] | tuple[float, ...],
-        Shown(
-            "'linear', 'geometric', 'min', 'max', 'consistent', a number but 0 or one number for each member",
-        ),
+        Shown("'linear', 'geometric', 'min', 'max', 'consistent', a number but 0 or one number for each member"),
     ] = Field(
         "linear",
         description="How the members' relative vectors are averaged: `linear` is as published. A number p gives the "
@@ -268,11 +266,7 @@ class Deepen(Options):
                 "average", f"has {len(self.average)} exponents for {len(vocabularies)} members. Give one for each."
             )
         return find_anchors(
-            vocabularies,
-            max_anchors=self.max_anchors,
-            seed=self.anchor_seed,
-            min_anchors=self.min_anchors,
-            names=names,
+            vocabularies, max_anchors=self.max_anchors, seed=self.anchor_seed, min_anchors=self.min_anchors, names=names
         )
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:

@@ -42,11 +42,7 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
             for key in figures[0]:
                 known = [value for one in figures if (value := one.get(key)) is not None]
                 means[key] = float(np.mean(known)) if known else None
-            extra[group] = {
-                **means,
-                SEEDS: float(len(rows)),
-                SPREAD: spread([one.score for one in own]),
-            }
+            extra[group] = {**means, SEEDS: float(len(rows)), SPREAD: spread([one.score for one in own])}
     return replace(measured, scores=scores, extra=extra)
 
 

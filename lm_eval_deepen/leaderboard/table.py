@@ -253,12 +253,7 @@ def _with_needs(row: ScoreRow, measured: Measured, alpha: float, power: float) -
 
 
 def _as_reported(
-    recipe: LeaderboardRecipe,
-    runs: Sequence[Run],
-    name: str,
-    metric: str,
-    flt: str,
-    task: LoadedTask,
+    recipe: LeaderboardRecipe, runs: Sequence[Run], name: str, metric: str, flt: str, task: LoadedTask
 ) -> list[Reported]:
     """Return what the harness gives for a metric of which some score was published; nothing where none was."""
     groups = {row.name: row.group for row in recipe.rows}

@@ -40,12 +40,7 @@ def record(config: EnsembleConfig, hashes: Iterable[str], about: Mapping[str, An
         about: objective, tasks, split and scores, as plain data.
     """
     kept = sorted({kept_digits(digest) for digest in hashes})
-    return {
-        **about,
-        "fingerprint": config.fingerprint(),
-        "documents_digest": _digest(kept),
-        "document_hashes": kept,
-    }
+    return {**about, "fingerprint": config.fingerprint(), "documents_digest": _digest(kept), "document_hashes": kept}
 
 
 def read_tuned(path: Path, config: EnsembleConfig) -> Tuned | None:

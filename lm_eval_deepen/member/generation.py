@@ -108,7 +108,7 @@ def _check_until(given: Mapping[str, Any]) -> None:
     until = given.get("until", [])
     stops = until if isinstance(until, list) else [until]
     if all(isinstance(stop, str) for stop in stops):
-        if halves := [stop for stop in stops if not _has_bytes(stop)]:
+        if halves := [stop for stop in stops if stop.encode(errors="ignore").decode() != stop]:
             raise RequestError(
                 f"generation argument until has {halves[0]!r}, with half of a UTF-16 pair, which no text has. Mend it."
             )
@@ -117,14 +117,6 @@ def _check_until(given: Mapping[str, Any]) -> None:
         f"generation argument until={until!r} must be text or a list of texts. Quote what is no text, or give [] for "
         "no stop string."
     )
-
-
-def _has_bytes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_length(given: Mapping[str, Any]) -> None:
@@ -302,8 +294,10 @@ class Settings:
         config = self._config(own, asked, prompt)
         if config.cache_implementation in OTHER_CACHES or config.get_generation_mode() not in GREEDY_OR_SAMPLED:
             raise Unsupported
-        if config.do_sample and config.temperature is not None and not _divides(config.temperature):
-            raise ValueError(f"logits divided by a temperature of {config.temperature!r} are no finite numbers")
+        heat = config.temperature if config.do_sample else None
+        least = torch.finfo(torch.float32).tiny  # divided by less, `generate` itself would draw from NaN
+        if heat is not None and not (isinstance(heat, (int, float)) and least <= heat < math.inf):
+            raise ValueError(f"logits divided by a temperature of {heat!r} are no finite numbers")
         ids = torch.tensor([list(prompt)], device=self.device)
         head = self.model.get_output_embeddings()
         size = head.weight.shape[0] if hasattr(head, "weight") else self.model.config.get_text_config().vocab_size
@@ -323,11 +317,6 @@ def _why(problem: Exception) -> str:
     if isinstance(problem, Unsupported):
         return f"is not supported: texts are decoded token by token, greedily or sampled. Supported: {SUPPORTED}."
     return f"cannot be honoured: {' '.join(str(problem).split()).rstrip('.')}."
-
-
-def _divides(temperature: Any) -> bool:
-    """Return whether logits can be divided by a temperature: `generate` itself would draw from NaN."""
-    return isinstance(temperature, (int, float)) and torch.finfo(torch.float32).tiny <= temperature < math.inf
 
 
 def _succeeds(attempt: Callable[..., None], *arguments: Any) -> bool:

@@ -56,15 +56,8 @@ def sharpest(model: nn.Module, autocast: torch.dtype | None) -> tuple[nn.Module,
 def decides(model: nn.Module, autocast: torch.dtype | None, longest: int) -> list[Any] | None:
     """Return all that the outcome of `check_reading` and `check_tree` is a function of, beside this package's code.
 
-    Weights count by sums of their bits. What touches every weight once takes a hundredth of the checks' time.
-
-    Args:
-        model: the model.
-        autocast: what it is autocast to.
-        longest: the number of tokens that its context holds.
-
-    Returns:
-        None where nothing is kept: of small models, and of weights that are not all here, and plain.
+    Weights count by sums of their bits. What touches every weight once takes a hundredth of the checks' time. None
+    where nothing is kept: of small models, and of weights that are not all here, and plain.
     """
     weights = dict(chain(model.named_parameters(), model.named_buffers()))
     plain = all(type(x) in (Tensor, nn.Parameter) and x.is_contiguous() for x in weights.values())
@@ -92,13 +85,7 @@ def decides(model: nn.Module, autocast: torch.dtype | None, longest: int) -> lis
 
 
 def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = None, length: int = SHORT) -> None:
-    """Check that what a model says after a text depends on that text, and on nothing else.
-
-    Args:
-        model: the model that `PlainRunner` forwards.
-        name: the member's name, for the error.
-        autocast: what it is autocast to.
-        length: the number of tokens to try it on.
+    """Check that what a model says after a text, of `length` tokens, depends on that text, and on nothing else.
 
     Raises:
         MemberError: it depends on what follows, or on chance, or is no number.
@@ -120,23 +107,19 @@ def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = No
     if said.dtype not in HALF:  # passes of different lengths round differently
         alone = plain.logits(plain.states_at([first[:half]])).cpu()
         drifts["with the length of the text that follows"] = _apart(said[:1], alone)
+    encoder = getattr(model.config, "is_decoder", None) is False
+    hint = " Its config.json has is_decoder: false; a decoder has true." if encoder else ""
     for what, drift in drifts.items():
         if drift > allowed:
             raise MemberError(
                 f"member {name!r}: {kind} is no causal language model as it is configured: what it says after a text "
-                f"changes {what} (by {drift:.2g}; another token before changes it by {effect:.2g}).{_hint(model)} Use "
+                f"changes {what} (by {drift:.2g}; another token before changes it by {effect:.2g}).{hint} Use "
                 "a model that reads from left to right."
             )
 
 
 def needs_a_pass_alone(model: nn.Module, longest: int, autocast: torch.dtype | None = None) -> bool:
-    """Return whether other texts in a forward pass change what a model says, as where positions follow the longest.
-
-    Args:
-        model: the model that `PlainRunner` forwards.
-        longest: the number of tokens that its context holds.
-        autocast: what it is autocast to.
-    """
+    """Return whether other texts in a forward pass change what a model says, as where positions follow the longest."""
     plain = PlainRunner(model, autocast)
     first, second, third = _paths(model)
     short, changed = first[: SHORT // 2], second[: SHORT // 2]
@@ -159,11 +142,6 @@ def generates_as_it_reads(model: nn.Module, longest: int, autocast: torch.dtype 
     """Return whether the model's own ``generate``, which `--model hf` calls, follows what it says of a whole text.
 
     Some classes count positions from elsewhere in ``generate``, add a token, or drop keys that their masks still show.
-
-    Args:
-        model: the model that `PlainRunner` forwards.
-        longest: the number of tokens that its context holds.
-        autocast: what it is autocast to.
     """
     plain, steps = PlainRunner(model, autocast), 3
     prompt = _paths(model, min(longest - steps, LONG))[0]
@@ -189,11 +167,7 @@ def generates_as_it_reads(model: nn.Module, longest: int, autocast: torch.dtype 
 
 
 def check_tree(runner: TreeRunner, longest: int) -> None:
-    """Compare packed trees and rolled-back caches with plain forward passes.
-
-    Args:
-        runner: of the model that is checked.
-        longest: the number of tokens that its context holds.
+    """Compare packed trees and rolled-back caches with plain forward passes, in a context of `longest` tokens.
 
     Raises:
         ArithmeticError: they differ by more than rounding, or positions are not those that are given.
@@ -223,10 +197,6 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
 
 def check_state(runner: StateRunner, longest: int) -> None:
     """Compare walks from copied states, and rows that go on, join and go back, with plain forward passes.
-
-    Args:
-        runner: of the model that is checked.
-        longest: the number of tokens that its context holds.
 
     Raises:
         ArithmeticError: they differ by more than rounding.
@@ -287,11 +257,7 @@ def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int],
 def _packed(runner: TreeRunner, paths: TokenSequences, longest: int, by_column: bool = False) -> Tensor:
     """Return the logits [n, V] after paths that lie scattered in one forward pass, with others at the context's end.
 
-    Args:
-        runner: what forwards them.
-        paths: token paths.
-        longest: the number of tokens that the context holds.
-        by_column: whether positions are those in the pass, which are wrong, instead of those in the paths.
+    By column, positions are those in the pass, which are wrong, instead of those in the paths.
     """
     tree = TokenTree()
     ends = [tree.add(path) for path in paths]
@@ -347,8 +313,3 @@ def _compare(what: str, got: Tensor, expected: Tensor, allowed: float) -> None:
         raise ArithmeticError(
             f"{what} differs from a plain forward pass by {drift:.2g}, where {allowed:.2g} is rounding"
         )
-
-
-def _hint(model: nn.Module) -> str:
-    encoder = getattr(model.config, "is_decoder", None) is False
-    return " Its config.json has is_decoder: false; a decoder has true." if encoder else ""

@@ -171,19 +171,12 @@ class PlainRunner:
             batch.append(path)
             width = max(map(len, batch))
             if not after or self.alone or (len(batch) + 1) * max(width, len(after)) * size > PLAIN_LOGITS:
-                states.update(self._read(batch, pending))
+                mask = pad([[1] * len(path) for path in batch], width)
+                logits = self.forward(pad(batch, width), attention_mask=mask)
+                self.forwarded += sum(map(len, batch))
+                states |= {path: logits[row, len(path) - 1].clone() for path, row in pending}
                 batch, pending = [], []
         return torch.stack([states[tuple(path)] for path in paths])
-
-    def _read(
-        self, batch: TokenSequences, pending: Sequence[tuple[tuple[int, ...], int]]
-    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        width = max(map(len, batch))
-        mask = pad([[1] * len(path) for path in batch], width)
-        logits = self.forward(pad(batch, width), attention_mask=mask)
-        self.forwarded += sum(map(len, batch))
-        for path, row in pending:
-            yield path, logits[row, len(path) - 1].clone()
 
     def forward(self, ids: Tensor, **inputs: Tensor) -> Tensor:
         """Return the logits [B, N, V] for ids [B, N] and other inputs of the model's forward."""

@@ -20,11 +20,7 @@ from transformers import (
 from lm_eval_deepen.errors import RequestError, one_line
 
 # These multiply scores, so that what they do depends on where the zero of the logits lies.
-MULTIPLYING = (
-    RepetitionPenaltyLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    ExponentialDecayLengthPenalty,
-)
+MULTIPLYING = (RepetitionPenaltyLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor, ExponentialDecayLengthPenalty)
 
 
 @dataclass(frozen=True, eq=False)

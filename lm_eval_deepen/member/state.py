@@ -40,11 +40,7 @@ class StateRunner(BodyRunner):
     """Forwards tokens after a state that the model itself made."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        autocast: torch.dtype | None = None,
-        by_token: bool = False,
-        together: bool = True,
+        self, model: nn.Module, autocast: torch.dtype | None = None, by_token: bool = False, together: bool = True
     ) -> None:
         """Wrap a loaded causal language model.
 

@@ -348,12 +348,8 @@ class TextCodec:
     def prompt(self, text: str) -> Prompt:
         """Return the prompt for plain text; an empty text is conditioned on the prefix token."""
         if not text:
-            return Prompt(
-                self.prefix_ids,
-                " " if self.prefix_space else "",
-                self.prefix_ids,
-                prefix_space=not self.opening.doubles,
-            )
+            space = " " if self.prefix_space else ""
+            return Prompt(self.prefix_ids, space, self.prefix_ids, prefix_space=not self.opening.doubles)
         opened = self._opened(text)
         cut = last_safe_cut(opened) if self.cuts else 0
         try:
@@ -375,11 +371,8 @@ class TextCodec:
         ids, tail = tuple(ids), text[start:]
         if self.cuts:
             tail = tail[last_safe_cut(tail) :]
-        for candidate in (
-            " " + tail,
-            tail,
-            tail.lstrip(" "),
-        ):  # a space in front is a prefix space; a control token may eat one
+        # a space in front is a prefix space; a control token may eat one
+        for candidate in (" " + tail, tail, tail.lstrip(" ")):
             try:
                 encoded = self.encode(candidate)
             except VocabularyError:  # a template's text, which was normalised

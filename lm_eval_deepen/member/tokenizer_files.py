@@ -192,12 +192,9 @@ def require_same(
 def differences(
     spec: Mapping[str, Any], files: TokenizerFiles, *, edges: bool = True
 ) -> tuple[list[Difference], list[str]]:
-    """Return where a loaded tokenizer does otherwise than its file, and differences too small to refuse it.
+    """Return where a loaded tokenizer, as JSON, does otherwise than its file, and differences too small to refuse it.
 
-    Args:
-        spec: the JSON of the loaded tokenizer.
-        files: its files.
-        edges: whether the control tokens around a text are compared.
+    With `edges`, the control tokens around a text are compared as well.
     """
     compared = _Compared(spec, files.read(), files.config)
     differing = [*compared.added_tokens(), *compared.splits(), *compared.decoder()]
@@ -243,7 +240,9 @@ class _Compared:
                 differing.append(
                     Difference("added_tokens", f"id {min(expected)}", f"id {loaded[content]['id']}", effect)
                 )
-            elif not any(_same_flags(loaded[content], token) for token in flags[content]):
+            elif not any(
+                all(bool(loaded[content].get(key)) == bool(token.get(key)) for key in FLAGS) for token in flags[content]
+            ):
                 file, got = (str([key for key in FLAGS if t.get(key)]) for t in (flags[content][0], loaded[content]))
                 effect = f"{content!r} takes other spaces beside it, or is found elsewhere"
                 differing.append(Difference("added_tokens", file, got, effect))
@@ -336,10 +335,6 @@ class _Compared:
         if got == expected:
             return []
         return [self.difference("post_processor", f"the text 'a' is put between {got} instead of {expected}")]
-
-
-def _same_flags(loaded: Mapping[str, Any], file: Mapping[str, Any]) -> bool:
-    return all(bool(loaded.get(key)) == bool(file.get(key)) for key in FLAGS)
 
 
 def with_parts(spec: Mapping[str, Any], vocabulary: Sequence[str] = (), **parts: Any) -> tokenizers.Tokenizer:

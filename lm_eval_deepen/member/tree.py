@@ -160,6 +160,6 @@ def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return low
 
 
-def pad(rows: Iterable[Sequence[int]], width: int, value: int = 0) -> Tensor:
-    """Return rows of token ids right-padded to one tensor [B, width] (int64)."""
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
+def pad(rows: Iterable[Sequence[int]], width: int) -> Tensor:
+    """Return rows of token ids right-padded with 0 to one tensor [B, width] (int64)."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long)

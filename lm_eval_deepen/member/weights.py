@@ -127,28 +127,18 @@ def check_weights(reports: Sequence[WeightsReport], where: str, allowed: Mapping
         MemberError: they are not, and it is not allowed.
     """
     for report in reports:
-        for what, keys, key in (
-            (f"lack {{}} of {report.kind}; random values would stand there", report.missing, ALLOW_MISSING),
-            (
-                f"have another shape of {{}} of {report.kind}; random values would stand there",
-                report.mismatched,
-                ALLOW_MISSING,
-            ),
-            (
-                f"hold {{}}, which {report.kind} has no place for; they would be left out",
-                report.unexpected,
-                ALLOW_UNEXPECTED,
-            ),
+        random = f"of {report.kind}; random values would stand there"
+        no_place = f", which {report.kind} has no place for; they would be left out"
+        for verb, keys, rest, key in (
+            ("lack", report.missing, f" {random}", ALLOW_MISSING),
+            ("have another shape of", report.mismatched, f" {random}", ALLOW_MISSING),
+            ("hold", report.unexpected, no_place, ALLOW_UNEXPECTED),
         ):
             if keys and not (allowed or {}).get(key):
+                more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+                some = f"{len(keys)} weight{'s' * (len(keys) > 1)} ({', '.join(keys[:SHOWN])}{more})"
                 remedy = "" if allowed is None else f", or give the member {key}: true"
                 raise MemberError(
-                    f"{where} the files of {report.source} {what.format(_some(keys))}. Correct config.json (number of "
+                    f"{where} the files of {report.source} {verb} {some}{rest}. Correct config.json (number of "
                     f"layers, vocabulary, tie_word_embeddings, architectures) or the files{remedy}."
                 )
-
-
-def _some(keys: Sequence[str]) -> str:
-    """Return how many weights these are, and the names of the first."""
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{len(keys)} weight{'s' * (len(keys) > 1)} ({', '.join(keys[:SHOWN])}{more})"

@@ -54,11 +54,7 @@ def content_hash(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> 
 
 
 def write_matrix(
-    path: Path,
-    matrix: RelativeMatrix,
-    anchor_ids: list[int],
-    identity: Mapping[str, Any],
-    build_seconds: float,
+    path: Path, matrix: RelativeMatrix, anchor_ids: list[int], identity: Mapping[str, Any], build_seconds: float
 ) -> None:
     """Write a matrix file in one step, under its lock: readers see the whole file or none.
 
@@ -67,11 +63,7 @@ def write_matrix(
     """
     tensors = {"anchor_ids": torch.tensor(anchor_ids, dtype=torch.int64)}
     if isinstance(matrix, SparseMatrix):
-        tensors |= {
-            "values": matrix.values.half(),
-            "indices": matrix.indices,
-            "dropped_mass": matrix.dropped_mass,
-        }
+        tensors |= {"values": matrix.values.half(), "indices": matrix.indices, "dropped_mass": matrix.dropped_mass}
         described = matrix.values.sum(1) > 0
         dropped = float(matrix.dropped_mass[described].mean()) if bool(described.any()) else 0.0
     elif isinstance(matrix, DenseMatrix):

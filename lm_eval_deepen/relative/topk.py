@@ -22,12 +22,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def largest(
-    rows: Tensor,
-    k: int,
-    *,
-    mask: Tensor | None = None,
-    maxima: Tensor | None = None,
-    index: Tensor | None = None,
+    rows: Tensor, k: int, *, mask: Tensor | None = None, maxima: Tensor | None = None, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest values [b, k] of rows [B, n] and their positions, in no particular order.
 
