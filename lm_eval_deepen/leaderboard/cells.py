@@ -121,7 +121,10 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
         cell = _parsed(mark)
         if json.loads(json.dumps(wanted)) == cell.identity:
             cell.check()
-            if not (changed := _changed(cell, files or {})):
+            then = cell.facts.get("files")  # what the cell says of its models' folders, if it does
+            known = then if isinstance(then, dict) else files or {}
+            changed = [place for place, digest in (files or {}).items() if known.get(place, digest) != digest]
+            if not changed:
                 return cell
     except (ResultError, StorageError) as error:
         if redo:
@@ -136,12 +139,6 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
         f"{fingerprint(wanted)[:12]} wanted ({_differences(cell.identity, wanted)})"
     )
     raise ResultError(f"{mark} {why}. --redo evaluates such cells again; another --out keeps both")
-
-
-def _changed(cell: Cell, files: Mapping[str, str]) -> list[str]:
-    """Return the folders whose files are others than when a cell was evaluated, as far as it says."""
-    then = cell.facts.get("files")
-    return [place for place, digest in files.items() if isinstance(then, dict) and then.get(place, digest) != digest]
 
 
 def _parsed(mark: Path) -> Cell:

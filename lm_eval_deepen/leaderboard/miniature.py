@@ -37,7 +37,7 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
         limit: the most documents of a task.
 
     Raises:
-        ConfigError: no model is given.
+        ConfigError: no model is given, or the recipe of a member that is built is in a file of its own.
     """
     if not models:
         raise ConfigError("--models: give at least one model")
@@ -47,7 +47,13 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
         keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
         kept = {key: value for key, value in keys.items() if key in _OWN}
         if "build" in keys:
-            kept["build"] = _build(keys["build"], models[0])
+            recipe = keys["build"]
+            if not isinstance(recipe, Mapping) or "models" not in recipe:
+                raise ConfigError(
+                    f"a member is built by {recipe!r}: a miniature takes members whose recipe stands in the "
+                    "leaderboard, with `models`; run this one with `lm-eval-deepen leaderboard`"
+                )
+            kept["build"] = {**recipe, **_LITTLE, "models": dict.fromkeys(recipe["models"], models[0])}
         else:
             kept["pretrained"] = models[at % len(models)]
         members.append({"name": str(keys.get("name") or keys["pretrained"].rpartition("/")[2]), **kept})
@@ -56,36 +62,19 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     if raw.get("rows"):
         small["rows"] = [_row(row) for row in raw["rows"]]
     small["tasks"], names = _tasks(raw, limit)
-    small["rows"] = [_renamed(row, names) for row in small.get("rows") or []] or None
-    small["members"] = [
-        {**one, "tasks": [names[task] for task in _listed(one["tasks"])]} if "tasks" in one else one for one in members
-    ]
-    small["expected"] = [shown for table in raw.get("expected") or [] if (shown := _published(table, names))]
+    small["rows"] = small.get("rows") or None
+    for row in small["rows"] or []:
+        if "by_task" in row:
+            row["by_task"] = {names.get(task, task): own for task, own in row["by_task"].items()}
+    for one in members:
+        if "tasks" in one:
+            listed = one["tasks"] if isinstance(one["tasks"], list) else [one["tasks"]]
+            one["tasks"] = [names[task] for task in listed]
+    small["expected"] = []  # without the tasks that others stand in for
+    for table in raw.get("expected") or []:
+        if scores := {task: rows for task, rows in table["scores"].items() if names[task] == task}:
+            small["expected"].append({**table, "scores": scores})
     return {key: value for key, value in small.items() if value is not None and key != "limit"}
-
-
-def _build(recipe: Any, model: str) -> dict[str, Any]:
-    """Return the recipe of a member that is trained from the first model, on little text.
-
-    Raises:
-        ConfigError: the recipe is in a file of its own.
-    """
-    if not isinstance(recipe, Mapping) or "models" not in recipe:
-        raise ConfigError(
-            f"a member is built by {recipe!r}: a miniature takes members whose recipe stands in the leaderboard, with "
-            "`models`; run this one with `lm-eval-deepen leaderboard`"
-        )
-    return {**recipe, **_LITTLE, "models": dict.fromkeys(recipe["models"], model)}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _published(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return a published table without the tasks that others stand in for; None where nothing is left."""
-    scores = {task: rows for task, rows in table["scores"].items() if names[task] == task}
-    return {**table, "scores": scores} if scores else None
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,12 +107,6 @@ def _tasks(raw: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Any]], di
             keys["gen_kwargs"] = {"max_gen_toks": _TOKENS}
         specs.append(keys)
     return specs, names
-
-
-def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    if "by_task" not in row:
-        return dict(row)
-    return {**row, "by_task": {names.get(task, task): own for task, own in row["by_task"].items()}}
 
 
 # --- data

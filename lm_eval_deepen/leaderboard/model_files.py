@@ -25,17 +25,17 @@ def digests(members: Sequence[MemberConfig]) -> dict[str, str]:
     """Return digests of the files in the folders that members are loaded from, by folder; a hub name has none."""
     named = [place for one in members for place in (one.pretrained, *(one.loading.get(key) for key in _PLACES))]
     folders = [place for place in dict.fromkeys(named) if isinstance(place, str) and os.path.isdir(place)]
-    return {place: _digest(_files(Path(place))) for place in folders}
-
-
-def _files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
-    """Return the deciding files with their sizes and times."""
-    paths = sorted(path for path in folder.iterdir() if any(fnmatch(path.name, known) for known in _DECIDING))
-    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file())
+    found = {}
+    for place in folders:
+        paths = [path for path in Path(place).iterdir() if any(fnmatch(path.name, known) for known in _DECIDING)]
+        stats = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
+        found[place] = _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    return found
 
 
 @lru_cache(maxsize=256)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Return the digest of some files with their sizes and times."""
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.name} {size}\n".encode())

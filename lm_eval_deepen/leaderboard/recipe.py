@@ -174,7 +174,12 @@ def _rows(
     listed = take_members(_listed(keys.members, "members"), folder, built)
     entries = [_member(entry, folder, f"members[{i}]") for i, entry in enumerate(listed)]
     only = [_only(entry, tasks, f"members[{i}]") for i, entry in enumerate(entries)]
-    members = _placed(configure({**common, "members": entries}).members, elsewhere)
+    configured = configure({**common, "members": entries}).members
+    names = [member.name for member in configured]
+    for name in elsewhere:
+        if name not in names:
+            raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
+    members = tuple(one.replace(pretrained=elsewhere.get(one.name, one.pretrained)) for one in configured)
     built = {name: recipe for name, recipe in built.items() if name not in elsewhere}
     built_rows, others = take_rows(keys.rows, folder, built)
     notes: list[str] = []
@@ -220,15 +225,6 @@ def _only(entry: dict[str, Any], tasks: Sequence[str], at: str) -> tuple[str, ..
             near = did_you_mean(str(name), tasks)
             raise ConfigError(f"{at}: tasks: {name!r} is no task of the recipe.{near} Tasks: {', '.join(tasks)}")
     return tuple(names)
-
-
-def _placed(members: Sequence[MemberConfig], elsewhere: Mapping[str, str]) -> tuple[MemberConfig, ...]:
-    """Return the members, where they are loaded from elsewhere, from there."""
-    names = [member.name for member in members]
-    for name in elsewhere:
-        if name not in names:
-            raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
-    return tuple(member.replace(pretrained=elsewhere.get(member.name, member.pretrained)) for member in members)
 
 
 def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:

@@ -29,10 +29,8 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
         ConfigError: a recipe of another kind, or one that says no task.
     """
     raw = given(read_recipe(path, "leaderboard", "ensemble"))
-    return raw if raw.keys() & {"tasks", "grid", "rows"} else _of_ensemble(path)
-
-
-def _of_ensemble(path: Path) -> dict[str, Any]:
+    if raw.keys() & {"tasks", "grid", "rows"}:
+        return raw
     recipe, keys = load_recipe(path), read_ensemble_file(path)
     if not recipe.task:
         raise ConfigError(f"{path}: the recipe says no task; add `task`", key="task")

@@ -130,9 +130,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         known = "" if one.published is None else f", published {report.number(one.published)}"
         notes.append(f"{one.column}, as reported, without a test: {one.system} {report.number(one.score)}{known}")
     where_from = provenance(recipe, evaluations)
-    told = list(dict.fromkeys(notes))
     shown = {name: list(tasks) for name, tasks in _runs(plan, cells).items()}
-    return Table(recipe, corrected(rows), meaningless, told, reported, where_from, shown)
+    return Table(recipe, corrected(rows), meaningless, list(dict.fromkeys(notes)), reported, where_from, shown)
 
 
 def _runs(plan: Plan, cells: Mapping[Key, Cell]) -> dict[str, dict[str, TaskRun]]:
@@ -206,12 +205,10 @@ def _columns(
                 kept, empty = _with_scores(runs, *column, grouped)
                 measured = paired(kept, *column, notes)
         except NotPairedError as error:
-            if as_reported := _as_reported(recipe, runs, *column, task):
-                reported += as_reported
-                notes.append(f"not compared: {error}")
-                continue
-            if task.spec.metric:
+            as_reported = _as_reported(recipe, runs, *column, task)
+            if task.spec.metric and not as_reported:
                 raise
+            reported += as_reported
             notes.append(f"not compared: {error}")
             continue
         extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
@@ -221,10 +218,7 @@ def _columns(
         for name, built in recipe.builds.recipes.items():
             if name in extra and not built.is_merge:
                 extra[name][SEEDS] = 1.0
-        measured = type(measured)(
-            measured.task, measured.metric, measured.flt, measured.higher_is_better, measured.scores, extra
-        )
-        measured = with_published(averaged(measured, grouped), recipe, task.name)
+        measured = with_published(averaged(replace(measured, extra=extra), grouped), recipe, task.name)
         notes += against_controls(measured, recipe)
         here = [name for name in alone if name in measured.scores]
         if alone and not here:
@@ -350,10 +344,8 @@ def listing(plan: Plan) -> str:
         states = []
         for task in plan.tasks:
             key = (row.name, task.name)
-            if not row.has(task.name):
-                states.append("-")
-                continue
-            states.append("n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do")
+            state = "n/a" if key in plan.meaningless else "finished" if key in plan.finished else "to do"
+            states.append(state if row.has(task.name) else "-")
         lines.append([row.name, *states, row.config.fingerprint()[:12]])
     told = [f"{len(plan.missing)} cells to do, {len(plan.finished)} finished", *plan.recipe.notes]
     builds = plan.recipe.builds
@@ -404,13 +396,9 @@ def remarks(table: Table) -> list[str]:
     if table.recipe.power is not None:
         reading.append(READING_POWER.format(power=table.recipe.power, alpha=table.recipe.alpha))
     if table.recipe.expected:
-        reading += [
-            READING_PUBLISHED,
-            *(
-                f"{one.table}: read in {one.read_in}" + (f". {one.note}" if one.note else "")
-                for one in table.recipe.expected
-            ),
-        ]
+        reading.append(READING_PUBLISHED)
+        for one in table.recipe.expected:
+            reading.append(f"{one.table}: read in {one.read_in}" + (f". {one.note}" if one.note else ""))
     return [*told, *reading, *table.notes]
 
 
