@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import lm_eval_deepen
 from lm_eval_deepen.cli.arguments import PRINTED, Parser
@@ -95,7 +95,7 @@ def _dispatch(argv: list[str]) -> int:
     for name, (path, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, epilog=f"Example: {PROG} {EXAMPLES[name]}")
         if name == chosen:
-            module = _load(path)
+            module = cast(Subcommand, importlib.import_module(path))
             subparser.description = module.HELP
             module.add_arguments(subparser)
     if completing:
@@ -119,11 +119,6 @@ def _finished(module: Subcommand, args: argparse.Namespace) -> int:
     elif place is not None and args.facts is not None:
         write_json(Path(place), args.facts)
     return status
-
-
-def _load(path: str) -> Subcommand:
-    module: Subcommand = importlib.import_module(path)  # type: ignore[assignment]
-    return module
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from lm_eval_deepen.cli.arguments import pairs
 
@@ -34,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build the model and say what it is."""
     from lm_eval_deepen.build import build, read_build
+    from lm_eval_deepen.config.yaml_files import parse_yaml
 
     members = pairs(args.member, "--member", "NAME=WHERE")
-    changes = {key: _value(key, text) for key, text in pairs(args.changes, "--set", "KEY=VALUE").items()}
+    given = pairs(args.changes, "--set", "KEY=VALUE")
+    changes = {key: parse_yaml(text, f"--set {key}") for key, text in given.items()}
     recipe = read_build(args.recipe, changes)
     provenance = build(
         recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True)
@@ -48,9 +49,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"  weights {provenance['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
     print(f"  {provenance['bits_per_byte']['value']:.4f} bits per byte of {provenance['bits_per_byte']['text']}")
     return 0
-
-
-def _value(key: str, text: str) -> Any:
-    from lm_eval_deepen.config.yaml_files import parse_yaml
-
-    return parse_yaml(text, f"--set {key}")

@@ -63,14 +63,9 @@ def summary(run: Run) -> list[str]:
     if not did:
         return []
     names = " + ".join(member.name for member in run.ensemble.members)
-    return [f"ensemble {names}: {'; '.join([*did, _warned(run.findings)])}.", _where(run)]
-
-
-def _warned(findings: dict[str, Any] | None) -> str:
-    warnings = (findings or {}).get("warnings") or []
-    if not warnings:
-        return "no warning"
-    return f"{len(warnings)} warning{'s' * (len(warnings) > 1)} ({', '.join(one['code'] for one in warnings)})"
+    found = [one["code"] for one in (run.findings or {}).get("warnings") or []]
+    warned = f"{len(found)} warning{'s' * (len(found) > 1)} ({', '.join(found)})" if found else "no warning"
+    return [f"ensemble {names}: {'; '.join([*did, warned])}.", _where(run)]
 
 
 def _where(run: Run) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -14,7 +13,6 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.errors import MemberError, RenderError
 from lm_eval_deepen.harness.response_cache import rendering_digest
-from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
 
 LONGEST_NAMES = 40  # bytes of tokenizers' names; a file's name has 255, of which the harness takes up to 200
@@ -107,7 +105,11 @@ class MainMemberView(TemplateLM):
         try:
             texts = [member.render(messages, add_generation_prompt, fallback) for member in members]
         except RenderError as error:
-            self._require_template(members, error)
+            for member in members:  # a template that cannot render a greeting, either, fails by itself
+                try:
+                    member.render([{"role": "user", "content": "Hello"}], True, fallback)
+                except RenderError:
+                    raise error from None
             return ChatPrompt(str(messages), messages, add_generation_prompt, failure=str(error))
         if len(members) > 1 and any(message.get("role") == "system" for message in messages):
             without = [m.name for m in members if m.drops_system(messages, add_generation_prompt, fallback)]
@@ -122,14 +124,6 @@ class MainMemberView(TemplateLM):
             if without:
                 messages = [message for message in messages if message.get("role") != "system"]
         return ChatPrompt(texts[0], messages, add_generation_prompt)
-
-    def _require_template(self, members: Sequence[Member], error: RenderError) -> None:
-        """Raise an error where it is the template's own: that of a member that cannot render a greeting, either."""
-        for member in members:
-            try:
-                member.render([{"role": "user", "content": "Hello"}], True, self.ensemble_config.chat_fallback)
-            except RenderError:
-                raise error from None
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the main member's template, for the results file, as ``hf`` does."""

@@ -170,7 +170,12 @@ class DeepenLM(RequestHandler):
     @shared
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability in nats, is_greedy) of each continuation after its context."""
-        self._refuse_thinking(requests)
+        if any(member.config.loading_dict().get("enable_thinking") for member in self.ensemble.active):
+            names = sorted({request.task_name for request in requests if request.task_name})
+            raise RequestError(
+                f"enable_thinking=True is not compatible with loglikelihood tasks; triggered by {', '.join(names)}. "
+                "Use generative tasks, or leave enable_thinking out."
+            )
         return self._answer("loglikelihood", requests, disable_tqdm)
 
     @complete
@@ -189,7 +194,10 @@ class DeepenLM(RequestHandler):
 
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         """Return the answers, each of which goes into the response cache as soon as it is there, or a `SetAside`."""
-        self._check_once()
+        if self.findings is None and self.ensemble_config.self_check and self.ranks.index == 0:
+            self.findings = examine(self.ensemble)  # before the first request
+            for warning in self.findings.get("warnings", ()):
+                log.warning("%s: %s", warning["code"], warning["message"])
         self.results_in = samples_folder()
         answers: list[Any] = [None] * len(requests)
         before = Counter(self.ensemble.counters.outgrown)
@@ -221,11 +229,7 @@ class DeepenLM(RequestHandler):
                         answer.reason,
                     )
                 progress.update()
-        self._warn_of_contexts(self.ensemble.counters.outgrown - before)
-        return answers
-
-    def _warn_of_contexts(self, steps: Counter[str]) -> None:
-        """Warn of members that abstained from steps because texts do not fit into their contexts."""
+        steps = self.ensemble.counters.outgrown - before
         for member in self.ensemble.active:
             if steps[member.name]:
                 log.warning(
@@ -236,28 +240,13 @@ class DeepenLM(RequestHandler):
                     steps[member.name],
                     member.max_length,
                 )
+        return answers
 
     def unprepared(self, kind: str, requests: Sequence[Instance]) -> list[Unanswered]:
         """Return the requests that cannot be answered, without answering the others."""
         prepared = [attempt(self.source.prepare, kind, request) for request in requests]
         return unanswered(requests, prepared)
 
-    def _check_once(self) -> None:
-        """Measure the ensemble on the text that ships, before the first request, and say what its user should know."""
-        if self.findings is not None or not self.ensemble_config.self_check or self.ranks.index != 0:
-            return
-        self.findings = examine(self.ensemble)
-        for warning in self.findings.get("warnings", ()):
-            log.warning("%s: %s", warning["code"], warning["message"])
-
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
         """Score token requests of the main member; the harness calls this through `loglikelihood` only."""
         raise NotImplementedError("an ensemble scores text: call loglikelihood with (context, continuation)")
-
-    def _refuse_thinking(self, requests: Sequence[Instance]) -> None:
-        if any(member.config.loading_dict().get("enable_thinking") for member in self.ensemble.active):
-            names = sorted({request.task_name for request in requests if request.task_name})
-            raise RequestError(
-                f"enable_thinking=True is not compatible with loglikelihood tasks; triggered by {', '.join(names)}. "
-                "Use generative tasks, or leave enable_thinking out."
-            )

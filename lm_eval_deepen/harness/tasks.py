@@ -99,18 +99,17 @@ class LoadedTask:
     @cached_property
     def _configs(self) -> dict[str, str]:
         """A digest of every task's configuration, as it was loaded."""
-        return {name: _config_digest(leaf) for name, leaf in self.leaves.items()}
+        digests = {}
+        for name, leaf in self.leaves.items():
+            config = {key: value for key, value in leaf.dump_config().items() if key not in _PLACES}
+            text = _ADDRESS.sub("", json.dumps(config, sort_keys=True, default=str, ensure_ascii=True))
+            digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digests
 
     def freeze(self) -> LoadedTask:
         """Take the digests now: an evaluation changes a task's configuration."""
         assert self.identity
         return self
-
-
-def _config_digest(task: Any) -> str:
-    config = {key: value for key, value in task.dump_config().items() if key not in _PLACES}
-    text = json.dumps(config, sort_keys=True, default=str, ensure_ascii=True)
-    return hashlib.sha256(_ADDRESS.sub("", text).encode()).hexdigest()[:16]
 
 
 def evaluated(task: Any, limit: int | float | None) -> list[Any]:

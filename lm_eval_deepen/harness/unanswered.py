@@ -148,7 +148,10 @@ def error_of(missing: Sequence[Unanswered], *, cached: bool) -> UnansweredError:
         by_reason.setdefault((request.task, request.reason), {})[request.where] = None
     lines = []
     for (task, reason), where in list(by_reason.items())[:SHOWN]:
-        lines.append(f"{'' if task is None else f'task {task!r}, '}{_listed(list(where))}: {reason}")
+        first, *others = list(where)[:SHOWN]
+        documents = ", ".join([first, *(name.rpartition(" ")[2] for name in others)])  # ``document 1, 2``
+        documents += f" and {len(where) - SHOWN} more" if len(where) > SHOWN else ""
+        lines.append(f"{'' if task is None else f'task {task!r}, '}{documents}: {reason}")
     if (more := len(by_reason) - SHOWN) > 0:
         lines.append(f"and {more} more reasons, of other requests")
     requests = "1 request" if len(missing) == 1 else f"{len(missing)} requests"
@@ -160,10 +163,3 @@ def error_of(missing: Sequence[Unanswered], *, cached: bool) -> UnansweredError:
     )
     head = f"{requests} cannot be answered, so nothing was scored. Mend the documents, or leave them out (--samples)."
     return UnansweredError("\n  ".join([f"{head} {kept}", *lines]), tuple(missing))
-
-
-def _listed(where: Sequence[str]) -> str:
-    """Return ``document 1, 2 and 3 more``."""
-    first, *others = where[:SHOWN]
-    names = ", ".join([first, *(name.rpartition(" ")[2] for name in others)])
-    return names + (f" and {len(where) - SHOWN} more" if len(where) > SHOWN else "")

@@ -31,7 +31,7 @@ def chart(identity: str, title: str, description: str, points: Sequence[Point], 
     """Return the SVG element: a labelled image for screen readers, with a line at zero if asked for."""
     left = min(max(_LABELS[0], _CHARACTER * max(len(point.label) for point in points)), _LABELS[1]) + 10
     ticks = _ticks([x for p in points for x in (p.value, p.low, p.high) if x is not None] + ([0.0] if zero else []))
-    low, high = ticks[0], ticks[-1]
+    low, high, most = ticks[0], ticks[-1], _LABELS[1] // _CHARACTER
     bottom = _TOP + _LINE * len(points)
 
     def at(value: float) -> float:
@@ -51,10 +51,10 @@ def chart(identity: str, title: str, description: str, points: Sequence[Point], 
         parts.append(f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="{_TOP}" y2="{bottom}"/>')
     for index, point in enumerate(points):
         y = _TOP + _LINE * index + _LINE // 2
-        told = f"<title>{escape(f'{point.label}: {point.text}')}</title>"
-        parts.append(
-            f'<g>{told}<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_fitted(point.label))}</text>'
-        )
+        told, label = f"<title>{escape(f'{point.label}: {point.text}')}</title>", point.label
+        if len(label) > most:  # its two ends tell systems apart
+            label = f"{label[: most // 2 - 1]}…{label[-(most - most // 2) :]}"
+        parts.append(f'<g>{told}<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
         if point.low is not None and point.high is not None:
             a, b = at(point.low), at(point.high)
             parts.append(f'<path class="bar" d="M{a} {y}H{b}M{a} {y - 5}V{y + 5}M{b} {y - 5}V{y + 5}"/>')
@@ -65,12 +65,6 @@ def chart(identity: str, title: str, description: str, points: Sequence[Point], 
             parts.append(f'<circle class="{point.look}" cx="{x}" cy="{y}" r="4.5"/>')
         parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT + 12}" y="{y + 4}">{escape(point.text)}</text></g>')
     return "\n".join([*parts, "</svg>"])
-
-
-def _fitted(label: str) -> str:
-    """Return a label, or where it is too long its two ends, which tell systems apart."""
-    most = _LABELS[1] // _CHARACTER
-    return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-(most - most // 2) :]}"
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

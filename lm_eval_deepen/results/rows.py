@@ -217,7 +217,12 @@ def corrected(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     for at, row in enumerate(rows):
         if row.comparison:
             columns.setdefault((row.task, row.metric, row.flt), []).append(at)
-    adjusted = step_down([_comparisons([rows[at] for at in places]) for places in columns.values()])
+    families = []
+    for places in columns.values():
+        pairs = [(rows[at].system, one) for at in places if (one := rows[at].comparison) is not None]
+        picked = tuple(system in one.candidates for system, one in pairs)
+        families.append(Comparisons(p_values=tuple(one.p for _, one in pairs), candidates=picked))
+    adjusted = step_down(families)
     p_holm: dict[int, float] = {}
     for places, p_values in zip(columns.values(), adjusted, strict=True):
         p_holm.update(zip(places, p_values, strict=True))
@@ -225,11 +230,3 @@ def corrected(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
         replace(row, comparison=replace(row.comparison, p_holm=p_holm[at])) if row.comparison else row
         for at, row in enumerate(rows)
     ]
-
-
-def _comparisons(rows: Sequence[ScoreRow]) -> Comparisons:
-    compared = [(row.system, row.comparison) for row in rows if row.comparison]
-    return Comparisons(
-        p_values=tuple(comparison.p for _, comparison in compared),
-        candidates=tuple(system in comparison.candidates for system, comparison in compared),
-    )

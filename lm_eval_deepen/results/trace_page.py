@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -163,20 +163,7 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
         shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
         if any(file.cut for file in files):
             shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    _say(shown, next(iter(traces.values()), []))
-    for task in traces or samples:
-        records = documents_of(traces[task]) if task in traces else Documents()
-        shown.tasks[task] = documents(records, samples.get(task, {}), page, limit, task)
-        count = len({key[:2] for key in records.keys} or samples.get(task, {}))
-        if limit is not None and count > limit:
-            shown.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
-        if task in traces and not samples.get(task):
-            shown.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
-    return shown
-
-
-def _say(shown: Side, files: Sequence[TraceFile]) -> None:
-    if files:
+    if files := next(iter(traces.values()), []):
         head = files[0].head
         shown.facts = [
             ("method", str(head.get("method"))),
@@ -186,6 +173,15 @@ def _say(shown: Side, files: Sequence[TraceFile]) -> None:
             ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
             *shown.facts,
         ]
+    for task in traces or samples:
+        records = documents_of(traces[task]) if task in traces else Documents()
+        shown.tasks[task] = documents(records, samples.get(task, {}), page, limit, task)
+        count = len({key[:2] for key in records.keys} or samples.get(task, {}))
+        if limit is not None and count > limit:
+            shown.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
+        if task in traces and not samples.get(task):
+            shown.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
+    return shown
 
 
 Samples = dict[tuple, list[Mapping[str, Any]]]  # by document
@@ -213,25 +209,18 @@ def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], shown: Sid
 def samples_by_document(path: Path) -> Samples:
     """Return the lines of a samples file by number and hash of the document."""
     samples: Samples = {}
-    for record in _records(path):
-        samples.setdefault((record.get("doc_id"), record.get("doc_hash")), []).append(record)
-    return samples
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
     for line in path.read_text("utf-8", "replace").split("\n"):
         try:
             record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             raise ResultError(f"{path}: holds what is no sample ({error}); evaluate the task again") from error
-        if isinstance(record, Mapping):
-            if not isinstance(record.get("doc_id"), (int, type(None))) or not isinstance(
-                record.get("doc_hash"), (str, type(None))
-            ):
-                raise ResultError(
-                    f"{path}: holds a sample of no document; the file is damaged, evaluate the task again"
-                )
-            yield record
+        if not isinstance(record, Mapping):
+            continue
+        number, doc_hash = record.get("doc_id"), record.get("doc_hash")
+        if not isinstance(number, (int, type(None))) or not isinstance(doc_hash, (str, type(None))):
+            raise ResultError(f"{path}: holds a sample of no document; the file is damaged, evaluate the task again")
+        samples.setdefault((number, doc_hash), []).append(record)
+    return samples
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
