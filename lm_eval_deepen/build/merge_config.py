@@ -48,7 +48,13 @@ def check(content: Mapping[str, Any], source: str) -> None:
     if len(given) != 1:
         raise ConfigError(f"{where}give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
     method = str(content["merge_method"])
-    known = METHODS if method in METHODS else _all_methods(where)
+    known: Mapping[str, frozenset[str]] = METHODS
+    if method not in METHODS:
+        require(where)
+        from mergekit.merge_methods.registry import registered_methods
+
+        specs = [registered.spec for registered in registered_methods()]
+        known = {spec.name: frozenset(parameter.name for parameter in spec.parameters) for spec in specs}
     if method not in known:
         near = did_you_mean(method, known)
         raise ConfigError(f"{where}merge_method {method!r} is unknown.{near} Methods: {', '.join(known)}")
@@ -102,17 +108,6 @@ def _refuse_endless(value: Any, where: str, at: str = "") -> None:
         _refuse_endless(inner, where, f"{at}[{key}]" if isinstance(value, list) else f"{at}.{key}".lstrip("."))
     if isinstance(value, float) and to_number(value) is None:
         raise ConfigError(f"{where}{at} must be a finite number; got {value!r}")
-
-
-def _all_methods(where: str) -> dict[str, frozenset[str]]:
-    """Return every method that mergekit has, with its parameters."""
-    require(where)
-    from mergekit.merge_methods.registry import registered_methods
-
-    return {
-        method.spec.name: frozenset(parameter.name for parameter in method.spec.parameters)
-        for method in registered_methods()
-    }
 
 
 def require(where: str) -> None:

@@ -140,8 +140,11 @@ def _alone(
         recover_folder(out)
         if not redo and (record := _kept(out, identity, mend, say)) is not None:
             return record  # which a killed process had moved away
-        content = _complete(partial, identity)
-        if content is None:
+        try:
+            content = finished(partial)  # one that was complete when its builder was killed
+        except ConfigError:
+            content = None
+        if content is None or content["identity"] != identity:
             _claim(partial, recipe, identity, discard=redo or mend)
             say(f"building {out}: {recipe.method} of {', '.join(recipe.models)}")
             begins()
@@ -167,15 +170,6 @@ def _kept(out: Path, identity: str, mend: bool, say: Say) -> dict[str, Any] | No
     if record is not None:
         say(f"{out}: is built already")
     return record
-
-
-def _complete(partial: Path, identity: str) -> dict[str, Any] | None:
-    """Return the provenance of a model that was complete when its builder was killed; None where there is none."""
-    try:
-        record = finished(partial)
-    except ConfigError:
-        return None  # it is built anew
-    return record if record is not None and record["identity"] == identity else None
 
 
 def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], identity: str) -> dict[str, Any]:

@@ -139,21 +139,20 @@ class BuildRecipe:
 
         Models in folders count by their weights, texts by their content, models of the hub by their name.
         """
-        known = digests or {}
-        facts = {
-            "recipe": self._deciding,
-            "seed": self.seed,
-            "models": {name: known.get(name) or _model_digest(self.place(name, members)) for name in self.models},
-            "texts": [sha256(path) for path in self.text_files()] or self._default_text(),
-        }
+        models: dict[str, str] = {}
+        for name in self.models:
+            if not (digest := (digests or {}).get(name)):
+                place = self.place(name, members)
+                here = os.path.isdir(place)
+                digest = weights_sha256(Path(place)) if here else f"{place}@{commit_of(place) or 'unknown'}"
+            models[name] = digest
+        contents = [sha256(path) for path in self.text_files()]
+        if not contents and not self.is_merge:
+            from lm_eval_deepen.build.distill.corpus import neutral_documents, text_digest
+
+            contents = [text_digest(neutral_documents())]  # it comes with Python, and differs between versions
+        facts = {"recipe": self._deciding, "seed": self.seed, "models": models, "texts": contents}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def _default_text(self) -> list[str]:
-        if self.is_merge:
-            return []
-        from lm_eval_deepen.build.distill.corpus import neutral_documents, text_digest
-
-        return [text_digest(neutral_documents())]  # it comes with Python, and differs between versions
 
     @property
     def sha256(self) -> str:
@@ -185,10 +184,6 @@ class BuildRecipe:
             return value
 
         return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
-
-
-def _model_digest(place: str) -> str:
-    return weights_sha256(Path(place)) if os.path.isdir(place) else f"{place}@{commit_of(place) or 'unknown'}"
 
 
 class BuildKeys(Keys):
@@ -251,19 +246,14 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
     )
     if recipe.is_merge:
         merge_config.check(recipe.content, source)
-    else:
-        _check_training(recipe)
+    else:  # what no training can be made of is refused; its models and texts are looked for later
+        from lm_eval_deepen.build.distill import DistillRecipe
+
+        content = {**recipe.content, "seed": recipe.seed, "text": None}
+        recipe._own_models  # noqa: B018  # refuses what is no mapping of names
+        if recipe.content.get("text") is not None:
+            texts.names(recipe.content["text"], f"{recipe.source}: text")
+        named = [content.get("target"), *texts.listed(content.get("sources"))]
+        with blamed(source):
+            DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})
     return recipe
-
-
-def _check_training(recipe: BuildRecipe) -> None:
-    """Refuse what no training can be made of; its models and texts are looked for later."""
-    from lm_eval_deepen.build.distill import DistillRecipe
-
-    content = {**recipe.content, "seed": recipe.seed, "text": None}
-    recipe._own_models  # noqa: B018  # refuses what is no mapping of names
-    if recipe.content.get("text") is not None:
-        texts.names(recipe.content["text"], f"{recipe.source}: text")
-    named = [content.get("target"), *texts.listed(content.get("sources"))]
-    with blamed(recipe.source):
-        DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})

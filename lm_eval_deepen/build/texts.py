@@ -48,7 +48,19 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
     Raises:
         ConfigError: a text that is not there.
     """
-    return [_file(name, folder, where, tasks) for name in names(value, where)]
+    found = []
+    for name in names(value, where):
+        if name.startswith(TASK):
+            found.append(_kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks)))
+            continue
+        path = folder / Path(os.path.expandvars(name)).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"{where}: {path} is no file; relative paths are read beside the recipe. Give a file, or "
+                f"{TASK}NAME for a task's training split"
+            )
+        found.append(path.absolute())
+    return found
 
 
 def names(value: Any, where: str) -> list[str]:
@@ -87,18 +99,6 @@ def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
             raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")
         folders.append(str(place))
     return tuple(folders)
-
-
-def _file(name: str, folder: Path, where: str, tasks: TaskSource) -> Path:
-    if name.startswith(TASK):
-        return _kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks))
-    path = folder / Path(os.path.expandvars(name)).expanduser()
-    if not path.is_file():
-        raise ConfigError(
-            f"{where}: {path} is no file; relative paths are read beside the recipe. Give a file, or "
-            f"{TASK}NAME for a task's training split"
-        )
-    return path.absolute()
 
 
 def _kept(name: str, documents: Sequence[str]) -> Path:
@@ -149,14 +149,12 @@ def _examples(name: str, tasks: TaskSource) -> list[tuple[str, Any]]:
             f"text {TASK}{name}: the task has no training split, nor a validation split beside its test split, so that "
             "a model trained on it would have seen what it is evaluated on; choose another text"
         )
-    return [(_spelt(task, document), document) for document in documents]
-
-
-def _spelt(task: Any, document: Any) -> str:
-    """Return a document as a task's few-shots spell it: what is asked, and the answer."""
-    asked, answer = task.doc_to_text(document), task.doc_to_target(document)
-    if isinstance(answer, list):
-        answer = answer[0]
-    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
-        answer = task.doc_to_choice(document)[answer]
-    return f"{asked}{task.config.target_delimiter}{answer}"
+    examples = []
+    for document in documents:  # as the task's few-shots spell it: what is asked, and the answer
+        asked, answer = task.doc_to_text(document), task.doc_to_target(document)
+        if isinstance(answer, list):
+            answer = answer[0]
+        if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+            answer = task.doc_to_choice(document)[answer]
+        examples.append((f"{asked}{task.config.target_delimiter}{answer}", document))
+    return examples

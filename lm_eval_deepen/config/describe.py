@@ -92,7 +92,9 @@ def allowed(field: FieldInfo) -> str:
         elif arm in (int, float):
             words.append(_WORDS[arm] + _range(field.metadata))
         else:
-            words.append(_WORDS.get(arm) or ("a mapping" if _is_mapping(arm) else "a list"))
+            kind = typing.get_origin(arm) or arm
+            is_mapping = isinstance(kind, type) and (issubclass(kind, Mapping) or hasattr(kind, "model_fields"))
+            words.append(_WORDS.get(arm) or ("a mapping" if is_mapping else "a list"))
     return ", ".join(words[:-2] + [" or ".join(words[-2:])])
 
 
@@ -118,11 +120,6 @@ def _arms_of(field: FieldInfo) -> tuple[Any, ...]:
     """Return a field's alternatives; pydantic takes the outermost annotation of a field apart."""
     whole = tuple(extra for extra in field.metadata if isinstance(extra, Choice))
     return whole or arms(field.annotation)
-
-
-def _is_mapping(arm: Any) -> bool:
-    origin = typing.get_origin(arm) or arm
-    return isinstance(origin, type) and (issubclass(origin, Mapping) or hasattr(origin, "model_fields"))
 
 
 def _range(metadata: Iterable[Any]) -> str:

@@ -128,7 +128,10 @@ def _parse(entry: Entry, defaults: Mapping[str, Any], at: str, catalogue: Catalo
     keys: MemberKeys | None = None
     with problems.collected():
         keys = MemberKeys(**own)
-        _check_kwargs(keys.hf_kwargs, {*own, *loading}, catalogue)
+        for key in keys.hf_kwargs:
+            if key in {*MEMBER_KEYS, *own, *loading, *(catalogue.loading_keys - FROM_PRETRAINED_KEYS)}:
+                said = f"hf_kwargs holds {key!r}, an argument of its own; give {key} beside pretrained, once"
+                raise misplaced(f"hf_kwargs.{key}", said)
         _check_paths(merged)
     with problems.collected():
         LoadingKeys(**{key: value for key, value in loading.items() if key in LoadingKeys.names()})
@@ -184,16 +187,6 @@ def _check_shared(entries: Sequence[Entry], names: Sequence[str], defaults: Mapp
             )
 
 
-def _check_kwargs(hf_kwargs: Mapping[str, Any], own: set[str], catalogue: Catalogue) -> None:
-    """Refuse an argument in `hf_kwargs` that has a key of its own."""
-    for key in hf_kwargs:
-        if key in MEMBER_KEYS | own | (catalogue.loading_keys - FROM_PRETRAINED_KEYS):
-            raise misplaced(
-                f"hf_kwargs.{key}",
-                f"hf_kwargs holds {key!r}, an argument of its own; give {key} beside pretrained, once",
-            )
-
-
 def _check_paths(keys: Mapping[str, Any]) -> None:
     """Refuse an argument that is spelled as a path where nothing is there, or that names an ensemble file."""
     for key in PATH_KEYS:
@@ -211,8 +204,14 @@ def _check_paths(keys: Mapping[str, Any]) -> None:
 
 
 def _names(members: Sequence[Parsed]) -> list[str]:
-    """Return the members' names, which differ."""
-    names = [own.name or _default_name(own.pretrained, loading) for own, loading in members]
+    """Return the members' names, which differ: by default `pretrained`'s last component, with any ``@revision``."""
+    names = []
+    for own, loading in members:
+        last = os.path.basename(os.path.normpath(own.pretrained))
+        if last in (".", ".."):
+            last = os.path.basename(os.path.abspath(own.pretrained))
+        revision = loading.get("revision", "main")
+        names.append(own.name or (last if revision == "main" else f"{last}@{revision}"))
     for i, name in enumerate(names):
         if (first := names.index(name)) < i:
             raise conflict(
@@ -221,15 +220,6 @@ def _names(members: Sequence[Parsed]) -> list[str]:
                 "YAML)",
             )
     return names
-
-
-def _default_name(pretrained: str, loading: Mapping[str, Any]) -> str:
-    """Return the last path component of `pretrained`, with ``@revision`` where one is given."""
-    name = os.path.basename(os.path.normpath(pretrained))
-    if name in (".", ".."):
-        name = os.path.basename(os.path.abspath(pretrained))
-    revision = loading.get("revision", "main")
-    return name if revision == "main" else f"{name}@{revision}"
 
 
 def _same(pretrained: Any) -> Any:

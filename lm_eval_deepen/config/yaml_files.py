@@ -81,7 +81,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except ConfigError:
         raise
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {_told(error)}; correct it") from error
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        told = place + ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where} is not valid YAML: {told}; correct it") from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}; correct it") from error
     except (UnicodeEncodeError, RecursionError) as error:  # half of a surrogate pair, to the parser in C
@@ -163,13 +166,6 @@ def _measure(text: str, where: str) -> None:
             anchor, before = opened.pop()
             if anchor:
                 sizes[anchor] = total - before
-
-
-def _told(error: yaml.MarkedYAMLError) -> str:
-    """Return a parser's message in one line."""
-    mark = error.problem_mark or error.context_mark
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return place + ", ".join(part for part in (error.context, error.problem) if part)
 
 
 class _Strict:

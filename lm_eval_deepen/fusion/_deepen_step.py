@@ -143,7 +143,12 @@ class DeepenFuser:
         and of unused ids.
         """
         device, sides = logp[0].device, self._sides(logp[0].device)
-        rows = max(1, chunk_bytes(device) // self._row_bytes(sides, sum(x.shape[1] for x in logp)))
+        width = sum(x.shape[1] for x in logp) + sides[0].matrix.shape[1]
+        if self.rule is None:
+            row_bytes = 16 * (width + sides[0].matrix.shape[1])
+        else:
+            row_bytes = 8 * width + support_bytes(sides, self.rule.first)
+        rows = max(1, chunk_bytes(device) // row_bytes)
         out = torch.empty(logp[0].shape, dtype=torch.float32, device=device)
         parts = in_parts(
             len(weights), rows, device,
@@ -180,12 +185,6 @@ class DeepenFuser:
         if device not in self._placed:
             self._placed[device] = tuple(side.to(device) for side in self._placed[torch.device("cpu")])
         return self._placed[device]
-
-    def _row_bytes(self, sides: Sequence[Side], width: int) -> int:
-        anchors = sides[0].matrix.shape[1]
-        if self.rule is None:
-            return 16 * (width + 2 * anchors)
-        return 8 * (width + anchors) + support_bytes(sides, self.rule.first)
 
 
 def averaging(average: str | tuple[float, ...]) -> Callable[..., Agreed]:
@@ -230,7 +229,9 @@ def _fuse(
     rows = Rows(parts, share, taking_part, out, with_end)
     inverted = _invert_full(fuser, rows, sides) if full else _invert_truncated(fuser, rows, sides)
     if len(side.eos):
-        out.index_copy_(1, side.eos, _end_logp(main, side.eos) + (kept + inverted.log_end)[:, None])
+        end = torch.log_softmax(main.index_select(1, side.eos).float(), dim=1)  # the main member's, given end
+        end = end.masked_fill(end.isnan(), -math.log(len(side.eos)))  # uniform if it has none
+        out.index_copy_(1, side.eos, end + (kept + inverted.log_end)[:, None])
     out.index_copy_(1, side.control, main.index_select(1, side.control).float() - total[:, None])
     out.index_fill_(1, side.unused, NEG_INF)
     usable, stats = inverted.usable, inverted.stats
@@ -243,12 +244,6 @@ def _fuse(
     stats["end_mass"] = (torch.where(usable, inverted.log_end, parts.log_end[:, 0]) + kept).exp()
     stats["dropped_control_mass"] = (weights[:, 1:] * parts.dropped[:, 1:]).sum(1)
     return stats
-
-
-def _end_logp(main: Tensor, eos: Tensor) -> Tensor:
-    """Return log-probabilities [B, n] of EOS ids given end: the main member's, uniform if it has none."""
-    own = torch.log_softmax(main.index_select(1, eos).float(), dim=1)
-    return own.masked_fill(own.isnan(), -math.log(len(eos)))
 
 
 def _one_hot(sides: Sequence[Side]) -> list[OneHotOperator] | None:

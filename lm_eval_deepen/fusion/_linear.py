@@ -14,7 +14,6 @@ from torch import Tensor
 from lm_eval_deepen.fusion._events import Events, of_columns
 from lm_eval_deepen.fusion._rows import (
     TINY,
-    Kept,
     Roles,
     finish,
     keep,
@@ -95,7 +94,10 @@ class LinearFuser:
         ``dropped_control_mass``, the weighted mass of the other members' control pieces and unused ids.
         """
         device = logp[0].device
-        roles, maps = self._on(device)
+        if device not in self._placed:
+            roles, maps = self._placed[torch.device("cpu")]
+            self._placed[device] = tuple(r.to(device) for r in roles), tuple(m.to(device) for m in maps)
+        roles, maps = self._placed[device]
         width = len(self.out_vocab) + sum(rows.shape[1] for rows in logp)
         step = max(1, CHUNK_BYTES // (16 * width))
         parts = []
@@ -105,12 +107,6 @@ class LinearFuser:
             parts.append(self._fuse(rows, weights[chunk].to(device), roles, maps))
         stats = {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats}
         return Fused(torch.cat([part.logp for part in parts]), stats)
-
-    def _on(self, device: torch.device) -> tuple[tuple[Roles, ...], tuple[SparseMatrix, ...]]:
-        if device not in self._placed:
-            roles, maps = self._placed[torch.device("cpu")]
-            self._placed[device] = tuple(r.to(device) for r in roles), tuple(m.to(device) for m in maps)
-        return self._placed[device]
 
     def _fuse(self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]) -> Fused:
         main, size, active = logp[0], logp[0].shape[1], weights > 0
@@ -132,19 +128,14 @@ class LinearFuser:
         floor = own + (shares[:, 0].log() - scale)[:, None]
         torch.maximum(out[:, :size], floor, out=out[:, :size])
         out = finish(out, main, parts[0], roles[0], usable)
-        return Fused(out, self._stats(out, parts, mapped, shares, weights))
-
-    def _stats(
-        self, out: Tensor, parts: Sequence[Kept], mapped: Sequence[Tensor], shares: Tensor, weights: Tensor
-    ) -> dict[str, Tensor]:
-        eos = sorted(set(self.out_vocab.eos))
         lost = torch.stack([(1 - rows.sum(1)).clamp(0, 1) for rows in mapped[1:]], dim=1)
         dropped = torch.stack([part.dropped for part in parts[1:]], dim=1)
-        return {
-            "end_mass": out[:, eos].exp().sum(1),
+        stats = {
+            "end_mass": out[:, sorted(set(self.out_vocab.eos))].exp().sum(1),
             "unmapped_mass": (shares[:, 1:] * lost).sum(1),
             "dropped_control_mass": (weights[:, 1:] * dropped).sum(1),
         }
+        return Fused(out, stats)
 
 
 def spread(mapped: Tensor, own: Tensor, roles: Roles) -> Tensor:

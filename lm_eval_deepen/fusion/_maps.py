@@ -9,7 +9,6 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,22 +53,18 @@ def stored_map(
         path = next(iter(sorted(store.folder.glob(f"*-{short}.safetensors"))), None)
     if path is None:
         path = store.folder / f"{kind}-{slug[:80]}-{short}.safetensors"
-        _build(path, identity, build)
-    matrix = read_once(path, identity, member.name)
-    if not isinstance(matrix, SparseMatrix):
-        raise MatrixError(f"Map file {path} holds a dense matrix. Delete it; it is built anew on the next use.")
-    return matrix, {"member": member.name, "file": path.name, "bytes": path.stat().st_size}
-
-
-def _build(path: Path, identity: Mapping[str, Any], build: Callable[[], SparseMatrix]) -> None:
-    with contextlib.ExitStack() as stack:
-        with explained(path.parent):
-            stack.enter_context(locked(path.with_name(f".{path.stem}.lock")))
-        if not path.exists():  # another process may have built it while this one waited
-            started = time.monotonic()
-            matrix = build()
+        with contextlib.ExitStack() as stack:
             with explained(path.parent):
-                write_matrix(path, matrix, [], identity, time.monotonic() - started)
+                stack.enter_context(locked(path.with_name(f".{path.stem}.lock")))
+            if not path.exists():  # another process may have built it while this one waited
+                started = time.monotonic()
+                matrix = build()
+                with explained(path.parent):
+                    write_matrix(path, matrix, [], identity, time.monotonic() - started)
+    stored = read_once(path, identity, member.name)
+    if not isinstance(stored, SparseMatrix):
+        raise MatrixError(f"Map file {path} holds a dense matrix. Delete it; it is built anew on the next use.")
+    return stored, {"member": member.name, "file": path.name, "bytes": path.stat().st_size}
 
 
 def first_pieces(member: MemberView, pieces: Sequence[bytes], progress: bool = False) -> Tensor:

@@ -140,11 +140,11 @@ class Pool:
         """Return requests whose conversations are rendered by member `m`; the main one's rendering is there."""
         if m == 0 or m >= len(self.members):
             return requests
-        rendered = ((self._render(m, request.args[0]), *request.args[1:]) for request in requests)
-        return [replace(request, arguments=args) for request, args in zip(requests, rendered, strict=True)]
-
-    def _render(self, m: int, context: str) -> str:
-        if not isinstance(context, ChatPrompt) or context.failure:
-            return context
-        text = self.members[m].render(context.messages, context.add_generation_prompt, self.fallback)
-        return context.rendered(text)
+        own = []
+        for request in requests:
+            context, *rest = request.args
+            if isinstance(context, ChatPrompt) and not context.failure:
+                text = self.members[m].render(context.messages, context.add_generation_prompt, self.fallback)
+                context = context.rendered(text)
+            own.append(replace(request, arguments=(context, *rest)))
+        return own

@@ -204,22 +204,11 @@ def _listed_rows(
 def _listed_row(
     name: str | None, keys: dict[str, Any], at: str, members: Members, common: Mapping[str, Any], folder: Path
 ) -> Row:
-    if "ensemble" in keys:
-        return _file_row(name or f"{Path(str(keys['ensemble'])).stem}", keys, members, common, folder)
-    order = _order(keys.pop("members", list(members)), members, at)
-    return row_of(name or _grid_name(order, _parts(keys)), order, keys, members, common)
-
-
-def row_of(
-    name: str, order: Sequence[str], keys: Mapping[str, Any], members: Members, common: Mapping[str, Any]
-) -> Row:
-    """Return a row from the keys of an ensemble and the names of its members, the main one first."""
-    own = {key: _by_member(name, key, value, order) for key, value in keys.items()}
-    return Row(name, _configured(name, [members[member] for member in order], common, own), tuple(order))
-
-
-def _file_row(name: str, keys: Mapping[str, Any], members: Members, common: Mapping[str, Any], folder: Path) -> Row:
-    """Return the row of an ensemble file, whose members must be members of the recipe."""
+    """Return the row of an ensemble's keys, or of its file, whose members must be members of the recipe."""
+    if "ensemble" not in keys:
+        order = _order(keys.pop("members", list(members)), members, at)
+        return row_of(name or _grid_name(order, _parts(keys)), order, keys, members, common)
+    name = name or Path(str(keys["ensemble"])).stem
     path = folder / Path(str(keys["ensemble"])).expanduser()
     others = {key: value for key, value in keys.items() if key != "ensemble"}
     with blamed(f"row {name!r}"):
@@ -235,6 +224,14 @@ def _file_row(name: str, keys: Mapping[str, Any], members: Members, common: Mapp
             )
         order.append(same)
     return Row(name, config, tuple(order), read_tuned(path, config))
+
+
+def row_of(
+    name: str, order: Sequence[str], keys: Mapping[str, Any], members: Members, common: Mapping[str, Any]
+) -> Row:
+    """Return a row from the keys of an ensemble and the names of its members, the main one first."""
+    own = {key: _by_member(name, key, value, order) for key, value in keys.items()}
+    return Row(name, _configured(name, [members[member] for member in order], common, own), tuple(order))
 
 
 def _loads(member: MemberConfig) -> tuple[Any, ...]:

@@ -56,7 +56,9 @@ class Inspected:
         experts, used = files.get("num_local_experts"), files.get("num_experts_per_tok")
         if not experts or not used:
             return total
-        return total - round(_experts(files) * (1 - used / experts))
+        inner = files.get("moe_intermediate_size") or files.get("intermediate_size", 0)
+        layers, width = files.get("num_hidden_layers", 0), files.get("hidden_size", 0)
+        return total - round(layers * experts * 3 * width * inner * (1 - used / experts))
 
     @property
     def dtype(self) -> str:
@@ -183,13 +185,21 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
 
 def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
-    from lm_eval_deepen.member.encoder_decoder import DecoderCodec
+    from lm_eval_deepen.member.encoder_decoder import DecoderCodec, check_languages, decoder_start
     from lm_eval_deepen.member.member import ends_of_text
     from lm_eval_deepen.member.preflight import files_of, load_tokenizer
     from lm_eval_deepen.member.text import TextCodec
 
     tokenizer: Any = load_tokenizer(member.config)
-    start = _begin_decoder(member.config, files, tokenizer, problems) if member.generates_only else ()
+    start: tuple[int, ...] = ()
+    if member.generates_only:
+        check_languages(member.config, tokenizer)
+        if member.config.source_language is not None:
+            tokenizer.src_lang = member.config.source_language
+        try:
+            start = decoder_start(member.config, tokenizer, files.setting)
+        except DeepenError as error:
+            problems.append(str(error))
     eos = ends_of_text(files.generation.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.eos_token_id)
     given = member.config.loading_dict()
     asked = given.get("prefix_token_id")
@@ -213,24 +223,6 @@ def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -
     return replace(member, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
 
 
-def _begin_decoder(config: MemberConfig, files: ModelFiles, tokenizer: Any, problems: list[str]) -> tuple[int, ...]:
-    """Tell the tokenizer the source's language, and return the decoder's first tokens; empty, and a problem, for none.
-
-    Raises:
-        ConfigError: a language that the tokenizer does not know.
-    """
-    from lm_eval_deepen.member.encoder_decoder import check_languages, decoder_start
-
-    check_languages(config, tokenizer)
-    if config.source_language is not None:
-        tokenizer.src_lang = config.source_language
-    try:
-        return decoder_start(config, tokenizer, files.setting)
-    except DeepenError as error:
-        problems.append(str(error))
-        return ()
-
-
 def estimate_parameters(files: ModelFiles) -> int | None:
     """Return the parameters of a decoder with gated feed-forward layers; None where its configuration says too little.
 
@@ -248,10 +240,3 @@ def estimate_parameters(files: ModelFiles) -> int | None:
     tables = 1 if files.get("tie_word_embeddings") else 2
     feed_forward = 3 * width * inner * (files.get("num_local_experts") or 1)
     return tables * vocabulary * width + layers * (attention + feed_forward)
-
-
-def _experts(files: ModelFiles) -> int:
-    """Return the parameters of all experts."""
-    inner = files.get("moe_intermediate_size") or files.get("intermediate_size", 0)
-    layers, width = files.get("num_hidden_layers", 0), files.get("hidden_size", 0)
-    return layers * files.get("num_local_experts") * 3 * width * inner

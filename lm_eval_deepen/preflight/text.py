@@ -10,7 +10,6 @@ from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.config import EnsembleConfig
     from lm_eval_deepen.preflight.members import Inspected
     from lm_eval_deepen.preflight.report import Report
 
@@ -37,7 +36,12 @@ def _heading(report: Report) -> str:
     if config.pooling is not None:
         lines.append(f"  pooling {config.pooling}")
     if config.fuses_steps:
-        chosen = "".join(f", {key} {value}" for key, value in _chosen(config).items())
+        fields, implied = type(config.options).model_fields, config.options.profile(config.compat)
+        chosen = "".join(
+            f", {key} {value}"
+            for key, value in config.options.to_dict().items()
+            if value != implied.get(key, fields[key].get_default(call_default_factory=True))
+        )
         compat = f", compat {config.compat}" if config.compat else ""
         lines.append(f"  method {config.method}{compat}{chosen}")
     if recipe.task:
@@ -45,16 +49,6 @@ def _heading(report: Report) -> str:
         flags = "".join(f" --{key}" if value is True else f" --{key} {value}" for key, value in given)
         lines.append(f"  tasks {', '.join(recipe.task)}{flags}")
     return "\n".join(lines)
-
-
-def _chosen(config: EnsembleConfig) -> dict[str, Any]:
-    """Return the method's options that are neither its defaults nor set by compat."""
-    fields, implied = type(config.options).model_fields, config.options.profile(config.compat)
-    return {
-        key: value
-        for key, value in config.options.to_dict().items()
-        if value != implied.get(key, fields[key].get_default(call_default_factory=True))
-    }
 
 
 def _members(members: Sequence[Inspected]) -> str:

@@ -183,7 +183,13 @@ def supports(
             if other != member:
                 own = look_up(side.anchor_ids, theirs.clamp(min=0))
                 candidates.append(own.masked_fill_(theirs < 0, row.shape[1]))
-        restricted.append(_restrict(row, index, _distinct(torch.cat(candidates, dim=1), row.shape[1])))
+        ids = _distinct(torch.cat(candidates, dim=1), row.shape[1])
+        mask = ids < row.shape[1]
+        ids = torch.where(mask, ids, torch.where(mask[:, :1], ids[:, :1], 0))
+        places = ids + row.shape[1] * index[:, None]
+        logp = look_up(row.reshape(-1), places).to(torch.float32).masked_fill(~mask, NEG_INF)
+        mass = _or_zero(torch.logsumexp(logp, dim=1))
+        restricted.append(Support(places, ids, logp.sub_(mass[:, None]), mass, mask))
     return restricted
 
 
@@ -196,15 +202,6 @@ def _distinct(ids: Tensor, size: int) -> Tensor:
     width = max(1, int(count[:, -1].max()) if len(ids) else 1)
     out = ids.new_full((len(ids), width + 1), size)  # what is not new goes to a column that is cut off
     return out.scatter_(1, torch.where(new, count - 1, width), ids)[:, :width]
-
-
-def _restrict(rows: Tensor, index: Tensor, ids: Tensor) -> Support:
-    mask = ids < rows.shape[1]
-    ids = torch.where(mask, ids, torch.where(mask[:, :1], ids[:, :1], 0))
-    places = ids + rows.shape[1] * index[:, None]
-    logp = look_up(rows.reshape(-1), places).to(torch.float32).masked_fill(~mask, NEG_INF)
-    mass = _or_zero(torch.logsumexp(logp, dim=1))
-    return Support(places, ids, logp.sub_(mass[:, None]), mass, mask)
 
 
 def abstain(logp: Tensor, active: Tensor) -> Tensor:

@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
 
     arguments = parse_ensemble(args.ensemble)
     config = checked(arguments)
-    metadata, weights, step = _metadata(args.metadata), args.weights or "both", args.weight_step or 0.1
+    metadata = {} if args.metadata is None else parse_json(args.metadata, "--metadata")
+    if not isinstance(metadata, dict):
+        raise ConfigError(f"--metadata must be a JSON object; got {args.metadata}")
+    weights, step = args.weights or "both", args.weight_step or 0.1
     if weights in ("both", "grid"):
         simplex(len(config.members), step)  # refuses a step that makes no grid, before anything loads
     if not args.tasks:
@@ -75,15 +78,6 @@ def as_given(arguments: Mapping[str, Any]) -> EnsembleConfig:
     if config.pooling is not None and not config.fuses_steps:
         raise ConfigError(f"tune: pooling={config.pooling} alone fuses no steps; remove it, tune, and put it back")
     return config
-
-
-def _metadata(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    metadata = parse_json(text, "--metadata")
-    if not isinstance(metadata, dict):
-        raise ConfigError(f"--metadata must be a JSON object; got {text}")
-    return metadata
 
 
 def spec_of(args: argparse.Namespace, task: str, split: Literal["validation"] | None) -> Any:

@@ -88,7 +88,10 @@ def require_exact(
             "does not belong to this model: correct the member's `tokenizer` argument."
         )
     index, offset = _first_difference(vocab, text.encode(), ids)
-    character = _character_at(text, offset)
+    at = len(text.encode()[:offset].decode(errors="ignore"))
+    character = "the end of the text"
+    if at < len(text):
+        character = f"the character {text[at]!r} (U+{ord(text[at]):04X}) at {at}"
     lost = {unknown} if unknown is not None else vocab.control
     if index < len(ids) and ids[index] in lost:
         raise SpellingError(
@@ -144,14 +147,6 @@ def _first_difference(vocab: ByteVocab, data: bytes, ids: Sequence[int]) -> tupl
             return index, offset + len(os.path.commonprefix([piece, data[offset:]]))
         offset += len(piece)
     return len(ids), offset
-
-
-def _character_at(text: str, offset: int) -> str:
-    """Describe the character at a byte offset of a text."""
-    index = len(text.encode()[:offset].decode(errors="ignore"))
-    if index >= len(text):
-        return "the end of the text"
-    return f"the character {text[index]!r} (U+{ord(text[index]):04X}) at {index}"
 
 
 def _short(value: str | bytes) -> str:

@@ -63,7 +63,11 @@ def distillation_loss(
     if fused is None:
         raise ValueError(f"clm_weight {clm_weight} leaves weight for a fusion loss, but no distributions are given")
     here = FusedBatch(*(part[labelled] for part in vars(fused).values()))
-    fusion = _fusion_loss(flat, log_total, here, None if counts is None else counts[1])
+    logq = flat.gather(1, here.ids) - log_total[:, None]  # [n, K]
+    q_rest = 1 - torch.where(here.p > 0, logq.exp(), 0.0).sum(1)
+    row = -(here.p * logq).sum(1) - here.rest * q_rest.clamp(min=SMALLEST).log()
+    total = torch.where(here.covered, row, 0.0).sum()
+    fusion = total / (here.covered.sum().clamp(min=1) if counts is None else counts[1])  # 0 where no row is covered
     return Loss(clm_weight * clm + (1 - clm_weight) * fusion, clm, fusion)
 
 
@@ -72,12 +76,3 @@ def counted(labels: Tensor, fused: FusedBatch | None) -> Tensor:
     labelled = labels != IGNORED
     covered = labelled & fused.covered if fused is not None else torch.zeros_like(labelled)
     return torch.stack([labelled.sum(), covered.sum()]).float()
-
-
-def _fusion_loss(flat: Tensor, log_total: Tensor, fused: FusedBatch, count: Tensor | None) -> Tensor:
-    """Return the mean cross-entropy of the covered rows of logits [n, V]; 0 where none is."""
-    logq = flat.gather(1, fused.ids) - log_total[:, None]  # [n, K]
-    q_rest = 1 - torch.where(fused.p > 0, logq.exp(), 0.0).sum(1)
-    row = -(fused.p * logq).sum(1) - fused.rest * q_rest.clamp(min=SMALLEST).log()
-    total = torch.where(fused.covered, row, 0.0).sum()
-    return total / (fused.covered.sum().clamp(min=1) if count is None else count)
