@@ -104,11 +104,7 @@ def _dispatch(argv: list[str]) -> int:
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     assert module is not None  # argparse has refused every other word
-    return _finished(module, args)
-
-
-def _finished(module: Subcommand, args: argparse.Namespace) -> int:
-    """Run a command; with `--json`, give what it found as JSON: in place of what it prints, or in a file beside it."""
+    # `--json` gives what a command found as JSON: in place of what it prints, or in a file beside it
     place = getattr(args, "json", None)
     if place not in (None, PRINTED) and args.command != "gate":  # which says its verdict in any case
         check_place(Path(place))

@@ -131,10 +131,17 @@ def _score_round(
     bases = _bases(ensembles, prompts, passes, wanted, step)
     for ensemble in ensembles:
         ensemble.counters.record_outgrown([m for row in rows for m in row.place.outgrown])
-    ledgers = [
-        _ledger(ensemble, base, rows, result) if ensemble.learns else None
-        for ensemble, base, result in zip(ensembles, bases, results, strict=True)
-    ]
+    ledgers: list[Ledger | None] = []
+    for ensemble, base, result in zip(ensembles, bases, results, strict=True):
+        if not ensemble.learns:
+            ledgers.append(None)
+            continue
+        # spans start with the prior, or with what their prompts made of it
+        priors: dict[Hashable, Tensor] = dict.fromkeys(result, ensemble.experts.log_prior)
+        if base is not None:
+            for row in rows:
+                priors |= {index: base[row.prompts] for index, _, _ in row.readers}
+        ledgers.append(Ledger(priors, {index: len(score.logp) for index, score in result.items()}))
     tracers = [StepReader(ensemble) for ensemble in ensembles]
     any_raw = not all(ensemble.covers for ensemble in ensembles)
     for start in range(0, len(rows), step):
@@ -174,18 +181,6 @@ def _score_round(
         if ledger is not None:
             for key, score in result.items():
                 score.logp, score.by_expert = ledger.values(key), ledger.logp[key].sum(0)
-
-
-def _ledger(
-    ensemble: EnsembleBase, base: Sequence[Tensor] | None, rows: Sequence[_Row], results: dict[int, SpanScore]
-) -> Ledger:
-    """Return the ledger of a round's spans, which start with the prior or with what their prompts made of it."""
-    prior = ensemble.experts.log_prior
-    priors: dict[Hashable, Tensor] = dict.fromkeys(results, prior)
-    if base is not None:
-        for row in rows:
-            priors |= {index: base[row.prompts] for index, _, _ in row.readers}
-    return Ledger(priors, {index: len(score.logp) for index, score in results.items()})
 
 
 def _bases(

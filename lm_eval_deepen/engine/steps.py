@@ -107,7 +107,12 @@ class StepReader:
         entropy = -(made.exp() * made.masked_fill(made == -torch.inf, 0)).sum(1)
         pieces = [self._fused_piece(token) for token in chosen]
         best = argmax(made).tolist()
-        changed = self._changed(best, argmax(logp[0][index.to(logp[0].device)]).tolist())
+        pairs = list(zip(best, argmax(logp[0][index.to(logp[0].device)]).tolist(), strict=True))
+        vocab, out = self._vocabs[0], self._out
+        if vocab is None or out is None:
+            changed = [a != b for a, b in pairs]
+        else:
+            changed = [identity(out, a) != identity(vocab, b) for a, b in pairs]
         reasons = notes.reasons(len(fused))
         weights = notes.weights.double().cpu()[rows].tolist()
         here = present.cpu()[rows].tolist()
@@ -127,14 +132,6 @@ class StepReader:
             )
             for at, row in enumerate(rows)
         ]
-
-    def _changed(self, best: Sequence[int], first: Sequence[int]) -> list[bool]:
-        """Return where the likeliest fused piece stands for other text than the main member's likeliest one."""
-        vocab, out = self._vocabs[0], self._out
-        pairs = list(zip(best, first, strict=True))
-        if vocab is None or out is None:
-            return [a != b for a, b in pairs]
-        return [identity(out, a) != identity(vocab, b) for a, b in pairs]
 
     def _said(
         self, m: int, own: Tensor, chosen: Sequence[int], weights: Sequence[float], here: Sequence[bool]

@@ -51,8 +51,11 @@ def rolling_spans(ensemble: EnsembleBase, text: str) -> list[Span]:
     members, size = list(range(len(ensemble.active))), longest
     while size > 0 and 0 in members:
         spans = [_span(ensemble, tokens, text, window) for window in windows(len(tokens), size)]
-        shares = [_shares(ensemble, span) for span in spans]
-        largest = {m: max((own[m] for own in shares), default=0.0) for m in members}
+        largest = dict.fromkeys(members, 0.0)  # shares of contexts that spans take up
+        for span in spans:
+            tokens = span.tokens(ensemble, len(span.target) - 1)
+            for m in members:
+                largest[m] = max(largest[m], len(tokens[m] or ()) / ensemble.active[m].max_length)
         ratio = max(largest.values())
         if ratio <= 1:
             return spans
@@ -81,10 +84,3 @@ def _span(ensemble: EnsembleBase, tokens: tuple[int, ...], text: str, window: tu
     words = seen[: len(seen) - len(lead)].decode()
     prompts = same_text(ensemble, codec.automatic_prefix + tokens[begin:start], words)
     return Span(tuple(replace(prompt, is_evidence=False) for prompt in prompts), tokens[start:end], lead=lead)
-
-
-def _shares(ensemble: EnsembleBase, span: Span) -> list[float]:
-    """Return the share of every member's context [M] that a span takes up."""
-    tokens = span.tokens(ensemble, len(span.target) - 1)
-    pairs = zip(ensemble.active, tokens, strict=True)
-    return [len(own or ()) / member.max_length for member, own in pairs]

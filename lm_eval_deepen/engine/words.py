@@ -122,8 +122,16 @@ class WordDecoder(Decoder):
             ensemble.counters.record_proposals(len(found))
             if chosen is None:
                 row.out.reason, row.out.refusal = "refused", "no member proposes a word that the main member can spell."
-            else:
-                self._commit(row, *chosen)
+                continue
+            score, proposal = chosen
+            if not proposal:
+                row.out.reason = "eos"
+            for token in proposal:  # as far as it goes; each token gets the proposal's score
+                append(ensemble, row, token, score)
+                if not row.out.reason and self._is_full(row):
+                    row.out.reason = "length"
+                if row.out.reason:
+                    break
         return [row for row in rows if row.out.reason]
 
     def _weights(self, row: BatchRow, places: Sequence[TokenPrefix | None]) -> list[float]:
@@ -202,14 +210,3 @@ class WordDecoder(Decoder):
                 else:
                     next(logp)
         return {at: sum(w * value for w, value in own) / sum(w for w, _ in own) for at, own in said.items() if own}
-
-    def _commit(self, row: BatchRow, score: float, proposal: Proposal) -> None:
-        """Extend a row by a proposal, as far as it goes, or end it; each token gets the proposal's score."""
-        if not proposal:
-            row.out.reason = "eos"
-        for token in proposal:
-            append(self.ensemble, row, token, score)
-            if not row.out.reason and self._is_full(row):
-                row.out.reason = "length"
-            if row.out.reason:
-                break

@@ -18,7 +18,7 @@ from lm_eval_deepen.leaderboard.models import Cost
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import TaskRun, read_results
-from lm_eval_deepen.results.samples import Samples, read_samples
+from lm_eval_deepen.results.samples import read_samples
 from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, working_folder, write_bytes, write_json
 
 SUFFIX = ".cell.json"
@@ -74,7 +74,10 @@ class Cell:
             if (count := sum(len(next(iter(one.by_filter.values()))) for one in samples)) != self.documents:
                 raise ResultError(f"its samples are of {count} documents, {self.documents} were evaluated")
             for one in samples:
-                _refuse_nan(one)
+                for sample in (sample for table in one.by_filter.values() for sample in table.values()):
+                    for name, value in sample.values.items():
+                        if isinstance(value, float) and value != value:
+                            raise ResultError(f"{one.source}: {name} of document {sample.doc_id} is NaN")
 
 
 def identity(
@@ -257,14 +260,6 @@ def _written(path: Path, place: Path) -> str:
     except ResultError as error:
         raise ResultError(f"{place}: the harness could not write it ({error}); is the disk full?") from error
     return sha256(path)
-
-
-def _refuse_nan(samples: Samples) -> None:
-    for table in samples.by_filter.values():
-        for sample in table.values():
-            for name, value in sample.values.items():
-                if isinstance(value, float) and value != value:
-                    raise ResultError(f"{samples.source}: {name} of document {sample.doc_id} is NaN")
 
 
 def _names(mark: Path) -> list[str]:

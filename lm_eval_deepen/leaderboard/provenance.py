@@ -22,13 +22,17 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
     dates = sorted(evaluation["date"] for evaluation in evaluations if isinstance(evaluation.get("date"), (int, float)))
     days = [datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]
     few_shots = {task: shots for one in evaluations for task, shots in (one.get("n-shot") or {}).items()}
+    limits = [
+        "all documents" if limit is None else f"{limit:g} documents of each task" if limit >= 1 else f"{limit:.0%}"
+        for limit in ((evaluation.get("config") or {}).get("limit") for evaluation in evaluations)
+    ]
     told = {
         "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",
         "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
         "models": "; ".join(_models(evaluations)),
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in few_shots.items()),
-        "limits": ", ".join(dict.fromkeys(_limit(evaluation) for evaluation in evaluations)),
+        "limits": ", ".join(dict.fromkeys(limits)),
         "seeds": ", ".join(map(str, recipe.seeds)),
         "fingerprints": "; ".join(f"{row.name} {row.config.fingerprint()[:12]}" for row in recipe.rows),
     }
@@ -56,8 +60,3 @@ def _models(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
             where = f"{member.get('pretrained')} (revision {member.get('revision')}, {member.get('dtype')})"
             models[f"{member.get('name')}: {where}"] = None
     return list(models)
-
-
-def _limit(evaluation: Mapping[str, Any]) -> str:
-    limit = (evaluation.get("config") or {}).get("limit")
-    return "all documents" if limit is None else f"{limit:g} documents of each task" if limit >= 1 else f"{limit:.0%}"

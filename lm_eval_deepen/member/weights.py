@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from torch import nn
-
 from lm_eval_deepen.errors import MemberError
 
 ALLOW_MISSING, ALLOW_UNEXPECTED = "allow_missing_weights", "allow_unexpected_weights"
@@ -57,7 +55,10 @@ def _reports_of_models(reports: list[WeightsReport]) -> Iterator[Any]:
 
     def note(model: Any, source: Any, missing: Any, unexpected: Any, mismatched: Any) -> None:
         shapes = {f"{key} {_shape(got)} for {_shape(wanted)}" for key, got, wanted in mismatched}
-        left_out = {key for key in unexpected if not OLD_BUFFERS.search(key)} - _computed(model)
+        buffers = {name for name, _ in model.named_buffers()} - model.state_dict().keys()  # computed and never saved
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        left_out = {key for key in unexpected if not OLD_BUFFERS.search(key)} - buffers
+        left_out -= {name.removeprefix(prefix) for name in buffers}
         kind, source = type(model).__name__, str(source)
         reports.append(WeightsReport(source, kind, *map(tuple, map(sorted, (missing, left_out, shapes)))))
 
@@ -101,14 +102,6 @@ def _reports_of_adapters(reports: list[WeightsReport]) -> Iterator[Any]:
         return result
 
     yield mock.patch.object(PeftModel, "load_adapter", load_adapter)
-
-
-def _computed(model: nn.Module) -> set[str]:
-    """Return the names of buffers that a model computes and never saves."""
-    saved = model.state_dict().keys()
-    names = {name for name, _ in model.named_buffers()} - saved
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return names | {name.removeprefix(prefix) for name in names}
 
 
 def _shape(shape: Sequence[int]) -> str:

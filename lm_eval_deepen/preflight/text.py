@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lm_eval_deepen.leaderboard.published import PER_CENT
 from lm_eval_deepen.results.tables import aligned
@@ -167,17 +167,13 @@ def _expected(report: Report) -> str:
     for entry in report.recipe.expected:
         score = "not known here" if entry.score is None else f"{entry.score:g}"
         where = f" ({entry.table})" if entry.table else ""
-        lines.append(f"  {entry.task}: {score}{where}{_beside(report.measured.get(f'{entry.task} {entry.metric}'))}")
+        beside, row = "", report.measured.get(f"{entry.task} {entry.metric}")
+        if row is not None:  # what was measured, in the unit of the published score
+            unit = 100 if row["column"].split()[-1] not in PER_CENT else 1
+            away = "" if row["distance"] is None else f", {row['distance']:+.1f} standard errors: {row['verdict']}"
+            beside = f"; measured {unit * row['measured']:.2f}{away}"
+        lines.append(f"  {entry.task}: {score}{where}{beside}")
     return "\n".join(lines)
-
-
-def _beside(row: Mapping[str, Any] | None) -> str:
-    """Return what was measured, in the unit of the published score."""
-    if row is None:
-        return ""
-    unit = 100 if row["column"].split()[-1] not in PER_CENT else 1
-    away = "" if row["distance"] is None else f", {row['distance']:+.1f} standard errors: {row['verdict']}"
-    return f"; measured {unit * row['measured']:.2f}{away}"
 
 
 def _count(number: int) -> str:

@@ -141,19 +141,16 @@ def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeM
     checksum = content_hash(tensors, info.identity)
     if checksum != info.content_sha256:
         raise _damaged(path, f"its content has checksum {checksum[:12]}, its header says {info.content_sha256[:12]}")
-    if (shape := _shape(tensors, info.num_anchors)) != (info.num_rows, info.num_anchors):
+    if "relative" in tensors:
+        shape = tuple(tensors["relative"].shape)
+    else:  # sparse entries say no more than the least number of anchors
+        indices = tensors["indices"]
+        shape = len(indices), max(info.num_anchors, int(indices.max()) + 1 if indices.numel() else 0)
+    if shape != (info.num_rows, info.num_anchors):
         raise _damaged(path, f"its header says {info.num_rows} x {info.num_anchors}, its tensors {shape}")
     if "relative" in tensors:
         return DenseMatrix(tensors["relative"])
     return SparseMatrix(tensors["values"], tensors["indices"], info.num_anchors, tensors["dropped_mass"])
-
-
-def _shape(tensors: Mapping[str, Tensor], anchors: int) -> tuple[int, ...]:
-    """Return the shape [V, A] that tensors with a right checksum have, as far as they say it."""
-    if "relative" in tensors:
-        return tuple(tensors["relative"].shape)
-    indices = tensors["indices"]
-    return len(indices), max(anchors, int(indices.max()) + 1 if indices.numel() else 0)
 
 
 def _damaged(path: Path, what: str) -> MatrixError:

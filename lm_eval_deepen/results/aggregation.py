@@ -124,21 +124,19 @@ def scores_of(
             f"another metric. Supported: {', '.join(AGGREGATIONS)}."
         )
     width, statistic = AGGREGATIONS[name]
-    samples = [table[key] for key in keys]
-    rows = [_row(s.values[metric], width, f"{where}: {metric} of document {s.doc_id}") for s in samples]
+    rows = []
+    for sample in (table[key] for key in keys):
+        value = sample.values[metric]
+        row = list(value) if isinstance(value, (list, tuple)) else [value]
+        numbers = [number for number in map(to_number, row) if number is not None]
+        if not len(row) == len(numbers) == width:
+            expected = "a finite number" if width == 1 else f"{width} finite numbers"
+            raise ResultError(
+                f"{where}: {metric} of document {sample.doc_id} should be {expected}, got {value!r:.40}; the file is "
+                "damaged, or the model fails there: evaluate the task again, or leave the metric out with --metric."
+            )
+        rows.append(numbers)
     return Scores(np.array(rows, dtype=np.float64), statistic, name == "mean")
-
-
-def _row(value: Any, width: int, what: str) -> list[float]:
-    row = list(value) if isinstance(value, (list, tuple)) else [value]
-    numbers = [number for number in map(to_number, row) if number is not None]
-    if not len(row) == len(numbers) == width:
-        expected = "a finite number" if width == 1 else f"{width} finite numbers"
-        raise ResultError(
-            f"{what} should be {expected}, got {value!r:.40}; the file is damaged, or the model fails there: "
-            "evaluate the task again, or leave the metric out with --metric."
-        )
-    return numbers
 
 
 def configured_aggregation(task_config: Mapping[str, Any], metric: str) -> str | None:

@@ -117,16 +117,13 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
         by_filter[record["filter"]].append((record["doc_hash"], sample))
     if not by_filter:
         raise ResultError(f"{source}: holds no sample; evaluate the task again with --log_samples.")
-    return Samples(source, {flt: _keyed(entries) for flt, entries in by_filter.items()})
-
-
-def _keyed(entries: list[tuple[str, Sample]]) -> dict[Key, Sample]:
-    seen: Counter[str] = Counter()
-    keyed = {}
-    for doc_hash, sample in sorted(entries, key=lambda entry: entry[1].doc_id):
-        keyed[Key(doc_hash, seen[doc_hash])] = sample
-        seen[doc_hash] += 1
-    return keyed
+    tables: dict[str, dict[Key, Sample]] = {flt: {} for flt in by_filter}
+    for flt, entries in by_filter.items():
+        seen: Counter[str] = Counter()
+        for doc_hash, sample in sorted(entries, key=lambda entry: entry[1].doc_id):
+            tables[flt][Key(doc_hash, seen[doc_hash])] = sample
+            seen[doc_hash] += 1
+    return Samples(source, tables)
 
 
 def common_keys(runs: Sequence[Samples], flt: str, metric: str) -> list[Key]:

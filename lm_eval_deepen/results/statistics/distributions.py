@@ -48,26 +48,21 @@ def student_quantile(probability: float, degrees: int) -> float:
         probability: above 0.5.
         degrees: of freedom, at least 1.
     """
-    normal = NormalDist().inv_cdf(probability)
-    if degrees > _EXACT_DEGREES:
-        return _expanded(normal, degrees)
-    low, high = normal, 1e9
+    z = NormalDist().inv_cdf(probability)
+    if degrees > _EXACT_DEGREES:  # Abramowitz and Stegun 1964, 26.7.5
+        terms = (
+            z,
+            (z**3 + z) / 4,
+            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+            (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+        )
+        return sum(term / degrees**power for power, term in enumerate(terms))
+    low, high = z, 1e9
     for _ in range(_STEPS):
         middle = math.sqrt(low * high) if low > 0 else high / 2
         low, high = (middle, high) if _student(middle, degrees) < probability else (low, middle)
     return high
-
-
-def _expanded(z: float, v: int) -> float:
-    """Return the quantile for many degrees (Abramowitz and Stegun 1964, 26.7.5)."""
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / v**power for power, term in enumerate(terms))
 
 
 def _student(value: float, degrees: int) -> float:
