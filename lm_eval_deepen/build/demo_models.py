@@ -84,9 +84,7 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
 
     Processes that ask at the same time convert once. A conversion that fails leaves nothing behind.
 
-    Args:
-        model: which.
-        redo: convert it again in any case.
+    With `redo`, it is converted again in any case.
 
     Raises:
         MemberError: The package is not installed, or its file is not the one expected.

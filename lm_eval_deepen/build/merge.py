@@ -16,10 +16,6 @@ from lm_eval_deepen.errors import ConfigError, one_line
 def check_inputs(recipe: BuildRecipe, places: Mapping[str, str]) -> None:
     """Refuse models that cannot be merged, from their configurations and tokenizers.
 
-    Args:
-        recipe: the merge.
-        places: where its models are, by the names in the recipe.
-
     Raises:
         IncompatibleError: their architectures or vocabularies differ.
         ConfigError: a configuration cannot be read.

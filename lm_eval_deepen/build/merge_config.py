@@ -31,10 +31,6 @@ _INSTALL = "pip install 'lm_eval_deepen[merge]' (mergekit>=0.1.5,<0.2, which nee
 def check(content: Mapping[str, Any], source: str) -> None:
     """Refuse a configuration that mergekit would take for something else than what it says; nothing is loaded.
 
-    Args:
-        content: the configuration.
-        source: where it stands, for messages.
-
     Raises:
         ConfigError: an unknown key, method or parameter; a base model or density that is missing.
     """

@@ -202,10 +202,7 @@ class BuildKeys(Keys):
 def read_build(recipe: str | Path, changes: Mapping[str, Any] | None = None, folder: Path | None = None) -> BuildRecipe:
     """Read the recipe of a built model.
 
-    Args:
-        recipe: the YAML file, or the name of a shipped one.
-        changes: keys that stand for those of the file.
-        folder: where a relative path is read; None: the current folder.
+    Keys in `changes` stand for those of the file; a relative path is read in `folder`, by default the current one.
 
     Raises:
         ConfigError: what is no recipe, by file and key.

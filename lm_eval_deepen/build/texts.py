@@ -115,10 +115,6 @@ def _kept(name: str, documents: Sequence[str]) -> Path:
 def task_texts(name: str, tasks: TaskSource = ANYWHERE) -> list[str]:
     """Return what a task asks, each with its answer, from the split that may be trained on; never its test split.
 
-    Args:
-        name: the task.
-        tasks: where tasks are found.
-
     Raises:
         ConfigError: an unknown task, one with several tasks in it, or one without such a split.
     """

@@ -17,13 +17,7 @@ _SHOWN = 200  # characters of a value
 
 
 def explain(error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> list[Problem]:
-    """Return everything that a model refused, each key once.
-
-    Args:
-        error: what pydantic raised.
-        fields: of the model.
-        given: the values it was given.
-    """
+    """Return everything that a model refused, each key once."""
     by_key: dict[str, list[Problem]] = {}
     for one in error.errors(include_url=False, include_input=False):
         key, cause = str(one["loc"][0]) if one["loc"] else "", one.get("ctx", {}).get("error")

@@ -165,13 +165,7 @@ def _configured(member: MemberConfig, defaults: Mapping[str, Any]) -> MemberKeys
 
 
 def _check_shared(entries: Sequence[Entry], names: Sequence[str], defaults: Mapping[str, Any]) -> None:
-    """Refuse an argument beside members that belongs to one model, and would be given to several.
-
-    Args:
-        entries: the members' own keys.
-        names: what they are loaded from.
-        defaults: keys given beside members.
-    """
+    """Refuse an argument beside members that belongs to one model, and would be given to several."""
     for key, reason in OF_ONE_MODEL.items():
         if key not in defaults or (key == "revision" and defaults[key] == "main"):
             continue

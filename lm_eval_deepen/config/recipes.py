@@ -150,11 +150,7 @@ def shipped_recipes(kind: str | None = None) -> dict[str, Path]:
 
 
 def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
-    """Return the file of a recipe: a path, or the name of a shipped one with or without its suffix.
-
-    Args:
-        text: what a person wrote.
-        folder: where relative paths are read; None: the current folder.
+    """Return the file of a recipe: a path, read in `folder`, or the name of a shipped one with or without its suffix.
 
     Returns:
         The file; None for what is no recipe's name: a model's folder, or its name on the hub.
@@ -208,11 +204,7 @@ def recipe_file(text: str, folder: Path | None = None) -> Path:
 
 
 def read_recipe(path: Path, *wanted: str) -> dict[str, Any]:
-    """Return the keys of a recipe, its kind left out.
-
-    Args:
-        path: the YAML file.
-        wanted: kinds that the caller takes.
+    """Return the keys of a recipe of a kind that the caller takes, its kind left out.
 
     Raises:
         ConfigError: it cannot be read, holds no keys, or is of another kind, which names the command that takes it.

@@ -29,11 +29,7 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language,
 
 
 def read_yaml(path: Path, name: str | None = None) -> Any:
-    """Return what a file of YAML holds.
-
-    Args:
-        path: the file.
-        name: what it is called in messages; None: its path.
+    """Return what a file of YAML holds; `name` is what messages call it, by default its path.
 
     Raises:
         ConfigError: it cannot be read, is too large, is no YAML, has a key twice, or values that cannot be: by line.
@@ -63,11 +59,7 @@ def _is_json(text: str) -> bool:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return what a text of YAML holds.
-
-    Args:
-        text: the YAML.
-        where: the file or option it is from, for messages.
+    """Return what a text of YAML holds; `where`, the file or option it is from, stands in messages.
 
     Raises:
         ConfigError: as `read_yaml`.

@@ -28,12 +28,7 @@ def require_scoring(ensemble: EnsembleBase) -> None:
 
 
 def check_specialists(config: EnsembleConfig, members: Sequence[Member], reads_prompts: bool) -> None:
-    """Check options against members that generate only.
-
-    Args:
-        config: the ensemble.
-        members: the main one first.
-        reads_prompts: whether the weighting needs every member's loss on every prompt.
+    """Check options against members that generate only; the main member comes first.
 
     Raises:
         ConfigError: an option that needs such a member to score a text, or a draft in its tokens.

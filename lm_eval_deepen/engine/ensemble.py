@@ -55,12 +55,9 @@ class Ensemble(EnsembleBase):
 
     @classmethod
     def assemble(cls, config: EnsembleConfig, members: Sequence[Member], fuser: Fuser | None = None) -> Ensemble:
-        """Build the ensemble around members that are loaded already.
+        """Build the ensemble around members that are loaded already, the main one first.
 
-        Args:
-            config: what it is.
-            members: the main one first.
-            fuser: one that was built for these members by the same method and options.
+        A `fuser` is one that was built for these members by the same method and options.
         """
         weights = torch.tensor([member.weight for member in config.members], dtype=torch.float32)
         if not fuses(config):

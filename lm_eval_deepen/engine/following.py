@@ -137,12 +137,7 @@ class Follower:
     def follow_covered(
         self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
     ) -> Tensor:
-        """Return what comes next [n, V_m] in this member's pieces, its covers counted; see `states`.
-
-        Args:
-            routes: every row's paths.
-            plans: the covers at each of them.
-        """
+        """Return what comes next [n, V_m] in this member's pieces, the covers of `plans` counted; see `states`."""
         detours = self._detours(routes, plans)
         sequences, reads, ends = [], [], []
         for at, (route, own) in enumerate(zip(routes, plans, strict=True)):

@@ -41,13 +41,7 @@ class Place:
 
 
 def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
-    """Yield the place before every target token of a span, and add what the members take in to their trees.
-
-    Args:
-        ensemble: the members.
-        span: what is scored.
-        trees: one for each active member.
-    """
+    """Yield the place before every target token of a span, and add what the members take in to their trees."""
     ways: list[_OwnWay | _TextWay] = []
     for m, (prompt, tree) in enumerate(zip(span.prompts, trees, strict=True)):
         longest = None if ensemble.is_hf else ensemble.active[m].max_length

@@ -68,12 +68,7 @@ class _Row:
 
 
 def score(ensemble: EnsembleBase, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
-    """Score spans, those with a common beginning one after the other.
-
-    Args:
-        ensemble: the members and their fuser.
-        spans: what to score.
-        nodes: how many tokens a member forwards at once.
+    """Score spans, those with a common beginning one after the other; a member forwards `nodes` tokens at once.
 
     Yields:
         The index of a span and its score, as soon as its round is done.

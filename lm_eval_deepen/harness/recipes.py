@@ -37,10 +37,7 @@ class EnsembleRecipe(RecipeKeys):
         return configure(dict(self.arguments))
 
     def configure(self, elsewhere: Mapping[str, str] | None = None) -> EnsembleConfig:
-        """Return the ensemble, checked.
-
-        Args:
-            elsewhere: what stands for a member instead of what the recipe names: name -> folder or hub name.
+        """Return the ensemble, checked; `elsewhere` names the place of a member instead of the recipe's.
 
         Raises:
             ConfigError: an argument that cannot be honoured, or a name in `elsewhere` that no member has.

@@ -92,10 +92,7 @@ class RequestHandler(MainMemberView):
     def prepare(self, kind: str, request: Instance, repeats: Counter[str] | None = None) -> Any:
         """Return what the engine needs for a request, or a `SetAside` where it has no honest answer.
 
-        Args:
-            kind: its type.
-            request: the request.
-            repeats: how often each context was sampled before.
+        `repeats` counts how often each context was sampled before.
         """
         stretches = StretchPrompter(self.ensemble) if self.ensemble.by_stretches else None
         if kind == "loglikelihood":

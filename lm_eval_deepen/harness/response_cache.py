@@ -65,11 +65,7 @@ class _Plain(pickle.Unpickler):
 
 
 def read_answer(data: bytes, where: str) -> Any:
-    """Return an answer of the response cache.
-
-    Args:
-        data: as it is stored.
-        where: the database, for messages.
+    """Return an answer of the response cache; `where`, the database, stands in messages.
 
     Raises:
         CacheError: it is none, or damaged.

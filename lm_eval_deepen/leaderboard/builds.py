@@ -125,11 +125,7 @@ class Builds:
     ) -> dict[str, Path]:
         """Build what is missing among `names` and what they are made from, or damaged; return the folders.
 
-        Args:
-            names: of the models.
-            folder: where they are kept.
-            say: called with progress messages.
-            mend: build again what is damaged, which is an error else.
+        With `mend`, what is damaged is built again, which is an error else.
 
         Raises:
             DeepenError: a model that cannot be built, by its name; what is built is kept.

@@ -85,11 +85,7 @@ def identity(
 ) -> dict[str, Any]:
     """Return what decides a cell's results: the ensemble, the task, how it is asked.
 
-    Args:
-        row: the row.
-        task: the column.
-        seeds: of the evaluation.
-        built: identities of the row's models that are built, by name.
+    `built`: identities of the row's models that are built, by name.
     """
     facts = {"ensemble": row.config.fingerprint(), "seeds": list(seeds), **task.identity}
     return {**facts, "built": dict(built)} if built else facts

@@ -72,14 +72,9 @@ def _identity(recipe: LeaderboardRecipe, row: Row, task: LoadedTask) -> dict[str
 def plan(
     recipe: LeaderboardRecipe, tasks: Sequence[LoadedTask], out: Path, redo: bool = False, built: Path | None = None
 ) -> Plan:
-    """Find out which cells are there; no model is loaded.
+    """Find out which cells are there, below `out`; no model is loaded.
 
-    Args:
-        recipe: what was asked for.
-        tasks: its tasks.
-        out: where cells lie.
-        redo: evaluate cells of other evaluations again.
-        built: where built models are kept; None: below `out`.
+    With `redo`, cells of other evaluations are evaluated again. Built models are in `built`, by default below `out`.
 
     Raises:
         ResultError: a cell is of another evaluation.

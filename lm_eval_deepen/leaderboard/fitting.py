@@ -40,11 +40,7 @@ class ScoredCandidate:
 
 
 def adaptive(alone: Mapping[str, Mapping[str, float]]) -> list[float]:
-    """Return weights in proportion to the members' mean scores, as DeePEn-Adapt has them.
-
-    Args:
-        alone: the scores of every member, by its name and the task.
-    """
+    """Return weights in proportion to the members' mean scores over tasks, as DeePEn-Adapt has them."""
     means = [sum(scores.values()) / len(scores) for scores in alone.values()]
     if min(means) < 0 or not any(means):
         raise ConfigError(

@@ -87,10 +87,7 @@ def told_apart(
 ) -> tuple[tuple[PublishedTable, ...], list[str]]:
     """Return the tables but those whose scores of a task might belong to several columns, and what is said of these.
 
-    Args:
-        tables: published.
-        task: the recipe's.
-        columns: (metric, filter) of what it shows.
+    The columns of the task are given by metric and filter.
     """
     kept, unclear = [], []
     for table in tables:

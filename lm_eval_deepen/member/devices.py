@@ -39,11 +39,7 @@ def default_device() -> str:
 
 
 def parse_device(asked: Any, where: str) -> torch.device:
-    """Return the device that an argument names, whether it exists or not.
-
-    Args:
-        asked: what was given, such as ``cpu`` or ``cuda:1``.
-        where: what begins the error.
+    """Return the device that an argument such as ``cuda:1`` names, whether it exists or not; `where` begins the error.
 
     Raises:
         ConfigError: it is not the name of a device.

@@ -181,10 +181,7 @@ class Settings:
     def plan(self, asked: Asked, prompt: Sequence[int], source: Sequence[int] = ()) -> Plan:
         """Return how a request's text is generated.
 
-        Args:
-            asked: what the request asks for.
-            prompt: its tokens; an encoder-decoder model's decoder's.
-            source: an encoder-decoder model's source.
+        Of an encoder-decoder model, `prompt` are the decoder's tokens, and `source` the encoder's.
 
         Raises:
             RequestError: a setting that cannot be honoured, by its name.

@@ -28,10 +28,7 @@ def loading_keys() -> frozenset[str]:
 def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any | None = None) -> Member:
     """Load a member through ``HFLM``, so that it takes every loading argument of ``--model hf``.
 
-    Args:
-        config: what to load.
-        device: where, if `config` does not say.
-        tokenizer: the member's tokenizer, if it is loaded already.
+    It goes to `device`, if `config` does not say where; `tokenizer` is the member's, if it is loaded already.
 
     Raises:
         ConfigError: a device that this machine lacks, or a launch that is no multiple of ``tp_size`` processes.

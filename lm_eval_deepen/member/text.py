@@ -322,9 +322,7 @@ class TextCodec:
     def encode_prompt(self, text: str, bos: bool = False) -> tuple[int, ...]:
         """Return the tokens of a prompt: automatic control tokens, prefix space, special-token text as text.
 
-        Args:
-            text: the prompt.
-            bos: whether the prompt began with the BOS literal (see `strip_bos`): then one BOS, none added.
+        `bos`: whether the prompt began with the BOS literal (see `strip_bos`); it has one BOS then, none added.
 
         Raises:
             VocabularyError: the tokenizer cannot spell the text.

@@ -61,13 +61,7 @@ class TokenizerFiles:
 
     @classmethod
     def find(cls, name: str, *, revision: str = "main", subfolder: str = "") -> TokenizerFiles | None:
-        """Return the files of a folder or a hub name that is in the cache; None where there is no ``tokenizer.json``.
-
-        Args:
-            name: what the tokenizer was loaded from.
-            revision: of the hub's repository.
-            subfolder: where in it the files are.
-        """
+        """Return the files of a folder, or of a hub name in the cache; None where there is no ``tokenizer.json``."""
         if not name or Path(name).is_file():
             return None
         given = {"revision": revision, "subfolder": subfolder, "local_files_only": not Path(name).is_dir()}

@@ -222,15 +222,7 @@ class DeviceNeed:
 def device_needs(
     members: Sequence[Inspected], plans: Sequence[MatrixPlan], batch: int, tokens: int, available: Mapping[str, int]
 ) -> list[DeviceNeed]:
-    """Return what every device would hold.
-
-    Args:
-        members: the main member first.
-        plans: the relative matrices.
-        batch: texts decoded together.
-        tokens: length of the longest of them.
-        available: bytes of every device that is known.
-    """
+    """Return what every device would hold with `batch` texts of `tokens` at most; `available`: bytes where known."""
     from lm_eval_deepen.engine.memory import fusion_bytes
 
     weights: Counter[str] = Counter()

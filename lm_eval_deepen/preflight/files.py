@@ -125,9 +125,7 @@ class HubUnreachable(MemberError):
 def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
     """Return what a member's files say; of a model on the hub, configuration and headers alone are fetched.
 
-    Args:
-        member: the member.
-        offline: do not ask the hub, look into its cache alone.
+    `offline`: the hub is not asked, its cache alone is looked into.
 
     Raises:
         HubUnreachable: as it says.

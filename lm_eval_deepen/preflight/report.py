@@ -94,13 +94,7 @@ def inspect(ensemble: str, elsewhere: Mapping[str, str], plan: Plan) -> Report:
 
 
 def report_on(recipe: EnsembleRecipe, config: EnsembleConfig, plan: Plan) -> Report:
-    """Return the report on an ensemble that was read.
-
-    Args:
-        recipe: what it says of tasks and of the harness.
-        config: the ensemble.
-        plan: the machine and the run.
-    """
+    """Return the report on an ensemble that was read."""
     report = Report(recipe=recipe, config=config)
     _members(report, config, plan)
     _together(report, config)

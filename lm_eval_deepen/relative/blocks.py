@@ -17,14 +17,7 @@ SAID_AFTER = 2.0  # seconds of work, from which the whole is estimated
 
 @contextmanager
 def counted(what: str, total: int, progress: bool, unit: str = "row") -> Iterator[Callable[[int], None]]:
-    """Give a function that counts what is done; it moves a bar, and once says how long all takes where that is long.
-
-    Args:
-        what: what is built, for messages.
-        total: how much there is.
-        progress: whether to show and say anything.
-        unit: what is counted.
-    """
+    """Give a function that counts what is done; it moves a bar, and once says how long all takes where that is long."""
     start, done, said = time.perf_counter(), 0, not progress
     with tqdm(total=total, unit=unit, desc=what, disable=None if progress else True) as bar:
 

@@ -111,12 +111,7 @@ def describe(path: Path) -> MatrixInfo:
 
 
 def read_matrix(path: Path, wanted: Mapping[str, Any], member: str) -> RelativeMatrix:
-    """Read and verify a matrix file.
-
-    Args:
-        path: the file.
-        wanted: the identity it must have.
-        member: the member it is for, for messages.
+    """Read and verify a matrix file, which must have the identity `wanted`; `member` stands in messages.
 
     Raises:
         MatrixError: truncated, altered, or built for something else; the message names both sides.

@@ -92,11 +92,7 @@ class MatrixStore:
     ) -> RelativeMatrix:
         """Return a matrix; where its file is missing, build it while other processes wait for it.
 
-        Args:
-            member: whose matrix.
-            anchors: its columns.
-            spec: how it is made.
-            tokenizers: of all members, where rows are canonical.
+        The tokenizers of all members are needed where rows are canonical.
 
         Raises:
             MatrixError: a file that is damaged or was built for something else, a matrix that cannot be

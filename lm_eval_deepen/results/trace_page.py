@@ -117,12 +117,7 @@ def shown(
 
 
 def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Shown:
-    """Return what a page of evaluated tasks shows, by system and task: texts and scores, without steps.
-
-    Args:
-        systems: tasks by system.
-        limit: documents of each task that are shown.
-    """
+    """Return what a page of evaluated tasks, by system, shows of `limit` documents each: texts and scores, no steps."""
     page = Shown()
     for name, tasks in systems.items():
         one = Side(name)

@@ -52,10 +52,6 @@ def facts(base: Sequence[float], bits: Sequence[float], num_bytes: Sequence[int]
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Interval:
     """Return how many bits per byte the second of two builds needs more than the first, on the same documents.
 
-    Args:
-        first: what `build` returned.
-        second: what another build returned.
-
     Raises:
         ResultError: the builds held out different documents.
     """

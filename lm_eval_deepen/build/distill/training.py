@@ -136,10 +136,6 @@ class MarkComplete(TrainerCallback):
 def claim(path: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder of an unfinished build, or accept the one that an interrupted build of the same left.
 
-    Args:
-        path: the file in it that says what is built.
-        identity: what is built.
-
     Raises:
         ConfigError: it belongs to another build, or cannot be made.
     """
