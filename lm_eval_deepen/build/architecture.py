@@ -82,11 +82,7 @@ def _check_vocabularies(
 
 
 def read_config(name: str, place: str) -> dict[str, Any]:
-    """Return the configuration of a model in a folder or on the hub.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
+    """Return the configuration of a model in a folder or on the hub; raises ConfigError where it cannot be had."""
     path = _fetched(name, place, "config.json")
     try:
         config = read_json(path)

@@ -164,9 +164,5 @@ def versions() -> dict[str, str]:
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``provenance.json`` into a model's folder.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write ``provenance.json`` into a model's folder; raises StorageError where it cannot be written."""
     write_json(folder / FILE, content)

@@ -64,11 +64,7 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
 
 
 def names(value: Any, where: str) -> list[str]:
-    """Return a text's name, or those of a list, as a list.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """Return a text's name, or those of a list, as a list; raises ConfigError where it is neither."""
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
         raise ConfigError(

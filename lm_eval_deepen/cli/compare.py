@@ -107,11 +107,7 @@ def read_runs(paths: Sequence[Path], names: Sequence[str] | None) -> list[Run]:
 
 
 def reference_of(runs: Sequence[Run], against: str | None) -> list[str]:
-    """Return the names whose best is the reference.
-
-    Raises:
-        ResultError: no run has that name.
-    """
+    """Return the names whose best is the reference; raises ResultError where no run has that name."""
     labels = [run.label for run in runs]
     if against == BEST:
         return labels

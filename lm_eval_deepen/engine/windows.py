@@ -53,9 +53,9 @@ def rolling_spans(ensemble: EnsembleBase, text: str) -> list[Span]:
         spans = [_span(ensemble, tokens, text, window) for window in windows(len(tokens), size)]
         largest = dict.fromkeys(members, 0.0)  # shares of contexts that spans take up
         for span in spans:
-            tokens = span.tokens(ensemble, len(span.target) - 1)
+            taken = span.tokens(ensemble, len(span.target) - 1)
             for m in members:
-                largest[m] = max(largest[m], len(tokens[m] or ()) / ensemble.active[m].max_length)
+                largest[m] = max(largest[m], len(taken[m] or ()) / ensemble.active[m].max_length)
         ratio = max(largest.values())
         if ratio <= 1:
             return spans

@@ -170,15 +170,8 @@ def align(
 class EvaFuser(LinearFuser):
     """Averages over the main vocabulary, without the members that no other agrees with."""
 
-    def __init__(
-        self,
-        filter_top: int | None,
-        out_vocab: ByteVocab,
-        vocabularies: Sequence[ByteVocab],
-        maps: Sequence[SparseMatrix],
-        facts: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(out_vocab, vocabularies, maps, facts)
+    def __init__(self, filter_top: int | None, *linear: Any) -> None:
+        super().__init__(*linear)
         self.filter_top = filter_top
 
     def shares(self, mapped: Sequence[Tensor], shares: Tensor, roles: Roles) -> Tensor:

@@ -13,8 +13,6 @@ from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._union import unite_vocabularies
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
-from lm_eval_deepen.relative.matrix import SparseMatrix
-from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
     from lm_eval_deepen.relative.store import MatrixStore
@@ -51,15 +49,8 @@ class Gac(Options):
 class GacFuser(LinearFuser):
     """Averages over the union vocabulary, where the main member is unsure."""
 
-    def __init__(
-        self,
-        threshold: float | None,
-        out_vocab: ByteVocab,
-        vocabularies: Sequence[ByteVocab],
-        maps: Sequence[SparseMatrix],
-        facts: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(out_vocab, vocabularies, maps, facts)
+    def __init__(self, threshold: float | None, *linear: Any) -> None:
+        super().__init__(*linear)
         self.threshold = threshold
 
     def events(self) -> Events | None:

@@ -80,11 +80,7 @@ def read_answer(data: bytes, where: str) -> Any:
 
 
 def keep(hook: CacheHook, kind: str, arguments: tuple[Any, ...], answer: Any) -> None:
-    """Put an answer into the response cache, if there is one.
-
-    Raises:
-        CacheError: it cannot be written.
-    """
+    """Put an answer into the response cache, if there is one; raises CacheError where it cannot be written."""
     try:
         hook.add_partial(kind, arguments, answer)
     except sqlite3.Error as error:

@@ -186,11 +186,7 @@ class EncoderDecoderMember(Member):
         return self.prompt(chat.rendered(self.render(chat.messages, chat.add_generation_prompt, fallback)))
 
     def source(self, text: str) -> str:
-        """Return the source text within a prompt.
-
-        Raises:
-            RequestError: the pattern does not match.
-        """
+        """Return the source text within a prompt; raises RequestError where the pattern does not match."""
         pattern = self.config.source_pattern
         if pattern is None:
             return text
@@ -203,11 +199,7 @@ class EncoderDecoderMember(Member):
         return matches[-1][1]
 
     def prompt(self, text: str) -> Prompt:
-        """Return the prompt whose source is cut out of a text.
-
-        Raises:
-            RequestError: there is no source.
-        """
+        """Return the prompt whose source is cut out of a text; raises RequestError where there is no source."""
         return self.codec.source_prompt(self.source(text))
 
     def fits(self, path: Sequence[int]) -> bool:

@@ -163,11 +163,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Return the headers of a safetensors file, by tensor.
-
-    Raises:
-        MemberError: it is none, or was cut short.
-    """
+    """Return the headers of a safetensors file, by tensor; raises MemberError where it is none, or was cut short."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -87,11 +87,7 @@ class Run:
     notes: tuple[str, ...] = ()  # what was left out, and why
 
     def task(self, name: str) -> TaskRun:
-        """Return one task.
-
-        Raises:
-            ResultError: this run has no samples of it.
-        """
+        """Return one task; raises ResultError where this run has no samples of it."""
         if name not in self.tasks:
             known = ", ".join(self.tasks)
             raise ResultError(

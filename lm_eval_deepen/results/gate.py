@@ -17,11 +17,7 @@ from lm_eval_deepen.results.samples import common_keys
 
 
 def single_run(path: Path) -> Run:
-    """Return the only run in a folder.
-
-    Raises:
-        ResultError: there are several.
-    """
+    """Return the only run in a folder; raises ResultError where there are several."""
     runs = find_runs(path)
     if len(runs) > 1:
         inside = ", ".join(str(run.folder) for run in runs)

@@ -46,11 +46,7 @@ class Samples:
     by_filter: Mapping[str, Mapping[Key, Sample]]
 
     def under(self, flt: str) -> Mapping[Key, Sample]:
-        """Return the outcomes under one filter.
-
-        Raises:
-            ResultError: there is no such filter.
-        """
+        """Return the outcomes under one filter; raises ResultError where there is no such filter."""
         if flt not in self.by_filter:
             known = ", ".join(self.by_filter)
             raise ResultError(

@@ -45,11 +45,7 @@ class Tokens:
 
     @classmethod
     def of(cls, codec: TextCodec, text: str) -> Tokens:
-        """Encode a block.
-
-        Raises:
-            VocabularyError: the tokens do not spell the text.
-        """
+        """Encode a block; raises VocabularyError where the tokens do not spell the text."""
         ids = codec.encode_prompt(text)[len(codec.automatic_prefix) :]
         require_exact(codec.vocab, text, ids, name=codec.name, prefix_space=True)
         sizes = np.array([len(codec.vocab.pieces[token]) for token in ids], dtype=np.int64)

@@ -92,11 +92,7 @@ class DistributionStore:
         return True
 
     def write(self, group: Sequence[int], rows: Sequence[BlockRows]) -> None:
-        """Write the blocks of a group in one step.
-
-        Raises:
-            StorageError: they cannot be written.
-        """
+        """Write the blocks of a group in one step; raises StorageError where they cannot be written."""
         tensors = {
             "ids": torch.from_numpy(np.concatenate([block.ids for block in rows])),
             "logp": torch.from_numpy(np.concatenate([block.logp for block in rows])),
