@@ -31,6 +31,7 @@ from lm_eval_deepen.engine.following import (
 )
 from lm_eval_deepen.engine.steps import StepReader
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.devices import give_back_freed_memory
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import posteriors
@@ -86,13 +87,14 @@ class Decoder:
         free = [at for at, row in enumerate(self.rows) if row.out.reason]
         free += range(len(self.rows), self.size)
         while free and (self.ready or self.waiting):
-            if not self.ready:
-                self._prefill()
+            if self.ready:
+                for follower in self.followers:
+                    follower.admit(free[: len(self.ready)])
+            else:
+                self._prefill(free)
             places, free = free[: len(self.ready)], free[len(self.ready) :]
             for at in places:
                 self.rows[at : at + 1] = [self.ready.popleft()]
-            for follower in self.followers:
-                follower.admit(places)
         keep = [at for at, row in enumerate(self.rows) if not row.out.reason]
         if len(keep) < len(self.rows):
             self.rows = [self.rows[at] for at in keep]
@@ -100,11 +102,14 @@ class Decoder:
                 follower.keep(keep)
         return bool(self.rows)
 
-    def _prefill(self) -> None:
+    def _prefill(self, free: Sequence[int]) -> None:
         """Take in the prompts of waiting texts, and find their weights where these depend on prompts.
 
         Several at once, since a short forward pass costs nearly as much as a long one; not more than fill one, since
-        their keys and values wait beside those of the rows.
+        their keys and values wait beside those of the rows. Those that have a place do not wait for the other members.
+
+        Args:
+            free: the places that the first of them take.
         """
         tokens = 0
         while self.waiting and len(self.ready) < self.size:
@@ -115,14 +120,15 @@ class Decoder:
         by_prompt = self.ensemble.reads_prompts
         last = self.ensemble.prompt_stretches
         wanted = [evidence(self.ensemble, row.job.prompts, last) for row in self.ready] if by_prompt else None
-        losses = [
-            follower.prefill(
-                [row.job.prompts[follower.m] for row in self.ready],
-                None if wanted is None else [reads[follower.m] for reads in wanted],
-                self.waiting[0].job.prompts[follower.m] if self.waiting else None,
-            )
-            for follower in self.followers
-        ]
+        losses = []
+        for follower in self.followers:
+            prompts = [row.job.prompts[follower.m] for row in self.ready]
+            reads = None if wanted is None else [own[follower.m] for own in wanted]
+            then = self.waiting[0].job.prompts[follower.m] if self.waiting else None
+            losses.append(follower.prefill(prompts, reads, then))
+            follower.admit(free[: len(self.ready)])
+            if len(prompts[0].ids) > NODES_PER_FORWARD:  # a long one: what is kept of it is in its place
+                give_back_freed_memory()
         if by_prompt:
             weights = self.ensemble.prompt_weights(list(zip(*losses, strict=True)), self.experts)
             for row, own in zip(self.ready, weights, strict=True):

@@ -63,6 +63,15 @@ class ColumnCache:
         return layers
 
     @torch.inference_mode()
+    def view(self, length: int, spans: Sequence[int] = ()) -> list[LayerKV]:
+        """Return the first `length` columns of row 0, or the last of these that a layer keeps, uncopied."""
+        starts = [max(0, length - span) if span else 0 for span in spans or [0] * len(self.layers)]
+        parts = [slice(start, length) for start in starts]
+        return [
+            (layer.keys[0][:, part], layer.values[0][:, part]) for layer, part in zip(self.layers, parts, strict=True)
+        ]
+
+    @torch.inference_mode()
     def put(self, row: int, rows: int, length: int, held: Sequence[LayerKV]) -> None:
         """Write the last keys and values [H, n, D] per layer of a text with `length` tokens into a row among `rows`."""
         while len(self.cache.layers) < len(held):

@@ -58,15 +58,21 @@ class TreeWalker:
         return torch.stack([states[node] for node in nodes])
 
     def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
-        """Return the states, keys and values of the ways to some `ends`, and the states [n, d] at nodes to `read`."""
+        """Return the states, keys and values of the ways to some `ends`, and the states [n, d] at nodes to `read`.
+
+        Keys and values of the way kept, to the end visited last, are no copies: use them before this walker goes on.
+        """
         states: dict[int, Tensor] = {}
         held: dict[int, list[LayerKV]] = {}
-        whole = frozenset(ends)
-        for node, state, depth, columns in self._visit(tree, whole | frozenset(read)):
+        whole, order = frozenset(ends), tree.preorder(self.tokens)
+        last = [*order[1], *order[0]][-1]
+        for node, state, depth, columns in self._visit(tree, whole | frozenset(read), order):
             states[node] = state
-            if node in whole:
+            if node in whole and node != last:
                 at = torch.arange(depth + 1) if columns is None else _way(tree, node, columns)
                 held[node] = self.kv.take(at, self.spans)
+        if last in whole:
+            held[last] = self.kv.view(len(self.tokens), self.spans)
         texts = [Prefilled(tree.path(node), states[node], held[node]) for node in ends]
         return texts, torch.stack([states[node] for node in read]) if read else torch.empty(0)
 
@@ -79,14 +85,14 @@ class TreeWalker:
             self.kv.shrink(shared)
 
     def _visit(
-        self, tree: TokenTree, wanted: frozenset[int]
+        self, tree: TokenTree, wanted: frozenset[int], preorder: tuple[list[int], list[int]] | None = None
     ) -> Iterator[tuple[int, Tensor, int, dict[int, int] | None]]:
         """Forward a tree and yield every wanted node with its state [d] and its depth.
 
         With it come the columns of a chunk's nodes; None where those of its way are the first ones, in order. A node
         before the chunk lies in the column of its depth.
         """
-        order, way = tree.preorder(self.tokens)
+        order, way = preorder or tree.preorder(self.tokens)
         self.kv.room = (1, max(tree.depths) + 1)
         self._cut(len(way))
         for depth, node in enumerate(way):

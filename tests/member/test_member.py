@@ -133,10 +133,13 @@ def test_a_layer_with_a_window_keeps_what_lies_in_it(members, monkeypatch):
     assert whole == [False, False, False, True, True]
     assert [layer.keys.shape[2] for layer in rows.kv.layers] == [24, 124]
     walker = runner.walker()
-    walker.prefill(*TokenTree.of([text]))
+    [held], _ = walker.prefill(*TokenTree.of([text]))
+    (keys, _), copied = held.kv[1], held.kv[1][0].clone()
+    assert keys.data_ptr() == walker.kv.layers[1].keys.data_ptr()  # handed over, not copied
     walker.forget([*text[:2], 3])
     assert walker.tokens == text[:2] and walker.kv.layers[0].keys.shape[2] == 2
     assert torch.allclose(runner.logp(walker.states([text])), plain(runner, [text]), atol=2e-4)
+    assert torch.equal(keys, copied)  # it is the text's own since
 
 
 def test_rows_that_wait_are_not_forwarded(members, monkeypatch):
