@@ -6,9 +6,11 @@ computed only where they are read, in chunks, and fused at once, so that no dist
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,12 +95,24 @@ def score_together(
     walkers = [member.runner.walker(nodes) for member in ensembles[0].active]
     by_prompt = any(ensemble.reads_prompts or ensemble.learns for ensemble in ensembles)
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
-        trees = [TokenTree() for _ in walkers]
-        rows, prompts = _rows(ensembles[0], spans, indices, trees, by_prompt)
-        results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
-        traced = {i for i in indices if spans[i].traced}
-        _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
+        with _new_garbage_alone():
+            trees = [TokenTree() for _ in walkers]
+            rows, prompts = _rows(ensembles[0], spans, indices, trees, by_prompt)
+            results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
+            traced = {i for i in indices if spans[i].traced}
+            _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
         yield from ((i, [scores[i] for scores in results]) for i in indices)
+
+
+@contextmanager
+def _new_garbage_alone() -> Iterator[None]:
+    """Let the search for cyclic garbage leave old objects alone: a long text has many, and each would be seen often."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0], before[1], 2**30)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _score_round(

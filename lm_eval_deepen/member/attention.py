@@ -59,7 +59,11 @@ class MaskMaker:
         if self.window is None or self.layer_types == {"full_attention"}:
             return self._format(allowed)
         if last is None:
-            near = self._format(allowed & within(self.window, place, keys))
+            # of a long way most keys are out of every window: they cost no comparison
+            first = int((keys.amax(0) > place.min() - self.window).byte().argmax())
+            near = torch.zeros_like(allowed)
+            near[..., first:] = allowed[..., first:] & within(self.window, place, keys[:, first:])
+            near = self._format(near)
         else:
             before = (last[:, None] >= 0) & (last[:, None] <= place[:, :, None])  # [B, Q, L]
             near = self._format(before & within(self.window, place, last))

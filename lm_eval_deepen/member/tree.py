@@ -130,16 +130,22 @@ class TokenTree:
             if node is None:
                 break
             way.append(node)
-        children = self.children()
+        # one list for each node would be many objects for the search for cycles
+        child, sibling = [-1] * (len(self) + 1), [-1] * len(self)
+        for node in range(len(self) - 1, -1, -1):
+            sibling[node], child[self.parents[node]] = child[self.parents[node]], node
         for parent, node in zip([-1, *way], way, strict=False):
-            children[parent].remove(node)
-            children[parent].insert(0, node)
+            if (before := child[parent]) != node:
+                while sibling[before] != node:
+                    before = sibling[before]
+                sibling[before], sibling[node], child[parent] = sibling[node], child[parent], node
         order: list[int] = []
-        stack = children[-1][::-1]
-        while stack:
-            node = stack.pop()
+        stack, node = list[int](), child[-1]
+        while node >= 0 or stack:
+            node = node if node >= 0 else stack.pop()
             order.append(node)
-            stack.extend(reversed(children[node]))
+            stack += [sibling[node]] if sibling[node] >= 0 else ()
+            node = child[node]
         return order[len(way) :], way
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from harness import deepen, requests
 
+from lm_eval_deepen.engine import scoring
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
@@ -51,6 +53,25 @@ def spans_of(model):
 def scores(model, spans, batch_size):
     found = dict(score(model.ensemble, spans, batch_size))
     return [found[i].logp for i in range(len(spans))]
+
+
+def test_scoring_leaves_the_search_for_garbage_as_it_was(model, monkeypatch):
+    """Old objects are left alone meanwhile, in whatever way it ends."""
+    spans, before, inside = spans_of(model)[:2], gc.get_threshold(), []
+    run = scoring._score_round
+
+    def seen(*arguments):
+        inside.append(gc.get_threshold())
+        run(*arguments)
+
+    monkeypatch.setattr(scoring, "_score_round", seen)
+    scores(model, spans, 4)
+    assert gc.get_threshold() == before and inside[0][:2] == before[:2]
+    assert inside[0][2:] != before[2:] or before[2] == 0  # newer Pythons have no such threshold
+    monkeypatch.setattr(scoring, "_score_round", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scores(model, spans, 4)
+    assert gc.get_threshold() == before
 
 
 def test_scoring_equals_the_naive_reference(model):

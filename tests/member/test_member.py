@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member import load_member
+from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner, speed_up_few_rows
 from lm_eval_deepen.member.text import complete_character, incomplete_tail
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
@@ -57,6 +59,34 @@ def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, dat
         prefixes = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
         held = {kept[:n] for n in range(1, len(kept) + 1)}
         assert runner.forwarded == len(prefixes - held)
+
+
+@given(
+    paths=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12),
+    first=st.lists(st.integers(0, 2), max_size=7),
+)
+def test_a_tree_is_visited_depth_first(paths, first):
+    tree, _ = TokenTree.of(paths)
+    children = tree.children()
+
+    def below(node, way):  # `way`: the tokens that go first, as far as they lead on from here
+        own = sorted(children[node], key=lambda child: way[:1] != [tree.tokens[child]])
+        return [x for n in own for x in (n, *below(n, way[1:] if way[:1] == [tree.tokens[n]] else []))]
+
+    order, way = tree.preorder(first)
+    assert [*way, *order] == below(-1, first)
+    assert [tree.tokens[node] for node in way] == list(first[: len(way)])
+
+
+@given(data=st.data(), rows=st.integers(1, 3), queries=st.integers(1, 4), keys=st.integers(1, 30))
+def test_a_window_hides_what_lies_before_it(data, rows, queries, keys):
+    config = SimpleNamespace(sliding_window=data.draw(st.integers(1, 40)), layer_types=["sliding_attention"])
+    numbers = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    place = torch.randint(0, 40, (rows, queries), generator=numbers)
+    at = torch.randint(0, 40, (rows, keys), generator=numbers).sort(1).values
+    allowed = torch.rand(rows, queries, keys, generator=numbers) > 0.3
+    found = MaskMaker(config, torch.float32)(allowed, place, at)
+    assert torch.equal(found[:, 0], allowed & (place[:, :, None] - at[:, None] < config.sliding_window))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 100])
