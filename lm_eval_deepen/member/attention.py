@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,9 +60,10 @@ class MaskMaker:
         if self.window is None or self.layer_types == {"full_attention"}:
             return self._format(allowed)
         if last is None:
-            # of a long way most keys are out of every window: they cost no comparison
+            # of a long way most keys are out of every window: they cost no comparison, and numpy's zeros no time
             first = int((keys.amax(0) > place.min() - self.window).byte().argmax())
-            near = torch.zeros_like(allowed)
+            on_cpu = allowed.device.type == "cpu"
+            near = torch.from_numpy(np.zeros(allowed.shape, bool)) if on_cpu else torch.zeros_like(allowed)
             near[..., first:] = allowed[..., first:] & within(self.window, place, keys[:, first:])
             near = self._format(near)
         else:

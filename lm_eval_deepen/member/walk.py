@@ -47,6 +47,7 @@ class TreeWalker:
         self.kv = ColumnCache()
         self.tokens: list[int] = []  # the way kept, one column each
         self.hidden = torch.empty(0)  # states along it [>= P, d]
+        self.seen = torch.ones(0, dtype=torch.bool)  # true everywhere between passes: room for a mask
 
     def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Return the state after the last token of every path [n, d]."""
@@ -115,7 +116,10 @@ class TreeWalker:
         """Forward nodes after the way kept and return their states [N, d]."""
         held, count = len(self.tokens), len(chunk)
         depths = torch.tensor([tree.depths[node] for node in chunk])
-        allowed = torch.ones(count, held + count, dtype=torch.bool)
+        size = count * (held + count)
+        if size > len(self.seen):
+            self.seen = torch.ones(size + size // 4, dtype=torch.bool)
+        allowed = self.seen[:size].view(count, held + count)
         allowed[:, held:] = False
         before, within = allowed[:, :held].numpy(), allowed[:, held:].numpy()
         reach: list[int] = []  # how much of the way kept comes before each node
@@ -133,7 +137,10 @@ class TreeWalker:
         ids = torch.tensor([[tree.tokens[node] for node in chunk]])
         kv = self.kv.aim(torch.arange(held, held + count)[None], held + count)
         self.runner.forwarded += count
-        return self.runner.body(ids, depths[None], allowed[None], depths[None], keys[None], kv)[0]
+        try:
+            return self.runner.body(ids, depths[None], allowed[None], depths[None], keys[None], kv)[0]
+        finally:  # what it hid of a long way is little
+            allowed[:, min([held, *reach]) :] = True
 
     def _move(self, tree: TokenTree, node: int, way: list[int], columns: dict[int, int], hidden: Tensor) -> None:
         """Make `way` the one to `node` (-1: none) and keep it alone, out of the way before and a chunk's states."""
