@@ -36,7 +36,7 @@ class Drafter:
 
     Attributes:
         counts: steps, blocks (forward passes of a row), drafted and accepted tokens.
-        near_ties: steps whose two best pieces are so close that rounding may decide.
+        near_ties: steps whose two best pieces are so close that rounding may decide, each with the index of its job.
     """
 
     def __init__(self) -> None:

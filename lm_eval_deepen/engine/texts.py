@@ -158,8 +158,15 @@ class Texts:
         stops = tuple(stop for stop in until if stop)
         return Job(prompts, plan.max_new, stops, plan.sampler, generator, turns, prefix_space, plan.ends), until
 
-    def generations(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Generation]]:
-        """Yield the index of each job and its generation, as soon as it is finished."""
+    def generations(
+        self, jobs: Sequence[Job], names: Sequence[Mapping[str, Any]] | None = None
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield the index of each job and its generation, as soon as it is finished.
+
+        Args:
+            jobs: what to generate.
+            names: how results name the request of each job; by default, by its place among them.
+        """
         most = self.ensemble.main.max_length  # a text ends where the main member's context does
         size = self.batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
         drafts = drafter(self.ensemble.config.speculate)
@@ -170,7 +177,10 @@ class Texts:
             if indices:
                 chosen = [jobs[index] for index in indices]
                 yield from ((indices[at], text) for at, text in generate(self.ensemble, chosen, size, drafts, kind))
-        self.ensemble.counters.record_drafts(drafts.counts, drafts.near_ties)
+        # Texts that are sampled by turns are never drafted: a tie's number is a place among the fused.
+        owners = [({"request": index} if names is None else names[index]) for index in fused]
+        ties = [{**tie, **owners[tie["request"]]} for tie in drafts.near_ties]
+        self.ensemble.counters.record_drafts(drafts.counts, ties)
 
     def finished(self, generation: Generation, until: Sequence[str]) -> str:
         """Return a generation as ``hf`` presents it: stop strings and thinking removed.

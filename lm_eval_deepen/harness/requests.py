@@ -190,7 +190,8 @@ class RequestHandler(MainMemberView):
 
     def _generate(self, requests: Sequence[Instance], prepared: Sequence[tuple[Job, list[str]]]) -> Answers:
         jobs, stops = [job for job, _ in prepared], [until for _, until in prepared]
-        for index, generation in self.texts.generations(jobs):
+        names = [{"task": one.task_name, "doc_id": one.doc_id, "request": one.idx} for one in requests]
+        for index, generation in self.texts.generations(jobs, names):
             if self.step_files is not None:
                 self.step_files.add_text(requests[index], generation)
             yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import naive
@@ -15,7 +16,7 @@ from lm_eval_deepen.engine.drafts import Cheapest, Drafter, Lookup, drafter, loo
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, UnansweredError
 from lm_eval_deepen.harness.model import configure
 
 CONTEXTS = ["The quick brown fox", "a b a b a b a", "café 中国 café", "walk walk walk", "ends\n", "1 2 3 1 2 3 1"]
@@ -146,6 +147,29 @@ def test_results_tell_what_drafting_did(pico, tmp_path):
     told = model.get_model_info()["deepen"]["speculation"]
     assert told["drafted"] >= told["accepted"] > 0 and told["blocks"] < told["steps"]
     assert isinstance(told["near_ties"], list)
+
+
+def test_near_ties_are_named_as_results_name_requests(pico, tmp_path, monkeypatch):
+    """Whatever is answered in another way beside them: set aside, sampled by turns, or by another process."""
+    monkeypatch.setattr("lm_eval_deepen.engine.drafts.NEAR_TIE", 1e9)  # every step
+    model = deepen(
+        pico["bytelevel"], pico["bytelevel"], speculate="lookup", sampling="member", matrix_dir=str(tmp_path)
+    )
+    greedy = {"until": [], "max_gen_toks": 2}
+    sampled = {**greedy, "do_sample": True, "temperature": 1.0, "top_k": 0}
+    pairs = [("The", sampled), (3, greedy), ("walk", greedy), ("fox", sampled), ("dog", greedy)]
+    asked = requests("generate_until", *pairs)
+    asked = [replace(one, idx=at % 2, metadata=("task", 10 + at, 1)) for at, one in enumerate(asked)]
+    with pytest.raises(UnansweredError):
+        model.generate_until(asked)
+    told = model.get_model_info()["deepen"]
+    ties = told["speculation"]["near_ties"]
+    assert {(tie["task"], tie["doc_id"], tie["request"]) for tie in ties} == {("task", 12, 0), ("task", 14, 0)}
+    assert {tie["token"] for tie in ties} == {0, 1} and told["sampled_by_turns"]
+    model.ensemble.generate(["The", "fox"], max_gen_toks=1)
+    later = model.get_model_info()["deepen"]["speculation"]["near_ties"][len(ties) :]
+    assert [sorted(tie) for tie in later] == [["margin", "request", "token"]] * 2
+    assert {tie["request"] for tie in later} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", [Lookup, Cheapest])
