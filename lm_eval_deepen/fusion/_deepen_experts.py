@@ -17,7 +17,7 @@ from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.average import FLOOR
 from lm_eval_deepen.relative.matrix import OneHotOperator
-from lm_eval_deepen.relative.support import Side, abstain, split
+from lm_eval_deepen.relative.support import Side, abstain, shares, split
 from lm_eval_deepen.relative.topk import NEG_INF
 from lm_eval_deepen.solvers.em import SMALLEST
 from lm_eval_deepen.solvers.exact import LITTLE, UNDERFLOWS
@@ -86,11 +86,10 @@ class _Part:
         given = [logp[0], *(abstain(rows, active[:, m]) for m, rows in enumerate(logp[1:], start=1))]
         parts = split(given, sides, with_end=len(self.side.eos) > 0, one_hot=one_hot)
         self.log_sum, self.log_total, kept = parts.log_sum[:, 0], parts.log_total[:, 0], parts.log_kept[:, 0]
-        share = weights.float() * parts.valid[:, None, :]  # [b, K, M]
-        total = share.sum(2, keepdim=True)
-        alone = torch.zeros_like(share)
-        alone[..., 0] = 1
-        share = torch.where(total > 0, share / total.clamp_min(1e-30), alone)
+        share = shares(weights.float(), parts.valid[:, None, :])  # [b, K, M]
+        # A linear average without text is not fused; a geometric one takes no text for little text.
+        text_of_some = ((share > 0) & (parts.log_text > NEG_INF)[:, None, :]).any(2) | geometric
+        share = shares(share, text_of_some[..., None])
         classes = [own for own in parts.classes if own is not None]  # [b, A] each, given text
         self.own = classes[0]
         reached = (self.own / (self.own + SMALLEST)).masked_fill_(self.own < UNDERFLOWS, 0.0)  # else 1, nearly
@@ -120,8 +119,7 @@ class _Part:
                     end = torch.full_like(text, NEG_INF)
                 both = torch.logaddexp(text, end)
                 log_text[:, k], log_end[:, k] = text - both, end - both
-        usable = (parts.log_text[:, :1] > NEG_INF) & ((log_text > NEG_INF) | (log_end > NEG_INF))
-        self.usable = usable.all(1)
+        self.usable = parts.log_text[:, 0] > NEG_INF
         self.blend = blend
         self.log_mass = (mass + spare[:, None]).clamp_min(SMALLEST).log()
         self.log_text, self.log_end, self.kept = log_text, log_end, kept

@@ -25,7 +25,7 @@ from lm_eval_deepen.relative.gathered import share_columns
 from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.power_mean import power_mean
 from lm_eval_deepen.relative.product import product
-from lm_eval_deepen.relative.support import Side, Support, abstain, split, supports
+from lm_eval_deepen.relative.support import Side, Support, abstain, shares, split, supports
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
 from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
 from lm_eval_deepen.solvers.base import Solver
@@ -222,8 +222,7 @@ def _fuse(
     given = [main, *(abstain(logp[i].to(device), active[:, i]) for i in range(1, len(logp)))]
     full = fuser.rule is None
     parts = split(given, sides, with_end=with_end, grouped=not full, one_hot=_one_hot(sides) if full else None)
-    share = weights * parts.valid  # [B, M]
-    share = share / share.sum(1, keepdim=True).clamp(min=1e-30)
+    share = shares(weights, parts.valid)  # [B, M]
     kept, total = parts.log_kept[:, 0], parts.log_total[:, 0]
     taking_part = torch.cat([torch.ones_like(active[:, :1]), active[:, 1:]], dim=1)
     rows = Rows(parts, share, taking_part, out, with_end)

@@ -82,6 +82,15 @@ class Split:
         return Split(rows=(), maxima=(), classes=(), **kept)
 
 
+def shares(weights: Tensor, valid: Tensor) -> Tensor:
+    """Return weights [..., M] of the members that have something to say, sum 1; all on the main one where none has."""
+    own = weights * valid
+    total = own.sum(-1, keepdim=True)
+    alone = torch.zeros_like(own)
+    alone[..., 0] = 1
+    return torch.where(total > 0, own / total.clamp_min(1e-30), alone)
+
+
 def split(
     logp: Sequence[Tensor],
     sides: Sequence[Side],

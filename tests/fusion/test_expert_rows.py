@@ -100,3 +100,46 @@ def test_tokens_may_be_on_another_device_than_rows(made):
     none = SomeLeft(there[0], logp[0].shape[1], torch.zeros(24, dtype=torch.bool).cuda(), fused, len(experts))
     for found in (fused, none):
         torch.testing.assert_close(found.at(row, token).cpu(), expected, atol=2e-4, rtol=1e-4)
+
+
+def only(*roles):
+    """Return what leaves one member nothing but its pieces of these roles, without any: no text."""
+
+    def leave(rows, vocab):
+        unused = sorted(vocab.unused)[:1]
+        ids = {"end": sorted(set(vocab.eos)), "control": sorted(vocab.control - set(vocab.eos)), "unused": unused}
+        kept = [token for role in roles for token in ids[role]]
+        out = torch.full_like(rows, -torch.inf)
+        out[:, kept] = rows[:, kept]
+        rows.copy_(torch.log_softmax(out, dim=1) if kept else out)
+
+    return leave
+
+
+NOTHING_BUT = [("end",), ("control",), ("end", "control"), ("unused",)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0)], ids=["one end", "two ends", "pair"])
+@pytest.mark.parametrize("roles", NOTHING_BUT, ids="+".join)
+def test_a_member_without_text_is_fused_as_by_each_expert_alone(roles, order, tmp_path):
+    """Each row leaves text to another set of members."""
+    members = [MEMBERS[m] for m in order]
+    fuser = Deepen().build(members, MatrixStore(tmp_path, progress=False))
+    experts, logp = Experts.of_steps(len(order), geometric=True), rows(members, 2 ** len(order))
+    for m, member in enumerate(members):
+        if roles == ("unused",) and not (m and member.vocabulary.unused):
+            continue
+        lacks = torch.tensor([bool(n >> m & 1) for n in range(len(logp[0]))])
+        own = logp[m][lacks]
+        only(*roles)(own, member.vocabulary)
+        logp[m][lacks] = own
+    weights = experts.among(torch.ones(len(logp[0]), len(order), dtype=torch.bool))
+    posterior = torch.log_softmax(torch.randn(len(weights), len(experts)), dim=1).double()
+    fast, naive = fuser.experts(logp, weights, experts), slow(fuser, logp, experts, weights)
+    row, token = torch.meshgrid(torch.arange(len(weights)), torch.arange(logp[0].shape[1]), indexing="ij")
+    got, expected = (found.at(row.flatten(), token.flatten()).exp() for found in (fast, naive))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+    got, expected = fast.mixed(posterior), naive.mixed(posterior)
+    torch.testing.assert_close(got.logp.exp(), expected.logp.exp(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got.stats["end_mass"], expected.stats["end_mass"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(len(weights)), atol=1e-4, rtol=0)
