@@ -81,7 +81,7 @@ def measure(
 
     The systems are members, members with a fitted temperature, ensembles and controls.
     """
-    from lm_eval_deepen.engine.bits_per_byte import Variant
+    from lm_eval_deepen.engine.bits_per_byte import ensemble_bits
     from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
     from lm_eval_deepen.tuning.bits import controls, orders, own, read_orders
     from lm_eval_deepen.tuning.bits_table import Line
@@ -96,8 +96,10 @@ def measure(
         note = "temperature " + " and ".join(f"{t:.2f}" for t in dict.fromkeys(chosen))
         lines.append(Line(f"{single.name} alone, fitted", bits, note))
     for one, reading in zip(ensembles, readings, strict=True):
-        bits = reading.bits(reading.logp([Variant.of(one)]))[0]
-        lines.append(Line(f"ensemble, {one.main.name} main", bits))
+        if ensemble.by_stretches:  # the same in every order
+            lines.append(Line("ensemble", ensemble_bits(reading, one), "by stretches"))
+            break
+        lines.append(Line(f"ensemble, {one.main.name} main", ensemble_bits(reading, one)))
     shared = controls(readings)
     lines.append(Line("linear where all tokenisations end", shared["linear"], "control"))
     lines.append(Line("geometric where all tokenisations end", shared["geometric"], "control, not normalised"))

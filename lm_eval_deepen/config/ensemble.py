@@ -99,7 +99,10 @@ class EnsembleConfig(Settings):
                 "stretches, under constant weights or those of weighting=bayes; remove weighting",
             )
         if self.writes_by_words:
-            by_steps = {"speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None}
+            by_steps = {
+                "speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None,
+                "sampling": "fused",
+            }  # fmt: skip
             for key, unset in by_steps.items():
                 value = getattr(self, key)
                 by_prompt = key == "weighting" and value not in ("bayes", "confidence")
@@ -108,6 +111,14 @@ class EnsembleConfig(Settings):
                         key,
                         f"{key}={value} is about single steps, and method={self.method} writes whole words; "
                         f"remove {key}",
+                    )
+        if not self.fuses_steps and not alone:
+            for key, unset in {"skip_when": "never", "covers": "off", "sampling": "fused"}.items():
+                if getattr(self, key) != unset:
+                    raise conflict(
+                        key,
+                        f"{key}={getattr(self, key)} is about fused steps, and pooling={self.pooling} combines the "
+                        f"members' own answers; remove {key}",
                     )
         if self.pooling is not None and alone:
             raise conflict(

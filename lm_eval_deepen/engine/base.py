@@ -19,10 +19,11 @@ from lm_eval_deepen.engine.selective import Selective, inside
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.fusion._events import Events
-from lm_eval_deepen.fusion._expert_rows import ExpertRows, SomeLeft, by_expert
+from lm_eval_deepen.fusion._expert_rows import ExpertRows, by_expert
 from lm_eval_deepen.fusion.adafuse import AdaFuse
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.member import Member, Prompt
+from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.base import PromptLoss, Weigher
 from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
@@ -140,7 +141,12 @@ class EnsembleBase:
 
     @cached_property
     def experts(self) -> Experts:
-        """The static ensembles that Bayes' rule weighs at steps; with constant weights these alone."""
+        """The static ensembles that Bayes' rule weighs; with constant weights these alone.
+
+        Where texts are scored by stretches, those of stretches are the experts of steps as well.
+        """
+        if self.by_stretches:
+            return self.stretch_experts
         if isinstance(self.weigher, BayesWeigher):
             return self.weigher.of_steps(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
         return Experts.static(self.weights)
@@ -306,12 +312,7 @@ class EnsembleBase:
             left = self.fuser.skip(logp, mean)
             if self.selective is not None:
                 left |= self._selected(self.selective, self.fuser, logp, mean, ~left, inside)
-            if not bool(left.any()):
-                return by_expert(self.fuser, logp, weights, self.experts)
-            fused = None
-            if not bool(left.all()):
-                fused = by_expert(self.fuser, [rows[~left] for rows in logp], weights[~left], self.experts)
-            return SomeLeft(logp[0], len(self.fuser.out_vocab), left, fused, len(self.experts))
+            return by_expert(self.fuser, logp, weights, self.experts, left if bool(left.any()) else None)
 
     def mix(
         self,
@@ -333,7 +334,9 @@ class EnsembleBase:
         assert self.fuser is not None
         with torch.inference_mode():
             fused = rows.mixed(log_posterior.to(self.device))
-        left = rows.left if isinstance(rows, SomeLeft) else torch.zeros(len(log_posterior), dtype=torch.bool)
+        left = getattr(rows, "left", None)
+        if left is None:
+            left = torch.zeros(len(log_posterior), dtype=torch.bool)
         if notes is not None:
             shares = log_posterior.double().exp().to(self.device)
             notes.weights = torch.einsum("bk,bkm->bm", shares, self.experts.among(present).to(self.device))
@@ -396,6 +399,7 @@ class EnsembleBase:
                 "pretrained": member.config.pretrained,
                 "weight": member.config.weight,
                 "revision": str(member.lm.revision),
+                "files": digests([member.config]),
                 "dtype": str(member.lm.model.dtype).removeprefix("torch."),
                 "parameters": sum(p.numel() for p in member.lm.model.parameters()),
                 "vocabulary": member.vocab_size,

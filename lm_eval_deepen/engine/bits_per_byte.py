@@ -20,9 +20,11 @@ from lm_eval_deepen.engine.encoder_decoder import require_scoring
 from lm_eval_deepen.engine.places import Place, places
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
 from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.stretches import StretchPrompter, joined, read_stretches, weigh, with_evidence
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.experts import posteriors
 
@@ -215,6 +217,25 @@ class Reading:
                     raw.append(torch.full((len(part), member.vocab_size), -math.log(member.vocab_size), device=device))
             target = torch.tensor([self.positions[i].target for i in part], device=device)
             yield part, raw, index, torch.stack(present, dim=1).to(device), target
+
+
+def ensemble_bits(reading: Reading, ensemble: Ensemble) -> Tensor:
+    """Return bits per document [D] (fp64) of an ensemble of a reading's members, by the law that scores its requests.
+
+    Where that is one of stretches, the documents are read again: each member's own tokens count.
+    """
+    if not ensemble.by_stretches:
+        return reading.bits(reading.logp([Variant.of(ensemble)]))[0]
+    prompter, experts = StretchPrompter(ensemble), ensemble.experts
+    texts = [
+        [prompter.span(document.context, document.text)] if document.context else prompter.rolling(document.text)
+        for document in reading.documents
+    ]
+    spans = [with_evidence(span, ensemble.prompt_stretches or 0) for text in texts for span in text]
+    found = dict(read_stretches(ensemble.active, spans, NODES_PER_FORWARD, experts.powers))
+    windows = iter(found[at] for at in range(len(spans)))
+    scores = [weigh(experts, joined([next(windows) for _ in text])) for text in texts]
+    return torch.tensor([-score.total / math.log(2) for score in scores], dtype=torch.float64)
 
 
 def look_up(rows: Tensor, index: Mapping[int, int], node: int) -> Tensor:

@@ -49,14 +49,17 @@ def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt], last: int | None
         return [[] for _ in prompts]
     here = [m for m, prompt in enumerate(prompts) if ensemble.path(m, prompt, (), b"") is not None]
     given = [prompts[m] for m in here]
-    own = iter(_evidence([ensemble.active[m] for m in here], given, ensemble.config.chat_fallback, last))
+    members = [ensemble.active[m] for m in here]
+    own = iter(_evidence(members, given, ensemble.config.chat_fallback, last, ensemble.by_stretches))
     return [next(own) if m in here else None for m in range(len(prompts))]
 
 
 def _evidence(
-    members: Sequence[Member], prompts: Sequence[Prompt], fallback: str, last: int | None
+    members: Sequence[Member], prompts: Sequence[Prompt], fallback: str, last: int | None, by_stretches: bool
 ) -> list[list[Read]]:
     reads: list[list[Read]] = [[] for _ in members]
+    if by_stretches and prompts[0].chat is not None:  # as where a continuation of a conversation is scored
+        return reads
     edges: list[dict[int, int]] = []  # where tokens begin, and the last one ends, in bytes of the prompt
     for member, prompt in zip(members, prompts, strict=True):
         pieces = member.codec.vocab.pieces
@@ -70,7 +73,7 @@ def _evidence(
             {edge - start for edge in own.values() if start <= edge <= end}
             for own, (start, end) in zip(edges, stretches, strict=True)
         ]
-        common = sorted(set.intersection(*cuts))
+        common = sorted(set.intersection(*cuts) - ({0} if by_stretches else set()))  # the first stretch is none there
         if left is not None and common:
             common = common[-left - 1 :]
             left -= len(common) - 1

@@ -108,7 +108,8 @@ class Follower:
         if wanted is None:
             return []
         step = max(1, LOGITS_PER_CHUNK // self.member.vocab_size)
-        return prompt_losses(self.member, places, lambda nodes: states[[at[node] for node in nodes]], step)
+        powers = self.ensemble.experts.powers if self.ensemble.learns else (1.0,)
+        return prompt_losses(self.member, places, lambda nodes: states[[at[node] for node in nodes]], step, powers)
 
     def admit(self, places: Sequence[int]) -> None:
         """Put the first prompts that are ready into these rows; a row behind the last one is new."""

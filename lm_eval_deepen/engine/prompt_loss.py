@@ -32,7 +32,11 @@ def places_of(
 
 
 def prompt_losses(
-    member: Member, wanted: Sequence[Sequence[Place] | None], states: Callable[[Sequence[int]], Tensor], step: int
+    member: Member,
+    wanted: Sequence[Sequence[Place] | None],
+    states: Callable[[Sequence[int]], Tensor],
+    step: int,
+    powers: Sequence[float] = (1.0,),
 ) -> list[PromptLoss | None]:
     """Return one member's loss on each prompt.
 
@@ -41,29 +45,33 @@ def prompt_losses(
         wanted: the places of its tokens of every prompt that are evidence; None where it cannot take in the prompt.
         states: gives the states [n, ...] at nodes.
         step: how many rows of logits to compute at once.
+        powers: of its distributions, 1 first.
     """
-    targets: dict[int, dict[int, float]] = {}
+    targets: dict[int, dict[int, tuple[float, ...]]] = {}
     for node, token in (place for places in wanted for place in places or ()):
-        targets.setdefault(node, {})[token] = 0.0
+        targets.setdefault(node, {})[token] = ()
     nodes = list(targets)
     for start in range(0, len(nodes), step):
         chunk = nodes[start : start + step]
         logits = member.logits(states(chunk))
         # a few rows at a time: the log-probabilities of all would take as much memory as the logits again
         for first in range(0, len(logits), ROWS):
-            for row, node in zip(torch.log_softmax(logits[first : first + ROWS], dim=-1), chunk[first:], strict=False):
+            here = logits[first : first + ROWS]
+            rows = torch.stack([torch.log_softmax(power * here, dim=-1) for power in powers], dim=-1)  # [b, V, P]
+            for row, node in zip(rows, chunk[first:], strict=False):
                 tokens = list(targets[node])
                 values = row[torch.tensor(tokens, device=row.device)].tolist()
-                targets[node].update(zip(tokens, values, strict=True))
+                targets[node].update(zip(tokens, map(tuple, values), strict=True))
     pieces = member.codec.vocab.pieces
     return [
         None
         if places is None
         else PromptLoss(
-            nats=-sum(targets[node][token] for node, token in places),
+            nats=-sum(targets[node][token][0] for node, token in places),
             tokens=len(places),
             num_bytes=sum(len(pieces[token]) for _, token in places),
-            each=tuple((targets[node][token], len(pieces[token])) for node, token in places),
+            each=tuple((targets[node][token][0], len(pieces[token])) for node, token in places),
+            at_powers=tuple(targets[node][token] for node, token in places),
             embedding=states([node for node, _ in places]).float().mean(0).flatten().cpu() if places else None,
         )
         for places in wanted

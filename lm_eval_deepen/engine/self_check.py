@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, ensemble_bits
 from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
 from lm_eval_deepen.engine.projection_loss import ProjectionLoss, losses, projections, read_with_covers
 from lm_eval_deepen.errors import RequestError
@@ -57,6 +57,8 @@ def measure(ensemble: Ensemble, documents: Sequence[Document]) -> tuple[dict[str
     # In one pass: computing the members' logits again would take longer than all that is done with them.
     projected = projections(reading.ensemble)
     fused, *through = reading.bits(reading.logp([Variant.of(ensemble), *projected.values()])).sum(1).tolist()
+    if ensemble.by_stretches:
+        fused = float(ensemble_bits(reading, ensemble).sum())
     bits_of = {"ensemble": fused / num_bytes}
     for m, member in enumerate(ensemble.members):
         if m:

@@ -7,6 +7,7 @@ result is the same whichever member comes first. The law and its measured effect
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from lm_eval_deepen.weighting.experts import Experts, posteriors
 if TYPE_CHECKING:
     from lm_eval_deepen.member import Member
     from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
+
+log = logging.getLogger(__name__)
 
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
@@ -143,6 +146,14 @@ class StretchPrompter:
         """Read the ensemble's members."""
         self.ensemble = ensemble
         self.members: tuple[Member, ...] = ensemble.active
+        if ensemble.selective is not None and "skip_when" not in ensemble.counters.told:
+            ensemble.counters.told.add("skip_when")
+            log.warning(
+                "skip_when=%s is about fused steps: it changes the texts that method=%s generates, and no score, which "
+                "is one of stretches.",
+                ensemble.selective.when,
+                ensemble.config.method,
+            )
 
     def span(self, context: str, continuation: str) -> StretchSpan:
         """Return the text of a loglikelihood request.
@@ -342,7 +353,7 @@ def weighed(ensemble: EnsembleBase, reading: StretchReading) -> StretchScore:
 def joined(readings: Sequence[StretchReading]) -> StretchReading:
     """Return the windows of one text as one reading."""
     logp, greedy = (torch.cat([getattr(part, name) for part in readings], dim=-1) for name in ("logp", "greedy"))
-    return StretchReading(logp, greedy, readings[0].present)
+    return StretchReading(logp, greedy, readings[0].present, readings[0].evidence)
 
 
 def with_evidence(span: StretchSpan, last: int) -> StretchSpan:

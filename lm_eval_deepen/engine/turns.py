@@ -91,8 +91,6 @@ class TurnDecoder(Decoder):
         events = self.ensemble.turn_events
         assert events is not None
         self.events = events
-        if self.ensemble.by_stretches:
-            self.experts = self.ensemble.stretch_experts
         self.turns: dict[int, _Turn] = {}
         ids = [own.to(self.ensemble.device) for own in events.of]
         self.barred = [torch.where(own < 0, -torch.inf, 0.0) for own in ids]  # what is neither text nor an end

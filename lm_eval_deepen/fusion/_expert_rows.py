@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,7 +94,39 @@ class SomeLeft:
         return Fused(out, stats)
 
 
-def by_expert(fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts) -> ExpertRows:
+class ByPower:
+    """Rows under experts that raise the members' distributions to several powers, which are fused apart."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, ExpertRows]]) -> None:
+        """Take the indices of the experts of each power, and the rows under them."""
+        self.parts = parts
+        self.left = getattr(parts[0][1], "left", None)  # the same with every power
+
+    def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return every expert's log-probability [n, K]."""
+        order = torch.cat([index for index, _ in self.parts]).argsort()
+        logp = torch.cat([part.at(rows, tokens) for _, part in self.parts], dim=1)
+        return logp[:, order.to(logp.device)]
+
+    def mixed(self, log_posterior: Tensor) -> Fused:
+        """Return the experts' mixture [B, C], with the mean of their statistics."""
+        out, stats = [], []
+        for index, part in self.parts:
+            own = log_posterior[:, index.to(log_posterior.device)]
+            mass = torch.logsumexp(own, dim=1, keepdim=True)
+            given = own - torch.where(mass > -torch.inf, mass, 0.0)
+            mixed = part.mixed(torch.where(mass > -torch.inf, given, -math.log(len(index))))
+            mass = mass.to(mixed.logp)
+            out.append(mixed.logp + mass)
+            here = mass.exp()[:, 0] if self.left is None else mass.exp()[~self.left, 0]
+            stats.append({name: value * here for name, value in mixed.stats.items()})
+        means = {name: torch.stack([own[name] for own in stats]).sum(0) for name in stats[0]}
+        return Fused(torch.logsumexp(torch.stack(out), dim=0), means)
+
+
+def by_expert(
+    fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, left: Tensor | None = None
+) -> ExpertRows:
     """Return rows [B, V_m] under experts; methods that know no faster way fuse K times.
 
     Args:
@@ -101,7 +134,26 @@ def by_expert(fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Ex
         logp: log-probabilities per member.
         weights: the experts' weights in every row [B, K, M], of the members that take part.
         experts: which they are.
+        left: rows that are left to the main member [B] (bool); None for none.
     """
+    powers, places = experts.powers, experts.places_of_powers()
+    parts = []
+    for place in places.unique().tolist():
+        index = (places == place).nonzero()[:, 0]
+        raised = logp if powers[place] == 1 else [torch.log_softmax(powers[place] * rows, dim=1) for rows in logp]
+        own = weights[:, index.to(weights.device)]
+        parts.append((index, _at_one_power(fuser, raised, own, experts.some(index), left)))
+    return parts[0][1] if len(parts) == 1 else ByPower(parts)
+
+
+def _at_one_power(
+    fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, left: Tensor | None
+) -> ExpertRows:
+    if left is not None:
+        fused = None
+        if not bool(left.all()):
+            fused = _at_one_power(fuser, [rows[~left] for rows in logp], weights[~left], experts, None)
+        return SomeLeft(logp[0], len(fuser.out_vocab), left, fused, len(experts))
     if hasattr(fuser, "experts"):
         return fuser.experts(logp, weights, experts)
     return FusedByEach([fuser] * len(experts), logp, weights)

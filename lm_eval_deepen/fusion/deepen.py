@@ -193,6 +193,16 @@ class Deepen(Options):
             raise _conflict("average", f"needs an exponent above 0, got {list(self.average)}.")
         if self.max_anchors is not None and self.max_anchors < self.min_anchors:
             raise _conflict("max_anchors", f"{self.max_anchors} is less than min_anchors {self.min_anchors}.")
+        if self.anchor_seed and self.max_anchors is None:
+            raise _conflict(
+                "anchor_seed", f"chooses a subset of the anchors, got {self.anchor_seed} without max_anchors: all of "
+                "them are taken. Remove it, or give max_anchors."
+            )  # fmt: skip
+        if self.row_entropy is not None and self.relative_temperature is not None:
+            raise _conflict(
+                "relative_temperature", f"{self.relative_temperature} has no effect beside row_entropy "
+                f"{self.row_entropy}, which chooses the temperature. Remove one of the two."
+            )  # fmt: skip
         if self.max_support is not None and not isinstance(self.support, float):
             raise _conflict(
                 "max_support", f"is for a support given as a share, such as 0.99, got max_support "

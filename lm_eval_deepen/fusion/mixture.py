@@ -20,8 +20,9 @@ class Mixture(Options):
 
     Between two places of a text at which the tokens of all members end lies a stretch. Its probability is
     sum_m w_m P_m, with P_m the product of member m's probabilities of its own tokens in the stretch. That is the same
-    in every order of the members. Generation fuses steps as ``method: deepen`` does by default, where the first
-    member's vocabulary is written in; with ``sampling: member``, texts are sampled without a main member.
+    in every order of the members. Generation fuses steps as ``method: deepen`` does, where the first member's
+    vocabulary is written in, under the experts of the stretches; with ``sampling: member``, texts are sampled without a
+    main member. ``skip_when`` and ``covers`` are about steps: they change no score.
     """
 
     BY_STRETCHES: ClassVar[bool] = True

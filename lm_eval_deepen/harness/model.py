@@ -34,6 +34,7 @@ from lm_eval_deepen.harness.unanswered import SetAside, Unanswered, attempt, com
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.devices import existing_devices
 from lm_eval_deepen.member.loading import loading_keys
+from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.storage import cache_bound
 from lm_eval_deepen.weighting import WEIGHTINGS
@@ -152,11 +153,12 @@ class DeepenLM(RequestHandler):
         """Tie a response cache to this ensemble: its keys hold the request alone.
 
         Raises:
-            CacheError: the cache belongs to another ensemble.
+            CacheError: the cache belongs to another ensemble, or to other weights under the same names.
         """
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            claim(cache_hook.dbdict, self.ensemble_config.fingerprint(), self.ranks)
+            models = digests(self.ensemble_config.members)
+            claim(cache_hook.dbdict, self.ensemble_config.fingerprint(), models, self.ranks)
 
     @property
     def source(self) -> RequestHandler | Pool:

@@ -15,12 +15,13 @@ import os
 import pickle
 import sqlite3
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import CacheError
 from lm_eval_deepen.harness.distributed import Ranks
+from lm_eval_deepen.member.model_files import changed
 
 if TYPE_CHECKING:
     from lm_eval.api.model import CacheHook
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 FINGERPRINT_KEY = "lm_eval_deepen fingerprint"
 
 
-def claim(stored: SqliteDict, fingerprint: str, ranks: Ranks) -> None:
-    """Tie a cache database to an ensemble: the harness's keys hold the request alone.
+def claim(stored: SqliteDict, fingerprint: str, models: Mapping[str, str], ranks: Ranks) -> None:
+    """Tie a cache database to an ensemble and its models (see `digests`): the harness's keys hold the request alone.
 
     Every process of a run has its own database. All of them are brought to hold the same answers, since the
     harness asks for what its process does not have, and the processes answer together.
@@ -42,10 +43,10 @@ def claim(stored: SqliteDict, fingerprint: str, ranks: Ranks) -> None:
             in all of them.
     """
     stored.decode = functools.partial(read_answer, where=stored.filename)
-    for objection in ranks.gather(_open_to_others(stored) or _objection(stored, fingerprint)):
+    for objection in ranks.gather(_open_to_others(stored) or _objection(stored, fingerprint, models)):
         if objection:
             raise CacheError(objection)
-    stored[FINGERPRINT_KEY] = fingerprint
+    stored[FINGERPRINT_KEY] = {"fingerprint": fingerprint, "models": dict(models)}
     stored.commit()  # on disk, whatever the database's own habit
     if ranks.count * ranks.slices > 1:
         held = ranks.gather(set(stored.keys()))  # a killed run leaves each process with its own
@@ -152,11 +153,19 @@ def _is_own_group(group: int) -> bool:
     return {other.pw_name for other in pwd.getpwall() if other.pw_gid == group} <= {user.pw_name}
 
 
-def _objection(stored: SqliteDict, fingerprint: str) -> str:
+def _objection(stored: SqliteDict, fingerprint: str, models: Mapping[str, str]) -> str:
     try:
-        owner = stored.get(FINGERPRINT_KEY)
+        held = stored.get(FINGERPRINT_KEY)
     except CacheError as error:
         return str(error)
+    if not isinstance(held, dict):  # as older versions left it
+        held = {"fingerprint": held}
+    owner = held.get("fingerprint")
+    if owner == fingerprint and (others := changed(models, held.get("models"))):
+        return (
+            f"the response cache {stored.filename} holds answers that were given before the files in {others} changed: "
+            "other weights under the same name. Give --use_cache another path, or delete the file."
+        )
     if owner == fingerprint or (owner is None and not len(stored)):
         return ""
     whose = f"the ensemble with fingerprint {owner}" if owner else "a model that left no fingerprint"

@@ -16,6 +16,7 @@ from lm_eval_deepen.errors import ResultError, StorageError
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.models import Cost
 from lm_eval_deepen.leaderboard.rows import Row
+from lm_eval_deepen.member.model_files import changed
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import TaskRun, read_results
 from lm_eval_deepen.results.samples import read_samples
@@ -108,22 +109,19 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
         mark: its mark.
         wanted: the identity it should have.
         redo: evaluate a cell again that is of another identity or other model files, or damaged.
-        files: digests of the files in its models' folders (see `model_files`), which older cells do not know.
+        files: what tells its models (see `digests`), which older cells do not know.
 
     Raises:
         ResultError: what is there is of another identity, which is named beside the wanted one, or of other files.
     """
     if not mark.is_file():
         return None
-    changed: list[str] = []
+    others = ""
     try:
         cell = _parsed(mark)
         if json.loads(json.dumps(wanted)) == cell.identity:
             cell.check()
-            then = cell.facts.get("files")  # what the cell says of its models' folders, if it does
-            known = then if isinstance(then, dict) else files or {}
-            changed = [place for place, digest in (files or {}).items() if known.get(place, digest) != digest]
-            if not changed:
+            if not (others := changed(files or {}, cell.facts.get("files"))):
                 return cell
     except (ResultError, StorageError) as error:
         if redo:
@@ -132,8 +130,8 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
     if redo:
         return None
     why = (
-        f"was evaluated before the files in {' and '.join(changed)} changed"
-        if changed
+        f"was evaluated before the files in {others} changed"
+        if others
         else f"is of another evaluation: fingerprint {fingerprint(cell.identity)[:12]} there, "
         f"{fingerprint(wanted)[:12]} wanted ({_differences(cell.identity, wanted)})"
     )

@@ -27,7 +27,6 @@ from lm_eval_deepen.harness.requests import share_passes
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.builds import PREFIX, facts_of, refuse_trained
 from lm_eval_deepen.leaderboard.cells import Cell, identity, mark_of, read_cell, write_cell
-from lm_eval_deepen.leaderboard.model_files import digests
 from lm_eval_deepen.leaderboard.models import RowModel, load_members, share_by_members
 from lm_eval_deepen.leaderboard.progress import Progress
 from lm_eval_deepen.leaderboard.provenance import versions
@@ -37,6 +36,7 @@ from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.configuration import is_encoder_decoder
 from lm_eval_deepen.member.devices import give_back_freed_memory
+from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.pooling.base import check_request, fused_takes_part
 from lm_eval_deepen.storage import locked
 
@@ -84,7 +84,10 @@ def plan(
     meaningless: dict[Key, str] = {}
     missing: list[Key] = []
     for row in recipe.rows:
-        different, files = recipe.builds.incompatible(row.members), digests(row.config.members)
+        different = recipe.builds.incompatible(row.members)
+        # before anything is evaluated, the hub need not be asked
+        marks = any(mark_of(out, row, task).is_file() for task in tasks)
+        files = digests(row.config.members) if marks else {}
         for task in tasks:
             if not row.has(task.name):
                 continue

@@ -126,7 +126,17 @@ def _notes(one: TaskRun, two: TaskRun) -> list[str]:
     ]
     if fingerprint(a) is None and fingerprint(b) is None:
         differences.append(_differs("model arguments", _of(a, "config", "model_args"), _of(b, "config", "model_args")))
+    then, now = (_files(results) for results in (a, b))
+    others = [place for place, told in now.items() if then.get(place, told) != told]
+    differences.append(f"other files, so other weights, under the same name: {', '.join(others)}" if others else None)
     return [difference for difference in differences if difference]
+
+
+def _files(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what told the members' models, by folder or hub name; empty in results of older versions."""
+    members = _of(results, "config", "deepen", "members")
+    told = [one.get("files") for one in members if isinstance(one, Mapping)] if isinstance(members, list) else []
+    return {place: digest for files in told if isinstance(files, Mapping) for place, digest in files.items()}
 
 
 def _of(results: Mapping[str, Any], *keys: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, ensemble_bits
 
 TEMPERATURES = tuple(round(math.exp(k / 12), 4) for k in range(-5, 8))  # 0.66 to 1.79, steps of 9 %
 
@@ -67,7 +67,7 @@ def read_orders(
 
 def fused_bits(reading: Reading) -> Tensor:
     """Return bits per document [D] of the ensemble as it is configured."""
-    return reading.bits(reading.logp([Variant.of(reading.ensemble)]))[0]
+    return ensemble_bits(reading, reading.ensemble)
 
 
 def controls(readings: Sequence[Reading]) -> dict[str, Tensor]:

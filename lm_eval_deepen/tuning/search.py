@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig, FrozenDict
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, quiet
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, ensemble_bits, quiet
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.errors import ConfigError, DeepenError
 from lm_eval_deepen.fusion.base import Fuser
@@ -99,8 +100,13 @@ class Chosen:
         return self._bits(self.best, documents)
 
     def _bits(self, candidate: Candidate, documents: Sequence[Document]) -> Tensor:
-        reading = Reading.of(self.fusers.ensemble, documents)
-        return reading.bits(reading.logp([self.fusers.variant(candidate)]))[0]
+        reading, variant = Reading.of(self.fusers.ensemble, documents), self.fusers.variant(candidate)
+        if not variant.ensemble.by_stretches:
+            return reading.bits(reading.logp([variant]))[0]
+        members = [copy.copy(member) for member in variant.ensemble.members]
+        for member, temperature in zip(members, candidate.temperatures, strict=True):
+            member.config = member.config.replace(temperature=temperature)
+        return ensemble_bits(reading, replace(variant.ensemble, members=tuple(members)))
 
 
 def constant(config: EnsembleConfig) -> EnsembleConfig:
@@ -139,7 +145,11 @@ def search_reading(reading: Reading, *, everything: bool = False) -> Chosen:
     first = best = Candidate(
         FrozenDict(config.options_dict()), config.weights, tuple(member.temperature for member in config.members)
     )
-    num_bytes, log = sum(document.num_bytes for document in documents), []
+    num_bytes, log = sum(document.num_bytes for document in documents), list[str]()
+    if ensemble.by_stretches:
+        log.append(
+            f"candidates are compared by fused steps; method {config.method} scores, and is reported, by stretches"
+        )
     spaces = spaces_of(ensemble, everything)
     for name, stage in (
         ("space and weights", lambda at: _with_weights(with_spaces(at, spaces))),

@@ -46,6 +46,7 @@ class PromptLoss:
         tokens: how many these are, in this member's tokenisation; 0 where nothing counts.
         num_bytes: their length as text, the same for every member.
         each: natural-log probability and length in bytes of each of these tokens, in the order of the text.
+        at_powers: natural-log probability of each of these tokens at each of some powers of the distributions [T, P].
         embedding: the mean of the states from which the member predicts these tokens [d], fp32 on the CPU; None without
             tokens.
     """
@@ -54,6 +55,7 @@ class PromptLoss:
     tokens: int
     num_bytes: int
     each: tuple[tuple[float, int], ...] = ()
+    at_powers: tuple[tuple[float, ...], ...] = ()
     embedding: Tensor | None = field(default=None, compare=False, repr=False)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.errors import ConfigError
@@ -58,6 +61,19 @@ class Bayes(Options):
         if prior is not None and (min(prior) < 0 or not any(prior)):
             raise ConfigError(f"prior must be numbers of 0 or more, not all 0; got {list(prior)}", key="prior")
         return prior
+
+    @model_validator(mode="after")
+    def _learn_from_the_prompt(self) -> Self:
+        fields = type(self).model_fields
+        for key in ("prompt_stretches", "prior_share") if self.learn_from == "continuation" else ():
+            if (value := getattr(self, key)) != fields[key].default:
+                raise ConfigError(
+                    f"{key}={value} is about what a prompt teaches, and learn_from=continuation takes no prompt into "
+                    f"account; give learn_from=prompt, or remove {key}",
+                    key=key,
+                    code="conflict",
+                )
+        return self
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, the mean of the experts'."""
@@ -114,17 +130,15 @@ def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tenso
     if len(known) < len(losses):
         present = torch.tensor([loss is not None for loss in losses])
         weights = experts.among(present[None])[0][:, present]
-    ends = []
-    for loss in known:
-        at, own = 0, {}
-        total = 0.0
-        for value, length in loss.each:
-            at, total = at + length, total + value
-            own[at] = total
-        ends.append(own)
-    common = sorted(set.intersection(*(set(own) for own in ends)))
+    counts = [list(accumulate(length for _, length in loss.each)) for loss in known]  # bytes up to each token's end
+    common = sorted(set.intersection(*map(set, counts)))
     if not common:
         return experts.log_prior
-    sums = torch.tensor([[own[at] for at in common] for own in ends], dtype=torch.float64)  # [M, S]
-    logp = torch.diff(sums, dim=1, prepend=torch.zeros(len(known), 1, dtype=torch.float64))
+    sums = []
+    for loss, ends in zip(known, counts, strict=True):
+        each = loss.at_powers or [(value,) for value, _ in loss.each]
+        last = [bisect_right(ends, at) for at in common]  # tokens without bytes belong to the stretch before
+        totals = torch.tensor([(0.0,) * len(each[0]), *each], dtype=torch.float64).cumsum(0)
+        sums.append(torch.diff(totals[[0, *last]], dim=0).T)  # [P, S]
+    logp = torch.stack(sums, dim=1)[experts.places_of_powers()]  # [K, M, S]
     return experts.begun(torch.logsumexp(weights.log()[:, :, None] + logp, dim=1))

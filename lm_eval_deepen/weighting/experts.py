@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,13 +93,23 @@ class Experts:
         return list(zip(self.geometric.tolist(), self.power.tolist(), strict=True))
 
     @property
+    def of_members(self) -> list[float]:
+        """What each expert raises its members' distributions to [K]; geometric averages have their power themselves."""
+        return torch.where(self.geometric, 1.0, self.power).tolist()
+
+    @property
     def powers(self) -> tuple[float, ...]:
-        """The powers that there are: one, for experts that are as sure as their members, else `POWERS`."""
-        return (1.0,) if bool((self.power == 1).all()) else POWERS
+        """The powers of members that there are: one, for experts that are as sure as their members, else `POWERS`."""
+        return (1.0,) if set(self.of_members) == {1.0} else POWERS
 
     def places_of_powers(self) -> Tensor:
-        """Return the place of every expert's power in `powers` [K]."""
-        return torch.tensor([self.powers.index(power) for power in self.power.tolist()])
+        """Return the place in `powers` of what each expert raises its members' distributions to [K]."""
+        return torch.tensor([self.powers.index(power) for power in self.of_members])
+
+    def some(self, index: Tensor) -> Experts:
+        """Return some of the experts, under their share of the prior."""
+        own = (self.weights[index], self.geometric[index], self.power[index], self.log_prior[index])
+        return replace(self, weights=own[0], geometric=own[1], power=own[2], log_prior=own[3])
 
     def __len__(self) -> int:
         """Return K."""

@@ -26,6 +26,14 @@ def refuse(match: str, raw: dict | None = None, /, **keys: Any) -> None:
 # ---- weighting
 
 
+def test_what_a_prompt_teaches_is_asked_for_where_it_is_learnt() -> None:
+    for key, value in (("prompt_stretches", 5), ("prior_share", 0.5)):
+        refuse(f"{key}={value} is about what a prompt teaches", PAIR, weighting="bayes", **{key: value})
+        config = parse(PAIR, weighting="bayes", learn_from="prompt", **{key: value})
+        assert getattr(config.weighting_options, key) == value
+    assert parse(parse(PAIR, weighting="bayes").to_dict()).weighting == "bayes"
+
+
 def test_without_a_weighting_weights_are_given_or_equal() -> None:
     config = parse(PAIR, weights=[0.6, 0.4])
     assert (config.weighting, config.weights_change, config.weights) == (None, False, (0.6, 0.4))
@@ -133,6 +141,12 @@ def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
     )
     refuse("steps=3 is about fusing steps.*own answers; remove steps", PAIR, pooling="logp-mean", steps=3)
     refuse("compat='reference' is about fusing steps", PAIR, pooling="mbr", compat="reference")
+    for keys in ({"skip_when": "agree"}, {"covers": True}, {"sampling": "member"}):
+        (key,) = keys
+        refuse(
+            f"{key}=.* is about fused steps, and pooling=vote combines.*; remove {key}", PAIR, pooling="vote", **keys
+        )
+        assert parse(PAIR, pooling="vote", with_fused=True, **keys).fuses_steps
     assert parse(PAIR, pooling="rerank", method="gac").fuses_steps  # it scores the members' texts
     config = parse(PAIR, pooling="vote", with_fused=True, method="gac", threshold=0.5)
     assert (config.method, config.options.threshold) == ("gac", 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -201,6 +202,26 @@ def test_another_ensembles_answers_are_refused(ensemble, tmp_path):
     again = ensemble()
     calls = count_forwards(again)
     CachingLM(again, path).loglikelihood(batch)
+    assert calls == []
+
+
+def test_answers_of_other_weights_under_the_same_name_are_refused(pico, tmp_path):
+    """Caches that older versions wrote do not say, and are taken."""
+    path, folder = tmp_path / "responses.db", tmp_path / "model"
+    shutil.copytree(pico["bytelevel"], folder)
+    batch = requests("loglikelihood", *PAIRS)
+    CachingLM(deepen(folder), str(path)).loglikelihood(batch)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(2048))
+    model = deepen(folder)
+    with pytest.raises(CacheError, match=r"responses\.db holds answers .* before the files in .*model changed"):
+        CachingLM(model, str(path))
+    with sqlite3.connect(path) as connection:
+        old = pickle.dumps(model.ensemble_config.fingerprint())
+        connection.execute("REPLACE INTO unnamed VALUES (?, ?)", (FINGERPRINT_KEY, old))
+    calls = count_forwards(model)
+    CachingLM(model, str(path)).loglikelihood(batch)
     assert calls == []
 
 

@@ -13,7 +13,10 @@ from harness import by_default, deepen, requests
 from naive import member_logp, score_span
 
 from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.cli.bpb import measure
+from lm_eval_deepen.config import FrozenDict
 from lm_eval_deepen.engine import calibration as texts
+from lm_eval_deepen.engine import self_check
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
 from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
 from lm_eval_deepen.engine.prompts import Prompter
@@ -23,7 +26,7 @@ from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
 from lm_eval_deepen.tuning.bits_table import Line, compare, table
 from lm_eval_deepen.tuning.by_score import placed
-from lm_eval_deepen.tuning.search import search
+from lm_eval_deepen.tuning.search import Candidate, Chosen, Fusers, search
 
 DOCUMENTS = (
     Document("Paris is the capital of France."),
@@ -76,6 +79,29 @@ def test_fused_bits_are_those_of_scoring(pair, reading) -> None:
         assert float(bits[index]) == pytest.approx(-score / math.log(2), rel=1e-5)
         slow = score_span(pair, Prompter(pair).span(context, text))
         assert float(bits[index]) == pytest.approx(-sum(slow) / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"weights": [0.6, 0.4]}, {"weighting": "bayes"}], ids=["static", "learning"])
+def test_bits_of_a_mixture_are_those_of_its_scores_by_stretches(pico, options, tmp_path) -> None:
+    """In either order of the members, in windows too; the table has one line of it, and the self-check this figure."""
+    long = Document("Paris is the capital of France, and the fox walked away. " * 4)
+    given = {"method": "mixture", "max_length": 64, "matrix_dir": str(tmp_path), **options}
+    model = deepen(pico["metaspace"], pico["bytelevel"], **given)
+    documents = (*DOCUMENTS, long)
+    lines, _ = measure(model.ensemble, documents, None)
+    (line,) = [line for line in lines if line.system.startswith("ensemble")]
+    assert "scored_by_stretches" not in model.ensemble.counters.summary()
+    rolled = model.loglikelihood_rolling(requests("loglikelihood_rolling", *((documents[i].text,) for i in (0, 3))))
+    pairs = [(document.context, document.text) for document in DOCUMENTS[1:]]
+    given = [score for score, _ in model.loglikelihood(requests("loglikelihood", *pairs))]
+    scores = [rolled[0], *given, rolled[1]]
+    assert line.bits.tolist() == pytest.approx([-score / math.log(2) for score in scores], abs=1e-3)
+    (bits_of, _) = self_check.measure(model.ensemble, documents)
+    assert bits_of["ensemble"] * sum(d.num_bytes for d in documents) == pytest.approx(float(line.bits.sum()), abs=1e-3)
+    if model.ensemble.weigher is None:  # what `tune` reports
+        at = Candidate(FrozenDict(), (0.6, 0.4), (1.0, 1.0))
+        bits = Chosen(Fusers(model.ensemble), at, replace(at, temperatures=(0.5, 1.5)), ()).before(documents)
+        assert bits.tolist() == pytest.approx(line.bits.tolist(), abs=1e-3)
 
 
 def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:

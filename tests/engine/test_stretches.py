@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections import deque
+from dataclasses import replace
 
 import naive
 import pytest
 import torch
 from harness import deepen, requests
 
-from lm_eval_deepen.engine.stretches import StretchPrompter
+from lm_eval_deepen.engine.drafts import Drafter, drafter
+from lm_eval_deepen.engine.following import BatchRow, Job
+from lm_eval_deepen.engine.generation import Decoder, generate
+from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches, weigh, with_evidence
+from lm_eval_deepen.engine.turns import TurnDecoder
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM
+from lm_eval_deepen.member.chat import ChatPrompt
+from lm_eval_deepen.weighting.experts import POWERS
 
 CONTEXTS = ["The quick brown fox", "Question: What is 1 + 1?\nAnswer:", "café 中国", "walk", "", "ends\n", "Paris "]
 CHOICES = [" jumps over", "ing and talking", " 🙂 smile", "\n\n  indented", " </s> <|im_end|> text"]
@@ -219,3 +228,63 @@ def test_evidence_from_the_prompt_moves_the_weights(make):
     plain = scores(make("bytelevel", "metaspace", weighting="bayes", learn_from="continuation"), pair)[0][0]
     moved = scores(make("bytelevel", "metaspace", weighting="bayes", learn_from="prompt"), pair)[0][0]
     assert plain != pytest.approx(moved, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"prior": [5, 0, 1, 1, 1, 0, 0, 0, 0, 4]}], ids=["uniform", "prior"])
+@pytest.mark.parametrize(("learn_from", "speculate"), [("continuation", "off"), ("prompt", "lookup")])
+def test_generation_follows_the_law_that_scores_where_every_stretch_is_a_token(make, learn_from, speculate, options):
+    """Members with one tokenizer: a step is a stretch, under the same experts, powers of members among them."""
+    model = make("bytelevel", "bytelevel", weighting="bayes", learn_from=learn_from, **options)
+    ensemble = model.ensemble
+    ensemble.members[1].config = ensemble.members[1].config.replace(temperature=0.4)
+    for member in ensemble.members:  # a step keeps the main member's control pieces, and a stretch knows none
+        vocab, plain = member.codec.vocab, member.runner.logits
+        away = torch.zeros(member.vocab_size)
+        away[[*(vocab.control - set(vocab.eos)), *vocab.unused]] = -60.0
+        member.runner.logits = lambda states, plain=plain, away=away: plain(states) + away
+    contexts = [CONTEXTS[1], "walk", "", LONG.strip()]
+    jobs = [Job(Prompter(ensemble).prompts(context, 6), 6) for context in contexts]
+    given = [StretchPrompter(ensemble).span(context, "") for context in contexts]
+    for index, text in generate(ensemble, jobs, 2, drafter(speculate)):
+        span = with_evidence(given[index], ensemble.prompt_stretches)
+        paths = tuple((*path, *text.ids) for path in span.paths)
+        cuts = tuple((*own, *range(own[-1] + 1, own[-1] + len(text.ids) + 1)) for own in span.cuts)
+        ((_, reading),) = read_stretches(ensemble.active, [replace(span, paths=paths, cuts=cuts)], 64, POWERS)
+        assert text.logp == pytest.approx(weigh(ensemble.experts, reading).logp, abs=2e-4)
+
+
+@pytest.mark.parametrize("sampling", ["fused", "member"])
+@pytest.mark.parametrize("names", [("bytelevel", "metaspace"), ("metaspace", "padded", "bytelevel")], ids="+".join)
+def test_what_a_prompt_teaches_is_the_same_in_generation_and_scoring(make, names, sampling):
+    options = {
+        "learn_from": "prompt",
+        "prompt_stretches": 5,
+        "prior_share": 0.1,
+        "sampling": sampling,
+        "chat_fallback": "plain",
+    }
+    model = make(*names, weighting="bayes", **options)
+    ensemble = model.ensemble
+    prompter, kind = StretchPrompter(ensemble), Decoder if sampling == "fused" else TurnDecoder
+    chat = ChatPrompt(CONTEXTS[1], [{"role": "user", "content": CONTEXTS[1]}], True)
+    for context in [*CONTEXTS[:4], LONG.strip(), chat]:
+        row = BatchRow(0, Job(Prompter(ensemble).prompts(context), 1))
+        kind(ensemble, deque([row]), 1, Drafter()).refill()
+        span = with_evidence(prompter.span(context, ""), 5)
+        ((_, reading),) = read_stretches(ensemble.active, [span], 64, ensemble.experts.powers)
+        weights = ensemble.experts.weights.log()[:, :, None]
+        given = torch.logsumexp(weights + reading.logp[ensemble.experts.places_of_powers()], dim=1)
+        torch.testing.assert_close(row.weights, ensemble.experts.begun(given), atol=1e-4, rtol=1e-4)
+        assert (span.evidence == 5) is (context is not chat and context != "walk")
+
+
+def test_steps_are_skipped_in_generation_and_scores_say_that_they_have_none(make, caplog):
+    plain, skipping = (
+        make("bytelevel", "metaspace", weights=[0.1, 0.9], skip_when=when) for when in ("never", "agree")
+    )
+    asked = [("The quick brown fox", {"until": [], "max_gen_toks": 4})]
+    skipping.ensemble.selective = replace(skipping.ensemble.selective, when="confident", above=1e-9)
+    assert scores(skipping, asked, "generate_until") != scores(plain, asked, "generate_until")
+    assert skipping.ensemble.counters.selected["skipped"] and not caplog.text
+    assert scores(skipping, PAIRS[:3]) == scores(plain, PAIRS[:3])
+    assert caplog.text.count("it changes the texts that method=mixture generates, and no score") == 1

@@ -196,7 +196,8 @@ def test_what_it_cannot_do_is_an_error_that_says_so(pair, pico) -> None:
         pair.ensemble.score("a", [" b"])
     members = {"pretrained": str(pico["bytelevel"]), "members": [str(pico["bytelevel"]), str(pico["metaspace"])]}
     for key, value in {
-        "speculate": "lookup", "skip_when": "agree", "covers": "on", "trace": True, "weighting": "confidence"
+        "speculate": "lookup", "skip_when": "agree", "covers": "on", "trace": True, "weighting": "confidence",
+        "sampling": "member",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"{key}=.* is about single steps, and method=adafuse"):
             configure({**members, "method": "adafuse", key: value})

@@ -50,6 +50,8 @@ from lm_eval_deepen.relative.tops import TopRule
         ({"eos": "both"}, "eos must be 'anchor' or 'reference'; got 'both'"),
         ({"relative_temperature": 0}, "relative_temperature must be a number above 0; got 0"),
         ({"anchor_seed": -1}, "anchor_seed must be a whole number"),
+        ({"anchor_seed": 3}, "anchor_seed chooses a subset of the anchors, got 3 without max_anchors"),
+        ({"rows": "exact", "row_entropy": 1, "relative_temperature": 9}, "relative_temperature 9.0 has no effect"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

@@ -50,6 +50,18 @@ def test_every_difference_of_the_task_is_a_reason(tmp_path, edit, reason):
     assert objections(a, a, ["t"]).reasons == ()
 
 
+def test_other_weights_under_the_same_names_are_a_note(tmp_path):
+    """They are what a check is about; older results do not tell."""
+    plain = synthesised(tmp_path / "a", {"t": {"acc": [1.0, 0.0]}})
+    runs = []
+    for at, files in enumerate(({"m": "1", "n": "1"}, {"m": "2", "n": "1"}, None)):
+        deepen = {"fingerprint": "f", "members": [{"name": "x", "files": files}]}
+        runs += find_runs(edited(plain, tmp_path / f"run{at}", set_in("config", "deepen", deepen)))
+    found = objections(runs[0], runs[1], ["t"])
+    assert found.reasons == () and found.notes == ("t: other files, so other weights, under the same name: m",)
+    assert objections(runs[0], runs[2], ["t"]).notes == objections(runs[2], runs[0], ["t"]).notes == ()
+
+
 def test_the_few_shot_seed_counts_only_with_few_shots(tmp_path):
     a = synthesised(tmp_path / "a", {"t": {"acc": [1.0]}})
     seed = set_in("config", "fewshot_seed", 2)

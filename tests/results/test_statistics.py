@@ -329,6 +329,18 @@ def test_intervals_of_real_values_cover_about_as_often_as_they_say(n):
         assert 0.935 - 0.02 <= np.mean(hits) <= 0.98 + 0.014, name
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_intervals_of_few_real_values_are_wide_enough(n):
+    """Ends at the values themselves would hold in half of all cases with two documents, in three of four with three."""
+    generator = np.random.default_rng(8)
+    held = {}
+    for _ in range(200):
+        for name, change, truth, limits in populations(generator, n):
+            found = change_interval(column(change), limits=limits)
+            held.setdefault(name, []).append(found.low is None or found.low <= truth <= found.high)
+    assert min(map(np.mean, held.values())) >= 0.92, {name: np.mean(hits) for name, hits in held.items()}
+
+
 def test_intervals_are_those_of_student_in_large_samples():
     generator = np.random.default_rng(1)
     first = generator.exponential(size=(5000, 1))

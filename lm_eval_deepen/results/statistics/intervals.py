@@ -20,6 +20,7 @@ from lm_eval_deepen.results.statistics.paired import Statistic, Values, discorda
 CONFIDENCE = 0.95
 # Of a document: by exact enumeration, the lowest coverage of differences of 0/1 values is 0.935 instead of 0.930.
 CONTINUITY = 0.075
+FEW = 10  # documents
 _STEPS = 60  # of bisection
 _GRID = 32
 _CONSTANT = 1e-12  # relative: values that differ less are the same number, summed in another order
@@ -104,8 +105,10 @@ def change_interval(
     A document's share in the figure is its jackknife pseudo-value; of a mean that is its value. A hypothesised mean is
     tested with the variance of the likeliest distribution that has this mean (Owen 2001, Empirical Likelihood, chapter
     2), whose support is the observed values and, without weight of their own, two more: as far from the mean as the
-    farthest value, on either side, so that it is not taken for granted that every kind of document was seen. Of the
-    three values -1, 0 and 1 this is Tango's interval. Quantiles are Student's.
+    farthest value, on either side, so that it is not taken for granted that every kind of document was seen. Of fewer
+    than `FEW` documents they are farther, by as much as Student's variance is larger than the normal one: else the
+    interval of two would end at their values, and hold in half of all cases. Of the three values -1, 0 and 1 this is
+    Tango's interval. Quantiles are Student's.
 
     Args:
         values: one row a document.
@@ -121,15 +124,17 @@ def change_interval(
     reach = float(np.abs(shares - estimate).max()) if np.isfinite(shares).all() else math.nan
     if math.isnan(reach) or not (limits or np.any(shares)):
         return Interval(estimate, None, None, stderr, confidence)
-    ends = (estimate - reach, estimate + reach)
+    n = len(shares)
+    quantile = student_quantile((1 + confidence) / 2, n - 1)
+    wider = (quantile / NormalDist().inv_cdf((1 + confidence) / 2)) ** 2 if n < FEW else 1.0
+    ends = (estimate - wider * reach, estimate + wider * reach)
     if reach <= _CONSTANT * max(1.0, abs(estimate)):  # the same on every document
         if limits is None:
             return Interval(estimate, estimate, estimate, 0.0, confidence)
         ends = limits
     elif limits is not None:
         ends = (max(limits[0], ends[0]), min(limits[1], ends[1]))
-    n = len(shares)
-    squared = student_quantile((1 + confidence) / 2, n - 1) ** 2 * n / (n - 1)
+    squared = quantile**2 * n / (n - 1)
     low = score_end(shares - estimate, squared, ends[0] - estimate)
     high = score_end(estimate - shares, squared, estimate - ends[1])
     return Interval(estimate, estimate + low, estimate - high, stderr, confidence)
