@@ -141,6 +141,7 @@ class TurnDecoder(Decoder):
             ids, data = tuple(row.out.ids), row.out.data
             turn.paths = self._paths(row, ids, data)
             self._count_outgrown(row, ids, data, turn.paths)
+            self.ensemble.counters.record_present(torch.tensor([[path is not None for path in turn.paths]]))
             self._draw_member(row, turn)
         main = turn.paths[0]
         here: list[TokenPrefix | None] = [] if turn.reason or turn.member is None else [turn.paths[turn.member]]
@@ -154,7 +155,6 @@ class TurnDecoder(Decoder):
         """Draw whose turn it is, among the members that take part."""
         ensemble = self.ensemble
         present = torch.tensor([path is not None for path in turn.paths])
-        ensemble.counters.record_present(present[None])
         if ensemble.learns:
             given = self.experts.weights[turn.expert]
         else:
@@ -190,7 +190,14 @@ class TurnDecoder(Decoder):
         if m == 0 and self.events.control is not None and not turn.text_only:
             self._write(row, turn, self._pick(row, logp[-1] if turn.alone else logp[-1] + self.unused))
             return
-        token = self._pick(row, self.experts.power[turn.expert].item() * logp[-1] + self.barred[m])
+        scores = self.experts.power[turn.expert].item() * logp[-1] + self.barred[m]
+        others = any(path is not None for at, path in enumerate(turn.paths) if at != m)
+        if others and (m > 0 or self.events.control is None) and bool((scores == -torch.inf).all()):
+            # It gives control pieces alone, and takes no part in the fused distribution.
+            turn.paths = (*turn.paths[:m], None, *turn.paths[m + 1 :])
+            self._draw_member(row, turn)
+            return
+        token = self._pick(row, scores)
         event = int(self.events.of[m][token])
         piece = int(self.events.first[event])
         if piece < 0 or (turn.text_only and event == self.events.end):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -137,8 +138,8 @@ def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tenso
     sums = []
     for loss, ends in zip(known, counts, strict=True):
         each = loss.at_powers or [(value,) for value, _ in loss.each]
-        last = [bisect_right(ends, at) for at in common]  # tokens without bytes belong to the stretch before
-        totals = torch.tensor([(0.0,) * len(each[0]), *each], dtype=torch.float64).cumsum(0)
-        sums.append(torch.diff(totals[[0, *last]], dim=0).T)  # [P, S]
+        cuts = [0, *(bisect_right(ends, at) for at in common)]  # tokens without bytes belong to the stretch before
+        own = [[math.fsum(column[a:b]) for a, b in pairwise(cuts)] for column in zip(*each, strict=True)]
+        sums.append(torch.tensor(own, dtype=torch.float64))  # [P, S]
     logp = torch.stack(sums, dim=1)[experts.places_of_powers()]  # [K, M, S]
     return experts.begun(torch.logsumexp(weights.log()[:, :, None] + logp, dim=1))

@@ -446,3 +446,21 @@ def test_traces_and_turns_exclude_each_other(make, pair):
         make(("bytelevel", "metaspace"), trace=True)
     with pytest.raises(RequestError, match="traced=True wants what all members said"):
         pair.ensemble.generate([CONTEXT], traced=True, **SAMPLED)
+
+
+@pytest.mark.parametrize(
+    ("silent", "options"),
+    [(1, LINEAR), (0, {"method": "mixture", "weights": [0.5, 0.5]}), (1, {"method": "mixture", "weighting": "bayes"})],
+    ids=["deepen", "mixture, the first", "mixture that learns"],
+)
+def test_a_member_that_gives_control_pieces_alone_leaves_its_turns_to_the_others(make, silent, options):
+    model = make(("bytelevel", "metaspace"), **options)
+    member = model.ensemble.members[silent]
+    plain, text = member.runner.logits, torch.ones(member.vocab_size, dtype=torch.bool)
+    text[list(member.codec.vocab.control - set(member.codec.vocab.eos))] = False
+    text[list(member.codec.vocab.eos)] = True
+    member.runner.logits = lambda states: plain(states).masked_fill(text, -torch.inf)
+    torch.manual_seed(3)
+    texts = written(model, 4, [CONTEXT] * 8)
+    assert all(text.reason in ("length", "eos") for text in texts) and any(text.ids for text in texts)
+    assert set(model.ensemble.counters.turns) == {"m0", "m1"}  # it was drawn, and another one instead

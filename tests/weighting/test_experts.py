@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_eval_deepen.engine.stretches import StretchReading, weigh
+from lm_eval_deepen.weighting.base import PromptLoss
+from lm_eval_deepen.weighting.bayes import after_prompt
 from lm_eval_deepen.weighting.experts import Experts, posteriors, simplex_grid
 
 EVERYTHING = st.floats(-60, 0) | st.just(-math.inf)  # an adversary is certain of what does not come
@@ -119,3 +121,18 @@ def test_weights_learn_who_is_right() -> None:
     assert score.weights[0] > 0.85
     first, last = score.logp[0], score.logp[-1]
     assert last > first and list(itertools.accumulate(score.logp))[-1] == pytest.approx(score.total)
+
+
+def test_a_prompt_that_some_member_finds_impossible_teaches_no_nonsense() -> None:
+    """Evidence of minus infinity in one stretch leaves the later ones what they are."""
+    logp = torch.tensor([[-1.0, -math.inf, -2.0], [-1.5, -0.5, -3.0]], dtype=torch.float64)  # [M, S]
+    experts = replace(Experts.of_stretches(2), prompt_stretches=2, prior_share=0.25)
+    losses = []
+    for row in logp.tolist():
+        powers = tuple((value, 0.85 * value) for value in row)
+        losses.append(PromptLoss(-sum(row), 3, 6, each=tuple((value, 2) for value in row), at_powers=powers))
+    by_power = torch.stack([logp, 0.85 * logp])[experts.places_of_powers()]
+    expected = experts.begun(torch.logsumexp(experts.weights.log()[:, :, None] + by_power, dim=1))
+    found = after_prompt(experts, losses)
+    assert not found.isnan().any() and float(found.exp().sum()) == pytest.approx(1)
+    torch.testing.assert_close(found, expected)
