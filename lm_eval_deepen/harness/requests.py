@@ -94,15 +94,15 @@ class RequestHandler(MainMemberView):
 
         `repeats` counts how often each context was sampled before.
         """
+        if kind == "generate_until":
+            return attempt(self.texts.job, *request.args, Counter() if repeats is None else repeats)
         stretches = StretchPrompter(self.ensemble) if self.ensemble.by_stretches else None
         if kind == "loglikelihood":
             return attempt(self.texts.prompter.span if stretches is None else stretches.span, *request.args)
-        if kind == "loglikelihood_rolling":
-            text = request.args[-1]  # harness 0.5 puts an empty context before it
-            if stretches is not None:
-                return attempt(stretches.rolling, text)
-            return attempt(rolling_spans, self.ensemble, text)
-        return attempt(self.texts.job, *request.args, Counter() if repeats is None else repeats)
+        text = request.args[-1]  # harness 0.5 puts an empty context before it
+        if stretches is not None:
+            return attempt(stretches.rolling, text)
+        return attempt(rolling_spans, self.ensemble, text)
 
     def _tell_peers(self, kind: str, request: Instance, answers: Sequence[Any]) -> Any:
         """Leave the peers their answers and return our own."""

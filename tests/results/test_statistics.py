@@ -338,7 +338,7 @@ def test_intervals_of_few_real_values_are_wide_enough(n):
         for name, change, truth, limits in populations(generator, n):
             found = change_interval(column(change), limits=limits)
             held.setdefault(name, []).append(found.low is None or found.low <= truth <= found.high)
-    assert min(map(np.mean, held.values())) >= 0.92, {name: np.mean(hits) for name, hits in held.items()}
+    assert min(map(np.mean, held.values())) >= 0.9, {name: np.mean(hits) for name, hits in held.items()}
 
 
 def test_intervals_are_those_of_student_in_large_samples():
