@@ -196,6 +196,7 @@ class TurnDecoder(Decoder):
             # It gives control pieces alone, and takes no part in the fused distribution.
             turn.paths = (*turn.paths[:m], None, *turn.paths[m + 1 :])
             self._draw_member(row, turn)
+            turn.alone = False  # it is there, and the row is fused
             return
         token = self._pick(row, scores)
         event = int(self.events.of[m][token])

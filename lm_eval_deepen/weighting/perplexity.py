@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -53,7 +54,7 @@ class PerplexityWeigher:
         rows = []
         for members in losses:
             counts = [loss.num_bytes if self.options.loss_per == "byte" else loss.tokens for loss in members]
-            if not all(counts):
+            if not all(counts) or all(loss.nats == math.inf for loss in members):  # nothing to compare them by
                 rows.append(configured.double())
                 continue
             means = torch.tensor([loss.nats for loss in members], dtype=torch.float64) / torch.tensor(counts)

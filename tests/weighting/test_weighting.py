@@ -169,6 +169,9 @@ def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
 def test_perplexity_stays_finite_on_hopeless_prompts() -> None:
     losses = [[PromptLoss(1e6, 10, 10), PromptLoss(2e6, 10, 10)]]
     assert Perplexity().build().prepare(losses, torch.tensor([0.5, 0.5]))[0].tolist() == [1.0, 0.0]
+    for nats, weights in ((1.0, [0.0, 1.0]), (math.inf, [0.25, 0.75])):
+        losses = [[PromptLoss(math.inf, 10, 10), PromptLoss(nats, 10, 10)]]
+        assert Perplexity().build().prepare(losses, torch.tensor([0.25, 0.75]))[0].tolist() == weights
 
 
 def test_confidence_is_a_softmax_of_minus_the_entropy() -> None:
