@@ -24,14 +24,10 @@ _REMEDY = "Correct it, or pass an argument of from_pretrained inside hf_kwargs"
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What ensembles are made of.
+    """What ensembles are made of."""
 
-    Attributes:
-        loading: names of the arguments that a member is loaded with.
-        kinds: the registries of methods, weightings and poolings, by the key that chooses from them.
-    """
-
-    loading: frozenset[str]
+    loading: frozenset[str]  # names of the arguments that a member is loaded with
+    # the registries of methods, weightings and poolings, by the key that chooses from them
     kinds: Mapping[str, Registry]
 
     @cached_property

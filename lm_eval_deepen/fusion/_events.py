@@ -22,22 +22,18 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """The events of E kinds, and the pieces that stand for them.
+    """The events of E kinds, and the pieces that stand for them."""
 
-    Attributes:
-        pieces: the pieces of a text [K], as bytes.
-        of: for every member, the event of each id [V_m], int64; -1 for ids that are neither text nor an end of text.
-        first: of every event the piece that it most likely is [E], -1 where there is none. Then all is drawn again.
-        control: the main member's control pieces [n], which keep their probability; None where only text and ends are
-            drawn, and each event is one piece whatever the main member says.
-        end: the end of text, where the mass of text without a piece goes to other text alone; None where ends of text
-            have a share in it.
-    """
-
-    pieces: Sequence[bytes]
+    pieces: Sequence[bytes]  # the pieces of a text [K], as bytes
+    # for every member, the event of each id [V_m], int64; -1 for ids that are neither text nor an end of text
     of: tuple[Tensor, ...]
+    # of every event the piece that it most likely is [E], -1 where there is none. Then all is drawn again
     first: Tensor
+    # the main member's control pieces [n], which keep their probability; None where only text and ends are drawn, and
+    # each event is one piece whatever the main member says
     control: Tensor | None
+    # the end of text, where the mass of text without a piece goes to other text alone; None where ends of text have a
+    # share in it
     end: int | None = None
 
 

@@ -12,15 +12,11 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a member's tokenizer spells a continuation that begins anywhere.
+    """How a member's tokenizer spells a continuation that begins anywhere."""
 
-    Attributes:
-        encode: returns the canonical token ids of some bytes; None, or VocabularyError, where it cannot spell them.
-        fingerprint: a digest of the tokenizer; two with the same vocabulary may merge differently.
-    """
-
+    # returns the canonical token ids of some bytes; None, or VocabularyError, where it cannot spell them
     encode: Callable[[bytes], Sequence[int] | None]
-    fingerprint: str
+    fingerprint: str  # a digest of the tokenizer; two with the same vocabulary may merge differently
 
 
 @dataclass(frozen=True)

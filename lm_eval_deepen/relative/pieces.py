@@ -22,15 +22,11 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of several members, in an order that does not depend on which of them is the main one.
+    """The tokenizers of several members, in an order that does not depend on which of them is the main one."""
 
-    Attributes:
-        first: per tokenizer, the bytes of the first token of some bytes; b"" where it cannot spell them.
-        fingerprints: of what `first` does.
-    """
-
+    # per tokenizer, the bytes of the first token of some bytes; b"" where it cannot spell them
     first: tuple[Callable[[bytes], bytes], ...] = ()
-    fingerprints: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()  # of what `first` does
 
     @classmethod
     def of(cls, members: Sequence[MemberView]) -> Tokenizers:

@@ -12,15 +12,11 @@ from lm_eval_deepen.relative.operators import Operator
 
 @dataclass(frozen=True)
 class Inverted:
-    """A solution per row.
+    """A solution per row."""
 
-    Attributes:
-        logp: log p' [B, K], natural log, rows normalised.
-        stats: ``residual_kl`` [B]: KL(r || p' R) in nats over the anchors that p' R reaches;
-            ``lost_mass`` [B]: the mass of r on anchors that no piece with probability reaches.
-    """
-
-    logp: Tensor
+    logp: Tensor  # log p' [B, K], natural log, rows normalised
+    # ``residual_kl`` [B]: KL(r || p' R) in nats over the anchors that p' R reaches; ``lost_mass`` [B]: the mass of r on
+    # anchors that no piece with probability reaches
     stats: dict[str, Tensor]
 
 

@@ -13,22 +13,18 @@ class ByteVocab:
     """The pieces of one vocabulary as byte strings, indexed by token id.
 
     A token's identity is its id: several ids may carry the same bytes.
-
-    Attributes:
-        pieces: bytes of every id, one per logit of the model. ``b""`` for control pieces,
-            which carry no text, and for unused ids.
-        control: ids of control pieces (BOS, EOS, chat markers, padding token, unknown token).
-        unused: ids without a token: embedding rows beyond the tokenizer's length, holes.
-        eos: ids that end a text. Where such a piece is a text piece as well (a newline that ends a text), it
-            has its bytes here, and none in `events`; the others are ``control``.
-        byte_fallback: ids of ``<0xNN>`` pieces. Where a text piece has the same bytes a tokenizer
-            never emits them, so their embedding rows may be untrained.
     """
 
+    # bytes of every id, one per logit of the model. ``b""`` for control pieces, which carry no text, and for unused ids
     pieces: tuple[bytes, ...]
+    # ids of control pieces (BOS, EOS, chat markers, padding token, unknown token)
     control: frozenset[int] = frozenset()
-    unused: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()  # ids without a token: embedding rows beyond the tokenizer's length, holes
+    # ids that end a text. Where such a piece is a text piece as well (a newline that ends a text), it has its bytes
+    # here, and none in `events`; the others are ``control``
     eos: tuple[int, ...] = field(default=())
+    # ids of ``<0xNN>`` pieces. Where a text piece has the same bytes a tokenizer never emits them, so their embedding
+    # rows may be untrained
     byte_fallback: frozenset[int] = frozenset()
 
     def __len__(self) -> int:

@@ -27,15 +27,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Systems that are compared with one reference on the same documents.
+    """Systems that are compared with one reference on the same documents."""
 
-    Attributes:
-        p_values: of the systems.
-        candidates: which of them might have been the reference themselves: the best of these and the reference was
-            made the reference, by its score on these documents. None of them where the reference was given.
-    """
-
-    p_values: tuple[float, ...]
+    p_values: tuple[float, ...]  # of the systems
+    # which of them might have been the reference themselves: the best of these and the reference was made the
+    # reference, by its score on these documents. None of them where the reference was given
     candidates: tuple[bool, ...]
 
     def still_true(self, rejected: Sequence[bool]) -> int:
