@@ -16,6 +16,9 @@ Behind white space, tokenizers look ahead: one that leaves the last space of sev
 of three spaces where another one has four. So there, the member's tokens of more white space and a letter are covers,
 too, where the main tokenizer would still have cut where it has cut. For that, places are read beyond the bytes so far.
 
+What a prompt ends with is given, but for letters, digits and spaces: covers begin behind it. A member with a piece of
+":" and a line break would else say after "Answer:" that a line break comes next, and have no say about the words.
+
 Exact bytes from tokens: Phan et al., arXiv 2410.09303; Vieira et al., arXiv 2412.03719.
 """
 
@@ -121,7 +124,11 @@ class CoverReader:
         self._after: dict[int, bytes] = {}
 
     def plan(
-        self, main_path: Sequence[int], path: Sequence[int], place: Callable[[int, tuple[int, ...]], Any]
+        self,
+        main_path: Sequence[int],
+        path: Sequence[int],
+        place: Callable[[int, tuple[int, ...]], Any],
+        back: int = LONGEST_WORD,
     ) -> Plan | None:
         """Return the covers at a place, None where no piece goes on beyond it.
 
@@ -130,11 +137,14 @@ class CoverReader:
             path: the other member's tokens of the same bytes; as many.
             place: names the place after the first n tokens of `path` and some more tokens, by which a distribution is
                 looked up; None where the member cannot take these in.
+            back: how many bytes behind the place covers may begin; see `reach`.
         """
         word, tokens = self._word(main_path)
         pieces = self.other.vocab.pieces
         begin, data = len(path), b""  # where the covers begin, and the bytes after that
         while begin > 1 and (piece := pieces[path[begin - 1]]) and word.endswith(piece + data):
+            if len(piece) + len(data) > back:
+                break
             begin, data = begin - 1, piece + data
         tail = tuple(path[begin:])
         others, whole = self._look_ahead(word, tokens, tail, data)
@@ -370,16 +380,37 @@ def _likeliest(mass: Tensor) -> Iterator[tuple[Tensor, float]]:
         order, ordered, size = order[size:], ordered[size:], 2 * size
 
 
-def plans_of(readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None]) -> tuple[Plan | None, ...]:
+def reach(pieces: Sequence[bytes], tokens: Sequence[int], prompt: int) -> int:
+    """Return how many bytes behind a place covers may begin: those since the prompt, and its last letters and spaces.
+
+    Args:
+        pieces: the main member's vocabulary.
+        tokens: its tokens before the place.
+        prompt: how many of them are its prompt's.
+    """
+    size = len(_spelt(pieces, tokens[max(prompt, len(tokens) - LONGEST_WORD) :]))
+    if size < LONGEST_WORD:
+        end = _spelt(pieces, tokens[max(0, prompt - LONGEST_WORD) : prompt]).decode(errors="ignore")
+        for char in reversed(end):
+            if not (char.isalnum() or char in " \t"):
+                break
+            size += len(char.encode())
+    return min(LONGEST_WORD, size)
+
+
+def plans_of(
+    readers: Mapping[int, CoverReader], paths: Sequence[TokenPrefix | None], prompt: int
+) -> tuple[Plan | None, ...]:
     """Return the covers of every active member [M] at a place, given all members' tokens; None where there are none.
 
-    Their sources are tokens.
+    Their sources are tokens. The first `prompt` tokens of the main member are those of its prompt.
     """
     plans: list[Plan | None] = [None] * len(paths)
     for m, reader in readers.items():
         main, own = paths[0], paths[m]
         if main is not None and own is not None:
-            plans[m] = reader.plan(main, own, partial(_after, reader.longest, own))
+            back = reach(reader.main.vocab.pieces, main, prompt)
+            plans[m] = reader.plan(main, own, partial(_after, reader.longest, own), back)
     return tuple(plans)
 
 

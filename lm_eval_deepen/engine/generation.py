@@ -150,7 +150,9 @@ class Decoder:
             logp = [torch.log_softmax(scores, dim=-1)]
         else:
             covers = ensemble.covers
-            plans = [[plans_of(covers, places) for places in route] for route in routes] if covers else []
+            prompts = [len(row.job.prompts[0].ids) for row in self.rows]
+            pairs = zip(routes, prompts, strict=True)
+            plans = [[plans_of(covers, own, prompt) for own in route] for route, prompt in pairs] if covers else []
             logp = [
                 follower.follow_covered(own, [[plan[follower.m] for plan in route] for route in plans])
                 if follower.m in covers

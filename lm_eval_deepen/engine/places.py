@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lm_eval_deepen.engine.base import EnsembleBase
-from lm_eval_deepen.engine.covers import TOKENS_READ, CoverReader, Plan
+from lm_eval_deepen.engine.covers import LONGEST_WORD, TOKENS_READ, CoverReader, Plan, reach
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cursor import TextCursor
@@ -19,6 +19,7 @@ class Place:
 
     nodes: tuple[int | None, ...]  # the node of every active member's tokens [M] in its tree; None where it abstains
     outgrown: tuple[int, ...]  # the members that abstain because the text has outgrown their contexts
+    back: int  # how many bytes behind it covers may begin, at most `LONGEST_WORD`
 
     def last(self, trees: Sequence[TokenTree]) -> list[list[int] | None]:
         """Return every member's last tokens, as many as are read of a text; None where it abstains."""
@@ -37,7 +38,7 @@ class Place:
             node = nodes[count - 1]
             return tree.extend(node, more) if tree.depths[node] + len(more) < reader.longest else None
 
-        return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, source)
+        return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, source, self.back)
 
 
 def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
@@ -50,14 +51,18 @@ def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> It
         else:
             ways.append(_TextWay(tree, TextCursor(ensemble.active[m].codec, prompt), longest))
     several = len(ways) > 1
-    skip, data = span.skip, span.lead
+    pieces, head = ensemble.main.codec.vocab.pieces, span.prompts[0].ids
+    skip, data, back = span.skip, span.lead, 0
+    if ensemble.covers:
+        back = LONGEST_WORD if span.is_window else reach(pieces, head, len(head))
     for target in span.target:
         for way in ways:
             way.take_bytes(data)
-        yield Place(tuple(way.node() for way in ways), tuple(m for m, way in enumerate(ways) if way.outgrown))
+        outgrown = tuple(m for m, way in enumerate(ways) if way.outgrown)
+        yield Place(tuple(way.node() for way in ways), outgrown, back)
         if several:  # one member alone needs no bytes
-            piece = ensemble.main.codec.vocab.pieces[target]
-            data, skip = piece[skip:], max(0, skip - len(piece))
+            data, skip = pieces[target][skip:], max(0, skip - len(pieces[target]))
+            back = min(LONGEST_WORD, back + len(data)) if ensemble.covers else 0
         for way in ways:
             way.take_token(target)
 

@@ -25,6 +25,7 @@ class Span:
     skip: int = 0  # how many of the target's first bytes are a prefix space and no text
     lead: bytes = b""  # an unfinished character that the other members' prompts leave out
     traced: bool = False  # whether its score comes with its steps
+    is_window: bool = False  # whether it goes on with the text of its prompts, of which it is a window
 
     def paths(self, ensemble: EnsembleBase, count: int) -> tuple[tuple[int, ...] | None, ...]:
         """Return every active member's tokens before target number `count`; None where it abstains."""

@@ -246,9 +246,10 @@ def _rows(
         span = spans[index]
         number = numbers.setdefault(span.prompts, len(numbers)) if by_prompt and span.target else 0
         for at, (target, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
-            row = rows.get((place.nodes, number))
+            key = (place.nodes, place.back, number)
+            row = rows.get(key)
             if row is None:
-                row = rows[place.nodes, number] = _Row(place, number)
+                row = rows[key] = _Row(place, number)
             row.readers.append((index, at, target))
     return list(rows.values()), list(numbers)
 

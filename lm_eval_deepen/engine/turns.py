@@ -108,7 +108,7 @@ class TurnDecoder(Decoder):
         if m in self.ensemble.covers and self.events.control is not None:  # else all write tokens of their own
             readers = {m: self.ensemble.covers[m]}
             plans = [
-                [plans_of(readers, self.turns[row.index].paths)[m] if own == m else None]
+                [plans_of(readers, self.turns[row.index].paths, len(row.job.prompts[0].ids))[m] if own == m else None]
                 for row, (own, _) in zip(self.rows, wanted, strict=True)
             ]
             logp = follower.follow_covered(routes, plans)

@@ -76,11 +76,13 @@ def _span(ensemble: EnsembleBase, tokens: tuple[int, ...], text: str, window: tu
         skip = len(codec.vocab.decode(tokens)) - len(text.encode())
         first = codec.vocab.decode(tokens[:end])[skip:]
         prompts = tuple(prompt.before(first) for prompt in same_text(ensemble, codec.prefix_ids, ""))
-        return Span(prompts, tokens[:end], skip)
+        return Span(prompts, tokens[:end], skip, is_window=True)
     while begin > 0 and codec.vocab.decode(tokens[begin:start]) and codec.vocab.pieces[tokens[begin]][0] & 0xC0 == 0x80:
         begin -= 1  # never begin inside a character
     seen = codec.vocab.decode(tokens[begin:start])
     lead = seen[len(seen) - incomplete_tail(seen) :]
     words = seen[: len(seen) - len(lead)].decode()
     prompts = same_text(ensemble, codec.automatic_prefix + tokens[begin:start], words)
-    return Span(tuple(replace(prompt, is_evidence=False) for prompt in prompts), tokens[start:end], lead=lead)
+    return Span(
+        tuple(replace(prompt, is_evidence=False) for prompt in prompts), tokens[start:end], lead=lead, is_window=True
+    )

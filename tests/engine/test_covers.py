@@ -16,10 +16,12 @@ from lm_eval_deepen.engine.covers import NOTHING
 from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.following import Job, path_of
 from lm_eval_deepen.engine.generation import generate
+from lm_eval_deepen.engine.places import places
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.member.tree import TokenTree
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", "walk", ""]
 CHOICES = [" jumps over the lazy dog", " two 🙂 walking", "\n\nmoon landing", "ing and singing"]
@@ -62,8 +64,19 @@ def goes_on(codec, data, tokens):
     return spelt[: len(tokens)] == tokens and len(spelt) > len(tokens)
 
 
-def covered(ensemble, m, main_path, path):
+def reach_of(vocab, path, prompt):
+    """Return the bytes since the prompt, and those of the letters, digits and spaces that it ends with."""
+    text = vocab.decode(path[:prompt]).decode(errors="ignore")
+    kept = len(text)
+    while kept and (text[kept - 1].isalnum() or text[kept - 1] in " \t"):
+        kept -= 1
+    return len(text[kept:].encode()) + len(vocab.decode(path[prompt:]))
+
+
+def covered(ensemble, m, main_path, path, prompt):
     """Return member `m`'s distribution [V_m] of what comes next: every way to the end, every piece of its own.
+
+    None of its ways begins in what the prompt (the main member's first `prompt` tokens) ends with, but for a word.
 
     Its ways are its tokens of the bytes so far and, behind white space, those of more white space and a letter, where
     the main member's tokens of the bytes so far stay what they are.
@@ -72,7 +85,10 @@ def covered(ensemble, m, main_path, path):
     vocab, white = other.vocab, (b" ", b"\n", b"\r", b"\t")
     tokens, word = word_of(main.vocab, main_path)
     begin = len(path)
+    back = reach_of(main.vocab, main_path, prompt)
     while begin > 1 and vocab.pieces[path[begin - 1]] and word.endswith(vocab.decode(path[begin - 1 :])):
+        if len(vocab.decode(path[begin - 1 :])) > back:
+            break
         begin -= 1
     head, tail = path[:begin], path[begin:]
     data = vocab.decode(tail)
@@ -134,7 +150,7 @@ def naive_score(ensemble, span):
             if paths[m] is None:
                 rows.append(rows[0].new_zeros(1, ensemble.active[m].vocab_size))
                 continue
-            row, here, ahead = covered(ensemble, m, paths[0], paths[m])
+            row, here, ahead = covered(ensemble, m, paths[0], paths[m], len(span.prompts[0].ids))
             changed, looked_ahead = changed + here, looked_ahead + ahead
             rows.append(row)
         weights = ensemble.weights * torch.tensor([path is not None for path in paths])
@@ -156,6 +172,19 @@ def test_scoring_equals_the_sum_over_all_covers(make):
     assert looked_ahead > 2
 
 
+def test_what_a_prompt_ends_with_is_given_but_for_words(make):
+    """Punctuation and line breaks are the prompt's own tokens; a word may go on inside a member's piece."""
+    ensemble = make().ensemble
+    first = {}
+    for context in ("Question: 1 + 1?\nAnswer:", "walk?\n", "She was walking and talk", "10 + 1"):
+        span, trees = Prompter(ensemble).span(context, "ing 1"), [TokenTree() for _ in ensemble.active]
+        place = next(places(ensemble, span, trees))
+        first[context] = [place.plan(reader, trees, m) for m, reader in ensemble.covers.items()]
+    given, going_on = list(first.values())[:2], list(first.values())[2:]
+    assert not any(plan for plans in given for plan in plans)
+    assert any(plan for plans in going_on for plan in plans)
+
+
 def naive_row(ensemble, job, ids):
     """Return the fused distribution [K] after a prompt and the main member's tokens, others' rows covered."""
     data = ensemble.main.codec.vocab.decode(ids)
@@ -165,7 +194,7 @@ def naive_row(ensemble, job, ids):
         if paths[m] is None:
             rows.append(rows[0].new_zeros(1, ensemble.active[m].vocab_size))
         else:
-            rows.append(covered(ensemble, m, paths[0], paths[m])[0])
+            rows.append(covered(ensemble, m, paths[0], paths[m], len(job.prompts[0].ids))[0])
     weights = ensemble.weights * torch.tensor([path is not None for path in paths])
     return ensemble.fuser.fuse(rows, (weights / weights.sum())[None]).logp[0]
 

@@ -391,7 +391,7 @@ def test_covers_are_read_as_in_every_step(make):
     written(model, 12, [CONTEXT, "The dog", "walk", "talking and"], Watched)
     covered = 0
     for job, paths, logp in seen:
-        plan = plans_of(model.ensemble.covers, paths)[1]
+        plan = plans_of(model.ensemble.covers, paths, len(job.prompts[0].ids))[1]
         follower = Follower(model.ensemble, 1)
         follower.prefill([job.prompts[1]])
         follower.admit([0])
