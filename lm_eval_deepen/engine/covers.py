@@ -418,7 +418,7 @@ def _after(longest: int, tokens: TokenPrefix, count: int, more: TokenPrefix) -> 
     return tokens[:count] + more if count + len(more) <= longest else None
 
 
-def _spelt(pieces: Sequence[bytes], tokens: TokenPrefix) -> bytes:
+def _spelt(pieces: Sequence[bytes], tokens: Sequence[int]) -> bytes:
     return b"".join(pieces[token] for token in tokens)
 
 

@@ -150,9 +150,10 @@ class Decoder:
             logp = [torch.log_softmax(scores, dim=-1)]
         else:
             covers = ensemble.covers
-            prompts = [len(row.job.prompts[0].ids) for row in self.rows]
-            pairs = zip(routes, prompts, strict=True)
-            plans = [[plans_of(covers, own, prompt) for own in route] for route, prompt in pairs] if covers else []
+            plans = [
+                [plans_of(covers, places, len(row.job.prompts[0].ids)) for places in route] if covers else []
+                for row, route in zip(self.rows, routes, strict=True)
+            ]
             logp = [
                 follower.follow_covered(own, [[plan[follower.m] for plan in route] for route in plans])
                 if follower.m in covers
