@@ -61,6 +61,7 @@ def test_a_tree_equals_plain_forwards_and_forwards_each_prefix_once(members, dat
         assert runner.forwarded == len(prefixes - held)
 
 
+@QUICK
 @given(
     paths=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12),
     first=st.lists(st.integers(0, 2), max_size=7),
@@ -78,6 +79,7 @@ def test_a_tree_is_visited_depth_first(paths, first):
     assert [tree.tokens[node] for node in way] == list(first[: len(way)])
 
 
+@QUICK
 @given(data=st.data(), rows=st.integers(1, 3), queries=st.integers(1, 4), keys=st.integers(1, 30))
 def test_a_window_hides_what_lies_before_it(data, rows, queries, keys):
     config = SimpleNamespace(sliding_window=data.draw(st.integers(1, 40)), layer_types=["sliding_attention"])
