@@ -76,9 +76,14 @@ def cache_folder() -> Path:
 
 
 def used(path: Path) -> None:
-    """Note that an entry of the cache folder is used now, in its time of change: few systems keep that of a reading."""
+    """Note that an entry of the cache folder is used now.
+
+    It is noted in a file's time of reading, which few systems keep
+    themselves, or a folder's time of change.
+    """
     with contextlib.suppress(OSError):  # of a folder that is only read
-        os.utime(path)
+        known, now = path.stat(), time.time_ns()
+        os.utime(path, ns=(now, now if stat.S_ISDIR(known.st_mode) else known.st_mtime_ns))
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def cache_entries() -> list[CacheEntry]:
                     with contextlib.suppress(FileNotFoundError):  # another process removes or renames
                         known = part.lstat()
                         size += known.st_size if stat.S_ISREG(known.st_mode) else 0
-                        last = max(last, known.st_mtime)
+                        last = max(last, known.st_mtime, 0 if stat.S_ISDIR(known.st_mode) else known.st_atime)
                 if last and (not hidden or time.time() - last > _STALE_S):
                     entries.append(CacheEntry(path, LEFTOVERS if hidden else place.name, size, last))
     return sorted(entries, key=lambda entry: entry.used)

@@ -150,7 +150,7 @@ def read_once(path: Path, identity: Mapping[str, Any], member: str) -> RelativeM
     """
     with explained(path.parent):
         file = path.stat()
-        key = (path.resolve(), file.st_ino, file.st_size, identity_hash(identity))
+        key = (path.resolve(), file.st_ino, file.st_size, file.st_mtime_ns, identity_hash(identity))
     used(path)
     matrix = _in_use.get(key)
     if matrix is None:
