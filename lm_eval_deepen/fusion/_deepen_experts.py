@@ -88,7 +88,7 @@ class _Part:
         self.log_sum, self.log_total, kept = parts.log_sum[:, 0], parts.log_total[:, 0], parts.log_kept[:, 0]
         share = shares(weights.float(), parts.valid[:, None, :])  # [b, K, M]
         # A linear average without text is not fused; a geometric one takes no text for little text.
-        text_of_some = ((share > 0) & (parts.log_text > NEG_INF)[:, None, :]).any(2) | geometric
+        text_of_some = ((share > 0) & (parts.log_text > NEG_INF)[:, None, :]).any(2) | geometric.to(share.device)
         share = shares(share, text_of_some[..., None])
         classes = [own for own in parts.classes if own is not None]  # [b, A] each, given text
         self.own = classes[0]
