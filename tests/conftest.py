@@ -9,12 +9,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import functools  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.utils.collect_env as collect_env  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,6 +24,8 @@ import pico as pico_models  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+# The harness describes the machine in the results of every run: it starts pip and other programs for it.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 settings.register_profile("nightly", max_examples=2_500, deadline=None, print_blob=True)
 
 
