@@ -41,8 +41,14 @@ class Place:
         return reader.plan(trees[0].last(main, TOKENS_READ)[0], tokens, source, self.back)
 
 
-def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> Iterator[Place]:
-    """Yield the place before every target token of a span, and add what the members take in to their trees."""
+def places(
+    ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree], covered: bool | None = None
+) -> Iterator[Place]:
+    """Yield the place before every target token of a span, and add what the members take in to their trees.
+
+    `covered` says whether covers are read there, if not the ensemble's own alone decide.
+    """
+    covered = bool(ensemble.covers) if covered is None else covered
     ways: list[_OwnWay | _TextWay] = []
     for m, (prompt, tree) in enumerate(zip(span.prompts, trees, strict=True)):
         longest = None if ensemble.is_hf else ensemble.active[m].max_length
@@ -53,7 +59,7 @@ def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> It
     several = len(ways) > 1
     pieces, head = ensemble.main.codec.vocab.pieces, span.prompts[0].ids
     skip, data, back = span.skip, span.lead, 0
-    if ensemble.covers:
+    if covered:
         back = LONGEST_WORD if span.is_window else reach(pieces, head, len(head))
     for target in span.target:
         for way in ways:
@@ -62,7 +68,7 @@ def places(ensemble: EnsembleBase, span: Span, trees: Sequence[TokenTree]) -> It
         yield Place(tuple(way.node() for way in ways), outgrown, back)
         if several:  # one member alone needs no bytes
             data, skip = pieces[target][skip:], max(0, skip - len(pieces[target]))
-            back = min(LONGEST_WORD, back + len(data)) if ensemble.covers else 0
+            back = min(LONGEST_WORD, back + len(data)) if covered else 0
         for way in ways:
             way.take_token(target)
 

@@ -97,7 +97,7 @@ def score_together(
     for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
         with _new_garbage_alone():
             trees = [TokenTree() for _ in walkers]
-            rows, prompts = _rows(ensembles[0], spans, indices, trees, by_prompt)
+            rows, prompts = _rows(ensembles, spans, indices, trees, by_prompt)
             results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
             traced = {i for i in indices if spans[i].traced}
             _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
@@ -233,7 +233,11 @@ def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
 
 
 def _rows(
-    ensemble: EnsembleBase, spans: Sequence[Span], indices: Sequence[int], trees: Sequence[TokenTree], by_prompt: bool
+    ensembles: Sequence[EnsembleBase],
+    spans: Sequence[Span],
+    indices: Sequence[int],
+    trees: Sequence[TokenTree],
+    by_prompt: bool,
 ) -> tuple[list[_Row], list[tuple[Prompt, ...]]]:
     """Return the distinct positions that spans read, told apart by their prompts where weights depend on these.
 
@@ -241,11 +245,12 @@ def _rows(
         The positions, whose tokens are added to the members' trees, and the prompts that tell them apart.
     """
     rows: dict[tuple, _Row] = {}
+    covered = any(ensemble.covers for ensemble in ensembles)
     numbers: dict[tuple[Prompt, ...], int] = {}
     for index in indices:
         span = spans[index]
         number = numbers.setdefault(span.prompts, len(numbers)) if by_prompt and span.target else 0
-        for at, (target, place) in enumerate(zip(span.target, places(ensemble, span, trees), strict=True)):
+        for at, (target, place) in enumerate(zip(span.target, places(ensembles[0], span, trees, covered), strict=True)):
             key = (place.nodes, place.back, number)
             row = rows.get(key)
             if row is None:

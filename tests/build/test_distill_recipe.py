@@ -182,8 +182,8 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_builds_on_other_held_out_documents_are_not_compared() -> None:
-    first = {"held_out": {"text_sha256": "a" * 64, "bits": [8.0, 24.0, 9.0], "document_bytes": [8, 16, 8]}}
-    second = {"held_out": {**first["held_out"], "bits": [4.0, 20.0, 7.0]}}
+    first = {"held_out": {"text_sha256": "a" * 64, "bits": [8.0, 24.0, 9.0] * 4, "document_bytes": [8, 16, 8] * 4}}
+    second = {"held_out": {**first["held_out"], "bits": [4.0, 20.0, 7.0] * 4}}
     found = distill.held_out_difference(first, second)
     assert found.estimate == pytest.approx((31 - 41) / 32) and found.low <= found.estimate <= found.high < 0
     second["held_out"]["text_sha256"] = "b" * 64
