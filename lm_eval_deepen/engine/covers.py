@@ -128,7 +128,7 @@ class CoverReader:
         main_path: Sequence[int],
         path: Sequence[int],
         place: Callable[[int, tuple[int, ...]], Any],
-        back: int = LONGEST_WORD,
+        back: int,
     ) -> Plan | None:
         """Return the covers at a place, None where no piece goes on beyond it.
 

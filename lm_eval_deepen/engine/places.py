@@ -46,7 +46,7 @@ def places(
 ) -> Iterator[Place]:
     """Yield the place before every target token of a span, and add what the members take in to their trees.
 
-    `covered` says whether covers are read there, if not the ensemble's own alone decide.
+    `covered` says whether any ensemble that shares the places has covers; without it, this ensemble alone decides.
     """
     covered = bool(ensemble.covers) if covered is None else covered
     ways: list[_OwnWay | _TextWay] = []
