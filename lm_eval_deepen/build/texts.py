@@ -148,5 +148,12 @@ def _examples(name: str, tasks: TaskSource) -> list[tuple[str, Any]]:
             answer = answer[0]
         if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
             answer = task.doc_to_choice(document)[answer]
-        examples.append((f"{asked}{task.config.target_delimiter}{answer}", document))
+        if isinstance(asked, int):  # the number of the right one of several texts before one answer, as in Winogrande
+            asked = task.doc_to_choice(document)[asked]
+        delimiter = task.config.target_delimiter
+        if prefix := task.doc_to_prefix(document):  # what every answer begins with
+            apart = asked and not (asked[-1].isspace() or prefix[0].isspace())
+            asked = f"{asked}{delimiter if apart else ''}{prefix}"
+            delimiter = "" if prefix[-1].isspace() or str(answer)[:1].isspace() else " "
+        examples.append((f"{asked}{delimiter}{answer}", document))
     return examples

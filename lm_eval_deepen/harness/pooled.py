@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -61,11 +62,12 @@ class Pool:
             RequestError: the method does not combine answers to such requests.
         """
         self.check_kind(kind)
+        repeats: list[Counter[str]] = [Counter() for _ in self.answerers]
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]
             columns = []
             for m, model in enumerate(self.answerers):
-                answered: dict[int, Any] = dict(model.answers(kind, self._own(m, part)))
+                answered: dict[int, Any] = dict(model.answers(kind, self._own(m, part), repeats[m]))
                 columns.append([answered[index] for index in range(len(part))])
             if scores_texts(self.method):
                 columns = self._scored(part, columns)

@@ -53,13 +53,14 @@ class RequestHandler(MainMemberView):
         self.peers: list[RequestHandler] = [self]
         self.known: dict[tuple[str, tuple], Any] = {}
 
-    def answers(self, kind: str, requests: Sequence[Instance]) -> Answers:
+    def answers(self, kind: str, requests: Sequence[Instance], repeats: Counter[str] | None = None) -> Answers:
         """Yield the index of every request and its answer, as soon as it is there.
 
-        In the place of an answer that cannot be given is a `SetAside`; these come first.
+        In the place of an answer that cannot be given is a `SetAside`; these come first. `repeats` counts how often
+        each context was sampled before, where a call's requests come in several parts.
         """
         self.check_kind(kind)
-        repeats: Counter[str] = Counter()
+        repeats = Counter() if repeats is None else repeats
         owners: list[int] = []
         prepared: list[Any] = []
         for index, request in enumerate(requests):

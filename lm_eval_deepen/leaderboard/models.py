@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -182,7 +183,9 @@ class RowModel(DeepenLM):
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         return super()._answer(kind, requests, True)  # the bar of a leaderboard counts cells
 
-    def answers(self, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
+    def answers(
+        self, kind: str, requests: Sequence[Instance], repeats: Counter[str] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield the index of every request and its answer; what was answered before is remembered."""
         left = []
         for index, request in enumerate(requests):
@@ -194,7 +197,7 @@ class RowModel(DeepenLM):
         if not left:
             return
         before = self._readings()
-        for at, answer in super().answers(kind, [requests[index] for index in left]):
+        for at, answer in super().answers(kind, [requests[index] for index in left], repeats):
             key = self._key(kind, requests[left[at]])
             if key is not None:
                 self._remembered[key] = answer

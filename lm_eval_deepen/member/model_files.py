@@ -15,13 +15,18 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lm_eval_deepen.config import MemberConfig
 
-_WHERE = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-_PLACES = ("tokenizer", "peft", "delta")  # loading arguments that may name a folder, beside `pretrained`
+_LOADED = ("revision", "cache_dir", "token", "local_files_only")
+# Loading arguments that name a folder or a repository, and those that `HFLM` looks for it with.
+_PLACES = {
+    "pretrained": (*_LOADED, "subfolder"), "tokenizer": ("revision", "subfolder"),
+    "peft": ("revision",), "delta": _LOADED,
+}  # fmt: skip
+_TELLING = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")  # a repository has one
 # What decides a model's answers; logs, states of a training and pages about the model do not.
 _DECIDING = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf", "config.json", "generation_config.json",
     "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "chat_template*",
+    "*.model", "*.spm", "tekken.json", "chat_template*", "*.py",
 )  # fmt: skip
 _PARTS, _PART = 64, 1 << 14  # of a large file, which are read: another training changes weights everywhere
 
@@ -31,19 +36,21 @@ def digests(members: Sequence[MemberConfig]) -> dict[str, str]:
 
     Of a folder it is a digest of its files; of a hub name the commit that would be loaded now.
     """
-    hub = {}
-    for member in members:
-        if commit := _commit(member):
-            revision = member.loading.get("revision")
-            hub[f"{member.pretrained}@{revision}" if revision else member.pretrained] = commit
-    named = [place for one in members for place in (one.pretrained, *(one.loading.get(key) for key in _PLACES))]
-    folders = [place for place in dict.fromkeys(named) if isinstance(place, str) and os.path.isdir(place)]
     found = {}
-    for place in folders:
-        paths = [path for path in Path(place).iterdir() if any(fnmatch(path.name, known) for known in _DECIDING)]
-        stats = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
-        found[place] = _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
-    return {**hub, **found}
+    for member in members:
+        given = {**member.loading_dict(), **member.hf_kwargs_dict(), "pretrained": member.pretrained}
+        for key, passed in _PLACES.items():
+            place, asked = given.get(key), {name: given[name] for name in passed if given.get(name) is not None}
+            if not isinstance(place, str):
+                continue
+            if os.path.isdir(place):
+                folder = os.path.join(place, asked["subfolder"]) if asked.get("subfolder") else place
+                paths = [path for path in Path(folder).glob("*") if any(fnmatch(path.name, own) for own in _DECIDING)]
+                stats = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
+                found[folder] = _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+            elif commit := _commit(place, asked, [given["gguf_file"]] if given.get("gguf_file") else []):
+                found[f"{place}@{asked['revision']}" if asked.get("revision") else place] = commit
+    return found
 
 
 def changed(now: Mapping[str, str], then: Any) -> str:
@@ -52,14 +59,12 @@ def changed(now: Mapping[str, str], then: Any) -> str:
     return " and ".join(place for place, digest in now.items() if known.get(place, digest) != digest)
 
 
-def _commit(member: MemberConfig) -> str | None:
-    """Return the commit of a hub name, None of a folder, or where neither the hub nor the cache knows it."""
-    if os.path.isdir(member.pretrained):
-        return None
-    asked = {key: member.loading[key] for key in _WHERE if key in member.loading}
-    with suppress(Exception):  # whatever keeps a model from being found is said where it is loaded
-        path = cached_file(member.pretrained, "config.json", **asked)
-        return extract_commit_hash(path, None)
+def _commit(name: str, asked: Mapping[str, Any], more: Sequence[str]) -> str | None:
+    """Return the commit of a hub name, None where neither the hub nor the cache knows it."""
+    for file in (*_TELLING, *more):
+        with suppress(Exception):  # whatever keeps a model from being found is said where it is loaded
+            if commit := extract_commit_hash(cached_file(name, file, **asked), None):
+                return str(commit)
     return None
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness import HARNESS_05
+from lm_eval.api.samplers import FirstNSampler
 from pico import CORPUS
 from run_files import local_tasks
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from lm_eval_deepen.build.weights import weights_sha256
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.engine.calibration import load_documents
 from lm_eval_deepen.errors import ConfigError, DeepenError, StorageError
+from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
 
 CLM = {"method": "clm", "target": "base", "train_tokens": 100}
 
@@ -327,6 +330,25 @@ def test_a_task_of_the_users_own_is_found(tmp_path, monkeypatch):
         parsed({**CLM, "include_path": ["none"]}, tmp_path)
     plain, here = parsed(CLM, tmp_path), parsed({**CLM, "include_path": "mine"}, tmp_path)
     assert plain.sha256 == here.sha256  # where a task is found is no part of what is built; its text is
+
+
+@pytest.mark.skipif(HARNESS_05, reason="harness 0.5 spells tasks of several contexts otherwise")
+def test_texts_are_those_of_few_shots(tasks, tmp_path):
+    """Also where the question is the number of one of several texts, and where all answers begin alike."""
+    for name, data in (("blank", "blank"), ("prefixed", "choice")):
+        more = f'\ndef {name}_split(**_):\n    return {{"test": rows("{data}.jsonl"), "dev": rows("{data}.jsonl")}}\n'
+        (tasks / "loader.py").write_text((tasks / "loader.py").read_text() + more)
+        own = (tasks / f"conf_{name}.yaml").read_text().replace(f"conf_{name}", f"split_{name}")
+        own = own.replace(f"loader.{data}", f"loader.{name}_split").replace("fewshot_split: fewshot\n", "")
+        (tasks / f"split_{name}.yaml").write_text(own + "validation_split: dev\nfewshot_split: dev\n")
+        found = texts.task_texts(f"split_{name}")
+        [loaded] = load_tasks([TaskSpec(task=f"split_{name}")])
+        task = loaded.leaves[f"split_{name}"]
+        task.sampler = FirstNSampler(task.sampler.df)
+        few_shots = task.fewshot_context(task.eval_docs[2], 2)
+        shown = few_shots if isinstance(few_shots, str) else few_shots[0]
+        assert shown.startswith("".join(text + "\n\n" for text in found[:2]))
+    assert found[0] == "What is the capital of France? The answer is Paris"
 
 
 def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, trained, monkeypatch):

@@ -49,6 +49,17 @@ def test_a_vote_gives_a_text_that_most_weight_agrees_on(pico, members):
     assert expected != members[0].generate_until(generation(*TEXTS), disable_tqdm=True)
 
 
+def test_samples_of_one_prompt_differ_however_many_requests_there_are(pico, monkeypatch):
+    """Members answer some requests at a time; a prompt that comes again in the next ones is drawn anew."""
+    drawing = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    asked = requests("generate_until", *[("The quick", drawing)] * 6)
+    model = deepen(pico["bytelevel"], pico["metaspace"], pooling="vote")
+    together = model.generate_until(asked)
+    assert len(set(together)) == 6
+    monkeypatch.setattr("lm_eval_deepen.harness.pooled.AT_ONCE", 4)
+    assert model.generate_until(asked) == together
+
+
 def test_the_fused_ensemble_can_vote_as_well(pico, tmp_path):
     pair = [pico["bytelevel"], pico["metaspace"]]
     fused = deepen(*pair, matrix_dir=str(tmp_path)).generate_until(generation(*TEXTS))
