@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,9 +12,17 @@ import venv
 import zipfile
 from pathlib import Path
 
+import lm_eval
 from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def copy_harness(folder: Path) -> None:
+    """Put the harness into a folder of `sys.path` without its thousands of task files, which every run indexes."""
+    harness = Path(lm_eval.__file__).parent
+    tasks = {entry.name for entry in (harness / "tasks").iterdir() if entry.is_dir()}
+    shutil.copytree(harness, folder / "lm_eval", ignore=lambda _, names: tasks.intersection(names))
 
 
 class Install:

@@ -21,7 +21,7 @@ from lm_eval_deepen.build import distill
 recipe, out, members = map(json.loads, sys.argv[1:])
 distill.build(recipe, Path(out), members)
 """
-PATIENCE_S = 120
+PATIENCE_S = 300
 
 
 def test_a_killed_process_loses_nothing_but_time(pico: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lm_eval_deepen.build.distill.teacher_logits import store_teacher_logits
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.distributed import Ranks
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import lm_eval
 import lm_eval.__main__ as harness
 import pytest
+from installed import copy_harness
 from lm_eval.tasks import TaskManager
 
 from lm_eval_deepen.cli import main as cli
@@ -116,6 +117,7 @@ def test_a_program_gets_the_exception(folder) -> None:
 def test_a_process_of_its_own_ends_so(folder) -> None:
     code = "from lm_eval_deepen._startup.registration import register; register()\nimport lm_eval.__main__ as main"
     code += "\nmain.cli_evaluate()"
+    copy_harness(folder)  # where the process starts
     ended = subprocess.run(
         [
             sys.executable,

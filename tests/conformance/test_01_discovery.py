@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import lm_eval.api.registry
 import pytest
 from harness import deepen
-from installed import Install
+from installed import Install, copy_harness
 from lm_eval.models.dummy import DummyLM
 from lm_eval.models.huggingface import HFLM
 
@@ -27,16 +26,11 @@ SCRIPT = Path(sys.executable).with_name("lm_eval")
 
 @pytest.fixture(scope="module")
 def installs(tmp_path_factory):
-    """The distribution in throw-away environments: its wheel, and its editable wheel.
-
-    They have the harness without its thousands of task files, which every run would index.
-    """
+    """The distribution in throw-away environments: its wheel, and its editable wheel."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("standard", "editable")}
     found = {kind: Install(folder / "env", kind, folder / "dist") for kind, folder in folders.items()}
-    harness = Path(lm_eval.__file__).parent
-    tasks = {entry.name for entry in (harness / "tasks").iterdir() if entry.is_dir()}
     for install in found.values():
-        shutil.copytree(harness, install.site / "lm_eval", ignore=lambda _, names: tasks.intersection(names))
+        copy_harness(install.site)
     return found
 
 

@@ -21,6 +21,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from harness import deepen, hf, requests
+from installed import copy_harness
 from lm_eval.api.model import CachingLM
 from processes import PATIENCE_S, compact, free_port, job_of, log_of, reports, run_worker
 
@@ -331,6 +332,8 @@ def test_accelerate_launch_num_processes_2_gives_the_single_result(
     members = [{"name": f"m{index}", "pretrained": str(path)} for index, path in enumerate(paths)]
     model_args = {"pretrained": str(paths[0]), "members": members, "batch_size": 2}
     model_args |= {"rows": "embedding", "matrix_dir": matrices}
+    copy_harness(tmp_path / "lib")
+    found_in = os.pathsep.join([str(tmp_path / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
     home = tmp_path / "home"
     (home / "accelerate").mkdir(parents=True)
     (home / "accelerate" / "default_config.yaml").write_text(ACCELERATE_CONFIG)
@@ -341,7 +344,7 @@ def test_accelerate_launch_num_processes_2_gives_the_single_result(
     command += ["--include_path", str(task_folder), "--output_path", str(tmp_path / "out"), "--log_samples"]
     process = subprocess.run(
         [*launcher, *command],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(home)},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(home), "PYTHONPATH": found_in},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

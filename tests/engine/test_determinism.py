@@ -11,9 +11,11 @@ from pathlib import Path
 SCRIPT = """
 import json, sys
 import lm_eval
+import torch.utils.collect_env as collect_env
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from lm_eval_deepen.harness.model import DeepenLM
+collect_env.get_pretty_env_info = str  # which would take seconds, and is not kept
 model = DeepenLM.create_from_arg_obj(json.loads(sys.argv[1]), {"batch_size": 4, "device": "cpu"})
 results = lm_eval.simple_evaluate(
     model=model, tasks=["deepen_demo"], limit=3, bootstrap_iters=10,

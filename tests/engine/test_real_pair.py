@@ -38,7 +38,7 @@ def folders():
 
 @pytest.fixture(scope="module")
 def pairs():
-    items = [json.loads(line) for line in (DEMO / "choice.jsonl").read_text().splitlines()[:6]]
+    items = [json.loads(line) for line in (DEMO / "choice.jsonl").read_text().splitlines()[:4]]
     asked = [(f"Question: {item['question']}\nAnswer:", item["choices"]) for item in items]
     return [(question, f" {choice}") for question, choices in asked for choice in choices]
 
@@ -46,7 +46,7 @@ def pairs():
 @pytest.fixture(scope="module")
 def prompts():
     shots = [json.loads(line) for line in (DEMO / "short_fewshot.jsonl").read_text().splitlines()]
-    items = [json.loads(line) for line in (DEMO / "short.jsonl").read_text().splitlines()[:5]]
+    items = [json.loads(line) for line in (DEMO / "short.jsonl").read_text().splitlines()[:3]]
     head = "".join(f"Question: {shot['question']}\nAnswer: {shot['answers'][0]}\n\n" for shot in shots[:3])
     return [f"{head}Question: {item['question']}\nAnswer:" for item in items]
 
@@ -95,7 +95,7 @@ def test_batch_and_order_change_nothing(model, pairs, prompts):
 
 def test_a_generated_text_scores_the_sum_of_its_steps(model, prompts):
     prompter = Prompter(model.ensemble)
-    jobs = [Job(prompter.prompts(prompt, 12), 12) for prompt in prompts[:3]]
+    jobs = [Job(prompter.prompts(prompt, 12), 12) for prompt in prompts]
     for index, found in generate(model.ensemble, jobs, 3):
         span = Span(jobs[index].prompts, tuple(found.ids))
         ((_, scored),) = score(model.ensemble, [span], NODES)

@@ -184,12 +184,12 @@ def test_bayes_needs_at_most_log2_k_bits_more_than_its_best_expert(make):
         model = make(*names, weighting="bayes")
         experts = model.ensemble.experts
         bound = math.log(len(experts))
-        learned = [score for score, _ in scores(model, PAIRS[:20])]
+        learned = [score for score, _ in scores(model, PAIRS[:20:2])]
         each = []
         for row in experts.weights.tolist():
             if max(row) == 1.0 and row[0] == 1.0:
                 continue  # the first member alone would be `hf`, with its own rules for requests
-            each.append([score for score, _ in scores(make(*names, weights=row), PAIRS[:20])])
+            each.append([score for score, _ in scores(make(*names, weights=row), PAIRS[:20:2])])
         best = torch.tensor(each).max(0).values
         assert bool((torch.tensor(learned) >= best - bound - 1e-4).all())
 

@@ -8,12 +8,10 @@ import email
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
-import lm_eval
 import pytest
-from installed import Install
+from installed import Install, copy_harness
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,9 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Install:
     folder = tmp_path_factory.mktemp("stubbed")
     installed = Install(folder / "env", "standard", folder / "dist")
     (installed.site / "lm_eval_deepen" / "harness" / "model.py").write_text(STUB_HOST)
-    harness = Path(lm_eval.__file__).parent
-    tasks = {entry.name for entry in (harness / "tasks").iterdir() if entry.is_dir()}
-    shutil.copytree(harness, installed.site / "lm_eval", ignore=lambda _, names: tasks.intersection(names))
+    copy_harness(installed.site)
     own = installed.site.parent / "tasks"
     own.mkdir()
     (own / "probe.yaml").write_text(TASK)

@@ -22,7 +22,7 @@ from lm_eval_deepen.errors import ConfigError, MemberError, RequestError  # noqa
 from lm_eval_deepen.harness.distributed import PART  # noqa: E402
 from lm_eval_deepen.harness.model import DeepenLM, configure  # noqa: E402
 
-PATIENCE_S = 300
+PATIENCE_S = 600
 NAMES = ("bytelevel", "metaspace")
 
 
