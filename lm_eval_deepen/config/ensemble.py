@@ -67,6 +67,16 @@ class EnsembleConfig(Settings):
                 "covers",
                 "covers=on is no part of a method as it was published; remove covers, or remove compat=reference",
             )
+        if self.skip_check and self.skip_when == "never":
+            raise conflict(
+                "skip_check", "skip_check counts what skipping changes, and nothing is skipped; set skip_when"
+            )
+        if self.skip_above != type(self).model_fields["skip_above"].default and self.skip_when != "confident":
+            raise conflict(
+                "skip_above",
+                f"skip_above={self.skip_above} is for skip_when=confident, got skip_when={self.skip_when}; remove "
+                "it, or set skip_when=confident",
+            )
         alone = len(self.members) == 1
         if self.weights_change and alone:
             raise conflict(

@@ -124,7 +124,9 @@ class Settings(Keys):
         0.9, gt=0, le=1, description="The probability from which the main member is confident, for `skip_when`."
     )
     skip_check: bool = Field(
-        False, description="Whether skipped steps are fused all the same, to count what skipping changes."
+        False,
+        description="Whether skipped steps are fused all the same, with equal weights where weights learn, to count "
+        "what skipping changes.",
     )
     self_check: bool = Field(
         True,

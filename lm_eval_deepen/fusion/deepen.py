@@ -182,11 +182,13 @@ class Deepen(Options):
                 "inverse", f"'exact' needs one-hot rows, got rows {self.rows!r}. Use rows canonical or prefix, or "
                 "another inverse."
             )  # fmt: skip
-        if self.learning_rate is not None and "learning_rate" not in SOLVERS[self.solver].options.names():
-            raise _conflict(
-                "learning_rate", f"does not belong to inverse {self.solver!r}, got {self.learning_rate!r}. Remove it, "
-                "or use inverse 'adamw'."
-            )  # fmt: skip
+        for name in ("steps", "learning_rate"):
+            if (given := getattr(self, name)) is not None and name not in SOLVERS[self.solver].options.names():
+                takes = [f"'{other}'" for other, found in SOLVERS.items() if name in found.options.names()]
+                raise _conflict(
+                    name, f"does not belong to inverse {self.solver!r}, got {given!r}. Remove it, or use inverse "
+                    f"{' or '.join(takes)}."
+                )  # fmt: skip
         if self.average == (0,):
             raise _conflict("average", "0 is the geometric average. Give average: geometric.")
         if isinstance(self.average, tuple) and len(self.average) != 1 and not max(self.average, default=0.0) > 0:

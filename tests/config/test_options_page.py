@@ -90,7 +90,7 @@ def test_an_option_is_added_in_one_file(tmp_path, capsys) -> None:
 
 
 def test_options_are_frozen_and_equal_by_value() -> None:
-    assert Deepen() == Deepen() != Deepen(steps=3) and hash(Deepen()) == hash(Deepen())
+    assert Deepen() == Deepen() != Deepen(support=3) and hash(Deepen()) == hash(Deepen())
     assert issubclass(Deepen, Options)
     with pytest.raises(ValueError, match="frozen"):
         Deepen().steps = 3

@@ -25,11 +25,14 @@ def command_line(monkeypatch, *arguments: str) -> dict:
 def test_05_every_spelling_gives_one_configuration(pico, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # none of the spellings names a folder for matrices
     a, b = str(pico["bytelevel"]), str(pico["metaspace"])
-    inline = f"pretrained={a},members={a}+{b},weights=0.6+0.4,method=deepen,steps=7,dtype=float32,max_length=64"
+    inline = (
+        f"pretrained={a},members={a}+{b},weights=0.6+0.4,method=deepen,inverse=em,steps=7,dtype=float32,max_length=64"
+    )
     nested = {
         "pretrained": a,
         "members": [{"pretrained": a, "weight": 0.6}, {"pretrained": b, "weight": 0.4}],
         "method": "deepen",
+        "inverse": "em",
         "steps": 7,
         "dtype": "float32",
         "max_length": 64,

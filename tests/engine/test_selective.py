@@ -92,8 +92,13 @@ def test_bad_values_are_named():
         configure({**pair, "skip_when": "sometimes"})
     with pytest.raises(ConfigError, match="skip_above must be a number above 0 and up to 1; got 90"):
         configure({**pair, "skip_above": 90})
-    prints = {configure({**pair, **more}).fingerprint() for more in ({}, {"skip_above": 0.5}, {"skip_check": True})}
-    assert len(prints) == 1 and configure({**pair, "skip_when": "agree"}).fingerprint() not in prints
+    with pytest.raises(ConfigError, match="skip_check.*nothing is skipped; set skip_when"):
+        configure({**pair, "skip_check": True})
+    for more in ({}, {"skip_when": "agree"}):
+        with pytest.raises(ConfigError, match="skip_above=0.5 is for skip_when=confident"):
+            configure({**pair, "skip_above": 0.5, **more})
+    checked = [configure({**pair, "skip_when": "agree", "skip_check": check}).fingerprint() for check in (True, False)]
+    assert checked[0] == checked[1] != configure(pair).fingerprint()
 
 
 def test_safe_leaves_tokens_half_written_agreement_and_a_majority(pico, folder):

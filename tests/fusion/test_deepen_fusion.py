@@ -121,7 +121,7 @@ def test_pieces_that_others_want_are_in_the_support(store: MatrixStore) -> None:
         logp[other][0, anchor[other]] = 20.0
     logp = [torch.log_softmax(x, dim=1) for x in logp]
     weights = torch.tensor([[0.2, 0.4, 0.4]])
-    fused = Deepen(support=8, steps=100).build(MEMBERS, store).fuse(logp, weights).logp
+    fused = Deepen(support=8, inverse="em", steps=100).build(MEMBERS, store).fuse(logp, weights).logp
     assert fused.argmax(1).item() == anchor[0]
     assert fused[0, anchor[0]].exp() > 0.5
 
