@@ -24,8 +24,8 @@ This page is made by `lm-eval-deepen methods --markdown`; a test checks that it 
 
 The keys of an ensemble are given inline (`--model_args pretrained=A,members=A+B,rows=prefix`), as JSON, or in a YAML
 file (`--model_args pretrained=ensemble.yaml`), all at one level. A member takes every loading argument of `--model hf`,
-too (`dtype`, `revision`, `device`, `parallelize`, `peft`, `gguf_file`, `trust_remote_code`, ...); given beside `members` it
-holds for all of them. A key that is unknown, or that has no effect beside the others, is an error.
+too (`dtype`, `revision`, `device`, `parallelize`, `peft`, `gguf_file`, `trust_remote_code`, ...); given beside
+`members` it holds for all of them. A key that is unknown, or that has no effect beside the others, is an error.
 """
 
 
