@@ -126,7 +126,7 @@ def _printing() -> Iterator[Output]:
     """Put an `Output` before standard output and standard error; the former is given."""
     streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
     output, errors = map(Output, streams)
-    before = [(stream, stream.errors) for stream in streams if _respelt(stream)]
+    respelt = [stream for stream in streams if _respelt(stream)]
     sys.stdout, sys.stderr = (
         stream if real is not None else None for stream, real in zip((output, errors), streams, strict=True)
     )  # type: ignore[assignment]
@@ -136,13 +136,13 @@ def _printing() -> Iterator[Output]:
         output.flush()
         errors.flush()
         sys.stdout, sys.stderr = streams
-        for stream, how in before:
+        for stream in respelt:
             with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(errors=how)
+                stream.reconfigure(errors="strict")
 
 
 def _respelt(stream: Any) -> bool:
-    """Let a stream spell otherwise what its encoding lacks; return whether it was changed."""
+    """Let a strict stream spell otherwise what its encoding lacks; return whether it was changed."""
     if not hasattr(stream, "reconfigure") or stream.errors != "strict":
         return False
     stream.reconfigure(errors=_ERRORS)

@@ -125,6 +125,7 @@ class RowModel(DeepenLM):
     Attributes:
         task: name of the task at hand.
         costs: by task.
+        drawn: tasks with answers that are drawn at random, for each row that asks.
     """
 
     ensemble: TimedEnsemble
@@ -152,6 +153,7 @@ class RowModel(DeepenLM):
         super().adopt(TimedEnsemble.of(ensemble))
         self.task = ""
         self.costs: dict[str, Cost] = {}
+        self.drawn: set[str] = set()
         self._remembered: dict[tuple[str, str] | None, Any] = {}
 
     @property
@@ -166,6 +168,9 @@ class RowModel(DeepenLM):
         """Take up a task: what is counted from here on is of this one."""
         for model in {id(model): model for model in (self, *self.answerers)}.values():
             model.task = task
+            if task in model.drawn:  # drawn anew for every row: none pays for another's
+                model.costs.pop(task, None)
+                model.drawn.remove(task)
             model.ensemble.counters = Trace(model.ensemble.counters.names)
             model.traces = [model.ensemble.counters]
         if self.pool is not None:
@@ -199,7 +204,9 @@ class RowModel(DeepenLM):
         before = self._readings()
         for at, answer in super().answers(kind, [requests[index] for index in left], repeats):
             key = self._key(kind, requests[left[at]])
-            if key is not None:
+            if key is None:
+                self.drawn.add(self.task)
+            else:
                 self._remembered[key] = answer
             yield left[at], answer
         now = self._readings()

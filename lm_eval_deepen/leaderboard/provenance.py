@@ -23,9 +23,10 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
     days = [datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]
     few_shots = {task: shots for one in evaluations for task, shots in (one.get("n-shot") or {}).items()}
     limits = [
-        "all documents" if limit is None else f"{limit:g} documents of each task" if limit >= 1 else f"{limit:.0%}"
+        "all documents" if limit is None
+        else f"{limit:g} documents of each task" if limit >= 1 else f"{100 * limit:g} % of each task"
         for limit in ((evaluation.get("config") or {}).get("limit") for evaluation in evaluations)
-    ]
+    ]  # fmt: skip
     told = {
         "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",

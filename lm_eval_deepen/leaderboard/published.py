@@ -14,7 +14,8 @@ from lm_eval_deepen.errors import ConfigError, did_you_mean
 from lm_eval_deepen.leaderboard.rows import Row
 
 PUBLISHED, DISTANCE = "published", "from published (SE)"
-PER_CENT = frozenset({"bleu", "chrf", "ter"})  # metrics that the harness itself gives in per cent
+# Metrics that are published as the harness gives them: in per cent, or as no share at all.
+AS_GIVEN = frozenset("bleu chrf ter perplexity word_perplexity byte_perplexity bits_per_byte".split())
 AGREES = 2.0  # standard errors
 Verdict = Literal["agrees", "differs", "cannot be told"]
 
@@ -30,7 +31,7 @@ class PublishedTable(Keys):
         description="What was measured, as `acc` or `exact_match,strict-match`; by default the only one that is shown.",
     )
     scores: Annotated[FrozenDict, Shown("a mapping of task to row to score, in per cent")] = Field(
-        description="By task, then by row."
+        description="By task, then by row; perplexities and bits as they are."
     )
 
     @field_validator("scores")
@@ -78,8 +79,8 @@ def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows
 
 
 def in_unit(score: float, metric: str) -> float:
-    """Return a score that is given in per cent in the unit of the harness's metric."""
-    return score if metric in PER_CENT else score / 100
+    """Return a published score, a share in per cent, in the unit of the harness's metric."""
+    return score if metric in AS_GIVEN else score / 100
 
 
 def told_apart(

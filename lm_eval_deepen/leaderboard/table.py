@@ -52,8 +52,9 @@ READING = (
     "The reference of a column is the best single member on these documents. A row without a mark is not significantly "
     "better.",
     f"{SECONDS}: seconds per document as if the row had run alone. In scoring tasks, rows of the same members in the "
-    "same order share forward passes (rows weighted by prompts among themselves); a row pays for everything but the "
-    f"other rows' fusing. {FUSING}: its own fusing. {TOKENS}: tokens that all members forwarded.",
+    "same order share forward passes (rows weighted by prompts, and rows of `mixture`, among themselves); a row pays "
+    f"for everything but the other rows' fusing. {FUSING}: its own fusing of rows; `mixture` fuses none where it "
+    f"scores texts (-). {TOKENS}: tokens that all members forwarded.",
     "A row that pools answers pays for the rows whose answers it takes.",
 )
 SEEN, NEEDED = "detectable difference", "documents needed"
@@ -212,9 +213,8 @@ def _columns(
             notes.append(f"not compared: {error}")
             continue
         extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
-        for name in alone:  # nothing is fused
-            if name in extra:
-                extra[name][FUSING] = None
+        for name in (row.name for row in recipe.rows if row.alone and row.name in extra):  # nothing is fused
+            extra[name][FUSING] = None
         for name, built in recipe.builds.recipes.items():
             if name in extra and not built.is_merge:
                 extra[name][SEEDS] = 1.0
@@ -328,7 +328,7 @@ def _costs(cell: Cell, with_models: bool) -> dict[str, float | None]:
     count = max(1, cell.documents)
     cost, facts = cell.cost, cell.facts
     costs: dict[str, float | None] = {
-        SECONDS: cost.seconds / count, FUSING: cost.fusing / count, TOKENS: cost.tokens / count,
+        SECONDS: cost.seconds / count, FUSING: cost.fusing / count or None, TOKENS: cost.tokens / count,
     }  # fmt: skip
     if with_models and facts:
         costs[PARAMETERS] = facts["parameters"] / 1e6

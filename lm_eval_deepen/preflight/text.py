@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.leaderboard.published import PER_CENT
+from lm_eval_deepen.leaderboard.published import AS_GIVEN
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
@@ -169,7 +169,7 @@ def _expected(report: Report) -> str:
         where = f" ({entry.table})" if entry.table else ""
         beside, row = "", report.measured.get(f"{entry.task} {entry.metric}")
         if row is not None:  # what was measured, in the unit of the published score
-            unit = 100 if row["column"].split()[-1] not in PER_CENT else 1
+            unit = 1 if entry.metric.partition(",")[0] in AS_GIVEN else 100
             away = "" if row["distance"] is None else f", {row['distance']:+.1f} standard errors: {row['verdict']}"
             beside = f"; measured {unit * row['measured']:.2f}{away}"
         lines.append(f"  {entry.task}: {score}{where}{beside}")

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lm_eval_deepen.errors import NotPairedError, ResultError
 from lm_eval_deepen.results.samples import Key, Sample
-from lm_eval_deepen.results.statistics import CONFIDENCE, Interval, pseudo_values, score_interval, standard_error
+from lm_eval_deepen.results.statistics import (
+    CONFIDENCE,
+    Interval,
+    mean_interval,
+    paired_interval,
+    pseudo_values,
+    score_interval,
+    standard_error,
+)
 from lm_eval_deepen.results.statistics.intervals import is_binary
 from lm_eval_deepen.results.statistics.paired import Statistic, Values, mean_of_first
 
@@ -43,6 +52,8 @@ class Scores:
     values: Values  # one row per document [n, k]; k is 1 but for sums over words or bytes
     statistic: Statistic = mean_of_first  # from the means of the columns to the score
     averaged: bool = True  # whether the score is the plain mean of the documents' values
+    # of a group whose tasks count alike, every document's task [n]; the values are weighted, so that their mean counts
+    tasks: NDArray[np.int64] | None = None
 
     @property
     def documents(self) -> int:
@@ -56,12 +67,26 @@ class Scores:
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of the score; None with fewer than two documents."""
-        return standard_error(self.values, self.statistic)
+        """Standard error of the score, as the harness has it; None with fewer than two documents."""
+        return standard_error(self.values, self.statistic) if self.tasks is None else self.interval().stderr
 
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
         """Return the score with its confidence interval."""
-        return score_interval(self.values, self.statistic, confidence)
+        if self.tasks is None:
+            return score_interval(self.values, self.statistic, confidence)
+        return mean_interval([part.interval(confidence) for part in self._parts(self.tasks)])
+
+    def change(self, first: Scores, confidence: float = CONFIDENCE) -> Interval:
+        """Return the score less that of `first`, of the same documents, with its confidence interval."""
+        if self.tasks is None:
+            return paired_interval(first.values, self.values, first.statistic, confidence)
+        pairs = zip(self._parts(self.tasks), first._parts(self.tasks), strict=True)
+        return mean_interval([own.change(other, confidence) for own, other in pairs])
+
+    def _parts(self, tasks: NDArray[np.int64]) -> list[Scores]:
+        """Return the scores of each task of a group."""
+        own = self.values / _weights(tasks)[:, None]
+        return [Scores(own[tasks == task]) for task in range(tasks.max() + 1)]
 
     @property
     def shares(self) -> Values:
@@ -91,9 +116,17 @@ def group_scores(tasks: Sequence[Scores], by_size: bool) -> Scores:
         tasks: one metric of every task.
         by_size: every document counts alike; else every task, and a document by what it is of its task.
     """
-    total = sum(task.documents for task in tasks)
-    weights = [1.0 if by_size else total / (len(tasks) * task.documents) for task in tasks]
-    return Scores(np.concatenate([weight * task.values for weight, task in zip(weights, tasks, strict=True)]))
+    values = np.concatenate([task.values for task in tasks])
+    if by_size:
+        return Scores(values)
+    owners = np.repeat(np.arange(len(tasks)), [task.documents for task in tasks])
+    return Scores(_weights(owners)[:, None] * values, tasks=owners)
+
+
+def _weights(tasks: NDArray[np.int64]) -> Values:
+    """Return how much every document [n] counts where tasks count alike: 1 on the average."""
+    sizes = np.bincount(tasks)
+    return (len(tasks) / (len(sizes) * sizes))[tasks]
 
 
 def scores_of(
@@ -114,6 +147,10 @@ def scores_of(
         ResultError: a value that is no finite number.
     """
     name = aggregation or _DEFAULTS.get(metric, "mean")
+    if name not in (aggregation, _DEFAULTS.get(metric)) and any(
+        isinstance(table[key].values[metric], (list, tuple, dict)) for key in keys
+    ):
+        raise NotPairedError(f"{where}: {metric} has values that are no numbers, which the task aggregates by itself")
     if name == "nanmean":
         if any(table[key].values[metric] != table[key].values[metric] for key in keys):
             raise NotPairedError(f"{where}: {metric} has documents without a value (NaN), which its mean leaves out")

@@ -103,6 +103,11 @@ def pairs_of(
             if good is None:
                 raise NotPairedError(f"{one.where}: it is unknown which way {metric} is good (higher_is_better)")
             keys = common_keys([one.samples, two.samples], flt, metric)
+            if len(keys) < values[0]:
+                reasons.append(
+                    f"{task}: {metric} is given for {values[0]} documents each, {len(keys)} of them the same"
+                )
+                continue
             pair = Pair(task, metric, flt, good, one.scores(metric, flt, keys), two.scores(metric, flt, keys))
             doubts = [run.contradiction(metric, flt) for run in (one, two)]
         except NotPairedError as error:

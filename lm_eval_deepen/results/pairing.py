@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_eval_deepen.errors import ResultError, did_you_mean
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import report
 from lm_eval_deepen.results.aggregation import Scores, agrees, group_scores, to_number
 from lm_eval_deepen.results.files import Run
 from lm_eval_deepen.results.rows import Measured
 from lm_eval_deepen.results.samples import common_keys, mismatch
-from lm_eval_deepen.results.statistics import paired_interval
 
 
 def wanted_columns(
@@ -65,12 +64,16 @@ def measure(runs: Sequence[Run], task: str, metric: str, flt: str, notes: list[s
     """Return one metric of all runs over the documents that they have in common; differences are noted.
 
     Raises:
-        NotPairedError: no common document, a metric missing from a run or not comparable by document.
+        NotPairedError: no common document, a metric missing from a run, not comparable by document, or aggregated
+            otherwise by some run.
         ResultError: a file that is damaged.
     """
     task_runs = [run.task(task) for run in runs]
     keys = common_keys([run.samples for run in task_runs], flt, metric)
     scores = {run.label: one.scores(metric, flt, keys) for run, one in zip(runs, task_runs, strict=True)}
+    for label, own in scores.items():
+        if own.statistic is not scores[runs[0].label].statistic:
+            raise NotPairedError(f"{task}: {label} aggregates {metric} otherwise than {runs[0].label}")
     for run, one in zip(runs, task_runs, strict=True):
         total = len(one.samples.under(flt))
         if total != len(keys):
@@ -125,7 +128,7 @@ def group_differences(runs: Sequence[Run], group: str, key: str, candidates: Seq
     changes = []
     for label, scores in measured.scores.items():
         if label != reference:
-            change = paired_interval(first.values, scores.values, confidence=level)
+            change = scores.change(first, level)
             changes.append(f"{label} {report.signed(change.estimate)}{report.signed_interval(change.low, change.high)}")
     return f"; against {reference}, paired over {first.documents} documents of {tasks} tasks: {', '.join(changes)}"
 

@@ -26,6 +26,8 @@ PICKED = (
     "contain the true difference. p alone does not allow for this."
 )
 
+OWN_POOL = "the reference and the row's own system"
+
 
 def number(value: float) -> str:
     """Return a score with four decimals, or four digits where it is large."""
@@ -108,8 +110,11 @@ def cells(row: ScoreRow, alpha: float, names: Sequence[str]) -> list[str]:
 
 def reading(rows: Sequence[ScoreRow]) -> list[str]:
     """Return how to read the table, in sentences."""
-    pools = dict.fromkeys(row.pool for row in rows if row.oracle is not None)
-    pool = ", ".join(next(iter(pools))) if len(pools) == 1 else "the reference and the row's own system"
+    pools: dict[str, str] = {}
+    for group in columns(rows).values():
+        own = {" ".join(sorted(row.pool)): ", ".join(row.pool) for row in group if row.oracle is not None}
+        pools |= {"": OWN_POOL} if len(own) > 1 else own
+    pool = " or ".join(pools.values()) or OWN_POOL
     tests = " or ".join(dict.fromkeys(row.comparison.test for row in rows if row.comparison))
     told = [line.format(pool=pool, tests=tests or "no test") for line in READING]
     picked = list(dict.fromkeys(row.comparison.candidates for row in rows if row.comparison))

@@ -15,7 +15,6 @@ from lm_eval_deepen.results.statistics import (
     discordant,
     level_of_each,
     mcnemar,
-    paired_interval,
     rivals,
     sign_flip,
     step_down,
@@ -180,7 +179,7 @@ def compare(
     else:
         test = SIGN_FLIP
         p = sign_flip(first.values, second.values, first.statistic, resamples=resamples, seed=seed)
-    interval = paired_interval(first.values, second.values, first.statistic, level)
+    interval = second.change(first, level)
     return Comparison(
         reference=reference,
         difference=interval.estimate,

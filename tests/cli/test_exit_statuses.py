@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from run_files import DATE, doctored, synthesised
 
 from lm_eval_deepen.cli import gate
 from lm_eval_deepen.cli import main as cli
-from lm_eval_deepen.cli.ending import FAULT, INTERRUPTED
+from lm_eval_deepen.cli.ending import FAULT, INTERRUPTED, ended
 from lm_eval_deepen.errors import ConfigError
 
 ENSEMBLE = {
@@ -199,6 +200,15 @@ def test_a_terminal_that_is_full_closed_gone_or_of_another_encoding(pair):
     assert told.returncode == 0 and b"a+/-^" in told.stdout and b"\\xfc" in told.stdout and told.stderr == b""
     assert "a±▲" in run(*named, PYTHONIOENCODING="utf-8").stdout.decode()
     assert run("--help", redirect="> /dev/full").returncode == 2
+
+
+def test_streams_spell_as_before_when_a_command_has_ended(monkeypatch):
+    streams = {errors: io.TextIOWrapper(io.BytesIO(), "ascii", errors=errors) for errors in ("strict", "replace")}
+    monkeypatch.setattr(sys, "stdout", streams["strict"])
+    monkeypatch.setattr(sys, "stderr", streams["replace"])
+    assert ended(lambda: print("ü▲", end="") or print("ü", end="", file=sys.stderr) or 0) == 0
+    assert streams["strict"].buffer.getvalue() == b"\\xfc^" and streams["replace"].buffer.getvalue() == b"?"
+    assert {before: stream.errors for before, stream in streams.items()} == {"strict": "strict", "replace": "replace"}
 
 
 # Ends of any command ---------------------------------------------------------------------------------

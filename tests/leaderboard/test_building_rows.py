@@ -135,6 +135,8 @@ def test_built_models_are_members_and_rows_and_each_is_built_once(write, tmp_pat
     one = by_name["base"].extra["parameters (M)"]
     assert by_name["soup"].extra["parameters (M)"] == one == by_name["s0+s1 deepen"].extra["parameters (M)"] / 2
     assert all(row.extra["tokens/s"] > 0 for row in table.rows)
+    fused = {row.system for row in table.rows if row.extra["fusing s/doc"] is not None}
+    assert fused == {"s0+s1 deepen"}  # a built model is a model alone
 
     builders.clear()
     assert planned(path, out).missing == [] and "to build" not in leaderboard_table.listing(planned(path, out))

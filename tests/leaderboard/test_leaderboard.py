@@ -260,6 +260,19 @@ def test_the_fusing_of_weights_that_learn_has_its_seconds(write, tmp_path):
     assert len(costs) == 4 and all(0 < cost.fusing < cost.seconds for cost in costs)
 
 
+def test_what_fuses_no_rows_has_no_seconds_of_it(write, tmp_path):
+    """`mixture` fuses rows where it writes, none where it scores."""
+    path = write(grid={"orders": ["A+B"], "methods": ["mixture"]}, tasks=[CHOICE, "conf_answer"])
+    table = measured(path, tmp_path / "out")
+    found = {(row.system, row.column): row.extra["fusing s/doc"] for row in table.rows}
+    assert found["A+B mixture", "conf_choice acc"] is None and found["A", "conf_choice acc"] is None
+    assert all(value > 0 for (row, name), value in found.items() if row == "A+B mixture" and "conf_answer" in name)
+    assert "`mixture` fuses none where it scores texts (-)" in leaderboard_table.rendered(table, "text")
+    shares = [{"config": {"limit": limit}} for limit in (0.005, 0.07, 10, None)]
+    told = leaderboard_table.provenance(table.recipe, shares)["limits"]
+    assert told == "0.5 % of each task, 7 % of each task, 10 documents of each task, all documents"
+
+
 def test_the_harnesses_own_files_are_written_and_compare_reads_them(write, tmp_path):
     table = measured(write(), tmp_path / "out")
     [run] = find_runs(tmp_path / "out" / "A+B_gac")
@@ -528,6 +541,15 @@ def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch
         cell = cells[row.name, "conf_answer"]
         records = [json.loads(line) for line in cell.mark.with_name(cell.samples["conf_answer"]).open()]
         assert [r["resps"] for r in records] == [r["resps"] for r in own["samples"]["conf_answer"]]
+
+
+def test_no_row_pays_for_answers_that_were_drawn_for_another(write, tmp_path):
+    drawn = {"task": "conf_answer", "gen_kwargs": {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}}
+    grid = {"orders": ["A+B"], "poolings": ["none", "vote", "mbr"], "weightings": ["none"]}
+    common = {"matrix_dir": str(tmp_path / "matrices"), "covers": "off"}
+    cells = execute(planned(write(grid=grid, common=common, tasks=[drawn]), tmp_path / "out"), "cpu", lambda text: None)
+    tokens = {row: cell.cost.tokens for (row, _), cell in cells.items()}
+    assert tokens["A+B vote"] == tokens["A+B mbr"] == tokens["A"] + tokens["B"]
 
 
 def test_meaningless_cells_are_not_run_and_say_why(write, tmp_path):

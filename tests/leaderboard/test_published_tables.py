@@ -16,7 +16,7 @@ from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard import miniature
 from lm_eval_deepen.leaderboard.development import adapted
 from lm_eval_deepen.leaderboard.execution import plan
-from lm_eval_deepen.leaderboard.published import distance, verdict
+from lm_eval_deepen.leaderboard.published import PublishedTable, distance, figure, verdict
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.results.files import TaskRun
 
@@ -242,6 +242,13 @@ def test_a_metric_that_is_no_mean_is_shown_as_reported_where_it_was_published(wr
     path = write(rows=rows, tasks=tasks)
     assert cli.main(["leaderboard", str(path), "--out", str(path.parent / "out"), "--device", "cpu"]) == 2
     assert "not a function of means over documents" in capsys.readouterr().err
+
+
+def test_published_shares_are_in_per_cent_and_other_scores_as_they_are():
+    tables = [PublishedTable(table="1", read_in="x", scores={"t": {"A": 12.5}})]
+    metrics = ("acc", "exact_match", "bleu", "word_perplexity", "bits_per_byte", "perplexity")
+    found = [figure(tables, "A", "t", metric, "none").score for metric in metrics]
+    assert found == [0.125, 0.125, 12.5, 12.5, 12.5, 12.5]
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,27 @@ def test_a_groups_score_is_compared_as_it_was_aggregated(tmp_path, capsys):
     assert "paired" not in note  # aggregated in some other way
 
 
+def test_what_runs_aggregate_otherwise_or_a_task_by_itself_is_not_compared(tmp_path, capsys):
+    def made(name, values, how):
+        tasks = {"t": {"acc": [1.0, 0.0, 1.0], "m": values}}
+        return synthesised(tmp_path / name, tasks, aggregations={"m": how})
+
+    mean, other = made("a", [-1.0, -2.0, -3.0], "mean"), made("b", [-1.0, -2.5, -3.0], "perplexity")
+    pairs = made("c", [[-1.0, 2], [-2.5, 3], [-3.0, 1]], "weighted_perplexity")
+    for second in (other, pairs):
+        found = as_json(capsys, mean, second)
+        assert {row["metric"] for row in found["rows"]} == {"acc"}
+        assert f"not compared: t: {second.name} aggregates m otherwise than a" in found["notes"]
+    # As SQuAD has them: the task's own code makes a score of all documents' texts.
+    texts = made("d", [[{"prediction_text": "x"}, {"answers": []}]] * 3, "mean")
+    own = edited(texts, tmp_path / "e", lambda results: results["configs"]["t"].pop("metric_list"))
+    found = as_json(capsys, own, own)
+    assert {row["metric"] for row in found["rows"]} == {"acc"}
+    assert any("m has values that are no numbers, which the task aggregates" in note for note in found["notes"])
+    assert cli.main(["gate", "--baseline", str(own), "--candidate", str(own)]) == 0
+    assert compare(texts, texts) == 2  # where they should be numbers
+
+
 # What is said about what is compared -------------------------------------------------------------------
 
 

@@ -119,6 +119,9 @@ def test_a_metric_given_for_fewer_documents_is_not_comparable(tmp_path, capsys):
     b = doctored(a, tmp_path / "b", "t", lambda records: records[0].pop("acc"))
     assert gate(a, b) == 3
     assert "t: acc is given for 9 and 8 documents" in capsys.readouterr().out
+    c = doctored(a, tmp_path / "c", "t", lambda records: records[1].pop("acc"))
+    assert gate(b, c) == 3
+    assert "t: acc is given for 8 documents each, 7 of them the same" in capsys.readouterr().out
 
 
 # What is tested, and how -------------------------------------------------------------------------------

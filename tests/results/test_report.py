@@ -57,6 +57,23 @@ def test_markdown_has_one_table_per_column_and_escapes_bars():
     assert "| a\\|b |" in report.markdown(rows, 0.05)
 
 
+def test_the_oracle_is_that_of_each_columns_pool():
+    def column(task, pool, **values):
+        scores = {name: mean_scores(own) for name, own in values.items()}
+        return rows_of(Measured(task, "acc", "none", True, scores), pool, pool)
+
+    a, b, c, x = [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]
+    three, two = column("t", ("a", "b", "c"), a=a, b=b, c=c, x=x), column("u", ("a", "b"), a=a, b=b, x=x)
+    for rows, told in (
+        (three, "the best of a, b, c on"),
+        (three + two, "the best of a, b, c or a, b on"),
+        (column("v", None, a=a, b=b, x=x), "the best of the reference and the row's own system on"),
+        (two + column("v", None, a=a, b=b, x=x), "the best of a, b or the reference and the row's own system on"),
+        (column("v", None, a=a, b=b) + column("w", None, b=b, a=a), "the best of b, a on"),
+    ):
+        assert told in " ".join(report.reading(corrected(rows)))
+
+
 NODE = shutil.which("node")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.aggregation import group_scores, mean_scores
 from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
 from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP
 from lm_eval_deepen.results.statistics import mcnemar
@@ -100,6 +100,26 @@ def test_a_reference_beyond_doubt_costs_the_intervals_nothing():
     }
     rows = rows_of(measured(**values))
     assert {row.comparison.level for row in rows if row.comparison} == {0.95}
+
+
+def test_a_group_whose_tasks_count_alike_has_the_scatter_within_its_tasks():
+    """With values weighted by 11 and 1.1, the group's perfect score once had the interval [0.73, 1.52]."""
+    perfect = group_scores([mean_scores([1] * 5), mean_scores([1] * 50)], by_size=False)
+    assert (perfect.score, perfect.stderr) == (pytest.approx(1), 0)
+    assert 0.7 < perfect.interval().low < 0.8 and perfect.interval().high == 1
+    small, large = mean_scores([1, 1, 1, 1, 0]), mean_scores([1, 0] * 25)
+    other = group_scores([small, large], by_size=False)
+    assert other.stderr == pytest.approx(np.hypot(small.stderr, large.stderr) / 2)
+    [a, b] = rows_of(Measured("g", "acc", "none", True, {"a": perfect, "b": other}), ["a"])
+    assert (a.stderr, b.stderr, b.score) == (0, other.stderr, pytest.approx(0.65))
+    drop = [scores.change(mean_scores([1] * len(scores.values)), 0.95) for scores in (small, large)]
+    assert b.comparison.difference == pytest.approx(-0.35) == np.mean([one.estimate for one in drop])
+    assert b.comparison.low == pytest.approx(-0.35 - np.hypot(*(one.estimate - one.low for one in drop)) / 2)
+    assert (b.comparison.below, b.comparison.above, b.comparison.test) == (26, 0, SIGN_FLIP)
+    same = perfect.change(perfect)
+    assert same.estimate == 0 and same.low == pytest.approx(-same.high) and -0.5 < same.low < 0
+    by_size = group_scores([small, large], by_size=True)
+    assert by_size.binary and by_size.stderr == mean_scores([*small.values[:, 0], *large.values[:, 0]]).stderr
 
 
 def test_correction_is_over_all_comparisons_of_the_table():

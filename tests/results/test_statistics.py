@@ -24,6 +24,7 @@ from lm_eval_deepen.results.statistics import (
     level_of_each,
     mcnemar,
     mcnemar_power,
+    mean_interval,
     paired_interval,
     paired_needs,
     proportion_interval,
@@ -182,6 +183,16 @@ def test_small_p_values_are_told_apart_with_few_resamples():
     t = scipy.stats.ttest_1samp(large[:, 0], 0).pvalue
     assert 1e-10 < t < 1e-6
     assert math.log10(sign_flip(0 * large, large, resamples=1000)) == pytest.approx(math.log10(t), abs=0.6)
+
+
+def test_exchanges_are_ties_however_large_the_scores_are():
+    change = column([0.1, 0.23, 0.37, 0.41, 0.77])
+    for level in (0.0, 1e6 + np.arange(1.1, 6), 1e9):  # the exchange of all documents gives the same difference
+        assert sign_flip(column(level + 0 * change[:, 0]), column(level + change[:, 0])) == 2 / 2**5
+    far = column([-800.0, -801, -802, -803, -804])
+    with np.errstate(over="ignore", invalid="ignore"):  # a score without bound has no p-value
+        assert sign_flip(0.1 * far, far, lambda means: np.exp(-means[..., 0])) == 1
+        assert sign_flip(far, far - 1, lambda means: np.exp(-means[..., 0])) == 1
 
 
 @pytest.mark.parametrize("alternative", ["two-sided", "less"])
@@ -385,6 +396,8 @@ def test_intervals_stay_where_scores_can_be_and_say_when_they_cannot_be_told():
     same = score_interval(column([0.5] * 9))  # within [0, 1], and nothing else is known
     assert 0 < same.low < 0.5 < same.high < 1
     assert ends(score_interval(column([7.5] * 9))) == [None, None]
+    two = score_interval(column([3.2, 4.7]))  # any two documents have at most two values
+    assert two.low < 3.2 and 4.7 < two.high
     equal = column([2.5, 7.25, 3.0])
     assert ends(paired_interval(equal, equal)) == [None, None]
     assert ends(paired_interval(column([0, 0.5, 1]), column([0, 0.5, 1]))) == pytest.approx(
@@ -396,6 +409,27 @@ def test_intervals_stay_where_scores_can_be_and_say_when_they_cannot_be_told():
     assert (one.estimate, one.low, one.high, one.stderr) == (1.0, None, None, None)
     overflow = score_interval(column([-800.0, -1.0, -2.0]), lambda means: np.exp(-1e3 * means[..., 0]))
     assert ends(overflow) == [None, None]
+
+
+def test_a_mean_over_tasks_has_the_standard_error_of_the_harness_and_covers_as_often_as_it_says():
+    generator = np.random.default_rng(4)
+    for sizes, rights in (
+        ((5, 50), (0.6, 0.7)),
+        ((20, 200), (0.9, 0.95)),
+        ((2, 40), (0.5, 0.5)),
+        ((7, 7, 99), (1, 1, 1)),
+    ):
+        hits = []
+        for _ in range(200):
+            tasks = [generator.random((n, 1)) < p for n, p in zip(sizes, rights, strict=True)]
+            own = [score_interval(values.astype(float)) for values in tasks]
+            found = mean_interval(own)
+            assert 0 <= found.low <= found.estimate <= found.high <= 1
+            hits.append(found.low <= np.mean(rights) <= found.high)
+        assert found.stderr == pytest.approx(math.sqrt(sum(one.stderr**2 for one in own)) / len(own))
+        assert np.mean(hits) >= 0.93, sizes
+    alone = mean_interval([own[0], score_interval(column([1.0]))])
+    assert (alone.low, alone.high, alone.stderr, alone.estimate) == (None, None, None, 1.0)
 
 
 def test_standard_error_is_the_harnesss_for_means_and_the_jackknifes_for_the_rest():
@@ -515,6 +549,11 @@ def test_what_a_comparison_needs_is_found_as_often_as_was_asked():
         assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.02)
     assert paired_needs([0.0, 0.0], 0.05, 0.8) == paired_needs([1.0], 0.05, 0.8) == (None, None)
     assert paired_needs([1.0, -1.0], 0.05, 0.8)[1] is None
+
+
+def test_differences_without_a_scatter_need_nothing_that_can_be_told():
+    for differences in ([0.5], [0.5, 0.5], [math.nan, 1.0]):
+        assert paired_needs(differences, 0.05, 0.8) == (None, None)
 
 
 def test_detectable_drop_is_where_power_reaches_what_was_asked():

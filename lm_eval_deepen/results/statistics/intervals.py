@@ -8,6 +8,7 @@ nearly so, in many samples, and an interval made of it then misses the truth. `d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -138,6 +139,24 @@ def change_interval(
     low = score_end(shares - estimate, squared, ends[0] - estimate)
     high = score_end(estimate - shares, squared, estimate - ends[1])
     return Interval(estimate, estimate + low, estimate - high, stderr, confidence)
+
+
+def mean_interval(parts: Sequence[Interval]) -> Interval:
+    """Return the interval of the mean of figures of other documents each, off their own intervals.
+
+    Each end is as far from the mean as the root of the summed squares of how far the parts' ends are from them, over
+    their number (Zou and Donner 2008, Statistics in Medicine 27:1693-1702). So it stays where the parts' intervals
+    stay, and the standard error is that of the harness. It cannot be told where that of a part cannot.
+    """
+    count, estimate = len(parts), sum(part.estimate for part in parts) / len(parts)
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    stderr = math.hypot(*errors) / count if len(errors) == count else None
+    below = [part.estimate - part.low for part in parts if part.low is not None]
+    above = [part.high - part.estimate for part in parts if part.high is not None]
+    if len(below) < count or len(above) < count:
+        return Interval(estimate, None, None, stderr, parts[0].confidence)
+    low, high = estimate - math.hypot(*below) / count, estimate + math.hypot(*above) / count
+    return Interval(estimate, low, high, stderr, parts[0].confidence)
 
 
 def standard_error(values: Values, statistic: Statistic = mean_of_first) -> float | None:
@@ -280,14 +299,15 @@ def _stderr_of_mean(values: Values) -> float:
 def _outcomes(*systems: Values) -> tuple[float, float] | None:
     """Return the two values that documents have, the smaller first: 0 and 1, or others; None if there are more.
 
-    One value alone is 0 or 1 where it is one of these; any other says nothing of the other one.
+    One value alone is 0 or 1 where it is one of these; any other says nothing of the other one. Nor do two documents,
+    which have at most two values of however many.
     """
     low, high = min(float(values.min()) for values in systems), max(float(values.max()) for values in systems)
     if not all(((values == low) | (values == high)).all() for values in systems):
         return None
-    if low < high:
-        return low, high
-    return (0.0, 1.0) if low in (0.0, 1.0) else None
+    if {low, high} <= {0.0, 1.0}:
+        return 0.0, 1.0
+    return (low, high) if low < high and len(systems[0]) > 2 else None
 
 
 def _in_unit(*systems: Values) -> bool:

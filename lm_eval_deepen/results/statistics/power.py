@@ -108,7 +108,7 @@ def paired_needs(differences: ArrayLike, alpha: float, power: float) -> tuple[fl
         alike, which says nothing of their scatter; for the second where they differ by 0 on average, too.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2 or np.ptp(values) < _NEGLIGIBLE:
+    if len(values) < 2 or not np.ptp(values) >= _NEGLIGIBLE:
         return None, None
     normal = NormalDist().inv_cdf
     per_root = (normal(1 - alpha / 2) + normal(power)) * float(values.std(ddof=1))
