@@ -73,7 +73,7 @@ def _check_vocabularies(
             raise IncompatibleError(
                 DIFFERENCES[1], f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}. {hint}"
             )
-    pieces, others = _pieces(place), _pieces(elsewhere)
+    pieces, others = _pieces(first, place), _pieces(other, elsewhere)
     if pieces and others and pieces != others:
         odd = next(piece for piece in [*pieces, *others] if pieces.get(piece) != others.get(piece))
         raise IncompatibleError(
@@ -103,9 +103,16 @@ def spelt_out(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{key: getattr(full, key, config.get(key)) for key in keys}}
 
 
-def _pieces(place: str) -> dict[str, int]:
-    """Return piece -> id of a folder's tokenizer; empty where the folder has no tokenizer.json."""
-    path = Path(place) / "tokenizer.json"
+def _pieces(name: str, place: str) -> dict[str, int]:
+    """Return piece -> id of a model's tokenizer; empty where the model has no tokenizer.json."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = _fetched(name, place, "tokenizer.json")
+    except ConfigError as error:
+        if isinstance(error.__cause__, EntryNotFoundError) and not isinstance(error.__cause__, LocalEntryNotFoundError):
+            return {}
+        raise
     if not path.is_file():
         return {}
     try:

@@ -113,7 +113,9 @@ def working_device(module: nn.Module) -> torch.device:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Return a module's ``weight``, fetched from where it was offloaded to.
+    """Return the ``weight`` of an embedding or of a linear layer, with what an adapter adds to it.
+
+    It is fetched from where it was offloaded to.
 
     Raises:
         MemberError: it is divided over processes.
@@ -125,6 +127,15 @@ def weight_of(module: Any) -> Tensor:
             "a method that reads embeddings needs them whole, and tp_plan divides them over processes. Use a method "
             "that reads none, such as deepen with rows from bytes (canonical or prefix), or leave tp_plan out"
         )
+    if hasattr(module, "base_layer"):  # of PEFT, whose weight is the one below the adapter
+        rows, width = module.weight.shape
+        with torch.no_grad():
+            device = working_device(module.base_layer)
+            if isinstance(module.base_layer, nn.Embedding):
+                return module(torch.arange(rows, device=device))
+            inputs = torch.eye(width + 1, width, dtype=module.weight.dtype, device=device)
+            outputs = module(inputs)  # [width + 1, rows], the last one the bias alone
+            return (outputs[:width] - outputs[width]).T.contiguous()
     if module.weight.device.type != "meta":
         return module.weight.detach()
     with align_module_device(module):

@@ -55,6 +55,12 @@ def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any 
                 f"member {config.name!r}: it was loaded on the CPU, not on device={arguments['device']!r}: accelerate "
                 "does not find that device. Install what it needs for it, or give device=cpu."
             )
+        if twice := _shared(lm.model) if arguments.get("delta") else ():
+            raise MemberError(
+                f"member {config.name!r}: the harness adds delta={arguments['delta']!r} once for every name of a "
+                f"weight, and {' and '.join(twice)} are one weight (tie_word_embeddings): it would be added twice. Add "
+                "the delta to the model, save that, and give its folder."
+            )
         return next(kind for kind in (EncoderDecoderMember, Member) if lm.backend in kind.BACKENDS)(config, lm)
     except DeepenError:
         raise
@@ -63,3 +69,12 @@ def load_member(config: MemberConfig, device: str | None = None, tokenizer: Any 
             f"member {config.name!r}: cannot load {config.pretrained!r}: {type(error).__name__}: "
             f"{one_line(error)}. Check the path or hub name and the member's loading arguments."
         ) from error
+
+
+def _shared(model: Any) -> list[str]:
+    """Return the names of the first weight that has several in a model's state; empty where none has."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.state_dict().items():
+        if weight.numel() and not weight.is_meta:
+            names.setdefault(weight.data_ptr(), []).append(name)
+    return next((own for own in names.values() if len(own) > 1), [])

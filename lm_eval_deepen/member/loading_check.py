@@ -172,7 +172,7 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
     Raises:
         ArithmeticError: they differ by more than rounding, or positions are not those that are given.
     """
-    plain = PlainRunner(runner.model, runner.autocast)
+    plain = PlainRunner(runner.whole, runner.autocast)
     first, second, third = _paths(runner.model)
     trunk = first[: SHORT // 2]
     paths = [first, [*trunk, *second[-3:]], [*trunk, *third[2:7]], third, trunk]
@@ -201,7 +201,7 @@ def check_state(runner: StateRunner, longest: int) -> None:
     Raises:
         ArithmeticError: they differ by more than rounding.
     """
-    plain = PlainRunner(runner.model, runner.autocast)
+    plain = PlainRunner(runner.whole, runner.autocast)
     length = min(longest, LONG)
     first, second, third = _paths(runner.model, length)
     trunk, near = first[: length // 2], first[: length // 2 + 3]

@@ -23,7 +23,7 @@ def load_tokenizer(config: MemberConfig) -> Any | None:
     from lm_eval.models.huggingface import HFLM
 
     given = config.loading_dict()
-    if given.get("gguf_file"):
+    if given.get("gguf_file") and not given.get("tokenizer"):
         return None
     loader = object.__new__(HFLM)
     try:

@@ -27,6 +27,7 @@ class BodyRunner:
     """Runs a model's body, and its head only where logits are read."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.whole = model  # with the wrapper of an adapter, which may do more than what is in the layers
         self.model = unwrap(model)
         self.network = body_of(self.model)
         self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
@@ -257,8 +258,11 @@ def body_of(model: Any) -> nn.Module:
 
 def unwrap(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper whose adapters sit in the layers."""
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        raise NotImplementedError("a PEFT adapter that learns prompt tokens")
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise NotImplementedError("a PEFT adapter that learns prompt tokens")
+        if hasattr(model, "get_base_model") and getattr(config, "alora_invocation_tokens", None):
+            raise NotImplementedError("a PEFT adapter that the wrapper turns on where a text has certain tokens")
     return base_model(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -203,6 +204,27 @@ def test_a_key_that_an_older_file_lacks_is_no_difference(pico, tmp_path):
     other = configured(pico["bytelevel"], tmp_path / "other", head_dim=2)
     with pytest.raises(IncompatibleError, match="head_dim is 2 in other and [0-9]+ in old"):
         check_alike({"other": str(other), "old": str(old)}, True, True)
+
+
+def test_tokenizers_of_hub_models_are_compared(pico, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    places = {}
+    for name in ("a", "b"):
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / ("1" * 40)
+        shutil.copytree(pico["bytelevel"], snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+        places[f"org/{name}"] = f"org/{name}"
+    check_alike(places, True, True)
+    raw = json.loads((snapshot / "tokenizer.json").read_text("utf-8"))
+    ids = raw["model"]["vocab"]
+    ids["P"], ids["Q"] = ids["Q"], ids["P"]
+    (snapshot / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    with pytest.raises(IncompatibleError, match="vocabularies differ: 'P' has the id"):
+        check_alike(places, True, True)
+    (snapshot / "tokenizer.json").unlink()  # nor is it known that the repository has none
+    with pytest.raises(ConfigError, match="model 'org/b': tokenizer.json of 'org/b' cannot be had from the hub"):
+        check_alike(places, True, True)
 
 
 def test_a_density_may_stand_anywhere(tmp_path):

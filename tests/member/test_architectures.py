@@ -186,6 +186,52 @@ def test_a_long_text_changes_nothing_for_a_short_one_beside_it(tmp_path):
         assert torch.allclose(rows.advance([text, long]), runner.states_at([text, long]), atol=1e-3)
 
 
+def adapted(folder, where, **settings):
+    """Write a LoRA adapter of a model, with random weights."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings))
+    model.save_pretrained(where)
+    return str(where)
+
+
+def test_a_wrapper_that_turns_an_adapter_on_is_not_passed_by(pico, tmp_path):
+    """An activated LoRA changes what comes after certain tokens, which the wrapper looks for."""
+    asked = requests("loglikelihood", ("The quick brown fox walked", " away"), ("The dog", " away"))
+    alone = hf(pico["bytelevel"])
+    tokens = alone.tok_encode(" fox")
+    folder = adapted(pico["bytelevel"], tmp_path, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=tokens)
+    expected = hf(pico["bytelevel"], peft=folder).loglikelihood(asked, disable_tqdm=True)
+    assert expected[0][0] != pytest.approx(alone.loglikelihood(asked, disable_tqdm=True)[0][0], abs=0.1)
+    found = deepen(pico["bytelevel"], peft=folder).loglikelihood(asked)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+def test_a_tree_is_compared_with_what_the_wrapper_says(pico, tmp_path):
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(pico["bytelevel"]).double()
+    whole = PeftModel.from_pretrained(model, adapted(pico["bytelevel"], tmp_path, target_modules=["q_proj"])).double()
+    check_tree(TreeRunner(whole), 64)
+    whole.register_forward_hook(lambda part, _, out: setattr(out, "logits", 2 * out.logits))
+    with pytest.raises(ArithmeticError, match="a packed tree differs from a plain forward pass"):
+        check_tree(TreeRunner(whole), 64)
+
+
+def test_rows_of_embeddings_have_what_an_adapter_adds(pico, tmp_path):
+    folder = adapted(pico["bytelevel"], tmp_path, target_modules=["embed_tokens", "lm_head"])
+    member = load_member(MemberConfig(name="a", pretrained=str(pico["bytelevel"]), loading={"peft": folder}), "cpu")
+    model = member.lm.model
+    with torch.no_grad():
+        rows = model.get_input_embeddings()(torch.arange(member.vocab_size))
+        head = model.get_output_embeddings()(torch.eye(rows.shape[1])).T
+    assert torch.allclose(member.embeddings(), rows) and torch.allclose(member.output_embeddings(), head, atol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(pico["bytelevel"])
+    assert not torch.allclose(rows, plain.get_input_embeddings().weight[: len(rows)], atol=0.1)
+    assert member.output_fingerprint != member.embedding_fingerprint
+
+
 def test_virtual_tokens_of_an_adapter_are_not_read(tmp_path):
     """Prompt tuning puts tokens before a text, and their logits before its own."""
     from peft import PromptTuningConfig, get_peft_model

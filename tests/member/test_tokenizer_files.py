@@ -271,6 +271,9 @@ def test_files_are_found_where_the_tokenizer_was(tmp_path: Path, monkeypatch: py
     folder(tmp_path / "repo" / "sub", cl100k(), "llama", **bad)
     with pytest.raises(MemberError, match=r"repo/sub/tokenizer.json"):
         load(str(tmp_path / "repo"), subfolder="sub")
+    with pytest.raises(MemberError, match=r"repo/sub/tokenizer.json"):  # a tokenizer beside a GGUF file has files
+        load(str(tmp_path), gguf_file="m.gguf", tokenizer=str(tmp_path / "repo" / "sub"))
+    assert load(str(tmp_path), gguf_file="m.gguf") is None
     cache = tmp_path / "hub"
     snapshot = cache / "models--some--name" / "snapshots" / ("0" * 40)
     shutil.copytree(tmp_path / "repo" / "sub", snapshot)

@@ -240,6 +240,26 @@ def test_a_delta_is_checked(pico, edited):
         deepen(pico["bytelevel"], delta=str(folder))
 
 
+def test_a_delta_is_added_once(pico, tmp_path):
+    """The harness adds it once for every name, so that tied embeddings would get it twice."""
+
+    def delta(name):
+        lm = hf(pico[name])
+        with torch.no_grad():
+            for weight in lm.model.parameters():
+                weight.fill_(0.5)
+        lm.model.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    added = deepen(pico["bytelevel"], delta=delta("bytelevel")).model
+    for own, before in zip(added.parameters(), hf(pico["bytelevel"]).model.parameters(), strict=True):
+        assert torch.equal(own, before + 0.5)
+    with pytest.raises(
+        MemberError, match=r"'m0': .* model.embed_tokens.weight and lm_head.weight are one weight .*twice"
+    ):
+        deepen(pico["metaspace"], delta=delta("metaspace"))
+
+
 def test_a_gguf_file_is_checked(pico, tmp_path):
     pytest.importorskip("gguf")
     lm = hf(pico["bytelevel"])
