@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import functools  # noqa: E402
+import gc  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -27,6 +28,11 @@ torch.set_num_threads(1)
 # The harness describes the machine in the results of every run: it starts pip and other programs for it.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 settings.register_profile("nightly", max_examples=2_500, deadline=None, print_blob=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that was imported and collected out of garbage collections, which leaderboards and builds ask for."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
