@@ -110,7 +110,7 @@ class Prompter:
         context, spaces = self._split_spaces(context)  # they belong to the continuation's first word
         continuation = spaces + continuation
         if self.solo:
-            head, target = self._split_solo(context, continuation)
+            head, target = self._split_solo(context, continuation, bool(spaces))
             self.main.require_known((*head, *target))
             self._check_target(target)
             return Span((frozen(head[-(self.main.max_length + 1 - len(target)) :]),), target)
@@ -141,17 +141,17 @@ class Prompter:
                 f"tokens of member {self.main.name!r}. Score it with loglikelihood_rolling, or raise max_length."
             )
 
-    def _split_solo(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Split as the harness's ``_encode_pair`` and ``loglikelihood`` do."""
+    def _split_solo(self, context: str, continuation: str, spaces: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Split as the harness's ``_encode_pair`` and ``loglikelihood`` do; `spaces`: the context ended in some."""
         lm = self.main.lm
-        if not context:
+        if not context and not spaces:
             ids = tuple(lm.tok_encode(continuation, add_special_tokens=False))
             if ids and ids[0] == lm.prefix_token_id:
                 return ids[:1], ids[1:]
             return (lm.prefix_token_id,), ids
         whole, head = tuple(lm.tok_encode(context + continuation)), tuple(lm.tok_encode(context))
         if len(whole) > len(head):
-            return head, whole[len(head) :]
+            return head or (lm.prefix_token_id,), whole[len(head) :]
         # the continuation merged into the context's last token: score that token too
         shared = next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(whole))
         return whole[:shared] or (lm.prefix_token_id,), whole[shared:]

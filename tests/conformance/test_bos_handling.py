@@ -89,6 +89,9 @@ def test_bos_with_a_prefix_token_of_its_own_generates_as_in_hf(pico):
         if text:
             batch = requests("loglikelihood", (text, " jumps"))
             assert ours.loglikelihood(batch)[0][0] == pytest.approx(theirs.loglikelihood(batch)[0][0], abs=1e-3)
+    batch = requests("loglikelihood", ("\t", "jumps"), ("", "jumps"))  # white space is not nothing
+    expected = theirs.loglikelihood(batch, disable_tqdm=True)
+    assert [value for value, _ in ours.loglikelihood(batch)] == pytest.approx([v for v, _ in expected], abs=1e-3)
 
 
 @pytest.mark.parametrize("add", [None, True, False])
