@@ -309,7 +309,9 @@ class Member:
         literals += [str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special]
         bos = self.lm.tokenizer.bos_token
         given = False if bos and text.startswith(bos) else None  # `tok_encode` looks for the prefix token only
-        ids = self.lm.tok_encode(text, add_special_tokens=given)
+        ids, end = self.lm.tok_encode(text, add_special_tokens=given), list(self.codec.opening.end)
+        if end and ids[-len(end) :] == end and ids != self.lm.tok_encode(text, add_special_tokens=False):
+            ids = ids[: -len(end)]  # the continuation goes on with the text
         self.require_known(ids)
         return self.codec.rendered_prompt(text, ids, literals)
 

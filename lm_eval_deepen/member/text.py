@@ -85,30 +85,33 @@ def complete_character(tail: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a tokenizer does to the beginning of a text."""
+    """What a tokenizer does to the beginning of a text, and to its end."""
 
     control: tuple[int, ...] = ()  # the control tokens that it puts first
     prefix_space: bool = False  # whether it adds a space to a text that begins without one
     doubles: bool = False  # whether it adds that space to a text that begins with one, too
     bos: tuple[int, str] | None = None  # the BOS token and its literal, where there is one
+    end: tuple[int, ...] = ()  # what it puts last; no text that goes on has it
 
     @classmethod
     def of(cls, tokenizer: Any, vocab: ByteVocab, add_special: bool) -> Opening:
         """Observe a transformers tokenizer; `add_special` as in the harness."""
 
-        def parts(text: str) -> tuple[tuple[int, ...], bytes]:
+        def parts(text: str) -> tuple[tuple[int, ...], bytes, tuple[int, ...]]:
             ids, bare = (
                 tuple(tokenizer(text, add_special_tokens=given)["input_ids"]) for given in (add_special, False)
             )
-            at = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), 0)
+            found = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), None)
+            at = found or 0
             while at < len(ids) and ids[at] in vocab.control:
                 at += 1
-            return ids[:at], vocab.decode(token for token in bare if token < len(vocab))
+            end = () if found is None else ids[found + len(bare) :]
+            return ids[:at], vocab.decode(token for token in bare if token < len(vocab)), end
 
-        (control, bare), (_, spaced) = parts("a"), parts(" a")
+        (control, bare, end), (_, spaced, _) = parts("a"), parts(" a")
         token, literal = tokenizer.bos_token_id, tokenizer.bos_token
         bos = (token, literal) if token in vocab.control and literal else None
-        return cls(control, bare == b" a", spaced == b"  a", bos)
+        return cls(control, bare == b" a", spaced == b"  a", bos, end)
 
 
 class Backend:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -324,3 +326,22 @@ def test_heads_of_other_kinds_are_left_alone():
     speed_up_few_rows(other)
     assert "forward" not in other.__dict__
     speed_up_few_rows(None)
+
+
+def test_an_end_that_a_tokenizer_adds_is_no_part_of_a_conversation(pico, tmp_path):
+    """A continuation comes after it; `hf` itself leaves it out where it is told to add nothing."""
+    shutil.copytree(pico["bytelevel"], tmp_path, dirs_exist_ok=True)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    named = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": named}
+    spec["post_processor"]["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    ends, plain = (
+        load_member(MemberConfig(name="m", pretrained=str(path)), "cpu") for path in (tmp_path, pico["bytelevel"])
+    )
+    assert ends.lm.tok_encode("The fox")[-1] == 0 and ends.prompt("The fox") == plain.prompt("The fox")
+    for asked in ("The fox", "The fox<|endoftext|>"):
+        text = ends.render([{"role": "user", "content": asked}], False, "error")
+        assert ends.rendered_prompt(text) == plain.rendered_prompt(text)
+    assert ends.rendered_prompt("The fox<|endoftext|>").ids[-1] == 0  # which the text itself has
