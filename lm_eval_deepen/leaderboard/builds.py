@@ -250,7 +250,8 @@ def facts_of(members: Sequence[Member]) -> dict[str, Any]:
         trained |= lineage(place)
         provenance = read_provenance(Path(place)) if os.path.isdir(place) else None
         said |= {member.name: provenance} if provenance else {}
-    count = sum(tensor.numel() for member in members for tensor in member.lm.model.parameters())
+    tensors = {id(tensor): tensor for member in members for tensor in member.lm.model.parameters()}
+    count = sum(tensor.numel() for tensor in tensors.values())  # of members that share a model, once
     return {"parameters": count, "training_tokens": sum(trained.values()), "models": len(members), "built": said}
 
 

@@ -73,6 +73,7 @@ class Search:
         self.fusers: dict[tuple, Fuser] = {}
         self.log: list[ScoredCandidate] = []
         self.columns: dict[str, str] = {}
+        self.signs: dict[str, int] = {}  # of the scores that are maximised, by task: -1 where lower is better
 
     def run(self, weights: str, step: float, rates: Sequence[float] | None) -> ScoredCandidate:
         """Return the best candidate; with `adaptive` and `keep`, of the learning rates alone.
@@ -146,12 +147,12 @@ class Search:
         for name in task.leaves:
             column = self._column(results["results"][name], name)
             self.columns[name] = column
-            higher = results["higher_is_better"][name].get(column.partition(",")[0])
+            self.signs[name] = -1 if results["higher_is_better"][name].get(column.partition(",")[0]) is False else 1
             if (score := to_number(results["results"][name][column])) is None:
                 raise ConfigError(
                     f"task {name!r}: {column} is no finite number on the development split; give --metric"
                 )
-            scores[name] = score * (-1 if higher is False else 1)
+            scores[name] = self.signs[name] * score
         return scores
 
     def _column(self, values: Mapping[str, Any], task: str) -> str:

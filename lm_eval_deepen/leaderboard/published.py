@@ -59,7 +59,7 @@ def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows
     """Raise ConfigError where a table names a task or a row that the recipe has not, or a score stands twice."""
     groups = {row.group: row for row in rows}
     has = {(row.group, task) for row in rows for task in tasks if row.has(task)}
-    seen: set[tuple[str, str, str | None]] = set()
+    seen: dict[tuple[str, str], list[str | None]] = {}
     for i, table in enumerate(tables):
         for task, scores in table.scores.items():
             if task not in tasks:
@@ -73,9 +73,16 @@ def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows
                     )
                 if (name, task) not in has:
                     raise ConfigError(f"expected[{i}]: row {name!r} does not have the column {task!r}")
-                if (name, task, table.metric) in seen:
+                others = seen.setdefault((name, task), [])
+                if any(_may_be_one(table.metric, other) for other in others):
                     raise ConfigError(f"expected[{i}]: the score of row {name!r} on {task!r} stands twice")
-                seen.add((name, task, table.metric))
+                others.append(table.metric)
+
+
+def _may_be_one(first: str | None, second: str | None) -> bool:
+    """Return whether two metrics, as tables say them, may be the same column."""
+    (a, _, one), (b, _, two) = ((metric or "").partition(",") for metric in (first, second))
+    return not (a and b) or (a == b and (not (one and two) or one == two))
 
 
 def in_unit(score: float, metric: str) -> float:
@@ -86,19 +93,21 @@ def in_unit(score: float, metric: str) -> float:
 def told_apart(
     tables: Iterable[PublishedTable], task: str, columns: Iterable[tuple[str, str]]
 ) -> tuple[tuple[PublishedTable, ...], list[str]]:
-    """Return the tables but those whose scores of a task might belong to several columns, and what is said of these.
+    """Return the tables but those whose scores of a task fit several columns, or none, and what is said of these.
 
     The columns of the task are given by metric and filter.
     """
     kept, unclear = [], []
     for table in tables:
         fitting = [f"{metric},{flt}" for metric, flt in columns if table.metric in (None, metric, f"{metric},{flt}")]
-        if task in table.scores and len(fitting) > 1:
+        if task not in table.scores or len(fitting) == 1:
+            kept.append(table)
+        elif fitting:
             unclear.append(
                 f"{table.table}: its scores of {task} stand beside none of {' and '.join(fitting)}: its metric fits all"
             )
         else:
-            kept.append(table)
+            unclear.append(f"{table.table}: its scores of {task} are of {table.metric}, which is no column here")
     return tuple(kept), unclear
 
 

@@ -51,10 +51,10 @@ READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
     "The reference of a column is the best single member on these documents. A row without a mark is not significantly "
     "better.",
-    f"{SECONDS}: seconds per document as if the row had run alone. In scoring tasks, rows of the same members in the "
-    "same order share forward passes (rows weighted by prompts, and rows of `mixture`, among themselves); a row pays "
-    f"for everything but the other rows' fusing. {FUSING}: its own fusing of rows; `mixture` fuses none where it "
-    f"scores texts (-). {TOKENS}: tokens that all members forwarded.",
+    f"{SECONDS}: seconds per document (of a group: of all its tasks) as if the row had run alone. In scoring tasks, "
+    "rows of the same members in the same order share forward passes (rows weighted by prompts, and rows of "
+    f"`mixture`, among themselves); a row pays for everything but the other rows' fusing. {FUSING}: its own fusing of "
+    f"rows; `mixture` fuses none where it scores texts (-). {TOKENS}: tokens that all members forwarded.",
     "A row that pools answers pays for the rows whose answers it takes.",
 )
 SEEN, NEEDED = "detectable difference", "documents needed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,10 @@ AGGREGATIONS: Mapping[str, tuple[int, Statistic]] = {
     "perplexity": (1, lambda means: np.exp(-means[..., 0])),
     "weighted_perplexity": (2, lambda means: np.exp(-means[..., 0] / means[..., 1])),
     "bits_per_byte": (2, lambda means: -means[..., 0] / means[..., 1] / _LN2),
+}
+_LEAST = {
+    AGGREGATIONS[name][1]: least
+    for name, least in (("perplexity", 1.0), ("weighted_perplexity", 1.0), ("bits_per_byte", 0.0))
 }
 # What the harness takes where a task's configuration names none, and of these what is over a whole corpus at once.
 _DEFAULTS = {
@@ -73,7 +77,9 @@ class Scores:
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
         """Return the score with its confidence interval."""
         if self.tasks is None:
-            return score_interval(self.values, self.statistic, confidence)
+            found = score_interval(self.values, self.statistic, confidence)
+            least = min(_LEAST.get(self.statistic, -math.inf), found.estimate)
+            return found if found.low is None else replace(found, low=max(least, found.low))
         return mean_interval([part.interval(confidence) for part in self._parts(self.tasks)])
 
     def change(self, first: Scores, confidence: float = CONFIDENCE) -> Interval:

@@ -16,8 +16,8 @@ _HEAD = (
 READING = (
     "Intervals are over documents; the difference is to the reference, paired by document.",
     "p: two-sided, of {tests}, for this comparison alone; p (corrected): for all comparisons shown, by Holm's "
-    "procedure. p (corrected) gives the verdict. An interval that just leaves 0 out may stand beside a p above 0.05: "
-    "the test is stricter.",
+    "procedure. p (corrected) gives the verdict. Near 0.05 an interval and p may disagree: the test is stricter or, of "
+    "real-valued scores, the interval.",
     "agreement: documents with the reference's score; oracle: the best of {pool} on every document.",
 )
 PICKED = (

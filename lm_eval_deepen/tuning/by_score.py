@@ -116,6 +116,10 @@ def tuned_file(
     from lm_eval_deepen.harness.model import configure
     from lm_eval_deepen.leaderboard.tuned import record
 
+    def measured(scores: Mapping[str, float]) -> dict[str, float]:
+        """Return scores as the harness has them, off those that are maximised."""
+        return {task: round(search.signs[task] * score, 6) for task, score in scores.items()}
+
     keys = placed(chosen.config.to_dict())
     keys.pop("evidence", None)
     hashes = [digest for task in search.tasks for own in task.documents.values() for digest in own]
@@ -124,14 +128,14 @@ def tuned_file(
         "version": lm_eval_deepen.__version__,
         "split": "validation",
         "tasks": {
-            name: {"metric": search.columns[name], "documents": len(own), "score": round(chosen.scores[name], 6)}
+            name: {"metric": search.columns[name], "documents": len(own), "score": measured(chosen.scores)[name]}
             for task in search.tasks
             for name, own in task.documents.items()
         },
         "limit": args.limit,
         "num_fewshot": args.num_fewshot,
         "gen_kwargs": args.gen_kwargs,
-        "members": {name: {task: round(score, 6) for task, score in own.items()} for name, own in search.alone.items()},
+        "members": {name: measured(own) for name, own in search.alone.items()},
         "search": [f"{one.what}: {one.mean:.6f}" for one in search.log],
     }
     return {"kind": "ensemble", **keys, "evidence": record(configure(keys), hashes, about)}

@@ -353,7 +353,8 @@ def test_members_of_one_checkpoint_share_it(write, pico, tmp_path, monkeypatch):
         )
         metric = "word_perplexity,none"
         assert found[name][metric] == pytest.approx(alone["results"]["conf_text"][metric], rel=1e-4)
-    assert cells[rows["A+A2"].name, "conf_text"].cost.tokens == 2 * cells["A", "conf_text"].cost.tokens
+    twice, once = (cells[name, "conf_text"] for name in (rows["A+A2"].name, "A"))
+    assert twice.cost.tokens == 2 * once.cost.tokens and twice.facts["parameters"] == once.facts["parameters"]
 
 
 def scores_of(cell):

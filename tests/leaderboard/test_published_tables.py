@@ -16,7 +16,7 @@ from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard import miniature
 from lm_eval_deepen.leaderboard.development import adapted
 from lm_eval_deepen.leaderboard.execution import plan
-from lm_eval_deepen.leaderboard.published import PublishedTable, distance, figure, verdict
+from lm_eval_deepen.leaderboard.published import PublishedTable, distance, figure, told_apart, verdict
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.results.files import TaskRun
 
@@ -249,6 +249,23 @@ def test_published_shares_are_in_per_cent_and_other_scores_as_they_are():
     metrics = ("acc", "exact_match", "bleu", "word_perplexity", "bits_per_byte", "perplexity")
     found = [figure(tables, "A", "t", metric, "none").score for metric in metrics]
     assert found == [0.125, 0.125, 12.5, 12.5, 12.5, 12.5]
+
+
+def test_a_score_that_is_published_twice_or_of_no_column_is_told(write):
+    arc = {**TABLE, "scores": {"deepen_sample_arc": {"A": 25}}}
+    tasks, rows = ["deepen_sample_arc"], [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+    for first, second in ((None, "acc"), ("acc", "acc"), ("acc,none", "acc"), ("acc_norm", None)):
+        tables = [{**arc, "metric": metric} for metric in (first, second)]
+        with pytest.raises(
+            ConfigError, match=r"expected\[1\]: the score of row 'A' on 'deepen_sample_arc' stands twice"
+        ):
+            read_recipe(write(tasks=tasks, rows=rows, expected=tables))
+    tables = [{**arc, "metric": metric} for metric in ("acc", "acc_norm", "f,one", "f,two")]
+    assert len(read_recipe(write(tasks=tasks, rows=rows, expected=tables)).expected) == 4
+    columns = [("acc", "none"), ("acc_norm", "none"), ("f", "one")]
+    kept, notes = told_apart([PublishedTable(**table) for table in tables], "deepen_sample_arc", columns)
+    assert [table.metric for table in kept] == ["acc", "acc_norm", "f,one"]
+    assert notes == [f"{TABLE['table']}: its scores of deepen_sample_arc are of f,two, which is no column here"]
 
 
 @pytest.mark.parametrize(

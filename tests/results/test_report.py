@@ -74,6 +74,18 @@ def test_the_oracle_is_that_of_each_columns_pool():
         assert told in " ".join(report.reading(corrected(rows)))
 
 
+def test_an_interval_and_a_p_value_may_disagree_either_way_and_the_page_says_so():
+    first = [0.08, 0.36, 0.35, 0.06, 0.36, 0.11, 0.62]
+    second = [0.32, 0.86, 0.48, 0.96, 0.96, 0.79, 0.46]
+    [_, few] = rows_of(Measured("t", "f1", "none", True, {"a": mean_scores(first), "b": mean_scores(second)}), ["a"])
+    right = {"a": mean_scores([0] * 5 + [1] * 45), "b": mean_scores([1] * 50)}
+    [_, more] = rows_of(Measured("u", "acc", "none", True, right), ["a"])
+    assert few.comparison.p <= 0.05 and few.comparison.low < 0 < few.comparison.high
+    assert more.comparison.p > 0.05 and more.comparison.low > 0
+    told = " ".join(report.reading(corrected([few, more])))
+    assert "may disagree: the test is stricter or, of real-valued scores, the interval" in told
+
+
 NODE = shutil.which("node")
 
 

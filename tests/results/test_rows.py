@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.results.aggregation import group_scores, mean_scores
+from lm_eval_deepen.results.aggregation import AGGREGATIONS, group_scores, mean_scores
 from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
 from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP
 from lm_eval_deepen.results.statistics import mcnemar
@@ -62,6 +62,14 @@ def test_a_score_has_an_interval_of_its_own_kind():
     assert 0 <= b.low < b.score < b.high <= 1
     assert (c.low, c.high) == (None, None)
     assert b.comparison.low < b.comparison.difference < b.comparison.high
+
+
+def test_no_interval_of_a_perplexity_holds_what_none_can_be():
+    for name, least in (("perplexity", 1), ("weighted_perplexity", 1), ("bits_per_byte", 0)):
+        width, statistic = AGGREGATIONS[name]
+        values = np.array([[-1.0, 2.0], [-2.5, 3.0], [-3.0, 1.0]])[:, :width]
+        found = Scores(values, statistic, False).interval()
+        assert found.low == least < found.estimate < found.high
 
 
 def test_a_reference_that_is_picked_costs_wider_intervals_and_larger_p_values():

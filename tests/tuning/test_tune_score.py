@@ -105,6 +105,21 @@ def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune, tmp_path
         fitting.adaptive({"a": {"t": -1.0}, "b": {"t": 0.5}})
 
 
+def test_scores_of_which_lower_is_better_are_written_as_they_are(tune, monkeypatch):
+    evaluate = fitting.evaluate
+
+    def lower(*arguments):
+        results = evaluate(*arguments)
+        return {**results, "higher_is_better": {"deepen_sample_piqa": {"acc": False}}}
+
+    monkeypatch.setattr(fitting, "evaluate", lower)
+    arguments = ("--tasks", "deepen_sample_piqa", "--metric", "acc", "--weights", "grid", "--weight-step", "0.25")
+    evidence = tune(*arguments)["evidence"]
+    maximised = [float(line.rpartition(": ")[2]) for line in evidence["search"]]
+    assert evidence["tasks"]["deepen_sample_piqa"]["score"] == -max(maximised) > 0
+    assert all(0 < score <= 1 for own in evidence["members"].values() for score in own.values())
+
+
 def test_adaptive_weights_of_published_options_keep_them(tune, tmp_path):
     """As documented for the paper's recipes: then only the learning rate is chosen."""
     written = tune(
