@@ -75,8 +75,10 @@ class Search:
         self.columns: dict[str, str] = {}
         self.signs: dict[str, int] = {}  # of the scores that are maximised, by task: -1 where lower is better
 
-    def run(self, weights: str, step: float, rates: Sequence[float] | None) -> ScoredCandidate:
+    def run(self, weights: str, step: float, rates: Sequence[float] | None, first: str = "as given") -> ScoredCandidate:
         """Return the best candidate; with `adaptive` and `keep`, of the learning rates alone.
+
+        `first` is what the weights of the configuration are called.
 
         Raises:
             ConfigError: a step that makes no grid, learning rates that nothing takes.
@@ -86,7 +88,7 @@ class Search:
             for config, member in zip(alone(self.config), self.members, strict=True)
         ]
         self.alone = {one.what: one.scores for one in single}
-        candidates = [] if weights == "adaptive" else [("as given", self.config)]  # of equals, even weights would win
+        candidates = [] if weights == "adaptive" else [(first, self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
             candidates.append(("adaptive weights", self._with_weights(adaptive(self.alone))))
         if weights in ("both", "grid"):

@@ -30,9 +30,11 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.harness.recipes import parse_ensemble
     from lm_eval_deepen.harness.tasks import load_tasks
     from lm_eval_deepen.leaderboard.fitting import Search, simplex
+    from lm_eval_deepen.tuning.search import constant
 
     arguments = parse_ensemble(args.ensemble)
-    config = checked(arguments)
+    given = as_given(arguments)
+    config = constant(given)
     metadata = {} if args.metadata is None else parse_json(args.metadata, "--metadata")
     if not isinstance(metadata, dict):
         raise ConfigError(f"--metadata must be a JSON object; got {args.metadata}")
@@ -46,22 +48,12 @@ def run(args: argparse.Namespace) -> int:
     refuse_evaluated(development, load_tasks(evaluated, args.include_path, metadata))
     search = Search(config, development, args.metric, args.device, print)
     with said_once():
-        chosen = search.run(weights, step, args.learning_rates)
+        first = "equal weights" if given.weights_change else "as given"  # those that learn begin as equal ones
+        chosen = search.run(weights, step, args.learning_rates, first)
     args.facts = written = tuned_file(config, chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{chosen.what} written to {args.output}")
     return 0
-
-
-def checked(arguments: Mapping[str, Any]) -> EnsembleConfig:
-    """Return the configuration to tune, its weights constant: for either objective.
-
-    Raises:
-        ConfigError: one without weights to fit.
-    """
-    from lm_eval_deepen.tuning.search import constant
-
-    return constant(as_given(arguments))
 
 
 def as_given(arguments: Mapping[str, Any]) -> EnsembleConfig:
