@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.leaderboard.fitting import Search, simplex
     from lm_eval_deepen.tuning.search import constant
 
-    arguments = parse_ensemble(args.ensemble)
-    given = as_given(arguments)
+    given = as_given(parse_ensemble(args.ensemble))
     config = constant(given)
     metadata = {} if args.metadata is None else parse_json(args.metadata, "--metadata")
     if not isinstance(metadata, dict):
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     with said_once():
         first = "equal weights" if given.weights_change else "as given"  # those that learn begin as equal ones
         chosen = search.run(weights, step, args.learning_rates, first)
-    args.facts = written = tuned_file(config, chosen, search, args)
+    args.facts = written = tuned_file(chosen, search, args)
     write_text(args.output, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     print(f"\n{chosen.what} written to {args.output}")
     return 0
@@ -100,9 +99,7 @@ def refuse_evaluated(development: Sequence[LoadedTask], evaluated: Sequence[Load
                 ) from error
 
 
-def tuned_file(
-    config: EnsembleConfig, chosen: ScoredCandidate, search: Search, args: argparse.Namespace
-) -> dict[str, Any]:
+def tuned_file(chosen: ScoredCandidate, search: Search, args: argparse.Namespace) -> dict[str, Any]:
     """Return the keys of the ensemble file: the best candidate, and as `evidence` how it was found and on what."""
     import lm_eval_deepen
     from lm_eval_deepen.harness.model import configure
