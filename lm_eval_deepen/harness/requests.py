@@ -162,16 +162,17 @@ class RequestHandler(MainMemberView):
         owners = [index for index, text in enumerate(texts) for _ in text]
         nothing = StretchScore((), True, tuple(self.ensemble.weights.tolist()))
         yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)
-        left = Counter(owners)
+        places: list[list[int]] = [[] for _ in texts]
+        for at, owner in enumerate(owners):
+            places[owner].append(at)
         readings: dict[int, StretchReading] = {}
         nodes = nodes_per_forward(self.ensemble, self.texts.batch(1))
         powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
         for at, reading in read_stretches(self.ensemble.active, windows, nodes, powers):
             readings[at] = reading
             index = owners[at]
-            left[index] -= 1
-            if not left[index]:
-                own = [readings.pop(i) for i, owner in enumerate(owners) if owner == index]
+            if all(own in readings for own in places[index]):
+                own = [readings.pop(own) for own in places[index]]
                 reading = own[0] if len(own) == 1 else joined(own)
                 yield index, [weighed(peer.ensemble, reading) for peer in self.peers]
 

@@ -111,6 +111,10 @@ def test_held_out_documents_do_not_depend_on_shard_or_seed_and_shards_share_noth
     assert not set(whole.train) & set(whole.held_out)
     with pytest.raises(ConfigError, match="37 documents, 9 of them held out, leave none for shard 28 of 29"):
         read_corpus(base.replace(shard=(28, 29)))
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "one"}\n{"text": "Sofia", "context": "The capital of Bulgaria is"}\n')
+    with pytest.raises(ConfigError, match="'Sofia', has a context, 'The capital of Bulgaria is', and a training reads"):
+        read_corpus(base.replace(text=(str(lines),)))
 
 
 def test_the_default_text_repeats_no_paragraph(monkeypatch) -> None:

@@ -83,11 +83,17 @@ def read_corpus(recipe: DistillRecipe) -> Corpus:
     """Return the documents of a recipe: what is held out depends on the documents alone, not on shard or seed.
 
     Raises:
-        ConfigError: too few documents to hold some out and to train on the shard.
+        ConfigError: too few documents to hold some out and to train on the shard, or one that follows a context.
         RequestError: a file that cannot be read.
     """
-    texts = [document.text for document in load_documents(recipe.text)] if recipe.text else neutral_documents()
-    texts = list(dict.fromkeys(texts))
+    documents = load_documents(recipe.text) if recipe.text else [Document(text) for text in neutral_documents()]
+    if after := next((document for document in documents if document.context), None):
+        raise ConfigError(
+            f"recipe: a document of text, {after.text[:40]!r}, has a context, {after.context[:40]!r}, and a training "
+            "reads whole texts; put the context into text, or take it out",
+            key="text",
+        )
+    texts = list(dict.fromkeys(document.text for document in documents))
     ranked = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     apart = set(ranked[: max(1, round(recipe.held_out * len(texts)))])
     rest = [text for text in texts if text not in apart]
