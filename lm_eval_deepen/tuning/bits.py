@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, ensemble_bits
+from lm_eval_deepen.weighting.experts import Experts
 
 TEMPERATURES = tuple(round(math.exp(k / 12), 4) for k in range(-5, 8))  # 0.66 to 1.79, steps of 9 %
 
@@ -53,9 +54,20 @@ def orders(ensemble: Ensemble) -> list[Ensemble]:
     for k, main in enumerate(ensemble.config.members):
         rest = [m for m in range(len(ensemble.members)) if m != k]
         config = ensemble.config.replace(members=(main, *(ensemble.config.members[m] for m in rest)))
+        if getattr(config.weighting_options, "prior", None) is not None:
+            prior = _reordered(config.weighting_options.prior, ensemble.experts, [k, *rest])
+            config = config.replace(weighting_options=config.weighting_options.replace(prior=prior))
         members = [ensemble.members[m] for m in (k, *rest)]
         ensembles.append(ensemble if k == 0 else Ensemble.assemble(config, members))
     return ensembles
+
+
+def _reordered(prior: Sequence[float], experts: Experts, order: Sequence[int]) -> tuple[float, ...]:
+    """Return the experts' prior where their members stand in another order: with them, the same experts do."""
+    points = [tuple(weights) for weights in experts.weights.tolist()]
+    places = {key: at for at, key in enumerate(zip(points, experts.kinds(), strict=True))}
+    before = [tuple(point[order.index(m)] for m in range(len(order))) for point in points]
+    return tuple(prior[places[key]] for key in zip(before, experts.kinds(), strict=True))
 
 
 def read_orders(

@@ -27,6 +27,7 @@ from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, fused_bits, 
 from lm_eval_deepen.tuning.bits_table import Line, compare, table
 from lm_eval_deepen.tuning.by_score import placed
 from lm_eval_deepen.tuning.search import Candidate, Chosen, Fusers, search
+from lm_eval_deepen.weighting.bayes import Bayes
 
 DOCUMENTS = (
     Document("Paris is the capital of France."),
@@ -102,6 +103,33 @@ def test_bits_of_a_mixture_are_those_of_its_scores_by_stretches(pico, options, t
         at = Candidate(FrozenDict(), (0.6, 0.4), (1.0, 1.0))
         bits = Chosen(Fusers(model.ensemble), at, replace(at, temperatures=(0.5, 1.5)), ()).before(documents)
         assert bits.tolist() == pytest.approx(line.bits.tolist(), abs=1e-3)
+
+
+def test_a_prior_goes_with_the_members_into_another_order(pico, tmp_path) -> None:
+    names, documents = ("bytelevel", "metaspace"), DOCUMENTS[:1]
+    keys = {
+        "method": "deepen",
+        "weighting": "bayes",
+        "averages": "linear",
+        "matrix_dir": str(tmp_path),
+        "covers": "off",
+    }
+    given = deepen(*(pico[name] for name in names), prior=[1, 2, 3, 4, 5], **keys).ensemble
+    points = given.experts.weights.tolist()  # of the first member, for [1, 2, 3, 4, 5]
+    mirrored = [1 + points.index(point[::-1]) for point in points]
+    turned = deepen(*(pico[name] for name in names[::-1]), prior=mirrored, **keys).ensemble
+    there, here = (fused_bits(Reading.of(one, documents)) for one in (turned, orders(given)[1]))
+    assert mirrored != [1, 2, 3, 4, 5] and torch.equal(there, here)
+    for method in ("deepen", "mixture"):
+        keys = {"method": method, "weighting": "bayes", "matrix_dir": str(tmp_path)}
+        three = deepen(*(pico[name] for name in (*names, "padded")), **keys).ensemble
+        points, kinds = three.experts.weights, three.experts.kinds()
+        bayes = Bayes(prior=tuple(range(1, len(points) + 1)))
+        numbered = replace(three, config=three.config.replace(weighting_options=bayes))
+        for one, order in zip(orders(numbered), ([0, 1, 2], [1, 0, 2], [2, 0, 1]), strict=True):
+            places = [int(number) - 1 for number in one.config.weighting_options.prior]
+            assert [kinds[at] for at in places] == one.experts.kinds() == kinds
+            assert torch.equal(points[places][:, order], one.experts.weights)
 
 
 def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:
