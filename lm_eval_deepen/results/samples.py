@@ -89,7 +89,7 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
     Documents with equal content are told apart by the order of their `doc_id`.
 
     Raises:
-        ResultError: a record without the keys that identify it, or none at all.
+        ResultError: a record without the keys that identify it, two of one document, or none at all.
     """
     by_filter: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
     for where, record in records:
@@ -116,6 +116,12 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
     tables: dict[str, dict[Key, Sample]] = {flt: {} for flt in by_filter}
     for flt, entries in by_filter.items():
         seen: Counter[str] = Counter()
+        [(doc_id, count)] = Counter(sample.doc_id for _, sample in entries).most_common(1)
+        if count > 1:
+            raise ResultError(
+                f"{source}: document {doc_id} stands {count} times under filter {flt!r}, and would count as often; the "
+                "file is damaged, evaluate the task again."
+            )
         for doc_hash, sample in sorted(entries, key=lambda entry: entry[1].doc_id):
             tables[flt][Key(doc_hash, seen[doc_hash])] = sample
             seen[doc_hash] += 1

@@ -134,6 +134,9 @@ def test_damaged_files_are_errors_by_file_and_line(tmp_path):
     path.write_text("[]\n")
     with pytest.raises(ResultError, match=":1: not a sample of the harness"):
         read_samples(path)
+    path.write_text("".join([*lines, lines[1]]))  # n would be larger than it is, and p-values smaller
+    with pytest.raises(ResultError, match=r"samples_t_.*: document 1 stands 2 times under filter 'none'"):
+        read_samples(path)
     path.write_text("\n")
     with pytest.raises(ResultError, match="holds no sample"):
         read_samples(path)
