@@ -45,7 +45,8 @@ READING_BUILDS = (
 )
 READING_PUBLISHED = (
     f"{PUBLISHED}: the published score. {DISTANCE}: the measured score less the published one, in standard errors of "
-    "the measured one, which are over documents; within 2 they agree. A published score is of all documents."
+    "the measured one, which are over documents (where it is 0, of the published score on as many documents); within 2 "
+    "they agree. A published score is of all documents."
 )
 READING = (
     "A member alone is an ensemble of one, which gives what `--model hf` gives.",
