@@ -190,6 +190,11 @@ def test_a_groups_score_is_compared_as_it_was_aggregated(tmp_path, capsys):
         assert f"against a{by_size}, paired over 100 documents of 2 tasks: b{by_size} {second - first:+.4f} [" in note
         low, high = map(float, note[note.rindex("[") + 1 : -1].split(", "))
         assert low < second - first < high
+    # All wrong is 0 either way: how the group is aggregated is what the other run says.
+    right = {task: [np.zeros(n), right[task][1]] for task, n in sizes.items()}
+    (a, _), (b, second) = (grouped(f"{name} of 0", i, False) for i, name in enumerate("ab"))
+    [note] = [note for note in as_json(capsys, a, b)["notes"] if note.startswith("group g")]
+    assert f"b of 0 {second:+.4f} [" in note
     other, _ = grouped("other", 1, True)
     told = edited(other, tmp_path / "odd", lambda results: results["groups"]["g"].update({"acc,none": 0.123}))
     [note] = [note for note in as_json(capsys, told, a)["notes"] if note.startswith("group g")]
