@@ -40,7 +40,7 @@ class RequestHandler(MainMemberView):
     Attributes:
         texts: makes jobs of prompts, and texts of what is generated.
         peers: models around the same members that score in one pass, this one among them (see `share_passes`).
-        known: answers that a peer's pass gave already, until they are asked for.
+        known: answers that a peer's pass gave already, by task, type and arguments of the request.
         step_files: where the steps of traced requests are written; None where nothing is traced.
     """
 
@@ -51,7 +51,7 @@ class RequestHandler(MainMemberView):
         self.ensemble_config, self.ensemble = ensemble.config, ensemble
         self.texts = Texts(ensemble)
         self.peers: list[RequestHandler] = [self]
-        self.known: dict[tuple[str, tuple], Any] = {}
+        self.known: dict[tuple[str | None, str, tuple], Any] = {}
 
     def answers(self, kind: str, requests: Sequence[Instance], repeats: Counter[str] | None = None) -> Answers:
         """Yield the index of every request and its answer, as soon as it is there.
@@ -64,8 +64,8 @@ class RequestHandler(MainMemberView):
         owners: list[int] = []
         prepared: list[Any] = []
         for index, request in enumerate(requests):
-            if kind != "generate_until" and (kind, request.args) in self.known:
-                yield index, self.known[kind, request.args]
+            if kind != "generate_until" and (request.task_name, kind, request.args) in self.known:
+                yield index, self.known[request.task_name, kind, request.args]
                 continue
             made = self.prepare(kind, request, repeats)
             if isinstance(made, SetAside):
@@ -109,7 +109,7 @@ class RequestHandler(MainMemberView):
         """Leave the peers their answers and return our own."""
         for peer, answer in zip(self.peers, answers, strict=True):
             if peer is not self:
-                peer.known[kind, request.args] = answer
+                peer.known[request.task_name, kind, request.args] = answer
         return answers[self.peers.index(self)]
 
     def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Any]) -> Answers:

@@ -154,7 +154,7 @@ class RowModel(DeepenLM):
         self.task = ""
         self.costs: dict[str, Cost] = {}
         self.drawn: set[str] = set()
-        self._remembered: dict[tuple[str, str] | None, Any] = {}
+        self._remembered: dict[tuple[str | None, str, str] | None, Any] = {}
 
     @property
     def answerers(self) -> list[RowModel]:
@@ -220,15 +220,18 @@ class RowModel(DeepenLM):
             spent = Cost(seconds - total + own, own, tokens, len(sharing))
             peer.costs[self.task] = peer.costs.get(self.task, Cost()) + spent
 
-    def _key(self, kind: str, request: Instance) -> tuple[str, str] | None:
-        """Return what identifies a request; None for one whose answer is drawn at random, or that is set aside."""
+    def _key(self, kind: str, request: Instance) -> tuple[str | None, str, str] | None:
+        """Return what identifies a request; None for one whose answer is drawn at random, or that is set aside.
+
+        The task is part of it: a task costs as much as it costs alone, whatever others ask.
+        """
         try:
             *texts, last = request.args
             if kind == "generate_until":
                 if normalize_gen_kwargs(last, self.max_gen_toks).get("do_sample"):
                     return None
                 last = json.dumps(last, sort_keys=True)
-            return kind, json.dumps([*texts, last])
+            return request.task_name, kind, json.dumps([*texts, last])
         except (AttributeError, TypeError, ValueError):  # answering it says what is wrong with it
             return None
 

@@ -553,6 +553,21 @@ def test_no_row_pays_for_answers_that_were_drawn_for_another(write, tmp_path):
     assert tokens["A+B vote"] == tokens["A+B mbr"] == tokens["A"] + tokens["B"]
 
 
+def test_no_task_costs_less_since_another_asked_the_same(write, folder, tmp_path):
+    """As TruthfulQA's two tasks, which have most of their answers in common."""
+    twin = Path(shutil.copytree(folder / "tasks", tmp_path / "twin"))
+    for path in twin.glob("*.yaml"):
+        text = path.read_text().replace("task: conf_choice\n", "task: conf_twin\n")
+        path.write_text(text) if path.name == "conf_choice.yaml" else path.unlink()
+    grid = {"orders": ["A+B"], "methods": ["gac", "unite"], "poolings": ["none", "logp-mean"], "weightings": ["none"]}
+    include = [str(folder / "tasks"), str(twin)]
+    path = write(grid=grid, include_path=include, tasks=["conf_choice", "conf_twin"])
+    cells = execute(planned(path, tmp_path / "out"), "cpu", lambda text: None)
+    tokens = {key: cell.cost.tokens for key, cell in cells.items()}
+    rows = {row for row, _ in tokens}
+    assert len(rows) == 5 and all(tokens[row, "conf_choice"] == tokens[row, "conf_twin"] > 0 for row in rows)
+
+
 def test_meaningless_cells_are_not_run_and_say_why(write, tmp_path):
     rows = [{"name": "by words", "members": ["A", "B"], "method": "adafuse"}]
     table = measured(write(grid={"orders": ["A+B"], "poolings": ["none", "vote"]}, rows=rows), tmp_path / "out")
