@@ -67,6 +67,18 @@ class LoadedTask:
         """The harness's ``doc_hash`` of every document that is evaluated, by task."""
         return {name: doc_hashes(evaluated(leaf, self.spec.limit)) for name, leaf in self.leaves.items()}
 
+    @cached_property
+    def few_shots(self) -> dict[str, str]:
+        """A digest of the documents that few-shots are drawn from, for every task that shows some."""
+        given = self.spec.num_fewshot
+        shown = {
+            name: leaf for name, leaf in self.leaves.items() if (leaf.config.num_fewshot if given is None else given)
+        }
+        return {
+            f"the few-shots of {name}": hash_string("\n".join(doc_hashes(list(leaf.fewshot_docs()))))[:16]
+            for name, leaf in shown.items()
+        }
+
     @property
     def request_types(self) -> list[str]:
         """The types of requests that the tasks make."""

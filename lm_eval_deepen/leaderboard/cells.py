@@ -109,7 +109,7 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
         mark: its mark.
         wanted: the identity it should have.
         redo: evaluate a cell again that is of another identity or other model files, or damaged.
-        files: what tells its models (see `digests`), which older cells do not know.
+        files: what tells its models (see `digests`) and its tasks' few-shots, which older cells do not know.
 
     Raises:
         ResultError: what is there is of another identity, which is named beside the wanted one, or of other files.

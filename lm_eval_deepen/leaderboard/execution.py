@@ -99,7 +99,8 @@ def plan(
                 for name, hashes in task.documents.items():
                     refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
             refuse_trained(recipe.builds, row.members, task)
-            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo, files)
+            shown = task.few_shots if marks else {}
+            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo, {**files, **shown})
             if cell is None:
                 missing.append(key)
             else:
@@ -256,7 +257,7 @@ class Execution:
             results = evaluate(model, task, self.todo.recipe.seeds, tracker)
             results["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
             facts = facts_of([self.members[name] for name in row.members])
-            facts["files"] = digests(row.config.members)
+            facts["files"] = {**digests(row.config.members), **task.few_shots}
             if built := facts.pop("built"):
                 results["config"]["built"] = built
             if model.ensemble.fuser is not None:  # what a single evaluation warns of; the rest stands in the table

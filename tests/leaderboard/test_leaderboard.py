@@ -878,6 +878,26 @@ def test_a_cell_of_other_weights_in_the_same_folder_is_refused_or_redone(pico, w
     assert not planned(path, out).missing and before
 
 
+def test_a_cell_of_other_few_shots_is_refused_or_redone(write, tmp_path):
+    tasks, out = tmp_path / "tasks", tmp_path / "out"
+    tasks.mkdir()
+    local_tasks(tasks)
+    shots = tasks / "shots.jsonl"
+    shutil.copy(tasks / "choice.jsonl", shots)
+    loader = (
+        (tasks / "loader.py").read_text().replace('"fewshot": rows("choice.jsonl")', '"fewshot": rows("shots.jsonl")')
+    )
+    (tasks / "loader.py").write_text(loader)
+    asked = [{"task": "conf_choice", "num_fewshot": 2}, {"task": "conf_answer"}]
+    path = write(grid=None, rows=[{"name": "pair", "method": "gac"}], tasks=asked, include_path=str(tasks))
+    measured(path, out)
+    assert not planned(path, out).missing
+    shots.write_text("".join(reversed(shots.read_text("utf-8").splitlines(keepends=True)[1:])), "utf-8")
+    with pytest.raises(ResultError, match=r"was evaluated before the files in the few-shots of conf_choice changed"):
+        planned(path, out)
+    assert {task for _, task in planned(path, out, redo=True).missing} == {"conf_choice"}  # the other one shows none
+
+
 def test_what_redo_mends_is_what_it_was(copied, capsys):
     recipe, out = copied
     before = json.loads((out / "leaderboard.json").read_text())
