@@ -195,7 +195,7 @@ def test_another_ensembles_answers_are_refused(ensemble, tmp_path):
     batch = requests("loglikelihood", *PAIRS)
     CachingLM(ensemble(), path).loglikelihood(batch)
     assert FINGERPRINT_KEY in stored_keys(path)
-    for changed in ({"weights": [0.7, 0.3]}, {"steps": 7}, {"max_length": 64}):
+    for changed in ({"weights": [0.7, 0.3]}, {"inverse": "em", "steps": 7}, {"max_length": 64}):
         model = ensemble(**changed)
         with pytest.raises(CacheError, match=r"responses\.db.*fingerprint [0-9a-f]{64}.*Give --use_cache another path"):
             CachingLM(model, path)
