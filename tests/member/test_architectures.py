@@ -190,8 +190,11 @@ def adapted(folder, where, **settings):
     """Write a LoRA adapter of a model, with random weights."""
     from peft import LoraConfig, get_peft_model
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.normal_(0, 0.5, generator=generator)
     model.save_pretrained(where)
     return str(where)
 
