@@ -126,7 +126,7 @@ def _printing() -> Iterator[Output]:
     """Put an `Output` before standard output and standard error; the former is given."""
     streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
     output, errors = map(Output, streams)
-    respelt = [stream for stream in streams if _respelt(stream)]
+    before = [(stream, handler) for stream in streams if (handler := _respelt(stream)) is not None]
     sys.stdout, sys.stderr = (
         stream if real is not None else None for stream, real in zip((output, errors), streams, strict=True)
     )  # type: ignore[assignment]
@@ -136,17 +136,21 @@ def _printing() -> Iterator[Output]:
         output.flush()
         errors.flush()
         sys.stdout, sys.stderr = streams
-        for stream in respelt:
+        for stream, handler in before:
             with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(errors="strict")
+                stream.reconfigure(errors=handler)
 
 
-def _respelt(stream: Any) -> bool:
-    """Let a strict stream spell otherwise what its encoding lacks; return whether it was changed."""
-    if not hasattr(stream, "reconfigure") or stream.errors != "strict":
-        return False
+def _respelt(stream: Any) -> str | None:
+    """Let a stream spell otherwise what its encoding lacks; return what it did before, None where it is not changed.
+
+    Python makes standard output `surrogateescape` instead of strict in the locale ``C``, which is an error as well.
+    """
+    before: str | None = getattr(stream, "errors", None)
+    if not hasattr(stream, "reconfigure") or before not in ("strict", "surrogateescape"):
+        return None
     stream.reconfigure(errors=_ERRORS)
-    return True
+    return before
 
 
 def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -68,14 +68,13 @@ def run(args: argparse.Namespace) -> int:
         from lm_eval_deepen.cli.leaderboard import evaluated, refuse_failed, say
         from lm_eval_deepen.leaderboard import reproduction
 
-        if not args.no_check:
-            report = checked(recipe, args.device)
-            print("\n".join(needs(recipe, report)) + "\n")
-            if report.problems:
-                args.facts = {"problems": [str(problem) for problem in report.problems]}
-                numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
-                print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
-                return 1
+        report = None if args.no_check else checked(recipe, args.device)
+        print("\n".join(needs(recipe, report)) + "\n")
+        if report is not None and report.problems:
+            args.facts = {"problems": [str(problem) for problem in report.problems]}
+            numbered = [f"  {n}. {problem}" for n, problem in enumerate(report.problems, 1)]
+            print("\n".join(["cannot run it here:", *numbered, "--no-check runs it all the same"]))
+            return 1
         if args.dry_run:
             return 0
         todo, table = evaluated(recipe, out, args.device, args.redo, when_zero="equal" if args.miniature else "refuse")
@@ -157,8 +156,8 @@ def checked(recipe: LeaderboardRecipe, device: str | None) -> Report:
     return report_on(asked, config, Plan(device, None, None, tasks, Machine(2000e9, 150e12)))
 
 
-def needs(recipe: LeaderboardRecipe, report: Report) -> list[str]:
-    """Return what a table needs, in lines: models and revisions, memory, cells, hours."""
+def needs(recipe: LeaderboardRecipe, report: Report | None) -> list[str]:
+    """Return what a table needs, in lines: models and revisions, cells; memory and hours where they were checked."""
     from lm_eval_deepen.preflight.text import memory
 
     cells = [(row, spec) for row in recipe.rows for spec in recipe.tasks if row.has(spec.task)]
@@ -168,6 +167,8 @@ def needs(recipe: LeaderboardRecipe, report: Report) -> list[str]:
         told.append(
             f"  {member.name}: {member.pretrained}, " + (f"revision {revision}" if revision else "its newest revision")
         )
+    if report is None:
+        return told
     told.append(memory(report))
     if report.hours is not None and report.members:
         passes = sum(len(row.members) for row, _ in cells) / (len(report.members) * len(recipe.tasks))

@@ -209,6 +209,10 @@ def test_streams_spell_as_before_when_a_command_has_ended(monkeypatch):
     assert ended(lambda: print("ü▲", end="") or print("ü", end="", file=sys.stderr) or 0) == 0
     assert streams["strict"].buffer.getvalue() == b"\\xfc^" and streams["replace"].buffer.getvalue() == b"?"
     assert {before: stream.errors for before, stream in streams.items()} == {"strict": "strict", "replace": "replace"}
+    in_c = io.TextIOWrapper(io.BytesIO(), "ascii", errors="surrogateescape")  # standard output in the locale C
+    monkeypatch.setattr(sys, "stdout", in_c)
+    assert ended(lambda: print("ü±", end="") or 0) == 0
+    assert (in_c.buffer.getvalue(), in_c.errors) == (b"\\xfc+/-", "surrogateescape")
 
 
 # Ends of any command ---------------------------------------------------------------------------------

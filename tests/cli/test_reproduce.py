@@ -98,6 +98,8 @@ def test_it_says_what_it_needs_and_keeps_cells(reproduce, tmp_path: Path) -> Non
     status, told, found = reproduce("deepen_piqa_2", "--dry-run")
     assert status == 0 and found is None
     assert re.search(r"3 rows, 1 tasks, 3 cells", told) and "its newest revision" in told and "memory" in told
+    status, told, found = reproduce("deepen_piqa_2", "--dry-run", "--no-check")
+    assert status == 0 and found is None and "3 rows, 1 tasks, 3 cells" in told and "memory" not in told
     status, told, found = reproduce("deepen_piqa_2")
     assert status == 0 and "[3/3]" in told and re.search(r"ensemble +deepen_piqa exact_match +0\.7887", told)
     status, told, again = reproduce("deepen_piqa_2")

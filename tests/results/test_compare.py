@@ -44,6 +44,13 @@ def three(tmp_path):
     ]
 
 
+def test_json_and_another_format_are_refused(three, tmp_path, capsys):
+    place = tmp_path / "x.html"
+    for fmt in ("html", "md"):
+        assert compare(*three[:2], "--json", "--format", fmt, "--output", place) == 2
+        assert f"--format {fmt}" in capsys.readouterr().err and not place.exists()
+
+
 def no_json(word):
     raise AssertionError(f"{word} is no JSON")
 
