@@ -124,13 +124,16 @@ class Texts:
         longest = max((len(span.prompts[0].ids) + len(span.target) for span in spans), default=1)
         return nodes_per_forward(self.ensemble, self.batch(longest) * longest)
 
-    def job(self, context: str, arguments: Mapping[str, Any], repeats: Counter[str]) -> tuple[Job, list[str]]:
+    def job(
+        self, context: str, arguments: Mapping[str, Any], repeats: Counter[tuple], task: str | None = None
+    ) -> tuple[Job, list[str]]:
         """Return the job of a prompt, and the strings that end its text.
 
         Args:
             context: the prompt.
             arguments: how to generate, as a task's `generation_kwargs`.
-            repeats: how often each prompt was sampled before: samples of one prompt differ.
+            repeats: how often each prompt was sampled before, by task and arguments: samples of one prompt differ.
+            task: which task asks; what another one asks changes no sample.
 
         Raises:
             RequestError: arguments that cannot be honoured, or a prompt without room.
@@ -150,8 +153,9 @@ class Texts:
             )
         generator = turns = None
         if plan.sampler.do_sample:
-            repeats[context] += 1
-            repeat = str(repeats[context])
+            asking = task, context, repr(replace(asked, settings=dict(sorted(asked.settings.items()))))
+            repeats[asking] += 1
+            repeat = str(repeats[asking])
             generator = row_generator(torch.initial_seed(), context, repeat)
             turns = row_generator(torch.initial_seed(), "turns", "of members", repeat)
         prefix_space = not solo and not context and self.ensemble.main.codec.prefix_space
@@ -208,7 +212,7 @@ def generated(
             "sampling=member asks one member at a time, and traced=True wants what all members said at each step; "
             "leave out one of the two"
         )
-    texts, repeats = Texts(ensemble), Counter[str]()
+    texts, repeats = Texts(ensemble), Counter[tuple]()
     if texts.prompter.solo:
         ensemble.main.check_generation()
     prepared = [texts.job(prompt, arguments, repeats) for prompt in prompts]

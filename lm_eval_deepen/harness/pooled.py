@@ -62,7 +62,7 @@ class Pool:
             RequestError: the method does not combine answers to such requests.
         """
         self.check_kind(kind)
-        repeats: list[Counter[str]] = [Counter() for _ in self.answerers]
+        repeats: list[Counter[tuple]] = [Counter() for _ in self.answerers]
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]
             columns = []

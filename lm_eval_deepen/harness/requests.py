@@ -53,11 +53,11 @@ class RequestHandler(MainMemberView):
         self.peers: list[RequestHandler] = [self]
         self.known: dict[tuple[str | None, str, tuple], Any] = {}
 
-    def answers(self, kind: str, requests: Sequence[Instance], repeats: Counter[str] | None = None) -> Answers:
+    def answers(self, kind: str, requests: Sequence[Instance], repeats: Counter[tuple] | None = None) -> Answers:
         """Yield the index of every request and its answer, as soon as it is there.
 
-        In the place of an answer that cannot be given is a `SetAside`; these come first. `repeats` counts how often
-        each context was sampled before, where a call's requests come in several parts.
+        In the place of an answer that cannot be given is a `SetAside`; these come first. `repeats` counts what was
+        sampled before (see `Texts.job`), where a call's requests come in several parts.
         """
         self.check_kind(kind)
         repeats = Counter() if repeats is None else repeats
@@ -74,7 +74,7 @@ class RequestHandler(MainMemberView):
             owners.append(index)
             prepared.append(made if self.step_files is None else self.step_files.mark(request, made))
         if self.step_files is not None:
-            self.step_files.announce(kind, prepared)
+            self.step_files.announce(kind, [requests[index] for index in owners], prepared)
         kinds: dict[str, Callable[..., Answers]] = {
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
@@ -90,13 +90,14 @@ class RequestHandler(MainMemberView):
         elif self.texts.prompter.solo:
             self.ensemble.main.check_generation()
 
-    def prepare(self, kind: str, request: Instance, repeats: Counter[str] | None = None) -> Any:
+    def prepare(self, kind: str, request: Instance, repeats: Counter[tuple] | None = None) -> Any:
         """Return what the engine needs for a request, or a `SetAside` where it has no honest answer.
 
-        `repeats` counts how often each context was sampled before.
+        `repeats` counts what was sampled before (see `Texts.job`).
         """
         if kind == "generate_until":
-            return attempt(self.texts.job, *request.args, Counter() if repeats is None else repeats)
+            before = Counter() if repeats is None else repeats
+            return attempt(self.texts.job, *request.args, before, request.task_name)
         stretches = StretchPrompter(self.ensemble) if self.ensemble.by_stretches else None
         if kind == "loglikelihood":
             return attempt(self.texts.prompter.span if stretches is None else stretches.span, *request.args)
@@ -120,7 +121,7 @@ class RequestHandler(MainMemberView):
             return
         for index, scores in self._score(spans):
             if self.step_files is not None:
-                self.step_files.add_scores(requests[index], scores)
+                self.step_files.add_scores(index, scores, scores[0].total)
             answers = [(score.total, score.greedy) for score in scores]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
@@ -140,19 +141,16 @@ class RequestHandler(MainMemberView):
             if not text:
                 yield index, 0.0
         left = Counter(owners)
-        windows: list[list[list[SpanScore]]] = [[] for _ in requests]
-        places: list[list[int]] = [[] for _ in requests]
+        windows: list[dict[int, list[SpanScore]]] = [{} for _ in requests]  # by their places, done in any order
         for at, scores in self._score(spans, ends):
             index = owners[at]
-            places[index].append(at)
-            windows[index].append(scores)
+            windows[index][at] = scores
             left[index] -= 1
             if not left[index]:
+                columns = list(zip(*(windows[index][at] for at in sorted(windows[index])), strict=True))
+                totals = [total(peer.ensemble, own) for peer, own in zip(self.peers, columns, strict=True)]
                 if self.step_files is not None:
-                    in_order = sorted(zip(places[index], windows[index], strict=True), key=lambda pair: pair[0])
-                    self.step_files.add_scores(requests[index], [first for _, (first, *_) in in_order])
-                columns = zip(self.peers, zip(*windows[index], strict=True), strict=True)
-                totals = [total(peer.ensemble, own) for peer, own in columns]
+                    self.step_files.add_scores(index, columns[0], totals[0])
                 yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
 
     def _score_stretches(self, texts: Sequence[Sequence[StretchSpan]]) -> Iterator[tuple[int, list[StretchScore]]]:
@@ -195,7 +193,7 @@ class RequestHandler(MainMemberView):
         names = [{"task": one.task_name, "doc_id": one.doc_id, "request": one.idx} for one in requests]
         for index, generation in self.texts.generations(jobs, names):
             if self.step_files is not None:
-                self.step_files.add_text(requests[index], generation)
+                self.step_files.add_text(index, generation)
             yield (
                 index,
                 SetAside(generation.refusal) if generation.refusal else self.texts.finished(generation, stops[index]),

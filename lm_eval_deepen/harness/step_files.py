@@ -10,6 +10,7 @@ import functools
 import gzip
 import json
 import logging
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from lm_eval_deepen.engine.scoring import SpanScore
 from lm_eval_deepen.engine.steps import TOP, Piece, Step
 from lm_eval_deepen.errors import ConfigError, StorageError
 from lm_eval_deepen.harness.tasks import doc_hashes
+from lm_eval_deepen.harness.unanswered import requests_of_the_run
 from lm_eval_deepen.results.traces import SCHEMA
 from lm_eval_deepen.storage import append_bytes, check_folder
 
@@ -103,10 +105,11 @@ class StepFiles:
         self.folder: Path | None = None  # known where the harness has begun to ask
         self.lines: dict[str, list[str]] = defaultdict(list)
         self.size = 0  # characters that wait
-        self.seen: Counter[tuple] = Counter()
+        self.seen: Counter[tuple] = Counter()  # how often each request was asked
+        self.asked: list[tuple[Instance, int]] = []  # those of a call, and how often each was asked before
 
     def choose(self, requests: Sequence[Instance]) -> None:
-        """Choose the documents of a call to trace: all, or the first of every task."""
+        """Choose the documents to trace: all, or the first of every task, of which some may have cached answers."""
         self.folder = self.folder or folder_of(self.config)
         if self.config.trace is True:
             return
@@ -127,8 +130,13 @@ class StepFiles:
             return [replace(span, traced=True) if isinstance(span, Span) else span for span in prepared]
         return replace(prepared, traced=True) if isinstance(prepared, Span) else prepared
 
-    def announce(self, kind: str, prepared: Sequence[Any]) -> None:
-        """Say how large the trace of a call becomes at most, and where it goes."""
+    def announce(self, kind: str, requests: Sequence[Instance], prepared: Sequence[Any]) -> None:
+        """Take up the requests of a call; say how large their trace becomes at most, and where it goes."""
+        self.asked = []
+        for request in requests:
+            at = (_task(request), kind, request.doc_id, request.idx)
+            self.asked.append((request, self.seen[at]))
+            self.seen[at] += 1
         steps = sum(_steps(made) for made in prepared)
         if not steps:
             return
@@ -145,32 +153,31 @@ class StepFiles:
             self.folder or folder_of(self.config),
         )
 
-    def add_text(self, request: Instance, generation: Generation) -> None:
-        """Add a generated text."""
+    def add_text(self, index: int, generation: Generation) -> None:
+        """Add a generated text, of a request by its place among those that were taken up."""
         if generation.steps:
-            self._add(request, [[_step(step) for step in generation.steps]], reason=generation.reason)
+            self._add(index, [[_step(step) for step in generation.steps]], reason=generation.reason)
 
-    def add_scores(self, request: Instance, windows: Sequence[SpanScore]) -> None:
-        """Add a text that was scored, in one window or several."""
+    def add_scores(self, index: int, windows: Sequence[SpanScore], logp: float) -> None:
+        """Add a text that was scored, in one window or several; `logp` is its natural-log probability."""
         if any(window.steps for window in windows):
             steps = [[_step(window.steps[at]) for at in sorted(window.steps)] for window in windows]
-            self._add(request, steps, greedy=all(window.greedy for window in windows))
+            self._add(index, steps, greedy=all(window.greedy for window in windows), logp=_logp(logp))
 
-    def _add(self, request: Instance, windows: Sequence[Sequence[dict]], **facts: Any) -> None:
+    def _add(self, index: int, windows: Sequence[Sequence[dict]], **facts: Any) -> None:
+        request, repeat = self.asked[index]
         task = _task(request)
-        at = (task, request.request_type, request.doc_id, request.idx)
         record = {
             "doc_id": request.doc_id,
             "doc_hash": _doc_hash(request),
             "request": request.idx,
-            "repeat": self.seen[at],
+            "repeat": repeat,
             "type": request.request_type,
             **facts,
             "windows": [len(window) for window in windows],
             "steps": [step for window in windows for step in window],
         }
-        self.seen[at] += 1
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         self.lines[task].append(line)
         self.size += len(line)
         if self.size > AT_ONCE:
@@ -183,7 +190,8 @@ class StepFiles:
                 folder = self.folder = self.folder or folder_of(self.config)
                 assert folder is not None
                 end = f"_rank{self.rank}" if self.ranks > 1 else ""
-                self.files[task] = folder / f"trace_{task.replace('/', '_')}_{self.started}{end}.jsonl.gz"
+                name = task.replace("%", "%25").replace("/", "%2F")  # no two tasks share a name
+                self.files[task] = folder / f"trace_{name}_{self.started}{end}.jsonl.gz"
                 members = [{"name": member.name, "pretrained": member.pretrained} for member in self.config.members]
                 head = {
                     "schema": SCHEMA,
@@ -208,7 +216,7 @@ def choosing(method: Callable[..., list]) -> Callable[..., list]:
     def answer(self: Any, requests: list[Instance], disable_tqdm: bool = False) -> list:
         if self.step_files is None:
             return method(self, requests, disable_tqdm=disable_tqdm)
-        self.step_files.choose(requests)
+        self.step_files.choose(requests_of_the_run().get(method.__name__, requests))
         try:
             return method(self, requests, disable_tqdm=disable_tqdm)
         finally:
@@ -247,7 +255,7 @@ def _step(step: Step) -> dict[str, Any]:
     """Return a step as `docs/trace.md` describes it."""
     return {
         "piece": _piece(step.piece),
-        "logp": round(step.logp, 6),
+        "logp": _logp(step.logp),
         "entropy": round(step.entropy, 4),
         **({"best": _piece(step.best)} if step.best.id != step.piece.id else {}),
         **({"changed": True} if step.changed else {}),
@@ -263,6 +271,11 @@ def _step(step: Step) -> dict[str, Any]:
             for member in step.members
         ],
     }
+
+
+def _logp(value: float) -> float | None:
+    """Return a log-probability; null in JSON, which has no infinity, where the probability is 0."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _piece(piece: Piece) -> str | dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,15 +98,24 @@ def _everywhere(ranks: Ranks, missing: list[Unanswered]) -> list[Unanswered]:
 def requests_to_come(kind: str) -> dict[str, list[Instance]]:
     """Return the requests of other types that the harness is going to ask for, by type.
 
-    The harness asks for one type after the other, and tells a model nothing of the next one: they are read off the
-    frame of its `evaluate`. Empty where something else calls.
+    The harness asks for one type after the other, and tells a model nothing of the next one. Empty where something else
+    calls.
+    """
+    by_kind = requests_of_the_run()
+    asked = [*by_kind].index(kind) + 1 if kind in by_kind else len(by_kind)
+    return {later: list(by_kind[later]) for later in list(by_kind)[asked:] if later in KINDS}
+
+
+def requests_of_the_run() -> Mapping[str, list[Instance]]:
+    """Return all requests of the harness's run by type, those whose answers it has cached among them.
+
+    They are read off the frame of its `evaluate`; empty where something else calls.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            by_kind = frame.f_locals.get("requests", {})
-            asked = [*by_kind].index(kind) + 1 if kind in by_kind else len(by_kind)
-            return {later: list(by_kind[later]) for later in list(by_kind)[asked:] if later in KINDS}
+            found = frame.f_locals.get("requests")
+            return found if isinstance(found, Mapping) else {}  # later the name is that of a list
         frame = frame.f_back
     return {}
 

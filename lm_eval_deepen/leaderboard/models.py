@@ -189,7 +189,7 @@ class RowModel(DeepenLM):
         return super()._answer(kind, requests, True)  # the bar of a leaderboard counts cells
 
     def answers(
-        self, kind: str, requests: Sequence[Instance], repeats: Counter[str] | None = None
+        self, kind: str, requests: Sequence[Instance], repeats: Counter[tuple] | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Yield the index of every request and its answer; what was answered before is remembered."""
         left = []

@@ -265,8 +265,10 @@ def documents(
     entries: list[dict[str, Any]] = []
     keys = list(itertools.islice(by_document or samples, limit))
     for key in tqdm(keys, desc=f"documents of {task}", disable=None, delay=2):
-        requests = [_request(records[at], page.pieces) for at in by_document.get(key, ())]
+        traced = [records[at] for at in by_document.get(key, ())]
+        requests = [_request(record, page.pieces) for record in traced]
         steps = [step for request in requests for step in request["steps"]]
+        agreed = [same for record in traced for step in record["steps"] if (same := agree(step)) is not None]
         if page.served:
             page.packed[str(len(page.sides)), task, str(len(entries))] = _packed(requests, page.pieces.all)
         scored = list(samples.get(key, ()))
@@ -277,7 +279,7 @@ def documents(
                 "requests": requests,
                 "changed": sum(step["c"] for step in steps),
                 "steps": len(steps),
-                "agree": sum(step["w"] == ALL for step in steps) / len(steps) if steps else None,
+                "agree": sum(agreed) / len(agreed) if agreed else None,
                 **_outcome(scored, page.texts),
             }
         )
@@ -312,25 +314,28 @@ def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, 
     prompt = one.get("arg_0") if isinstance(one, Mapping) else None
     generated = isinstance(one, Mapping) and isinstance(one.get("arg_1"), Mapping)  # how, beside the prompt
     answers = first.get("resps")
-    said = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], list) else []
+    said = [one if isinstance(one, list) else [] for one in answers] if isinstance(answers, list) else []
     filtered = first.get("filtered_resps")
     if isinstance(filtered, list) and len(filtered) == 1:
         filtered = filtered[0]
-    choices = [
-        texts(argument["arg_1"])
+    pairs = [
+        (argument.get("arg_0"), argument["arg_1"])
         for argument in given.values()
         if isinstance(argument, Mapping) and isinstance(argument.get("arg_1"), str)
     ]
+    # acc_mutual_info asks for every choice once more, after nothing
+    choices = [texts(choice) for context, choice in pairs if context or not prompt]
     return {
         "scores": scores,
         "prompt": texts(prompt if len(prompt) <= PROMPT else "…" + prompt[-PROMPT:])
         if isinstance(prompt, str)
         else None,
         "target": texts(_short(first["target"])) if "target" in first else None,
-        "answer": texts(said[0]) if generated and said and isinstance(said[0], str) else None,
+        # of every request its repeats
+        "answers": [[texts(text) for text in own if isinstance(text, str)] for own in said] if generated else [],
         "filtered": texts(_short(filtered)) if generated else None,
         "choices": choices,
-        "values": [_value(answer) for answer in answers] if choices and isinstance(answers, list) else [],
+        "values": [_value(answer) for answer in said] if choices else [],
     }
 
 
@@ -345,6 +350,7 @@ def _value(answer: Any) -> float | None:
 
 def _request(record: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
     steps = [_step(step, strings) for step in record["steps"]]
+    logp = [step["l"] for step in steps]
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for step, given in zip(steps, record["steps"], strict=True):
         text += decoder.decode(bytes_of(given["piece"]))
@@ -356,7 +362,9 @@ def _request(record: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
         "type": str(record.get("type")),
         "end": str(record.get("reason") or ""),
         "greedy": record.get("greedy"),
-        "logp": sum(step["l"] for step in steps if step["l"] is not None),
+        # where weights learn across windows, a text has another one than its steps; none where one step has
+        "logp": to_number(record["logp"]) if "logp" in record else None if None in logp else sum(logp),
+        "windows": len(windows) if isinstance(windows := record.get("windows"), list) else 1,
         "steps": steps,
     }
 
@@ -367,8 +375,9 @@ def _step(step: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
         if one.get("abstained"):
             said.append(None)
             continue
-        top = [(strings(text_of(piece)), share) for piece, share in one.get("top", [])]
-        said.append([one.get("weight"), one.get("chosen"), [value for pair in top for value in pair]])
+        top = [(strings(text_of(piece)), to_number(share)) for piece, share in one.get("top", [])]
+        weight, chosen = to_number(one.get("weight")), to_number(one.get("chosen"))
+        said.append([weight, chosen, [value for pair in top for value in pair]])
     return {
         "p": strings(text_of(step["piece"])),
         "k": 0 if isinstance(step["piece"], str) else 1,
@@ -389,6 +398,15 @@ def who(step: Mapping[str, Any]) -> int:
     if not would:
         return NOBODY
     return ALL if len(would) == len(here) else would[0]
+
+
+def agree(step: Mapping[str, Any]) -> bool | None:
+    """Return whether the members that take part have one likeliest piece; None where fewer than two of them do."""
+    firsts = [one["top"][0][0] for one in step["members"] if not one.get("abstained") and one.get("top")]
+    if len(firsts) < 2:
+        return None
+    ends = [isinstance(first, Mapping) and "control" in first for first in firsts]  # with names of their own
+    return all(ends) or all(first == firsts[0] for first in firsts)
 
 
 def _is_first(member: Mapping[str, Any], piece: Any) -> bool:

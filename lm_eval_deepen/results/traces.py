@@ -142,7 +142,8 @@ def _odd(document: Mapping[str, Any], members: int) -> str | None:
         said = step.get("members") if isinstance(step, dict) else None
         if not isinstance(said, list) or len(said) != members or "piece" not in step:
             return f"step {at} has no piece, or not {members} members"
-        if any(not isinstance(one, dict) or not isinstance(one.get("top", []), list) for one in said):
+        tops = [one.get("top", []) if isinstance(one, dict) else None for one in said]
+        if any(not isinstance(top, list) or any(not isinstance(p, list) or len(p) != 2 for p in top) for top in tops):
             return f"step {at} has a member that is none"
     return None
 

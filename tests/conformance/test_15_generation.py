@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,24 @@ def test_18_gen_kwargs_of_the_command_line_are_honoured(pico, pair, evaluate):
         ]
         texts = [[sample["resps"] for sample in run] for run in runs]
         assert texts[0] == texts[1] != texts[2]
+
+
+def test_18_a_sample_depends_on_no_other_request(pico, pair):
+    """Neither other arguments for the same prompt nor another task's requests shift a prompt's random stream."""
+    hot, short = {**SAMPLED, "temperature": 1.3}, {**SAMPLED, "max_gen_toks": 7}
+    mine = requests("generate_until", *[("The fox", SAMPLED)] * 3)
+    others = requests("generate_until", *[("The fox", keys) for keys in (hot, short)] * 2)
+    foreign = [replace(one, task_name="another", metadata=("another", n, 1)) for n, one in enumerate(mine)]
+    turned = [("The fox", dict(reversed(SAMPLED.items())))] * 3
+    for model in (deepen(pico["bytelevel"]), pair):
+
+        def texts(asked, model=model):
+            torch.manual_seed(3)
+            return model.generate_until(asked, disable_tqdm=True)
+
+        alone = texts(mine)
+        assert len(set(alone)) == 3 and texts(requests("generate_until", *turned)) == alone
+        assert texts([*others, *mine])[-3:] == texts([*foreign, *mine])[-3:] == texts([*mine, *others])[:3] == alone
 
 
 @pytest.mark.parametrize(

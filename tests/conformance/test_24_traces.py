@@ -50,3 +50,15 @@ def test_two_processes_that_go_on_from_a_killed_one_leave_the_trace_of_one(
         assert [step["piece"] for step in here[key]["steps"]] == [step["piece"] for step in one["steps"]]
         got, wanted = ([step["logp"] for step in record["steps"]] for record in (here[key], one))
         assert got == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_first_documents_are_the_task_s_not_the_first_that_are_left(
+    pico: dict[str, Path], tmp_path: Path, evaluate: Any
+) -> None:
+    """Of a run that goes on from a response cache, documents whose answers are there count as well."""
+    members, cache = [pico["bytelevel"], pico["metaspace"]], str(tmp_path / "responses")
+    for limit, trace, expected in ((1, None, set()), (3, 2, {1}), (4, 2, {1})):
+        keys = {} if trace is None else {"trace": trace, "trace_dir": str(tmp_path / "traces")}
+        evaluate(deepen(*members, **keys), *TASKS, limit=limit, use_cache=cache)
+        for task in TASKS if trace else ():
+            assert {key[1] for key in told(tmp_path / "traces") if key[0] == task} == expected

@@ -13,6 +13,8 @@ import torch
 from harness import deepen, requests
 from lm_eval.api.instance import Instance
 
+from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.harness.tasks import doc_hashes
@@ -152,6 +154,67 @@ def test_documents_are_joined_to_the_samples_and_counted(pico: dict[str, Path], 
     assert file.head["schema"] == SCHEMA and [m["name"] for m in file.head["members"]] == ["m0", "m1"]
     assert file.head["fingerprint"] == model.ensemble_config.fingerprint()
     assert set("".join(step["piece"] for one in told for step in one["steps"])) <= set(" 01")
+
+
+def test_repeats_are_numbered_as_they_are_asked(pico: dict[str, Path], tmp_path: Path) -> None:
+    """However early a repeat ends, its number is its place among the answers."""
+    arguments = {"do_sample": True, "temperature": 1.0, "until": ["e"], "max_gen_toks": 12}
+    one, other = (Instance("generate_until", {}, (f"The dog {n}", arguments), 0, ("task", n, 6)) for n in range(2))
+    model = deepen(pico["bytelevel"], pico["metaspace"], trace=True, trace_dir=str(tmp_path), batch_size=3)
+    texts = model.generate_until([one] * 6 + [other] * 6, disable_tqdm=True)
+    told = records(tmp_path)
+    assert [(record["doc_id"], record["repeat"]) for record in told] == [(n, r) for n in range(2) for r in range(6)]
+    for record, text in zip(told, texts, strict=True):
+        pieces = [step["piece"] for step in record["steps"]]
+        data = b"".join(one.encode() if isinstance(one, str) else bytes.fromhex(one.get("bytes", "")) for one in pieces)
+        assert data.decode(errors="replace").partition("e")[0] == text
+    (file,) = find_traces(tmp_path)["task"]
+    assert [key[3] for key in file.documents.keys] != [*range(6), *range(6)]  # they did not end in this order
+
+
+def test_windows_have_their_own_numbers_and_their_text_what_the_harness_gets(
+    pico: dict[str, Path], tmp_path: Path
+) -> None:
+    text = "The quick brown fox jumps over the lazy dog.\n" * 30
+    model = deepen(pico["bytelevel"], pico["metaspace"], weighting="bayes", trace=True, trace_dir=str(tmp_path))
+    [answer] = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    (one,) = records(tmp_path)
+    spans = rolling_spans(model.ensemble, text)
+    windows = [windowed for _, windowed in sorted(score(model.ensemble, spans, 512))]
+    assert one["windows"] == [len(span.target) for span in spans] and len(spans) > 1
+    logp = [step["logp"] for step in one["steps"]]
+    for length, window in zip(one["windows"], windows, strict=True):
+        own, logp = logp[:length], logp[length:]
+        assert sum(own) == pytest.approx(window.total, abs=1e-3)
+    assert one["logp"] == pytest.approx(answer, abs=1e-6) and answer != pytest.approx(sum(w.total for w in windows))
+
+
+def test_a_probability_of_0_is_null(pico: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    def no_json(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    model = deepen(pico["bytelevel"], pico["metaspace"], trace=True, trace_dir=str(tmp_path))
+    fuse = model.ensemble.fuser.fuse
+
+    def without(logp: Any, weights: Any) -> Any:
+        fused = fuse(logp, weights)
+        fused.logp[:, model.ensemble.main.codec.encode(" walked")] = -math.inf
+        return fused
+
+    monkeypatch.setattr(model.ensemble.fuser, "fuse", without)
+    [(answer, _)] = model.loglikelihood(requests("loglikelihood", PAIRS[0]), disable_tqdm=True)
+    (file,) = find_traces(tmp_path)["task"]
+    lines = gzip.decompress(file.path.read_bytes()).decode().splitlines()
+    one = json.loads(lines[1], parse_constant=no_json)
+    assert answer == -math.inf and one["logp"] is None and None in [step["logp"] for step in one["steps"]]
+
+
+def test_tasks_of_like_names_have_files_of_their_own(pico: dict[str, Path], tmp_path: Path) -> None:
+    names = ["a/b", "a_b", "a%2Fb", "100%"]
+    asked = [Instance("loglikelihood", {}, PAIRS[0], 0, (name, 0, 1)) for name in names]
+    model = deepen(pico["bytelevel"], trace=True, trace_dir=str(tmp_path))
+    model.loglikelihood(asked, disable_tqdm=True)
+    assert find_traces(tmp_path).keys() == set(names)
 
 
 def test_the_size_that_is_said_is_a_bound(pico: dict[str, Path], tmp_path: Path) -> None:

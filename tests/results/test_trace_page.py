@@ -21,7 +21,7 @@ from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.results.trace_page import ALL, NOBODY, page, script_json, shown, who
+from lm_eval_deepen.results.trace_page import ALL, NOBODY, agree, page, script_json, shown, who
 from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.results.traces import SCHEMA
 
@@ -123,7 +123,7 @@ def test_keys_clicks_filters_and_search(folders: tuple[Path, Path], tmp_path: Pa
     assert only_changed["count"] == "1 of 3 documents" and differing["list"][0].startswith("#0 ")
     assert differing["count"] == "1 of 3 documents" and everything["count"] == start["count"]
     assert searched["count"] == "1 of 3 documents" and searched["what"] == kept["what"] == "Document 1"
-    assert "members agree 33 %" in start["list"][0] and "1 of 3 tokens changed" in start["list"][0]
+    assert "members agree 50 %" in start["list"][0] and "1 of 3 tokens changed" in start["list"][0]
 
 
 def test_scores_and_right_here_wrong_there(tmp_path: Path) -> None:
@@ -161,6 +161,48 @@ def test_a_choice_without_probability_is_shown(tmp_path: Path) -> None:
     assert document["values"] == [None, None, -1.5]
 
 
+def test_answers_of_repeats_and_choices_are_those_of_the_samples(tmp_path: Path) -> None:
+    """A folder without traces beside one with them: every repeat has its own text, and no choice is chosen by none."""
+    asked = {"gen_args_0": {"arg_0": "Why?", "arg_1": {"until": ["x"]}}}
+    choices = {f"gen_args_{n}": {"arg_0": "Why?" * (n < 2), "arg_1": f" {n % 2}"} for n in range(4)}
+    none, conditional = [[["-inf", "False"]]] * 4, [[[str(-n), "False"]] for n in (3, 2, 1, 0)]
+    for name, arguments, answers in (
+        ("texts", asked, [["first", "second"]]), ("none", choices, none), ("mutual", choices, conditional),
+    ):  # fmt: skip
+        synthesised(tmp_path / name, {"t": {"acc": [1.0]}})
+        [samples] = (tmp_path / name).rglob("samples_*.jsonl")
+        record = json.loads(samples.read_text())
+        samples.write_text(json.dumps({**record, "arguments": arguments, "resps": answers}) + "\n")
+        hashed = record["doc_hash"]
+    for name, answer in (("none", "1 documents"), ("mutual", "choice 1")):
+        [start] = drive(shown([tmp_path / name], traced=False).html(), tmp_path)
+        assert "choice -1" not in str(start) and answer in start["count"] + start["list"][0]
+    write_trace(tmp_path / "here", [[step("a", "a", "a")], [step("b", "b", "b")]])
+    [trace] = (tmp_path / "here").rglob("trace_*")
+    told = gzip.decompress(trace.read_bytes()).decode().replace('"h0"', f'"{hashed}"')
+    told = told.replace('"doc_id": 1, "doc_hash": "h1", "request": 0, "repeat": 0', f'"doc_id": 0, "doc_hash": "{hashed}", "request": 0, "repeat": 1')  # fmt: skip # noqa: E501
+    trace.write_bytes(gzip.compress(told.encode()))
+    [start] = drive(page(tmp_path / "here", tmp_path / "texts"), tmp_path)
+    mine, first, mine_again, second = start["strips"]
+    assert "first" in first and "second" in second and "repeat 1" in mine_again and "repeat" not in mine
+
+
+def test_what_no_json_has_and_a_probability_of_0(tmp_path: Path) -> None:
+    steps = [step("a", "a", "a"), {**step("b", "b", "b"), "logp": None}]
+    steps[0]["members"][0] |= {"weight": float("nan"), "chosen": float("inf"), "top": [["a", float("nan")]]}
+    write_trace(tmp_path, [steps, [step("c", "c", "c")]])
+    [trace] = tmp_path.rglob("trace_*")
+    told = gzip.decompress(trace.read_bytes()).decode().replace('"h1",', '"h1", "logp": -7.5, "windows": [1, 0],')
+    trace.write_bytes(gzip.compress(told.encode()))
+    start, last, text = drive(page(tmp_path), tmp_path, ["key", "End"], ["key", "j"])
+    assert "probability 0" in start["strips"][0] and "fused 0.0 %" in last["step"]
+    assert "log-probability -7.50" in text["strips"][0] and "in 2 windows" in text["strips"][0]
+    for top in ([["a"]], ["a"], [["a", 1, 2]]):
+        write_trace(tmp_path, [[{**step("a"), "members": [{"top": top}, {"abstained": True}]}]])
+        with pytest.raises(ResultError, match="a member that is none"):
+            page(tmp_path)
+
+
 def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     steps = [step(text, text, {"control": text}) for text in HOSTILE]
     folder = write_trace(tmp_path / '<b>&"x', [steps], task="t<i>", members=("<u>one", "two\0"))
@@ -187,6 +229,13 @@ def test_who_decided() -> None:
     assert who(end) == NOBODY  # its likeliest control piece is not what ended the text
     end["members"][0]["chosen"] = 0.6
     assert who(end) == 0
+
+
+def test_members_agree_where_several_have_one_likeliest_piece() -> None:
+    assert agree(step("a", "b", "b")) is True and agree(step("a", "a", "b")) is False
+    assert agree(step("a", "a")) is None and agree(step("a", "a", None)) is None
+    assert agree(step("a", {"control": "<eos>"}, {"control": "</s>"})) is True
+    assert agree(step("a", {"control": "<eos>"}, "a")) is False and agree(step("a", "b", None, "c")) is False
 
 
 def test_ten_thousand_steps_and_a_limit(tmp_path: Path) -> None:
