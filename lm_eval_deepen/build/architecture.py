@@ -13,7 +13,7 @@ DIFFERENCES = ("architectures differ", "vocabularies differ")
 # What decides the tensors of a model, by the names that configurations have for it.
 _SHAPE = (
     "architectures model_type hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
-    "num_local_experts num_experts n_embd n_head n_inner tie_word_embeddings"
+    "num_local_experts num_experts n_embd n_head n_inner tie_word_embeddings attention_bias mlp_bias"
 ).split()
 _DEPTH = ("num_hidden_layers", "n_layer")
 _VOCABULARY = ("vocab_size",)

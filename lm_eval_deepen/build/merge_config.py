@@ -12,6 +12,14 @@ from lm_eval_deepen.errors import ConfigError, did_you_mean
 KEYS = (
     "merge_method models slices modules base_model parameters dtype out_dtype tokenizer tokenizer_source chat_template"
 ).split()
+# Where models stand: what each entry may hold, and what it must.
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "models": ("model", "parameters"),
+    "sources": ("model", "layer_range", "parameters"),
+    "slices": ("sources", "base_model", "residual_weight", "parameters"),
+    "modules": ("slices", "models", "parameters"),
+}
+_NEEDED = {"models": "model", "sources": "model", "slices": "sources"}
 # Parameters of the methods that are offered by name; whatever else mergekit has is checked against its own list.
 SWITCHES = frozenset({"normalize", "rescale", "int8_mask"})
 _WORDS = ("true", "false", "yes", "no", "on", "off")
@@ -43,6 +51,7 @@ def check(content: Mapping[str, Any], source: str) -> None:
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
     if len(given) != 1:
         raise ConfigError(f"{where}give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
+    _check_parts(content, where)
     method = str(content["merge_method"])
     known: Mapping[str, frozenset[str]] = METHODS
     if method not in METHODS:
@@ -66,9 +75,47 @@ def check(content: Mapping[str, Any], source: str) -> None:
         _check_models(content, method, where)
     if method.startswith(_DROPPING):
         _check_density(content, method, where)
+    elif method == "ties":
+        for model, density in _densities(content):
+            if density is None:
+                raise ConfigError(
+                    f"{where}ties keeps the largest differences, and needs a density: the share that is kept; got none "
+                    f"for {model}, which is 1 to mergekit. Give density, as 0.2, under the model's parameters"
+                )
     for parameters, at in _settings(content):
         for key, value in parameters.items():
             _check_value(value, f"{where}{at}: {key}", switch=key in SWITCHES, typed=method in METHODS)
+
+
+def _check_parts(part: Mapping[str, Any], where: str, at: str = "") -> None:
+    """Refuse models, slices and modules of another shape than mergekit's, and keys there that it would ignore.
+
+    Raises:
+        ConfigError: by the place.
+    """
+    for key, value in part.items():
+        if key in ("model", "base_model") and not isinstance(value, str) and value is not None:
+            raise ConfigError(f"{where}{at}{key} must be a model's name, as text; got {value!r}")
+        if key == "parameters" and not isinstance(value, Mapping) and value is not None:
+            raise ConfigError(f"{where}{at}{key} must be a mapping of names to values; got {value!r}")
+        if key not in _PARTS or value is None:
+            continue
+        known, needed, kind = _PARTS[key], _NEEDED.get(key), Mapping if key == "modules" else list
+        items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        entries = list(items)
+        if not isinstance(value, kind) or not all(isinstance(entry, Mapping) for _, entry in entries):
+            what = "mapping" if key == "modules" else "list"
+            raise ConfigError(
+                f"{where}{at}{key} must be a {what} of mappings with {' and '.join(known)}; got {value!r}"
+            )
+        for name, entry in entries:
+            inside = f"{at}{key}.{name}" if key == "modules" else f"{at}{key}[{name}]"
+            if other := next((own for own in entry if own not in known), None):
+                near = did_you_mean(str(other), known)
+                raise ConfigError(f"{where}{inside}: unknown key {other!r}.{near} It takes: {', '.join(known)}")
+            if needed and not entry.get(needed):
+                raise ConfigError(f"{where}{inside} must have {needed}; got {dict(entry)!r}")
+            _check_parts(entry, where, f"{inside}.")
 
 
 def _check_value(value: Any, where: str, switch: bool, typed: bool) -> None:
@@ -131,8 +178,6 @@ def _settings(value: Any, at: str = "") -> Iterator[tuple[Mapping[str, Any], str
 def _check_models(content: Mapping[str, Any], method: str, where: str) -> None:
     """Check which models a method needs."""
     listed = content["models"]
-    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) and entry.get("model") for entry in listed):
-        raise ConfigError(f"{where}models must be a list of mappings with model and parameters; got {listed!r}")
     base, names = content.get("base_model"), [entry["model"] for entry in listed]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ConfigError(f"{where}model {twice[0]!r} is listed twice; list it once, with more weight")

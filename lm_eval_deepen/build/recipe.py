@@ -171,7 +171,7 @@ class BuildRecipe:
         def names_model(key: str, inside: str, value: str) -> bool:
             if not self.is_merge:
                 return key in ("target", "sources") and not inside
-            tokenizer = key == "tokenizer_source" or (key == "source" and inside == "tokenizer")
+            tokenizer = key in ("tokenizer_source", "source")  # of the whole tokenizer, or of one token
             return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
 
         def visit(value: Any, key: str, inside: str) -> Any:

@@ -143,6 +143,11 @@ def test_an_ordinary_model_folder_comes_out(merged):
 DARE = {"weight": 0.5}
 
 
+def placed(*models, **parts):
+    """Return a configuration of dare_ties with these models, or slices, or modules."""
+    return {"merge_method": "dare_ties", "base_model": "base", **({"models": list(models)} if models else {}), **parts}
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -167,6 +172,16 @@ DARE = {"weight": 0.5}
         (merge_of("dare_linear", ["a"], density="half", **DARE), r"; got 'half' for a"),
         (merge_of("dare_ties", ["a"], density=[1, 1.0], **DARE), r"; got \[1, 1.0\] for a"),
         ({**merge_of("dare_ties", ["a"], **DARE), "seed": "x"}, r"recipe.yaml: seed"),
+        (merge_of("ties", ["base", "a"], weight=1), r"ties .* needs a density: .*; got none for a, which is 1 to mer"),
+        (placed({"model": "a", "weight": 1}), r"models\[0\]: unknown key 'weight'. It takes: model, parameters"),
+        (placed({"model": {"model": {"path": "a"}}}), r"models\[0\].model must be a model's name, as text; got {'mod"),
+        (placed({"model": "a", "parameters": [1]}), r"models\[0\].parameters must be a mapping .*; got \[1\]"),
+        (placed(slices="a"), r"recipe.yaml: slices must be a list of mappings with sources .*; got 'a'"),
+        (placed(slices=[{"sources": None}]), r"slices\[0\] must have sources"),
+        (placed(slices=[{"sources": ["a"]}]), r"slices\[0\].sources must be a list of mappings with model .*'a'"),
+        (placed(slices=[{"sources": [{"modl": "a"}]}]), r"slices\[0\].sources\[0\]: unknown key 'modl'. Did you mean"),
+        (placed(modules=[1]), r"modules must be a mapping of mappings"),
+        (placed(modules={"default": {"models": [{}]}}), r"modules.default.models\[0\] must have model"),
     ],
 )  # fmt: skip
 def test_recipes_that_mean_something_else_are_refused(tmp_path, raw, message):
@@ -227,6 +242,14 @@ def test_tokenizers_of_hub_models_are_compared(pico, tmp_path, monkeypatch):
         check_alike(places, True, True)
 
 
+def test_the_tokenizers_tokens_may_name_members(tmp_path):
+    tokens = {"<|x|>": {"source": "s1"}, "<|y|>": {"source": {"kind": "model_token", "model": "s2", "token": "y"}}}
+    recipe = parsed({**merge_of("ties", ["s3"]), "tokenizer": {"source": "union", "tokens": tokens}}, tmp_path)
+    assert set(recipe.models) == {"base", "s1", "s2", "s3"}
+    located = recipe.located({name: f"org/{name}" for name in recipe.models})["tokenizer"]
+    assert located["source"] == "union" and located["tokens"]["<|x|>"] == {"source": "org/s1"}
+
+
 def test_a_density_may_stand_anywhere(tmp_path):
     raw = merge_of("dare_ties", ["base", "a"], **DARE)  # the base has no difference, and needs no density
     with pytest.raises(ConfigError, match="for a"):
@@ -267,6 +290,7 @@ def test_other_shapes_and_vocabularies_are_refused(family, tmp_path):
     first = Path(family["s1"])
     for key, value, label in (
         ("hidden_size", 64, "architectures differ: hidden_size is 32 in s1 and 64 in other"),
+        ("attention_bias", True, "architectures differ: attention_bias is False in s1 and True in other"),
         ("num_hidden_layers", 3, "architectures differ: num_hidden_layers is 2 in s1 and 3 in other"),
         ("vocab_size", 500, "vocabularies differ: vocab_size is 400 in s1 and 500 in other"),
     ):
