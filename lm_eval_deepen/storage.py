@@ -408,7 +408,8 @@ def append_bytes(path: Path, data: bytes) -> None:
 def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
     """Give a temporary file to be filled, which replaces `path` where nothing is raised, and is removed where it is.
 
-    The new file has the mode of the old one. Of a link it is the file behind it that is replaced.
+    The new file has the mode of the old one, else that of any new file. Of a link it is the file behind it that is
+    replaced.
 
     Args:
         path: the file; its folder is made if need be.
@@ -434,10 +435,13 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
     try:
         with _explained(path, "written"):
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         with _explained(path, "written"):
             if target.exists():
                 _copy_owner(target, temporary)
+            else:
+                _set_mode(temporary, mode)  # safetensors makes a file of its own, for its user alone
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
@@ -558,6 +562,8 @@ def working_folder(parent: Path, prefix: str, sole: bool = False) -> Iterator[Pa
 def publish_folder(new: Path, place: Path) -> None:
     """Replace the folder at `place`, if there is one, by a finished one beside it.
 
+    Whoever may read it may read its files.
+
     The old one is moved away, the new one in, then the old one is removed. A process that is killed in between leaves
     both, and `recover_folder` puts the old one back.
 
@@ -566,8 +572,10 @@ def publish_folder(new: Path, place: Path) -> None:
     """
     recover_folder(place)
     with _explained(place, "replaced"):
+        mode = stat.S_IMODE(new.stat().st_mode)
         for path in new.rglob("*"):
             if path.is_file():
+                _set_mode(path, stat.S_IMODE(path.stat().st_mode) | mode & 0o444)  # weights are their user's alone
                 _sync(path)
         old = _old(place)
         if place.exists():
@@ -704,8 +712,13 @@ def _copy_owner(target: Path, temporary: Path) -> None:
     with contextlib.suppress(OSError, AttributeError):
         if (before.st_uid, before.st_gid) != (os.getuid(), os.getgid()):
             os.chown(temporary, before.st_uid, before.st_gid)
+    _set_mode(temporary, stat.S_IMODE(before.st_mode))
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set a file's mode, where its file system has modes and it is ours."""
     with contextlib.suppress(OSError):
-        os.chmod(temporary, stat.S_IMODE(before.st_mode))
+        os.chmod(path, mode)
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lm_eval_deepen import storage
 from lm_eval_deepen.errors import ConfigError, StorageError
@@ -131,9 +131,14 @@ def test_mode_and_links_stay(tmp_path):
     plain, umask = tmp_path / "new", os.umask(0o027)
     try:
         storage.write_text(plain, "x")
+        storage.write_tensors(tmp_path / "weights", {"a": torch.zeros(1)}, {})
+        storage.make_folder(tmp_path / "new model")
+        save_file({"a": torch.zeros(1)}, tmp_path / "new model" / "weights")  # by others: may be its user's alone
+        storage.publish_folder(tmp_path / "new model", tmp_path / "model")
     finally:
         os.umask(umask)
-    assert stat.S_IMODE(plain.stat().st_mode) == 0o640
+    for path in (plain, tmp_path / "weights", tmp_path / "model" / "weights"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
     plain.chmod(0o604)
     link, ring = tmp_path / "link", tmp_path / "ring"
     (tmp_path / "far").mkdir()
