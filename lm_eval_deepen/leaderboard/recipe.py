@@ -29,6 +29,7 @@ from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES
 
 # What else lies in a leaderboard's folder, beside those of its rows.
 OURS = ("built", "development", "data", "documents.html", *(f"leaderboard.{end}" for end in ("md", "json", "html")))
+_BESIDE = ("revision", "subfolder", "variant", "gguf_file", "peft", "delta", "tokenizer")  # what else a member is
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
 
 
@@ -187,6 +188,7 @@ def _rows(
     built_rows += added
     places = {member.name: member.pretrained for member in members if member.name not in built}
     built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
+    _check_sources(built, members)
     builds = Builds(built, places, source, controls)
     rows = [replace(member_row(member, common), tasks=own) for member, own in zip(members, only, strict=True)]
     rows += [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
@@ -196,6 +198,22 @@ def _rows(
     builds.needed(built)
     _check_names(rows)
     return members, rows, builds, notes
+
+
+def _check_sources(built: Mapping[str, BuildRecipe], members: Sequence[MemberConfig]) -> None:
+    """Refuse to build from a member of which `pretrained` is not all: builds read that folder, or its newest revision.
+
+    Raises:
+        ConfigError: by the built model and the member.
+    """
+    for name, recipe in built.items():
+        for member in (one for one in members if one.name in recipe.models):
+            given = {**member.loading_dict(), **member.hf_kwargs_dict()}
+            if key := next((key for key in _BESIDE if given.get(key) not in (None, "", "main")), None):
+                raise ConfigError(
+                    f"{name!r} is built from member {member.name!r}, which has {key}: {given[key]}, and a build reads "
+                    f"{member.pretrained} as it is. Save that model to a folder, and give it as pretrained"
+                )
 
 
 def _listed(value: Any, key: str) -> Sequence[Any]:

@@ -264,6 +264,17 @@ def test_a_member_is_built_or_found(write, pico):
         read_recipe(write(members=both))
 
 
+@pytest.mark.parametrize("beside", [{"revision": "v2"}, {"delta": "x/d"}, {"hf_kwargs": {"variant": "fp16"}}])
+def test_a_build_from_what_is_more_than_a_folder_is_refused(write, pico, beside):
+    members = [{"name": "base", "pretrained": str(pico["bytelevel"]), **beside}]
+    ((key, value),) = beside.get("hf_kwargs", beside).items()
+    with pytest.raises(ConfigError, match=f"'clm' is built from member 'base', which has {key}: {value}, and a build"):
+        read_recipe(write(members=members, rows=[{"build": "clm.yaml"}]))
+    members[0] |= {"revision": "main"} if "revision" in beside else {}
+    if "revision" in beside:
+        read_recipe(write(members=members, rows=[{"build": "clm.yaml"}]))
+
+
 def test_rows_that_draw_at_random_have_three_seeds_by_default(write):
     recipe = read_recipe(write(rows=[{"build": "merge_dare.yaml"}]))
     assert [row.name for row in recipe.rows[4:]] == [f"merge_dare, seed {n}" for n in (0, 1, 2)]
