@@ -261,10 +261,12 @@ def _discard(partial: Path) -> None:
 def measured_bits(folder: Path) -> dict[str, Any]:
     """Return the bits per byte of the text that ships, which no recipe trains on unless it says so.
 
+    A document that is longer than the model's context is cut into blocks, each read from its start.
+
     Raises:
         ConfigError: the model gives no finite probabilities.
     """
-    from lm_eval_deepen.build.distill.corpus import Tokens
+    from lm_eval_deepen.build.distill.corpus import Tokens, blocks_of
     from lm_eval_deepen.build.distill.evaluation import bits_of
     from lm_eval_deepen.config import MemberConfig
     from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
@@ -272,7 +274,9 @@ def measured_bits(folder: Path) -> dict[str, Any]:
 
     documents = load_documents([default_text()])
     member = load_member(MemberConfig(name="built", pretrained=str(folder)), "cpu")
-    bits = sum(bits_of(member, [[Tokens.of(member.codec, document.text)] for document in documents]))
+    codec, room = member.codec, member.max_length - len(member.codec.prefix_ids)
+    blocks = [blocks_of(document.text, room, lambda text: len(codec.encode(text))) for document in documents]
+    bits = sum(bits_of(member, [[Tokens.of(codec, block) for block in own] for own in blocks]))
     num_bytes = sum(document.num_bytes for document in documents)
     if not math.isfinite(bits):
         raise ConfigError("the model that was built gives no finite probabilities; correct the numbers of its recipe")

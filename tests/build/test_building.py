@@ -15,7 +15,7 @@ from lm_eval.api.samplers import FirstNSampler
 from pico import CORPUS
 from run_files import local_tasks
 from safetensors.torch import save_file
-from sibling_models import merge_of, tensors, write_sibling
+from sibling_models import configured, merge_of, tensors, write_sibling
 
 import lm_eval_deepen
 from lm_eval_deepen.build import build, distill, parse_build, read_build, texts
@@ -104,6 +104,12 @@ def test_bits_per_byte_are_those_of_the_model(family, tmp_path, averaged):
     num_bytes = sum(document.num_bytes for document in documents)
     assert found["bits_per_byte"]["value"] == pytest.approx(bits / num_bytes, rel=1e-5)
     assert found["bits_per_byte"]["bytes"] == num_bytes
+
+
+def test_documents_longer_than_a_context_are_measured_in_blocks(family, tmp_path):
+    long = making.measured_bits(Path(family["s1"]))
+    short = making.measured_bits(configured(Path(family["s1"]), tmp_path / "short", max_position_embeddings=64))
+    assert short["bytes"] == long["bytes"] and short["value"] != long["value"] == pytest.approx(short["value"], rel=0.1)
 
 
 @pytest.fixture

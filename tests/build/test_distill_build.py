@@ -68,6 +68,13 @@ def test_models_are_read_in_the_precision_that_is_trained_in(world, tmp_path) ->
     assert found["held_out"]["change"] == 0.0  # nothing was learnt, and nothing was rounded away
 
 
+@pytest.mark.parametrize("warmup", [0.1, 1.0])
+def test_the_last_step_learns_though_it_is_the_only_one(world, tmp_path, warmup) -> None:
+    recipe, members = world
+    found = distill.build({**recipe, "method": "clm", "train_tokens": 20, "warmup": warmup}, tmp_path / "out", members)
+    assert found["steps"] == 1 and found["held_out"]["change"] != 0
+
+
 def test_a_build_is_an_ordinary_model_folder_that_says_what_it_is(world, plain) -> None:
     recipe, members = world
     out = plain["out"]

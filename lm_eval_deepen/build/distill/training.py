@@ -236,7 +236,8 @@ def train(
 
 
 def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool, ranks: Ranks) -> TrainingArguments:
-    warmup = math.ceil(recipe.warmup * steps)
+    # the first of these steps has the rate 0; the last step of all learns
+    warmup = min(math.ceil(recipe.warmup * steps), steps - 1)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.batch_size // ranks.count,
