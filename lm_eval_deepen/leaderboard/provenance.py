@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen import __version__
-from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
+from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe, TaskSpec
 
 PROGRAM = "lm-eval-deepen"
 VERSIONS = ("lm_eval_deepen", "lm_eval", "transformers", "torch")
@@ -22,18 +22,13 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
     dates = sorted(evaluation["date"] for evaluation in evaluations if isinstance(evaluation.get("date"), (int, float)))
     days = [datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d") for date in dates]
     few_shots = {task: shots for one in evaluations for task, shots in (one.get("n-shot") or {}).items()}
-    limits = [
-        "all documents" if limit is None
-        else f"{limit:g} documents of each task" if limit >= 1 else f"{100 * limit:g} % of each task"
-        for limit in ((evaluation.get("config") or {}).get("limit") for evaluation in evaluations)
-    ]  # fmt: skip
     told = {
         "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",
         "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
         "models": "; ".join(_models(evaluations)),
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in few_shots.items()),
-        "limits": ", ".join(dict.fromkeys(limits)),
+        "limits": _limits(recipe.tasks),
         "seeds": ", ".join(map(str, recipe.seeds)),
         "fingerprints": "; ".join(f"{row.name} {row.config.fingerprint()[:12]}" for row in recipe.rows),
     }
@@ -47,6 +42,20 @@ def versions() -> dict[str, str]:
     return {f"{name}_version": version for name, version in known.items()}
 
 
+def _limits(tasks: Sequence[TaskSpec]) -> str:
+    """Return how many documents of which tasks were evaluated."""
+    named: dict[str, list[str]] = {}
+    for task in tasks:
+        if task.limit is not None:
+            size = f"{task.limit:g} documents" if task.limit >= 1 else f"{100 * task.limit:g} %"
+            named.setdefault(size, []).append(task.task)
+    left = len(tasks) - sum(map(len, named.values()))
+    if not left and len(named) == 1:
+        return f"{next(iter(named))} of each task"
+    told = [f"{size} of {', '.join(names)}" for size, names in named.items()]
+    return "; ".join([*told, *([f"all documents{' of the others' if told else ''}"] if left else [])])
+
+
 def _known(evaluations: Sequence[Mapping[str, Any]], name: str) -> str:
     """Return a program and its version, or versions; nothing where no cell tells."""
     seen = dict.fromkeys(str(one[f"{name}_version"]) for one in evaluations if f"{name}_version" in one)
@@ -58,6 +67,10 @@ def _models(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     for evaluation in evaluations:
         ensemble = (evaluation.get("config") or {}).get("deepen") or {}
         for member in ensemble.get("members") or ():
-            where = f"{member.get('pretrained')} (revision {member.get('revision')}, {member.get('dtype')})"
+            place, dtype = str(member.get("pretrained")), member.get("dtype")
+            if (digest := (member.get("files") or {}).get(place)) and Path(place).is_absolute():
+                where = f"{Path(place).name} (files {digest[:12]}, {dtype})"  # where it lies tells others nothing
+            else:
+                where = f"{place} (revision {member.get('revision')}, {dtype})"
             models[f"{member.get('name')}: {where}"] = None
     return list(models)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import weakref
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -268,9 +269,23 @@ def test_what_fuses_no_rows_has_no_seconds_of_it(write, tmp_path):
     assert found["A+B mixture", "conf_choice acc"] is None and found["A", "conf_choice acc"] is None
     assert all(value > 0 for (row, name), value in found.items() if row == "A+B mixture" and "conf_answer" in name)
     assert "`mixture` fuses none where it scores texts (-)" in leaderboard_table.rendered(table, "text")
-    shares = [{"config": {"limit": limit}} for limit in (0.005, 0.07, 10, None)]
-    told = leaderboard_table.provenance(table.recipe, shares)["limits"]
-    assert told == "0.5 % of each task, 7 % of each task, 10 documents of each task, all documents"
+
+
+def test_where_numbers_come_from_names_limits_and_models_without_the_machines_folders(write, tmp_path):
+    def told(*limits):
+        specs = tuple(recipe.tasks[0].replace(task=f"conf_{n}", limit=limit) for n, limit in enumerate(limits))
+        return leaderboard_table.provenance(replace(recipe, tasks=specs), [evaluation])
+
+    recipe = read_recipe(write())
+    folder, digest = str(tmp_path / "some model"), "0123456789abcdef"
+    local = {"name": "L", "pretrained": folder, "dtype": "float32", "revision": "main", "files": {folder: digest}}
+    hub = {"name": "H", "pretrained": "a/b", "dtype": "float32", "revision": "main", "files": {"a/b": "5" * 40}}
+    evaluation = {"config": {"deepen": {"members": [local, hub]}}}
+    assert told(None, None)["limits"] == "all documents"
+    assert told(10, 10)["limits"] == "10 documents of each task"
+    assert told(0.005, 0.005)["limits"] == "0.5 % of each task"
+    assert told(None, 10, 0.07)["limits"] == "10 documents of conf_1; 7 % of conf_2; all documents of the others"
+    assert told(None)["models"] == "L: some model (files 0123456789ab, float32); H: a/b (revision main, float32)"
 
 
 def test_the_harnesses_own_files_are_written_and_compare_reads_them(write, tmp_path):
