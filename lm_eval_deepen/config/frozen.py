@@ -18,7 +18,11 @@ class FrozenDict(Mapping[str, Any]):
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         """Freeze a copy of `items`; raises ConfigError as `freeze` does."""
-        self._items = {key: freeze(value) for key, value in sorted((items or {}).items())}
+        items = items or {}
+        for key in items:
+            if not isinstance(key, str):
+                raise ConfigError(f"key {key!r} of {dict(items)!r} is not text; quote it")
+        self._items = {key: freeze(value) for key, value in sorted(items.items())}
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
@@ -57,9 +61,6 @@ def freeze(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"key {key!r} of {dict(value)!r} is not text; quote it")
         return FrozenDict(value)
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in value)

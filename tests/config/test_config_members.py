@@ -49,7 +49,9 @@ def test_a_torch_dtype_is_its_name():
 
 def test_other_objects_are_refused():
     refuse("members.0. .org/A.: tokenizer: .*object.*give text", {"pretrained": "org/A"}, tokenizer=object())
-    refuse("hf_kwargs: .*not text; quote it", PAIR, hf_kwargs={"a": {1: 2}})
+    for odd in ({"a": {1: 2}}, {1: 2}, {1: 2, "a": 3}):
+        refuse("hf_kwargs: .*not text; quote it", PAIR, hf_kwargs=odd)
+    refuse("evidence: key 1 of .* is not text; quote it", PAIR, evidence={1: 2, "a": 3})
 
 
 ONE_MODELS = {
