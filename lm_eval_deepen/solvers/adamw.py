@@ -29,12 +29,12 @@ def schedule(learning_rate: float, step: int) -> float:
 def gradient(logits: Tensor, r: Tensor, op: Operator) -> Tensor:
     """Return the gradient [B, K] of sum_a r_a (log r_a - log (p R)_a) / |A| with respect to the logits of p.
 
-    dL/dz = (p / |A|) * (sum(r) - R (r / (p R))), with r / (p R) := 0 where p R = 0. A is the full number of
-    anchors, whatever the rows of R hold: eps makes the result depend on it.
+    dL/dz = (p / |A|) * (sum(r) - R (r / (p R))), with r / (p R) := 0 where p R underflows: it would be infinite.
+    A is the full number of anchors, whatever the rows of R hold: eps makes the result depend on it.
     """
     p = torch.softmax(logits, dim=-1)
     reached = op.project(p)
-    known = reached > 0
+    known = reached >= torch.finfo(reached.dtype).tiny
     ratio = torch.where(known, r / torch.where(known, reached, 1.0), 0.0)
     return (p / op.num_anchors) * (r.sum(-1, keepdim=True) - op.back(ratio))
 

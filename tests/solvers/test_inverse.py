@@ -136,6 +136,22 @@ def test_mass_that_no_piece_reaches_is_counted(name: str) -> None:
     assert got.logp.isfinite().all() and got.stats["residual_kl"].isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
+def test_an_anchor_whose_only_piece_nearly_underflows_gives_no_nan(name: str) -> None:
+    matrix, logp0, r = problem(9)
+    relative = matrix.relative.clone()
+    relative[:, 0] = 0.0
+    relative[5] = torch.eye(30)[0]
+    logp0[:, 5] = -95.0  # a probability below fp32's smallest normal number, but not 0
+    r[:, 0] = 0.5
+    got = (
+        SOLVERS[name]
+        .options()
+        .solve(torch.log_softmax(logp0, 1), r / r.sum(1, keepdim=True), DenseMatrix(relative).full())
+    )
+    assert got.logp.isfinite().all() and all(value.isfinite().all() for value in got.stats.values())
+
+
 def test_em_keeps_pieces_too_small_for_fp32_finite() -> None:
     matrix, logp0, r = problem(7)
     logp0[:, 5] = -400.0
