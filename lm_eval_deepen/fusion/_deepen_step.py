@@ -29,7 +29,7 @@ from lm_eval_deepen.relative.support import Side, Support, abstain, shares, spli
 from lm_eval_deepen.relative.topk import NEG_INF, argmax
 from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
 from lm_eval_deepen.solvers.base import Solver
-from lm_eval_deepen.solvers.exact import exact_gain
+from lm_eval_deepen.solvers.exact import UNDERFLOWS, exact_gain
 from lm_eval_deepen.solvers.trust import within
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -337,9 +337,11 @@ def _invert_group(fuser: DeepenFuser, rows: Rows, sides: Sequence[Side], group: 
     operators = share_columns([side.matrix.at(at.ids) for side, at in zip(sides, chosen, strict=True)])
     held = torch.stack([support.log_mass for support in chosen], dim=1) - parts.log_sum
     projected = [op.project(support.logp.exp()) for op, support in zip(operators, chosen, strict=True)]
+    nobodys = torch.stack(projected).amax(0) == 0  # as columns that a longer row beside it has: they have no say
     agreed = fuser.average(projected[0], projected[1:], share, parts, with_end=rows.with_end)
-    logp0 = chosen[0].logp
-    solved = fuser.solver.solve(logp0, agreed.r, operators[0], projected[0])
+    logp0, r = chosen[0].logp, agreed.r.masked_fill(nobodys, 0.0)
+    r.div_(r.sum(1, keepdim=True).clamp_min_(UNDERFLOWS))
+    solved = fuser.solver.solve(logp0, r, operators[0], projected[0])
     widened = torch.stack([top.widened for top in group.tops], dim=1).any(1).float()
     truncated = (agreed.blend * (1 - held.exp()).clamp(min=0)).sum(1)
     stats = {**solved.stats, "truncated_mass": truncated, "rows_widened": widened}

@@ -86,8 +86,9 @@ def share_columns(operators: Sequence[Operator]) -> list[Operator]:
         return list(operators)
     batch, width = gathered[0].columns.shape
     device = gathered[0].columns.device
-    # Each column is called by the place of one of its entries.
+    # Each column is called by the place of its first entry; a place without one calls none.
     names = torch.full((batch, gathered[0].num_anchors), width, dtype=torch.int32, device=device)
     places = torch.arange(width, dtype=torch.int32, device=device).expand(batch, -1)
-    names.scatter_(1, gathered[0].columns, places)
+    places = places.masked_fill(gathered[0].values == 0, width)
+    names.scatter_reduce_(1, gathered[0].columns, places, "amin")
     return [replace(op, columns=names.gather(1, op.columns).to(torch.int64), num_columns=width + 1) for op in gathered]

@@ -32,6 +32,7 @@ if "deepen" in METHODS:
         ("deepen", {"rows": "prefix", "support": 20}, 2e-6),
         ("deepen", {"rows": "embedding", "support": 20}, 2e-6),
         ("deepen", {"rows": "embedding", "support": "full", "top_m": 0}, 2e-6),
+        ("deepen", {"average": "consistent", "rows": "exact", "support": 10, "max_truncated": 1}, 2e-6),
         ("deepen", {"rows": "exact", "inverse": "mirror", "average": "geometric", "row_entropy": 1.0}, 1e-5),
         ("deepen", {"rows": "exact", "trust_region": 0.01, "normalization": "decorrelated"}, 1e-5),
         ("deepen", {"rows": "embedding", "inverse": "adamw"}, 1e-3),
