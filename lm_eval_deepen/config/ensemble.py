@@ -102,6 +102,15 @@ class EnsembleConfig(Settings):
                 f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both "
                 "ways; remove average, or give constant weights",
             )
+        exponents = getattr(self.options, "average", "linear")
+        unequal = self.weights_change or len({weight for weight in self.weights if weight}) > 1
+        if isinstance(exponents, tuple) and len(exponents) > 1 and unequal and self.pooling is None:
+            key = "weights" if self.weighting is None else "weighting"
+            raise conflict(
+                key,
+                f"{key} has no effect beside average={list(exponents)}, whose exponents say how much each member "
+                f"counts; remove {key}",
+            )
         if getattr(self.options, "BY_STRETCHES", False) and self.weights_change and self.weighting != "bayes":
             raise conflict(
                 "weighting",

@@ -30,6 +30,10 @@ def power_mean(
         absent = math.inf if power < 0 else -math.inf
         values = [torch.where(masses.blend[:, m, None] > 0, own, absent) for m, own in enumerate(logs)]
         r = torch.stack(values).amin(0) if power < 0 else torch.stack(values).amax(0)
+    elif abs(power) < 1:  # near 0 the sum of w_m q_m ** p is near 1, and its logarithm would be rounding
+        mean = torch.stack([masses.blend[:, m, None] * own for m, own in enumerate(logs)]).sum(0)
+        more = [masses.blend[:, m, None] * torch.expm1(power * (own - mean)) for m, own in enumerate(logs)]
+        r = mean + torch.stack(more).sum(0).log1p() / power
     else:
         weights = masses.blend.log()
         r = torch.logsumexp(torch.stack([weights[:, m, None] + power * own for m, own in enumerate(logs)]), 0) / power

@@ -32,7 +32,8 @@ def product(
     """Return prod_m q_m ** e_m over anchors, normalised, and the same of text against end of text. See `geometric`.
 
     Beside a negative exponent, what the other members find less than `PLAUSIBLE` times as likely as their likeliest
-    counts as `FLOOR`: an amateur's blind spots are no reason to say something.
+    counts as `FLOOR`: an amateur's blind spots are no reason to say something. A row in which no member with a positive
+    exponent takes part is not usable: what an amateur finds unlikely is no text.
 
     Args:
         reached: as `linear`.
@@ -48,7 +49,8 @@ def product(
     log_text, log_end = _product(list(both.unbind(1)), wanted).unbind(1)
     if not with_end:
         log_text, log_end = torch.zeros_like(log_text), torch.full_like(log_text, NEG_INF)
-    return Agreed(r.exp(), log_text, log_end, share, parts.log_text[:, 0] > NEG_INF)
+    usable = (parts.log_text[:, 0] > NEG_INF) & (wanted > 0).any(1)
+    return Agreed(r.exp(), log_text, log_end, share, usable)
 
 
 def _product(logs: Sequence[Tensor], exponents: Tensor) -> Tensor:

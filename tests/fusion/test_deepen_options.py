@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lm_eval_deepen.config import parse_config
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
+from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.relative.build import MatrixSpec
 from lm_eval_deepen.relative.tops import TopRule
 
@@ -57,6 +59,25 @@ from lm_eval_deepen.relative.tops import TopRule
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Deepen(**options)
+
+
+def test_weights_beside_the_exponents_of_a_product_are_refused() -> None:
+    """They would have no effect; a weight of 0 leaves a member out."""
+    product = {"members": "A+B+C", "average": "1+0.5+-0.3"}
+    for keys in (
+        {"weights": "0.5+0.3+0.2"},
+        {"weighting": "confidence"},
+        {"weighting": "adaptive", "dev_scores": "1+2+1"},
+    ):
+        (key, *_) = keys
+        with pytest.raises(
+            ConfigError, match=rf"^{key} has no effect beside average=\[1.0, 0.5, -0.3\], .*; remove {key}"
+        ):
+            parse_config(product | keys, catalogue())
+    for keys in ({}, {"weights": "0.5+0.5+0"}, {"average": -0.3, "weights": "0.5+0.3+0.2"}):
+        parse_config(product | keys, catalogue())
+    votes = parse_config(product | {"weights": "0.5+0.3+0.2", "pooling": "vote", "with_fused": True}, catalogue())
+    assert votes.weights == (0.5, 0.3, 0.2)
 
 
 def test_compat_reference_is_a_valid_set_of_options() -> None:

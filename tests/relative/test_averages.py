@@ -59,6 +59,33 @@ def test_large_powers_near_the_ends(power):
     torch.testing.assert_close(a, b, atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize("power", [1e-3, -1e-3, 1e-6, 1e-9, -1e-12])
+def test_a_power_near_0_is_nearly_the_geometric_average(power):
+    """With as much text of all members, since a power mean's weights are those of the members' text."""
+    vectors, share, parts = drawn()
+    object.__setattr__(parts, "log_text", torch.full((6, 3), 0.5).log())
+    a = power_mean(vectors[0], list(vectors[1:]), share, parts, with_end=True, power=power)
+    b = geometric(vectors[0].clone(), list(vectors[1:].clone()), share, parts, with_end=True)
+    torch.testing.assert_close(a.r.log(), b.r.log(), atol=1e-5 + 30 * abs(power), rtol=0)
+
+
+@pytest.mark.parametrize("power", [-0.99, -0.3, 0.3, 0.99])
+def test_powers_near_0_are_the_formula(power):
+    vectors, share, parts = drawn()
+    found = power_mean(vectors[0], list(vectors[1:]), share, parts, with_end=True, power=power)
+    blend = (share * parts.log_text.exp()).double()
+    blend /= blend.sum(1, keepdim=True)
+    expected = torch.einsum("bm,mba->ba", blend, vectors.double() ** power) ** (1 / power)
+    torch.testing.assert_close(found.r.double(), expected / expected.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+def test_what_an_amateur_alone_finds_unlikely_is_no_text():
+    """As where the expert abstains: the row is left to the main member."""
+    vectors, share, parts = drawn()
+    found = product(vectors[0], list(vectors[1:]), share, parts, with_end=True, exponents=(-0.5, -0.5, 1.0))
+    assert found.usable.tolist() == [False, True, True, True, True, True]
+
+
 def test_an_absent_amateur_excludes_nothing():
     """In a batch as alone."""
     vectors, share, parts = drawn()
