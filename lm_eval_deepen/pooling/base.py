@@ -120,8 +120,11 @@ def ballots(count: int, weights: Sequence[float]) -> list[float]:
     raise ValueError(f"{count} answers for {len(weights)} members: one per member, and at most the fused one beside")
 
 
-def best(scores: Sequence[float], members: int) -> int:
-    """Return the index of the highest score; among equals (within 1e-9) the fused answer, else the first."""
-    top = max(scores)
-    tied = [n for n, score in enumerate(scores) if score >= top - 1e-9]
+def best(scores: Sequence[float], shares: Sequence[float], members: int) -> int:
+    """Return the index of the highest score; among equals (within 1e-9) the fused answer, else the first.
+
+    An answer without weight is chosen by nobody.
+    """
+    top = max(score for score, share in zip(scores, shares, strict=True) if share > 0)
+    tied = [n for n, share in enumerate(shares) if share > 0 and scores[n] >= top - 1e-9]
     return tied[-1] if tied[-1] >= members else tied[0]

@@ -16,8 +16,8 @@ class LogpMean(Options):
 
     That is the logarithm of their weighted geometric mean, not normalised. Every member scores its own tokens as
     ``hf`` does (those behind its tokens of the context), so no vocabulary is aligned and no matrix built. A
-    continuation is greedy where it is for members of more than half of the weight; at exactly half the main member
-    decides.
+    continuation is greedy where it is for members of more than half of the weight; at exactly half the first member
+    that has weight decides.
     """
 
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"loglikelihood", "loglikelihood_rolling"})
@@ -30,7 +30,7 @@ class LogpMean(Options):
         for_greedy = math.fsum(share for share, answer in used if answer.greedy)
         total = math.fsum(share for share, _ in used)
         tie = math.isclose(2 * for_greedy, total, abs_tol=1e-9)
-        greedy = answers[0].greedy if tie else 2 * for_greedy > total
+        greedy = used[0][1].greedy if tie else 2 * for_greedy > total
         finite = [answer.logp for _, answer in used if math.isfinite(answer.logp)]
         spread = max(finite) - min(finite) if finite else 0.0
         return Pooled(Scored(logp / total, greedy), {"spread": spread})

@@ -21,7 +21,7 @@ class Mbr(Options):
 
     Minimum Bayes risk over samples of one model (Eikema and Aziz, arXiv 2005.10283), here over members. A text's
     expected utility is the weighted mean of its utility against every answerer's text, its own among them. A tie goes
-    to the fused ensemble's answer, else to the earliest member's.
+    to the fused ensemble's answer, else to the earliest member's. A member without weight gives no text.
     """
 
     with_fused: bool = Field(
@@ -44,7 +44,7 @@ class Mbr(Options):
             sum(share * utility(text, other) for share, other in zip(shares, answers, strict=True)) / total
             for text in answers
         ]
-        winner = best(scores, len(weights))
+        winner = best(scores, shares, len(weights))
         return Pooled(answers[winner], {"expected_utility": scores[winner]})
 
 

@@ -31,7 +31,7 @@ class Vote(Options):
 
     Texts agree when their answers are the same up to case and white space. The text given is that of the first
     member that holds the winning answer, or the fused ensemble's where that holds it. A tie goes to the fused
-    ensemble's answer, else to the earliest member's.
+    ensemble's answer, else to the earliest member's. A member without weight has no vote and gives no text.
     """
 
     with_fused: bool = Field(
@@ -65,12 +65,13 @@ class Vote(Options):
         shares = ballots(len(answers), weights)
         keys = [self.answer(text) for text in answers]
         abstained = float(sum(key is None for key in keys))
-        if abstained == len(keys):
-            keys = ["" for _ in keys]  # nobody has an answer: the tie decides between the texts
+        keys = [key if share > 0 else None for key, share in zip(keys, shares, strict=True)]
+        if all(key is None for key in keys):  # nobody has an answer: the tie decides between the texts
+            keys = ["" if share > 0 else None for share in shares]
         scores = [
             sum(share for share, other in zip(shares, keys, strict=True) if other == key) if key is not None else -1.0
             for key in keys
         ]
-        winner = best(scores, len(weights))
+        winner = best(scores, shares, len(weights))
         first = next(n for n, key in enumerate(keys) if key == keys[winner]) if winner < len(weights) else winner
         return Pooled(answers[first], {"share": scores[winner] / sum(shares), "abstained": abstained})

@@ -54,6 +54,16 @@ def test_all_weight_on_one_member_is_that_member(method) -> None:
         assert got == getattr(answers[n], "text", answers[n]) or got.logp == pytest.approx(answers[n].logp)
 
 
+def test_a_member_without_weight_has_no_vote_and_gives_no_text() -> None:
+    vote = Vote(answer_pattern=r"\d+")
+    assert vote.combine(["none", "5", "none too"], [0.5, 0.0, 0.5]).answer == "none"
+    assert vote.combine(["it is 5", "so 5", "6"], [0.0, 0.6, 0.4]).answer == "so 5"
+    assert vote.combine(["x", "y", "7"], [0.0, 1.0, 0.0]).answer == "y"
+    assert Mbr().combine(["a b c", "a b x y", "x y z"], [0.5, 0.0, 0.5]).answer == "a b c"
+    yes, no = Scored(-1.0, True), Scored(-1.0, False)
+    assert LogpMean().combine([no, yes, no], [0.0, 0.5, 0.5]).answer.greedy
+
+
 def test_other_request_types_are_refused(method) -> None:
     for kind in method.REQUESTS:
         check_request("x", method, kind)
