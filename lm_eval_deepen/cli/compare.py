@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm_eval_deepen.cli.arguments import Names, add_json, share, whole
-from lm_eval_deepen.errors import ConfigError, NotPairedError, ResultError, did_you_mean
+from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
@@ -58,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print or write the table."""
-    if args.json and args.format not in ("text", "json"):
-        raise ConfigError(f"--json is JSON, and --format {args.format} asks for something else; give one of them")
     runs = read_runs(args.runs, args.names)
     reference = reference_of(runs, args.against)
     notes = [note for run in runs for note in run.notes]

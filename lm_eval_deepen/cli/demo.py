@@ -20,7 +20,7 @@ from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.results.trace_page import shown
-from lm_eval_deepen.storage import make_folder, write_text
+from lm_eval_deepen.storage import make_folder, write_json, write_text
 
 HELP = (
     "Evaluate SmolLM2-135M-Instruct and Gemma-3-270M alone and as an ensemble"
@@ -152,8 +152,8 @@ def evaluate(system: System, args: argparse.Namespace, task_manager: Any, folder
     seconds = time.perf_counter() - start
     samples = results.pop("samples")
     gc.collect()  # the models of this system, before the next one is loaded
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    write_text(args.output / f"{system.slug}.json", text + "\n")
+    plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    write_json(args.output / f"{system.slug}.json", plain)
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in samples:
         tracker.save_results_samples(task_name=task, samples=samples[task])

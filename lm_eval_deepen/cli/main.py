@@ -15,6 +15,7 @@ from typing import Protocol, cast
 import lm_eval_deepen
 from lm_eval_deepen.cli.arguments import PRINTED, Parser
 from lm_eval_deepen.cli.ending import STATUSES, ended
+from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import check_place, json_text, write_json
 
 PROG = "lm-eval-deepen"
@@ -106,6 +107,9 @@ def _dispatch(argv: list[str]) -> int:
     assert module is not None  # argparse has refused every other word
     # `--json` gives what a command found as JSON: in place of what it prints, or in a file beside it
     place = getattr(args, "json", None)
+    asked = "markdown" if getattr(args, "markdown", False) else f"format {getattr(args, 'format', 'json')}"
+    if place == PRINTED and asked not in ("format text", "format json"):
+        raise ConfigError(f"--json prints JSON, and --{asked} asks for something else; give one of them")
     if place not in (None, PRINTED) and args.command != "gate":  # which says its verdict in any case
         check_place(Path(place))
     with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
