@@ -267,4 +267,12 @@ def text_of(ensemble: EnsembleBase, ids: Sequence[int], data: bytes) -> str:
     """Return a text so far as the main member decodes its tokens; from bytes where a piece is not one of its own."""
     if ensemble.is_own(ids):
         return ensemble.main.lm.tok_decode(ids, skip_special_tokens=False)
+    return text_of_bytes(ensemble, data)
+
+
+def text_of_bytes(ensemble: EnsembleBase, data: bytes) -> str:
+    """Return a text with a piece that the main member lacks, without a first space where its decoder drops that."""
+    main = ensemble.main
+    if data[:1] == b" " and not main.lm.tok_decode(main.codec.encode(" "), skip_special_tokens=False):
+        data = data[1:]
     return data.decode(errors="replace")

@@ -16,7 +16,7 @@ import torch
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import Drafter, drafter
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.following import BatchRow, Generation, Job
+from lm_eval_deepen.engine.following import BatchRow, Generation, Job, piece_of, text_of_bytes
 from lm_eval_deepen.engine.generation import Decoder, generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
@@ -191,13 +191,14 @@ class Texts:
 
         One member's end of text stays in the text where it is no special token, as in ``hf``.
         """
-        lm, ids = self.ensemble.main.lm, generation.ids
+        lm, ids, data = self.ensemble.main.lm, generation.ids, generation.data
         end = lm.think_end_token
         if self.prompter.solo and generation.end is not None:
             ids = [*ids, generation.end]
         if isinstance(end, int) and end in ids:
             ids = ids[len(ids) - ids[::-1].index(end) :]
-        text = lm.tok_decode(ids) if self.ensemble.is_own(ids) else generation.data.decode(errors="replace")
+            data = b"".join(piece_of(self.ensemble, token) for token in ids)
+        text = lm.tok_decode(ids) if self.ensemble.is_own(ids) else text_of_bytes(self.ensemble, data)
         if isinstance(end, int):
             text = text.lstrip()
         return presented(text, until, end if isinstance(end, str) else None)

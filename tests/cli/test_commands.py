@@ -65,7 +65,8 @@ def test_every_command_that_prints_a_table_gives_it_as_json(pico: dict[str, Path
     place = tmp_path / "new" / "gate.json"
     assert cli.main(["gate", "--baseline", a, "--candidate", b, "--json", str(place)]) == 0
     assert capsys.readouterr().out.startswith("PASS") and json.loads(place.read_text())["exit_status"] == 0
-    for argv in (["compare", a, b, "--format", "md"], ["leaderboard", "x", "--format", "html"], ["methods", "--markdown"]):
+    told = ["methods", "--markdown"]
+    for argv in (["compare", a, b, "--format", "md"], ["leaderboard", "x", "--format", "html"], told):
         assert cli.main([*argv, "--json"]) == 2 and argv[-1] in capsys.readouterr().err
     for name in ("leaderboard", "reproduce"):
         assert cli.main([name, "deepen_nq_2", "--dry-run", "--json"]) == 2

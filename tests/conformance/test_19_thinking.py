@@ -7,6 +7,7 @@ import shutil
 import pytest
 from harness import HARNESS_05, deepen, hf, requests
 
+from lm_eval_deepen.engine.following import Generation
 from lm_eval_deepen.errors import RequestError
 
 CONTEXTS = ["The quick brown", "Question: What is 1 + 1?\nAnswer:", "Paris is"]
@@ -46,6 +47,21 @@ def test_19_several_members_think_once(pico, tmp_path, kind):
     cut = deepen(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path), think_end_token=end)
     got = ask(cut)
     assert got[chosen] != texts[chosen] and all(full.endswith(part) for full, part in zip(texts, got, strict=True))
+
+
+def test_19_a_text_with_a_piece_that_the_main_member_lacks_is_cut_and_begins_like_others(pico):
+    """Such a text is spelt from bytes: its thinking is cut off too, and its first space where the decoder drops it."""
+    for name in ("bytelevel", "padded"):
+        model = deepen(pico[name], pico["metaspace"], method="gac", think_end_token=70)
+        main, pieces = model.ensemble.main, model.ensemble.pieces
+        other = next(n for n in range(main.vocab_size, len(pieces)) if pieces[n].isalpha() and len(pieces[n]) > 2)
+        begin = main.codec.encode(" walked")
+        for thought in ([], [*begin, 70]):
+            texts = []
+            for ids in ([*thought, *begin], [*thought, *begin, other]):
+                found = Generation(ids=ids, data=b"".join(pieces[token] for token in ids))
+                texts.append(model.texts.finished(found, []))
+            assert texts[1] == texts[0] + pieces[other].decode() and texts[0].strip() == "walked"
 
 
 def test_19_thinking_refuses_loglikelihood(pico, tmp_path):
