@@ -52,7 +52,7 @@ def projections(ensemble: Ensemble) -> dict[tuple[str, str], Variant]:
         weights[m] = 1
         for covers in ("off", "on") if ensemble.config.covers == "on" else ("off",):
             config = ensemble.config.replace(covers=covers)
-            one = replace(ensemble, config=config, weights=weights, weigher=None)
+            one = replace(ensemble, config=config, weights=weights, weigher=None, selective=None)
             found[member.name, covers] = Variant(quiet(one), temperatures)
     return found
 

@@ -337,11 +337,13 @@ def test_bpb_and_tune_from_the_command_line(pico, tmp_path, capsys) -> None:
     assert config.options_dict()["rows"] in ("canonical", "prefix") and config.evidence["objective"] == "bpb"
 
 
-@pytest.mark.parametrize("compat", [None, "reference"])
-def test_what_is_lost_is_what_all_weight_on_the_other_member_costs(pico, tmp_path, compat) -> None:
+@pytest.mark.parametrize(
+    ("compat", "skipping"), [(None, {}), ("reference", {}), (None, {"skip_when": "confident", "skip_above": 0.3})]
+)
+def test_what_is_lost_is_what_all_weight_on_the_other_member_costs(pico, tmp_path, compat, skipping) -> None:
     """Against scoring through the whole package, with covers and without; a published method has none."""
     pair, keys = [pico["bytelevel"], pico["metaspace"]], {"matrix_dir": str(tmp_path), "compat": compat}
-    ensemble = by_default(*pair, **keys).ensemble
+    ensemble = by_default(*pair, **keys, **skipping).ensemble
     own = {"m1": 100.0}
     (lost,) = projection_losses(read_with_covers(ensemble, DOCUMENTS), own)
     found = {}
