@@ -54,5 +54,6 @@ class ConfidenceWeigher:
         for m, rows in enumerate(logp):
             rows = torch.where(base[:, m, None] > 0, rows.float(), 0.0)  # whatever is in a row that is not used
             entropies.append(-torch.where(rows == -torch.inf, 0.0, rows.exp() * rows).sum(1))
-        logits = base.log() - torch.stack(entropies, dim=1).to(base) / self.options.entropy_temperature
-        return torch.softmax(torch.where(base > 0, logits, -torch.inf), dim=1)
+        entropy = torch.where(base > 0, torch.stack(entropies, dim=1).to(base), torch.inf)
+        above = entropy - entropy.amin(1, keepdim=True)  # a tiny temperature makes large ones infinite, but not all
+        return torch.softmax(base.log() - above / self.options.entropy_temperature, dim=1)

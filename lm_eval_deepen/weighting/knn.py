@@ -90,10 +90,13 @@ class Knn(Options):
 def _example(line: str, where: str) -> Example:
     try:
         record = json.loads(line)
-        scores = tuple(float(score) for score in record["scores"])
-        if not all(map(math.isfinite, scores)):
+        prompt, scores = record["prompt"], record["scores"]
+        if not isinstance(prompt, str) or not isinstance(scores, list):
+            raise TypeError("no text, or no list")
+        numbers = tuple(map(float, scores))
+        if not all(map(math.isfinite, numbers)):
             raise ValueError("a score that is no finite number")
-        return Example(str(record["prompt"]), scores)
+        return Example(prompt, numbers)
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f'{where}: {{"prompt": text, "scores": [numbers]}} is needed; got {line[:80]!r}', key="router"

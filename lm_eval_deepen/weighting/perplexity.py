@@ -58,7 +58,8 @@ class PerplexityWeigher:
                 rows.append(configured.double())
                 continue
             means = torch.tensor([loss.nats for loss in members], dtype=torch.float64) / torch.tensor(counts)
-            rows.append(torch.softmax(-means.to(configured.device) / self.options.loss_temperature, dim=0))
+            above = (means - means.min()).to(configured.device)  # a tiny temperature makes large ones infinite, not all
+            rows.append(torch.softmax(-above / self.options.loss_temperature, dim=0))
         if not rows:
             return configured.new_empty(0, len(configured))
         return torch.stack(rows).to(configured.dtype)

@@ -150,9 +150,14 @@ def test_knn_gives_a_request_to_the_best_member_on_the_nearest_prompts(tmp_path)
     same.write_text('{"prompt": "x"}\n')
     with pytest.raises(ConfigError, match=r'line 1: \{"prompt": text, "scores": \[numbers\]\} is needed'):
         Knn(router=str(same)).start(None, 3)
-    same.write_text('{"prompt": "a", "scores": [1, NaN, 0]}')
-    with pytest.raises(ConfigError, match="line 1: .*numbers"):
-        Knn(router=str(same)).start(None, 3)
+    for line in (
+        '{"prompt": "a", "scores": [1, NaN, 0]}',
+        '{"prompt": "a", "scores": "110"}',
+        '{"prompt": 5, "scores": [1]}',
+    ):
+        same.write_text(line)
+        with pytest.raises(ConfigError, match="line 1: .*numbers"):
+            Knn(router=str(same)).start(None, 3)
 
 
 def test_perplexity_is_a_softmax_of_minus_the_mean_loss() -> None:
@@ -186,6 +191,16 @@ def test_confidence_is_a_softmax_of_minus_the_entropy() -> None:
                 entropy = -sum(p * math.log(p) for p in rows[n].double().exp().tolist() if p)
                 scores.append(prior * math.exp(-entropy / temperature))
             assert found[n].tolist() == pytest.approx([score / sum(scores) for score in scores], abs=1e-5)
+
+
+def test_a_temperature_near_0_leaves_the_best_member_alone() -> None:
+    logp = logps()
+    found = Confidence(entropy_temperature=1e-44).build().weights(logp, BASE)
+    entropy = torch.stack([-(rows.exp() * rows).sum(1) for rows in logp], 1).masked_fill(BASE == 0, torch.inf)
+    assert torch.equal(found, torch.nn.functional.one_hot(entropy.argmin(1), 3).float())
+    losses = Perplexity(loss_temperature=1e-320).build().prepare(LOSSES[:2], CONFIGURED)
+    assert losses.tolist() == Perplexity(loss_temperature=1e-6).build().prepare(LOSSES[:2], CONFIGURED).tolist()
+    assert sorted(losses[0].tolist()) == [0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
