@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -271,15 +272,21 @@ class Deepen(Options):
 
         Raises:
             VocabularyError: too few of them.
-            ConfigError: another number of exponents than of members.
+            ConfigError: another number of exponents than of members, or rows that are to be flatter than flat.
         """
         if isinstance(self.average, tuple) and len(self.average) not in (1, len(vocabularies)):
             raise _conflict(
                 "average", f"has {len(self.average)} exponents for {len(vocabularies)} members. Give one for each."
             )
-        return find_anchors(
+        anchors = find_anchors(
             vocabularies, max_anchors=self.max_anchors, seed=self.anchor_seed, min_anchors=self.min_anchors, names=names
         )
+        if self.row_entropy is not None and self.row_entropy >= (flat := math.log(len(anchors))):
+            raise _conflict(
+                "row_entropy", f"{self.row_entropy:g} is no less than flat rows have, {flat:.3g} nats with "
+                f"{len(anchors)} anchors. Lower it."
+            )  # fmt: skip
+        return anchors
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Find the anchors, load or build every member's relative matrix, and return the fuser.

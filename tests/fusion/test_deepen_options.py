@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tensor_worlds import vocabulary
 
 from lm_eval_deepen.config import parse_config
 from lm_eval_deepen.errors import ConfigError
@@ -78,6 +79,15 @@ def test_weights_beside_the_exponents_of_a_product_are_refused() -> None:
         parse_config(product | keys, catalogue())
     votes = parse_config(product | {"weights": "0.5+0.3+0.2", "pooling": "vote", "with_fused": True}, catalogue())
     assert votes.weights == (0.5, 0.3, 0.2)
+
+
+def test_what_does_not_fit_the_members_is_named_before_anything_is_built() -> None:
+    vocabularies, names = [vocabulary(9, tag="a"), vocabulary(5, tag="b")], ["A", "B"]  # 60 anchors
+    with pytest.raises(ConfigError, match="average has 3 exponents for 2 members"):
+        Deepen(average=(1, 1, -0.5)).check(vocabularies, names)
+    with pytest.raises(ConfigError, match="row_entropy 4.1 is no less than flat rows have, 4.09 nats with 60 anchors"):
+        Deepen(rows="embedding", row_entropy=4.1).check(vocabularies, names)
+    assert len(Deepen(rows="embedding", row_entropy=4.0).check(vocabularies, names)) == 60
 
 
 def test_compat_reference_is_a_valid_set_of_options() -> None:
