@@ -71,6 +71,6 @@ def beside(member: Any, folder: Path) -> Any:
     resolved = dict(member)
     for key in PATH_KEYS:
         value = member.get(key)
-        if isinstance(value, str) and value and not os.path.isabs(value) and (folder / value).exists():
+        if isinstance(value, str) and value and not os.path.isabs(value) and os.path.exists(folder / value):
             resolved[key] = os.path.normpath(folder / value)
     return resolved

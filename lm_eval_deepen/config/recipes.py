@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -160,8 +161,8 @@ def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
     """
     place = (folder or Path()) / Path(text).expanduser()
     suffix = Path(text).suffix.lower() in SUFFIXES
-    if place.is_dir() or (place.is_file() and suffix):
-        return None if place.is_dir() else place
+    if os.path.isdir(place) or (os.path.isfile(place) and suffix):  # False of what no file system can name
+        return None if os.path.isdir(place) else place
     shipped, name = shipped_recipes(), text.removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
@@ -215,7 +216,7 @@ def read_recipe(path: Path, *wanted: str) -> dict[str, Any]:
             f"{path} must hold the keys of a recipe, of kind {' or '.join(wanted)}; got {type(raw).__name__}"
         )
     kind = raw.get("kind") or _looks_like(raw) or wanted[0]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         near = did_you_mean(str(kind), KINDS)
         raise ConfigError(f"{path}: kind {kind!r} is unknown.{near} Kinds: {', '.join(KINDS)}", key="kind")
     if kind not in wanted:

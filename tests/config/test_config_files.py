@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from config_helpers import parse, refuse, write
 from lm_eval.utils import simple_parse_args_string
@@ -60,6 +62,7 @@ def test_a_folder_named_like_a_file_is_a_model(tmp_path):
         ("members: [A, B\n", "not valid YAML.*line 2.*correct it"),
         ("", "must hold the keys of a recipe, of kind ensemble; got NoneType"),
         ("- A\n- B\n", "must hold the keys of a recipe, of kind ensemble; got list"),
+        ("kind: [ensemble]\nmembers: [A, B]\n", r"kind \['ensemble'\] is unknown"),
         ("pretrained: other.yaml\n", "pretrained=other.yaml is an ensemble file too"),
         (
             "members: [A, other.yaml]\n",
@@ -74,6 +77,14 @@ def test_a_bad_file_is_named(tmp_path, text, match):
     file = write(tmp_path / "bad.yaml", text)
     with pytest.raises(ConfigError, match=f"(?s)bad.yaml.*{match}"):
         parse(pretrained=str(file))
+
+
+def test_what_no_file_system_can_name_is_no_file(tmp_path):
+    inline = json.dumps({"members": ["A", "B"], "matrix_dir": "x" * 300})
+    refuse("is not the first of members", pretrained=inline, members=["A", "B"])
+    path = tmp_path / "ensemble.yaml"
+    path.write_text(json.dumps({"members": ["A", inline]}))
+    refuse("key 'nothing'", pretrained=str(path), nothing=1)
 
 
 def test_a_missing_file_is_named(tmp_path):
