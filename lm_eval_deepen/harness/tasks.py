@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable, hash_string
+from lm_eval.utils import handle_non_serializable, hash_string, simple_parse_args_string
 from pydantic import Field
 
 from lm_eval_deepen.config import FrozenDict, Names
@@ -131,6 +131,11 @@ def evaluated(task: Any, limit: int | float | None) -> list[Any]:
     if limit is not None:
         count = min(count, math.ceil(count * limit) if limit < 1 else int(limit))
     return [documents[i] for i in range(count)]
+
+
+def generation_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Return generation arguments as a mapping, of which ``key=value,...`` is another spelling."""
+    return dict(simple_parse_args_string(given) if isinstance(given, str) else thaw(given or {}))
 
 
 def doc_hashes(documents: Sequence[Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lm_eval_deepen.config.keys import to_number
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.storage import link_folder, make_folder, write_text
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
@@ -58,9 +59,11 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
             kept["pretrained"] = models[at % len(models)]
         members.append({"name": str(keys.get("name") or keys["pretrained"].rpartition("/")[2]), **kept})
     small["members"] = members
-    small["common"] = {"dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # small ones may be base models
+    loading = catalogue().loading_keys | {"hf_kwargs"}
+    alike = {key: value for key, value in (raw.get("common") or {}).items() if key not in loading}
+    small["common"] = {**alike, "dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # may be base models
     if raw.get("rows"):
-        small["rows"] = [_row(row) for row in raw["rows"]]
+        small["rows"] = [_row(row, alike) for row in raw["rows"]]
     small["tasks"], names = _tasks(raw, limit)
     small["rows"] = small.get("rows") or None
     for row in small["rows"] or []:
@@ -77,14 +80,14 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     return {key: value for key, value in small.items() if value is not None and key != "limit"}
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row whose dense matrices are small, and whose model is trained on little text."""
     small: dict[str, Any] = dict(row)
     if isinstance(build := small.get("build"), Mapping) and "method" in build:
         small["build"] = {**build, **_LITTLE}
     if "by_task" in small:
         small["by_task"] = {task: dict(own or {}) for task, own in small["by_task"].items()}
-    dense = small.get("compat") == "reference"
+    dense = {**common, **small}.get("compat") == "reference"
     for keys in (small, *small.get("by_task", {}).values()):
         if "max_anchors" in keys:
             keys["max_anchors"] = min(to_number(keys["max_anchors"]) or MOST_ANCHORS, MOST_ANCHORS)

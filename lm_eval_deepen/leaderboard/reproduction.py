@@ -13,6 +13,7 @@ from lm_eval_deepen.config.recipes import read_recipe
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.harness.recipes import load_recipe
+from lm_eval_deepen.harness.tasks import generation_arguments
 from lm_eval_deepen.leaderboard.published import AGREES, DISTANCE, PUBLISHED, Verdict, distance, verdict
 from lm_eval_deepen.leaderboard.table import Table
 from lm_eval_deepen.results.report import number
@@ -58,6 +59,9 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
     metrics: dict[str, list[str]] = {}
     for entry in recipe.expected:
         metrics[entry.task] = list(dict.fromkeys([*metrics.get(entry.task, ()), entry.metric]))
+    asked = recipe.harness.given()
+    if "gen_kwargs" in asked:
+        asked["gen_kwargs"] = generation_arguments(asked["gen_kwargs"])
     return {
         "title": recipe.title or path.stem,
         "members": members,
@@ -65,7 +69,7 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
         "rows": [{"name": ENSEMBLE, "members": names, **keys}],
         "tasks": [{"task": task, **({"metric": metrics[task]} if task in metrics else {})} for task in recipe.task],
         "expected": tables,
-        **recipe.harness.given(),
+        **asked,
     }
 
 

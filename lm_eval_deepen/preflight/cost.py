@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) ->
         try:
             from lm_eval.tasks import TaskManager
 
+            from lm_eval_deepen.harness.tasks import generation_arguments
+
             manager = TaskManager(include_path=str(data_folder("tasks")), include_defaults=False)
             if not set(recipe.task) <= set(manager.all_tasks):
                 manager = TaskManager(include_path=str(data_folder("tasks")))
@@ -65,6 +68,9 @@ def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) ->
                 )
                 if (shots := recipe.harness.num_fewshot) is not None:
                     task.set_config(key="num_fewshot", value=shots)
+                asked = generation_arguments(recipe.harness.gen_kwargs)
+                if asked and task.OUTPUT_TYPE == "generate_until":
+                    task.set_config(key="generation_kwargs", value=asked, update=True)
                 task.set_fewshot_seed(seed=1234)
                 task.build_all_requests(samples=sample)
                 read, written, longest = 0, 0, 0
@@ -73,7 +79,7 @@ def task_costs(recipe: EnsembleRecipe, codec: TextCodec, problems: list[str]) ->
                     tokens = len(codec.encode(text))
                     read, written, longest = read + tokens, written + new, max(longest, tokens + new)
                 limit = recipe.harness.limit
-                documents = total if limit is None else int(limit * total if limit < 1 else min(limit, total))
+                documents = total if limit is None else math.ceil(limit * total if limit < 1 else min(limit, total))
                 scores = any(request.request_type != "generate_until" for request in task.instances)
                 read, written = (round(tokens * documents / len(sample)) for tokens in (read, written))
                 costs.append(TaskCost(name, documents, read, written, longest, scores))

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
                 "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PACKED = ("I64", "I32", "U8")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+INDEX = "model.safetensors.index.json"
 _ALIASES = {
     "hidden_size": ("n_embd", "d_model", "dim"),
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers", "decoder_layers"),
@@ -87,6 +89,17 @@ class ModelFiles:
         return min(named, key=len) if named else None
 
     @property
+    def quantised(self) -> bool:
+        """Whether its weights are stored, and loaded, in few bits."""
+        return bool(self.tensors) and bool(self.config.get("quantization_config"))
+
+    @property
+    def counted(self) -> bool:
+        """Whether headers tell the number of its weights: none of their numbers stands for several."""
+        packed = self.quantised and any(header.dtype in _PACKED for header in self.tensors.values())
+        return bool(self.tensors) and not packed
+
+    @property
     def dtype(self) -> str:
         """The dtype of its weights, as its configuration says, else as its first tensor is stored."""
         first = next((header.dtype for header in self.tensors.values() if header.dtype in STORED_DTYPES), "F32")
@@ -99,7 +112,7 @@ class ModelFiles:
             return None
         from safetensors import safe_open
 
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in weight_files(self.folder):
             if name in read_header(path):
                 with safe_open(path, framework="pt") as file:
                     return file.get_tensor(name)
@@ -143,7 +156,13 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         folder, config = path.parent, _read(path, member)
     name = "generation_config.json"
     generation = folder / name if local else _fetch(member, name, needed=False, offline=offline)
-    here = sorted(folder.glob("*.safetensors"))
+    here = weight_files(folder)
+    if absent := [path.name for path in here if not path.is_file()]:
+        if local:
+            raise MemberError(
+                f"member {member.name!r}: {folder} lacks {absent[0]}, which its {INDEX} names; fetch the model again."
+            )
+        here = []
     tensors: dict[str, TensorHeader] = {}
     why_not = ""
     if here:
@@ -160,6 +179,23 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         tensors=tensors,
         why_not=why_not,
     )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that are loaded from a folder, whether they are there or not; others may lie beside.
+
+    Raises:
+        MemberError: an index that says nothing.
+    """
+    index = folder / INDEX
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (StorageError, LookupError, TypeError, AttributeError) as error:
+        raise MemberError(f"{index} is no index of weights ({one_line(error)}); fetch it again") from error
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

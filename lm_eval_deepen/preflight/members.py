@@ -43,7 +43,7 @@ class Inspected:
         """Number of parameters, from the headers of its weights, else estimated from its configuration."""
         if self.files is None:
             return None
-        if self.files.tensors:
+        if self.files.counted:
             return sum(header.count for header in self.files.tensors.values())
         return estimate_parameters(self.files)
 
@@ -71,14 +71,17 @@ class Inspected:
     @property
     def weight_bytes(self) -> int | None:
         """Bytes of its weights when loaded."""
-        if self.parameters is None or self.files is None:
+        if self.files is None:
             return None
+        stored = sum(header.count * STORED_BYTES.get(header.dtype, 4) for header in self.files.tensors.values())
+        if self.files.quantised or self.parameters is None:
+            return stored or None
         given = {**self.config.loading_dict(), **self.config.hf_kwargs_dict()}
         if given.get("load_in_4bit") or given.get("load_in_8bit"):
             return self.parameters // (2 if given.get("load_in_4bit") else 1)
         if self.dtype in DTYPE_BYTES:
             return self.parameters * DTYPE_BYTES[self.dtype]
-        return sum(header.count * STORED_BYTES.get(header.dtype, 4) for header in self.files.tensors.values())
+        return stored
 
     def kv_bytes(self, tokens: int) -> int | None:
         """Bytes of keys and values that a text takes up."""
@@ -108,7 +111,7 @@ class Inspected:
             "device": self.device,
             "parameters": self.parameters,
             "active_parameters": self.active,
-            "parameters_from": None if files is None else "weights" if files.tensors else "configuration",
+            "parameters_from": None if files is None else "weights" if files.counted else "configuration",
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.kv_bytes(1),

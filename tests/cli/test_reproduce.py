@@ -84,6 +84,27 @@ def test_every_ensemble_is_a_table_of_itself_and_its_members(name: str, pico: di
     assert {spec.limit for spec in small.tasks} == {1}
 
 
+def test_a_miniature_has_the_options_of_all_rows(tmp_path: Path, pico: dict[str, Path]) -> None:
+    models = [str(pico["bytelevel"]), str(pico["padded"])]
+    raw = {
+        "members": [{"name": "A", "pretrained": "x/a"}, {"name": "B", "pretrained": "x/b"}],
+        "tasks": ["deepen_nq"],
+        "common": {"compat": "reference", "dtype": "float16"},
+        "rows": [{"name": "ours", "learning_rate": 0.2}],
+    }
+    row = parse_recipe(miniature.miniature(raw, models, 1), tmp_path / "r.yaml", {}, {}).rows[-1]
+    assert row.config.compat == "reference" and row.config.options.max_anchors == miniature.MOST_ANCHORS
+    assert row.config.members[0].loading_dict()["dtype"] == "float32"
+
+
+def test_generation_arguments_of_an_ensemble_may_be_a_text(tmp_path: Path, pico: dict[str, Path]) -> None:
+    raw = {"kind": "ensemble", "members": [str(pico["bytelevel"]), str(pico["padded"])], "task": "deepen_nq",
+           "harness": {"gen_kwargs": "max_gen_toks=5"}}  # fmt: skip
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(raw))
+    [spec] = parse_recipe(reproduction.leaderboard_keys(tmp_path / "e.yaml"), tmp_path / "e.yaml", {}, {}).tasks
+    assert dict(spec.gen_kwargs) == {"max_gen_toks": 5}
+
+
 @pytest.mark.parametrize("name", [name for name in ENSEMBLES if name in RUN or not name.startswith("deepen_")])
 def test_every_kind_of_ensemble_runs_beside_its_members(name: str, reproduce) -> None:
     status, told, found = reproduce(name, "--no-check")

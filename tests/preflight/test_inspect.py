@@ -317,6 +317,42 @@ def test_dtype_and_quantisation_change_the_bytes() -> None:
         assert Inspected(config, "cpu", files).weight_bytes == expected
 
 
+def test_weights_that_are_stored_in_few_bits_stay_so() -> None:
+    """As LLAMA_13B by AWQ: eight weights in a number; FP8: one byte each."""
+    config = {**LLAMA_13B, "torch_dtype": "float16", "quantization_config": {"quant_method": "x"}}
+    awq = ModelFiles(None, config, tensors={"q": TensorHeader("I32", (5120, 640)), "s": TensorHeader("F16", (8, 8))})
+    member = Inspected(MemberConfig(name="m", pretrained="org/m"), "cpu", awq)
+    assert member.weight_bytes == 4 * 5120 * 640 + 2 * 64
+    assert member.parameters / 1e9 == pytest.approx(13, abs=0.06) and member.to_dict()["parameters_from"] != "weights"
+    fp8 = ModelFiles(None, config, tensors={"q": TensorHeader("F8_E4M3", (10, 10))})
+    member = Inspected(MemberConfig(name="m", pretrained="org/m"), "cpu", fp8)
+    assert (member.parameters, member.weight_bytes) == (100, 100)
+
+
+def test_the_weights_are_those_that_are_loaded(pico: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, folder = AutoModelForCausalLM.from_pretrained(pico["bytelevel"]), tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="60KB")
+    config = MemberConfig(name="m", pretrained=str(folder))
+    count = sum(p.numel() for p in model.parameters())
+    shutil.copy(pico["bytelevel"] / "model.safetensors", folder / "consolidated.safetensors")  # as Mistral's folders
+    assert Inspected(config, "cpu", look_up(config)).parameters == count
+    sorted(folder.glob("model-*"))[1].unlink()
+    with pytest.raises(MemberError, match="lacks model-00002-of-0000..safetensors, which its model.safetensors.index"):
+        look_up(config)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(MemberError, match="model.safetensors.index.json is no index of weights"):
+        look_up(config)
+
+
+@pytest.mark.parametrize("spelt", [{"max_gen_toks": 100}, "max_gen_toks=100"])
+def test_what_is_asked_of_tasks_is_counted(pico, tmp_path: Path, capsys: pytest.CaptureFixture, spelt) -> None:
+    asked = {"task": "deepen_demo_short", "harness": {"gen_kwargs": spelt, "limit": 0.03}}
+    [cost] = report(capsys, str(recipe(tmp_path, pico, "bytelevel", "metaspace", **asked)))[1]["tasks"]
+    assert (cost["documents"], cost["written_tokens"]) == (2, 200)  # 1.44 of 48 documents, as the harness rounds
+
+
 def test_only_the_embedding_is_read(pico: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
