@@ -90,7 +90,9 @@ class Settings(Keys):
     compat: Annotated[str | None, Shown(default="the options as given")] = Field(
         None, description="A named set of the method's options: `reference` is its paper's."
     )
-    seed: int = Field(0, ge=0, description="Seeds whatever is drawn at random.")
+    seed: int = Field(
+        0, ge=0, description="Seeds, together with the seeds of the harness, the texts that are drawn at random."
+    )
     chat_fallback: Literal["error", "plain"] = Field(
         "error",
         description="What a member without a chat template does with a conversation: it is an error, or it reads the "

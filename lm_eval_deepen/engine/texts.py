@@ -155,9 +155,10 @@ class Texts:
         if plan.sampler.do_sample:
             asking = task, context, repr(replace(asked, settings=dict(sorted(asked.settings.items()))))
             repeats[asking] += 1
-            repeat = str(repeats[asking])
-            generator = row_generator(torch.initial_seed(), context, repeat)
-            turns = row_generator(torch.initial_seed(), "turns", "of members", repeat)
+            repeat, seed = str(repeats[asking]), self.ensemble.config.seed
+            own = [f"seed {seed}"] if seed else []
+            generator = row_generator(torch.initial_seed(), context, repeat, *own)
+            turns = row_generator(torch.initial_seed(), "turns", "of members", repeat, *own)
         prefix_space = not solo and not context and self.ensemble.main.codec.prefix_space
         stops = tuple(stop for stop in until if stop)
         return Job(prompts, plan.max_new, stops, plan.sampler, generator, turns, prefix_space, plan.ends), until

@@ -226,7 +226,12 @@ class Execution:
             if row.config.pooling is not None:
                 same = named.get(row.config.replace(pooling_options=None).fingerprint(), row.name)
                 fused = [same] if fused_takes_part(row.config.pooling_options) else []
-                models[row.name].pool_from([*(self.alone[name] for name in row.members), *(models[n] for n in fused)])
+                own = models[row.name].answerers
+                alone = [
+                    other if other.ensemble_config.seed == row.config.seed else mine  # others draw other texts
+                    for mine, other in zip(own, (self.alone[name] for name in row.members), strict=False)
+                ]
+                models[row.name].pool_from([*alone, *(models[n] for n in fused)])
         for at, task in enumerate(self.todo.tasks):
             here = [row for row in group if (row.name, task.name) in self.todo.missing]
             steps = [row for row in here if row.config.pooling is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,23 @@ def half_published(folder: Path, out: Path, result: Any) -> None:
     out.mkdir()
     (folder / "model" / "config.json").replace(out / "config.json")
     raise Killed
+
+
+def test_a_full_cache_keeps_the_sources_that_were_read_before(world, tmp_path, monkeypatch) -> None:
+    """Each takes hours, and the cache gives up what was not used for one."""
+    recipe, members = world
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LM_EVAL_DEEPEN_CACHE_SIZE", "20KB")
+    real = builder.read_source
+
+    def hours_later(*args):
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (path.stat().st_atime - 4000, path.stat().st_mtime - 4000))
+        return real(*args)
+
+    monkeypatch.setattr(builder, "read_source", hours_later)
+    found = distill.build(fusellm(recipe, store=None), tmp_path / "out", members)
+    assert len(list((tmp_path / "lm_eval_deepen" / "distributions").glob("*/"))) >= 3 and found["covered"] > 0.2
 
 
 def test_another_recipe_does_not_take_up_an_interrupted_build(world, tmp_path, monkeypatch) -> None:

@@ -568,6 +568,21 @@ def test_no_row_pays_for_answers_that_were_drawn_for_another(write, tmp_path):
     assert tokens["A+B vote"] == tokens["A+B mbr"] == tokens["A"] + tokens["B"]
 
 
+def test_rows_of_other_seeds_draw_other_texts(write, tmp_path):
+    """A row's, and those of the members whose answers it pools."""
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    drawn = {"task": "conf_answer", "limit": 2, "gen_kwargs": sampled}
+    kinds = {"vote": {"pooling": "vote"}, "gac": {"method": "gac"}}
+    pooled = [{"name": f"{kind} {n}", **kinds[kind], "seed": n} for kind in kinds for n in (0, 1, 1001)]
+    out = tmp_path / "out"
+    cells = execute(planned(write(grid=None, rows=pooled, tasks=[drawn]), out), "cpu", lambda text: None)
+    texts = {}
+    for (row, _), cell in cells.items():
+        records = [json.loads(line) for line in cell.mark.with_name(cell.samples["conf_answer"]).open()]
+        texts[row] = str([record["resps"] for record in records])
+    assert len({texts[row["name"]] for row in pooled[:3]}) == len({texts[row["name"]] for row in pooled[3:]}) == 3
+
+
 def test_no_task_costs_less_since_another_asked_the_same(write, folder, tmp_path):
     """As TruthfulQA's two tasks, which have most of their answers in common."""
     twin = Path(shutil.copytree(folder / "tasks", tmp_path / "twin"))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 FORMAT = "lm-eval-deepen-distributions-1"
 GROUP = 8  # blocks per file
 HASH_LENGTH = 16
+
+_open: WeakSet[DistributionStore] = WeakSet()  # of this process
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,8 @@ class DistributionStore:
         self.folder = root / f"{slug[:60]}-{identity_hash(self.identity)[:HASH_LENGTH]}"
         self.blocks = blocks
         self._held: tuple[int, list[BlockRows]] = (-1, [])
+        _use_open()
+        _open.add(self)
         try:
             write_json(self.folder / "identity.json", self.identity, indent=1)
         except StorageError as error:
@@ -93,6 +98,7 @@ class DistributionStore:
 
     def write(self, group: Sequence[int], rows: Sequence[BlockRows]) -> None:
         """Write the blocks of a group in one step; raises StorageError where they cannot be written."""
+        _use_open()
         tensors = {
             "ids": torch.from_numpy(np.concatenate([block.ids for block in rows])),
             "logp": torch.from_numpy(np.concatenate([block.logp for block in rows])),
@@ -137,3 +143,9 @@ class DistributionStore:
         ids, logp, nats = (tensors[key].numpy() for key in ("ids", "logp", "nats"))
         pairs = zip(edges, edges[1:], nats, strict=False)
         return [BlockRows(ids[start:end], logp[start:end], float(own)) for start, end, own in pairs]
+
+
+def _use_open() -> None:
+    """Keep the sources that were read before: a full cache gives up what was not used for an hour."""
+    for store in _open:
+        used(store.folder)
