@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +62,7 @@ def parse_ensemble(text: str) -> dict[str, Any]:
     """
     if text.lstrip().startswith("{"):
         return parse_json(text, "the ensemble")
-    if "=" in text:
+    if "=" in text and not os.path.isfile(text):
         from lm_eval.utils import simple_parse_args_string
 
         refuse_repeated(text, "the ensemble")

@@ -131,6 +131,8 @@ def test_what_a_recipe_must_not_say(tmp_path: Path, changes: dict, message: str)
 def test_a_recipe_is_found_by_file_by_name_and_inline(tmp_path: Path) -> None:
     path = write(tmp_path)
     assert find_recipe(str(path)).title == "a pair"
+    (tmp_path / "lr=0.1").mkdir()
+    assert find_recipe(str(write(tmp_path / "lr=0.1"))).title == "a pair"  # a file, though its path has a =
     shipped = find_recipe("deepen_nq_4")
     assert shipped == find_recipe("deepen_nq_4.yaml") == load_recipe(ROOT / "matrices" / "deepen_nq_4.yaml")
     changed = find_recipe(f"pretrained={path},weights=0.25+0.75")
