@@ -361,7 +361,7 @@ def _request(record: Mapping[str, Any], strings: _Strings) -> dict[str, Any]:
         "repeat": record.get("repeat"),
         "type": str(record.get("type")),
         "end": str(record.get("reason") or ""),
-        "greedy": record.get("greedy"),
+        "greedy": record.get("greedy") is True,
         # where weights learn across windows, a text has another one than its steps; none where one step has
         "logp": to_number(record["logp"]) if "logp" in record else None if None in logp else sum(logp),
         "windows": len(windows) if isinstance(windows := record.get("windows"), list) else 1,
@@ -412,6 +412,8 @@ def agree(step: Mapping[str, Any]) -> bool | None:
 def _is_first(member: Mapping[str, Any], piece: Any) -> bool:
     first, share = member["top"][0]
     if isinstance(piece, Mapping) and "control" in piece:  # ends of text have a name of their own in each vocabulary
-        said = member.get("chosen")
-        return isinstance(first, Mapping) and "control" in first and said is not None and said >= 0.999 * share
+        if not isinstance(first, Mapping) or "control" not in first:
+            return False
+        said, most = to_number(member.get("chosen")), to_number(share)
+        return said is not None and most is not None and said >= 0.999 * most
     return bool(first == piece)

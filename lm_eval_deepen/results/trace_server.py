@@ -20,7 +20,7 @@ def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
         shown: the systems of a page that is served.
         port: where; 0 for one that is free.
     """
-    steps, page = shown.packed, shown.html().encode()
+    steps, page = shown.packed, shown.html().encode("utf-8", "backslashreplace")
 
     def key(query: str) -> tuple[str, str, str]:
         asked = parse_qs(query)

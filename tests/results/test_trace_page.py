@@ -197,6 +197,11 @@ def test_what_no_json_has_and_a_probability_of_0(tmp_path: Path) -> None:
     start, last, text = drive(page(tmp_path), tmp_path, ["key", "End"], ["key", "j"])
     assert "probability 0" in start["strips"][0] and "fused 0.0 %" in last["step"]
     assert "log-probability -7.50" in text["strips"][0] and "in 2 windows" in text["strips"][0]
+    odd = step({"control": "<eos>"}, {"control": "</s>"}, {"control": "</s>"})
+    odd["members"][0] |= {"chosen": "x", "top": [[{"control": "</s>"}, None]]}
+    write_trace(tmp_path, [[odd]], members=("one", "half of a pair: \ud800"))
+    with server(shown([tmp_path], served=True)):  # the command writes the escape of what is no text; so does this
+        assert who(odd) == NOBODY
     for top in ([["a"]], ["a"], [["a", 1, 2]]):
         write_trace(tmp_path, [[{**step("a"), "members": [{"top": top}, {"abstained": True}]}]])
         with pytest.raises(ResultError, match="a member that is none"):
