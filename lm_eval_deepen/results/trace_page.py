@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -303,11 +302,11 @@ def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, 
     """Return scores, prompt, target and answer of a document, as far as there are samples; texts by their numbers."""
     scores: dict[str, float] = {}
     for record in scored:
-        for name in record.get("metrics") or ():
-            value = record.get(name)
-            if isinstance(value, (int, float)) and value == value and abs(value) != float("inf"):
+        names = record.get("metrics")
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and (value := to_number(record.get(name))) is not None:
                 flt = record.get("filter")
-                scores[name if flt in (None, "none") else f"{name},{flt}"] = float(value)
+                scores[name if flt in (None, "none") else f"{name},{flt}"] = value
     first = scored[0] if scored else {}
     given = (first.get("arguments") or {}) if isinstance(first.get("arguments"), Mapping) else {}
     one = given.get("gen_args_0")
@@ -342,9 +341,8 @@ def _outcome(scored: Sequence[Mapping[str, Any]], texts: _Strings) -> dict[str, 
 def _value(answer: Any) -> float | None:
     """Return the finite log-probability of a choice in a sample: ``[[logp, greedy]]``, numbers as text."""
     try:
-        found = float(answer[0][0])
-        return found if math.isfinite(found) else None
-    except (TypeError, ValueError, LookupError):
+        return to_number(float(answer[0][0]))
+    except (TypeError, ValueError, LookupError, OverflowError):
         return None
 
 

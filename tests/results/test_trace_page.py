@@ -159,6 +159,11 @@ def test_a_choice_without_probability_is_shown(tmp_path: Path) -> None:
     text = shown([tmp_path / "a"], traced=False).html()
     [document] = json.loads(text.split('id="data">')[1].split("</script>")[0])["systems"][0]["tasks"]["t"]
     assert document["values"] == [None, None, -1.5]
+    for damage in ({"metrics": True}, {"metrics": [[]]}, {"acc": 10**400}, {"resps": [[[10**400, "False"]]]}):
+        samples.write_text(json.dumps({**record, "arguments": asked, **damage}) + "\n")
+        text = shown([tmp_path / "a"], traced=False).html()
+        [document] = json.loads(text.split('id="data">')[1].split("</script>")[0])["systems"][0]["tasks"]["t"]
+        assert document["scores"] == ({"acc": 1.0} if "resps" in damage else {}) and not any(document["values"])
 
 
 def test_answers_of_repeats_and_choices_are_those_of_the_samples(tmp_path: Path) -> None:
