@@ -47,6 +47,11 @@ class TaskSpec(Asking):
         None, description="`validation` evaluates the development split where the task also has a test split."
     )
 
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's."""
+        return re.sub(r"[^\w.-]+", "_", self.task)
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedTask:

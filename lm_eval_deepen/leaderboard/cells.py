@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +98,7 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 def mark_of(out: Path, row: Row, task: LoadedTask) -> Path:
     """Return the path of a cell's mark."""
-    return out / row.slug / (re.sub(r"[^\w.-]+", "_", task.name) + SUFFIX)
+    return out / row.slug / (task.spec.slug + SUFFIX)
 
 
 def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[str, str] | None = None) -> Cell | None:

@@ -256,10 +256,12 @@ def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
         with problems.collected(f"task {said['task']!r}"):
             specs.append(TaskSpec.read({**shared, **given(said)}))
     problems.refuse()
-    names = [spec.task for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"task {name!r} is listed twice; a row has one cell for each task")
+    seen: dict[str, TaskSpec] = {}
+    for spec in specs:
+        if (other := seen.setdefault(spec.slug.casefold(), spec)) is not spec:
+            if other.task == spec.task:
+                raise ConfigError(f"task {spec.task!r} is listed twice; a row has one cell for each task")
+            raise ConfigError(f"tasks {other.task!r} and {spec.task!r} would have the same files; leave one out")
     return specs
 
 
