@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from lm_eval_deepen.config import Options, Shown
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.fusion._maps import stored_map
-from lm_eval_deepen.fusion._rows import Roles, gather_groups, text_ids
+from lm_eval_deepen.fusion._rows import TINY, Roles, gather_groups, text_ids
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.blocks import blocks
 from lm_eval_deepen.relative.matrix import SparseMatrix
@@ -191,4 +190,4 @@ class EvaFuser(LinearFuser):
                     agrees = (top[other] == best[:, m, None]).any(1) & (shares[:, other] > 0)
                     passed[:, m] |= agrees & (shares[:, m] > 0)
         left = torch.where(passed.any(1, keepdim=True), shares * passed, shares)
-        return left / left.sum(1, keepdim=True).clamp(min=math.ulp(0.0))
+        return left / left.sum(1, keepdim=True).clamp(min=TINY)  # a row where nobody has text has no shares

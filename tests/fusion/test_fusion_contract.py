@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_a_member_that_sits_out_is_ignored(case: Case, filler: float) -> None:
     other[2][1], other[1][2] = filler, filler  # their weights are 0 there
     assert torch.equal(fuser.fuse(logp, WEIGHTS).logp, fuser.fuse(other, WEIGHTS).logp)
     assert torch.equal(fuser.skip(logp, WEIGHTS), fuser.skip(other, WEIGHTS))
+
+
+def test_where_nobody_has_text_the_row_is_the_main_members(case: Case) -> None:
+    logp = case.rows(5)
+    for m, own in enumerate(case.members):
+        kept = sorted(own.vocabulary.control - set(own.vocabulary.eos))
+        logp[m][1] = torch.full_like(logp[m][1], -torch.inf).index_fill(0, torch.tensor(kept), -math.log(len(kept)))
+    fused = case.fuser.fuse(logp, WEIGHTS)
+    if getattr(getattr(case.fuser, "options", None), "eos", "anchor") == "anchor":  # else control pieces are ordinary
+        torch.testing.assert_close(fused.logp[1, : len(case.main)].exp(), logp[0][1].exp(), atol=1e-6, rtol=0)
+    assert all(value.isfinite().all() for value in fused.stats.values())
 
 
 def test_the_others_matter(case: Case) -> None:
