@@ -32,7 +32,7 @@ def consistent(reached: Tensor, others: Iterable[Tensor], share: Tensor, parts: 
     agree = ((-SHARPNESS * (vectors - mean).abs()).exp() - least) / (1 - least)
     agree = agree * (vectors + vectors[:, :1] > FLOOR)  # what neither this member nor the main one says has no score
     total = agree.sum(2)
-    entropy = -torch.special.xlogy(vectors, vectors).sum(2)
+    entropy = -torch.special.xlogy(vectors, vectors).sum(2).clamp_max(0)  # 1 may be rounded up
     weights = masses.blend * total / (entropy + FLOOR)
     weights[:, 0] = torch.maximum(weights[:, 0], weights[:, 1:].sum(1))
     weights = weights / weights.sum(1, keepdim=True).clamp_min(FLOOR)

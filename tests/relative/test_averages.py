@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lm_eval_deepen.relative.average import geometric, linear
+from lm_eval_deepen.relative.consistent import consistent
 from lm_eval_deepen.relative.power_mean import power_mean
 from lm_eval_deepen.relative.product import product
 from lm_eval_deepen.relative.support import Split
@@ -84,6 +85,16 @@ def test_what_an_amateur_alone_finds_unlikely_is_no_text():
     vectors, share, parts = drawn()
     found = product(vectors[0], list(vectors[1:]), share, parts, with_end=True, exponents=(-0.5, -0.5, 1.0))
     assert found.usable.tolist() == [False, True, True, True, True, True]
+
+
+def test_a_certain_member_whose_probability_is_rounded_above_1_has_no_negative_weight():
+    vectors, share, parts = drawn()
+    vectors[1:] = torch.nn.functional.one_hot(torch.tensor([3, 5]), 40)[:, None, :].float()
+    vectors[0] = vectors[1]
+    expected = consistent(vectors[0], list(vectors[1:]), share, parts, with_end=True).r
+    found = consistent(vectors[0] * (1 + 2e-7), list(vectors[1:] * (1 + 2e-7)), share, parts, with_end=True).r
+    assert (expected >= 0).all()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_an_absent_amateur_excludes_nothing():
