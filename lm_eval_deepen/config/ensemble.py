@@ -131,9 +131,9 @@ class EnsembleConfig(Settings):
                         f"{key}={value} is about single steps, and method={self.method} writes whole words; "
                         f"remove {key}",
                     )
-        if not self.fuses_steps and not alone:
+        if self.pooling is not None and not getattr(self.pooling_options, "with_fused", False) and not alone:
             for key, unset in {"skip_when": "never", "covers": "off", "sampling": "fused"}.items():
-                if getattr(self, key) != unset:
+                if getattr(self, key) != unset and (key == "sampling" or not self.fuses_steps):
                     raise conflict(
                         key,
                         f"{key}={getattr(self, key)} is about fused steps, and pooling={self.pooling} combines the "

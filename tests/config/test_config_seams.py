@@ -147,7 +147,8 @@ def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
             f"{key}=.* is about fused steps, and pooling=vote combines.*; remove {key}", PAIR, pooling="vote", **keys
         )
         assert parse(PAIR, pooling="vote", with_fused=True, **keys).fuses_steps
-    assert parse(PAIR, pooling="rerank", method="gac").fuses_steps  # it scores the members' texts
+    assert parse(PAIR, pooling="rerank", method="gac", covers=True).fuses_steps  # it scores the members' texts
+    refuse("sampling=member is about fused steps, and pooling=rerank", PAIR, pooling="rerank", sampling="member")
     config = parse(PAIR, pooling="vote", with_fused=True, method="gac", threshold=0.5)
     assert (config.method, config.options.threshold) == ("gac", 0.5)
     refuse("weighting=confidence weighs fused steps, and pooling=vote", PAIR, pooling="vote", weighting="confidence")
