@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
     given = tune_score.as_given(parse_ensemble(args.ensemble))
     config = constant(given)
-    documents = load_documents(args.text or [default_text()], args.limit)
+    # one that stands twice would be chosen on and reported on
+    documents = list(dict.fromkeys(load_documents(args.text or [default_text()], args.limit)))
     if len(documents) < 2:
         raise RequestError("one document cannot be used to choose and to report; give two or more.")
     ensemble = Ensemble.load(config, args.device)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.config.keys import to_number
+from lm_eval_deepen.config.keys import given, to_number
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.storage import link_folder, make_folder, write_text
@@ -45,7 +45,7 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     small = dict(raw)
     members: list[dict[str, Any]] = []
     for at, entry in enumerate(raw.get("members") or []):
-        keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else dict(entry)
+        keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else given(entry)
         kept = {key: value for key, value in keys.items() if key in _OWN}
         if "build" in keys:
             recipe = keys["build"]
@@ -82,7 +82,7 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
 
 def _row(row: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row whose dense matrices are small, and whose model is trained on little text."""
-    small: dict[str, Any] = dict(row)
+    small: dict[str, Any] = given(row)
     if isinstance(build := small.get("build"), Mapping) and "method" in build:
         small["build"] = {**build, **_LITTLE}
     if "by_task" in small:

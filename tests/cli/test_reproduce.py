@@ -90,8 +90,9 @@ def test_a_miniature_has_the_options_of_all_rows(tmp_path: Path, pico: dict[str,
         "members": [{"name": "A", "pretrained": "x/a"}, {"name": "B", "pretrained": "x/b"}],
         "tasks": ["deepen_nq"],
         "common": {"compat": "reference", "dtype": "float16"},
-        "rows": [{"name": "ours", "learning_rate": 0.2}],
+        "rows": [{"name": "ours", "learning_rate": 0.2, "by_task": None}],
     }
+    raw["members"][0]["tasks"] = None  # what is null is not given
     row = parse_recipe(miniature.miniature(raw, models, 1), tmp_path / "r.yaml", {}, {}).rows[-1]
     assert row.config.compat == "reference" and row.config.options.max_anchors == miniature.MOST_ANCHORS
     assert row.config.members[0].loading_dict()["dtype"] == "float32"
