@@ -274,7 +274,8 @@ def measured_bits(folder: Path) -> dict[str, Any]:
 
     documents = load_documents([default_text()])
     member = load_member(MemberConfig(name="built", pretrained=str(folder)), "cpu")
-    codec, room = member.codec, member.max_length - len(member.codec.prefix_ids)
+    codec = member.codec
+    room = member.max_length - len(codec.prefix_ids) - codec.prefix_space
     blocks = [blocks_of(document.text, room, lambda text: len(codec.encode(text))) for document in documents]
     bits = sum(bits_of(member, [[Tokens.of(codec, block) for block in own] for own in blocks]))
     num_bytes = sum(document.num_bytes for document in documents)

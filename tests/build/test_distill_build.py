@@ -13,6 +13,7 @@ import numpy as np
 import pico as pico_models
 import pytest
 import torch
+from sibling_models import configured
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_deepen.build import distill
@@ -225,6 +226,21 @@ def half_published(folder: Path, out: Path, result: Any) -> None:
     out.mkdir()
     (folder / "model" / "config.json").replace(out / "config.json")
     raise Killed
+
+
+def test_a_source_reads_of_a_long_block_what_its_context_has_room_for(world, plain, tmp_path) -> None:
+    """A block has as many tokens as the target's context, and may have more of a source's."""
+    recipe, members = world
+    short = configured(Path(members["padded"]), tmp_path / "short", max_position_embeddings=20)
+    given = fusellm(recipe, sources=["padded"])
+    whole = distill.build(given, tmp_path / "whole", members)
+    found = distill.build(given, tmp_path / "out", {**members, "padded": str(short)})
+    assert 0.3 < found["sources"]["padded"]["coverage"] < whole["sources"]["padded"]["coverage"]
+    assert found["tokens_trained"] == whole["tokens_trained"]
+    bits = [one["sources"]["padded"]["bits_per_byte"] for one in (found, whole)]
+    assert bits[0] == pytest.approx(bits[1], rel=0.2)  # of what was read
+    spelt = {**recipe, "method": "clm", "target": "padded", "context_length": 20}  # of which a space may be one more
+    assert distill.build(spelt, tmp_path / "clm", {"padded": str(short)})["steps"] > 1
 
 
 def test_a_full_cache_keeps_the_sources_that_were_read_before(world, tmp_path, monkeypatch) -> None:

@@ -52,6 +52,15 @@ class Tokens:
         ends = np.cumsum(sizes) - sizes
         return cls(codec.prefix_ids, ids, ends - (int(sizes.sum()) - len(text.encode())))
 
+    def within(self, longest: int) -> Tokens:
+        """Return the beginning of the block that a context of so many tokens has room for."""
+        room = longest - len(self.prefix)
+        return self if len(self.ids) <= room else Tokens(self.prefix, self.ids[:room], self.ends[:room])
+
+    def num_bytes(self, pieces: Sequence[bytes]) -> int:
+        """Return how many bytes of the text the tokens spell; `pieces` are those of the vocabulary."""
+        return int(self.ends[-1]) + len(pieces[self.ids[-1]])
+
 
 def neutral_documents() -> list[str]:
     """Return prose from Python's own documentation, one document per topic, no paragraph twice.
@@ -191,8 +200,9 @@ def cut(recipe: DistillRecipe, corpus: Corpus, codec: TextCodec) -> Text:
     def count(text: str) -> int:
         return len(codec.encode(text))
 
-    train = tuple(block for text in corpus.train for block in blocks_of(text, recipe.context_length - 1, count))
-    held_out = tuple(tuple(blocks_of(text, recipe.context_length - 1, count)) for text in corpus.held_out)
+    limit = recipe.context_length - 1 - codec.prefix_space  # a space in front may be a token of its own
+    train = tuple(block for text in corpus.train for block in blocks_of(text, limit, count))
+    held_out = tuple(tuple(blocks_of(text, limit, count)) for text in corpus.held_out)
     sizes = [len(Tokens.of(codec, block).ids) for block in train]
     order = tuple(training_order(sizes, recipe.train_tokens, recipe.seed))
     return Text(corpus, train, held_out, order, sum(sizes[i] for i in order))

@@ -45,11 +45,16 @@ def roles_of(tokenizer: Any) -> dict[str, int]:
 
 
 def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, root: Path, ranks: Ranks) -> Source:
-    """Return a source with its distributions on some blocks; all processes compute a share of what the store lacks."""
-    tokens = [Tokens.of(member.codec, text) for text in texts]
+    """Return a source with its distributions on some blocks; all processes compute a share of what the store lacks.
+
+    Of a block that is longer than the source's context, in its own tokens, it reads the beginning.
+    """
+    whole = [Tokens.of(member.codec, text) for text in texts]
+    tokens = [block.within(member.max_length) for block in whole]
     identity = {
         "weights": weights, "vocabulary": member.codec.vocab.fingerprint, "top_k": top_k,
         "text": text_digest(texts), "prefix": list(member.codec.prefix_ids),
+        **({"longest": member.max_length} if tokens != whole else {}),
     }  # fmt: skip
     store = DistributionStore(root, member.name, identity, len(tokens))
     store_teacher_logits(member, tokens, top_k, store, ranks.index, ranks.count)
@@ -111,7 +116,8 @@ def block_targets(
             at = align(block, source.tokens[n], *pieces, mapping, recipe.alignment)
             rows = source.store.block(n)
             parts.append(project(rows, at, mapping))
-            nats.append(rows.nats)
+            # of a block that it read in part, as many nats per byte in the rest
+            nats.append(rows.nats * (block.num_bytes(pieces[0]) / source.tokens[n].num_bytes(pieces[1])))
             aligned[m] += int(parts[-1].covered.sum())
             for what, value in mass_by_kind(rows, at, mapping).items():
                 mass[m][what] = mass[m].get(what, 0.0) + value
@@ -130,7 +136,7 @@ def source_facts(sources: Sequence[Source], learnt: Learnt, blocks: Sequence[Tok
     for m, source in enumerate(sources):
         rows = [source.store.block(n) for n in range(len(blocks))]
         own = sum(len(block.ids) for block in source.tokens)
-        num_bytes = sum(int(block.ends[-1]) + len(source.codec.vocab.pieces[block.ids[-1]]) for block in source.tokens)
+        num_bytes = sum(block.num_bytes(source.codec.vocab.pieces) for block in source.tokens)
         total = sum(learnt.mass[m].values()) or 1.0
         facts[source.name] = {
             "tensors_sha256": source.weights,
