@@ -5,6 +5,7 @@ Options of methods, weightings, poolings and solvers stand in the file of each; 
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,11 @@ def _pattern(value: str) -> str:
             "as (?:...)",
         )
     return value
+
+
+def _folder(value: str | None) -> str | None:
+    """Return the path of a folder, where `~` stands for the user's, as in the paths of members."""
+    return None if value is None else os.path.expanduser(value)
 
 
 def _as_written(value: Any) -> Any:
@@ -98,9 +104,9 @@ class Settings(Keys):
         description="What a member without a chat template does with a conversation: it is an error, or it reads the "
         "messages as plain text.",
     )
-    matrix_dir: Annotated[str | None, Shown("the path of a folder", "the user's cache folder")] = Field(
-        None, description="Where relative matrices and maps of vocabularies are kept."
-    )
+    matrix_dir: Annotated[
+        str | None, AfterValidator(_folder), Shown("the path of a folder", "the user's cache folder")
+    ] = Field(None, min_length=1, description="Where relative matrices and maps of vocabularies are kept.")
     batch_size: Annotated[
         int | str, AfterValidator(_batch_size), Shown("a whole number of at least 1, auto or auto:N")
     ] = Field(1, description="The number of texts that are decoded together; scoring packs tokens by itself.")
@@ -143,9 +149,9 @@ class Settings(Keys):
         description="Whether every step of every document, or of the first ones of each task, is written to a file "
         "beside the samples: what each member said, and what became of it. It changes no result.",
     )
-    trace_dir: Annotated[str | None, Shown("the path of a folder", "where `--output_path` puts the samples")] = Field(
-        None, description="Where traces are written."
-    )
+    trace_dir: Annotated[
+        str | None, AfterValidator(_folder), Shown("the path of a folder", "where `--output_path` puts the samples")
+    ] = Field(None, min_length=1, description="Where traces are written.")
     covers: Annotated[
         Literal["off", "on"] | None,
         BeforeValidator(_as_written),

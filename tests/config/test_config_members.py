@@ -176,6 +176,9 @@ def test_a_missing_model_path_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here").mkdir()
     assert parse(pretrained="~/here").members[0].pretrained == str(tmp_path / "here")
+    config = parse(pretrained="~/here", matrix_dir="~/matrices", trace=True, trace_dir="~/traces")
+    assert (config.matrix_dir, config.trace_dir) == (str(tmp_path / "matrices"), str(tmp_path / "traces"))
+    refuse("matrix_dir must be the path of a folder; got ''", pretrained="~/here", matrix_dir="")
     assert parse(pretrained=".").members[0].name == tmp_path.name
     assert parse(pretrained=tmp_path / "here").members[0].pretrained == str(tmp_path / "here")
 
