@@ -109,7 +109,7 @@ def to_dict(table: Table, stands_in: bool) -> dict[str, Any]:
 
 
 def rendered(table: Table, stands_in: bool, markdown: bool = False) -> str:
-    """Return published, measured, difference and verdict of every score, in per cent where the metric is a share."""
+    """Return published, measured, difference and verdict of every score, in the metric's unit."""
     head = ["system", "task", "published", "measured", "difference", "in SE", "verdict"]
     lines = [head]
     for one in reproduced(table):

@@ -60,6 +60,7 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "shard": 2}, "shard must be"),
         ({**FUSELLM, "text": "missing.txt"}, "text 'missing.txt' is no file"),
         ({**FUSELLM, "device": 0}, "device must be text; got 0"),
+        ({**FUSELLM, "device": "cuda:1"}, "device cuda:1: a training takes the first cuda device that is visible"),
         ({**FUSELLM, "adam_betas": [0.9]}, "adam_betas must be two numbers from 0 to below 1"),
         ({**FUSELLM, "adam_betas": [0.9, 1]}, "adam_betas must be two numbers from 0 to below 1"),
         ({**FUSELLM, "precision": "fp8"}, "precision must be 'float32' or 'bfloat16'; got 'fp8'"),

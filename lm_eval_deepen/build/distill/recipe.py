@@ -80,7 +80,7 @@ class DistillRecipe(Keys):
         None, ge=1, description="After so many steps a checkpoint is written."
     )
     device: Annotated[str | None, Shown(default="the first accelerator, else the CPU")] = Field(
-        None, description="Where models run."
+        None, description="Where models run; of several GPUs a training takes the first that is visible."
     )
     clm_weight: float = Field(
         0.9, ge=0, le=1, description="The lambda of the loss, lambda * CLM + (1 - lambda) * fusion (section 3.1)."
@@ -138,6 +138,13 @@ class DistillRecipe(Keys):
             raise ConfigError(
                 f"method clm trains on text alone, but {foreign[0]!r} is given; remove it, or use method fusellm",
                 key=foreign[0], code="conflict",
+            )  # fmt: skip
+        kind, _, index = (self.device or "").partition(":")
+        if index.strip("0"):  # `transformers.Trainer` takes none but the first
+            raise ConfigError(
+                f"device {self.device}: a training takes the first {kind} device that is visible. Give {kind}:0, and "
+                "let the program see the other one first: CUDA_VISIBLE_DEVICES and its like",
+                key="device", code="value",
             )  # fmt: skip
         if self.method == "fusellm" and not self.sources:
             raise ConfigError("method fusellm needs 'sources', named as in models", key="sources", code="missing")
