@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,11 +121,17 @@ class Builds:
         return None
 
     def make(
-        self, names: Iterable[str], folder: Path, say: Callable[[str], None], mend: bool = False
+        self,
+        names: Iterable[str],
+        folder: Path,
+        say: Callable[[str], None],
+        mend: bool = False,
+        device: str | None = None,
     ) -> dict[str, Path]:
         """Build what is missing among `names` and what they are made from, or damaged; return the folders.
 
-        With `mend`, what is damaged is built again, which is an error else.
+        With `mend`, what is damaged is built again, which is an error else. On `device` trains whose recipe names none;
+        of several GPUs on the first.
 
         Raises:
             DeepenError: a model that cannot be built, by its name; what is built is kept.
@@ -139,8 +145,11 @@ class Builds:
             identity = self.identity(name)
             out = self.folder(name, folder)
             members = {**self.places, **{built: str(place) for built, place in places.items()}}
+            recipe = self.recipes[name]
+            if device and not recipe.is_merge and recipe.content.get("device") is None:
+                recipe = replace(recipe, content={**recipe.content, "device": re.sub(r":\d+$", ":0", device)})
             try:
-                build(self.recipes[name], out, members, identity=identity, mend=mend, say=say)
+                build(recipe, out, members, identity=identity, mend=mend, say=say)
             except DeepenError as error:
                 raise ConfigError(f"{name!r}: {error}") from error
             places[name] = out

@@ -97,7 +97,7 @@ def execute_on_ray(todo: Plan, address: str, device: str | None, say: Say) -> di
         raise ConfigError("--ray needs Ray; pip install 'lm_eval_deepen[ray]'") from error
     wanted = {name for name, _ in todo.missing}
     used = dict.fromkeys(name for row in todo.recipe.rows if row.name in wanted for name in row.members)
-    todo.recipe.builds.make(list(used), todo.built, say, mend=todo.redo)  # here, once: workers find them built
+    todo.recipe.builds.make(list(used), todo.built, say, todo.redo, device)  # here, once: workers find them built
     started = not ray.is_initialized()
     if started:
         where = {"include_dashboard": False} if address == LOCAL else {"address": address}

@@ -189,7 +189,7 @@ class Execution:
         self.todo = todo
         rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
         used = list(dict.fromkeys(name for row in rows for name in row.members))
-        self.places = todo.recipe.builds.make(used, todo.built, say, mend=todo.redo)
+        self.places = todo.recipe.builds.make(used, todo.built, say, todo.redo, device)
         self.device = device
         members = [member for member in todo.recipe.members if member.name in used]
         say(f"loading {', '.join(member.name for member in members) or 'nothing yet'}")

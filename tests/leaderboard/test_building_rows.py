@@ -283,6 +283,21 @@ def test_rows_that_draw_at_random_have_three_seeds_by_default(write):
 FUSED = {"method": "fusellm", "target": "base", "sources": ["other"], "train_tokens": 1000}
 
 
+def test_models_are_trained_on_the_leaderboards_device(write, tmp_path, monkeypatch):
+    devices = []
+
+    def train(recipe, out, members):
+        devices.append(recipe.get("device"))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(distill, "build", train)
+    for name, own, given in (("a", {}, "cpu"), ("b", {}, "cuda:1"), ("c", {"device": "cuda:0"}, "cpu")):
+        todo = planned(write(rows=[{"name": name, "build": {**CLM, **own}}]), tmp_path / name)
+        with pytest.raises(ConfigError, match="enough"):
+            todo.recipe.builds.make([name], tmp_path / name, lambda text: None, device=given)
+    assert devices == ["cpu", "cuda:0", "cuda:0"]
+
+
 def test_a_distilled_row_has_its_control_beside_it(write, tmp_path, builders):
     table = measured(write(rows=[{"name": "fused", "build": FUSED, "seeds": [0, 1]}]), tmp_path / "out")
     assert [row.group for row in table.recipe.rows][4:] == ["fused"] * 2 + ["fused, control"] * 2
