@@ -53,6 +53,8 @@ def _given(listed: Any, own: Sequence[float | None]) -> list[float] | None:
         if number is None or number < 0:
             raise bad_value("weights", f"weights[{i}] must be a finite number, 0 or more; got {value!r}")
         weights.append(number)
+    if not math.isfinite(sum(weights)):
+        raise bad_value("weights", "weights sum to more than any number; they sum to 1")
     total = math.fsum(weights)
     if total == 0:
         raise bad_value("weights", "weights are all zero; give at least one member a positive weight")

@@ -31,8 +31,10 @@ class Adaptive(Options):
     @field_validator("dev_scores")
     @classmethod
     def _weigh_somebody(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
-        if min(scores) < 0:
-            raise ConfigError(f"dev_scores must be finite numbers, 0 or more; got {list(scores)}", key="dev_scores")
+        if min(scores) < 0 or not math.isfinite(sum(scores)):
+            raise ConfigError(
+                f"dev_scores must be finite numbers, 0 or more, as their sum; got {list(scores)}", key="dev_scores"
+            )
         if not any(scores):
             raise ConfigError(
                 f"dev_scores are all zero ({list(scores)}), so they weigh nobody; use weighting=uniform",

@@ -59,8 +59,10 @@ class Bayes(Options):
     @field_validator("prior")
     @classmethod
     def _believe_in_somebody(cls, prior: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if prior is not None and (min(prior) < 0 or not any(prior)):
-            raise ConfigError(f"prior must be numbers of 0 or more, not all 0; got {list(prior)}", key="prior")
+        if prior is not None and (min(prior) < 0 or not 0 < sum(prior) < math.inf):
+            raise ConfigError(
+                f"prior must be numbers of 0 or more with a finite sum above 0; got {list(prior)}", key="prior"
+            )
         return prior
 
     @model_validator(mode="after")

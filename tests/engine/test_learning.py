@@ -179,7 +179,7 @@ def test_bits_per_byte_start_anew_for_every_document(make):
 def test_a_prior_has_a_number_for_each_expert(pico, make):
     pair = pico["bytelevel"], pico["metaspace"]
     for prior in ([1, -1], [0, 0]):
-        with pytest.raises(ConfigError, match="prior must be numbers of 0 or more, not all 0"):
+        with pytest.raises(ConfigError, match="prior must be numbers of 0 or more with a finite sum above 0"):
             deepen(*pair, weighting="bayes", prior=prior)
     for method in ("deepen", "mixture"):
         with pytest.raises(ConfigError, match=r"prior has 1 values for \d+ experts; give one for each"):

@@ -15,6 +15,7 @@ from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.weighting import WEIGHTINGS
 from lm_eval_deepen.weighting.adaptive import Adaptive
 from lm_eval_deepen.weighting.base import PromptLoss, Weigher
+from lm_eval_deepen.weighting.bayes import Bayes
 from lm_eval_deepen.weighting.best_by_prompt import BestByPrompt
 from lm_eval_deepen.weighting.confidence import Confidence
 from lm_eval_deepen.weighting.explicit import Explicit
@@ -207,7 +208,12 @@ def test_a_temperature_near_0_leaves_the_best_member_alone() -> None:
     ("build", "message"),
     [
         (lambda: Adaptive(dev_scores=(0.0, 0.0)), "dev_scores are all zero .*use weighting=uniform"),
-        (lambda: Adaptive(dev_scores=(0.5, -0.1)), "dev_scores must be finite numbers, 0 or more; got"),
+        (lambda: Adaptive(dev_scores=(0.5, -0.1)), "dev_scores must be finite numbers, 0 or more, as their sum; got"),
+        (
+            lambda: Adaptive(dev_scores=(1e308, 1e308)),
+            "dev_scores must be finite numbers, 0 or more, as their sum; got",
+        ),
+        (lambda: Bayes(prior=(1e308, 1e308)), "prior must be numbers of 0 or more with a finite sum above 0; got"),
         (lambda: Adaptive(dev_scores=(0.5, float("nan"))), "dev_scores must be a list of finite numbers"),
         (lambda: Perplexity(loss_temperature=0.0), "loss_temperature must be a number above 0; got 0.0"),
         (lambda: Perplexity(loss_per="word"), "loss_per must be 'token' or 'byte'; got 'word'"),
