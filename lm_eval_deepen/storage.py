@@ -41,6 +41,7 @@ LEFTOVERS = "leftovers"  # of processes that were killed
 REMADE = frozenset(CACHE_KINDS) - {"models"} | {LEFTOVERS}
 CACHE_SIZE, DEFAULT_CACHE_SIZE = "LM_EVAL_DEEPEN_CACHE_SIZE", "50GB"
 _IN_USE_S = 3600  # what was used so lately may be read still
+_since_bounded = math.inf  # bytes that this process has written into the cache folder since it looked through it
 
 _STALE_S = 24 * 3600
 _SHOWN = 40  # characters of a file's name in that of its temporary one: names have an end, too
@@ -176,11 +177,21 @@ def bound_cache(most: int, spared_s: float = -math.inf) -> list[CacheEntry]:
 
 
 def _bound_cache_after(written: Path) -> None:
-    """Keep the cache folder within its bound, where what was written is in it."""
-    with contextlib.suppress(StorageError, ValueError):  # no home; not in it; what cannot be removed stays
-        if written.relative_to(os.path.realpath(cache_folder())).parts[0] in REMADE:
-            most = cache_bound()
-            bound_cache(most, _IN_USE_S) if most is not None else None
+    """Keep the cache folder within its bound, where what was written is in it.
+
+    To look through it takes a while where it holds many files. So a process does it for its first file, and after each
+    hundredth of the bound that it has written.
+    """
+    global _since_bounded
+    with contextlib.suppress(StorageError, ValueError, OSError):  # no home; not in it; gone; what stays
+        if written.relative_to(os.path.realpath(cache_folder())).parts[0] not in REMADE:
+            return
+        if (most := cache_bound()) is None:
+            return
+        _since_bounded += written.stat().st_size
+        if _since_bounded >= most / 100:
+            _since_bounded = 0
+            bound_cache(most, _IN_USE_S)
 
 
 def cache_bound() -> int | None:

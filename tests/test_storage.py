@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -263,6 +264,19 @@ def test_what_is_written_into_the_cache_keeps_it_within_its_bound(cache, monkeyp
     assert old.exists() and all(map(Path.exists, stays))
     assert {entry.path.name for entry in storage.bound_cache(5000)} == {"busy", "text-1", "new"}
     assert (storage.cache_folder() / "texts" / "newer").exists() and storage.bound_cache(5000) == []
+
+
+def test_the_cache_is_looked_through_now_and_then(cache, monkeypatch):
+    """Not for each of thousands of files: that would take a time with the square of their number."""
+    looked = []
+    monkeypatch.setattr(storage, "bound_cache", lambda *given: looked.append(given))
+    monkeypatch.setattr(storage, "_since_bounded", math.inf)
+    monkeypatch.setenv(storage.CACHE_SIZE, "100kB")
+    counts = []
+    for n in range(25):
+        storage.write_bytes(storage.cache_folder() / "texts" / str(n), b"x" * 100)
+        counts.append(len(looked))
+    assert counts == [1 + n // 10 for n in range(25)]
 
 
 @pytest.mark.parametrize(
