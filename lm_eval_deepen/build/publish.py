@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval_deepen.build import merge as merging
 from lm_eval_deepen.build.provenance import FILE, DamagedError, finished, provenance, write_provenance
 from lm_eval_deepen.build.recipe import BuildRecipe
-from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.storage import (
     is_settled,
@@ -180,7 +180,18 @@ def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], id
     """
     try:
         made = _made(recipe, partial, members)
-        made = {**made, "bits_per_byte": measured_bits(partial)}
+        try:
+            made = {**made, "bits_per_byte": measured_bits(partial)}
+        except MemberError as error:
+            lacking, told, _ = str(error).partition("; random values")
+            if not (recipe.is_merge and told):
+                raise
+            lacking = lacking.replace(str(partial), "what mergekit made")
+            raise ConfigError(
+                f"{recipe.source}: the merge cannot be loaded ({lacking}). mergekit merges the tensors that it knows "
+                "of an architecture, and these models have others, as biases. Distil them (method: fusellm), or fuse "
+                "them at every step"
+            ) from error
         content = provenance(recipe, identity, partial, members, made)
         write_provenance(partial, content)
     except BaseException:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
+from transformers import AutoConfig, LlamaForCausalLM
 
 from lm_eval_deepen.build import build, parse_build, read_build
 from lm_eval_deepen.build.architecture import IncompatibleError, check_alike
@@ -135,6 +136,19 @@ def test_an_ordinary_model_folder_comes_out(merged):
     folder = merged(merge_of("ties", ["s1", "s2"]))
     logp = Ensemble.load(configure({"pretrained": str(folder)}), "cpu").next_logp("The capital of").logp
     assert torch.isfinite(logp).all() and float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
+
+
+@needs_mergekit
+def test_tensors_that_mergekit_does_not_know_are_told(pico, tmp_path):
+    config = AutoConfig.from_pretrained(pico["bytelevel"], attention_bias=True)
+    for name in ("one", "two"):
+        shutil.copytree(pico["bytelevel"], tmp_path / name)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    raw = merge_of("linear", [str(tmp_path / name) for name in ("one", "two")], base=None)
+    told = r"recipe.yaml: the merge cannot be loaded \(.*what mergekit made lack 8 weights .*as biases. Distil them"
+    with pytest.raises(ConfigError, match=told):
+        build(parsed(raw, tmp_path), tmp_path / "out", {})
+    assert not list(tmp_path.glob("*out*/*"))
 
 
 # --- refusals
