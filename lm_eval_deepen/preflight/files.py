@@ -170,6 +170,8 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
             tensors |= read_header(file)
     elif local:
         why_not = f"{folder} has no safetensors file"
+    elif offline:
+        why_not = "the hub cannot be reached"
     else:
         tensors, why_not = remote_headers(member)
     return ModelFiles(
@@ -260,6 +262,8 @@ def remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]:
     """Return the headers of a hub model's weights; none, and why not, where it has none."""
     from huggingface_hub import get_safetensors_metadata
 
+    if {**member.loading_dict(), **member.hf_kwargs_dict()}.get("subfolder"):
+        return {}, "the headers of a hub model's subfolder are not asked for"
     try:
         metadata = get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
     except Exception as error:  # no safetensors files, no access: the configuration still gives an estimate

@@ -379,6 +379,18 @@ def test_headers_of_a_hub_model_are_asked_for_and_an_estimate_stands_in(monkeypa
     assert found == {} and "no safetensors header of 'org/m'" in why_not
 
 
+def test_headers_are_those_of_the_model_and_a_hub_that_was_not_reached_is_not_asked(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda *given, **keys: asked.append(given))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_13B))
+    monkeypatch.setattr(inspect_files, "_fetch", lambda member, name, **keys: tmp_path / name)
+    inner = configure({"pretrained": "org/m", "subfolder": "inner"}).members[0]  # the repository may have another model
+    for member, offline in ((MemberConfig(name="m", pretrained="org/m"), True), (inner, False)):
+        files = look_up(member, offline)
+        assert files.why_not and estimate_parameters(files) / 1e9 == pytest.approx(13, abs=0.06)
+    assert not asked
+
+
 @pytest.mark.real
 def test_the_demo_pair_is_ready_and_its_published_space_is_flat(capsys: pytest.CaptureFixture) -> None:
     from lm_eval_deepen.build.demo_models import DEMO_MODELS, is_available, prepare
