@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval_deepen.config.keys import given, to_number
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import catalogue
-from lm_eval_deepen.storage import link_folder, make_folder, write_text
+from lm_eval_deepen.storage import link_folder, make_folder, remove_folder, write_text
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
 DOCUMENTS = 8  # synthetic ones of every split
@@ -124,10 +124,14 @@ def sample_data(folder: Path, given: Path | None) -> list[str]:
     made = []
     make_folder(folder)
     for name, files in synthetic().items():
-        place = folder / name
-        if given is not None and (given / name).is_dir():
-            link_folder(place, given / name)
+        place, own = folder / name, None if given is None else given / name
+        if own is not None and own.is_dir():
+            if not (place.exists() and place.samefile(own)):
+                remove_folder(place)  # of an earlier run: a link, or synthetic documents
+                link_folder(place, own)
             continue
+        if place.is_symlink():  # what it leads to is somebody's data
+            remove_folder(place)
         made.append(name)
         for path, rows in files.items():
             target = place / path

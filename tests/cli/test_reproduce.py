@@ -98,6 +98,19 @@ def test_a_miniature_has_the_options_of_all_rows(tmp_path: Path, pico: dict[str,
     assert row.config.members[0].loading_dict()["dtype"] == "float32"
 
 
+def test_samples_are_read_where_they_are_given_and_never_written(tmp_path: Path) -> None:
+    """In one folder of results, with and without them."""
+    given, out = tmp_path / "given", tmp_path / "out"
+    (given / "piqa").mkdir(parents=True)
+    (given / "piqa" / "test.jsonl").write_text("mine\n")
+    for samples in (given, None, given, given, out, None):
+        assert ("piqa" in miniature.sample_data(out, samples)) == (samples is None)
+        read = (out / "piqa" / "test.jsonl").read_text()
+        assert (read == "mine\n") == (samples is not None)
+        assert (given / "piqa" / "test.jsonl").read_text() == "mine\n"
+    assert (out / "nq" / "test.jsonl").is_file() and not (out / "piqa").is_symlink()
+
+
 def test_generation_arguments_of_an_ensemble_may_be_a_text(tmp_path: Path, pico: dict[str, Path]) -> None:
     raw = {"kind": "ensemble", "members": [str(pico["bytelevel"]), str(pico["padded"])], "task": "deepen_nq",
            "harness": {"gen_kwargs": "max_gen_toks=5"}}  # fmt: skip
