@@ -121,7 +121,7 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         notes += groups(runs, members or [run.label for run in runs])
         for row in recipe.rows:
             if (cell := cells.get((row.name, task.name))) is not None:
-                notes += [f"{row.name}: {warning}" for warning in cell.facts.get("warnings", ())]
+                notes += [f"{row.group}: {warning}" for warning in cell.facts.get("warnings", ())]
         rows += own
         for row in recipe.rows:
             if (reason := empty.get((row.name, task.name))) and row.has(task.name):
@@ -414,7 +414,8 @@ def conclusion(table: Table) -> str:
     better = [row for row in compared if row.verdict(alpha) == "better"]
     what = "ensembles and built models" if table.recipe.builds.recipes else "ensembles"
     told = f"Of {len(compared)} comparisons of {what} with the best single member, {len(better)} are significantly"
-    listed = ": " + "; ".join(f"{row.system} on {row.column}" for row in better) if better else ""
+    columns = [f"on {name}: {'; '.join(row.system for row in rows)}" for name, rows in report.columns(better).items()]
+    listed = ", " + ", and ".join(columns) if better else ""
     worse = sum(row.verdict(alpha) == "worse" for row in compared)
     return f"{told} better{listed}. {worse} are significantly worse."
 
@@ -439,8 +440,8 @@ def rendered(table: Table, fmt: str) -> str:
     if fmt == "md":
         title, lines = literal(table.recipe.title), "\n".join(map(literal, told))
         parts = [f"### {title}", markdown_table(summary(table)), lines]
-        facts = "\n".join(f"- {name}: {literal(text)}" for name, text in table.provenance.items())
-        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table)), "Where from:\n\n" + facts])
+        facts = markdown_table([["where from", ""], *([name, text] for name, text in table.provenance.items())], 2)
+        return "\n\n".join([*parts, report.markdown(table.rows, alpha, remarks(table)), facts])
     parts = [printable(table.recipe.title), aligned(summary(table)), "\n".join(told)]
     return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
 
