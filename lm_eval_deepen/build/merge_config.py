@@ -18,7 +18,10 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "sources": ("model", "layer_range", "parameters"),
     "slices": ("sources", "base_model", "residual_weight", "parameters"),
     "modules": ("slices", "models", "parameters"),
+    "tokens": ("source", "force"),
 }
+_BY_NAME = ("modules", "tokens")  # mappings of names to such entries; the others are lists of them
+_TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 _NEEDED = {"models": "model", "sources": "model", "slices": "sources"}
 # Parameters of the methods that are offered by name; whatever else mergekit has is checked against its own list.
 SWITCHES = frozenset({"normalize", "rescale", "int8_mask"})
@@ -98,18 +101,22 @@ def _check_parts(part: Mapping[str, Any], where: str, at: str = "") -> None:
             raise ConfigError(f"{where}{at}{key} must be a model's name, as text; got {value!r}")
         if key == "parameters" and not isinstance(value, Mapping) and value is not None:
             raise ConfigError(f"{where}{at}{key} must be a mapping of names to values; got {value!r}")
+        if key == "tokenizer" and value is not None:
+            if not isinstance(value, Mapping) or not set(value) <= set(_TOKENIZER):
+                raise ConfigError(f"{where}{key} must be a mapping with {' and '.join(_TOKENIZER)}; got {value!r}")
+            _check_parts(value, where, f"{key}.")
         if key not in _PARTS or value is None:
             continue
-        known, needed, kind = _PARTS[key], _NEEDED.get(key), Mapping if key == "modules" else list
+        known, needed, kind = _PARTS[key], _NEEDED.get(key), Mapping if key in _BY_NAME else list
         items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
         entries = list(items)
         if not isinstance(value, kind) or not all(isinstance(entry, Mapping) for _, entry in entries):
-            what = "mapping" if key == "modules" else "list"
+            what = "mapping" if key in _BY_NAME else "list"
             raise ConfigError(
                 f"{where}{at}{key} must be a {what} of mappings with {' and '.join(known)}; got {value!r}"
             )
         for name, entry in entries:
-            inside = f"{at}{key}.{name}" if key == "modules" else f"{at}{key}[{name}]"
+            inside = f"{at}{key}.{name}" if key in _BY_NAME else f"{at}{key}[{name}]"
             if other := next((own for own in entry if own not in known), None):
                 near = did_you_mean(str(other), known)
                 raise ConfigError(f"{where}{inside}: unknown key {other!r}.{near} It takes: {', '.join(known)}")
