@@ -114,6 +114,10 @@ class BuildRecipe:
         for folder in (Path(place).expanduser(), self.folder / Path(place).expanduser()):
             if folder.is_dir():
                 return os.path.normpath(folder)
+        if name in known and place.startswith((".", "/", "~")):
+            raise ConfigError(
+                f"{self.source}: model {name!r} should be in {place}, which is no folder; correct the path"
+            )
         if name not in known and (place.startswith((".", "/", "~")) or "/" not in place):
             listed = f" Members: {', '.join(known)}." if known else ""
             raise ConfigError(

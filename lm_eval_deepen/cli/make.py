@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lm_eval_deepen.cli.arguments import pairs
+from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 HELP = (
     "Build a model from other models, as a recipe says: merge weights (merge_method: a configuration of mergekit), "
@@ -39,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
     given = pairs(args.changes, "--set", "KEY=VALUE")
     changes = {key: parse_yaml(text, f"--set {key}") for key, text in given.items()}
     recipe = read_build(args.recipe, changes)
+    for name in members:
+        if name not in recipe.models:
+            near = did_you_mean(name, recipe.models)
+            raise ConfigError(f"--member {name}: unknown.{near} Models of the recipe: {', '.join(recipe.models)}")
     provenance = build(
         recipe, args.out, members, redo=args.redo, say=lambda text: print(text, file=sys.stderr, flush=True)
     )

@@ -30,9 +30,7 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in few_shots.items()),
         "limits": _limits(recipe.tasks),
         "seeds": ", ".join(map(str, recipe.seeds)),
-        "fingerprints": "; ".join(
-            dict.fromkeys(f"{row.group} {row.config.fingerprint()[:12]}" for row in recipe.rows)
-        ),
+        "fingerprints": "; ".join(dict.fromkeys(f"{row.group} {row.config.fingerprint()[:12]}" for row in recipe.rows)),
     }
     return {name: text for name, text in told.items() if text}
 

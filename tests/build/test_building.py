@@ -389,6 +389,10 @@ def test_the_command_builds_and_says_what(family, tmp_path, capsys, trained):
     assert "--set takes KEY=VALUE; got 'seed'" in capsys.readouterr().err
     assert cli.main([*command, "--set", "seed=[1"]) == 2
     assert "--set seed is not valid YAML: line 2, column 1" in capsys.readouterr().err
+    assert cli.main([*command, "--member", f"bsae={family['s1']}"]) == 2  # else the recipe's own place would be taken
+    assert "--member bsae: unknown. Did you mean 'base'? Models of the recipe: base" in capsys.readouterr().err
+    assert cli.main([*command[:-1], "base=./nosuch"]) == 2
+    assert "model 'base' should be in ./nosuch, which is no folder" in capsys.readouterr().err
 
 
 # --- damage
