@@ -688,10 +688,10 @@ def test_every_format_has_every_row_and_nothing_is_fetched(write, tmp_path):
     data = json.loads(leaderboard_table.rendered(table, "json"))["provenance"]
     for fact in ("evaluated", "versions", "models", "few-shots", "limits", "seeds", "fingerprints"):
         assert data[fact] and f"<dt>{fact}</dt>" in page
-        assert f"- {fact}: " in leaderboard_table.rendered(table, "md")
+        assert f"| {fact} | " in leaderboard_table.rendered(table, "md")
     for row in table.recipe.rows:
         assert f"{row.name} {row.config.fingerprint()[:12]}" in data["fingerprints"]
-    assert "(revision main, float32)" in data["models"] and "lm_eval 0.4" in data["versions"]
+    assert "A: bytelevel (files " in data["models"] and "lm_eval 0.4" in data["versions"]
 
 
 def test_the_command_writes_tables_and_fills_the_markers(write, tmp_path, capsys):
