@@ -57,6 +57,23 @@ def nearest(
     return best % len(candidates), best // len(candidates)
 
 
+def distances(queries: Sequence[bytes], candidates: Sequence[bytes]) -> NDArray:
+    """Return the edit distance of every query and every candidate [n, m] (int64)."""
+    found = np.array([[len(query)] for query in queries], dtype=np.int64).repeat(len(candidates), axis=1)
+    order = sorted(range(len(queries)), key=lambda n: queries[n])
+    longest, low = max(map(len, queries), default=0), 1
+    for word in WORDS:
+        width = 8 * np.dtype(word).itemsize
+        if members := [n for n, candidate in enumerate(candidates) if low <= len(candidate) <= width]:
+            walk = _Walk([candidates[n] for n in members], word, longest)
+            for n in order:
+                found[n, members] = walk.distances(queries[n])
+        low = width + 1
+    for n in (n for n, candidate in enumerate(candidates) if len(candidate) >= low):
+        found[:, n] = [distance(candidates[n], query) for query in queries]
+    return found
+
+
 def distance(pattern: bytes, text: bytes) -> int:
     """Return the edit distance of two byte strings of any length; `pattern` is not empty."""
     equal = {byte: sum(1 << i for i, other in enumerate(pattern) if other == byte) for byte in set(pattern)}
@@ -94,6 +111,12 @@ class _Walk:
 
     def nearest(self, query: bytes) -> tuple[int, int]:
         """Return the distance and the first index of the nearest candidate."""
+        scores = self.distances(query)
+        index = int(scores.argmin())
+        return int(scores[index]), index
+
+    def distances(self, query: bytes) -> NDArray:
+        """Return the distance of every candidate [m], until another query is asked."""
         shared = 0
         for a, b in zip(self.query, query, strict=False):
             if a != b:
@@ -104,9 +127,7 @@ class _Walk:
                 self.levels.append(tuple(np.empty_like(part) for part in self.levels[0]))  # type: ignore[arg-type]
             self._step(level, query[level])
         self.query = query
-        scores = self.levels[len(query)][2]
-        index = int(scores.argmin())
-        return int(scores[index]), index
+        return self.levels[len(query)][2]
 
     def _step(self, level: int, byte: int) -> None:
         """Compute the columns after one more byte."""

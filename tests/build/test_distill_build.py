@@ -294,7 +294,7 @@ def test_batches_are_padded_where_nothing_is_learnt() -> None:
         )
         for n, size in ((0, 3), (1, 1))
     }
-    data = training.TrainingBlocks(blocks, (1, 0, 1), targets)
+    data = training.TrainingBlocks(blocks, (1, 0, 1), targets.__getitem__)
     assert len(data) == 3
     batch = training.collate([data[0], data[1]])
     assert batch["input_ids"].tolist() == [[9, 8, 0, 0], [9, 8, 1, 2]]

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_deepen.fusion._edit import distance
+from lm_eval_deepen.fusion._edit import FAR, distances
 
 Positions = NDArray[np.int64]
 
@@ -32,9 +31,7 @@ def by_bytes(target: Positions, source: Positions) -> Positions:
     return np.where(source[at] == target, at, -1).astype(np.int64)
 
 
-def by_dtw(
-    target: Sequence[bytes], source: Sequence[bytes], equal: Sequence[Sequence[bool]] | None = None
-) -> Positions:
+def by_dtw(target: Sequence[bytes], source: Sequence[bytes], meant: Sequence[bytes | None] | None = None) -> Positions:
     """Return the source's position for every position of the target, -1 where it has none [T].
 
     Tokens are warped onto each other at the least sum of edit distances (over bytes). The position after a token of
@@ -47,7 +44,7 @@ def by_dtw(
     Args:
         target: the target's tokens as bytes [T].
         source: the source's tokens [S].
-        equal: whether a token of the target and one of the source stand for each other [T][S]; None: equal bytes.
+        meant: the target's token that each of the source stands for, None for none [S]; by default itself.
     """
     positions = np.full(len(target), -1, dtype=np.int64)
     if not target or not source:
@@ -58,7 +55,7 @@ def by_dtw(
     for i, partners in enumerate(warped[:-1]):
         if len(partners) == 1 and takers[partners[0]] == 1 and partners[0] + 1 < len(source):
             j = partners[0]
-            if target[i] == source[j] if equal is None else equal[i][j]:
+            if target[i] == (source if meant is None else meant)[j] and target[i]:
                 positions[i + 1] = j + 1
     return positions
 
@@ -68,19 +65,25 @@ def warp(target: Sequence[bytes], source: Sequence[bytes]) -> list[list[int]]:
 
     Of equal ways, the last step goes along both if it can, else along the source, else along the target.
     """
-    cost = lru_cache(None)(lambda a, b: 0 if a == b else distance(a, b) if a else len(b))
-    infinite = float("inf")
-    table = [[infinite] * (len(source) + 1) for _ in range(len(target) + 1)]
-    table[0][0] = 0
-    for i, a in enumerate(target):
-        above, row = table[i], table[i + 1]
-        for j, b in enumerate(source):
-            row[j + 1] = cost(a, b) + min(above[j], above[j + 1], row[j])
+    if not target or not source:
+        return [[] for _ in target]
+    kinds, others = (list(dict.fromkeys(tokens)) for tokens in (target, source))
+    costs = distances(kinds, others)
+    kind, other = ({token: n for n, token in enumerate(tokens)} for tokens in (kinds, others))
+    at = [other[token] for token in source]
+    table = np.full((len(target) + 1, len(source) + 1), FAR, dtype=np.int64)  # least costs of the way so far
+    table[0, 0] = 0
+    for i, token in enumerate(target):
+        cost = costs[kind[token], at]
+        so_far = cost.cumsum()
+        # a way enters the row at some place, and goes on along the source
+        entered = np.minimum(table[i, :-1], table[i, 1:]) - (so_far - cost)
+        table[i + 1, 1:] = np.minimum.accumulate(entered) + so_far
     partners: list[list[int]] = [[] for _ in target]
     i, j = len(target), len(source)
     while i and j:
         partners[i - 1].append(j - 1)
-        ways = (table[i - 1][j - 1], table[i][j - 1], table[i - 1][j])
+        ways = (table[i - 1, j - 1], table[i, j - 1], table[i - 1, j])
         step = ways.index(min(ways))
         i, j = i - (step != 1), j - (step != 2)
     return [own[::-1] for own in partners]

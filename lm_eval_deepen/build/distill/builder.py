@@ -8,14 +8,14 @@ import math
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.build.distill import evaluation
 from lm_eval_deepen.build.distill.corpus import Corpus, Text, Tokens, cut, read_corpus, text_digest
 from lm_eval_deepen.build.distill.recipe import DistillRecipe
-from lm_eval_deepen.build.distill.sources import Source, block_targets, read_source, roles_of, source_facts
+from lm_eval_deepen.build.distill.sources import Source, learn, read_source, roles_of, source_facts
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.harness.distributed import Ranks
@@ -113,11 +113,13 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
         **config.identity(), "target_sha256": read.weights, "text_sha256": text_digest(read.text.train),
         "sources_sha256": [source.weights for source in read.sources],
     }  # fmt: skip
-    learnt = block_targets(read.sources, read.used, read.codec, read.roles, config) if read.sources else None
+    learnt = learn(read.sources, read.used, read.codec, read.roles, config, ranks) if read.sources else None
+    told = source_facts(read.sources, learnt, read.used) if learnt and ranks.index == 0 else {}
+    read = replace(read, sources=[])  # with their tokens
     clock.lap("alignment")
     with ranks.first():
         claim(folder / IDENTITY, identity)
-    fused = None if learnt is None else dict(zip(read.text.used, learnt.targets, strict=True))
+    fused = None if learnt is None else learnt.of(read.text.used)
     data = TrainingBlocks(read.blocks, read.text.order, fused)
     trained = train(config, members[config.target], data, folder, read.cpu, ranks)
     if ranks.index > 0:
@@ -128,7 +130,7 @@ def build(recipe: Mapping[str, Any], out: Path, members: Mapping[str, str]) -> d
         "method": config.method,
         "recipe": config.to_dict(),
         "target": {"name": config.target, "tensors_sha256": read.weights},
-        "sources": source_facts(read.sources, learnt, read.used) if learnt else {},
+        "sources": told,
         "covered": learnt.covered if learnt else None,
         "versions": versions(),
         "seed": config.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lm_eval_deepen.build.distill.alignment import by_bytes, by_dtw
 from lm_eval_deepen.build.distill.corpus import Tokens, text_digest
 from lm_eval_deepen.build.distill.fusing import Targets, fuse, mass_by_kind, project, shares
 from lm_eval_deepen.build.distill.recipe import DistillRecipe
-from lm_eval_deepen.build.distill.store import DistributionStore
+from lm_eval_deepen.build.distill.store import GROUP, DistributionStore
 from lm_eval_deepen.build.distill.teacher_logits import store_teacher_logits
 from lm_eval_deepen.build.distill.token_alignment import VocabularyMap, match
 from lm_eval_deepen.errors import ConfigError
@@ -77,73 +77,109 @@ def align(
         return by_bytes(target.ends, source.ends)
     # Compared as bytes: the tokenizer may have used another id of the same piece than the map leads to.
     meant = [pieces[i] if i >= 0 else None for i in mapping.target[list(source.ids)].tolist()]
-    read = [pieces[i] for i in target.ids]
-    equal = [[bool(piece) and piece == other for other in meant] for piece in read]
-    return by_dtw(read, [own_pieces[i] for i in source.ids], equal)
+    return by_dtw([pieces[i] for i in target.ids], [own_pieces[i] for i in source.ids], meant)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedBlock:
+    """Where the sources stand at the T positions of a block of the target, and what they have there."""
+
+    places: list[NDArray[np.int32]]  # per source, its position for every position of the target, -1 for none [T]
+    weights: list[float]  # per source, how much it counts
+    aligned: list[int]  # per source, positions that have a distribution of it
+    mass: list[dict[str, float]]  # per source, probability by how its ids were matched
+    covered: int  # positions that have something to learn
 
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What the target learns from its sources, and how it came about."""
+    """What the target learns from its sources, and how it came about.
 
-    targets: list[Targets]  # per block
-    chosen: list[int]  # index of the source that counts most, per block
-    aligned: list[int]  # per source, positions that have a distribution of it
-    mass: list[dict[str, float]]  # per source, probability by how its ids were matched
+    Distributions stay on the disk, and are fused when they are asked for: those of a large text fit into no memory.
+    """
+
+    stores: list[DistributionStore]  # per source, its distributions
+    maps: list[VocabularyMap]  # per source, where its ids go
+    blocks: list[AlignedBlock]  # the blocks that are trained on
+    tail: str  # what becomes of the mass without an entry
+
+    def of(self, used: Sequence[int]) -> Callable[[int], Targets]:
+        """Return what gives a block's targets by its index; `used` are the indices of `blocks`."""
+        number = {index: n for n, index in enumerate(used)}
+        return lambda index: self.targets(number[index])
+
+    def targets(self, n: int) -> Targets:
+        """Return what the target learns at the positions of the n-th of the blocks."""
+        block = self.blocks[n]
+        rows = (store.block(n) for store in self.stores)
+        places = (at.astype(np.int64) for at in block.places)
+        parts = [project(own, at, mapping) for own, at, mapping in zip(rows, places, self.maps, strict=True)]
+        return fuse(parts, block.weights, self.tail)
 
     @property
     def covered(self) -> float:
         """Share of the target's positions that have something to learn."""
-        return sum(int(t.covered.sum()) for t in self.targets) / sum(len(t.covered) for t in self.targets)
+        return sum(block.covered for block in self.blocks) / sum(len(block.places[0]) for block in self.blocks)
 
 
-def block_targets(
+def learn(
     sources: Sequence[Source], blocks: Sequence[Tokens], codec: TextCodec, roles: Mapping[str, int],
-    recipe: DistillRecipe,
+    recipe: DistillRecipe, ranks: Ranks,
 ) -> Learnt:  # fmt: skip
-    """Align, match and fuse the sources' distributions on every block.
+    """Align the sources' distributions with every block, and match their vocabularies; processes share the blocks.
 
     Raises:
         ConfigError: no position is covered.
     """
     maps = [vocabulary_map(source, codec, roles) for source in sources]
-    targets, chosen, aligned = [], [], [0] * len(sources)
-    mass: list[dict[str, float]] = [{} for _ in sources]
-    for n, block in enumerate(tqdm(blocks, desc="align", unit="block")):
-        parts, nats = [], []
-        for m, (source, mapping) in enumerate(zip(sources, maps, strict=True)):
-            pieces = codec.vocab.pieces, source.codec.vocab.pieces
-            at = align(block, source.tokens[n], *pieces, mapping, recipe.alignment)
-            rows = source.store.block(n)
-            parts.append(project(rows, at, mapping))
-            # of a block that it read in part, as many nats per byte in the rest
-            nats.append(rows.nats * (block.num_bytes(pieces[0]) / source.tokens[n].num_bytes(pieces[1])))
-            aligned[m] += int(parts[-1].covered.sum())
-            for what, value in mass_by_kind(rows, at, mapping).items():
-                mass[m][what] = mass[m].get(what, 0.0) + value
-        weights = shares(nats, len(block.ids), recipe.fusion)
-        chosen.append(int(np.argmax(weights)))
-        targets.append(fuse(parts, weights, recipe.tail))
-    if not any(target.covered.any() for target in targets):
+    own = [n for n in range(len(blocks)) if n // GROUP % ranks.count == ranks.index]
+    found: dict[int, AlignedBlock] = {}
+    for n in tqdm(own, desc="align", unit="block", disable=ranks.index > 0):
+        pieces, rows = codec.vocab.pieces, [source.store.block(n) for source in sources]
+        places = [
+            align(blocks[n], source.tokens[n], pieces, source.codec.vocab.pieces, mapping, recipe.alignment)
+            for source, mapping in zip(sources, maps, strict=True)
+        ]
+        each = list(zip(rows, places, maps, strict=True))
+        parts = [project(*one) for one in each]
+        # of a block that it read in part, as many nats per byte in the rest
+        read = [source.tokens[n].num_bytes(source.codec.vocab.pieces) for source in sources]
+        nats = [one.nats * (blocks[n].num_bytes(pieces) / size) for one, size in zip(rows, read, strict=True)]
+        weights = shares(nats, len(blocks[n].ids), recipe.fusion)
+        found[n] = AlignedBlock(
+            places=[at.astype(np.int32) for at in places],
+            weights=weights,
+            aligned=[int(part.covered.sum()) for part in parts],
+            mass=[mass_by_kind(*one) for one in each],
+            covered=int(fuse(parts, weights, recipe.tail).covered.sum()),
+        )
+    for others in ranks.gather(found):
+        found |= others
+    learnt = Learnt([source.store for source in sources], maps, [found[n] for n in range(len(blocks))], recipe.tail)
+    if not any(block.covered for block in learnt.blocks):
         raise ConfigError("recipe: no position of the target matches one of a source; use alignment: bytes")
-    return Learnt(targets, chosen, aligned, mass)
+    return learnt
 
 
 def source_facts(sources: Sequence[Source], learnt: Learnt, blocks: Sequence[Tokens]) -> dict[str, Any]:
     """Return what a build reports of every source, and of what was learnt from all of them."""
     positions = sum(len(block.ids) for block in blocks)
+    chosen = [int(np.argmax(block.weights)) for block in learnt.blocks]  # the source that counts most
     facts: dict[str, Any] = {}
     for m, source in enumerate(sources):
         rows = [source.store.block(n) for n in range(len(blocks))]
         own = sum(len(block.ids) for block in source.tokens)
         num_bytes = sum(block.num_bytes(source.codec.vocab.pieces) for block in source.tokens)
-        total = sum(learnt.mass[m].values()) or 1.0
+        mass: dict[str, float] = {}
+        for what, value in (pair for block in learnt.blocks for pair in block.mass[m].items()):
+            mass[what] = mass.get(what, 0.0) + value
+        total = sum(mass.values()) or 1.0
         facts[source.name] = {
             "tensors_sha256": source.weights,
             "bits_per_byte": sum(block.nats for block in rows) / math.log(2) / num_bytes,
-            "coverage": learnt.aligned[m] / positions,
-            "blocks_chosen": learnt.chosen.count(m),
-            "mass": {what: round(value / total, 6) for what, value in learnt.mass[m].items()},
+            "coverage": sum(block.aligned[m] for block in learnt.blocks) / positions,
+            "blocks_chosen": chosen.count(m),
+            "mass": {what: round(value / total, 6) for what, value in mass.items()},
             "stored_bytes_per_token": sum(block.num_bytes for block in rows) / own,
         }
     return facts

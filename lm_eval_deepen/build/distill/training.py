@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ class TrainingBlocks(Dataset):
 
     blocks: Sequence[Tokens]  # what the target reads
     order: Sequence[int]  # indices of blocks
-    fused: Mapping[int, Targets] | None  # what the sources say, by index of a block; None without sources
+    fused: Callable[[int], Targets] | None  # gives what the sources say of a block, by its index; None without sources
     # of which the length is one; what is missing are blocks without labels, of which nothing is learnt
     multiple: int = 1
 
@@ -58,7 +58,7 @@ class TrainingBlocks(Dataset):
             "labels": [IGNORED] * lead + list(block.ids),
             "lead": lead,
         }
-        return example if self.fused is None else {**example, "targets": self.fused[self.order[at]]}
+        return example if self.fused is None else {**example, "targets": self.fused(self.order[at])}
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
