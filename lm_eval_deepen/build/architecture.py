@@ -15,6 +15,10 @@ _SHAPE = (
     "architectures model_type hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
     "num_local_experts num_experts n_embd n_head n_inner tie_word_embeddings attention_bias mlp_bias"
 ).split()
+# What decides how they are read.
+_READING = (
+    "rope_parameters hidden_act activation_function rms_norm_eps layer_norm_eps layer_norm_epsilon sliding_window"
+).split()
 _DEPTH = ("num_hidden_layers", "n_layer")
 _VOCABULARY = ("vocab_size",)
 
@@ -61,6 +65,21 @@ def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool
             _check_vocabularies(first, config, places[first], other, there, places[other])
 
 
+def read_otherwise(places: Mapping[str, str]) -> list[str]:
+    """Return which settings of the first model, which a merge gets, are others in another model: a sentence each.
+
+    Raises:
+        ConfigError: a configuration that cannot be read.
+    """
+    (first, config), *others = [(name, spelt_out(read_config(name, place))) for name, place in places.items()]
+    return [
+        f"{key} is {config.get(key)} in {first}, which the merge gets, and {there.get(key)} in {other}"
+        for other, there in others
+        for key in _READING
+        if config.get(key) != there.get(key)
+    ]
+
+
 def _check_vocabularies(
     first: str, config: Mapping[str, Any], place: str, other: str, there: Mapping[str, Any], elsewhere: str
 ) -> None:
@@ -99,7 +118,7 @@ def spelt_out(config: Mapping[str, Any]) -> dict[str, Any]:
 
     if (full := completed(config)) is None:
         return dict(config)
-    keys = [key for key in (*_SHAPE, *_DEPTH, *_VOCABULARY) if key != "architectures"]
+    keys = [key for key in (*_SHAPE, *_READING, *_DEPTH, *_VOCABULARY) if key != "architectures"]
     return {**config, **{key: getattr(full, key, config.get(key)) for key in keys}}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_deepen.build.architecture import check_alike
+from lm_eval_deepen.build.architecture import check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import require
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, one_line
+
+log = logging.getLogger(__name__)
 
 
 def check_inputs(recipe: BuildRecipe, places: Mapping[str, str]) -> None:
@@ -32,6 +35,8 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
         ConfigError: models that cannot be merged, or what mergekit refuses; the cause is chained.
     """
     check_inputs(recipe, recipe.places(members))
+    for difference in read_otherwise(recipe.places(members)):
+        log.warning("%s: %s", recipe.source, difference)
     require(f"{recipe.source}: ")
     import mergekit.merge as engine
     from mergekit.config import MergeConfiguration

@@ -63,14 +63,15 @@ def merge_file(path: Path, inline: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def beside(member: Any, folder: Path) -> Any:
-    """Return a member (or a file's top level) whose relative paths reach folders beside the file."""
+    """Return a member (or a file's top level) whose relative paths reach what is beside the file."""
     if isinstance(member, str):
         return beside({"pretrained": member}, folder)["pretrained"]
     if not isinstance(member, Mapping):
         return member
     resolved = dict(member)
-    for key in PATH_KEYS:
+    for key in (*PATH_KEYS, "router"):
         value = member.get(key)
-        if isinstance(value, str) and value and not os.path.isabs(value) and os.path.exists(folder / value):
+        is_there = os.path.isfile if key == "router" else os.path.exists  # `measured` is no folder of that name
+        if isinstance(value, str) and value and not os.path.isabs(value) and is_there(folder / value):
             resolved[key] = os.path.normpath(folder / value)
     return resolved

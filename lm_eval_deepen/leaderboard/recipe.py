@@ -165,7 +165,7 @@ def _rows(
     keys: LeaderboardKeys, folder: Path, elsewhere: Mapping[str, str], source: TaskSource, tasks: Sequence[str]
 ) -> tuple[tuple[MemberConfig, ...], list[Row], Builds, list[str]]:
     """Return the members, all rows, what is built for them, and notes on combinations that mean nothing."""
-    common = {"self_check": False, **keys.common}  # the members are measured beside
+    common = {"self_check": False, **beside(keys.common, folder)}  # the members are measured beside
     for key in ("pretrained", "members", "name", "weight"):
         if key in common:
             raise ConfigError(

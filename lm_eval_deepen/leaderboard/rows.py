@@ -14,6 +14,7 @@ from pydantic import Field
 
 from lm_eval_deepen.config import EnsembleConfig, Keys, MemberConfig, Shown
 from lm_eval_deepen.config.ensemble import PLACEMENT_KEYS
+from lm_eval_deepen.config.files import beside
 from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 from lm_eval_deepen.fusion import METHODS
@@ -128,7 +129,7 @@ def expand(
         grid: the recipe's `grid`.
         members: by name.
         common: keys that all rows have alike.
-        folder: where relative paths of ensemble files are read.
+        folder: where relative paths, of ensemble files and others, are read.
         notes: a list to which skipped combinations are added.
         tasks: names of the columns.
 
@@ -137,7 +138,7 @@ def expand(
     """
     if not isinstance(listed or [], list):
         raise ConfigError(f"rows must be a list of mappings; got {listed!r}", key="rows", code="value")
-    rows = [] if grid is None else _grid_rows(grid, members, common, notes)
+    rows = [] if grid is None else _grid_rows(grid, members, common, folder, notes)
     problems = Problems()
     for i, spec in enumerate(listed or []):
         with problems.collected():
@@ -155,7 +156,7 @@ def _listed_rows(
     """Return a listed row, or one for each task where `by_task` says how they differ, or weights are measured."""
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{at} must be a mapping with method, members, ...; got {spec!r}", key=at, code="value")
-    keys = given(spec)
+    keys = given(beside(spec, folder))
     name = keys.pop("name", None)
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise ConfigError(f"{at}: name must be non-empty text; got {name!r}", key=f"{at}.name", code="value")
@@ -182,7 +183,7 @@ def _listed_rows(
             )
         if not isinstance(own or {}, Mapping):
             raise ConfigError(f"row {name!r}: by_task: {task} must be a mapping; got {own!r}", key=f"{at}.by_task")
-        merged = {**keys, **given(own or {})}
+        merged = {**keys, **given(beside(own or {}, folder))}
         key = next((key for key in ("dev_scores", "router") if merged.get(key) == MEASURED), None)
         routes: dict[str, Any] | None = None
         if key is not None:
@@ -242,10 +243,10 @@ def _loads(member: MemberConfig) -> tuple[Any, ...]:
     return pretrained, loading, member.hf_kwargs_dict(), member.temperature
 
 
-def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], notes: list[str]) -> list[Row]:
+def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], folder: Path, notes: list[str]) -> list[Row]:
     orders = _orders(grid.orders, members)
     methods = [_entry(value, "method") for value in _axis(grid.methods, "methods", METHODS)]
-    weightings = [_entry(value, "weighting") for value in _axis(grid.weightings, "weightings", ())]
+    weightings = [beside(_entry(value, "weighting"), folder) for value in _axis(grid.weightings, "weightings", ())]
     poolings = [_entry(value, "pooling") for value in _axis(grid.poolings, "poolings", POOLINGS)]
     rows: dict[tuple, Row] = {}
     for order, pooled, weighting, method in itertools.product(orders, poolings, weightings, methods):
@@ -357,6 +358,6 @@ def _configured(
 ) -> EnsembleConfig:
     """Return the configuration of a row around members that are configured already."""
     loading = catalogue().loading_keys | {"hf_kwargs"}  # of `common`: the members have them
-    beside = {key: value for key, value in common.items() if key not in loading}
+    alike = {key: value for key, value in common.items() if key not in loading}
     with blamed(f"row {name!r}"):
-        return configure({**beside, **own, "members": list(members)})
+        return configure({**alike, **own, "members": list(members)})

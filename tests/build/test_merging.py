@@ -15,7 +15,7 @@ from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
 from transformers import AutoConfig, LlamaForCausalLM
 
 from lm_eval_deepen.build import build, parse_build, read_build
-from lm_eval_deepen.build.architecture import IncompatibleError, check_alike
+from lm_eval_deepen.build.architecture import IncompatibleError, check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import METHODS
 from lm_eval_deepen.build.weights import weights_sha256
 from lm_eval_deepen.errors import ConfigError
@@ -236,6 +236,17 @@ def test_a_key_that_an_older_file_lacks_is_no_difference(pico, tmp_path):
     other = configured(pico["bytelevel"], tmp_path / "other", head_dim=2)
     with pytest.raises(IncompatibleError, match="head_dim is 2 in other and [0-9]+ in old"):
         check_alike({"other": str(other), "old": str(old)}, True, True)
+
+
+def test_how_models_read_the_same_tensors_is_told_where_it_differs(pico, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    other = configured(pico["bytelevel"], tmp_path / "other", rope_parameters=rope)
+    alike = configured(pico["bytelevel"], tmp_path / "alike")
+    places = {"a": str(pico["bytelevel"]), "b": str(alike), "c": str(other)}
+    check_alike(places, True, True)
+    [told] = read_otherwise(places)
+    assert told.startswith("rope_parameters is {") and "500000.0" in told and told.endswith("in c")
+    assert not read_otherwise({"a": places["a"], "b": places["b"]})
 
 
 def test_tokenizers_of_hub_models_are_compared(pico, tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from config_helpers import parse, refuse, write
 from lm_eval.utils import simple_parse_args_string
 
+from lm_eval_deepen.config.files import read_ensemble_file
 from lm_eval_deepen.errors import ConfigError
 
 
@@ -33,6 +35,14 @@ def test_paths_in_a_file_resolve_beside_it(tmp_path, monkeypatch):
         str(tmp_path / "recipes" / "models" / "a"),
         str(tmp_path / "b"),
     ]
+
+
+def test_a_router_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "router.jsonl").write_text('{"prompt": "a", "scores": [1, 0]}\n')
+    (tmp_path / "recipes" / "pair.yml").write_text("members: [org/a, org/b]\nweighting: knn\nrouter: router.jsonl\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_ensemble_file(Path("recipes/pair.yml"))["router"] == "recipes/router.jsonl"
 
 
 def test_keys_beside_a_file_override_it(tmp_path):

@@ -289,6 +289,17 @@ def test_where_numbers_come_from_names_limits_and_models_without_the_machines_fo
     assert told(None)["models"] == "L: some model (files 0123456789ab, float32); H: a/b (revision main, float32)"
 
 
+def test_a_router_is_found_beside_the_recipe(write, tmp_path):
+    knn = {"weighting": "knn", "router": "router.jsonl"}
+    path = write(
+        grid={"methods": ["deepen"], "weightings": [{**knn, "name": "g"}]},
+        rows=[{"members": ["A", "B"], **knn, "name": "r"}],
+    )
+    (path.parent / "router.jsonl").write_text('{"prompt": "a", "scores": [1, 0]}\n')
+    routers = {getattr(row.config.weighting_options, "router", None) for row in read_recipe(path).rows}
+    assert routers == {None, str(path.parent / "router.jsonl")}
+
+
 def test_the_harnesses_own_files_are_written_and_compare_reads_them(write, tmp_path):
     table = measured(write(), tmp_path / "out")
     [run] = find_runs(tmp_path / "out" / "A+B_gac")
