@@ -1,4 +1,4 @@
-"""Ensemble files: keys given elsewhere go over theirs, and relative model folders are found beside the file."""
+"""Ensemble files: keys given elsewhere go over theirs, and relative paths are found beside the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ensemble_file(value: Any) -> Path | None:
 
 
 def read_ensemble_file(path: Path) -> dict[str, Any]:
-    """Return the keys of an ensemble file; model folders found beside it are made reachable from here.
+    """Return the keys of an ensemble file; model folders and routers beside it are made reachable from here.
 
     Raises:
         ConfigError: the file is not YAML, holds no ensemble, or names another ensemble file.

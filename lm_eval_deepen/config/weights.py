@@ -54,7 +54,7 @@ def _given(listed: Any, own: Sequence[float | None]) -> list[float] | None:
             raise bad_value("weights", f"weights[{i}] must be a finite number, 0 or more; got {value!r}")
         weights.append(number)
     if not math.isfinite(sum(weights)):
-        raise bad_value("weights", "weights sum to more than any number; they sum to 1")
+        raise bad_value("weights", "the sum of the weights is infinite; give smaller numbers")
     total = math.fsum(weights)
     if total == 0:
         raise bad_value("weights", "weights are all zero; give at least one member a positive weight")

@@ -1,4 +1,4 @@
-"""Nearest strings by edit distance, exactly, between whole vocabularies.
+"""Edit distances and nearest strings, exactly, between whole vocabularies.
 
 Every pair is compared, by the bit-parallel recurrence of Myers (1999) in the form of Hyyrö (2003): a column of the
 dynamic program is one machine word per candidate, so a byte of a query costs some twenty vector operations over all
@@ -59,7 +59,8 @@ def nearest(
 
 def distances(queries: Sequence[bytes], candidates: Sequence[bytes]) -> NDArray:
     """Return the edit distance of every query and every candidate [n, m] (int64)."""
-    found = np.array([[len(query)] for query in queries], dtype=np.int64).repeat(len(candidates), axis=1)
+    found = np.empty((len(queries), len(candidates)), dtype=np.int64)
+    found.T[:] = [len(query) for query in queries]  # the distance of nothing
     order = sorted(range(len(queries)), key=lambda n: queries[n])
     longest, low = max(map(len, queries), default=0), 1
     for word in WORDS:

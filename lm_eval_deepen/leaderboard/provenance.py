@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen import __version__
-from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe, TaskSpec
+from lm_eval_deepen.harness.tasks import TaskSpec
+from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 
 PROGRAM = "lm-eval-deepen"
 VERSIONS = ("lm_eval_deepen", "lm_eval", "transformers", "torch")

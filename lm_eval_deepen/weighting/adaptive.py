@@ -33,7 +33,7 @@ class Adaptive(Options):
     def _weigh_somebody(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
         if min(scores) < 0 or not math.isfinite(sum(scores)):
             raise ConfigError(
-                f"dev_scores must be finite numbers, 0 or more, as their sum; got {list(scores)}", key="dev_scores"
+                f"dev_scores must be numbers of 0 or more with a finite sum; got {list(scores)}", key="dev_scores"
             )
         if not any(scores):
             raise ConfigError(

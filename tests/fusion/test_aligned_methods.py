@@ -62,6 +62,13 @@ def test_the_nearest_candidate_is_the_first_of_those_at_least_distance(candidate
         assert (found[n], index[n]) == (min(distances), distances.index(min(distances)))
 
 
+@given(*[st.lists(st.one_of(SIZED, strings(0, 5)), max_size=8)] * 2)
+@settings(max_examples=40, deadline=None)
+def test_all_distances_are_the_textbooks(queries, candidates) -> None:
+    found = _edit.distances(queries, candidates)
+    assert found.tolist() == [[slow_distance(query, candidate) for candidate in candidates] for query in queries]
+
+
 def test_many_candidates_and_long_queries(monkeypatch) -> None:
     monkeypatch.setattr(_edit, "CHUNK", 7)  # several chunks per word size
     candidates = [b"%d" % (n * 7919) * (1 + n % 4) for n in range(60)]

@@ -208,10 +208,10 @@ def test_a_temperature_near_0_leaves_the_best_member_alone() -> None:
     ("build", "message"),
     [
         (lambda: Adaptive(dev_scores=(0.0, 0.0)), "dev_scores are all zero .*use weighting=uniform"),
-        (lambda: Adaptive(dev_scores=(0.5, -0.1)), "dev_scores must be finite numbers, 0 or more, as their sum; got"),
+        (lambda: Adaptive(dev_scores=(0.5, -0.1)), "dev_scores must be numbers of 0 or more with a finite sum; got"),
         (
             lambda: Adaptive(dev_scores=(1e308, 1e308)),
-            "dev_scores must be finite numbers, 0 or more, as their sum; got",
+            "dev_scores must be numbers of 0 or more with a finite sum; got",
         ),
         (lambda: Bayes(prior=(1e308, 1e308)), "prior must be numbers of 0 or more with a finite sum above 0; got"),
         (lambda: Adaptive(dev_scores=(0.5, float("nan"))), "dev_scores must be a list of finite numbers"),

@@ -67,14 +67,13 @@ def warp(target: Sequence[bytes], source: Sequence[bytes]) -> list[list[int]]:
     """
     if not target or not source:
         return [[] for _ in target]
-    kinds, others = (list(dict.fromkeys(tokens)) for tokens in (target, source))
-    costs = distances(kinds, others)
-    kind, other = ({token: n for n, token in enumerate(tokens)} for tokens in (kinds, others))
-    at = [other[token] for token in source]
+    row, column = ({token: n for n, token in enumerate(dict.fromkeys(tokens))} for tokens in (target, source))
+    costs = distances(list(row), list(column))
+    at = [column[token] for token in source]
     table = np.full((len(target) + 1, len(source) + 1), FAR, dtype=np.int64)  # least costs of the way so far
     table[0, 0] = 0
     for i, token in enumerate(target):
-        cost = costs[kind[token], at]
+        cost = costs[row[token], at]
         so_far = cost.cumsum()
         # a way enters the row at some place, and goes on along the source
         entered = np.minimum(table[i, :-1], table[i, 1:]) - (so_far - cost)
