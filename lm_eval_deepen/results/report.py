@@ -145,7 +145,7 @@ def markdown(rows: Sequence[ScoreRow], alpha: float, notes: Sequence[str] = ()) 
         blocks.append(f"#### {literal(heading(group))}\n\n{table}")
     blocks.append(" ".join([f"Significance at {alpha:g}.", *(literal(line, code=True) for line in reading(rows))]))
     if notes:
-        blocks.append("\n".join(f"- {literal(note, code=True)}" for note in notes))
+        blocks.append(markdown_table([["note"], *([note] for note in notes)], code=True))
     return "\n\n".join(blocks)
 
 

@@ -49,7 +49,8 @@ def test_plain_tables_align_and_say_what_is_not_significant():
 
 
 def test_markdown_has_one_table_per_column_and_escapes_bars():
-    text = report.markdown(sample_rows(), 0.05, ["x"])
+    text, notes = report.markdown(sample_rows(), 0.05, ["x", "y|z"]).split("| note |")
+    assert notes.splitlines() == ["", "|---|", "| x |", "| y\\|z |"]
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 5 and table[1].startswith("|---|---:|")
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
@@ -233,7 +234,7 @@ def test_names_are_text_in_every_format(name):
     assert len(text.split("\n")) == len(usual.split("\n")) and len(plain.split("\n")) == len(usual_plain.split("\n"))
     for found in (text, plain):
         assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", found)
-    table = [line for line in text.split("\n") if line.startswith("|")]
+    table = [line for line in text.split("| note |")[0].split("\n") if line.startswith("|")]
     assert {len(_cells(line)) for line in table} == {len(report.head(rows))}
     assert _unescaped(_cells(table[2])[0]) == printable(name).strip()
     page = html(rows, 0.05, [name], title=name)
