@@ -34,6 +34,15 @@ def write_sibling(base: Path, folder: Path, seed: int, scale: float = 0.05) -> P
     return folder
 
 
+def with_head(folder: Path, target: Path, head: torch.Tensor | None, **changes: object) -> Path:
+    """Copy a model folder, its output head another one, or none; its configuration changed."""
+    configured(folder, target, **changes)
+    held = {name: value for name, value in tensors(target).items() if name != "lm_head.weight"}
+    held |= {} if head is None else {"lm_head.weight": head.contiguous()}
+    save_file(held, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 def configured(folder: Path, target: Path, **changes: object) -> Path:
     """Copy a model folder, its configuration changed."""
     shutil.copytree(folder, target)

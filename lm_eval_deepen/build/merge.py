@@ -12,6 +12,7 @@ from lm_eval_deepen.build.architecture import check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import require
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, one_line
+from lm_eval_deepen.storage import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
     require(f"{recipe.source}: ")
     import mergekit.merge as engine
     from mergekit.config import MergeConfiguration
+    from mergekit.io import LazyTensorLoader
 
     order = list(recipe.places(members).values())
 
@@ -52,7 +54,13 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
 
     options = engine.MergeOptions(random_seed=recipe.seed, quiet=True, write_model_card=False)
     try:
-        engine.run_merge(Ordered.model_validate(recipe.located(members)), str(out), options)
+        configuration = Ordered.model_validate(recipe.located(members))
+        head, embedding = check_heads(configuration, options, recipe.source)
+        engine.run_merge(configuration, str(out), options)
+        if head and _own_head(LazyTensorLoader.from_disk(str(out)), head, embedding):
+            _say_untied(out / "config.json")
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{recipe.source}: mergekit refuses the merge: {type(error).__name__}: {one_line(error)}. Its "
@@ -62,3 +70,81 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
     finally:
         gc.collect()  # mergekit's cache of loaders keeps files open
     return {"tokens_trained": 0}
+
+
+def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str]:
+    """Refuse models whose output heads mergekit would leave out; return the names of head and embedding.
+
+    As transformers loads models, a head that is stored with other values than the embedding is not tied to it,
+    whatever ``tie_word_embeddings`` says; a head that is not stored is the embedding where that is true, else random.
+
+    Args:
+        configuration: of mergekit, with the places of its models.
+        options: of mergekit.
+        source: begins the errors.
+
+    Returns:
+        Names of the tensors; empty ones for an architecture of which transformers does not say them.
+
+    Raises:
+        ConfigError: a model without a head, or a head that would be left out.
+    """
+    import transformers
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import LoaderCache
+
+    loaders = LoaderCache()
+    loaders.setup(options=options)
+    models = configuration.referenced_models()
+    kind = (models[0].config().architectures or [""])[0]
+    pairs = getattr(getattr(transformers, kind, None), "_tied_weights_keys", None) or {}
+    if len(pairs) != 1:  # code of its own, or an encoder beside the decoder
+        return "", ""
+    [(head, embedding)] = pairs.items()
+    if configuration.slices:  # the head is made of the last layers' models
+        models = [part.model for part in configuration.slices[-1].sources]
+    without = [model for model in models if not _stored(loaders.get(model), head)]
+    if random := [model for model in without if not getattr(model.config(), "tie_word_embeddings", True)]:
+        raise ConfigError(
+            f"{source}: the files of {random[0]} lack the output head {head}, and its config.json says "
+            "tie_word_embeddings: false; random values would stand there. Correct its config.json, or its files"
+        )
+    own = [model for model in models if model not in without and _own_head(loaders.get(model), head, embedding)]
+    weights = get_architecture_info(configuration, options).all_weights(models[0].config()) if own else []
+    place = next((weight for weight in weights if _called(weight.name, head)), None)
+    if own and (place is None or (without and not place.tied_names)):
+        why = f"mergekit knows none of {kind}" if place is None else f"{without[0]} stores none"
+        raise ConfigError(
+            f"{source}: {own[0]} has an output head that is not its embedding ({head}), and {why}: the merge would be "
+            "without it, or have it of some models alone. Store it in the files of every model, distil them (method: "
+            "fusellm), or fuse them at every step"
+        )
+    return head, embedding
+
+
+def _own_head(loader: Any, head: str, embedding: str) -> bool:
+    """Return whether a model's files hold an output head with other values than its embedding."""
+    one, other = _stored(loader, head), _stored(loader, embedding)
+    if not (one and other):
+        return bool(one)
+    mine, theirs = loader.get_tensor(one), loader.get_tensor(other)
+    return mine.shape != theirs.shape or bool((mine != theirs).any())
+
+
+def _stored(loader: Any, name: str) -> str:
+    """Return what a tensor is called in a model's files; empty where it is not there."""
+    return next((key for key in loader.index.tensor_paths if _called(key, name)), "")
+
+
+def _called(key: str, name: str) -> bool:
+    """Tell whether a stored tensor is the one of a name; what stands before its last two parts differs."""
+    return key.split(".")[-2:] == name.split(".")[-2:]
+
+
+def _say_untied(path: Path) -> None:
+    """Write into a configuration that the output head is not the embedding: its readers would tie them, or warn."""
+    config = read_json(path)
+    parts = [config, *(part for part in [config.get("text_config")] if part)]
+    for part in parts:
+        part["tie_word_embeddings"] = False
+    write_json(path, config, indent=2)

@@ -78,8 +78,11 @@ class ModelFiles:
 
     @property
     def output_embedding(self) -> str | None:
-        """The name of the output head among `tensors`; of the input embedding where the head is tied to it."""
-        return (None if self.get("tie_word_embeddings") else self._table(_is_head)) or self.embedding
+        """The name of the output head among `tensors`; of the input embedding where no head is stored.
+
+        A head that is stored is the one that transformers loads, whatever ``tie_word_embeddings`` says.
+        """
+        return self._table(_is_head) or self.embedding
 
     def _table(self, called: Callable[[str], bool]) -> str | None:
         rows, width = self.get("vocab_size", 0), self.get("hidden_size", 0)

@@ -11,8 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from sibling_models import MERGES, configured, merge_of, tensors, write_sibling
-from transformers import AutoConfig, LlamaForCausalLM
+from sibling_models import MERGES, configured, merge_of, tensors, with_head, write_sibling
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 from lm_eval_deepen.build import build, parse_build, read_build
 from lm_eval_deepen.build.architecture import IncompatibleError, check_alike, read_otherwise
@@ -149,6 +157,64 @@ def test_tensors_that_mergekit_does_not_know_are_told(pico, tmp_path):
     with pytest.raises(ConfigError, match=told):
         build(parsed(raw, tmp_path), tmp_path / "out", {})
     assert not list(tmp_path.glob("*out*/*"))
+
+
+@needs_mergekit
+def test_a_stored_head_is_merged_whatever_the_configuration_says_of_ties(merged, family, tmp_path):
+    own, other = (tensors(Path(family[name])) for name in ("s1", "s2"))
+    head = torch.randn(own["lm_head.weight"].shape, generator=torch.Generator().manual_seed(3))
+    tied = {"tie_word_embeddings": True}
+    for case, (first, second, ties) in enumerate(
+        [(head, other["lm_head.weight"], False), (head, None, False), (None, head, False),
+         (None, None, True), (own["model.embed_tokens.weight"], None, True)]
+    ):  # fmt: skip
+        folders = [
+            with_head(Path(family[name]), tmp_path / f"{name}-{case}", given, **tied)
+            for name, given in (("s1", first), ("s2", second))
+        ]
+        folder = merged(merge_of("linear", list(map(str, folders)), base=None), f"out{case}")
+        heads = [AutoModelForCausalLM.from_pretrained(place).lm_head.weight for place in (*folders, folder)]
+        assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
+        # transformers 5 sees that they differ; other readers do what the configuration says
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is ties
+
+
+def of_kind(kind, config, pico, folder, **tie):
+    """Write a small model of another architecture, with a pico tokenizer."""
+    shutil.copytree(pico["bytelevel"], folder)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    kind(config(vocab_size=vocabulary, **sizes, **heads, **tie)).save_pretrained(folder)
+    return folder
+
+
+@needs_mergekit
+@pytest.mark.parametrize(
+    ("kind", "config", "without", "why"),
+    [
+        (GemmaForCausalLM, GemmaConfig, False, "mergekit knows none of GemmaForCausalLM"),
+        (OlmoForCausalLM, OlmoConfig, True, "b stores none"),
+    ],
+)
+def test_a_head_that_mergekit_would_leave_out_is_refused(merged, pico, tmp_path, kind, config, without, why):
+    folder = of_kind(kind, config, pico, tmp_path / "plain", tie_word_embeddings=True)
+    head = torch.ones_like(tensors(folder)["model.embed_tokens.weight"])
+    names = [str(with_head(folder, tmp_path / "a", head))]
+    names.append(str(with_head(folder, tmp_path / "b", None if without else head)))
+    with pytest.raises(ConfigError, match=rf"a has an output head .*lm_head.weight.*{why}: .*fusellm"):
+        merged(merge_of("linear", names, base=None))
+    names[0] = str(folder)  # without a head of its own there is nothing to leave out
+    if without:
+        merged(merge_of("linear", names, base=None))
+
+
+@needs_mergekit
+def test_a_head_that_is_nowhere_is_not_replaced_by_the_embedding(merged, family, tmp_path):
+    lacking = with_head(Path(family["s2"]), tmp_path / "lacking", None)
+    with pytest.raises(ConfigError, match=r"lacking lack the output head lm_head.weight, .*tie_word_embeddings: false"):
+        merged(merge_of("linear", ["s1", str(lacking)], base=None))
 
 
 # --- refusals

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sibling_models import configured
 
 from lm_eval_deepen.cli.main import main
 from lm_eval_deepen.config import MemberConfig
@@ -360,6 +361,16 @@ def test_only_the_embedding_is_read(pico: dict[str, Path]) -> None:
         files = look_up(MemberConfig(name=name, pretrained=str(folder)))
         expected = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
         assert torch.equal(files.load_embedding(), expected), files.embedding
+
+
+def test_a_stored_head_is_the_one_that_is_loaded(pico: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for tie in (False, True):
+        folder = configured(pico["bytelevel"], tmp_path / str(tie), tie_word_embeddings=tie)
+        files = look_up(MemberConfig(name="m", pretrained=str(folder)))
+        expected = AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight
+        assert torch.equal(files.load_embedding("output"), expected)
 
 
 def test_hours_are_reading_by_arithmetic_and_writing_by_bandwidth() -> None:
