@@ -183,6 +183,32 @@ def test_an_interrupted_build_goes_on_and_ends_up_the_same(world, plain, tmp_pat
     assert not partial.exists()
 
 
+def test_every_step_counts_in_the_losses_that_are_told_also_of_an_interrupted_training(
+    world, tmp_path, monkeypatch
+) -> None:
+    recipe, members = world
+    recipe = {**recipe, "method": "clm", "train_tokens": 600, "checkpoint_steps": 3}
+    losses: list[float] = []
+    own = training.FusionTrainer.compute_loss
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        value = own(*args, **kwargs)
+        losses.append(float(value.detach()))
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.FusionTrainer, "compute_loss", noted)
+        whole = distill.build(recipe, tmp_path / "whole", members)
+    assert whole["steps"] == len(losses) and 11 <= len(losses) < 20 and len(losses) % 2 == 1
+    means = [float(np.mean(losses[at : at + 2])) for at in range(0, len(losses), 2)]  # the last one of a single step
+    assert whole["loss"] == pytest.approx(means, abs=1e-4)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.FusionTrainer, "compute_loss", Counted(own, dies_at=5))  # a checkpoint is after step 3
+        distill.build(recipe, tmp_path / "cut", members)
+    assert distill.build(recipe, tmp_path / "cut", members)["loss"] == whole["loss"]
+
+
 class Counted:
     """A function that counts its calls, and may end the process at one of them; works as a method, too."""
 

@@ -121,7 +121,11 @@ class FusionTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks checkpoints that were written to their end."""
+    """Marks checkpoints that were written to their end, and logs the loss up to each, and up to the last step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the loss logged where ``Trainer`` would forget it: it knows none of before a checkpoint."""
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the mark, when all processes have written their part."""
@@ -231,8 +235,27 @@ def train(
         model.save_pretrained(folder / "model")
     if ranks.index == 0:
         tokenizer.save_pretrained(folder / "model")
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": steps, "loss": [round(value, 4) for value in logged]}
+    logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": steps, "loss": [round(value, 4) for value in tenths(logged, _tenth(steps))]}
+
+
+def tenths(logged: Sequence[tuple[int, float]], size: int) -> list[float]:
+    """Return the mean loss over each `size` steps, the last ones fewer.
+
+    Args:
+        logged: step, and the mean loss since the last entry; there is one at the end of each tenth.
+        size: steps in a tenth.
+    """
+    sums: dict[int, float] = {}
+    before = 0
+    for step, loss in logged:
+        sums[(step - 1) // size] = sums.get((step - 1) // size, 0.0) + (step - before) * loss
+        before = step
+    return [total / (min((tenth + 1) * size, before) - tenth * size) for tenth, total in sums.items()]
+
+
+def _tenth(steps: int) -> int:
+    return max(1, math.ceil(steps / 10))
 
 
 def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool, ranks: Ranks) -> TrainingArguments:
@@ -253,7 +276,7 @@ def _arguments(recipe: DistillRecipe, folder: Path, steps: int, cpu: bool, ranks
         seed=recipe.seed,
         full_determinism=not cpu and torch.cuda.is_available(),
         use_cpu=cpu,
-        logging_steps=max(1, math.ceil(steps / 10)),
+        logging_steps=_tenth(steps),
         save_steps=recipe.checkpoint_steps or max(1, math.ceil(steps / CHECKPOINTS)),
         save_total_limit=2,
         report_to=[],
