@@ -259,7 +259,8 @@ def load_members(
     Raises:
         DeepenError: a member that cannot be loaded, or vocabularies that a row's method cannot use.
     """
-    check_loading(tuple(members), device)
+    if members:  # none where only built models are left to evaluate, which are loaded one by one
+        check_loading(tuple(members), device)
     first: dict[MemberConfig, MemberConfig] = {}  # of the members that are loaded alike
     same = {member.name: first.setdefault(_loaded(member), member) for member in members}
     tokenizers = {member.name: load_tokenizer(member) for member in first.values()}

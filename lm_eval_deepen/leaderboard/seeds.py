@@ -21,7 +21,8 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
 
     Args:
         measured: one metric of one task, by row.
-        groups: rows by group; those of one row get the group's name and are left alone.
+        groups: rows by group, of which all or none are measured; those of one row get the group's name and are left
+            alone.
     """
     of_row = {name: group for group, names in groups.items() if names != [group] for name in names}
     scores: dict[str, Scores] = {}
@@ -31,8 +32,8 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
         if group is None:
             scores[name], extra[name] = measured.scores[name], measured.extra.get(name, {})
         elif group not in scores:
-            rows = [row for row in groups[group] if row in measured.scores]
-            if len(groups[group]) == 1:  # the group's only row in this column
+            rows = groups[group]
+            if len(rows) == 1:  # the group's only row in this column
                 scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
                 continue
             own = [measured.scores[row] for row in rows]

@@ -100,19 +100,27 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         ResultError: files that cannot be read, or a metric that no task has.
     """
     recipe = plan.recipe
-    empty = {**plan.meaningless, **{key: " ".join(reason.split()) for key, reason in plan.failed.items()}}
+    repeated = {row.name for row in recipe.rows if row.name != row.group}
+    empty = dict(plan.meaningless)
+    for (name, task), reason in plan.failed.items():
+        empty[name, task] = f"{name}: " * (name in repeated) + " ".join(reason.split())
     rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes, reported = list(recipe.notes), list[Reported]()
     evaluations: list[Mapping[str, Any]] = []
     for task in plan.tasks:
+        # the mean of some of the seeds is no score of the row
+        whole = {
+            name for names in _groups(recipe, task.name).values() for name in names
+            if all((one, task.name) in cells for one in names)
+        }  # fmt: skip
         runs = [
             Run(row.name, cells[row.name, task.name].mark.parent, cells[row.name, task.name].runs())
             for row in recipe.rows
-            if (row.name, task.name) in cells
+            if row.name in whole
         ]
         if not runs:  # encoder-decoder members alone and a task that scores given texts, or no cell was finished
-            reasons = {empty[row.name, task.name] for row in recipe.rows if row.has(task.name)}
+            reasons = {reason for row in recipe.rows if (reason := empty.get((row.name, task.name))) is not None}
             notes.append(f"{task.name}: no row has an answer: {'; '.join(sorted(reasons))}")
             continue
         evaluations += [next(iter(run.tasks.values())).results for run in runs]

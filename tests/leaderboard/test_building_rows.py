@@ -16,8 +16,11 @@ from lm_eval_deepen.build import distill
 from lm_eval_deepen.build import merge as merging
 from lm_eval_deepen.build.merge_config import METHODS
 from lm_eval_deepen.build.texts import TaskSource
-from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.cli import main as cli
+from lm_eval_deepen.errors import ConfigError, RequestError, ResultError
+from lm_eval_deepen.harness.requests import RequestHandler
 from lm_eval_deepen.harness.tasks import load_tasks
+from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.execution import execute, plan
@@ -166,6 +169,29 @@ def test_a_row_over_seeds_is_the_mean_of_its_seeds(write, tmp_path, builders):
         assert said["seed"] == seed and said["method"] == "dare_linear"
     assert found.score == pytest.approx(np.mean(own))
     assert found.extra["sd over seeds"] == pytest.approx(np.std(own, ddof=1)) and found.extra["seeds"] == 3
+
+
+def test_a_row_of_which_a_seed_has_no_results_is_left_out(write, tmp_path, builders, monkeypatch, capsys):
+    prepare = RequestHandler.prepare
+
+    def refusing(self, kind, request, *rest):
+        if self.ensemble.active[0].name == "merge_dare, seed 4" and request.task_name == "conf_choice":
+            raise RequestError("no honest answer")
+        return prepare(self, kind, request, *rest)
+
+    path, out = write(tasks=[CHOICE, {"task": "conf_answer", "metric": "exact_match,whole"}]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestHandler, "prepare", lambda *given: attempt(lambda: refusing(*given)))
+        assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 2
+    assert "row 'merge_dare, seed 4', task 'conf_choice':" in capsys.readouterr().err
+    told = json.loads((out / "leaderboard.json").read_text())
+    assert [row["task"] for row in told["rows"] if row["system"] == "merge_dare"] == ["conf_answer"]
+    [reason] = [one["reason"] for one in told["not_applicable"] if one["system"] == "merge_dare"]
+    assert reason.startswith("merge_dare, seed 4: ") and "no honest answer" in reason
+    assert "| merge_dare | n/a (1) |" in (out / "leaderboard.md").read_text()
+    assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 0
+    told = json.loads((out / "leaderboard.json").read_text())
+    assert {row["extra"]["seeds"] for row in told["rows"] if row["system"] == "merge_dare"} == {3}
 
 
 def test_averaging_takes_documents_one_by_one():
