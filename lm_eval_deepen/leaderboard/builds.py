@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, Field
 from lm_eval_deepen.build.architecture import IncompatibleError
 from lm_eval_deepen.build.merge import check_inputs
 from lm_eval_deepen.build.merge_config import require
-from lm_eval_deepen.build.provenance import lineage, read_provenance, tasks_of
+from lm_eval_deepen.build.provenance import DamagedError, lineage, read_provenance, tasks_of
 from lm_eval_deepen.build.publish import build
 from lm_eval_deepen.build.recipe import BuildRecipe, parse_build, read_build
 from lm_eval_deepen.build.texts import ANYWHERE, TASK, TaskSource, task_hashes
@@ -22,6 +23,7 @@ from lm_eval_deepen.config import Keys, Shown
 from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.errors import ConfigError, DeepenError, blamed
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
+from lm_eval_deepen.storage import is_settled, locked
 
 if TYPE_CHECKING:
     from lm_eval_deepen.harness.tasks import LoadedTask
@@ -149,7 +151,7 @@ class Builds:
             if device and not recipe.is_merge and recipe.content.get("device") is None:
                 recipe = replace(recipe, content={**recipe.content, "device": re.sub(r":\d+$", ":0", device)})
             try:
-                build(recipe, out, members, identity=identity, mend=mend, say=say)
+                _build(recipe, out, members, identity, mend, say)
             except DeepenError as error:
                 raise ConfigError(f"{name!r}: {error}") from error
             places[name] = out
@@ -178,6 +180,29 @@ class Builds:
             recipe = self.recipes[name]
             name = recipe.architecture_of
         return recipe.place(name, self.places)
+
+
+def _build(
+    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, mend: bool, say: Callable[[str], None]
+) -> None:
+    """Build a model, unless it is there; what another leaderboard is building is waited for."""
+    if out.is_dir() and is_settled(out):  # no lock: the folder may be one that is only read
+        try:
+            build(recipe, out, members, identity=identity, say=say)
+            return
+        except DamagedError:
+            if not mend:
+                raise
+    lock, busy = out.with_name(f".{out.name}.wanted.lock"), ConfigError("another leaderboard builds it")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, busy))
+        except ConfigError as error:
+            if error is not busy:
+                raise
+            say(f"{out}: another leaderboard builds this model; waiting for it")
+            held.enter_context(locked(lock))
+        build(recipe, out, members, identity=identity, mend=mend, say=say)
 
 
 def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:

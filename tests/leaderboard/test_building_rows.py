@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,29 @@ def test_averaging_takes_documents_one_by_one():
     corpus = Scores(np.array([[2.0, 1.0], [4.0, 1.0]]), lambda means: means[..., 0] / means[..., 1], False)
     twice = averaged(Measured("t", "m", "none", False, {"x": corpus, "y": corpus}), {"z": ["x", "y"]})
     assert twice.scores["z"].score == corpus.score and not twice.scores["z"].averaged
+
+
+def test_a_model_that_another_leaderboard_builds_is_waited_for(write, tmp_path, builders, monkeypatch):
+    builds, built = read_recipe(write()).builds, tmp_path / "built"
+    told, places, waits = [], [], threading.Event()
+    train = distill.build
+
+    def hear(text):
+        told.append(text)
+        waits.set()
+
+    def meanwhile(*given):
+        other.start()
+        assert waits.wait(60)
+        return train(*given)
+
+    other = threading.Thread(target=lambda: places.append(builds.make(["s0"], built, hear)))
+    monkeypatch.setattr(distill, "build", meanwhile)
+    first = builds.make(["s0"], built, lambda text: None)
+    other.join(60)
+    assert places == [first] and builders == [("clm", [0, 2])]
+    assert told == [f"{first['s0']}: another leaderboard builds this model; waiting for it",
+                    f"{first['s0']}: is built already"]  # fmt: skip
 
 
 def test_a_changed_recipe_or_base_makes_another_model_and_another_cell(write, tmp_path, builders, pico):
