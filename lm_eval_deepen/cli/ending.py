@@ -25,6 +25,7 @@ STATUSES = (
 _SPELLINGS = {"±": "+/-", "▲": "^", "▼": "v"}  # for a terminal without these characters
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing")
 _ERRORS = "lm_eval_deepen.spelt"
+_SHOWN = 100  # characters of a text
 
 
 def ended(command: Callable[[], int], guest: bool = False) -> int:
@@ -84,6 +85,10 @@ def explained(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{reason(error)}. {remedy(error)}"
+    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: what a command line or JSON can hold
+        text, character = ascii(error.object), ascii(error.object[error.start])
+        text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        return f"{text}: {character} cannot be written as {error.encoding} ({error.reason}). Correct that text"
     return str(error) if isinstance(error, DeepenError) else one_line(error)
 
 

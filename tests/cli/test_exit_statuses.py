@@ -231,6 +231,8 @@ def test_streams_spell_as_before_when_a_command_has_ended(monkeypatch):
         (OSError("a library's\n  own"), 2, "error: a library's own\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: Broken pipe. Correct"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "error: 'utf-8' codec can't decode"),
+        (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates not allowed"), 2, r"error: 'a\ud800': '\ud800' cannot"),
+        (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates not allowed"), 2, "Correct that text\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "(os error 28). Free space on the disk"),
         (KeyboardInterrupt(), INTERRUPTED, "interrupted; what is finished is kept\n"),
     ],
@@ -245,6 +247,15 @@ def test_no_end_of_a_command_looks_like_a_verdict(error, status, message, pair, 
     assert (sys.stdout, sys.stderr) == streams
     told = capsys.readouterr().err
     assert message in told and ("Traceback" in told) == (status == FAULT)
+
+
+@pytest.mark.parametrize("given", [{"inverse": "\ud800"}, {"batch_size": "auto\udcff"}])
+def test_half_a_surrogate_pair_is_named(given, capsys):
+    ensemble = json.dumps({"pretrained": "none", "members": ["none", "nowhere"], **given})
+    assert cli.main(["inspect", ensemble, "--no-tasks"]) == 2
+    [value] = given.values()
+    told = capsys.readouterr().err
+    assert ascii(value) in told and "orrect" in told and "codec" not in told
 
 
 def test_wrong_usage_is_2(capsys):
