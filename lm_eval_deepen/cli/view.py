@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.port is not None and not args.serve:
         raise ConfigError("--port belongs to --serve; give both, or neither")
     pages = shown([args.folder, *args.others], args.limit, served=args.serve)
+    for one in pages.sides:
+        for note in one.notes:
+            print(f"note: {one.name}: {note}", file=sys.stderr)
     if args.serve:
         with server(pages, args.port or 0) as serving:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)

@@ -102,8 +102,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     recipe = plan.recipe
     repeated = {row.name for row in recipe.rows if row.name != row.group}
     empty = dict(plan.meaningless)
-    for (name, task), reason in plan.failed.items():
-        empty[name, task] = f"{name}: " * (name in repeated) + " ".join(reason.split())
+    for key, why in plan.failed.items():
+        empty[key] = f"{key[0]}: " * (key[0] in repeated) + " ".join(why.split())
     rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes, reported = list(recipe.notes), list[Reported]()

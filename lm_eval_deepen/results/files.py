@@ -107,7 +107,7 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
     """
     if not path.exists():
         raise ResultError(f"{path}: no such file or folder; give what --output_path was given to lm_eval.")
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    files = _json_files(path)
     series: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for file in files:
         if match := _DATED.match(file.name):
@@ -132,6 +132,24 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
     ]
 
 
+def _json_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.json"))
+
+
+def dated_results(path: Path) -> list[tuple[Path, str]]:
+    """Return every results file of the harness under a folder, with the date in its name."""
+    return [(file, match["date"]) for file in _json_files(path) if (match := _DATED.match(file.name))]
+
+
+def tasks_with_samples(path: Path, date: str, results: Mapping[str, Any]) -> dict[str, TaskRun]:
+    """Return the tasks of a results file of a date whose samples lie beside it."""
+    return {
+        task: TaskRun(task, path, samples, results)
+        for task in results["configs"]
+        if (samples := path.parent / f"samples_{task}_{date}.jsonl").is_file()
+    }
+
+
 def _labels(base: str, runs: Sequence[Run]) -> list[str]:
     """Return one name per run: the folder's, and where it holds several models, theirs beside it."""
     if len(runs) == 1:
@@ -152,11 +170,7 @@ def _read_series(paths: Sequence[Path], folder: Path) -> Run:
     identity: str | None = None
     for path in sorted(paths, key=_date, reverse=True):
         results = read_results(path, "evaluate again.")
-        here = {
-            task: TaskRun(task, path, samples, results)
-            for task in results["configs"]
-            if (samples := path.parent / f"samples_{task}_{_date(path)}.jsonl").is_file()
-        }
+        here = tasks_with_samples(path, _date(path), results)
         if not here:
             notes.append(f"{path}: left out, it has no samples (--log_samples)")
             continue

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.results.aggregation import to_number
-from lm_eval_deepen.results.files import TaskRun, find_runs, fingerprint
+from lm_eval_deepen.results.files import TaskRun, find_runs
 from lm_eval_deepen.results.templates import render
-from lm_eval_deepen.results.traces import Documents, TraceFile, bytes_of, documents_of, find_traces, text_of
+from lm_eval_deepen.results.trace_runs import TracedRun, evaluations, traced_run
+from lm_eval_deepen.results.traces import Documents, TraceFile, bytes_of, documents_of, find_traces, left_out, text_of
 
 PROMPT = 3000  # characters of a prompt that are shown: its end
 ALL, NOBODY = -1, -2  # who would have chosen a token, beside the numbers of the members
@@ -145,20 +146,27 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
     shown = Side(folder.resolve().name)
     traces: dict[str, list[TraceFile]] = {}
     try:
-        traces = find_traces(folder)
+        traces = find_traces(folder, shown.notes)
     except ResultError:
         if traced or not folder.exists():
             raise
         shown.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
-    samples = _samples(folder, traces, shown)
-    if not traces and not samples:
+    runs = _runs(traces, folder.parent if folder.is_file() else folder, shown.notes) if traces else {}
+    if traces:
+        found = {task: run.samples for task, run in runs.items() if run.samples is not None}
+    else:
+        found = _samples(folder, shown)
+    if not traces and not found:
         raise ResultError(f"{folder}: holds neither traces nor samples; evaluate with --output_path and --log_samples")
-    for task, files in traces.items():
+    for task, run in runs.items():
+        files = run.files
         shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
         if any(file.cut for file in files):
             shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    if files := next(iter(traces.values()), []):
-        head = files[0].head
+    if found:
+        shown.facts = _facts(next(iter(found.values())).results)
+    if runs:
+        head = next(iter(runs.values())).files[0].head
         shown.facts = [
             ("method", str(head.get("method"))),
             ("members", _short(", ".join(f"{one.get('name')} ({one.get('pretrained')})" for one in head["members"]))),
@@ -167,37 +175,43 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
             ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
             *shown.facts,
         ]
-    for task in traces or samples:
-        records = documents_of(traces[task]) if task in traces else Documents()
-        shown.tasks[task] = documents(records, samples.get(task, {}), page, limit, task)
-        count = len({key[:2] for key in records.keys} or samples.get(task, {}))
+    for task in runs or found:
+        records = documents_of(runs[task].files) if task in runs else Documents()
+        samples = samples_by_document(found[task].samples_path) if task in found else {}
+        shown.tasks[task] = documents(records, samples, page, limit, task)
+        count = len({key[:2] for key in records.keys} or samples)
         if limit is not None and count > limit:
             shown.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
-        if task in traces and not samples.get(task):
-            shown.notes.append(f"{task}: there are no samples of this run (--log_samples), so no scores are shown")
+        if task in runs:
+            shown.notes += runs[task].notes
     return shown
 
 
-Samples = dict[tuple, list[Mapping[str, Any]]]  # by document
+def _runs(traces: Mapping[str, Sequence[TraceFile]], folder: Path, notes: list[str]) -> dict[str, TracedRun]:
+    """Return the latest run that was traced of every task, by the ensemble that was traced last."""
+    newest = max((files[0] for files in traces.values()), key=lambda file: file.date)
+    every = evaluations(folder, notes)
+    runs = {}
+    for task, files in traces.items():
+        if files[0].head.get("fingerprint") == newest.head.get("fingerprint"):
+            runs[task] = traced_run(task, files, every)
+        else:
+            notes += map(left_out, files)
+    return runs
 
 
-def _samples(folder: Path, traces: Mapping[str, Sequence[TraceFile]], shown: Side) -> dict[str, Samples]:
-    """Return the samples of the runs that the traces are of; without traces, those of the first run."""
+def _samples(folder: Path, shown: Side) -> dict[str, TaskRun]:
+    """Return the samples of a folder without traces: those of its first model."""
     try:
-        runs = find_runs(folder)
+        run, *others = find_runs(folder)
     except ResultError:
         return {}
-    kept: dict[str, Samples] = {}
-    for run in runs if traces else runs[:1]:
-        for task, one in run.tasks.items():
-            if traces and (task not in traces or fingerprint(one.results) != traces[task][0].head.get("fingerprint")):
-                continue
-            if task in kept:
-                continue
-            kept[task] = samples_by_document(one.samples_path)
-            if not shown.facts:
-                shown.facts = _facts(one.results)
-    return kept
+    if others:
+        shown.notes.append(f"{folder} has the results of {1 + len(others)} models: those of {run.label} are shown")
+    return dict(run.tasks)
+
+
+Samples = dict[tuple, list[Mapping[str, Any]]]  # by document
 
 
 def samples_by_document(path: Path) -> Samples:

@@ -67,6 +67,12 @@ class TraceFile:
     documents: Documents  # its other lines, a request each
     cut: bool = False  # whether its end is missing, as where the process was killed while it wrote
 
+    @property
+    def date(self) -> str:
+        """When its run began, as its name says; empty where that is not its name."""
+        match = NAME.match(self.path.name)
+        return "" if match is None else match["date"]
+
 
 def read_trace(path: Path) -> TraceFile:
     """Read one file. What was written last may be cut off: the whole lines before it are read.
@@ -148,8 +154,10 @@ def _odd(document: Mapping[str, Any], members: int) -> str | None:
     return None
 
 
-def find_traces(folder: Path) -> dict[str, list[TraceFile]]:
+def find_traces(folder: Path, notes: list[str] | None = None) -> dict[str, list[TraceFile]]:
     """Return the traces under a folder by task, the latest run of each: files of one fingerprint, the newest first.
+
+    Traces of other fingerprints are left out, which is added to `notes`.
 
     Raises:
         ResultError: no such folder, no trace in it, or one that cannot be read.
@@ -169,7 +177,14 @@ def find_traces(folder: Path) -> dict[str, list[TraceFile]]:
         others = by_task.setdefault(str(file.head.get("task")), [])
         if not others or file.head.get("fingerprint") == others[0].head.get("fingerprint"):
             others.append(file)
+        elif notes is not None:
+            notes.append(left_out(file))
     return by_task
+
+
+def left_out(file: TraceFile) -> str:
+    """Return what is said of a trace by another ensemble than that which was traced last."""
+    return f"{file.path}: left out, it was traced with other options or members; give this file itself"
 
 
 def documents_of(files: Sequence[TraceFile]) -> Documents:

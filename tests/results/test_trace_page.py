@@ -149,6 +149,71 @@ def test_scores_and_right_here_wrong_there(tmp_path: Path) -> None:
     assert gained["count"] == "1 of 2 documents" and "right" in gained["list"][0]
 
 
+def evaluated(folder: Path, ended: str, seconds: float | None, values: list[float], **config: Any) -> Path:
+    """Write the results and samples of a run of the traced ensemble; return its samples."""
+    said = {"deepen": {"fingerprint": "f" * 64}, **config}
+    synthesised(folder, {"t": {"acc": values}}, date=ended, config=said)
+    results = folder / f"results_{ended}.json"
+    told = json.loads(results.read_text()) | {"total_evaluation_time_seconds": str(seconds)}
+    results.write_text(json.dumps(told))
+    return folder / f"samples_t_{ended}.jsonl"
+
+
+def traced(folder: Path, began: str, samples: Path, count: int = 2, task: str = "t", print: str = "f" * 64) -> None:
+    """Write the trace of a run that began then, of the documents of some samples."""
+    write_trace(folder, [[step(str(n), "x", "x")] for n in range(count)], task=task)
+    path = folder / f"trace_{task}_2026-01-01T00-00-00.jsonl.gz"
+    told = gzip.decompress(path.read_bytes()).decode().replace("f" * 64, print)
+    for n, line in enumerate(samples.read_text().splitlines()):
+        told = told.replace(f'"h{n}"', json.dumps(json.loads(line)["doc_hash"]))
+    path.unlink()
+    (folder / f"trace_{task}_{began}.jsonl.gz").write_bytes(gzip.compress(told.encode()))
+
+
+def scores_shown(folder: Path) -> tuple[list[float | None], str]:
+    """Return every document's score of a folder, and the notes of its page."""
+    [side] = shown([folder]).sides
+    return [one["scores"].get("acc") for one in side.tasks.get("t", [])], "; ".join(side.notes)
+
+
+def test_samples_are_those_of_the_run_that_was_traced(tmp_path: Path, capsys: Any) -> None:
+    first = evaluated(tmp_path, "2026-01-01T00-01-00.500000", 55, [1.0, 0.0], model_args={"trace": True})
+    traced(tmp_path, "2026-01-01T00-00-10.250000", first)
+    assert scores_shown(tmp_path) == ([1.0, 0.0], "")
+    later = evaluated(tmp_path, "2026-01-02T00-01-00", 55, [0.0, 0.0], model_args={"trace": False})
+    assert scores_shown(tmp_path) == ([1.0, 0.0], "")  # of the same ensemble, and of another run
+    first.rename(tmp_path / "away")
+    values, told = scores_shown(tmp_path)
+    assert values == [None, None] and "no samples of this run (--log_samples), those beside it are of other" in told
+    assert cli.main(["view", str(tmp_path)]) == 0 and f"note: {tmp_path.name}: {told}" in capsys.readouterr().err
+    (tmp_path / "results_2026-01-01T00-01-00.500000.json").unlink()  # it was killed
+    assert scores_shown(tmp_path)[0] == [None, None]
+    told = json.loads((tmp_path / "results_2026-01-02T00-01-00.json").read_text())
+    told["config"]["use_cache"] = "responses"
+    (tmp_path / "results_2026-01-02T00-01-00.json").write_text(json.dumps(told))
+    values, told = scores_shown(tmp_path)
+    assert values == [0.0, 0.0] and "left no samples; those shown are of results_2026-01-02" in told
+    traced(tmp_path, "2026-01-02T00-00-30", later, count=1)  # it went on from the killed one, and both have a trace
+    assert scores_shown(tmp_path) == ([0.0, 0.0], "")
+
+
+def test_documents_that_another_run_traced_are_left_out(tmp_path: Path) -> None:
+    whole = evaluated(tmp_path, "2026-01-01T00-01-00", 55, [1.0, 0.0, 1.0], model_args={"trace": True})
+    traced(tmp_path, "2026-01-01T00-00-10", whole, count=3)
+    part = evaluated(tmp_path, "2026-01-02T00-01-00", 55, [0.0, 1.0], model_args={"trace": True})
+    traced(tmp_path, "2026-01-02T00-00-10", part)
+    assert scores_shown(tmp_path) == ([0.0, 1.0], "t: 1 older traces of other runs are left out")
+    traced(tmp_path, "2026-01-01T12-00-00", part, task="u", print="e" * 64)
+    [side] = shown([tmp_path]).sides  # its members are others, or other options were set
+    assert list(side.tasks) == ["t"] and "00.jsonl.gz: left out, it was traced with other options" in side.notes[0]
+    assert list(shown([next(tmp_path.glob("trace_u_*"))]).sides[0].tasks) == ["u"]
+    traced(tmp_path, "2026-01-01T13-00-00", part, print="e" * 64)
+    assert scores_shown(tmp_path)[0] == [0.0, 1.0] and len(shown([tmp_path]).sides[0].notes) == 3
+    (tmp_path / "results_2026-01-02T00-01-00.json").write_text("{")
+    values, told = scores_shown(tmp_path)
+    assert values == [None, None] and "not JSON" in told
+
+
 def test_a_choice_without_probability_is_shown(tmp_path: Path) -> None:
     synthesised(tmp_path / "a", {"t": {"acc": [1.0]}})
     [samples] = (tmp_path / "a").rglob("samples_*.jsonl")
