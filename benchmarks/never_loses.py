@@ -16,7 +16,7 @@ import itertools
 import json
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,7 @@ def measure_own(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     }
 
 
-def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
+def measure(ensemble: Ensemble, found: list[Document], kinds_of_covers: Sequence[str]) -> dict[str, Any]:
     """What every system that is compared gives to the tokens of some documents, in nats."""
     reading = Reading.of(ensemble, found)
     experts = grid(len(ensemble.members))
@@ -160,7 +160,8 @@ def measure(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     }
     alone = Experts.of_steps(len(ensemble.members), geometric=False)  # members alone and equal weights are enough there
     out["off_weights"] = alone.weights
-    for covers, some in (("on", experts), ("off", alone)):
+    for covers in kinds_of_covers:
+        some = experts if covers == "on" else alone
         parts: list[torch.Tensor] = []
         for part, raw, index, present, target in reading._chunks():
             logp = [rows[: len(part)] for rows in raw]
@@ -220,7 +221,8 @@ def run(arguments: argparse.Namespace) -> None:
             if split == "dev" and not arguments.whole_dev:
                 result = measure_own(ensemble, found)
             else:
-                result = measure(ensemble, found) | measure_stretches(ensemble, found)
+                both = ["on"] if arguments.covers_alone else ["on", "off"]
+                result = measure(ensemble, found, both) | measure_stretches(ensemble, found)
             torch.save(result, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
             print(json.dumps({"system": system, "kind": kind, "split": split, "documents": len(found),
@@ -236,5 +238,6 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--whole-dev", action="store_true", help="measure ensembles on the dev split, too")
+    parser.add_argument("--covers-alone", action="store_true", help="no ensembles without covers: enough for --all")
     parser.add_argument("--splits", nargs="+", default=["dev", "test"], choices=["dev", "test"])
     run(parser.parse_args())
