@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -167,7 +167,8 @@ class Decoder:
         notes = FusionNotes() if any(row.job.traced for row in self.rows) else None
         if ensemble.learns:
             by_expert = ensemble.fuse_by_expert(logp, present, inside)
-            fused = ensemble.mix(logp, by_expert, self._log_posteriors(by_expert, drafts), present, notes)
+            before_each = torch.cat(self._learnt(by_expert, drafts, drafts))
+            fused = ensemble.mix(logp, by_expert, before_each, present, notes)
         else:
             base = None
             if ensemble.reads_prompts:
@@ -177,17 +178,20 @@ class Decoder:
         scores = fused if scores is None else scores
         finished, start = [], 0
         taken: list[tuple[BatchRow, int, int]] = []  # of traced rows: a row, where its distribution is, what was chosen
+        extended: list[list[int]] = []  # what every row was extended by
         best = argmax(scores).tolist()
         for row, draft in zip(self.rows, drafts, strict=True):
             own, before = slice(start, start + len(draft) + 1), len(row.out.ids)
             chosen = self._take(row, draft, scores[own], fused[own], best[own])
             if row.job.traced:
                 taken += [(row, start + at, token) for at, token in enumerate(chosen)]
-            if by_expert is not None and row.weights is not None:
-                row.weights = _learnt(by_expert, start, row.weights, row.out.ids[before:])[-1]
+            extended.append(row.out.ids[before:])
             start += len(draft) + 1
             if row.out.reason:
                 finished.append(row)
+        if by_expert is not None:
+            for row, learnt in zip(self.rows, self._learnt(by_expert, drafts, extended), strict=True):
+                row.weights = learnt[-1]
         if notes is not None:
             places, tokens = [at for _, at, _ in taken], [token for _, _, token in taken]
             steps = self.reader.read(places, tokens, logp, present, fused, notes)
@@ -195,14 +199,26 @@ class Decoder:
                 row.out.steps.append(step)
         return finished
 
-    def _log_posteriors(self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the experts' log posterior [sum of (1 + drafted), K] after 0, 1, ... of each row's drafted tokens."""
-        log_posteriors, start = [], 0
-        for row, draft in zip(self.rows, drafts, strict=True):
+    def _learnt(
+        self, by_expert: ExpertRows, drafts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Return of each row the experts' log posterior [T + 1, K] before each of T tokens and after them.
+
+        Args:
+            by_expert: each row's distributions after 0, 1, ... of its drafted tokens, one row after the other.
+            drafts: the drafted tokens of each row.
+            tokens: those to learn from, at most one more than drafted.
+        """
+        starts = accumulate((len(draft) + 1 for draft in drafts), initial=0)
+        places = [start + at for start, own in zip(starts, tokens, strict=False) for at in range(len(own))]
+        asked = [token for own in tokens for token in own]
+        logp = by_expert.at(torch.tensor(places), torch.tensor(asked)).cpu() if asked else None  # [sum of T, K]
+        parts = [None] * len(tokens) if logp is None else logp.split([len(own) for own in tokens])
+        learnt = []
+        for row, part in zip(self.rows, parts, strict=True):
             assert row.weights is not None
-            log_posteriors.append(_learnt(by_expert, start, row.weights, draft))
-            start += len(draft) + 1
-        return torch.cat(log_posteriors)
+            learnt.append(row.weights[None] if part is None or not len(part) else posteriors(row.weights, part.T)[0])
+        return learnt
 
     def _routes(self, row: BatchRow, draft: Sequence[int]) -> list[tuple[TokenPrefix | None, ...]]:
         """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.
@@ -299,14 +315,6 @@ class Decoder:
                 self.drafter.learn(row, len(draft), at)
                 break
         return chosen
-
-
-def _learnt(by_expert: ExpertRows, start: int, log_posterior: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return the log posterior [T + 1, K] before each of T tokens and after them, which rows from `start` on fuse."""
-    if not tokens:
-        return log_posterior[None]
-    index = torch.arange(start, start + len(tokens))
-    return posteriors(log_posterior, by_expert.at(index, torch.tensor(tokens)).T.cpu())[0]
 
 
 def _goes_on(before: TokenPrefix | None, after: TokenPrefix | None) -> bool:
