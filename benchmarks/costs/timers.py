@@ -36,6 +36,15 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "member.walk:TreeWalker._forward",
         "member.walk:TreeWalker._move",
     ),
+    "experts of weights that learn": (
+        "fusion._deepen_experts:OneHotExperts.__init__",
+        "fusion._deepen_experts:OneHotExperts.at",
+        "fusion._deepen_experts:OneHotExperts.mixed",
+        "fusion._expert_rows:FusedByEach.__init__",
+        "fusion._expert_rows:FusedByEach.at",
+        "fusion._expert_rows:FusedByEach.mixed",
+    ),
+    "covers": ("engine.covers:CoverReader.plan", "engine.covers:CoverReader.rows"),
     "inverse, relative rows": ("fusion.deepen:DeepenFuser.fuse", "fusion.deepen:DeepenFuser.skip"),
     "fusion around it": ("engine.base:EnsembleBase.fuse",),
     "trace": (
