@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +22,9 @@ SHARE = 0.5  # of the free memory; the rest is left to forward passes and to oth
 ROOM = 1.5  # columns grow by a quarter, and a layer is copied when they do
 FUSION_COPIES = 6  # fp32 copies of a row's logits that fusion holds at once
 NODES_ON_ACCELERATOR = 8_192
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")  # limit and use, and the entry of `memory.stat`
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def kv_bytes(member: Member, tokens: int = 1) -> int:
@@ -52,10 +57,35 @@ def fusion_bytes(vocabulary: int, batch: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that a device has free."""
+    """Return the memory that a device has free; on a CPU at most what the limits of a container leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_left_by_limits()])
+
+
+def _left_by_limits() -> Iterator[int]:
+    """Yield what every limit on this process's control group, and on those around it, leaves: cgroups v2 and v1.
+
+    Cached files that were not read lately count as free. In a container the own group may be the root of those that
+    it sees, whatever its path.
+    """
+    try:
+        lines = OWN_CGROUP.read_text().splitlines()
+    except OSError:  # another system than Linux
+        return
+    for number, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        version_2 = number == "0" and not controllers
+        if not version_2 and "memory" not in controllers.split(","):
+            continue
+        root, names = (CGROUPS, _VERSION_2) if version_2 else (CGROUPS / "memory", _VERSION_1)
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            with suppress(OSError, ValueError):  # no such group here, or one without a limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, limit - used + int(stat.get(names[2], 0)))
+            if folder == root:
+                break
 
 
 def held_bytes(ensemble: EnsembleBase, m: int, longest: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,40 @@ def test_auto_finds_a_batch_from_memory(model, monkeypatch):
     assert memory.safe_batch(ensemble, 100, 3) == 3
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
     assert memory.safe_batch(ensemble, 100, 64) == 1
+
+
+GIB = 2**30
+V2, V1 = ("max", "current", "inactive_file"), ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "free"),
+    [
+        ("0::/\n", {"": (V2, 8, 5, 2)}, 5),  # a container, which sees its own group as the root
+        ("0::/a/b\n", {"": (V2, "max", 50, 0), "a": (V2, 6, 5, 1), "a/b": (V2, "max", 5, 1)}, 2),  # of a group around
+        ("0::/docker/xyz\n", {"": (V2, 7, 4, 0)}, 3),  # whose path is that of the host
+        ("0::/a\n", {"a": (V2, 4, 6, 1)}, 0),  # more than a limit that was lowered
+        ("0::/a\n", {"a": (V2, "max", 6, 1)}, 64),
+        ("4:memory:/a\n2:cpu,cpuacct:/\n0::/\n", {"memory/a": (V1, 9, 5, 3), "memory": (V1, 2**33, 5, 0)}, 7),
+        ("5:cpu,memory:/elsewhere\n", {"memory": (V1, 9, 5, 3)}, 7),
+        ("3:cpuset:/\nodd\n", {"": (V2, 1, 1, 0)}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_free_memory_is_bounded_by_a_container(own, groups, free, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for name, ((limit, used, cached), *values) in groups.items():
+        folder = tmp_path / "cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        most, taken, inactive = (value if value == "max" else str(value * GIB) for value in values)
+        (folder / f"memory.{limit}").write_text(f"{most}\n")
+        (folder / f"memory.{used}").write_text(f"{taken}\n")
+        (folder / "memory.stat").write_text(f"anon 4096\n{cached} {inactive}\nactive_file 8192\n")
+    assert memory.free_bytes(torch.device("cpu")) == free * GIB
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
