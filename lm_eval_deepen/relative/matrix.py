@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lm_eval_deepen.relative.gathered import Entries
 from lm_eval_deepen.relative.operators import Operator
@@ -128,7 +130,29 @@ class OneHotOperator:
         return out
 
 
-class DenseMatrix:
+class _Placed:
+    """A matrix that is copied to another device once: those who ask for it share the copy while one of them has it."""
+
+    @cached_property
+    def _copies(self) -> WeakValueDictionary[torch.device, Self]:
+        return WeakValueDictionary()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same matrix on `device`."""
+        device = torch.device(device)
+        # not what was made of them, which belongs to their device
+        own = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, int))}
+        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        if all(value.device == device for value in tensors.values()):
+            return self
+        placed = self._copies.get(device)
+        if placed is None:
+            placed = self._copies[device] = object.__new__(type(self))  # whose rows have their sums already
+            vars(placed).update(own, **{name: value.to(device) for name, value in tensors.items()})
+        return placed
+
+
+class DenseMatrix(_Placed):
     """Every entry of R.
 
     Args:
@@ -157,12 +181,8 @@ class DenseMatrix:
         """Return the bytes that ``at`` of one distribution with `width` ids occupies."""
         return width * self.shape[1] * 4
 
-    def to(self, device: torch.device | str) -> DenseMatrix:
-        """Return the same matrix on `device`."""
-        return self if self.relative.device == torch.device(device) else DenseMatrix(self.relative.to(device))
 
-
-class SparseMatrix:
+class SparseMatrix(_Placed):
     """The m largest entries of each row of R.
 
     Args:
@@ -222,13 +242,6 @@ class SparseMatrix:
         """Return the bytes that ``at`` of one distribution with `width` ids occupies."""
         entries = -(-len(self._entries.values) // len(self.values))  # on average, in a row
         return width * entries * 48  # three int64 and two fp32 each, and what they are made from
-
-    def to(self, device: torch.device | str) -> SparseMatrix:
-        """Return the same matrix on `device`."""
-        if self.values.device == torch.device(device):
-            return self
-        values, indices = self.values.to(device), self.indices.to(device)
-        return SparseMatrix(values, indices, self.num_anchors, self.dropped_mass.to(device))
 
 
 def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

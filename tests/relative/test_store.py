@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +342,19 @@ def test_matrices_in_use_are_shared_and_others_are_released(tmp_path: Path) -> N
         MatrixStore(tmp_path, progress=False).get(one, ANCHORS, SPARSE)
     del kept, again
     assert len(store_module._in_use) == before
+
+
+@pytest.mark.parametrize("spec", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_a_device_holds_one_copy_of_a_matrix_while_it_is_used(tmp_path: Path, spec: MatrixSpec) -> None:
+    matrix, same = (MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, spec) for _ in range(2))
+    kept = matrix.to("meta")
+    assert matrix.to("cpu") is matrix and same.to(torch.device("meta")) is kept is kept.to("meta")
+    tensors = [value for value in vars(kept).values() if isinstance(value, torch.Tensor)]
+    assert kept.shape == matrix.shape and {value.device.type for value in tensors} == {"meta"}
+    released = weakref.ref(kept)
+    del kept, tensors
+    gc.collect()
+    assert released() is None
 
 
 def test_what_a_long_build_costs_is_said_after_two_seconds_of_it(
