@@ -149,6 +149,9 @@ class EnsembleConfig(Settings):
                 f"weighting={self.weighting} weighs fused steps, and pooling={self.pooling} combines whole answers; "
                 "remove one of the two, or give constant weights",
             )
+        for options in (self.options, self.weighting_options):
+            if options is not None:
+                options.check_members(len(self.members), self.options)
         return self
 
     @property

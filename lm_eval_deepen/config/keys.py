@@ -89,6 +89,13 @@ class Options(Keys):
     NAME: ClassVar[str] = ""
     COMPAT: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    def check_members(self, count: int, method: Any) -> None:
+        """Refuse what does not fit so many members, under the options of a method, before any of them is loaded.
+
+        Raises:
+            ConfigError: a list with another length.
+        """
+
     @classmethod
     def parse(cls, options: Mapping[str, Any], compat: str | None = None) -> Self:
         """Return the options that are given over those of a profile.

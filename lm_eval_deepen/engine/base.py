@@ -148,7 +148,8 @@ class EnsembleBase:
         if self.by_stretches:
             return self.stretch_experts
         if isinstance(self.weigher, BayesWeigher):
-            return self.weigher.of_steps(len(self.active), geometric=getattr(self.fuser, "has_geometric", False))
+            geometric = getattr(self.config.options, "HAS_GEOMETRIC", False)
+            return self.weigher.of_steps(len(self.active), geometric=geometric)
         return Experts.static(self.weights)
 
     @cached_property

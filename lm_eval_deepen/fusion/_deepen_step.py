@@ -99,13 +99,11 @@ class DeepenFuser:
     Attributes:
         out_vocab: the main member's pieces.
         facts: anchors and matrices, for the diagnostics of a run.
-        has_geometric: whether it can average geometrically.
         by_stretches: whether given texts are scored by stretches instead (`method: mixture`).
         by_words: the options under which texts are written by words instead (`method: adafuse`).
         vocabularies: the members', with `by_stretches`.
     """
 
-    has_geometric = True
     by_stretches = False
     by_words: Options | None = None
     vocabularies: tuple[ByteVocab, ...] = ()

@@ -150,6 +150,7 @@ class Deepen(Options):
         "rate is 0.",
     )
 
+    HAS_GEOMETRIC: ClassVar[bool] = True  # its experts may average geometrically
     COMPAT: ClassVar[dict[str, dict[str, Any]]] = {
         "reference": {
             "rows": "embedding",
@@ -267,17 +268,18 @@ class Deepen(Options):
         which = "input" if self.embeddings is None else self.embeddings
         return MatrixSpec(normalization, temperature, top_m, described, self.rows, self.row_entropy, which)
 
+    def check_members(self, count: int, method: Any) -> None:
+        """Refuse another number of exponents than of members."""
+        if isinstance(self.average, tuple) and 1 < count and len(self.average) not in (1, count):
+            raise _conflict("average", f"has {len(self.average)} exponents for {count} members. Give one for each.")
+
     def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> AnchorSet:
         """Return the members' anchors.
 
         Raises:
             VocabularyError: too few of them.
-            ConfigError: another number of exponents than of members, or rows that are to be flatter than flat.
+            ConfigError: rows that are to be flatter than flat.
         """
-        if isinstance(self.average, tuple) and len(self.average) not in (1, len(vocabularies)):
-            raise _conflict(
-                "average", f"has {len(self.average)} exponents for {len(vocabularies)} members. Give one for each."
-            )
         anchors = find_anchors(
             vocabularies, max_anchors=self.max_anchors, seed=self.anchor_seed, min_anchors=self.min_anchors, names=names
         )

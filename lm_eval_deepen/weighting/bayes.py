@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -77,6 +77,15 @@ class Bayes(Options):
                     code="conflict",
                 )
         return self
+
+    def check_members(self, count: int, method: Any) -> None:
+        """Refuse another number of priors than of the experts that a method has for so many members."""
+        if self.prior is not None:
+            weigher = self.build()
+            if getattr(method, "BY_STRETCHES", False):
+                weigher.of_stretches(count)
+            else:
+                weigher.of_steps(count, geometric=getattr(method, "HAS_GEOMETRIC", False))
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, the mean of the experts'."""

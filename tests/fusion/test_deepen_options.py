@@ -81,10 +81,32 @@ def test_weights_beside_the_exponents_of_a_product_are_refused() -> None:
     assert votes.weights == (0.5, 0.3, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"average": "1+1+-0.5"}, "average has 3 exponents for 2 members"),
+        ({"weighting": "bayes", "prior": "1+2"}, "prior has 2 values for 13 experts"),
+        ({"weighting": "bayes", "prior": "1+2", "averages": "linear"}, "prior has 2 values for 5 experts"),
+        ({"weighting": "bayes", "prior": "1+2", "method": "mixture"}, "prior has 2 values for 10 experts"),
+        ({"weighting": "bayes", "prior": "1+2", "method": "gac"}, "prior has 2 values for 5 experts"),
+        ({"weighting": "adaptive", "dev_scores": "1+2+1"}, "dev_scores has 3 values for 2 members"),
+        ({"weights": "1+2+1"}, "weights"),
+    ],
+)
+def test_lists_of_another_length_than_the_members_are_errors_of_the_configuration(keys: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"members": "A+B", **keys}, catalogue())
+
+
+@pytest.mark.parametrize("keys", [{}, {"averages": "linear"}, {"method": "mixture"}, {"method": "gac"}])
+def test_a_prior_with_a_number_for_each_expert_is_taken(keys: dict) -> None:
+    count = 13 if not keys else 10 if keys == {"method": "mixture"} else 5
+    config = parse_config({"members": "A+B", "weighting": "bayes", "prior": [1.0] * count, **keys}, catalogue())
+    assert len(config.weighting_options.prior) == count
+
+
 def test_what_does_not_fit_the_members_is_named_before_anything_is_built() -> None:
     vocabularies, names = [vocabulary(9, tag="a"), vocabulary(5, tag="b")], ["A", "B"]  # 60 anchors
-    with pytest.raises(ConfigError, match="average has 3 exponents for 2 members"):
-        Deepen(average=(1, 1, -0.5)).check(vocabularies, names)
     with pytest.raises(ConfigError, match="row_entropy 4.1 is no less than flat rows have, 4.09 nats with 60 anchors"):
         Deepen(rows="embedding", row_entropy=4.1).check(vocabularies, names)
     assert len(Deepen(rows="embedding", row_entropy=4.0).check(vocabularies, names)) == 60
