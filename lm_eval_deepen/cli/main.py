@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lm_eval_deepen
 from lm_eval_deepen.cli.arguments import PRINTED, Parser
 from lm_eval_deepen.cli.ending import STATUSES, ended
-from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.errors import ConfigError, DeepenError
 from lm_eval_deepen.storage import check_place, json_text, write_json
 
 PROG = "lm-eval-deepen"
@@ -112,13 +112,24 @@ def _dispatch(argv: list[str]) -> int:
         raise ConfigError(f"--json prints JSON, and --{asked} asks for something else; give one of them")
     if place not in (None, PRINTED) and args.command != "gate":  # which says its verdict in any case
         check_place(Path(place))
-    with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
-        status = module.run(args)
-    if place == PRINTED:
-        print(json_text(args.facts))
-    elif place is not None and args.facts is not None:
-        write_json(Path(place), args.facts)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if place == PRINTED else contextlib.nullcontext():
+            status = module.run(args)
+    except DeepenError:
+        if place is not None and args.facts is not None:  # what was found before, as all cells but one
+            _say(args.facts, place)
+        raise
+    if place == PRINTED or (place is not None and args.facts is not None):
+        _say(args.facts, place)
     return status
+
+
+def _say(facts: Any, place: str) -> None:
+    """Print what a command found as JSON, or write it to a file."""
+    if place == PRINTED:
+        print(json_text(facts))
+    else:
+        write_json(Path(place), facts)
 
 
 if __name__ == "__main__":

@@ -180,5 +180,6 @@ def simplex(count: int, step: float) -> list[tuple[float, ...]]:
         raise ConfigError(
             f"--weight-step {step:g} makes a grid of more than {MOST_POINTS:,} weights; give a larger one"
         )
-    points = itertools.product(range(1, parts), repeat=count - 1)
-    return [(*(k / parts for k in point), 1 - sum(point) / parts) for point in points if sum(point) < parts]
+    cuts = itertools.combinations(range(1, parts), count - 1)  # of a line of `parts`, between which the shares lie
+    points = [[b - a for a, b in itertools.pairwise((0, *cut))] for cut in cuts]
+    return [(*(k / parts for k in point), 1 - sum(point) / parts) for point in points]

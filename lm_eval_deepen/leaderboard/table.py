@@ -205,7 +205,11 @@ def _columns(
             if whole:
                 kept, empty = list(runs), dict[str, str]()
                 name, metric, flt = column
-                of_group, _ = measured_group(runs, name, f"{metric},{flt}")
+                for leaf in task.leaves:
+                    if all((metric, flt) in run.task(leaf).columns for run in kept):
+                        kept, without = _with_scores(kept, leaf, metric, flt, grouped)
+                        empty |= without
+                of_group, _ = measured_group(kept, name, f"{metric},{flt}")
                 if of_group is None:
                     raise NotPairedError(
                         f"{name} {metric}: the score of the whole group is no mean over documents of its tasks"

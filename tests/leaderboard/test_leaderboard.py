@@ -470,8 +470,9 @@ def test_a_row_without_an_answer_to_a_request_stops_no_other(write, tmp_path, mo
     path, out = write(grid=ONE | {"methods": ["deepen", "gac"]}, tasks=[CHOICE, "conf_answer"]), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(answering.RequestHandler, "prepare", refusing)
-        assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu"]) == 2
-    told = capsys.readouterr().err
+        assert cli.main(["leaderboard", str(path), "--out", str(out), "--device", "cpu", "--json"]) == 2
+    printed, told = capsys.readouterr()
+    assert json.loads(printed) == json.loads((out / "leaderboard.json").read_text())  # of all other cells
     assert "error: 1 cell has no results; all others are finished.\nrow 'A+B deepen', task 'conf_choice':" in told
     assert "task 'conf_choice', document 1: no honest answer" in told
     table = (out / "leaderboard.md").read_text()
@@ -1005,6 +1006,19 @@ def test_a_value_that_is_no_number_takes_its_own_row_out_of_the_column_alone(cop
     assert "should be a finite number, got nan" in table.meaningless["A+B gac", "conf_choice acc"]
     for kind in ("text", "md", "html", "json"):
         assert "finite number" in leaderboard_table.rendered(table, kind)
+
+
+def test_a_value_that_is_no_number_takes_its_own_row_out_of_a_group_alone(write, tmp_path):
+    path = write(grid=ONE | {"methods": ["gac"]}, tasks=[{"task": "conf_group", "metric": "acc", "whole": True}])
+    first = measured(path, tmp_path / "out")
+    [mark] = (tmp_path / "out" / "A+B_gac").glob(f"conf_group{SUFFIX}")
+    said = json.loads(mark.read_text())
+    samples = mark.with_name(said["samples"]["conf_blank"])
+    samples.write_text(re.sub(r'"acc": [\d.]+', '"acc": NaN', samples.read_text(), count=1))  # as the model gave it
+    data_of(mark, sha256={**said["sha256"], samples.name: hashlib.sha256(samples.read_bytes()).hexdigest()})
+    table = measured(path, tmp_path / "out")
+    assert scores(table) == {key: score for key, score in scores(first).items() if key[0] != "A+B gac"} != {}
+    assert "should be a finite number, got nan" in table.meaningless["A+B gac", "conf_group acc"]
 
 
 def test_a_readme_is_whole_whatever_happens(copied, tmp_path, capsys, monkeypatch):

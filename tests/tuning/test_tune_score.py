@@ -227,6 +227,7 @@ def test_options_without_an_effect_are_refused_before_anything_loads(arguments, 
 def test_the_grid_of_weights():
     assert fitting.simplex(2, 0.25) == [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
     assert len(fitting.simplex(3, 0.1)) == 36
+    assert len(fitting.simplex(10, 0.1)) == 1  # not one by one of 9**9
     assert all(sum(point) == pytest.approx(1) and min(point) > 0 for point in fitting.simplex(3, 0.1))
     with pytest.raises(ConfigError, match="a grid of more than 10,000 weights"):
         fitting.simplex(2, 1e-9)
