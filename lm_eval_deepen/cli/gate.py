@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
     print(plain(report))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(github_errors(report)))
-    args.facts = {**report.to_dict(), "exit_status": EXIT[report.status]}
     if args.junit:
         write_text(args.junit, junit(report))
     summary = args.summary or os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         append_text(Path(summary), markdown(report) + "\n")
+    args.facts = {**report.to_dict(), "exit_status": EXIT[report.status]}  # last: what is not written changes it
     return EXIT[report.status]

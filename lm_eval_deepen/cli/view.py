@@ -10,7 +10,7 @@ from lm_eval_deepen.cli.arguments import count, whole
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.results.trace_page import shown
 from lm_eval_deepen.results.trace_server import server
-from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.storage import check_place, reason, write_text
 
 HELP = (
     "Write one HTML page of the traces in a result folder (`trace=true` of an ensemble writes them): the documents, "
@@ -42,12 +42,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--serve writes no file; leave --output out")
     if args.port is not None and not args.serve:
         raise ConfigError("--port belongs to --serve; give both, or neither")
+    if args.output is not None:
+        check_place(args.output)
     pages = shown([args.folder, *args.others], args.limit, served=args.serve)
     for one in pages.sides:
         for note in one.notes:
             print(f"note: {one.name}: {note}", file=sys.stderr)
     if args.serve:
-        with server(pages, args.port or 0) as serving:
+        try:
+            listening = server(pages, args.port or 0)
+        except OSError as error:
+            port = "127.0.0.1" if args.port is None else f"--port {args.port}"
+            raise ConfigError(f"{port} cannot be listened on ({reason(error)}); give another --port") from error
+        with listening as serving:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
             try:
                 serving.serve_forever()

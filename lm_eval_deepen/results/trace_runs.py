@@ -62,7 +62,7 @@ def evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
         config = results.get("config") or {}
         try:
             seconds = float(results["total_evaluation_time_seconds"])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             seconds = math.nan
         # a model that was made by hand may be older than the evaluation
         known = to_number(seconds) is not None and config.get("model_args")

@@ -249,6 +249,11 @@ def test_no_end_of_a_command_looks_like_a_verdict(error, status, message, pair, 
     assert message in told and ("Traceback" in told) == (status == FAULT)
 
 
+def test_json_gives_no_verdict_beside_a_file_that_could_not_be_written(pair, capsys):
+    assert checked(*pair, "--json", "--junit", "/dev/full") == 2
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("given", [{"inverse": "\ud800"}, {"batch_size": "auto\udcff"}])
 def test_half_a_surrogate_pair_is_named(given, capsys):
     ensemble = json.dumps({"pretrained": "none", "members": ["none", "nowhere"], **given})

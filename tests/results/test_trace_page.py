@@ -6,6 +6,8 @@ import gzip
 import json
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -333,6 +335,39 @@ def test_the_command_says_where_the_page_is(folders: tuple[Path, Path], tmp_path
         page(folders[0], tmp_path / "other")
     for wrong, said in ((["--serve", "--output", "x"], "--output"), (["--port", "80"], "--serve")):
         assert cli.main(["view", str(folders[0]), *wrong]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_had_is_told_before_the_traces_are_read(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["view", str(folders[0]), "--serve", "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert f"--port {port} cannot be listened on" in told and "give another --port" in told
+    monkeypatch.setattr("lm_eval_deepen.cli.view.shown", None)
+    assert cli.main(["view", str(folders[0]), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written" in capsys.readouterr().err
+
+
+def test_a_browser_that_leaves_ends_its_own_request_alone(tmp_path: Path, capfd: Any) -> None:
+    write_trace(tmp_path, [[step(f"{n} {'long ' * 9}", "a", "b") for n in range(20_000)]])
+    with server(shown([tmp_path], served=True)) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        address = ("127.0.0.1", serving.server_port)
+        for _ in range(3):
+            with socket.create_connection(address) as browser:
+                browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves at once
+                browser.sendall(
+                    f"GET /steps?system=0&task=t&at=0 HTTP/1.0\r\nHost: {address[0]}:{address[1]}\r\n\r\n".encode()
+                )
+                browser.recv(1)
+        serving.shutdown()
+        thread.join()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_another_page_leads_to_a_system_a_filter_and_a_document(folders: tuple[Path, Path], tmp_path: Path) -> None:
