@@ -36,7 +36,9 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
         ConfigError: models that cannot be merged, or what mergekit refuses; the cause is chained.
     """
     check_inputs(recipe, recipe.places(members))
-    for difference in read_otherwise(recipe.places(members)):
+    places = recipe.places(members)
+    first = recipe.architecture_of
+    for difference in read_otherwise({first: places[first], **places}):
         log.warning("%s: %s", recipe.source, difference)
     require(f"{recipe.source}: ")
     import mergekit.merge as engine

@@ -86,8 +86,16 @@ class BuildRecipe:
         return replace(self, seed=seed)
 
     def located(self, members: Mapping[str, str]) -> dict[str, Any]:
-        """Return the configuration of a merge with every model's name replaced by its place."""
-        return self._visit(lambda name: self.place(name, members))
+        """Return the configuration of a merge with every model's name replaced by its place.
+
+        A folder whose name mergekit would divide (at ``@`` and ``+``) is a mapping, as mergekit spells it out.
+        """
+
+        def spelt(name: str) -> Any:
+            place = self.place(name, members)
+            return {"model": {"path": place}} if os.path.isdir(place) and {*place} & {*"@+"} else place
+
+        return self._visit(spelt)
 
     def text_files(self) -> list[Path]:
         """Return the files that a model is trained on; none where the recipe names none."""
@@ -169,7 +177,7 @@ class BuildRecipe:
         """The keys that decide the weights, beside the seed and what the names stand for."""
         return {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
 
-    def _visit(self, change: Callable[[str], str]) -> dict[str, Any]:
+    def _visit(self, change: Callable[[str], Any]) -> dict[str, Any]:
         """Return a copy of the content with every spelt model replaced by what `change` returns."""
 
         def names_model(key: str, inside: str, value: str) -> bool:

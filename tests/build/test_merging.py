@@ -179,6 +179,27 @@ def test_a_stored_head_is_merged_whatever_the_configuration_says_of_ties(merged,
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is ties
 
 
+@needs_mergekit
+@pytest.mark.parametrize("folder", ["s1@v2", "a+b", "c@1+d@2"])
+def test_a_folder_may_have_any_name(merged, family, tmp_path, folder):
+    shutil.copytree(family["s1"], tmp_path / folder)
+    for order in (["s2", "s3"], ["s3"]):  # as one of the models, and as the base
+        base = str(tmp_path / folder) if len(order) == 1 else "base"
+        names = order if len(order) == 1 else [str(tmp_path / folder), *order]
+        found = merged(merge_of("task_arithmetic", names, base=base), f"{folder}{len(order)}")
+        plain = merged(merge_of("task_arithmetic", ["s1" if name not in order else name for name in names],
+                                base="s1" if len(order) == 1 else "base"), f"plain{len(order)}")  # fmt: skip
+        assert weights_sha256(found) == weights_sha256(plain)
+
+
+@needs_mergekit
+def test_what_a_merge_gets_is_told_of_the_base_model(merged, family, tmp_path, caplog):
+    other = configured(Path(family["base"]), tmp_path / "other", rms_norm_eps=0.5)
+    folder = merged({**merge_of("task_arithmetic", ["s1"], base=None), "base_model": str(other)})
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.5
+    assert "rms_norm_eps is 0.5 in" in caplog.text and "which the merge gets, and 1e-06 in s1" in caplog.text
+
+
 def of_kind(kind, config, pico, folder, **tie):
     """Write a small model of another architecture, with a pico tokenizer."""
     shutil.copytree(pico["bytelevel"], folder)
