@@ -57,6 +57,9 @@ def orders(ensemble: Ensemble) -> list[Ensemble]:
         if getattr(config.weighting_options, "prior", None) is not None:
             prior = _reordered(config.weighting_options.prior, ensemble.experts, [k, *rest])
             config = config.replace(weighting_options=config.weighting_options.replace(prior=prior))
+        average = getattr(config.options, "average", None)
+        if isinstance(average, tuple) and len(average) > 1:  # exponents, one for each member
+            config = config.replace(options=config.options.replace(average=tuple(average[m] for m in (k, *rest))))
         members = [ensemble.members[m] for m in (k, *rest)]
         ensembles.append(ensemble if k == 0 else Ensemble.assemble(config, members))
     return ensembles

@@ -132,6 +132,15 @@ def test_a_prior_goes_with_the_members_into_another_order(pico, tmp_path) -> Non
             assert torch.equal(points[places][:, order], one.experts.weights)
 
 
+def test_exponents_go_with_the_members_into_another_order(pico, tmp_path) -> None:
+    names, documents = ("bytelevel", "metaspace"), DOCUMENTS[:1]
+    keys = {"method": "deepen", "matrix_dir": str(tmp_path), "covers": "off"}
+    given = deepen(*(pico[name] for name in names), average=[1, 0.25], **keys).ensemble
+    turned = deepen(*(pico[name] for name in names[::-1]), average=[0.25, 1], **keys).ensemble
+    there, here = (fused_bits(Reading.of(one, documents)) for one in (turned, orders(given)[1]))
+    assert torch.equal(there, here)
+
+
 def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:
     before = pair.counters.summary()
     fused_bits(Reading.of(pair, DOCUMENTS[:1]))
