@@ -53,7 +53,8 @@ class ModelFiles:
     """What is known of a model without its weights."""
 
     folder: Path | None  # where its files are, None where they are on the hub only
-    config: Mapping[str, Any]  # config.json; its text part where the model has several
+    # config.json, with what its model type adds to it; its text part where the model has several
+    config: Mapping[str, Any]
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, empty where there is none
     # headers of its weights by name; empty where no safetensors file could be looked at
     tensors: Mapping[str, TensorHeader] = field(default_factory=dict)
@@ -147,6 +148,8 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         HubUnreachable: as it says.
         MemberError: there is no configuration, or no way to the hub.
     """
+    from lm_eval_deepen.member.configuration import completed
+
     given = member.loading_dict()
     folder = Path(member.pretrained).expanduser()
     local = folder.is_dir()
@@ -177,9 +180,12 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         why_not = "the hub cannot be reached"
     else:
         tensors, why_not = remote_headers(member)
+    written = text if isinstance(text := config.get("text_config"), dict) and text else config
+    full = completed(written)
+    settled = {} if full is None else {key: value for key, value in full.to_dict().items() if value is not None}
     return ModelFiles(
         folder=folder if here else None,
-        config=text if isinstance(text := config.get("text_config"), dict) and text else config,
+        config={**written, **settled},
         generation=_read(generation, member) if generation is not None and generation.is_file() else {},
         tensors=tensors,
         why_not=why_not,

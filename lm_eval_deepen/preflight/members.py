@@ -150,11 +150,18 @@ def inspect_members(
     return inspected
 
 
+def numbered(device: str) -> str:
+    """Return the one name of a device: ``cuda`` is the first GPU, which is ``cuda:0`` to another member."""
+    kind, _, index = device.partition(":")
+    return "cpu" if kind == "cpu" else f"{kind}:{index or 0}"
+
+
 def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
     from lm_eval_deepen.member.configuration import is_encoder_decoder
 
     given = config.loading_dict()
-    device = SPREAD if given.get("parallelize") else str(given.get("device") or device)  # it overrides a device
+    named = numbered(str(given.get("device") or device))
+    device = SPREAD if given.get("parallelize") else named  # it overrides a device
     if given.get("gguf_file"):
         notes.append(f"member {config.name!r} is a GGUF file: only loading it tells its size and tokenizer.")
         return Inspected(config, device)

@@ -178,5 +178,4 @@ def _available(members: list[Inspected], memory: float | None) -> dict[str, int]
     devices = {member.device for member in members} - {SPREAD}
     if memory is not None:
         return {device: int(memory * 1e9) for device in devices}
-    numbered = {device: f"{device}:0" if device in ("cuda", "xpu") else device for device in devices}
-    return {device: free_bytes(torch.device(name)) for device, name in numbered.items() if name in existing_devices()}
+    return {device: free_bytes(torch.device(device)) for device in devices if device in existing_devices()}

@@ -363,6 +363,36 @@ def test_only_the_embedding_is_read(pico: dict[str, Path]) -> None:
         assert torch.equal(files.load_embedding(), expected), files.embedding
 
 
+@pytest.mark.parametrize("name", ["bytelevel", "metaspace", "padded"])
+def test_what_a_configuration_leaves_to_its_type_counts(name: str, pico: dict[str, Path], tmp_path: Path) -> None:
+    """As Gemma's files, which do not say that the head is tied."""
+    from transformers import AutoConfig
+
+    folder = tmp_path / "thin"
+    shutil.copytree(pico[name], folder)
+    written = json.loads((folder / "config.json").read_text())
+    default = AutoConfig.for_model(written["model_type"]).to_dict()
+    same = {key for key, value in written.items() if key != "model_type" and default.get(key) == value}
+    thin = {key: value for key, value in written.items() if key not in same}
+    (folder / "config.json").write_text(json.dumps(thin))
+    whole, found = (look_up(MemberConfig(name="m", pretrained=str(place))) for place in (pico[name], folder))
+    assert "tie_word_embeddings" in same
+    assert estimate_parameters(found) == estimate_parameters(whole)
+    kept = [Inspected(MemberConfig(name="m", pretrained="m"), "cpu", files).kv_bytes(400) for files in (whole, found)]
+    assert kept[0] == kept[1]
+
+
+def test_a_device_has_one_name(pico: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "recipe.yaml"
+    devices = {"bytelevel": "cuda", "metaspace": "cuda:0", "padded": "cpu"}
+    members = [{"pretrained": str(pico[name]), "device": device} for name, device in devices.items()]
+    path.write_text(yaml.safe_dump({"kind": "ensemble", "members": members}), encoding="utf-8")
+    _, found = report(capsys, str(path), "--memory", "1")
+    assert [need["device"] for need in found["devices"]] == ["cuda:0", "cpu"]
+    weights = [member["weight_bytes"] for member in found["members"]]
+    assert [need["weights"] for need in found["devices"]] == [weights[0] + weights[1], weights[2]]
+
+
 def test_a_stored_head_is_the_one_that_is_loaded(pico: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
