@@ -8,7 +8,7 @@ weighting and pooling, and arguments that every member is loaded with.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from lm_eval_deepen.config.members import parse_members, several, weights_given
 from lm_eval_deepen.config.schema import ALLOWANCES, Composition, Settings
 from lm_eval_deepen.errors import ConfigError, Problem, Problems
 
+_OF_SEVERAL = {"compat": None, "covers": "off", "skip_when": "never", "sampling": "fused"}  # settings, where unset
 LEARNING = "bayes"  # the weighting of methods that learn, where nothing is said about weights
 
 
-def parse_config(raw: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig:
+def parse_config(raw: Mapping[str, Any], catalogue: Catalogue, alike: Collection[str] = ()) -> EnsembleConfig:
     """Return the configuration that `raw` spells, checked before anything is loaded.
 
     Keys beside ``pretrained=FILE.yaml`` override the file's; a member's own loading argument wins over one given
@@ -33,6 +34,8 @@ def parse_config(raw: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig
     Args:
         raw: what the harness hands to a model class: parsed inline arguments, JSON or YAML.
         catalogue: what there is to choose from.
+        alike: keys that several ensembles share, so that they may say nothing of this one: an ensemble of one. So may
+            those of a file whose `members` are given beside it.
 
     Raises:
         ConfigError: everything that cannot be honoured, each with its key and the remedy.
@@ -40,10 +43,10 @@ def parse_config(raw: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig
     keys = given(raw)
     file = ensemble_file(keys.get("pretrained"))
     if file is None:
-        return _parse(keys, catalogue)
+        return _parse(keys, catalogue, alike)
     merged = merge_file(file, keys)
     try:
-        return _parse(merged, catalogue)
+        return _parse(merged, catalogue, {*alike, *(merged.keys() - keys.keys() if "members" in keys else ())})
     except ConfigError as error:  # what is given beside the file is no fault of the file
         inline = keys.keys() - {"pretrained"}
         raise ConfigError(
@@ -54,7 +57,7 @@ def parse_config(raw: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig
         ) from None
 
 
-def _parse(keys: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig:
+def _parse(keys: Mapping[str, Any], catalogue: Catalogue, alike: Collection[str]) -> EnsembleConfig:
     """Parse keys in which no ensemble file is left."""
     problems = Problems()
     chosen: dict[str, type[Options]] = {}
@@ -85,6 +88,8 @@ def _parse(keys: Mapping[str, Any], catalogue: Catalogue) -> EnsembleConfig:
             keys.get("members"), by_use["loading"], keys.get("weights"), built.get("weighting"), catalogue
         )
     problems.refuse()
+    if len(members) == 1:
+        _check_alone({key: value for key, value in keys.items() if key not in alike}, built["method"], settings)
     return EnsembleConfig(
         members=members,
         options=built["method"],
@@ -140,3 +145,20 @@ def _check_use(keys: Mapping[str, Any], method: Options | None, pooling: Options
                 f"{key}={keys[key]!r} is about fusing steps, and pooling={pooling.NAME} combines the members' own "
                 f"answers; {remedy}remove {key}",
             )
+
+
+def _check_alone(own: Mapping[str, Any], method: Options, settings: Mapping[str, Any]) -> None:
+    """Refuse keys about fusing steps where there is one member, which is `hf`; what the defaults say may be said."""
+    fields = type(method).model_fields
+    idle = {"method": method.NAME != Composition.model_fields["method"].default}
+    idle |= {key: getattr(method, key) != fields[key].get_default(call_default_factory=True) for key in method.names()}
+    idle |= {key: settings[key] != unset for key, unset in _OF_SEVERAL.items()}
+    problems = Problems()
+    for key, value in own.items():
+        if idle.get(key):
+            problems.add(
+                f"{key}={value!r} is about fusing steps, and there is one member, whose steps are its own; remove "
+                f"{key}, or give several members",
+                key, "conflict",
+            )  # fmt: skip
+    problems.refuse()

@@ -72,8 +72,6 @@ class Ensemble(EnsembleBase):
         if fuser and config.skip_when != "never":
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)
         ensemble = cls(config, tuple(members), fuser, weights, Trace(names), weigher, selective)
-        if ensemble.learns:  # else a prior that does not fit is found when requests are answered
-            len(ensemble.experts)
         if weigher is not None and (prompts := getattr(weigher, "prompts", None)):  # those of a router
             weigher.learn(embedded(ensemble, prompts))
         return ensemble

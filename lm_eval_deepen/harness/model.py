@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -54,15 +54,15 @@ def catalogue() -> Catalogue:
     return Catalogue(loading_keys(), {"method": METHODS, "weighting": WEIGHTINGS, "pooling": POOLINGS})
 
 
-def configure(arguments: dict[str, Any]) -> EnsembleConfig:
-    """Return the configuration for `arguments` as the harness hands them over.
+def configure(arguments: dict[str, Any], alike: Collection[str] = ()) -> EnsembleConfig:
+    """Return the configuration for `arguments` as the harness hands them over; `alike` as `parse_config` takes it.
 
     Raises:
         ConfigError: an argument that cannot be honoured.
         StorageError: a bound of the cache folder that is no size.
     """
     cache_bound()
-    return parse_config(arguments, catalogue())
+    return parse_config(arguments, catalogue(), alike)
 
 
 class DeepenLM(RequestHandler):

@@ -175,7 +175,7 @@ def _rows(
     listed = take_members(_listed(keys.members, "members"), folder, built)
     entries = [_member(entry, folder, f"members[{i}]") for i, entry in enumerate(listed)]
     only = [_only(entry, tasks, f"members[{i}]") for i, entry in enumerate(entries)]
-    configured = configure({**common, "members": entries}).members
+    configured = configure({**common, "members": entries}, common).members
     names = [member.name for member in configured]
     for name in elsewhere:
         if name not in names:

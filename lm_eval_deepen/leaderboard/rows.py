@@ -109,7 +109,7 @@ def built_row(built: BuiltRow, pretrained: str, common: Mapping[str, Any]) -> Ro
     """Return the row of a model that is built from others."""
     keys = {**common, "members": [{"name": built.name, "pretrained": pretrained}]}
     with blamed(f"row {built.name!r}"):
-        row = Row(built.name, configure(keys), (built.name,))
+        row = Row(built.name, configure(keys, common), (built.name,))
     return replace(row, repeats=built.group if built.group != built.name else None)
 
 
@@ -360,4 +360,4 @@ def _configured(
     loading = catalogue().loading_keys | {"hf_kwargs"}  # of `common`: the members have them
     alike = {key: value for key, value in common.items() if key not in loading}
     with blamed(f"row {name!r}"):
-        return configure({**alike, **own, "members": list(members)})
+        return configure({**alike, **own, "members": list(members)}, alike.keys() - own.keys())

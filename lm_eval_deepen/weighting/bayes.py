@@ -79,13 +79,21 @@ class Bayes(Options):
         return self
 
     def check_members(self, count: int, method: Any) -> None:
-        """Refuse another number of priors than of the experts that a method has for so many members."""
+        """Refuse averages that a method has no other than, and another number of priors than of its experts."""
+        geometric = getattr(method, "HAS_GEOMETRIC", False)
+        if self.averages == "linear" and not geometric:
+            raise ConfigError(
+                f"averages=linear has no effect beside method={method.NAME}, whose experts have no geometric average; "
+                "remove averages",
+                key="averages",
+                code="conflict",
+            )
         if self.prior is not None:
             weigher = self.build()
             if getattr(method, "BY_STRETCHES", False):
                 weigher.of_stretches(count)
             else:
-                weigher.of_steps(count, geometric=getattr(method, "HAS_GEOMETRIC", False))
+                weigher.of_steps(count, geometric=geometric)
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return equal weights, the mean of the experts'."""

@@ -76,7 +76,7 @@ def test_the_command_line_reader_gives_the_same_config():
     for text in (
         "pretrained=org/A,members=org/A+org/B,weights=0.6+0.4,method=deepen,steps=7,learning_rate=1e-3",
         "pretrained=org/A,members=org/A+org/B,weights=1+0,support=full,end_anchor=false,seed=12,dtype=None",
-        "members=org/A,weights=1,max_anchors=10,batch_size=auto:4,device=cpu",
+        "members=org/A,weights=1,seed=10,batch_size=auto:4,device=cpu",
     ):
         assert parse(reader(text)) == parse(simple_parse_args_string(text))
     assert parse(reader("pretrained=org/A,members=org/A+org/B,weights=[1,0]")).weights == (1.0, 0.0)

@@ -10,6 +10,7 @@ from config_helpers import PAIR, Beta, catalogue, registry, write
 
 from lm_eval_deepen.config import EnsembleConfig, Options, parse_config
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.pooling import POOLINGS
 from lm_eval_deepen.weighting import WEIGHTINGS
 
@@ -91,6 +92,43 @@ def test_weightings_that_have_nothing_to_weigh_are_refused() -> None:
     for name in ("perplexity", "confidence"):
         refuse(f"weighting={name} has nothing to weigh: there is one member", pretrained="A", weighting=name)
     assert parse(pretrained="A", weighting="uniform").weights == (1.0,)
+
+
+def test_what_experts_have_no_use_for_is_refused() -> None:
+    """By the configuration alone, before anything is loaded."""
+    bayes = {"weighting": "bayes", "averages": "linear"}
+    for method in ("gac", "unite", "mined", "eva", "mixture"):
+        with pytest.raises(ConfigError, match=f"averages=linear has no effect beside method={method}.*remove averages"):
+            configure({**PAIR, "method": method, **bayes})
+        assert configure({**PAIR, "method": method, **bayes, "averages": "both"}).weighting == "bayes"
+    assert configure({**PAIR, **bayes}).weighting_options.averages == "linear"
+    for keys, count in (({}, 13), ({"averages": "linear"}, 5), ({"method": "mixture"}, 10), ({"method": "gac"}, 5)):
+        own = {**PAIR, "weighting": "bayes", **keys}
+        assert configure({**own, "prior": [1] * count}).weighting == "bayes"
+        with pytest.raises(ConfigError, match=f"prior has 4 values for {count} experts; give one for each"):
+            configure({**own, "prior": [1] * 4})
+
+
+def test_what_fuses_steps_is_refused_of_one_member(tmp_path) -> None:
+    """What the defaults say may be said; a file whose members are given beside it keeps what it says of several."""
+    idle = {
+        "method": "gac", "compat": "reference", "covers": "on", "skip_when": "agree", "sampling": "member",
+        "rows": "prefix", "average": "geometric", "support": 64, "trust_region": 0.5,
+    }  # fmt: skip
+    for key, value in idle.items():
+        for one in ({"pretrained": "A"}, {"members": ["A"]}):
+            with pytest.raises(ConfigError, match=f"{key}={value!r} is about fusing steps, and there is one member"):
+                configure({**one, key: value})
+    with pytest.raises(ConfigError) as told:
+        configure({"pretrained": "A", "method": "gac", "threshold": 0.5})
+    assert [one.key for one in told.value.problems] == ["method", "threshold"]
+    alone = configure({"pretrained": "A", "method": "deepen", "rows": "canonical", "covers": "off", "seed": 3})
+    assert configure(alone.to_dict()) == alone
+    file = write(tmp_path / "pair.yaml", "kind: ensemble\nmembers: [A, B]\nweights: [0.5, 0.5]\nrows: prefix\n")
+    cut = {"pretrained": str(file), "members": "B", "weights": "1"}
+    assert [member.name for member in configure(cut).members] == ["B"]
+    with pytest.raises(ConfigError, match="rows='exact' is about fusing steps, and there is one member"):
+        configure({**cut, "rows": "exact"})
 
 
 def test_the_fingerprint_knows_what_changes_weights() -> None:

@@ -178,6 +178,14 @@ def test_bad_recipes_are_refused_before_anything_loads(write, changes, message):
         read_recipe(write(**changes))
 
 
+def test_what_all_rows_have_alike_may_say_nothing_of_members_alone(write):
+    common = {"rows": "prefix", "skip_when": "agree"}
+    rows = read_recipe(write(grid=ONE, common=common)).rows
+    assert {row.config.options.rows for row in rows} == {"prefix"} and any(row.alone for row in rows)
+    with pytest.raises(ConfigError, match="rows='prefix' is about fusing steps, and there is one member"):
+        read_recipe(write(rows=[{"members": ["A"], "rows": "prefix"}]))
+
+
 def test_a_long_name_has_a_folder_of_its_own(write):
     long = ["ä" * 120 + end for end in ("x", "y")]
     rows = read_recipe(write(grid=None, rows=[{"name": name, "method": "gac"} for name in long])).rows[-2:]
