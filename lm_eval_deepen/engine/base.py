@@ -263,7 +263,7 @@ class EnsembleBase:
             inside: what `inside` gives.
         """
         if self.fuser is None:
-            self.counters.record_skipped(len(logp[0]))
+            self.counters.record_skipped(torch.ones(len(logp[0]), dtype=torch.bool))
             if notes is not None:
                 notes.weights = torch.ones(len(logp[0]), 1)
                 notes.leave(ONE_MEMBER, torch.ones(len(logp[0]), dtype=torch.bool))
@@ -288,14 +288,13 @@ class EnsembleBase:
                 left |= chosen
                 if notes is not None:
                     notes.leave(f"skip_when={self.selective.when}", chosen)
-            skipped = int(left.sum())
-            self.counters.record_skipped(skipped)
-            if not skipped:
+            self.counters.record_skipped(left)
+            if not bool(left.any()):
                 return self._fused(self.fuser, logp, weights)
             out = logp[0].new_full((len(left), len(self.fuser.out_vocab)), -torch.inf)
             out[:, : logp[0].shape[1]] = logp[0]
-            if skipped < len(left):
-                out[~left] = self._fused(self.fuser, [member[~left] for member in logp], weights[~left])
+            if not bool(left.all()):
+                out[~left] = self._fused(self.fuser, [member[~left] for member in logp], weights[~left], ~left)
             return out
 
     def _check_rows(self, logp: Sequence[Tensor], present: Tensor) -> None:
@@ -344,13 +343,13 @@ class EnsembleBase:
             notes.leave(ONE_WEIGHT, left & ~present[:, 1:].any(1).to(left.device))
             or_chosen = "" if self.selective is None else f", or skip_when={self.selective.when}"
             notes.leave(BY_METHOD + or_chosen, left)
-        self.counters.record_skipped(int(left.sum()))
+        self.counters.record_skipped(left)
         if not bool(left.all()):
             vocabs = [member.codec.vocab.events for member in self.members]
             here = present if not bool(left.any()) else present[~left]
             own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
             result = fused.logp if not bool(left.any()) else fused.logp[~left]
-            self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here)
+            self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here, ~left)
         return fused.logp
 
     def _selected(
@@ -365,19 +364,20 @@ class EnsembleBase:
         """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
         vocabs = [member.codec.vocab.events for member in self.members]
         chosen = selective.rows(logp, weights, vocabs, inside) & fused
-        checked = changed = 0
+        changed = torch.zeros_like(chosen)
         if selective.check and bool(chosen.any()):
             own = [rows[chosen] for rows in logp]
             after = argmax(fuser.fuse(own, weights[chosen]).logp).tolist()
             pairs = zip(argmax(own[0]).tolist(), after, strict=True)
-            checked, changed = len(after), sum(not self.same_piece(before, now) for before, now in pairs)
-        self.counters.record_selected(int(chosen.sum()), checked, changed)
+            other = [not self.same_piece(before, now) for before, now in pairs]
+            changed[chosen] = torch.tensor(other, device=changed.device)
+        self.counters.record_selected(chosen, chosen & selective.check, changed)
         return chosen
 
-    def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+    def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, rows: Tensor | None = None) -> Tensor:
         fused = fuser.fuse(logp, weights)
         vocabs = [member.codec.vocab.events for member in self.members]
-        self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0)
+        self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0, rows)
         return fused.logp
 
     def same_piece(self, a: int, b: int) -> bool:

@@ -139,6 +139,10 @@ class Decoder:
 
     def step(self) -> list[BatchRow]:
         """Extend every row by at least one token and return those that are finished by it."""
+        with self.ensemble.counters.holding():
+            return self._step()
+
+    def _step(self) -> list[BatchRow]:
         ensemble = self.ensemble
         drafts = self.drafter.draft(ensemble, self.rows, self.followers)
         routes = [self._routes(row, draft) for row, draft in zip(self.rows, drafts, strict=True)]
@@ -177,12 +181,19 @@ class Decoder:
             fused = ensemble.fuse(logp, present, base, notes, inside)  # [sum of (1 + drafted), K]
         scores = fused if scores is None else scores
         finished, start = [], 0
+        counted: list[bool] = []  # which of the distributions were read: not those behind a token that fell
         taken: list[tuple[BatchRow, int, int]] = []  # of traced rows: a row, where its distribution is, what was chosen
         extended: list[list[int]] = []  # what every row was extended by
         best = argmax(scores).tolist()
-        for row, draft in zip(self.rows, drafts, strict=True):
-            own, before = slice(start, start + len(draft) + 1), len(row.out.ids)
+        for row, draft, route in zip(self.rows, drafts, routes, strict=True):
+            own, before, data = slice(start, start + len(draft) + 1), len(row.out.ids), row.out.data
             chosen = self._take(row, draft, scores[own], fused[own], best[own])
+            read = max(1, len(chosen))
+            counted += [at < read for at in range(len(route))]
+            for at, places in enumerate(route[:read]):
+                if None in places:
+                    text = data + b"".join(piece_of(ensemble, token) for token in draft[:at])
+                    self._count_outgrown(row, (*row.out.ids[:before], *draft[:at]), text, places)
             if row.job.traced:
                 taken += [(row, start + at, token) for at, token in enumerate(chosen)]
             extended.append(row.out.ids[before:])
@@ -192,6 +203,7 @@ class Decoder:
         if by_expert is not None:
             for row, learnt in zip(self.rows, self._learnt(by_expert, drafts, extended), strict=True):
                 row.weights = learnt[-1]
+        ensemble.counters.settle(counted)
         if notes is not None:
             places, tokens = [at for _, at, _ in taken], [token for _, _, token in taken]
             steps = self.reader.read(places, tokens, logp, present, fused, notes)
@@ -227,7 +239,6 @@ class Decoder:
         """
         ids, data = tuple(row.out.ids), row.out.data
         routes = [self._paths(row, ids, data)]
-        self._count_outgrown(row, ids, data, routes[0])
         for token in draft:
             ids, data = (*ids, token), data + piece_of(self.ensemble, token)
             paths = self._paths(row, ids, data)
@@ -235,7 +246,6 @@ class Decoder:
             if paths[0] is None or not all(_goes_on(before, after) for before, after in pairs):
                 break
             routes.append(paths)
-            self._count_outgrown(row, ids, data, paths)
         return routes
 
     def _paths(self, row: BatchRow, ids: TokenPrefix, data: bytes) -> tuple[TokenPrefix | None, ...]:
@@ -312,7 +322,7 @@ class Decoder:
             elif not row.out.reason and self._is_full(row):
                 row.out.reason = "length"
             if row.out.reason or at == len(draft) or token != draft[at]:
-                self.drafter.learn(row, len(draft), at)
+                self.drafter.learn(row, len(draft), at + (at < len(draft) and token == draft[at]))
                 break
         return chosen
 

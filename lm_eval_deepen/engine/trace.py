@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ MAXIMUM, COUNT = "max_", "rows_"
 class Trace:
     """Sums over the fused rows of a run.
 
-    A row is one distribution that was read: a scored position or a decoding step.
+    A row is one distribution that was read: a scored position or a decoding step. What follows a drafted token that
+    fell is neither.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -39,19 +41,44 @@ class Trace:
         self.words: Counter[str] = Counter()
         self.turns: Counter[str] = Counter()
         self.told: set[str] = set()  # warnings that are given once
+        self._held: list[Callable[[Tensor | None], None]] | None = None
 
-    def record_skipped(self, count: int) -> None:
-        """Count rows that were left to the main member."""
-        self.rows["skipped"] += count
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Count no row before `settle` tells which are steps."""
+        self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def settle(self, steps: Sequence[bool]) -> None:
+        """Count those of the rows held [B] that are steps."""
+        held, self._held = self._held or (), []
+        index = None if all(steps) else torch.tensor(steps).nonzero()[:, 0]
+        for count in held:
+            count(index)
+
+    def _count(self, count: Callable[[Tensor | None], None]) -> None:
+        """Count rows, given the indices of those that are steps, or None for all; later where they are held."""
+        if self._held is None:
+            count(None)
+        else:
+            self._held.append(count)
+
+    def record_skipped(self, left: Tensor) -> None:
+        """Count rows [B] (bool) that were left to the main member."""
+        self._count(lambda steps: self.rows.update(skipped=int(_at(left, steps).sum())))
 
     def record_drafts(self, counts: Counter[str], near_ties: Sequence[dict[str, Any]]) -> None:
         """Count the steps, blocks, drafted and accepted tokens of a call, and steps that rounding may decide."""
         self.drafts.update(counts)
         self.near_ties.extend(near_ties)
 
-    def record_selected(self, skipped: int, checked: int, changed: int) -> None:
-        """Count rows skipped by choice, those that were fused to check, and where that changes the likeliest piece."""
-        self.selected.update(skipped=skipped, checked=checked, changed=changed)
+    def record_selected(self, skipped: Tensor, checked: Tensor, changed: Tensor) -> None:
+        """Count rows [B] (bool) skipped by choice, fused to check, and where that changes the likeliest piece."""
+        own = {"skipped": skipped, "checked": checked, "changed": changed}
+        self._count(lambda steps: self.selected.update({key: int(_at(rows, steps).sum()) for key, rows in own.items()}))
 
     def record_stretches(self, weights: Sequence[float], count: int, present: Sequence[bool]) -> None:
         """Count a text that was scored by stretches: its members' mean weights, and who abstained."""
@@ -72,8 +99,12 @@ class Trace:
 
     def record_present(self, present: Tensor) -> None:
         """Count the members [B, M] that could not follow a row's bytes."""
-        for name, out in zip(self.names, (~present).sum(dim=0).tolist(), strict=True):
-            self.sat_out[name] += out
+
+        def count(steps: Tensor | None) -> None:
+            for name, out in zip(self.names, (~_at(present, steps)).sum(dim=0).tolist(), strict=True):
+                self.sat_out[name] += out
+
+        self._count(count)
 
     def record_outgrown(self, members: Sequence[int]) -> None:
         """Count the members that abstain from a row each because the text does not fit into their contexts."""
@@ -87,6 +118,7 @@ class Trace:
         out: ByteVocab,
         stats: dict[str, Tensor],
         here: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         """Count fused rows [B, K] beside the members' own distributions [B, V_m].
 
@@ -97,24 +129,36 @@ class Trace:
             out: its vocabulary.
             stats: of the method, one value a row.
             here: which members took part in each row [B, M] (bool); None for all. Others agree with nobody.
+            rows: which rows of a step these are (bool), where others of it were not fused; None for all.
         """
         takes_part = [[True] * len(logp)] * len(fused) if here is None else here.tolist()
         own = [argmax(rows).tolist() for rows in logp]
-        chosen = argmax(fused).tolist()
-        self.rows["fused"] += len(chosen)
-        for row, best in enumerate(chosen):
+        changed, agree = [], []
+        for row, best in enumerate(argmax(fused).tolist()):
             pieces = [identity(vocab, ids[row]) for vocab, ids in zip(vocabs, own, strict=True)]
-            self.rows["argmax_changed"] += identity(out, best) != pieces[0]
+            changed.append(identity(out, best) != pieces[0])
             said = {piece for piece, took in zip(pieces, takes_part[row], strict=True) if took}
-            self.rows["members_agree"] += len(said) == 1
-        if not stats or not chosen:
-            return
-        values = torch.stack(list(stats.values())).double()
-        for key, total, most in zip(stats, values.sum(1).tolist(), values.amax(1).tolist(), strict=True):
-            if key.startswith(MAXIMUM):
-                self.maxima[key] = max(most, self.maxima.get(key, most))
-            else:
-                self.sums[key] += total
+            agree.append(len(said) == 1)
+        found = torch.tensor([changed, agree], dtype=torch.bool)
+        values = torch.stack(list(stats.values())).double() if stats else None
+        places = None if rows is None else rows.nonzero()[:, 0].cpu()
+
+        def count(steps: Tensor | None) -> None:
+            if steps is not None and places is not None:
+                steps = torch.isin(places, steps).nonzero()[:, 0]
+            told = _at(found.T, steps)
+            differ, same = told.sum(0).tolist()
+            self.rows.update(fused=len(told), argmax_changed=differ, members_agree=same)
+            if values is None or not len(told):
+                return
+            kept = _at(values.T, steps)
+            for key, total, most in zip(stats, kept.sum(0).tolist(), kept.amax(0).tolist(), strict=True):
+                if key.startswith(MAXIMUM):
+                    self.maxima[key] = max(most, self.maxima.get(key, most))
+                else:
+                    self.sums[key] += total
+
+        self._count(count)
 
     @classmethod
     def total(cls, traces: Sequence[Trace]) -> Trace:
@@ -175,3 +219,8 @@ class Trace:
             **dict(sorted(self.maxima.items())),
             **sums,
         }
+
+
+def _at(rows: Tensor, index: Tensor | None) -> Tensor:
+    """Return some of the rows [B, ...], None for all."""
+    return rows if index is None else rows[index.to(rows.device)]

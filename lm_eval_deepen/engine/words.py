@@ -100,7 +100,9 @@ class WordDecoder(Decoder):
     def step(self) -> list[BatchRow]:
         """Extend every row by at least one token, or end it, and return those that are finished by it."""
         ensemble, rows = self.ensemble, self.rows
-        starts = [self._routes(row, ())[0] for row in rows]
+        starts = [self._paths(row, tuple(row.out.ids), row.out.data) for row in rows]
+        for row, places in zip(rows, starts, strict=True):
+            self._count_outgrown(row, tuple(row.out.ids), row.out.data, places)
         ensemble.counters.record_present(torch.tensor([[path is not None for path in places] for places in starts]))
         weights = [self._weights(row, places) for row, places in zip(rows, starts, strict=True)]
         proposed: list[dict[bytes, Proposal]] = [{} for _ in rows]  # in tokens of the main member

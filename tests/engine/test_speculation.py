@@ -16,6 +16,7 @@ from lm_eval_deepen.engine.drafts import Cheapest, Drafter, Lookup, drafter, loo
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, UnansweredError
 from lm_eval_deepen.harness.model import configure
 
@@ -196,3 +197,61 @@ def test_a_full_batch_forwards_what_it_forwards_without_drafts(model, where_it_p
         list(generate(model.ensemble, jobs, 8, drafts))
         counts.append([m.runner.forwarded - old for m, old in zip(model.ensemble.active, before, strict=True)])
     assert counts[0] == counts[1]
+
+
+class Wrong(Drafter):
+    """Drafts two tokens that follow, and then what falls."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.texts, self.stood = texts, []
+
+    def draft(self, ensemble, rows, followers):
+        return [
+            (*self.texts[row.index][len(row.out.ids) :][:2], *ensemble.main.codec.encode(" fox café fox"))
+            for row in rows
+        ]
+
+    def learn(self, row, drafted, accepted):
+        self.stood.append((drafted, accepted))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weighting": "bayes"},
+        {"skip_when": "agree", "skip_check": True},
+        {"skip_when": "confident", "skip_above": 0.02, "weighting": "bayes"},
+        {"rows": "embedding", "support": 8, "max_truncated": 0.5},
+        {"max_length": 20},
+        {"weights": [1.0, 0.0]},
+    ],
+    ids=str,
+)
+def test_drafted_tokens_that_fall_are_no_steps(pico, tmp_path, options):
+    """Every statistic is that of the same texts without drafts."""
+    given = {"weighting": "uniform"} if "weights" not in options else {}
+    pair = deepen(pico["bytelevel"], pico["padded"], matrix_dir=str(tmp_path), **{**given, **options})
+    jobs = [Job(Prompter(pair.ensemble).prompts(context, 8), 8) for context in CONTEXTS]
+    told, texts, drafts = [], [], None
+    for _ in range(2):
+        ensemble = replace(pair.ensemble, counters=Trace(pair.ensemble.counters.names))
+        found = dict(generate(ensemble, jobs, 1, drafts))
+        texts.append([found[at].ids for at in range(len(jobs))])
+        told.append(ensemble.counters.summary())
+        drafts = drafts or Wrong(texts[0])
+    assert texts[0] == texts[1] and any(drafted > accepted > 0 for drafted, accepted in drafts.stood)
+    assert told[0]["steps_fused"] + told[0]["steps_skipped"] > 0
+    assert told[1] == {key: pytest.approx(value, abs=1e-5) for key, value in told[0].items()}
+
+
+def test_a_drafted_token_that_ends_the_text_stood(pico, tmp_path):
+    model = deepen(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path))
+    job = Job(Prompter(model.ensemble).prompts("The fox", 8), 8)
+    [(_, text)] = generate(model.ensemble, [job], 1)
+    stop = model.ensemble.main.lm.tok_decode(text.ids[:2])
+    drafts = Wrong([text.ids])
+    [(_, short)] = generate(model.ensemble, [replace(job, stops=(stop,))], 1, drafts)
+    assert short.ids == text.ids[: len(short.ids)] and short.reason == "stop"
+    assert drafts.stood[-1][1] == len(short.ids)
