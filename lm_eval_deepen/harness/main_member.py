@@ -13,7 +13,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.errors import MemberError, RenderError
 from lm_eval_deepen.harness.response_cache import rendering_digest
-from lm_eval_deepen.member.chat import ChatPrompt
+from lm_eval_deepen.member.chat import ChatPrompt, digest
 
 LONGEST_NAMES = 40  # bytes of tokenizers' names; a file's name has 255, of which the harness takes up to 200
 
@@ -123,7 +123,7 @@ class MainMemberView(TemplateLM):
                 )
             if without:
                 messages = [message for message in messages if message.get("role") != "system"]
-        return ChatPrompt(texts[0], messages, add_generation_prompt)
+        return ChatPrompt(texts[0], messages, add_generation_prompt, others=digest(texts[1:]))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the main member's template, for the results file, as ``hf`` does."""

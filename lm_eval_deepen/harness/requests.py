@@ -27,6 +27,7 @@ from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.step_files import StepFiles
 from lm_eval_deepen.harness.unanswered import SetAside, attempt
+from lm_eval_deepen.member.chat import distinct
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -64,8 +65,8 @@ class RequestHandler(MainMemberView):
         owners: list[int] = []
         prepared: list[Any] = []
         for index, request in enumerate(requests):
-            if kind != "generate_until" and (request.task_name, kind, request.args) in self.known:
-                yield index, self.known[request.task_name, kind, request.args]
+            if kind != "generate_until" and (key := (request.task_name, kind, distinct(request.args))) in self.known:
+                yield index, self.known[key]
                 continue
             made = self.prepare(kind, request, repeats)
             if isinstance(made, SetAside):
@@ -110,7 +111,7 @@ class RequestHandler(MainMemberView):
         """Leave the peers their answers and return our own."""
         for peer, answer in zip(self.peers, answers, strict=True):
             if peer is not self:
-                peer.known[request.task_name, kind, request.args] = answer
+                peer.known[request.task_name, kind, distinct(request.args)] = answer
         return answers[self.peers.index(self)]
 
     def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Any]) -> Answers:

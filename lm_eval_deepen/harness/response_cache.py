@@ -15,12 +15,15 @@ import os
 import pickle
 import sqlite3
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api import model as api
+
 from lm_eval_deepen.errors import CacheError
 from lm_eval_deepen.harness.distributed import Ranks
+from lm_eval_deepen.member.chat import distinct
 from lm_eval_deepen.member.model_files import changed
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ FINGERPRINT_KEY = "lm_eval_deepen fingerprint"
 def claim(stored: SqliteDict, fingerprint: str, models: Mapping[str, str], ranks: Ranks) -> None:
     """Tie a cache database to an ensemble and its models (see `digests`): the harness's keys hold the request alone.
 
+    Of a conversation they hold the main member's rendering alone. Two that it renders alike are told apart here.
+
     Every process of a run has its own database. All of them are brought to hold the same answers, since the
     harness asks for what its process does not have, and the processes answer together.
 
@@ -42,6 +47,7 @@ def claim(stored: SqliteDict, fingerprint: str, models: Mapping[str, str], ranks
         CacheError: some process's database can be written by others, is damaged, or belongs to another ensemble; raised
             in all of them.
     """
+    tell_conversations_apart()
     stored.decode = functools.partial(read_answer, where=stored.filename)
     for objection in ranks.gather(_open_to_others(stored) or _objection(stored, fingerprint, models)):
         if objection:
@@ -55,6 +61,20 @@ def claim(stored: SqliteDict, fingerprint: str, models: Mapping[str, str], ranks
         for answers in ranks.gather({key: stored[key] for key in held[ranks.process] - everywhere - before}):
             stored.update({key: value for key, value in answers.items() if key not in held[ranks.process]})
         stored.commit()
+
+
+def tell_conversations_apart() -> None:
+    """Make keys of the response cache hold the other members' renderings as well; other keys are the harness's own."""
+    keyed = api.hash_args
+    if getattr(keyed, "tells_conversations_apart", False):
+        return
+
+    @functools.wraps(keyed)
+    def hash_args(attr: str, args: Iterable[Any]) -> str:
+        return keyed(attr, distinct(args))
+
+    hash_args.tells_conversations_apart = True  # type: ignore[attr-defined]
+    api.hash_args = hash_args
 
 
 class _Plain(pickle.Unpickler):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval.api.model import hash_args
+from lm_eval.api import model as api
 
 from lm_eval_deepen.errors import RequestError, UnansweredError, WindowError
 
@@ -140,7 +140,7 @@ def _state(stored: SqliteDict, kind: str, request: Instance) -> str:
     if kind == "generate_until" and isinstance(request.args[1], dict) and request.args[1].get("do_sample"):
         return "drawn"
     try:
-        return "stored" if hash_args(kind, request.args) in stored else "left"
+        return "stored" if api.hash_args(kind, request.args) in stored else "left"
     except (TypeError, ValueError):  # what has no key is no text, and is set aside
         return "left"
 

@@ -27,6 +27,7 @@ from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.harness.requests import RequestHandler, share_passes
 from lm_eval_deepen.member import Member, load_member
 from lm_eval_deepen.member.arguments import check_loading
+from lm_eval_deepen.member.chat import distinct
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.pooling.base import scores_texts
 
@@ -231,7 +232,7 @@ class RowModel(DeepenLM):
                 if normalize_gen_kwargs(last, self.max_gen_toks).get("do_sample"):
                     return None
                 last = json.dumps(last, sort_keys=True)
-            return request.task_name, kind, json.dumps([*texts, last])
+            return request.task_name, kind, json.dumps([*distinct(texts), last])
         except (AttributeError, TypeError, ValueError):  # answering it says what is wrong with it
             return None
 

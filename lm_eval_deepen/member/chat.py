@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +20,8 @@ class ChatPrompt(str):
     trimmed: bool  # whether spaces at the end are left to the continuation, in every member's rendering
     # why some member's template cannot render the conversation; empty where all can. The request has no answer then
     failure: str
+    # a digest of the other members' renderings, empty where there is none; None where they were not rendered
+    others: str | None
 
     def __new__(
         cls,
@@ -27,17 +31,19 @@ class ChatPrompt(str):
         appended: str = "",
         trimmed: bool = False,
         failure: str = "",
+        others: str | None = None,
     ) -> ChatPrompt:
         """Attach a conversation to its rendering."""
         prompt = super().__new__(cls, text)
         prompt.messages = messages
         prompt.add_generation_prompt = add_generation_prompt
-        prompt.appended, prompt.trimmed, prompt.failure = appended, trimmed, failure
+        prompt.appended, prompt.trimmed, prompt.failure, prompt.others = appended, trimmed, failure, others
         return prompt
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Give pickle what `__new__` needs."""
-        return str(self), self.messages, self.add_generation_prompt, self.appended, self.trimmed, self.failure
+        made = self.messages, self.add_generation_prompt, self.appended, self.trimmed, self.failure, self.others
+        return str(self), *made
 
     def __add__(self, text: str) -> ChatPrompt:
         """Return the conversation with `text` after it; every member appends it to its own rendering."""
@@ -45,7 +51,8 @@ class ChatPrompt(str):
             return NotImplemented
         appended = self.appended + str(text)
         whole = str(self) + str(text)
-        return ChatPrompt(whole, self.messages, self.add_generation_prompt, appended, failure=self.failure)
+        made = self.messages, self.add_generation_prompt, appended
+        return ChatPrompt(whole, *made, failure=self.failure, others=self.others)
 
     @property
     def continued(self) -> bool:
@@ -55,13 +62,28 @@ class ChatPrompt(str):
     def split_spaces(self) -> tuple[ChatPrompt, str]:
         """Return the conversation without the spaces at its end, and these spaces."""
         text = self.rstrip()
-        prompt = ChatPrompt(text, self.messages, self.add_generation_prompt, self.appended, True, self.failure)
-        return prompt, str(self)[len(text) :]
+        made = self.messages, self.add_generation_prompt, self.appended, True, self.failure, self.others
+        return ChatPrompt(text, *made), str(self)[len(text) :]
 
     def rendered(self, text: str) -> str:
         """Return another rendering of the messages, with what was done to this one."""
         text += self.appended
         return text.rstrip() if self.trimmed else text
+
+
+def distinct(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Return a request's arguments, and what tells its conversation from one that the main member renders alike."""
+    own = tuple(arguments)
+    chat = next((one for one in own if isinstance(one, ChatPrompt)), None)
+    if chat is None or chat.others == "":
+        return own
+    return (*own, chat.others or digest([json.dumps(chat.messages, sort_keys=True, default=str)]))
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Return a digest of texts, empty for none."""
+    known = list(texts)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16] if known else ""
 
 
 def plain_rendering(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:

@@ -20,6 +20,7 @@ from processes import compact, job_of, log_of, run_worker
 
 from lm_eval_deepen.engine import memory
 from lm_eval_deepen.errors import CacheError
+from lm_eval_deepen.harness.requests import share_passes
 from lm_eval_deepen.harness.response_cache import FINGERPRINT_KEY
 
 TASKS = ["conf_choice", "conf_text", "conf_answer"]
@@ -223,6 +224,67 @@ def test_answers_of_other_weights_under_the_same_name_are_refused(pico, tmp_path
     calls = count_forwards(model)
     CachingLM(model, str(path)).loglikelihood(batch)
     assert calls == []
+
+
+TALKS = [
+    [{"role": role, "content": text}] for role, text in (("user", "a fox"), ("user", "a fox \n"), ("tool", "a fox"))
+]
+
+
+@pytest.fixture
+def talkers(pico, matrices, tmp_path):
+    """Members of which the main one renders all `TALKS` alike."""
+    folders = []
+    said = {"bytelevel": "{{ m['content'] | trim }} ", "metaspace": "{{ m['role'] + ': ' + m['content'] + ' ' }}"}
+    for name, template in said.items():
+        folders.append(shutil.copytree(pico[name], tmp_path / "talkers" / name))
+        (folders[-1] / "chat_template.jinja").write_text("{% for m in messages %}" + template + "{% endfor %}")
+
+    def load(count=2, **options):
+        return deepen(*folders[:count], matrix_dir=matrices, **options)
+
+    return load
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "mixture"}, {"pooling": "logp-mean"}], ids=str)
+def test_conversations_that_the_main_member_renders_alike_have_answers_of_their_own(talkers, tmp_path, options):
+    path, expected = str(tmp_path / "cache" / "responses.db"), []
+    for talk in TALKS:
+        model = talkers(**options)
+        expected += model.loglikelihood(requests("loglikelihood", (model.apply_chat_template(talk) + "It", " walks")))
+    assert len(set(expected)) == 3
+    for talk, answer in [*zip(TALKS, expected, strict=True)] * 2:
+        model = talkers(**options)
+        cached = CachingLM(model, path)
+        asked = requests("loglikelihood", (cached.apply_chat_template(talk) + "It", " walks"))
+        assert cached.loglikelihood(asked) == [pytest.approx(answer)]
+    assert len(stored_keys(path)) == 4
+
+
+def test_answers_to_conversations_that_older_versions_left_are_not_read(talkers, tmp_path):
+    """They may be another conversation's. Other answers are read, and those of one member, whose keys are `hf`'s."""
+    plain, path = ("a fox", " walks"), str(tmp_path / "cache" / "responses.db")
+    for count, read in ((2, 1), (1, 2)):
+        model = talkers(count)
+        cached = CachingLM(model, path)
+        talk = model.apply_chat_template(TALKS[0]), " walks"
+        keys = [hash_args("loglikelihood", tuple(map(str, own))) for own in (talk, plain)]
+        cached.dbdict.update(dict.fromkeys(keys, (-1.0, False)))
+        cached.dbdict.commit()
+        answers = cached.loglikelihood(requests("loglikelihood", talk, plain))
+        assert answers.count((-1.0, False)) == read and answers[1] == (-1.0, False)
+        cached.dbdict.close()
+        Path(path).unlink()
+
+
+def test_models_that_share_passes_tell_conversations_apart(talkers):
+    models = [talkers(), talkers(weights=[0.25, 0.75])]
+    models[1] = type(models[0]).around(models[1].ensemble_config, models[0].ensemble.members)
+    asked = [requests("loglikelihood", (models[0].apply_chat_template(talk) + "It", " walks"))[0] for talk in TALKS]
+    expected = [models[1].loglikelihood([one])[0] for one in asked]
+    share_passes(models)
+    models[0].loglikelihood(asked)
+    assert models[1].loglikelihood(asked) == [pytest.approx(answer) for answer in expected]
 
 
 def test_answers_that_hf_left_are_refused(pico, tmp_path):
