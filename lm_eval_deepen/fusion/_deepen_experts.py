@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused
-from lm_eval_deepen.relative.average import FLOOR
+from lm_eval_deepen.relative.average import FLOOR, nobodys
 from lm_eval_deepen.relative.matrix import OneHotOperator
 from lm_eval_deepen.relative.support import Side, abstain, shares, split
 from lm_eval_deepen.relative.topk import NEG_INF
@@ -105,12 +105,16 @@ class _Part:
         mass = torch.einsum("bkm,mb->bk", blend, torch.stack([(own * reached).sum(1) for own in classes]))
         self.pooled: list[tuple[int, Tensor]] = []  # class masses [b, A] of every geometric expert
         if bool(geometric.any()):
-            logs = [own.masked_fill(own == 0, FLOOR).log_() for own in classes]
+            zeros = [own == 0 for own in classes]
+            logs = [own.masked_fill(zero, FLOOR).log_() for own, zero in zip(classes, zeros, strict=True)]
+            underflows = bool(zeros[0].any())
             for k in geometric.nonzero()[:, 0].tolist():
                 exponents = share[:, k] * float(experts.power[k])  # [b, M]
                 r = exponents[:, :1] * logs[0]
                 for m, own in enumerate(logs[1:], start=1):
                     r.addcmul_(exponents[:, m, None], own)
+                if underflows:
+                    r.masked_fill_(nobodys(zeros, share[:, k]), NEG_INF)
                 r = torch.softmax(r, dim=1)
                 self.pooled.append((k, r))
                 mass[:, k] = (r * reached).sum(1)

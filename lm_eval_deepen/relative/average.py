@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,21 +72,37 @@ def geometric(
 ) -> Agreed:
     """Return prod_m q_m ** w_m over anchors, normalised, and the same of text against end of text.
 
-    Where q_m, or a mass, is 0 it counts as `FLOOR`.
+    Where q_m, or a mass, is 0 it counts as `FLOOR`, but for anchors that no member gives anything: these stay 0.
     Whether to stop is decided apart from how to go on: pooled together, an end would gain from every disagreement
     about the text. Arguments as `linear`; without an end (`with_end`) there is text alone. A `power` below 1 makes the
     average less sure: the exponents w_m are multiplied by it.
     """
     exponents = share * power
-    r = reached.masked_fill(reached == 0, FLOOR).log_().mul_(exponents[:, :1])
+    zeros = [reached == 0]
+    r = reached.masked_fill(zeros[0], FLOOR).log_().mul_(exponents[:, :1])
     for i, vector in enumerate(others, start=1):
-        r.addcmul_(exponents[:, i, None], vector.masked_fill_(vector == 0, FLOOR).log_())
+        zeros.append(vector == 0)
+        r.addcmul_(exponents[:, i, None], vector.masked_fill_(zeros[i], FLOOR).log_())
+    r.masked_fill_(nobodys(zeros, share), NEG_INF)
     r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
     text = _mean(exponents, parts.log_text)
     end = _mean(exponents, parts.log_end) if with_end else torch.full_like(text, NEG_INF)
     total = torch.logaddexp(text, end)
     usable = parts.log_text[:, 0] > NEG_INF
     return Agreed(r, text - total, end - total, share, usable)
+
+
+def nobodys(zeros: Sequence[Tensor], share: Tensor) -> Tensor:
+    """Return the anchors [B, A] (bool) that neither the main member nor one with weight gives anything.
+
+    Args:
+        zeros: where each member's vector is 0 [B, A], the main member first.
+        share: the members' weights [B, M].
+    """
+    found = zeros[0].clone()
+    for m, own in enumerate(zeros[1:], start=1):
+        found &= own | (share[:, m, None] == 0)
+    return found & ~found.all(1, keepdim=True)
 
 
 def _mean(share: Tensor, log_mass: Tensor) -> Tensor:

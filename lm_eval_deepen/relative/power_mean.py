@@ -22,7 +22,7 @@ def power_mean(
 ) -> Agreed:
     """Return the power mean given text, normalised; text and end of text are averaged linearly. See `linear`.
 
-    Where q_m is 0 it counts as `FLOOR`.
+    Where q_m is less than `FLOOR` it counts as that.
     """
     masses = blended(share, parts)
     logs = [vector.clamp_min(FLOOR).log() for vector in (reached, *others)]

@@ -143,3 +143,27 @@ def test_a_member_without_text_is_fused_as_by_each_expert_alone(roles, order, tm
     torch.testing.assert_close(got.logp.exp(), expected.logp.exp(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(got.stats["end_mass"], expected.stats["end_mass"], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(len(weights)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("depth", [60, 95, 110, 150])
+def test_what_underflows_in_every_member_is_as_unlikely_as_they_say(depth, tmp_path):
+    """By the geometric average, by experts in both ways, and beside a third member that abstains."""
+    fuser = Deepen().build(MEMBERS, MatrixStore(tmp_path, progress=False))
+    experts, logp = Experts.of_steps(3, geometric=True), rows(MEMBERS, 1)
+    shared = [own for own in MEMBERS[0].vocabulary.pieces if own and all(own in m.vocabulary.pieces for m in MEMBERS)]
+    for own, member in zip(logp, MEMBERS, strict=True):
+        own[0, [piece.startswith(shared[3]) for piece in member.vocabulary.pieces]] = -depth
+    logp = [torch.log_softmax(own, dim=1) for own in logp]
+    token = MEMBERS[0].vocabulary.pieces.index(shared[3])
+    said = [own[0, member.vocabulary.pieces.index(shared[3])] for own, member in zip(logp, MEMBERS, strict=True)]
+    found = []
+    for present in ([True, True, True], [True, True, False]):
+        weights = experts.among(torch.tensor([present]))
+        for by in (fuser.experts(logp, weights, experts), slow(fuser, logp, experts, weights)):
+            each = by.at(torch.tensor([0]), torch.tensor([token]))[0]
+            found += each[experts.geometric & (experts.power == 1)].tolist()
+            if depth > 88:  # else experts that are less sure give more, as they should
+                found.append(float(by.mixed(experts.log_prior[None]).logp[0, token]))
+        share = torch.tensor([present]) / sum(present)
+        found.append(float(fuser.pooled_as(True, 1.0).fuse(logp, share).logp[0, token]))
+    assert min(said) - 1 < min(found) and max(found) < max(said) + 1
