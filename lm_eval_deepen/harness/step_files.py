@@ -185,7 +185,8 @@ class StepFiles:
 
     def flush(self) -> None:
         """Bring what waits to the disk."""
-        for task, lines in self.lines.items():
+        for task in list(self.lines):
+            lines = self.lines[task]
             if task not in self.files:
                 folder = self.folder = self.folder or folder_of(self.config)
                 assert folder is not None
@@ -205,7 +206,7 @@ class StepFiles:
                 lines.insert(0, json.dumps(head, ensure_ascii=False))
             text = "".join(line + "\n" for line in lines)
             append_bytes(self.files[task], gzip.compress(text.encode("utf-8", "backslashreplace"), 6, mtime=0))
-        self.lines.clear()
+            del self.lines[task]
         self.size = 0
 
 

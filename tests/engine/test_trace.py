@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.engine.windows import rolling_spans
-from lm_eval_deepen.errors import ConfigError, ResultError
+from lm_eval_deepen.errors import ConfigError, ResultError, StorageError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.harness.tasks import doc_hashes
 from lm_eval_deepen.leaderboard.rows import Row
@@ -215,6 +215,29 @@ def test_tasks_of_like_names_have_files_of_their_own(pico: dict[str, Path], tmp_
     model = deepen(pico["bytelevel"], trace=True, trace_dir=str(tmp_path))
     model.loglikelihood(asked, disable_tqdm=True)
     assert find_traces(tmp_path).keys() == set(names)
+
+
+def test_a_full_disk_leaves_no_document_twice(pico: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """What was written before the error is not written again where the run ends."""
+    from lm_eval_deepen.harness import step_files as module
+
+    append = module.append_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        if "_b_" in path.name:
+            raise StorageError(f"{path} cannot be written (no space left)")
+        append(path, data)
+
+    monkeypatch.setattr(module, "append_bytes", full)
+    asked = [Instance("loglikelihood", {}, PAIRS[0], 0, (name, 0, 1)) for name in ("a", "b")]
+    model = deepen(pico["bytelevel"], trace=True, trace_dir=str(tmp_path))
+    monkeypatch.setattr(module, "AT_ONCE", 1 << 30)
+    with pytest.raises(StorageError):
+        model.loglikelihood(asked, disable_tqdm=True)
+    with pytest.raises(StorageError):
+        model.step_files.flush()
+    (file,) = find_traces(tmp_path)["a"]
+    assert len(file.documents) == 1
 
 
 def test_the_size_that_is_said_is_a_bound(pico: dict[str, Path], tmp_path: Path) -> None:
