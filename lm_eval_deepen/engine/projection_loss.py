@@ -14,6 +14,7 @@ import torch
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, quiet
 from lm_eval_deepen.engine.ensemble import Ensemble
+from lm_eval_deepen.fusion.deepen import DeepenFuser
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ def read_with_covers(ensemble: Ensemble, documents: Sequence[Document]) -> Readi
 def projections(ensemble: Ensemble) -> dict[tuple[str, str], Variant]:
     """Return ensembles with all weight on one member that is not the main one, by its name and the state of covers."""
     temperatures = tuple(member.config.temperature for member in ensemble.members)
+    fuser = ensemble.fuser.projecting() if isinstance(ensemble.fuser, DeepenFuser) else ensemble.fuser
     found = {}
     for m, member in enumerate(ensemble.members[1:], start=1):
         weights = torch.zeros(len(ensemble.members))
         weights[m] = 1
         for covers in ("off", "on") if ensemble.config.covers == "on" else ("off",):
             config = ensemble.config.replace(covers=covers)
-            one = replace(ensemble, config=config, weights=weights, weigher=None, selective=None)
+            one = replace(ensemble, config=config, fuser=fuser, weights=weights, weigher=None, selective=None)
             found[member.name, covers] = Variant(quiet(one), temperatures)
     return found
 

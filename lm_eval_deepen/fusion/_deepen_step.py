@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._deepen_experts import OneHotExperts
@@ -67,6 +68,10 @@ class StepOptions(Protocol):
     @property
     def solver(self) -> str:
         """The solver's name."""
+        ...
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values."""
         ...
 
     def build_solver(self) -> Solver:
@@ -177,6 +182,12 @@ class DeepenFuser:
         """Return this fuser with another average."""
         fuser = copy.copy(self)
         fuser.average = partial(pool_geometrically, power=power) if geometric else averaging("linear")
+        return fuser
+
+    def projecting(self) -> DeepenFuser:
+        """Return this fuser with plain averages and no trust region: with all weight on a member it projects that."""
+        fuser = self.pooled_as(False, 1.0)
+        fuser.options = self.options.replace(trust_region=None)
         return fuser
 
     def _sides(self, device: torch.device) -> tuple[Side, ...]:

@@ -370,6 +370,22 @@ def codes(warnings) -> list[str]:
     return [warning.code for warning in warnings]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"average": "consistent"}, {"average": [1.0, -0.3]}, {"average": "min"}, {"trust_region": 0.01}],
+    ids=str,
+)
+def test_what_a_member_loses_through_another_does_not_depend_on_the_average(pico, tmp_path, options) -> None:
+    """Neither on a trust region: with all weight on it the member alone is projected."""
+    names, found = ("bytelevel", "metaspace"), []
+    for keys in ({}, options):
+        keys = {"matrix_dir": str(tmp_path), "weighting": None, "covers": "off", **keys}
+        ensemble = deepen(*(pico[name] for name in names), **keys).ensemble
+        (lost,) = projection_losses(read_with_covers(ensemble, DOCUMENTS[:2]), {"m1": 100.0})
+        found.append((lost.plain, lost.covered))
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
 def test_warnings_follow_the_figures() -> None:
     equal = {"ensemble": 0.99, "a": 1.0, "b": 1.1}
     assert judge(equal, {"a": 0.5, "b": 0.5}) == []
