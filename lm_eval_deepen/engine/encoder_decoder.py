@@ -16,7 +16,7 @@ def require_scoring(ensemble: EnsembleBase) -> None:
         raise RequestError(
             f"method={ensemble.config.method} writes texts by words and has no probability of a given one, which "
             "loglikelihood and loglikelihood_rolling requests ask for. Evaluate tasks that generate, or choose "
-            "another method; pooling=logp_mean ranks given texts as this method ranks words."
+            "another method; pooling=logp-mean ranks given texts as this method ranks words."
         )
     names = [member.name for member in ensemble.active if member.generates_only]
     if names:

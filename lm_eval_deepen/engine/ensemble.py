@@ -104,9 +104,11 @@ class Ensemble(EnsembleBase):
             traced: whether each score comes with its steps.
 
         Raises:
-            RequestError: a text that cannot be scored.
+            RequestError: a text that cannot be scored, or steps of a method that scores by stretches.
         """
         self._require_steps("score")
+        if traced:
+            self._require_no_stretches("leave out traced")
         contexts = [context] * len(continuations) if isinstance(context, str) else list(context)
         if len(contexts) != len(continuations):
             raise RequestError(
@@ -121,12 +123,15 @@ class Ensemble(EnsembleBase):
             RequestError: a text that cannot be scored, or a method that scores by stretches and has no steps.
         """
         self._require_steps("trace")
+        self._require_no_stretches("use score for the score")
+        return read(self, text)
+
+    def _require_no_stretches(self, remedy: str) -> None:
         if self.by_stretches:
             raise RequestError(
-                f"method={self.config.method} scores texts by stretches, which have no steps; use score for the score, "
-                "or generate(..., traced=True) for the steps of a text"
+                f"method={self.config.method} scores texts by stretches, which have no steps; {remedy}, or use "
+                "generate(..., traced=True) for the steps of a text"
             )
-        return read(self, text)
 
     def _require_steps(self, what: str) -> None:
         if self.config.pooling is not None:

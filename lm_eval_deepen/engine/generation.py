@@ -190,10 +190,10 @@ class Decoder:
             chosen = self._take(row, draft, scores[own], fused[own], best[own])
             read = max(1, len(chosen))
             counted += [at < read for at in range(len(route))]
-            for at, places in enumerate(route[:read]):
-                if None in places:
+            for at, there in enumerate(route[:read]):
+                if None in there:
                     text = data + b"".join(piece_of(ensemble, token) for token in draft[:at])
-                    self._count_outgrown(row, (*row.out.ids[:before], *draft[:at]), text, places)
+                    self._count_outgrown(row, (*row.out.ids[:before], *draft[:at]), text, there)
             if row.job.traced:
                 taken += [(row, start + at, token) for at, token in enumerate(chosen)]
             extended.append(row.out.ids[before:])

@@ -27,6 +27,7 @@ from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.member.chat import distinct
 from lm_eval_deepen.member.encoder_decoder_runner import divide
 from lm_eval_deepen.member.generation import Asked, Settings, presented, with_end
 from lm_eval_deepen.member.runner import base_model
@@ -153,7 +154,7 @@ class Texts:
             )
         generator = turns = None
         if plan.sampler.do_sample:
-            asking = task, context, repr(replace(asked, settings=dict(sorted(asked.settings.items()))))
+            asking = task, distinct([context]), repr(replace(asked, settings=dict(sorted(asked.settings.items()))))
             repeats[asking] += 1
             repeat, seed = str(repeats[asking]), self.ensemble.config.seed
             own = [f"seed {seed}"] if seed else []

@@ -287,6 +287,14 @@ def test_models_that_share_passes_tell_conversations_apart(talkers):
     assert models[1].loglikelihood(asked) == [pytest.approx(answer) for answer in expected]
 
 
+def test_a_sample_depends_on_no_other_conversation_that_the_main_member_renders_alike(talkers):
+    model = talkers()
+    sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    asked = requests("generate_until", *((model.apply_chat_template(talk), dict(sampled)) for talk in TALKS))
+    expected = [model.generate_until([one])[0] for one in asked]
+    assert model.generate_until(asked) == expected
+
+
 def test_answers_that_hf_left_are_refused(pico, tmp_path):
     path = str(tmp_path / "responses.db")
     CachingLM(hf(pico["bytelevel"]), path).loglikelihood(requests("loglikelihood", *PAIRS))

@@ -53,8 +53,9 @@ def test_the_numbers_are_the_harness_s(names: str, keys: dict[str, Any], pico: d
                 assert one.logp == tuple(step.logp for step in one.steps)[: len(one.logp)]
                 assert len(one.steps) - len(one.logp) == (one.reason == "eos")
     if keys.get("method") == "mixture":
-        with pytest.raises(RequestError, match="by stretches, which have no steps"):
-            ensemble.trace(LONG)
+        for call in (lambda: ensemble.trace(LONG), lambda: ensemble.score(CONTEXT, CHOICES, traced=True)):
+            with pytest.raises(RequestError, match="by stretches, which have no steps"):
+                call()
         return
     [total] = model.loglikelihood_rolling(requests("loglikelihood_rolling", (LONG,)), disable_tqdm=True)
     traced = ensemble.trace(LONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from codecs import getincrementaldecoder
 from functools import cache
 
@@ -13,6 +14,7 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.self_check import examine
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.pooling import POOLINGS
 
 LONGEST = 4
 CONTEXTS = [
@@ -186,8 +188,9 @@ def test_an_end_of_text_is_a_proposal(pair, monkeypatch) -> None:
 
 def test_what_it_cannot_do_is_an_error_that_says_so(pair, pico) -> None:
     for kind, arguments in (("loglikelihood", ("a", " b")), ("loglikelihood_rolling", ("a b",))):
-        with pytest.raises(RequestError, match="method=adafuse writes texts by words and has no probability"):
+        with pytest.raises(RequestError, match="method=adafuse writes texts by words and has no probability") as told:
             getattr(pair, kind)(requests(kind, arguments))
+        assert re.findall(r"pooling=([\w-]+)", str(told.value)) == ["logp-mean"] and "logp-mean" in POOLINGS
     with pytest.raises(RequestError, match="without sampling, penalties"):
         pair.generate_until(requests("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
     with pytest.raises(RequestError, match="whole words, which have no steps"):
