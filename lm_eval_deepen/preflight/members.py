@@ -240,7 +240,8 @@ def estimate_parameters(files: ModelFiles) -> int | None:
     biases are left out, below 0.1 %.
     """
     width, layers, vocabulary = files.get("hidden_size"), files.get("num_hidden_layers"), files.get("vocab_size")
-    inner = files.get("intermediate_size")
+    experts = files.get("num_local_experts") or 0
+    inner = (files.get("moe_intermediate_size") if experts else None) or files.get("intermediate_size")
     if not (width and layers and vocabulary and inner):
         return None
     heads = files.get("num_attention_heads", 1)
@@ -248,5 +249,5 @@ def estimate_parameters(files: ModelFiles) -> int | None:
     kv = (files.get("num_key_value_heads") or heads) * head
     attention = 2 * width * heads * head + 2 * width * kv
     tables = 1 if files.get("tie_word_embeddings") else 2
-    feed_forward = 3 * width * inner * (files.get("num_local_experts") or 1)
+    feed_forward = 3 * width * inner * (experts or 1)
     return tables * vocabulary * width + layers * (attention + feed_forward)

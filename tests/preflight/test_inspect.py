@@ -32,6 +32,11 @@ MIXTRAL = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+QWEN3_30B = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
 
 
 def recipe(tmp_path: Path, pico: dict[str, Path], *names: str, **keys: Any) -> Path:
@@ -289,10 +294,11 @@ def test_a_damaged_weight_file_is_a_problem(
 
 
 @pytest.mark.parametrize(
-    ("config", "billions", "active", "kv"), [(LLAMA_13B, 13.0, 13.0, 819_200), (MIXTRAL, 46.7, 12.9, 131_072)]
+    ("config", "billions", "active", "kv"),
+    [(LLAMA_13B, 13.0, 13.0, 819_200), (MIXTRAL, 46.7, 12.9, 131_072), (QWEN3_30B, 30.5, 3.34, 98_304)],
 )
 def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: float, active: float, kv: int) -> None:
-    """The models' own names and cards: 13.0B; 46.7B, of which 12.9B act on a token."""
+    """The models' own names and cards: 13.0B; 46.7B, of which 12.9B act on a token; 30.5B, of which 3.3B do."""
     member = Inspected(MemberConfig(name="m", pretrained="org/m"), "cpu", ModelFiles(None, config))
     assert member.parameters / 1e9 == pytest.approx(billions, abs=0.06)
     assert member.active / 1e9 == pytest.approx(active, abs=0.06)
