@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lm_eval_deepen.cli.arguments import add_device, add_json, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
-from lm_eval_deepen.storage import write_text
+from lm_eval_deepen.storage import check_place, write_text
 
 if TYPE_CHECKING:
     from lm_eval_deepen.leaderboard.execution import Plan
@@ -66,15 +66,16 @@ def run(args: argparse.Namespace) -> int:
     recipe = adjusted(args)
     if args.into is not None:
         leaderboard_table.check_markers(args.into)
+        check_place(args.into)
     out = args.out or Path("results") / Path(args.recipe).stem
     if args.dry_run:
         print(_listing(recipe, out, args))
         return 0
     todo, table = evaluated(recipe, out, args.device, args.redo, args.built, ray=args.ray)
-    if args.into is not None:
-        leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     args.facts = leaderboard_table.to_dict(table)
     print(leaderboard_table.rendered(table, args.format))
+    if args.into is not None:
+        leaderboard_table.write_into(args.into, leaderboard_table.rendered(table, "md"))
     say(f"cells, {', '.join(FILES.values())}: {out}")
     refuse_failed(todo)
     return 0

@@ -20,7 +20,7 @@ from lm_eval_deepen.results.report import number
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 
 ENSEMBLE = "ensemble"  # the name of an ensemble recipe's row
-_ALIKE = ("batch_size", "chat_fallback")  # keys of an ensemble that its members alone need, too
+_ALIKE = ("batch_size", "chat_fallback", "hf_kwargs")  # keys of an ensemble that its members alone need, too
 
 
 def leaderboard_keys(path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
     if not recipe.task:
         raise ConfigError(f"{path}: the recipe says no task; add `task`", key="task")
     names = [member.name for member in recipe.configure().members]
-    listed = keys.pop("members")
+    listed = keys.pop("members", [keys.get("pretrained")])  # without members, the main one alone
     members = [
         {**({"pretrained": one} if isinstance(one, str) else one), "name": name}
         for one, name in zip(listed, names, strict=True)

@@ -111,6 +111,18 @@ def test_samples_are_read_where_they_are_given_and_never_written(tmp_path: Path)
     assert (out / "nq" / "test.jsonl").is_file() and not (out / "piqa").is_symlink()
 
 
+@pytest.mark.parametrize(
+    "keys", [{"pretrained": "x/a"}, {"members": ["x/a", "x/b"], "hf_kwargs": {"a": 1}}, {"members": "x/a+x/b"}]
+)
+def test_an_ensemble_as_it_may_be_written_is_a_table(keys: dict, tmp_path: Path) -> None:
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump({"kind": "ensemble", "task": "piqa", "dtype": "float32", **keys}))
+    recipe = parse_recipe(reproduction.leaderboard_keys(path), path, {}, {})
+    *alone, row = recipe.rows
+    assert row.name == "ensemble" and list(row.members) == [one.name for one in alone]
+    assert all(member.hf_kwargs_dict() == keys.get("hf_kwargs", {}) for member in row.config.members)
+
+
 def test_generation_arguments_of_an_ensemble_may_be_a_text(tmp_path: Path, pico: dict[str, Path]) -> None:
     raw = {"kind": "ensemble", "members": [str(pico["bytelevel"]), str(pico["padded"])], "task": "deepen_nq",
            "harness": {"gen_kwargs": "max_gen_toks=5"}}  # fmt: skip

@@ -1042,6 +1042,15 @@ def test_a_readme_is_whole_whatever_happens(copied, tmp_path, capsys, monkeypatc
     assert cli.main([*command, str(page)]) == 0
     lines = page.read_bytes().decode().split("\n")
     assert lines[0] == "# Ü\r" and lines[-2] == "more\r" and all(line.endswith("\r") for line in lines[:-1])
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(leaderboard_table, "write_into", lambda path, table: path.rmdir())  # which another one changed
+        assert cli.main([*command, str(page)]) == 2
+        assert "A+B gac" in capsys.readouterr().out  # the table is printed all the same
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        patch.setattr(leaderboard_table, "measure", None)
+        assert cli.main([*command, str(page)]) == 2
+    assert f"{page} cannot be written (Permission denied)" in capsys.readouterr().err
     page.write_bytes(b"\xff" + text.encode())
     assert cli.main([*command, str(page)]) == 2
     assert f"--into {page}: {page}:1: byte 0xff is not UTF-8" in capsys.readouterr().err
