@@ -13,6 +13,7 @@ _WIDTH, _LINE, _TOP, _BOTTOM, _RIGHT = 720, 26, 10, 34, 90
 _CHARACTER = 7  # width of one in a label, about
 _LABELS = (60, 300)  # least and most room for labels
 _TICKS = 5
+_LARGEST = 1e100  # beyond it a width is no finite number
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Point:
     high: float | None
     text: str
     look: Look
+
+
+def is_drawn(*values: float | None) -> bool:
+    """Return whether a point can be drawn, by its value and the ends of its error bar: none is beyond all bounds."""
+    return all(abs(value) <= _LARGEST for value in values if value is not None)
 
 
 def chart(identity: str, title: str, description: str, points: Sequence[Point], zero: bool = False) -> str:

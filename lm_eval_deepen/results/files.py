@@ -70,7 +70,7 @@ class TaskRun:
         keys = [key for key, sample in table.items() if metric in sample.values]
         if not keys:
             return None
-        reported = self.results["results"][self.task].get(f"{metric},{flt}")
+        reported = self.results["results"].get(self.task, {}).get(f"{metric},{flt}")
         computed = self.scores(metric, flt, keys).score
         if agrees(reported, computed):
             return None

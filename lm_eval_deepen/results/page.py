@@ -5,13 +5,12 @@ The page is `templates/page.html.j2`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lm_eval_deepen.results.chart import Look, Point, chart
+from lm_eval_deepen.results.chart import Look, Point, chart, is_drawn
 from lm_eval_deepen.results.report import cells, columns, extras, head, heading, number, reading, signed
 from lm_eval_deepen.results.rows import ScoreRow
 from lm_eval_deepen.results.templates import render
@@ -96,12 +95,12 @@ def _section(
     for row in group:
         close = row.verdict(alpha) == "not significant"
         looks[row.system] = "diamond" if row.comparison is None else "hollow" if close else "dot"
-    drawn = [row for row in group if math.isfinite(row.score)]
+    drawn = [row for row in group if is_drawn(row.score, row.low, row.high)]
     scores = [Point(row.system, row.score, row.low, row.high, number(row.score), looks[row.system]) for row in drawn]
     caption = f"Score with its 95 % interval over documents. {MARKS}"
     figures = [Figure(Markup(chart(f"c{index}", f"Scores, {column}", caption, scores)), caption)] if drawn else []
     compared = [
-        (row.system, row.comparison) for row in group if row.comparison and math.isfinite(row.comparison.difference)
+        (row.system, one) for row in group if (one := row.comparison) and is_drawn(one.difference, one.low, one.high)
     ]
     if compared:
         caption = f"Difference to {compared[0][1].reference} with its paired 95 % interval. {MARKS}"

@@ -73,6 +73,24 @@ def test_a_run_beside_itself_and_a_score_without_bound(three, tmp_path, capsys):
         assert "inf" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("far", [-600.0, -1400.0, -1418.0])
+def test_scores_that_are_nearly_without_bound_are_in_the_table_alone(tmp_path, capsys, far):
+    a, b = (
+        synthesised(tmp_path / name, {"t": {"p": [value, -1.0, -2.0]}}, {"p": False}, {"p": "perplexity"})
+        for name, value in (("near", -3.0), ("far", far))
+    )
+    assert compare(a, b, "--format", "html", *FEW) == 0
+    page = capsys.readouterr().out
+    assert page.count("<svg") == 1 and "near" in page.split("<svg")[1]
+
+
+def test_a_metric_without_a_score_in_the_results_has_that_of_its_samples(tmp_path, capsys):
+    a, b = (synthesised(tmp_path / name, {"t": {"acc": [1.0, 0.0]}}) for name in "ab")
+    odd = edited(b, tmp_path / "odd", lambda results: results["results"].clear())
+    assert compare(a, odd, *FEW) == 0
+    assert "acc is None there, but its samples give 0.5" in capsys.readouterr().out
+
+
 def test_a_group_is_reported_of_the_evaluation_of_its_tasks(tmp_path, capsys):
     def grouped(name, values, date):
         folder = synthesised(tmp_path / name, values, date=date)
