@@ -138,14 +138,19 @@ def small_models() -> list[str]:
     ]
 
 
-def checked(recipe: LeaderboardRecipe, device: str | None) -> Report:
-    """Return the pre-flight report on all members together, with the options of the largest ensemble."""
+def checked(recipe: LeaderboardRecipe, device: str | None) -> Report | None:
+    """Return the pre-flight report on all members together, with the options of the largest ensemble.
+
+    None where all members are yet to be built.
+    """
     from lm_eval_deepen.harness.recipes import EnsembleRecipe
     from lm_eval_deepen.preflight.cost import Machine
     from lm_eval_deepen.preflight.report import Plan, report_on
 
     largest = max(recipe.rows, key=lambda row: len(row.members))
     members = [member for member in recipe.members if member.name not in recipe.builds.recipes]
+    if not members:
+        return None
     first = [member for name in largest.members for member in members if member.name == name]
     ordered = [*first, *(member for member in members if member not in first)]
     config = largest.config.replace(members=tuple(one.replace(weight=1 / len(ordered)) for one in ordered))

@@ -325,9 +325,10 @@ def take_rows(listed: Any, folder: Path, recipes: dict[str, BuildRecipe]) -> tup
     rows: list[BuiltRow] = []
     for i, spec in enumerate(listed):
         if isinstance(spec, Mapping) and "build" in spec:
+            others = {row.group for row in rows}
             for row in built_rows(spec, folder, f"rows[{i}]"):
-                if row.name in recipes:
-                    raise ConfigError(f"rows[{i}]: two models are built by the name {row.name!r}; give one another")
+                if row.name in recipes or row.group in others:
+                    raise ConfigError(f"rows[{i}]: two models are built by the name {row.group!r}; give one another")
                 recipes[row.name] = row.recipe
                 rows.append(row)
     return rows, [spec for spec in listed if not (isinstance(spec, Mapping) and "build" in spec)]

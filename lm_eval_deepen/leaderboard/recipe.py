@@ -279,5 +279,9 @@ def _check_names(rows: Sequence[Row]) -> None:
                 "give one of them a `name` of its own"
             )
     for row in rows:
-        if row.group != row.name and any(row.group == other.name for other in rows):
+        # seeds and tasks are of a row each
+        if row.group != row.name and any(
+            row.group == other.name or (row.group == other.group and bool(row.tasks) != bool(other.tasks))
+            for other in rows
+        ):
             raise ConfigError(f"two rows have the name {row.group!r}; give one of them a `name` of its own")

@@ -111,6 +111,14 @@ def test_samples_are_read_where_they_are_given_and_never_written(tmp_path: Path)
     assert (out / "nq" / "test.jsonl").is_file() and not (out / "piqa").is_symlink()
 
 
+def test_members_that_are_all_built_cannot_be_checked(tmp_path: Path, capsys) -> None:
+    path, build = tmp_path / "built.yaml", {"method": "clm", "target": "x/a", "train_tokens": 100}
+    keys = {"members": [{"name": "m", "build": build}], "rows": [{"name": "r", "build": build}], "tasks": ["piqa"]}
+    path.write_text(yaml.safe_dump({"kind": "leaderboard", **keys}))
+    assert cli.main(["reproduce", str(path), "--dry-run"]) == 0
+    assert "1 tasks, 2 cells" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "keys", [{"pretrained": "x/a"}, {"members": ["x/a", "x/b"], "hf_kwargs": {"a": 1}}, {"members": "x/a+x/b"}]
 )
