@@ -26,7 +26,8 @@ def check_inputs(recipe: BuildRecipe, places: Mapping[str, str]) -> None:
     """
     content = recipe.content
     own_tokenizer = not (content.get("tokenizer") or content.get("tokenizer_source"))
-    check_alike(places, same_depth=bool(content.get("models")), own_tokenizer=own_tokenizer)
+    weighed = {name: places[name] for name in recipe.weighed}
+    check_alike(weighed, same_depth=bool(content.get("models")), own_tokenizer=own_tokenizer)
 
 
 def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[str, Any]:
@@ -36,9 +37,8 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
         ConfigError: models that cannot be merged, or what mergekit refuses; the cause is chained.
     """
     check_inputs(recipe, recipe.places(members))
-    places = recipe.places(members)
-    first = recipe.architecture_of
-    for difference in read_otherwise({first: places[first], **places}):
+    names = dict.fromkeys([recipe.architecture_of, *recipe.weighed])
+    for difference in read_otherwise({name: recipe.place(name, members) for name in names}):
         log.warning("%s: %s", recipe.source, difference)
     require(f"{recipe.source}: ")
     import mergekit.merge as engine

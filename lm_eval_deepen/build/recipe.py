@@ -60,20 +60,28 @@ class BuildRecipe:
     @property
     def models(self) -> tuple[str, ...]:
         """The models it is made from, as they are spelt, in the order in which they stand there."""
+        return self._named(tokenizers=True)
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """Those of the models whose weights it is made from; of others it takes the tokenizer alone."""
+        return self._named(tokenizers=False)
+
+    def _named(self, tokenizers: bool) -> tuple[str, ...]:
         names: dict[str, None] = {}
 
         def keep(name: str) -> str:
             names[name] = None
             return name
 
-        self._visit(keep)
+        self._visit(keep, tokenizers)
         return tuple(names)
 
     @property
     def architecture_of(self) -> str:
         """The model whose architecture the built one has."""
         first = self.content.get("base_model") if self.is_merge else self.content.get("target")
-        return str(first) if first in self.models else self.models[0]
+        return str(first) if first in self.weighed else self.weighed[0]
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -177,13 +185,16 @@ class BuildRecipe:
         """The keys that decide the weights, beside the seed and what the names stand for."""
         return {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
 
-    def _visit(self, change: Callable[[str], Any]) -> dict[str, Any]:
-        """Return a copy of the content with every spelt model replaced by what `change` returns."""
+    def _visit(self, change: Callable[[str], Any], tokenizers: bool = True) -> dict[str, Any]:
+        """Return a copy of the content with every spelt model replaced by what `change` returns.
+
+        `tokenizers`: also those that give their tokenizer, or a token, alone.
+        """
 
         def names_model(key: str, inside: str, value: str) -> bool:
             if not self.is_merge:
                 return key in ("target", "sources") and not inside
-            tokenizer = key in ("tokenizer_source", "source")  # of the whole tokenizer, or of one token
+            tokenizer = tokenizers and key in ("tokenizer_source", "source")  # of the whole tokenizer, or of one token
             return key in ("model", "base_model") or (tokenizer and value not in _TOKENIZER_WORDS)
 
         def visit(value: Any, key: str, inside: str) -> Any:

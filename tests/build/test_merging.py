@@ -193,6 +193,18 @@ def test_a_folder_may_have_any_name(merged, family, tmp_path, folder):
 
 
 @needs_mergekit
+def test_a_model_may_give_its_tokenizer_alone(merged, family, tmp_path):
+    larger = configured(Path(family["base"]), tmp_path / "larger", hidden_size=64, rms_norm_eps=0.5)
+    (larger / "model.safetensors").write_bytes((Path(family["s3"]) / "model.safetensors").read_bytes())
+    raw = {"tokenizer_source": str(larger), **merge_of("linear", ["s1", "s2"], base=None)}
+    assert parsed(raw, tmp_path).architecture_of == "s1"
+    found, plain = tensors(merged(raw)), tensors(merged(merge_of("linear", ["s1", "s2"], base=None), "plain"))
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
+
+
+@needs_mergekit
 def test_what_a_merge_gets_is_told_of_the_base_model(merged, family, tmp_path, caplog):
     other = configured(Path(family["base"]), tmp_path / "other", rms_norm_eps=0.5)
     folder = merged({**merge_of("task_arithmetic", ["s1"], base=None), "base_model": str(other)})
