@@ -249,6 +249,7 @@ def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], folder: 
     weightings = [beside(_entry(value, "weighting"), folder) for value in _axis(grid.weightings, "weightings", ())]
     poolings = [_entry(value, "pooling") for value in _axis(grid.poolings, "poolings", POOLINGS)]
     rows: dict[tuple, Row] = {}
+    named: dict[tuple, dict[str, Any]] = {}
     for order, pooled, weighting, method in itertools.product(orders, poolings, weightings, methods):
         parts = [method, weighting, pooled]
         if "pooling" in pooled and not pooled.get("with_fused"):
@@ -258,7 +259,10 @@ def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], folder: 
         if "pooling" in pooled and _changing(name, weighting, order):
             name, weigher = pooled["pooling"], weighting["weighting"]
             notes.append(f"{name} is not combined with weighting {weigher}, which weighs fused steps")
-        elif (order, name) not in rows:
+            continue
+        if named.setdefault((order, name), keys) != keys:
+            raise ConfigError(f"grid: two combinations have the name {name!r}; give one of them another `name`")
+        if (order, name) not in rows:
             rows[order, name] = row_of(name, order, keys, members, common)
     return list(rows.values())
 

@@ -156,6 +156,7 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
         ({"grid": {"weightings": ["perplexty"]}}, r"weighting 'perplexty' is unknown. Did you mean 'perplexity'"),
         ({"grid": {"orders": [["A", "C"]]}}, r"grid: orders: member 'C' is unknown. .*Members: A, B"),
         ({"grid": {"orders": [["A"]]}}, r"grid: orders: A is a member alone"),
+        ({"grid": {"methods": [{"method": name, "name": "x"} for name in ("deepen", "gac")]}}, "the name 'A.B x'"),
         ({"rows": [{"method": "gac", "treshold": 0.5}]}, r"row .*: unknown key 'treshold'. Did you mean 'threshold'"),
         ({"rows": [{"name": "x", "method": "gac", "dtype": "float16"}]}, r"dtype='float16' would load member 'A'"),
         ({"rows": [{"name": "x", "weights": {"A": 1, "C": 0}}]}, r"row 'x': weights names A, C, and its members are"),
