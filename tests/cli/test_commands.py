@@ -125,6 +125,7 @@ def test_two_lines_sum_the_ensemble_up(pico: dict[str, Path], tmp_path: Path, ca
     did, where = closing.summary(model)
     assert did.endswith("2 warnings (W1, W2).") and where == f"results: {tmp_path}"
     capsys.readouterr()
+    monkeypatch.delattr("sys.last_value", raising=False)  # of another test
     closing.tell(model)
     assert capsys.readouterr().err == f"{did}\n{where}\n"
     monkeypatch.setattr("sys.last_value", RuntimeError(), raising=False)
