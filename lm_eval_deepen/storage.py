@@ -210,15 +210,15 @@ def cache_bound() -> int | None:
 
 
 def parsed_size(text: str) -> int:
-    """Return the bytes of a size such as ``500MB`` or ``2.5 GB``.
+    """Return the bytes of a size such as ``500MB`` or ``2.5 GB``; 0 alone needs no unit.
 
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?)B?", text.strip().upper())
-    if found is None:
-        raise ValueError("must be a size such as 500MB or 20GB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]B?|B|)", text.strip().upper())
+    if size is None or not (size[2] or float(size[1]) == 0):  # 3 bytes, where 3 GB were meant, would remove all
+        raise ValueError("must be a size with its unit, such as 500MB or 20GB")
+    return int(float(size[1]) * 1000 ** " KMGT".index(size[2].removesuffix("B") or " "))
 
 
 # Reading ---------------------------------------------------------------------------------------------

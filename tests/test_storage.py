@@ -280,17 +280,17 @@ def test_the_cache_is_looked_through_now_and_then(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("0", 0), ("500MB", 5e8), ("2.5 gb", 2.5e9), ("1k", 1000), ("1TB", 1e12), ("unbounded", None)]
+    ("text", "size"), [("0", 0), ("7B", 7), ("500MB", 5e8), ("2.5 gb", 2.5e9), ("1k", 1000), ("1TB", 1e12), ("unbounded", None)]
 )
 def test_sizes(text, size, monkeypatch):
     monkeypatch.setenv(storage.CACHE_SIZE, text)
     assert storage.cache_bound() == size
 
 
-@pytest.mark.parametrize("text", ["many", "-1", "1e3", "5XB", "nan", "GB"])
+@pytest.mark.parametrize("text", ["many", "-1", "1e3", "5XB", "nan", "GB", "3", "50000000000"])
 def test_a_bound_that_is_no_size_is_an_error(text, monkeypatch):
     monkeypatch.setenv(storage.CACHE_SIZE, text)
-    with pytest.raises(StorageError, match=f"{storage.CACHE_SIZE}={text}: must be a size such as 500MB"):
+    with pytest.raises(StorageError, match=f"{storage.CACHE_SIZE}={text}: must be a size with its unit, such as 500MB"):
         storage.cache_bound()
 
 
