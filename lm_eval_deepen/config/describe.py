@@ -51,7 +51,7 @@ class Choice:
 
     def _check(self, name: str) -> str:
         if name not in set(self.names):
-            raise ValueError(name)
+            raise ValueError  # without the name: pydantic cannot hold half of a surrogate pair
         return name
 
 

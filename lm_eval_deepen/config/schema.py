@@ -28,7 +28,7 @@ def _batch_size(value: Any) -> Any:
         return int(number)
     if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
         return value
-    raise ValueError(value)
+    raise ValueError  # without the value, as in `describe.Choice`
 
 
 def _documents(value: int | bool | None) -> int | bool | None:

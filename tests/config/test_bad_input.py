@@ -44,6 +44,8 @@ BAD = {
     "support of no piece": ({"support": 0}, "support"),
     "missing path": ({"pretrained": "/does/not/exist", "members": ["/does/not/exist"]}, "/does/not/exist"),
     "batch of nothing": ({"batch_size": 0}, "batch_size"),
+    "batch of half a pair": ({"batch_size": "\ud800"}, "batch_size"),
+    "inverse of half a pair": ({"inverse": "\ud800"}, "inverse"),
 }
 
 
