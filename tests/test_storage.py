@@ -280,7 +280,8 @@ def test_the_cache_is_looked_through_now_and_then(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("0", 0), ("7B", 7), ("500MB", 5e8), ("2.5 gb", 2.5e9), ("1k", 1000), ("1TB", 1e12), ("unbounded", None)]
+    ("text", "size"),
+    [("0", 0), ("7B", 7), ("500MB", 5e8), ("2.5 gb", 2.5e9), ("1k", 1000), ("1TB", 1e12), ("unbounded", None)],
 )
 def test_sizes(text, size, monkeypatch):
     monkeypatch.setenv(storage.CACHE_SIZE, text)
