@@ -146,8 +146,8 @@ def measure_own(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     }
 
 
-def measure(ensemble: Ensemble, found: list[Document], kinds_of_covers: Sequence[str]) -> dict[str, Any]:
-    """What every system that is compared gives to the tokens of some documents, in nats."""
+def measure(ensemble: Ensemble, found: list[Document], states: Sequence[str]) -> dict[str, Any]:
+    """What every system that is compared gives to the tokens of some documents, in nats, with covers on or off."""
     reading = Reading.of(ensemble, found)
     experts = grid(len(ensemble.members))
     out: dict[str, Any] = {
@@ -160,7 +160,7 @@ def measure(ensemble: Ensemble, found: list[Document], kinds_of_covers: Sequence
     }
     alone = Experts.of_steps(len(ensemble.members), geometric=False)  # members alone and equal weights are enough there
     out["off_weights"] = alone.weights
-    for covers in kinds_of_covers:
+    for covers in states:
         some = experts if covers == "on" else alone
         parts: list[torch.Tensor] = []
         for part, raw, index, present, target in reading._chunks():
@@ -221,8 +221,8 @@ def run(arguments: argparse.Namespace) -> None:
             if split == "dev" and not arguments.whole_dev:
                 result = measure_own(ensemble, found)
             else:
-                both = ["on"] if arguments.covers_alone else ["on", "off"]
-                result = measure(ensemble, found, both) | measure_stretches(ensemble, found)
+                states = ["on"] if arguments.covers_alone else ["on", "off"]
+                result = measure(ensemble, found, states) | measure_stretches(ensemble, found)
             torch.save(result, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
             print(json.dumps({"system": system, "kind": kind, "split": split, "documents": len(found),

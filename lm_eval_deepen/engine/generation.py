@@ -221,16 +221,16 @@ class Decoder:
             drafts: the drafted tokens of each row.
             tokens: those to learn from, at most one more than drafted.
         """
+        weights = [row.weights for row in self.rows if row.weights is not None]  # of every row: all learn
+        if not any(tokens):
+            return [own[None] for own in weights]
         starts = accumulate((len(draft) + 1 for draft in drafts), initial=0)
         places = [start + at for start, own in zip(starts, tokens, strict=False) for at in range(len(own))]
-        asked = [token for own in tokens for token in own]
-        logp = by_expert.at(torch.tensor(places), torch.tensor(asked)).cpu() if asked else None  # [sum of T, K]
-        parts = [None] * len(tokens) if logp is None else logp.split([len(own) for own in tokens])
-        learnt = []
-        for row, part in zip(self.rows, parts, strict=True):
-            assert row.weights is not None
-            learnt.append(row.weights[None] if part is None or not len(part) else posteriors(row.weights, part.T)[0])
-        return learnt
+        logp = by_expert.at(torch.tensor(places), torch.tensor([token for own in tokens for token in own])).cpu()
+        parts = logp.split([len(own) for own in tokens])  # [T, K] each
+        return [
+            posteriors(own, part.T)[0] if len(part) else own[None] for own, part in zip(weights, parts, strict=True)
+        ]
 
     def _routes(self, row: BatchRow, draft: Sequence[int]) -> list[tuple[TokenPrefix | None, ...]]:
         """Return every member's tokens after none, one, ... of a draft's tokens, as far as one block serves.

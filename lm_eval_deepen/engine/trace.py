@@ -139,14 +139,14 @@ class Trace:
             changed.append(identity(out, best) != pieces[0])
             said = {piece for piece, took in zip(pieces, takes_part[row], strict=True) if took}
             agree.append(len(said) == 1)
-        found = torch.tensor([changed, agree], dtype=torch.bool)
+        compared = torch.tensor([changed, agree], dtype=torch.bool)
         values = torch.stack(list(stats.values())).double() if stats else None
         places = None if rows is None else rows.nonzero()[:, 0].cpu()
 
         def count(steps: Tensor | None) -> None:
             if steps is not None and places is not None:
                 steps = torch.isin(places, steps).nonzero()[:, 0]
-            told = _at(found.T, steps)
+            told = _at(compared.T, steps)
             differ, same = told.sum(0).tolist()
             self.rows.update(fused=len(told), argmax_changed=differ, members_agree=same)
             if values is None or not len(told):

@@ -59,8 +59,8 @@ def nearest(
 
 def distances(queries: Sequence[bytes], candidates: Sequence[bytes]) -> NDArray:
     """Return the edit distance of every query and every candidate [n, m] (int64)."""
-    found = np.empty((len(queries), len(candidates)), dtype=np.int64)
-    found.T[:] = [len(query) for query in queries]  # the distance of nothing
+    table = np.empty((len(queries), len(candidates)), dtype=np.int64)
+    table.T[:] = [len(query) for query in queries]  # the distance of nothing
     order = sorted(range(len(queries)), key=lambda n: queries[n])
     longest, low = max(map(len, queries), default=0), 1
     for word in WORDS:
@@ -68,11 +68,11 @@ def distances(queries: Sequence[bytes], candidates: Sequence[bytes]) -> NDArray:
         if members := [n for n, candidate in enumerate(candidates) if low <= len(candidate) <= width]:
             walk = _Walk([candidates[n] for n in members], word, longest)
             for n in order:
-                found[n, members] = walk.distances(queries[n])
+                table[n, members] = walk.distances(queries[n])
         low = width + 1
     for n in (n for n, candidate in enumerate(candidates) if len(candidate) >= low):
-        found[:, n] = [distance(candidates[n], query) for query in queries]
-    return found
+        table[:, n] = [distance(candidates[n], query) for query in queries]
+    return table
 
 
 def distance(pattern: bytes, text: bytes) -> int:

@@ -83,7 +83,8 @@ def geometric(
     for i, vector in enumerate(others, start=1):
         zeros.append(vector == 0)
         r.addcmul_(exponents[:, i, None], vector.masked_fill_(zeros[i], FLOOR).log_())
-    r.masked_fill_(nobodys(zeros, share), NEG_INF)
+    if bool(zeros[0].any()):
+        r.masked_fill_(nobodys(zeros, share), NEG_INF)
     r = r.sub_(torch.logsumexp(r, dim=1, keepdim=True)).exp_()
     text = _mean(exponents, parts.log_text)
     end = _mean(exponents, parts.log_end) if with_end else torch.full_like(text, NEG_INF)
@@ -99,10 +100,10 @@ def nobodys(zeros: Sequence[Tensor], share: Tensor) -> Tensor:
         zeros: where each member's vector is 0 [B, A], the main member first.
         share: the members' weights [B, M].
     """
-    found = zeros[0].clone()
+    unreached = zeros[0].clone()
     for m, own in enumerate(zeros[1:], start=1):
-        found &= own | (share[:, m, None] == 0)
-    return found & ~found.all(1, keepdim=True)
+        unreached &= own | (share[:, m, None] == 0)
+    return unreached & ~unreached.all(1, keepdim=True)
 
 
 def _mean(share: Tensor, log_mass: Tensor) -> Tensor:

@@ -153,18 +153,18 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
         shown.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
     runs = _runs(traces, folder.parent if folder.is_file() else folder, shown.notes) if traces else {}
     if traces:
-        found = {task: run.samples for task, run in runs.items() if run.samples is not None}
+        evaluated = {task: run.samples for task, run in runs.items() if run.samples is not None}
     else:
-        found = _samples(folder, shown)
-    if not traces and not found:
+        evaluated = _samples(folder, shown)
+    if not traces and not evaluated:
         raise ResultError(f"{folder}: holds neither traces nor samples; evaluate with --output_path and --log_samples")
     for task, run in runs.items():
         files = run.files
         shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
         if any(file.cut for file in files):
             shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    if found:
-        shown.facts = _facts(next(iter(found.values())).results)
+    if evaluated:
+        shown.facts = _facts(next(iter(evaluated.values())).results)
     if runs:
         head = next(iter(runs.values())).files[0].head
         shown.facts = [
@@ -175,9 +175,9 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
             ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
             *shown.facts,
         ]
-    for task in runs or found:
+    for task in runs or evaluated:
         records = documents_of(runs[task].files) if task in runs else Documents()
-        samples = samples_by_document(found[task].samples_path) if task in found else {}
+        samples = samples_by_document(evaluated[task].samples_path) if task in evaluated else {}
         shown.tasks[task] = documents(records, samples, page, limit, task)
         count = len({key[:2] for key in records.keys} or samples)
         if limit is not None and count > limit:

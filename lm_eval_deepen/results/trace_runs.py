@@ -51,7 +51,7 @@ class TracedRun:
 
 def evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
     """Return the evaluations below a folder in the order in which they ended; what cannot be read is noted."""
-    found = []
+    ended_runs = []
     for path, date in dated_results(folder):
         try:
             results = read_results(path, "evaluate again")
@@ -69,8 +69,8 @@ def evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
         began = datetime.min
         if known and 0 <= seconds < (ended - datetime.min).total_seconds() - 1:
             began = ended - timedelta(seconds=seconds) - _SLACK
-        found.append(Evaluation(began, ended, results, tasks_with_samples(path, date, results)))
-    return sorted(found, key=lambda one: one.ended)
+        ended_runs.append(Evaluation(began, ended, results, tasks_with_samples(path, date, results)))
+    return sorted(ended_runs, key=lambda one: one.ended)
 
 
 def traced_run(task: str, files: Sequence[TraceFile], every: Sequence[Evaluation]) -> TracedRun:

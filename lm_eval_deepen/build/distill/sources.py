@@ -133,7 +133,7 @@ def learn(
     """
     maps = [vocabulary_map(source, codec, roles) for source in sources]
     own = [n for n in range(len(blocks)) if n // GROUP % ranks.count == ranks.index]
-    found: dict[int, AlignedBlock] = {}
+    aligned: dict[int, AlignedBlock] = {}
     for n in tqdm(own, desc="align", unit="block", disable=ranks.index > 0):
         pieces, rows = codec.vocab.pieces, [source.store.block(n) for source in sources]
         places = [
@@ -146,16 +146,16 @@ def learn(
         read = [source.tokens[n].num_bytes(source.codec.vocab.pieces) for source in sources]
         nats = [one.nats * (blocks[n].num_bytes(pieces) / size) for one, size in zip(rows, read, strict=True)]
         weights = shares(nats, len(blocks[n].ids), recipe.fusion)
-        found[n] = AlignedBlock(
+        aligned[n] = AlignedBlock(
             places=[at.astype(np.int32) for at in places],
             weights=weights,
             aligned=[int(part.covered.sum()) for part in parts],
             mass=[mass_by_kind(*one) for one in each],
             covered=int(fuse(parts, weights, recipe.tail).covered.sum()),
         )
-    for others in ranks.gather(found):
-        found |= others
-    learnt = Learnt([source.store for source in sources], maps, [found[n] for n in range(len(blocks))], recipe.tail)
+    for others in ranks.gather(aligned):
+        aligned |= others
+    learnt = Learnt([source.store for source in sources], maps, [aligned[n] for n in range(len(blocks))], recipe.tail)
     if not any(block.covered for block in learnt.blocks):
         raise ConfigError("recipe: no position of the target matches one of a source; use alignment: bytes")
     return learnt
