@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import pickle
@@ -88,6 +89,7 @@ class Ranks:
             ConfigError: this process is among others already.
         """
         launched, process = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        _leave_at_the_end()
         if slices < launched:
             _store(slices)
         if dist.is_initialized() and dist.get_world_size() != slices:
@@ -95,7 +97,6 @@ class Ranks:
                 f"the processes of this launch are in groups of {dist.get_world_size()} already, by a model that was "
                 f"loaded before, and this one's members are divided over {slices}. Load it in a launch of its own"
             )
-        atexit.register(_leave)
         return cls(process // slices, launched // slices, slices, process % slices)
 
     @classmethod
@@ -107,15 +108,17 @@ class Ranks:
     def launched(cls) -> Ranks:
         """Join the processes of this launch; one that was started alone is 0 of 1."""
         accelerator = getattr(torch, "accelerator", torch.cuda)
-        on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not accelerator.is_available()
+        on_cpu = False
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _leave_at_the_end()
+            on_cpu = not accelerator.is_available()
         if on_cpu and "RANK" in os.environ:  # without it `accelerate` gives every process LOCAL_RANK 0
             size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             os.environ.setdefault("LOCAL_RANK", str(int(os.environ["RANK"]) % size))
         on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
         state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-        if state.num_processes > 1:
-            atexit.register(_leave)
-        elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        alone = state.num_processes == 1 and "WORLD_SIZE" not in os.environ
+        if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
             log.warning(
                 "`accelerate launch` was asked for several processes and started one, as it does without GPUs. "
                 "On CPU give it --multi_gpu instead of --cpu, or launch with torchrun."
@@ -262,6 +265,18 @@ def _gather(store: Any, process: int, processes: int, value: T) -> list[T]:
     if process == 0:  # without `torchrun` the store is in this process, which must not end before the others have read
         store.wait([f"{call}, over"])
     return values
+
+
+def _leave_at_the_end() -> None:
+    """Have this process leave its group before the interpreter ends. Call it before the group is joined.
+
+    Functions of these modules of torch have the group as a default value if they are imported after it was joined, as
+    models do. They then keep its threads alive, also when the group has been destroyed. (So do meshes of members whose
+    weights are divided: torch has no way to end their threads.)
+    """
+    importlib.import_module("torch.distributed.nn.functional")
+    importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
+    atexit.register(_leave)
 
 
 def _leave() -> None:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 600  # a hang fails the test instead of stopping the suite
 KEPT = ("doc_id", "arguments", "resps", "filtered_resps", "prompt_hash", "doc_hash", "filter")
@@ -82,6 +84,18 @@ def reports(folder: Path, ended: list[subprocess.CompletedProcess]) -> list[dict
     for process in ended:
         assert process.returncode == 0, process.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ended))]
+
+
+def note_group(file: Path) -> None:
+    """Write what is left of a process group. Register it at exit before anything else, so that it is called last."""
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    left = sorted(name for name in threads if "gloo" in name)
+    file.write_text(json.dumps({"group": torch.distributed.is_initialized(), "threads": left}))
+
+
+def left_of_group(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Return what every process has noted at its end."""
+    return [json.loads((folder / f"{rank}.group").read_text()) for rank in range(ranks)]
 
 
 def log_of(job: dict[str, Any], label: str) -> list[tuple[int, str]]:

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from harness import deepen, requests  # noqa: E402
 from lm_eval.api.model import CacheHook, hash_args  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-from processes import compact  # noqa: E402
+from processes import compact, note_group  # noqa: E402
 
 import lm_eval_deepen.relative.store as store  # noqa: E402
 from lm_eval_deepen.errors import DeepenError  # noqa: E402
@@ -90,10 +90,6 @@ class Worker:
             return call(**arguments) if isinstance(arguments, dict) else call(*arguments)
         except DeepenError as error:
             return {"error": f"{type(error).__name__}: {error}"}
-
-
-def note_group(file: Path) -> None:
-    file.write_text(str(torch.distributed.is_initialized()))
 
 
 def main() -> None:
