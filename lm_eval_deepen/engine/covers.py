@@ -15,6 +15,8 @@ predicts worse than without covers (docs/relative-space.md).
 Behind white space, tokenizers look ahead: one that leaves the last space of several to the word after them has a token
 of three spaces where another one has four. So there, the member's tokens of more white space and a letter are covers,
 too, where the main tokenizer would still have cut where it has cut. For that, places are read beyond the bytes so far.
+Where the member's whole row counts, a token of white space stands for what the main tokenizer has before a word: one of
+four spaces for one of three, if the fourth is left to the word.
 
 What a prompt ends with is given, but for letters, digits and spaces: covers begin behind it. A member with a piece of
 ":" and a line break would else say after "Answer:" that a line break comes next, and have no say about the words.
@@ -30,7 +32,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +84,9 @@ class Cover:
 
 @dataclass(frozen=True)
 class Plan:
-    """The covers of one row of one member, shorter ways first; there is at least one."""
+    """The covers of one row of one member, shorter ways first."""
 
-    covers: tuple[Cover, ...]  # what is summed over
+    covers: tuple[Cover, ...]  # what is summed over; nothing where only the member's own row counts
     # the way of the member's own tokens of the bytes so far, whose whole row counts; None where the main member's
     # boundary excludes a part of it, so that it is among the covers
     own: tuple[int, ...] | None
@@ -130,7 +132,7 @@ class CoverReader:
         place: Callable[[int, tuple[int, ...]], Any],
         back: int,
     ) -> Plan | None:
-        """Return the covers at a place, None where no piece goes on beyond it.
+        """Return the covers at a place, None where no piece goes on beyond it and its own row does not count whole.
 
         Args:
             main_path: the main member's tokens; of more than `TOKENS_READ` the last ones serve.
@@ -167,6 +169,8 @@ class CoverReader:
         while near and not self._goes_on(near[0]) and sum(len(way) == len(near[0].way) + 1 for way in ends) == 1:
             near.pop(0)  # nothing is longer than the pending bytes, and there is one way on
         if not any(self._goes_on(cover) for cover in near):
+            near = []
+        if not near and not whole:
             return None
         return Plan(tuple(near), tail if whole else None, word, tokens)
 
@@ -233,7 +237,8 @@ class CoverReader:
             `logp`.
         """
         # all are read before a row is changed
-        extras = [None if plan is None else self._extra(plan, look_up) for plan in plans]
+        extras = [self._extra(plan, look_up) if plan is not None and plan.covers else None for plan in plans]
+        self._leave_space_to_words(logp, plans)
         for row, extra in enumerate(extras):
             if extra is None:
                 continue
@@ -247,6 +252,26 @@ class CoverReader:
             unique, masses = unique.to(logp.device), masses.to(logp)
             logp[row, unique] = torch.logaddexp(logp[row, unique], masses.log())
         return logp
+
+    def _leave_space_to_words(self, logp: Tensor, plans: Sequence[Plan | None]) -> None:
+        """Move what a whole row gives to white space to what the main tokenizer has of it before a word, in place."""
+        own = logp.index_select(1, self.ids[self._white].to(logp.device))
+        moved = []
+        for row, n in (own > math.log(PRECISION)).nonzero().tolist():
+            plan, at = plans[row], self._white[n]
+            if plan is not None and plan.own is not None:
+                target = self._rest(self.keys[at], self.sorted[at], plan)
+                if target >= 0 and target != self.sorted[at]:
+                    moved.append((row, target, float(own[row, n])))
+                    logp[row, self.sorted[at]] += math.log(EXCLUDED)
+        for row, target, value in moved:
+            more = torch.tensor(value + math.log1p(-EXCLUDED), dtype=logp.dtype, device=logp.device)
+            logp[row, target] = torch.logaddexp(logp[row, target], more)
+
+    @cached_property
+    def _white(self) -> list[int]:
+        """The places, in the sorted vocabulary, of pieces that are white space."""
+        return [place for place, piece in enumerate(self.keys) if piece.isspace()]
 
     def _extra(self, plan: Plan, look_up: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.
@@ -304,7 +329,9 @@ class CoverReader:
         known = self._rests_of(key, cover.last - cover.first)
         unknown = at[known[at] == UNKNOWN]
         if len(unknown):
-            found = [self._rest(cover, plan, cover.first + place) for place in unknown.tolist()]
+            ahead, skip = cover.ahead, len(cover.pending)
+            places = [cover.first + number for number in unknown.tolist()]
+            found = [self._rest(ahead + self.keys[place][skip:], self.sorted[place], plan) for place in places]
             known[unknown] = torch.tensor(found, dtype=known.dtype)
             if len(known) >= KEPT_FROM:
                 self._new[key] += len(unknown)
@@ -327,12 +354,11 @@ class CoverReader:
             self._rests.move_to_end(key)
         return known
 
-    def _rest(self, cover: Cover, plan: Plan, at: int) -> int:
-        """Return the target of the piece at a place of the sorted vocabulary."""
-        rest = cover.ahead + self.keys[at][len(cover.pending) :]
+    def _rest(self, rest: bytes, token: int, plan: Plan) -> int:
+        """Return the member's id that stands for what its token goes on with, -1 where that does not count."""
         if not rest:
             return -1
-        after = self._follows(self.sorted[at])
+        after = self._follows(token)
         tokens, count = _follow(self.main, plan.word + rest + after), len(plan.tokens)
         if tokens is None or len(tokens) <= count or tokens[:count] != plan.tokens:
             return -1

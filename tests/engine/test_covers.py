@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 
 import naive
 import pytest
@@ -79,7 +80,8 @@ def covered(ensemble, m, main_path, path, prompt):
     None of its ways begins in what the prompt (the main member's first `prompt` tokens) ends with, but for a word.
 
     Its ways are its tokens of the bytes so far and, behind white space, those of more white space and a letter, where
-    the main member's tokens of the bytes so far stay what they are.
+    the main member's tokens of the bytes so far stay what they are. What its own row gives to white space is given to
+    what the main tokenizer has of it before a word.
     """
     main, other = ensemble.main.codec, ensemble.active[m].codec
     vocab, white = other.vocab, (b" ", b"\n", b"\r", b"\t")
@@ -106,6 +108,18 @@ def covered(ensemble, m, main_path, path, prompt):
                     looked_ahead = True
     row_after = functools.cache(lambda tokens: naive.member_logp(ensemble.active[m], tokens)[0].double())
     nodes = {way[:n] for way in ways for n in range(len(way) + 1)}
+
+    def stands_for(rest, token):
+        """Return the first id that stands for what a token goes on with, None where that does not count."""
+        text, after = vocab.pieces[token], b""
+        if text[-1:] in white:
+            after = next((x for x in (b"a", b" a") if (other.follow(NOTHING, text + x) or ())[:1] == (token,)), b"")
+        if not goes_on(main, word + rest + after, tokens) or (whole and not goes_on(main, word + rest, tokens)):
+            return None
+        following = main.vocab.pieces[main.follow(NOTHING, word + rest + after)[len(tokens)]]
+        ids = vocab.ids_of.get(ensemble.covers[m].stand_in(following[: len(rest + after.rstrip(b"a"))]))
+        return ids[0] if ids else None
+
     masses = {}
     for node in nodes:
         if whole and node == tail:
@@ -119,30 +133,29 @@ def covered(ensemble, m, main_path, path, prompt):
             longer = text.startswith(pending) and text != pending and token not in vocab.control
             if not longer or not rest or (*node, token) in nodes:
                 continue
-            after = b""
-            if text[-1:] in white:
-                after = next((x for x in (b"a", b" a") if (other.follow(NOTHING, text + x) or ())[:1] == (token,)), b"")
-            if not goes_on(main, word + rest + after, tokens):
-                continue
-            if whole and not goes_on(main, word + rest, tokens):
-                continue
-            following = main.vocab.pieces[main.follow(NOTHING, word + rest + after)[len(tokens)]]
-            ids = vocab.ids_of.get(ensemble.covers[m].stand_in(following[: len(rest + after.rstrip(b"a"))]))
-            if ids:
-                masses[ids[0]] = masses.get(ids[0], 0.0) + float((log_way + rows[-1][token]).exp())
-    own = row_after(path).exp()
+            if (target := stands_for(rest, token)) is not None:
+                masses[target] = masses.get(target, 0.0) + float((log_way + rows[-1][token]).exp())
+    own, left = row_after(path).exp(), False
+    if whole:
+        before = own.clone()
+        for token, text in enumerate(vocab.pieces):
+            target = stands_for(text, token) if text.isspace() and token not in vocab.control else None
+            if target is not None and target != token and before[token] > 1e-9:
+                own[target] += 0.9999 * before[token]
+                own[token] -= 0.9999 * before[token]
+                left = True
     log_way = sum(float(row_after(head + tail[:n])[token]) for n, token in enumerate(tail))
     p = own * (math.exp(log_way) if whole else 1e-4 * sum(masses.values()))
     if not masses:
-        return own.log().float()[None], False, False
+        return own.log().float()[None], Counter(left=left)
     for token, mass in masses.items():
         p[token] += mass
-    return (p / p.sum()).log().float()[None], True, looked_ahead
+    return (p / p.sum()).log().float()[None], Counter(changed=1, looked_ahead=looked_ahead, left=left)
 
 
 def naive_score(ensemble, span):
-    """Return the log-probability of every target, every member's row covered; and how many rows that changed."""
-    seen, values, changed, looked_ahead = b"", [], 0, 0
+    """Return the log-probability of every target, every member's row covered; and what was done to how many rows."""
+    seen, values, done = b"", [], Counter()
     for at, target in enumerate(span.target):
         paths = span.paths(ensemble, at)
         rows = [naive.member_logp(ensemble.main, paths[0])]
@@ -150,26 +163,27 @@ def naive_score(ensemble, span):
             if paths[m] is None:
                 rows.append(rows[0].new_zeros(1, ensemble.active[m].vocab_size))
                 continue
-            row, here, ahead = covered(ensemble, m, paths[0], paths[m], len(span.prompts[0].ids))
-            changed, looked_ahead = changed + here, looked_ahead + ahead
+            row, here = covered(ensemble, m, paths[0], paths[m], len(span.prompts[0].ids))
+            done += here
             rows.append(row)
         weights = ensemble.weights * torch.tensor([path is not None for path in paths])
         values.append(float(ensemble.fuser.fuse(rows, (weights / weights.sum())[None]).logp[0, target]))
         seen += ensemble.main.codec.vocab.pieces[target]
-    return values, changed, looked_ahead
+    return values, done
 
 
 def test_scoring_equals_the_sum_over_all_covers(make):
     ensemble = make().ensemble
     prompter = Prompter(ensemble)
     spans = [prompter.span(*request) for request in REQUESTS]
-    found, changed, looked_ahead = dict(score(ensemble, spans, 16)), 0, 0
+    found, done = dict(score(ensemble, spans, 16)), Counter()
     for index, span in enumerate(spans):
-        expected, here, ahead = naive_score(ensemble, span)
-        changed, looked_ahead = changed + here, looked_ahead + ahead
+        expected, here = naive_score(ensemble, span)
+        done += here
         assert found[index].logp == pytest.approx(expected, abs=5e-4)
-    assert changed > 5
-    assert looked_ahead > 2
+    assert done["changed"] > 5
+    assert done["looked_ahead"] > 2
+    assert done["left"] > 2
 
 
 def test_what_a_prompt_ends_with_is_given_but_for_words(make):
@@ -181,8 +195,8 @@ def test_what_a_prompt_ends_with_is_given_but_for_words(make):
         place = next(places(ensemble, span, trees))
         first[context] = [place.plan(reader, trees, m) for m, reader in ensemble.covers.items()]
     given, going_on = list(first.values())[:2], list(first.values())[2:]
-    assert not any(plan for plans in given for plan in plans)
-    assert any(plan for plans in going_on for plan in plans)
+    assert not any(plan.covers for plans in given for plan in plans)
+    assert any(plan.covers for plans in going_on for plan in plans)
 
 
 def naive_row(ensemble, job, ids):
