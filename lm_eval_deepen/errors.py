@@ -74,7 +74,7 @@ class Problems:
     """Collects all errors of a configuration, so that one message names them all."""
 
     def __init__(self) -> None:
-        self.found: list[Problem] = []
+        self.errors: list[Problem] = []
 
     @contextmanager
     def collected(self, where: str = "") -> Iterator[None]:
@@ -82,16 +82,16 @@ class Problems:
         try:
             yield
         except ConfigError as error:
-            self.found += (error.within(where) if where else error).problems
+            self.errors += (error.within(where) if where else error).problems
 
     def add(self, message: str, key: str = "", code: str = "") -> None:
         """Add one."""
-        self.found.append(Problem(message, key, code))
+        self.errors.append(Problem(message, key, code))
 
     def refuse(self) -> None:
         """Raise ConfigError where there are any."""
-        if self.found:
-            raise ConfigError(*self.found)
+        if self.errors:
+            raise ConfigError(*self.errors)
 
 
 class VocabularyError(DeepenError):

@@ -48,10 +48,10 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
     Raises:
         ConfigError: a text that is not there.
     """
-    found = []
+    paths = []
     for name in names(value, where):
         if name.startswith(TASK):
-            found.append(_kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks)))
+            paths.append(_kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks)))
             continue
         path = folder / Path(os.path.expandvars(name)).expanduser()
         if not path.is_file():
@@ -59,8 +59,8 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
                 f"{where}: {path} is no file; relative paths are read beside the recipe. Give a file, or "
                 f"{TASK}NAME for a task's training split"
             )
-        found.append(path.absolute())
-    return found
+        paths.append(path.absolute())
+    return paths
 
 
 def names(value: Any, where: str) -> list[str]:

@@ -69,7 +69,7 @@ def _parse(keys: Mapping[str, Any], catalogue: Catalogue, alike: Collection[str]
     if fuses and "weighting" not in keys and not weights_given(keys) and chosen["method"].learns(keys):
         chosen["weighting"] = catalogue.kinds["weighting"].choose(LEARNING).options
     by_use, unfit = _sort(keys, chosen, catalogue)
-    problems.found += unfit
+    problems.errors += unfit
     settings: dict[str, Any] = {}
     with problems.collected():
         settings = dict(Settings(**by_use["settings"]))

@@ -53,8 +53,8 @@ def parse_members(
         try:
             parsed.append(_parse(entry, defaults, f"members[{i}]", catalogue))
         except ConfigError as error:  # what stands beside members is said once
-            said = {one.message for one in problems.found if one.key.partition("].")[2].split(".")[0] in defaults}
-            problems.found += [one for one in error.problems if one.message not in said]
+            said = {one.message for one in problems.errors if one.key.partition("].")[2].split(".")[0] in defaults}
+            problems.errors += [one for one in error.problems if one.message not in said]
     problems.refuse()
     _check_shared(entries, [own.pretrained for own, _ in parsed], defaults)
     main, beside = parsed[0][0].pretrained, defaults.get("pretrained")
@@ -124,7 +124,7 @@ def _parse(entry: Entry, defaults: Mapping[str, Any], at: str, catalogue: Catalo
         merged["hf_kwargs"] = {**both[0], **both[1]}
     own = {key: value for key, value in merged.items() if key in MEMBER_KEYS}
     loading = {key: value for key, value in merged.items() if key in catalogue.loading_keys}
-    problems.found += [catalogue.not_of_a_member(key) for key in merged if key not in own and key not in loading]
+    problems.errors += [catalogue.not_of_a_member(key) for key in merged if key not in own and key not in loading]
     keys: MemberKeys | None = None
     with problems.collected():
         keys = MemberKeys(**own)
@@ -139,10 +139,10 @@ def _parse(entry: Entry, defaults: Mapping[str, Any], at: str, catalogue: Catalo
         try:
             freeze(value)
         except ConfigError as error:
-            problems.found += error.within(key).beneath(key).problems
-    if problems.found or keys is None:
+            problems.errors += error.within(key).beneath(key).problems
+    if problems.errors or keys is None:
         where = f"{at} ({merged['pretrained']})" if isinstance(merged.get("pretrained"), str) else at
-        raise ConfigError(*problems.found).within(where).beneath(at)
+        raise ConfigError(*problems.errors).within(where).beneath(at)
     return keys, loading
 
 

@@ -238,12 +238,12 @@ class EnsembleBase:
         following = [b"" if token in main.eos else main.pieces[token] for token in argmax(logp).tolist()]
         # a member with the main member's tokenizer takes over its tokens
         others = [m for m in range(1, len(self.active)) if m not in self.siblings]
-        found = torch.zeros(len(logp), len(self.active), dtype=torch.bool)
+        is_inside = torch.zeros(len(logp), len(self.active), dtype=torch.bool)  # [B, M]
         for row, (own, more) in enumerate(zip(tokens, following, strict=True)):
             for m in others:
                 if (path := own[m]) is not None:
-                    found[row, m] = inside(self.active[m].codec, path, more)
-        return found
+                    is_inside[row, m] = inside(self.active[m].codec, path, more)
+        return is_inside
 
     def fuse(
         self,

@@ -232,8 +232,8 @@ def ensemble_bits(reading: Reading, ensemble: Ensemble) -> Tensor:
         for document in reading.documents
     ]
     spans = [with_evidence(span, ensemble.prompt_stretches or 0) for text in texts for span in text]
-    found = dict(read_stretches(ensemble.active, spans, NODES_PER_FORWARD, experts.powers))
-    windows = iter(found[at] for at in range(len(spans)))
+    readings = dict(read_stretches(ensemble.active, spans, NODES_PER_FORWARD, experts.powers))
+    windows = iter(readings[at] for at in range(len(spans)))
     scores = [weigh(experts, joined([next(windows) for _ in text])) for text in texts]
     return torch.tensor([-score.total / math.log(2) for score in scores], dtype=torch.float64)
 

@@ -331,8 +331,8 @@ class CoverReader:
         if len(unknown):
             ahead, skip = cover.ahead, len(cover.pending)
             places = [cover.first + number for number in unknown.tolist()]
-            found = [self._rest(ahead + self.keys[place][skip:], self.sorted[place], plan) for place in places]
-            known[unknown] = torch.tensor(found, dtype=known.dtype)
+            targets = [self._rest(ahead + self.keys[place][skip:], self.sorted[place], plan) for place in places]
+            known[unknown] = torch.tensor(targets, dtype=known.dtype)
             if len(known) >= KEPT_FROM:
                 self._new[key] += len(unknown)
                 if self._new[key] >= max(NEW_TO_KEEP, int((known != UNKNOWN).sum()) // 4):
@@ -398,8 +398,8 @@ def _likeliest(mass: Tensor) -> Iterator[tuple[Tensor, float]]:
         while left > 0 and len(order) < size:
             level *= LEVEL if len(mass) > SORTED_AT_ONCE else 0
             more = (mass > level).nonzero()[:, 0]
-            found, by = mass.index_select(0, more).sort(descending=True)
-            order, ordered = torch.cat([order, more.index_select(0, by)]), torch.cat([ordered, found])
+            largest, by = mass.index_select(0, more).sort(descending=True)
+            order, ordered = torch.cat([order, more.index_select(0, by)]), torch.cat([ordered, largest])
             mass.index_fill_(0, more, 0)
             left = float(mass.sum()) if level else 0.0
         yield order[:size].cpu(), float(ordered.sum()) + left

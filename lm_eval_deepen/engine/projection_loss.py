@@ -48,15 +48,15 @@ def projections(ensemble: Ensemble) -> dict[tuple[str, str], Variant]:
     """Return ensembles with all weight on one member that is not the main one, by its name and the state of covers."""
     temperatures = tuple(member.config.temperature for member in ensemble.members)
     fuser = ensemble.fuser.projecting() if isinstance(ensemble.fuser, DeepenFuser) else ensemble.fuser
-    found = {}
+    variants = {}
     for m, member in enumerate(ensemble.members[1:], start=1):
         weights = torch.zeros(len(ensemble.members))
         weights[m] = 1
         for covers in ("off", "on") if ensemble.config.covers == "on" else ("off",):
             config = ensemble.config.replace(covers=covers)
             one = replace(ensemble, config=config, fuser=fuser, weights=weights, weigher=None, selective=None)
-            found[member.name, covers] = Variant(quiet(one), temperatures)
-    return found
+            variants[member.name, covers] = Variant(quiet(one), temperatures)
+    return variants
 
 
 def losses(main: str, bits: Mapping[tuple[str, str], float], own: Mapping[str, float]) -> list[ProjectionLoss]:
@@ -82,6 +82,6 @@ def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[Projec
         reading: made by `read_with_covers`.
         own: the bits that every member needs in its own pieces, by its name.
     """
-    found = projections(reading.ensemble)
-    bits = reading.bits(reading.logp(list(found.values()))).sum(1).tolist()
-    return losses(reading.ensemble.main.name, dict(zip(found, bits, strict=True)), own)
+    variants = projections(reading.ensemble)
+    bits = reading.bits(reading.logp(list(variants.values()))).sum(1).tolist()
+    return losses(reading.ensemble.main.name, dict(zip(variants, bits, strict=True)), own)

@@ -253,9 +253,10 @@ def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: boo
         kept = [with_evidence(prompter.span(*pair), ensemble.prompt_stretches or 0) for pair in pairs]
         nodes = nodes_per_forward(ensemble, texts.batch(1))
         readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
-        found = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
+        weighed_spans = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
         return tuple(
-            ScoredText(*pair, one.total, one.greedy, tuple(one.logp)) for pair, one in zip(pairs, found, strict=True)
+            ScoredText(*pair, one.total, one.greedy, tuple(one.logp))
+            for pair, one in zip(pairs, weighed_spans, strict=True)
         )
     spans = [replace(texts.prompter.span(*pair), traced=traced) for pair in pairs]
     scores = dict(score(ensemble, spans, texts.nodes(spans)))

@@ -115,13 +115,13 @@ class WordDecoder(Decoder):
                         proposed[at].setdefault(*known)
         best: list[tuple[float, Proposal] | None] = [None for _ in rows]
         for n in range(max(map(len, proposed))):
-            nth = {at: list(found.items())[n] for at, found in enumerate(proposed) if n < len(found)}
+            nth = {at: list(words.items())[n] for at, words in enumerate(proposed) if n < len(words)}
             for at, score in self._scores(nth, starts, weights).items():
                 standing = best[at]
                 if standing is None or score > standing[0]:  # of equals the first, which the earlier member proposes
                     best[at] = score, nth[at][1]
-        for row, chosen, found in zip(rows, best, proposed, strict=True):
-            ensemble.counters.record_proposals(len(found))
+        for row, chosen, words in zip(rows, best, proposed, strict=True):
+            ensemble.counters.record_proposals(len(words))
             if chosen is None:
                 row.out.reason, row.out.refusal = "refused", "no member proposes a word that the main member can spell."
                 continue

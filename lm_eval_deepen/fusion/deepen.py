@@ -186,7 +186,7 @@ class Deepen(Options):
             )  # fmt: skip
         for name in ("steps", "learning_rate"):
             if (given := getattr(self, name)) is not None and name not in SOLVERS[self.solver].options.names():
-                takes = [f"'{other}'" for other, found in SOLVERS.items() if name in found.options.names()]
+                takes = [f"'{other}'" for other, solver in SOLVERS.items() if name in solver.options.names()]
                 raise _conflict(
                     name, f"does not belong to inverse {self.solver!r}, got {given!r}. Remove it, or use inverse "
                     f"{' or '.join(takes)}."

@@ -63,8 +63,8 @@ def summary(run: Run) -> list[str]:
     if not did:
         return []
     names = " + ".join(member.name for member in run.ensemble.members)
-    found = [one["code"] for one in (run.findings or {}).get("warnings") or []]
-    warned = f"{len(found)} warning{'s' * (len(found) > 1)} ({', '.join(found)})" if found else "no warning"
+    codes = [one["code"] for one in (run.findings or {}).get("warnings") or []]
+    warned = f"{len(codes)} warning{'s' * (len(codes) > 1)} ({', '.join(codes)})" if codes else "no warning"
     return [f"ensemble {names}: {'; '.join([*did, warned])}.", _where(run)]
 
 

@@ -95,7 +95,7 @@ def load_recipe(path: Path) -> EnsembleRecipe:
 
     raw, arguments, problems = given(read_recipe(path, "ensemble")), read_ensemble_file(path), Problems()
     for key in [key for key in arguments if key not in catalogue().keys()]:
-        problems.found.append(catalogue().unknown(key, RecipeKeys.names()))
+        problems.errors.append(catalogue().unknown(key, RecipeKeys.names()))
         del arguments[key]
     said = RecipeKeys()
     with problems.collected():

@@ -114,8 +114,8 @@ def requests_of_the_run() -> Mapping[str, list[Instance]]:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            found = frame.f_locals.get("requests")
-            return found if isinstance(found, Mapping) else {}  # later the name is that of a list
+            by_type = frame.f_locals.get("requests")
+            return by_type if isinstance(by_type, Mapping) else {}  # later the name is that of a list
         frame = frame.f_back
     return {}
 

@@ -36,7 +36,7 @@ def digests(members: Sequence[MemberConfig]) -> dict[str, str]:
 
     Of a folder it is a digest of its files; of a hub name the commit that would be loaded now.
     """
-    found = {}
+    by_place = {}
     for member in members:
         given = {**member.loading_dict(), **member.hf_kwargs_dict(), "pretrained": member.pretrained}
         for key, passed in _PLACES.items():
@@ -47,10 +47,10 @@ def digests(members: Sequence[MemberConfig]) -> dict[str, str]:
                 folder = os.path.join(place, asked["subfolder"]) if asked.get("subfolder") else place
                 paths = [path for path in Path(folder).glob("*") if any(fnmatch(path.name, own) for own in _DECIDING)]
                 stats = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
-                found[folder] = _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+                by_place[folder] = _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
             elif commit := _commit(place, asked, [given["gguf_file"]] if given.get("gguf_file") else []):
-                found[f"{place}@{asked['revision']}" if asked.get("revision") else place] = commit
-    return found
+                by_place[f"{place}@{asked['revision']}" if asked.get("revision") else place] = commit
+    return by_place
 
 
 def changed(now: Mapping[str, str], then: Any) -> str:

@@ -101,11 +101,11 @@ class Opening:
             ids, bare = (
                 tuple(tokenizer(text, add_special_tokens=given)["input_ids"]) for given in (add_special, False)
             )
-            found = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), None)
-            at = found or 0
+            begin = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), None)
+            at = begin or 0
             while at < len(ids) and ids[at] in vocab.control:
                 at += 1
-            end = () if found is None else ids[found + len(bare) :]
+            end = () if begin is None else ids[begin + len(bare) :]
             return ids[:at], vocab.decode(token for token in bare if token < len(vocab)), end
 
         (control, bare, end), (_, spaced, _) = parts("a"), parts(" a")

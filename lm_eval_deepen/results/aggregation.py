@@ -77,9 +77,9 @@ class Scores:
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
         """Return the score with its confidence interval."""
         if self.tasks is None:
-            found = score_interval(self.values, self.statistic, confidence)
-            least = min(_LEAST.get(self.statistic, -math.inf), found.estimate)
-            return found if found.low is None else replace(found, low=max(least, found.low))
+            interval = score_interval(self.values, self.statistic, confidence)
+            least = min(_LEAST.get(self.statistic, -math.inf), interval.estimate)
+            return interval if interval.low is None else replace(interval, low=max(least, interval.low))
         return mean_interval([part.interval(confidence) for part in self._parts(self.tasks)])
 
     def change(self, first: Scores, confidence: float = CONFIDENCE) -> Interval:

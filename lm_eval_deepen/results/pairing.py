@@ -154,13 +154,13 @@ def measured_group(runs: Sequence[Run], group: str, key: str) -> tuple[Measured 
     if not all(part.averaged for own in parts.values() for part in own):
         return None, 0
     reported = [(run.tasks[tasks[0]].results.get("groups") or {}).get(group, {}).get(key) for run in runs]
-    found = [{label: group_scores(own, by_size) for label, own in parts.items()} for by_size in (True, False)]
+    by_way = [{label: group_scores(own, by_size) for label, own in parts.items()} for by_size in (True, False)]
     # The first run decides; where both ways give its score, as 0 where all is wrong, the others do.
-    fits = [[agrees(said, one.score) for said, one in zip(reported, own.values(), strict=True)] for own in found]
+    fits = [[agrees(said, one.score) for said, one in zip(reported, own.values(), strict=True)] for own in by_way]
     best = max((0, 1), key=lambda at: (fits[at][0], sum(fits[at])))
     if not fits[best][0]:
         return None, 0
-    return Measured(group, metric, flt, runs[0].tasks[tasks[0]].higher_is_better(metric), found[best]), len(tasks)
+    return Measured(group, metric, flt, runs[0].tasks[tasks[0]].higher_is_better(metric), by_way[best]), len(tasks)
 
 
 def leaves(results: Mapping[str, Any], group: str) -> list[str]:
