@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pico as pico_models
 import pytest
 import torch
 import yaml
+from ports import free_port
 from safetensors.torch import load_file
 
 from lm_eval_deepen.build import distill
@@ -46,10 +46,12 @@ def launch(recipe: dict[str, Any], out: Path) -> list[subprocess.Popen]:
     """Start ``make`` in two processes that know of each other."""
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-m", "lm_eval_deepen.cli.main", "make", str(file), str(out)]
     return [
         subprocess.Popen(

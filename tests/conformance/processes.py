@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from ports import free_port
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 600  # a hang fails the test instead of stopping the suite
@@ -39,13 +39,6 @@ def job_of(folder: Path, paths: list[Path], tasks: Path, steps: list[list[Any]],
         "out": str(folder),
         "steps": steps,
     }
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_worker(job: dict[str, Any], ranks: int = 1, **environment: str) -> list[subprocess.CompletedProcess]:

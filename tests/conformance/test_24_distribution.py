@@ -23,7 +23,8 @@ from accelerate.commands.config import config_args
 from harness import deepen, hf, requests
 from installed import copy_harness
 from lm_eval.api.model import CachingLM
-from processes import PATIENCE_S, compact, free_port, job_of, left_of_group, log_of, reports, run_worker
+from ports import free_port
+from processes import PATIENCE_S, compact, job_of, left_of_group, log_of, reports, run_worker
 
 from lm_eval_deepen.harness import distributed
 from lm_eval_deepen.harness.distributed import Ranks

@@ -13,9 +13,9 @@ import pytest
 import torch
 from lm_eval.api.model import CachingLM
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "conformance")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import requests  # noqa: E402
-from processes import free_port  # noqa: E402
+from ports import free_port  # noqa: E402
 
 from lm_eval_deepen.engine import Ensemble  # noqa: E402
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError  # noqa: E402
