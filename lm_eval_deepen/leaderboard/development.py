@@ -20,12 +20,10 @@ from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import Tuned, kept_digits
 from lm_eval_deepen.results.aggregation import to_number
-from lm_eval_deepen.results.files import Run
+from lm_eval_deepen.results.files import DEVELOPMENT, Run
 from lm_eval_deepen.results.pairing import wanted_columns
 from lm_eval_deepen.storage import read_text, write_text
 from lm_eval_deepen.weighting.knn import Knn
-
-FOLDER = "development"
 
 
 def development_plan(
@@ -56,7 +54,7 @@ def development_plan(
     members = tuple(member for member in recipe.members if member.name in wanted)
     asked = replace(recipe, members=members, rows=tuple(rows), tasks=specs, expected=())
     tasks = load_tasks(specs, recipe.include_path, recipe.metadata)
-    return plan(asked, tasks, out / FOLDER, redo, built or out / "built")
+    return plan(asked, tasks, out / DEVELOPMENT, redo, built or out / "built")
 
 
 def adapted(
@@ -88,7 +86,7 @@ def adapted(
     rows = []
     for row in recipe.rows:
         if row.routes is not None:
-            row = _routed(row, row.routes, by_name[row.tasks[0]], cells, out / FOLDER)
+            row = _routed(row, row.routes, by_name[row.tasks[0]], cells, out / DEVELOPMENT)
         elif row.adapts:
             row = _weighed(row, by_name[row.tasks[0]], cells, when_zero, say)
         rows.append(row)

@@ -48,7 +48,7 @@ def _limits(tasks: Sequence[TaskSpec]) -> str:
     named: dict[str, list[str]] = {}
     for task in tasks:
         if task.limit is not None:
-            size = f"{task.limit:g} documents" if task.limit >= 1 else f"{100 * task.limit:g} %"
+            size = f"{int(task.limit)} documents" if task.limit >= 1 else f"{100 * task.limit:g} %"
             named.setdefault(size, []).append(task.task)
     left = len(tasks) - sum(map(len, named.values()))
     if not left and len(named) == 1:

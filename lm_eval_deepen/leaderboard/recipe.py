@@ -25,10 +25,11 @@ from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.published import PublishedTable, check_published
 from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
+from lm_eval_deepen.results.files import DEVELOPMENT
 from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES
 
 # What else lies in a leaderboard's folder, beside those of its rows.
-OURS = ("built", "development", "data", "documents.html", *(f"leaderboard.{end}" for end in ("md", "json", "html")))
+OURS = ("built", DEVELOPMENT, "data", "documents.html", *(f"leaderboard.{end}" for end in ("md", "json", "html")))
 _BESIDE = ("revision", "subfolder", "variant", "gguf_file", "peft", "delta", "tokenizer")  # what else a member is
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)  # of `lm_eval run`: random, numpy, torch, few-shots
 

@@ -21,6 +21,7 @@ from lm_eval_deepen.results.aggregation import Scores, agrees, configured_aggreg
 from lm_eval_deepen.results.samples import Key, Samples, read_samples
 from lm_eval_deepen.storage import read_json
 
+DEVELOPMENT = "development"  # of a leaderboard's folder: what its members score on development splits
 _DATED = re.compile(r"(?P<stem>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
 
 
@@ -133,7 +134,10 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
 
 
 def _json_files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.rglob("*.json"))
+    if path.is_file():
+        return [path]
+    table = (path / "leaderboard.json").is_file()  # its rows are not compared with what their weights were made from
+    return sorted(file for file in path.rglob("*.json") if not table or file.relative_to(path).parts[0] != DEVELOPMENT)
 
 
 def dated_results(path: Path) -> list[tuple[Path, str]]:

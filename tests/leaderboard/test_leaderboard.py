@@ -293,6 +293,7 @@ def test_where_numbers_come_from_names_limits_and_models_without_the_machines_fo
     evaluation = {"config": {"deepen": {"members": [local, hub]}}}
     assert told(None, None)["limits"] == "all documents"
     assert told(10, 10)["limits"] == "10 documents of each task"
+    assert told(1_000_000, 1_000_000)["limits"] == "1000000 documents of each task"
     assert told(0.005, 0.005)["limits"] == "0.5 % of each task"
     assert told(None, 10, 0.07)["limits"] == "10 documents of conf_1; 7 % of conf_2; all documents of the others"
     assert told(None)["models"] == "L: some model (files 0123456789ab, float32); H: a/b (revision main, float32)"

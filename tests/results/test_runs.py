@@ -71,6 +71,17 @@ def test_several_models_are_several_runs_named_after_them(tmp_path):
     assert [run.label for run in find_runs(tmp_path / "out")] == ["out/a", "out/b"]
 
 
+def test_what_weights_of_a_leaderboard_were_made_from_is_none_of_its_runs(tmp_path):
+    """A folder of that name is a run elsewhere, and where it is asked for."""
+    for name in ("row/t", "development/member/t"):
+        synthesised(tmp_path / name, {"t": {"acc": [1.0]}})
+    assert len(find_runs(tmp_path)) == 2
+    (tmp_path / "leaderboard.json").write_text("{}")
+    [run] = find_runs(tmp_path)
+    assert "row" in run.folder.parts
+    assert len(find_runs(tmp_path / "development")) == 1
+
+
 def test_the_latest_evaluation_of_each_task_counts_and_the_rest_is_noted(tmp_path):
     synthesised(tmp_path, {"t": {"acc": [0.0]}, "u": {"acc": [1.0]}})
     synthesised(tmp_path, {"t": {"acc": [1.0]}}, date=LATER)
