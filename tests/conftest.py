@@ -9,8 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import functools  # noqa: E402
 import gc  # noqa: E402
+
+gc.disable()  # until all is collected: what is imported and parametrised stays, and each pass would read it anew
+
+import functools  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -30,15 +33,23 @@ collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_inf
 settings.register_profile("nightly", max_examples=2_500, deadline=None, print_blob=True)
 
 
-def pytest_collection_finish() -> None:
+def pytest_runtestloop() -> None:
     """Leave all that was imported and collected out of garbage collections, which leaderboards and builds ask for."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the pico ensemble's models by name: bytelevel, metaspace, padded."""
     return pico_models.build_pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_no_earlier_file() -> None:
+    """Leave out what earlier files imported, too: mergekit, Ray and the trainer are tens of thousands of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
