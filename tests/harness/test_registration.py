@@ -83,9 +83,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Install:
     return installed
 
 
+# Where the package's files are makes no difference to the order in which modules are imported.
+of_the_wheel = pytest.mark.parametrize("install", ["standard"], indirect=True)
 EXPECTED = {"deepen": "lm_eval_deepen.harness.model:DeepenLM", "dummy": "DummyLM", "hf": True}
 
 
+@of_the_wheel
 @pytest.mark.parametrize(
     "first",
     [
@@ -102,6 +105,7 @@ def test_deepen_and_the_built_in_models_resolve_whatever_was_imported_first(inst
     assert install.json(f"{first}\n{REGISTRY}") == EXPECTED
 
 
+@of_the_wheel
 def test_our_model_class_imported_first_hides_no_built_in_model(install: Install):
     found = install.json(f"import lm_eval_deepen.harness.model\n{REGISTRY}")
     assert found == EXPECTED
@@ -207,20 +211,11 @@ print(json.dumps([type(models.__spec__.loader).__name__, "MODEL_MAPPING" in sour
     assert install.json(code) == ["SourceFileLoader", True]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["-m", "lm_eval"],
-        ["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", "-m", "lm_eval"],
-        ["-m", "lm_eval_deepen.cli.main"],
-    ],
-    ids=["lm_eval", "accelerate", "wrapper"],
-)
-def test_command_line_evaluates_deepen_with_no_extra_flag(wheel: Install, command: list[str], tmp_path: Path):
+def test_the_wrapper_evaluates_deepen_where_the_hook_is_off(wheel: Install, tmp_path: Path):
+    """`lm_eval` and `accelerate launch` do so with the hook: see the runs of `conformance/test_01_discovery.py`."""
     run = ["run", "--model", "deepen", "--model_args", "pretrained=x", "--tasks", "hook_probe"]
     run += ["--include_path", str(wheel.site.parent / "tasks"), "--output_path", str(tmp_path)]
-    env = {"LM_EVAL_DEEPEN_NO_HOOK": "1"} if "lm_eval_deepen.cli.main" in command else {}
-    done = wheel.run(*command, *run, **env)
+    done = wheel.run("-m", "lm_eval_deepen.cli.main", *run, LM_EVAL_DEEPEN_NO_HOOK="1")
     assert done.returncode == 0, done.stderr
     [written] = tmp_path.rglob("results_*.json")
     results = json.loads(written.read_text("utf-8"))
