@@ -23,6 +23,13 @@ def copy_harness(folder: Path) -> None:
     harness = Path(lm_eval.__file__).parent
     tasks = {entry.name for entry in (harness / "tasks").iterdir() if entry.is_dir()}
     shutil.copytree(harness, folder / "lm_eval", ignore=lambda _, names: tasks.intersection(names))
+    without_packages(folder)
+
+
+def without_packages(folder: Path) -> Path:
+    """Put a `pip` into a folder of `sys.path` that lists nothing: the harness asks it for every results file."""
+    (folder / "pip.py").write_text("")
+    return folder
 
 
 class Install:

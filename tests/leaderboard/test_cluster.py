@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from installed import without_packages
 from run_files import local_tasks
 
 from lm_eval_deepen.errors import ConfigError
@@ -81,11 +82,12 @@ def test_without_ray_the_extra_is_named(recipe, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ray(monkeypatch):
+def ray(monkeypatch, tmp_path_factory):
     found = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).resolve().parents[2])]))
+    places = [Path(__file__).resolve().parents[2], without_packages(tmp_path_factory.mktemp("pip"))]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
     found.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield found
     found.shutdown()
