@@ -28,7 +28,8 @@ def pair(pico, tmp_path, names=("bytelevel", "metaspace"), first=None, second=No
         for name, own in zip(names, (first, second), strict=True)
     ]
     main = members[0]["pretrained"]
-    return DeepenLM(main, members=members, device="cpu", matrix_dir=str(tmp_path / "matrices"), **defaults)
+    keys = {"self_check": False, "matrix_dir": str(tmp_path / "matrices"), **defaults}
+    return DeepenLM(main, members=members, device="cpu", **keys)
 
 
 def described(model):

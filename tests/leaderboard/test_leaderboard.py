@@ -525,7 +525,7 @@ def test_rows_that_share_passes_score_as_they_do_alone(pico, tmp_path):
     first = by_default(pico["bytelevel"], pico["metaspace"], matrix_dir=str(tmp_path))
     members = first.ensemble.members
     named = [{"name": f"m{i}", "pretrained": member.config.pretrained} for i, member in enumerate(members)]
-    base = {"pretrained": named[0]["pretrained"], "members": named, "matrix_dir": str(tmp_path)}
+    base = {"pretrained": named[0]["pretrained"], "members": named, "matrix_dir": str(tmp_path), "self_check": False}
     from_prompt = {"weighting": "bayes", "learn_from": "prompt"}
     choices = {
         "deepen": [{}, {"weighting": "perplexity"}],
