@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -21,6 +22,13 @@ CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", 
 CHOICES = [" jumps over the lazy dog", " two 🙂", "\n\nmoon"]
 REQUESTS = list(itertools.product(CONTEXTS, CHOICES))
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel", "metaspace")]
+
+
+@pytest.fixture(autouse=True)
+def each_plain_pass_once(monkeypatch):
+    """All experts read the same rows of the members."""
+    found = functools.cache(naive.member_logp)
+    monkeypatch.setattr(naive, "member_logp", lambda member, tokens: found(member, tuple(tokens)))
 
 
 @pytest.fixture(scope="module", params=ORDERS, ids="+".join)
