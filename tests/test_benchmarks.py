@@ -57,28 +57,28 @@ def test_every_measure_gives_its_figures(run):
 
 def test_a_stopped_run_goes_on(options, tmp_path, monkeypatch, capsys):
     """Parts that were finished are read, not measured again; those of other settings are not."""
-    names = ["--only", "nodes,fusion", "--out", str(tmp_path / "parts"), "--repeats", "1"]
+    names = ["--only", "load,unequal", "--out", str(tmp_path / "parts"), "--repeats", "1"]
     calls = []
-    fusion = cost.MEASURES["fusion"]
+    unequal = cost.MEASURES["unequal"]
 
     def stopped(bench):
-        calls.append("fusion")
+        calls.append("unequal")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cost.MEASURES, "fusion", stopped)
+    monkeypatch.setitem(cost.MEASURES, "unequal", stopped)
     with pytest.raises(KeyboardInterrupt):
         cost.main([*options, *names])
-    nodes = cost.MEASURES["nodes"]
-    monkeypatch.setitem(cost.MEASURES, "nodes", lambda bench: calls.append("nodes") or nodes(bench))
-    monkeypatch.setitem(cost.MEASURES, "fusion", fusion)
+    load = cost.MEASURES["load"]
+    monkeypatch.setitem(cost.MEASURES, "load", lambda bench: calls.append("load") or load(bench))
+    monkeypatch.setitem(cost.MEASURES, "unequal", unequal)
     found = cost.main([*options, *names])
-    assert calls == ["fusion"]
-    assert [figure["name"] for figure in found["figures"]] == ["nodes", "fusion", "fusion_default"]
+    assert calls == ["unequal"]
+    assert [figure["name"] for figure in found["figures"]] == ["load", "unequal", "unequal_batched"]
     assert found["seconds"] >= sum(figure["seconds"] for figure in found["figures"]) - 0.1
     assert cost.main([*options, *names])["figures"] == found["figures"]
-    cost.main([*options, "--only", "nodes", *names[2:4], "--repeats", "2"])
-    assert calls == ["fusion", "nodes"]
-    assert "nodes: measured before" in capsys.readouterr().err
+    cost.main([*options, "--only", "load", *names[2:4], "--repeats", "2"])
+    assert calls == ["unequal", "load"]
+    assert "load: measured before" in capsys.readouterr().err
 
 
 def test_every_distinct_prefix_is_forwarded_once(run):
