@@ -254,11 +254,15 @@ class CoverReader:
         return logp
 
     def _leave_space_to_words(self, logp: Tensor, plans: Sequence[Plan | None]) -> None:
-        """Move what a whole row gives to white space to what the main tokenizer has of it before a word, in place."""
-        own = logp.index_select(1, self.ids[self._white].to(logp.device))
+        """Move what a whole row gives to spaces to what the main tokenizer has of them before a word, in place.
+
+        A word follows them, or the member had taken a piece with more of them. Behind a line break spaces may follow, and
+        behind one space alone a digit.
+        """
+        own = logp.index_select(1, self.ids[self._spaces].to(logp.device))
         moved = []
         for row, n in (own > math.log(PRECISION)).nonzero().tolist():
-            plan, at = plans[row], self._white[n]
+            plan, at = plans[row], self._spaces[n]
             if plan is not None and plan.own is not None:
                 target = self._rest(self.keys[at], self.sorted[at], plan)
                 if target >= 0 and target != self.sorted[at]:
@@ -269,9 +273,10 @@ class CoverReader:
             logp[row, target] = torch.logaddexp(logp[row, target], more)
 
     @cached_property
-    def _white(self) -> list[int]:
-        """The places, in the sorted vocabulary, of pieces that are white space."""
-        return [place for place, piece in enumerate(self.keys) if piece.isspace()]
+    def _spaces(self) -> list[int]:
+        """The places, in the sorted vocabulary, of longer pieces of white space that end with a space or a tab."""
+        longer = ((place, piece) for place, piece in enumerate(self.keys) if len(piece) > 1 and piece.isspace())
+        return [place for place, piece in longer if piece.endswith((b" ", b"\t"))]
 
     def _extra(self, plan: Plan, look_up: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.

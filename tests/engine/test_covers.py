@@ -80,8 +80,8 @@ def covered(ensemble, m, main_path, path, prompt):
     None of its ways begins in what the prompt (the main member's first `prompt` tokens) ends with, but for a word.
 
     Its ways are its tokens of the bytes so far and, behind white space, those of more white space and a letter, where
-    the main member's tokens of the bytes so far stay what they are. What its own row gives to white space is given to
-    what the main tokenizer has of it before a word.
+    the main member's tokens of the bytes so far stay what they are. What its own row gives to spaces is given to
+    what the main tokenizer has of them before a word.
     """
     main, other = ensemble.main.codec, ensemble.active[m].codec
     vocab, white = other.vocab, (b" ", b"\n", b"\r", b"\t")
@@ -139,7 +139,8 @@ def covered(ensemble, m, main_path, path, prompt):
     if whole:
         before = own.clone()
         for token, text in enumerate(vocab.pieces):
-            target = stands_for(text, token) if text.isspace() and token not in vocab.control else None
+            spaces = len(text) > 1 and text.isspace() and text[-1:] in (b" ", b"\t") and token not in vocab.control
+            target = stands_for(text, token) if spaces else None
             if target is not None and target != token and before[token] > 1e-9:
                 own[target] += 0.9999 * before[token]
                 own[token] -= 0.9999 * before[token]
