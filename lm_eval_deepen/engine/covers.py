@@ -15,8 +15,8 @@ predicts worse than without covers (docs/relative-space.md).
 Behind white space, tokenizers look ahead: one that leaves the last space of several to the word after them has a token
 of three spaces where another one has four. So there, the member's tokens of more white space and a letter are covers,
 too, where the main tokenizer would still have cut where it has cut. For that, places are read beyond the bytes so far.
-Where the member's whole row counts, a token of white space stands for what the main tokenizer has before a word: one of
-four spaces for one of three, if the fourth is left to the word.
+Where the member's whole row counts, a token of several spaces stands for what the main tokenizer has before a word: one
+of four spaces for one of three, if the fourth is left to the word.
 
 What a prompt ends with is given, but for letters, digits and spaces: covers begin behind it. A member with a piece of
 ":" and a line break would else say after "Answer:" that a line break comes next, and have no say about the words.
