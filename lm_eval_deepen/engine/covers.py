@@ -256,8 +256,8 @@ class CoverReader:
     def _leave_space_to_words(self, logp: Tensor, plans: Sequence[Plan | None]) -> None:
         """Move what a whole row gives to spaces to what the main tokenizer has of them before a word, in place.
 
-        A word follows them, or the member had taken a piece with more of them. Behind a line break spaces may follow, and
-        behind one space alone a digit.
+        A word follows them, or the member had taken a piece with more of them. Behind a line break spaces may follow,
+        and behind one space alone a digit.
         """
         own = logp.index_select(1, self.ids[self._spaces].to(logp.device))
         moved = []
