@@ -32,7 +32,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,9 @@ class CoverReader:
         ]
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
+        pairs = zip(self.sorted, self.keys, strict=True)
+        spaces = [i for i, piece in pairs if piece.endswith((b" ", b"\t")) and len(piece) > 1 and piece.isspace()]
+        self._spaces = torch.tensor(spaces, dtype=torch.long)  # several of them, or one behind a line break
         self.places = {token: place for place, token in enumerate(self.sorted)}
         self._rests: OrderedDict[RestsKey, Tensor] = OrderedDict()
         self._rests_kept = 0
@@ -259,24 +262,19 @@ class CoverReader:
         A word follows them, or the member had taken a piece with more of them. Behind a line break spaces may follow,
         and behind one space alone a digit.
         """
-        own = logp.index_select(1, self.ids[self._spaces].to(logp.device))
+        self._spaces = self._spaces.to(logp.device)
+        own = logp.index_select(1, self._spaces)
         moved = []
         for row, n in (own > math.log(PRECISION)).nonzero().tolist():
-            plan, at = plans[row], self._spaces[n]
+            plan, token = plans[row], int(self._spaces[n])
             if plan is not None and plan.own is not None:
-                target = self._rest(self.keys[at], self.sorted[at], plan)
-                if target >= 0 and target != self.sorted[at]:
+                target = self._rest(self.other.vocab.events.pieces[token], token, plan)
+                if target >= 0 and target != token:
                     moved.append((row, target, float(own[row, n])))
-                    logp[row, self.sorted[at]] += math.log(EXCLUDED)
+                    logp[row, token] += math.log(EXCLUDED)
         for row, target, value in moved:
             more = torch.tensor(value + math.log1p(-EXCLUDED), dtype=logp.dtype, device=logp.device)
             logp[row, target] = torch.logaddexp(logp[row, target], more)
-
-    @cached_property
-    def _spaces(self) -> list[int]:
-        """The places, in the sorted vocabulary, of longer pieces of white space that end with a space or a tab."""
-        longer = ((place, piece) for place, piece in enumerate(self.keys) if len(piece) > 1 and piece.isspace())
-        return [place for place, piece in longer if piece.endswith((b" ", b"\t"))]
 
     def _extra(self, plan: Plan, look_up: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
         """Return what the covers add: ids and their log masses [n], and the log mass of the member's own way.
