@@ -12,7 +12,7 @@ from lm_eval_deepen.build.architecture import check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import require
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, one_line
-from lm_eval_deepen.storage import read_json, write_json
+from lm_eval_deepen.storage import read_json, write_json, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,14 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
     options = engine.MergeOptions(random_seed=recipe.seed, quiet=True, write_model_card=False)
     try:
         configuration = Ordered.model_validate(recipe.located(members))
-        head, embedding = check_heads(configuration, options, recipe.source)
+        head, embedding, tied = check_heads(configuration, options, recipe.source)
         engine.run_merge(configuration, str(out), options)
-        if head and _own_head(LazyTensorLoader.from_disk(str(out)), head, embedding):
-            _say_untied(out / "config.json")
+        merged = LazyTensorLoader.from_disk(str(out))
+        if head and _own_head(merged, head, embedding):
+            if tied:
+                _tie(merged, head, embedding)
+            else:
+                _say_untied(out / "config.json")
     except ConfigError:
         raise
     except Exception as error:
@@ -74,11 +78,12 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
     return {"tokens_trained": 0}
 
 
-def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str]:
+def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str, bool]:
     """Refuse models whose output heads mergekit would leave out; return the names of head and embedding.
 
     As transformers loads models, a head that is stored with other values than the embedding is not tied to it,
     whatever ``tie_word_embeddings`` says; a head that is not stored is the embedding where that is true, else random.
+    mergekit merges a stored head by itself, and what it draws for the head it does not draw for the embedding.
 
     Args:
         configuration: of mergekit, with the places of its models.
@@ -86,7 +91,8 @@ def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str
         source: begins the errors.
 
     Returns:
-        Names of the tensors; empty ones for an architecture of which transformers does not say them.
+        Names of the tensors, empty ones for an architecture of which transformers does not say them; and whether the
+        merge's head is its embedding: so it is in every model that either is made from, and these are the same.
 
     Raises:
         ConfigError: a model without a head, or a head that would be left out.
@@ -101,10 +107,11 @@ def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str
     kind = (models[0].config().architectures or [""])[0]
     pairs = getattr(getattr(transformers, kind, None), "_tied_weights_keys", None) or {}
     if len(pairs) != 1:  # code of its own, or an encoder beside the decoder
-        return "", ""
+        return "", "", False
     [(head, embedding)] = pairs.items()
-    if configuration.slices:  # the head is made of the last layers' models
-        models = [part.model for part in configuration.slices[-1].sources]
+    first = models
+    if configuration.slices:  # the embedding is made of the first layers' models, the head of the last layers'
+        first, models = ([part.model for part in configuration.slices[at].sources] for at in (0, -1))
     without = [model for model in models if not _stored(loaders.get(model), head)]
     if random := [model for model in without if not getattr(model.config(), "tie_word_embeddings", True)]:
         raise ConfigError(
@@ -121,7 +128,8 @@ def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str
             "without it, or have it of some models alone. Store it in the files of every model, distil them (method: "
             "fusellm), or fuse them at every step"
         )
-    return head, embedding
+    tied = not own and all(getattr(model.config(), "tie_word_embeddings", False) for model in models)
+    return head, embedding, tied and {*first} == {*models}
 
 
 def _own_head(loader: Any, head: str, embedding: str) -> bool:
@@ -141,6 +149,16 @@ def _stored(loader: Any, name: str) -> str:
 def _called(key: str, name: str) -> bool:
     """Tell whether a stored tensor is the one of a name; what stands before its last two parts differs."""
     return key.split(".")[-2:] == name.split(".")[-2:]
+
+
+def _tie(loader: Any, head: str, embedding: str) -> None:
+    """Store the embedding's values as the output head in a model's files."""
+    from safetensors.torch import load_file
+
+    name = _stored(loader, head)
+    path = Path(loader.index.base_path, loader.index.tensor_paths[name])
+    values = loader.get_tensor(_stored(loader, embedding)).clone()
+    write_tensors(path, {**load_file(path), name: values}, {"format": "pt"})
 
 
 def _say_untied(path: Path) -> None:

@@ -180,6 +180,45 @@ def test_a_stored_head_is_merged_whatever_the_configuration_says_of_ties(merged,
 
 
 @needs_mergekit
+@pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "ties", "linear"])
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_head_that_is_the_embedding_stays_so_where_the_sources_say_it(merged, family, tmp_path, method, ties):
+    """Random masks of a stored head are others than those of the embedding; so are values by filter."""
+    names = {}
+    for name in ("base", "s1", "s2"):
+        head = tensors(Path(family[name]))["model.embed_tokens.weight"]
+        names[name] = str(with_head(Path(family[name]), tmp_path / name, head, tie_word_embeddings=ties))
+    base = None if method == "linear" else names["base"]
+    raw = merge_of(method, [names["s1"], names["s2"]], base=base)
+    raw["models"][0]["parameters"] = {
+        **MERGES[method], "weight": [{"filter": "lm_head", "value": 0.9}, {"value": 0.5}]
+    }  # fmt: skip
+    folder = merged(raw)
+    model, held = AutoModelForCausalLM.from_pretrained(folder), tensors(folder)
+    assert model.config.tie_word_embeddings is ties
+    assert torch.equal(model.lm_head.weight, held["lm_head.weight"])
+    assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"]) is ties
+    if method != "linear":
+        want = held["model.embed_tokens.weight"] - tensors(Path(names["base"]))["model.embed_tokens.weight"]
+        assert want.any()
+
+
+@needs_mergekit
+@pytest.mark.parametrize("last", ["s1", "s2"])
+def test_a_head_of_the_last_layers_model_is_not_the_embedding_of_the_firsts(merged, family, tmp_path, last):
+    places = {}
+    for name in ("s1", "s2"):
+        head = tensors(Path(family[name]))["model.embed_tokens.weight"]
+        places[name] = with_head(Path(family[name]), tmp_path / name, head, tie_word_embeddings=True)
+    sources = [{"sources": [{"model": str(places[name]), "layer_range": [0, 1]}]} for name in ("s1", last)]
+    folder = merged({"merge_method": "passthrough", "dtype": "float32", "slices": sources})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.tie_word_embeddings is (last == "s1")
+    assert torch.equal(model.lm_head.weight, tensors(places[last])["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, tensors(places["s1"])["lm_head.weight"])
+
+
+@needs_mergekit
 def test_a_folder_may_have_any_name(merged, family, tmp_path):
     ways = {"model": lambda name: ([name, "s2", "s3"], "base"), "base": lambda name: (["s3"], name)}
     for way, given in ways.items():
