@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class ModelFiles:
     # config.json, with what its model type adds to it; its text part where the model has several
     config: Mapping[str, Any]
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, empty where there is none
-    # headers of its weights by name; empty where no safetensors file could be looked at
+    # headers of its weights by name, of tied ones once; empty where no safetensors file could be looked at
     tensors: Mapping[str, TensorHeader] = field(default_factory=dict)
     why_not: str = ""  # why there are no headers
 
@@ -81,7 +81,8 @@ class ModelFiles:
     def output_embedding(self) -> str | None:
         """The name of the output head among `tensors`; of the input embedding where no head is stored.
 
-        A head that is stored is the one that transformers loads, whatever ``tie_word_embeddings`` says.
+        A head that is stored with other values is the one that transformers loads, whatever ``tie_word_embeddings``
+        says.
         """
         return self._table(_is_head) or self.embedding
 
@@ -112,7 +113,30 @@ class ModelFiles:
     def load_embedding(self, which: str = "input") -> Tensor | None:
         """Return the ``input`` or ``output`` embedding rows [>= V, d] alone, None where they are not here."""
         name = self.output_embedding if which == "output" else self.embedding
-        if self.folder is None or name is None:
+        return None if name is None else self._load(name)
+
+    def without_copies(self) -> ModelFiles:
+        """Return these facts without the tables that are stored beside the embedding and tied to it when loaded.
+
+        So are those with its values, where ``tie_word_embeddings`` is true; where only headers are known, those with
+        its shape.
+        """
+        table = self.embedding
+        if table is None or not self.get("tie_word_embeddings"):
+            return self
+        shape, values = self.tensors[table].shape, self._load(table)
+
+        def is_copy(name: str, header: TensorHeader) -> bool:
+            if name == table or header.shape != shape or not (_is_embedding(name) or _is_head(name)):
+                return False
+            return values is None or bool((self._load(name) == values).all())
+
+        kept = {name: header for name, header in self.tensors.items() if not is_copy(name, header)}
+        return replace(self, tensors=kept)
+
+    def _load(self, name: str) -> Tensor | None:
+        """Return a tensor of the model; None where its files are not here."""
+        if self.folder is None:
             return None
         from safetensors import safe_open
 
@@ -189,7 +213,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         generation=_read(generation, member) if generation is not None and generation.is_file() else {},
         tensors=tensors,
         why_not=why_not,
-    )
+    ).without_copies()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pico_seq2seq
 import pytest
 import torch
 import yaml
-from sibling_models import configured
+from safetensors.torch import save_file
+from sibling_models import configured, tensors, with_head
 
 from lm_eval_deepen.cli.main import main
 from lm_eval_deepen.config import MemberConfig
@@ -407,6 +409,42 @@ def test_a_stored_head_is_the_one_that_is_loaded(pico: dict[str, Path], tmp_path
         files = look_up(MemberConfig(name="m", pretrained=str(folder)))
         expected = AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight
         assert torch.equal(files.load_embedding("output"), expected)
+
+
+@pytest.mark.parametrize("head", ["embedding", "other"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_stored_head_that_is_tied_is_counted_once(pico, tmp_path: Path, monkeypatch, head: str, tie: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    table = tensors(pico["bytelevel"])["model.embed_tokens.weight"]
+    folder = with_head(
+        pico["bytelevel"], tmp_path / "m", table if head == "embedding" else -table, tie_word_embeddings=tie
+    )
+    config = MemberConfig(name="m", pretrained=str(folder))
+    files = look_up(config)
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert Inspected(config, "cpu", files).parameters == count
+    assert Inspected(config, "cpu", files).weight_bytes == 4 * count
+    expected = table if head == "embedding" else -table
+    assert torch.equal(files.load_embedding("output"), expected)
+    headers = read_header(folder / "model.safetensors")
+    monkeypatch.setattr(inspect_files, "remote_headers", lambda member: (headers, ""))
+    monkeypatch.setattr(inspect_files, "_fetch", lambda member, name, **keys: folder / name)
+    monkeypatch.setattr(inspect_files, "weight_files", lambda folder: [])
+    hub = look_up(MemberConfig(name="m", pretrained="org/m"))  # nobody has its values
+    assert estimate_parameters(hub) == estimate_parameters(files)
+    assert Inspected(config, "cpu", hub).parameters == count - (table.numel() if tie and head == "other" else 0)
+
+
+def test_every_copy_of_an_encoder_decoders_embedding_is_counted_once(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    for folder in pico_seq2seq.build(tmp_path).values():
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+        save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+        config = MemberConfig(name="m", pretrained=str(folder))
+        assert len(read_header(folder / "model.safetensors")) > len(look_up(config).tensors)
+        assert Inspected(config, "cpu", look_up(config)).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_hours_are_reading_by_arithmetic_and_writing_by_bandwidth() -> None:
