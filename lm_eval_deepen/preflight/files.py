@@ -124,15 +124,16 @@ class ModelFiles:
         table = self.embedding
         if table is None or not self.get("tie_word_embeddings"):
             return self
-        shape, values = self.tensors[table].shape, self._load(table)
-
-        def is_copy(name: str, header: TensorHeader) -> bool:
-            if name == table or header.shape != shape or not (_is_embedding(name) or _is_head(name)):
-                return False
-            return values is None or bool((self._load(name) == values).all())
-
-        kept = {name: header for name, header in self.tensors.items() if not is_copy(name, header)}
+        shape = self.tensors[table].shape
+        like_it = [name for name, header in self.tensors.items() if name != table and header.shape == shape]
+        copies = {name for name in like_it if (_is_embedding(name) or _is_head(name)) and self._are_equal(name, table)}
+        kept = {name: header for name, header in self.tensors.items() if name not in copies}
         return replace(self, tensors=kept)
+
+    def _are_equal(self, name: str, other: str) -> bool:
+        """Tell whether two tensors of one shape have the same values, as far as files are here."""
+        one, two = self._load(name), self._load(other)
+        return one is None or two is None or bool((one == two).all())
 
     def _load(self, name: str) -> Tensor | None:
         """Return a tensor of the model; None where its files are not here."""
