@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 ENCODER_DECODER = "seq2seq"  # as the harness's `HFLM` calls these backends
 
@@ -20,6 +21,22 @@ def completed(written: Mapping[str, Any]) -> Any | None:
         return AutoConfig.for_model(written["model_type"], **given).get_text_config()
     except Exception:  # a type with code of its own, or values that it refuses: what is written has to do
         return None
+
+
+def empty_shapes(written: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of a model's text part by name, of tied ones once; none of an unknown type.
+
+    The model is built without values.
+    """
+    if (config := completed(written)) is None:
+        return {}
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config, attn_implementation="eager")
+    except Exception:  # values that do not fit each other, or a package that is not here
+        return {}
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
 def class_defaults(model_type: str | None) -> Mapping[str, Any]:

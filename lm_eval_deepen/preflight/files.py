@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ _ALIASES = {
     "num_attention_heads": ("n_head", "n_heads", "decoder_attention_heads"),
     "intermediate_size": ("n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
-    "num_local_experts": ("num_experts", "n_routed_experts"),
+    "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_token", "moe_k", "moe_topk"),
+    "num_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
+    "shared_expert_intermediate_size": ("shared_intermediate_size", "moe_shared_expert_intermediate_size"),
     "dtype": ("torch_dtype",),
 }
 
@@ -104,6 +108,35 @@ class ModelFiles:
         packed = self.quantised and any(header.dtype in _PACKED for header in self.tensors.values())
         return bool(self.tensors) and not packed
 
+    @cached_property
+    def parameters(self) -> tuple[int, int] | None:
+        """Numbers of parameters: all, and those of experts of which a token chooses some; None where nobody can say.
+
+        By the headers of its weights, else by an empty model of its type, else by `estimate_parameters`.
+        """
+        from lm_eval_deepen.member.configuration import empty_shapes
+
+        headers = {name: header.shape for name, header in self.tensors.items()} if self.counted else {}
+        if not (shapes := headers or empty_shapes(self.config)):
+            return estimate_parameters(self)
+        experts = self.get("num_local_experts")
+        chosen = [
+            shape for name, shape in shapes.items()
+            if "experts" in name.split(".") or (len(shape) == 3 and shape[0] == experts)
+        ]  # fmt: skip
+        return sum(map(math.prod, shapes.values())), sum(map(math.prod, chosen))
+
+    @property
+    def active(self) -> int | None:
+        """Parameters that one token passes through: fewer than all in a mixture of experts."""
+        if self.parameters is None:
+            return None
+        total, chosen = self.parameters
+        experts, used = self.get("num_local_experts"), self.get("num_experts_per_tok")
+        if not (isinstance(experts, int) and isinstance(used, int)):
+            return total
+        return total - round(chosen * (1 - used / experts))
+
     @property
     def dtype(self) -> str:
         """The dtype of its weights, as its configuration says, else as its first tensor is stored."""
@@ -146,6 +179,33 @@ class ModelFiles:
                 with safe_open(path, framework="pt") as file:
                     return file.get_tensor(name)
         return None
+
+
+def estimate_parameters(files: ModelFiles) -> tuple[int, int] | None:
+    """Return the parameters of a decoder with gated feed-forward layers; None where its configuration says too little.
+
+    Embedding and head, and per layer query, key, value, output and three feed-forward matrices (per expert, of those
+    that every token passes through as well); norms and biases are left out, below 0.1 %.
+
+    Returns:
+        Those of all, and of them those of experts of which a token chooses some.
+    """
+    width, layers, vocabulary = files.get("hidden_size"), files.get("num_hidden_layers"), files.get("vocab_size")
+    experts, dense = files.get("num_local_experts") or 0, files.get("intermediate_size")
+    inner = files.get("moe_intermediate_size") or dense
+    if not (width and layers and vocabulary and (inner if experts else dense)):
+        return None
+    heads = files.get("num_attention_heads", 1)
+    head = files.get("head_dim") or width // heads
+    kv = (files.get("num_key_value_heads") or heads) * head
+    attention = 2 * width * heads * head + 2 * width * kv
+    tables = 1 if files.get("tie_word_embeddings") else 2
+    without = min(layers, files.get("first_k_dense_replace", 0)) if experts and dense else 0
+    mixed = layers - without if experts else 0
+    shared = files.get("shared_expert_intermediate_size") or (files.get("num_shared_experts") or 0) * (inner or 0)
+    chosen = mixed * experts * 3 * width * (inner or 0)
+    feed_forward = 3 * width * (mixed * shared + (layers - mixed) * (dense or 0))
+    return tables * vocabulary * width + layers * attention + feed_forward + chosen, chosen
 
 
 def _is_embedding(name: str) -> bool:

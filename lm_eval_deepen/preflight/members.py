@@ -40,25 +40,13 @@ class Inspected:
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters, from the headers of its weights, else estimated from its configuration."""
-        if self.files is None:
-            return None
-        if self.files.counted:
-            return sum(header.count for header in self.files.tensors.values())
-        return estimate_parameters(self.files)
+        """Number of parameters, as far as its files tell."""
+        return None if self.files is None or self.files.parameters is None else self.files.parameters[0]
 
     @property
     def active(self) -> int | None:
         """Parameters that one token passes through: fewer than all in a mixture of experts."""
-        total, files = self.parameters, self.files
-        if total is None or files is None:
-            return None
-        experts, used = files.get("num_local_experts"), files.get("num_experts_per_tok")
-        if not experts or not used:
-            return total
-        inner = files.get("moe_intermediate_size") or files.get("intermediate_size", 0)
-        layers, width = files.get("num_hidden_layers", 0), files.get("hidden_size", 0)
-        return total - round(layers * experts * 3 * width * inner * (1 - used / experts))
+        return None if self.files is None else self.files.active
 
     @property
     def dtype(self) -> str:
@@ -231,23 +219,3 @@ def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -
     template = getattr(tokenizer, "chat_template", None) is not None
     labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}
     return replace(member, codec=codec, eos=eos, chat_template=template, labels=labels, start=start)
-
-
-def estimate_parameters(files: ModelFiles) -> int | None:
-    """Return the parameters of a decoder with gated feed-forward layers; None where its configuration says too little.
-
-    Embedding and head, and per layer query, key, value, output and three feed-forward matrices (per expert); norms and
-    biases are left out, below 0.1 %.
-    """
-    width, layers, vocabulary = files.get("hidden_size"), files.get("num_hidden_layers"), files.get("vocab_size")
-    experts = files.get("num_local_experts") or 0
-    inner = (files.get("moe_intermediate_size") if experts else None) or files.get("intermediate_size")
-    if not (width and layers and vocabulary and inner):
-        return None
-    heads = files.get("num_attention_heads", 1)
-    head = files.get("head_dim") or width // heads
-    kv = (files.get("num_key_value_heads") or heads) * head
-    attention = 2 * width * heads * head + 2 * width * kv
-    tables = 1 if files.get("tie_word_embeddings") else 2
-    feed_forward = 3 * width * inner * (experts or 1)
-    return tables * vocabulary * width + layers * (attention + feed_forward)

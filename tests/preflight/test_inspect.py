@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.preflight import cost as inspect_cost
 from lm_eval_deepen.preflight import files as inspect_files
-from lm_eval_deepen.preflight.files import ModelFiles, TensorHeader, look_up, read_header
-from lm_eval_deepen.preflight.members import Inspected, estimate_parameters
+from lm_eval_deepen.preflight.files import ModelFiles, TensorHeader, estimate_parameters, look_up, read_header
+from lm_eval_deepen.preflight.members import Inspected
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from tiny_models import tiny_model  # noqa: E402
 
 LLAMA_13B = {
     "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
@@ -308,12 +312,46 @@ def test_sizes_from_a_configuration_alone(config: dict[str, Any], billions: floa
     assert member.kv_bytes(1) == kv
 
 
+@pytest.mark.parametrize(
+    ("kind", "billions", "active"),
+    [("qwen2_moe", 14.3, 2.69), ("deepseek_v3", 671.0, 37.55), ("llama4_text", 107.8, 17.2), ("glm4_moe", 103.5, 10.1)],
+)
+def test_experts_that_every_token_passes_through_count(kind: str, billions: float, active: float) -> None:
+    """The cards: 14.3B, 2.7B; 671B, 37B; of Llama 4 Scout 109B, 17B with what sees; the last is a class's default."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind).to_dict()
+    known = ModelFiles(None, config)
+    assert known.parameters[0] / 1e9 == pytest.approx(billions, abs=0.06)
+    assert known.active / 1e9 == pytest.approx(active, abs=0.06)
+    if kind != "llama4_text":  # whose code alone says that it has one such expert
+        unknown = ModelFiles(None, {**config, "model_type": "of_its_own"})
+        assert unknown.parameters[0] == pytest.approx(known.parameters[0], rel=0.005)
+        assert unknown.active == pytest.approx(known.active, rel=0.08)  # DeepSeek's attention has other sizes
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v2", "llama4_text", "granitemoeshared", "jetmoe", "mixtral"])
+def test_a_mixture_of_experts_is_counted_by_its_headers_as_by_its_type(kind: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    model = tiny_model(CONFIG_MAPPING[kind], 300)
+    model.save_pretrained(tmp_path)
+    files = look_up(MemberConfig(name="m", pretrained=str(tmp_path)))
+    alone = ModelFiles(None, files.config)
+    assert files.parameters == alone.parameters and files.active == alone.active
+    assert files.parameters[0] == sum(weight.numel() for weight in model.parameters())
+    shared = sum(weight.numel() for name, weight in model.named_parameters() if "shared" in name)
+    assert shared < files.active < files.parameters[0]
+
+
 def test_an_estimate_is_close_to_the_headers(pico: dict[str, Path]) -> None:
     for name in ("bytelevel", "metaspace"):  # gated feed-forward layers
         files = look_up(MemberConfig(name=name, pretrained=str(pico[name])))
         tied = {"tie_word_embeddings": name == "metaspace"}
         exact = sum(header.count for header in files.tensors.values())
-        assert estimate_parameters(ModelFiles(None, {**files.config, **tied})) == pytest.approx(exact, rel=0.02)
+        config = {**files.config, **tied}
+        assert estimate_parameters(ModelFiles(None, config)) == (pytest.approx(exact, rel=0.02), 0)
+        assert ModelFiles(None, config).parameters == (exact, 0)  # of a type that transformers knows
     assert estimate_parameters(ModelFiles(None, {"hidden_size": 8})) is None
 
 
@@ -472,7 +510,7 @@ def test_headers_are_those_of_the_model_and_a_hub_that_was_not_reached_is_not_as
     inner = configure({"pretrained": "org/m", "subfolder": "inner"}).members[0]  # the repository may have another model
     for member, offline in ((MemberConfig(name="m", pretrained="org/m"), True), (inner, False)):
         files = look_up(member, offline)
-        assert files.why_not and estimate_parameters(files) / 1e9 == pytest.approx(13, abs=0.06)
+        assert files.why_not and files.parameters[0] / 1e9 == pytest.approx(13, abs=0.06)
     assert not asked
 
 
