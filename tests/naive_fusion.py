@@ -122,8 +122,12 @@ def others(weights, masses, keys, average):
     text = sum(w * own for w, own in zip(weights, texts, strict=True))
     shares = [w * own / text for w, own in zip(weights, texts, strict=True)]
     if isinstance(average, list):
-        pooled = pooled_product([{key: max(q, 1e-12) for key, q in own.items()} for own in given], average)
-        stop = pooled_product([{"text": a, "end": max(b, 1e-12)} for a, b in zip(texts, ends, strict=True)], average)
+        least = [1e-12 if e < 0 else 2.0**-149 for e in average]
+        pooled = pooled_product(
+            [{key: max(q, low) for key, q in own.items()} for own, low in zip(given, least, strict=True)], average
+        )
+        ends = [b or 1e-12 if e > 0 else max(b, 1e-12) for b, e in zip(ends, average, strict=True)]
+        stop = pooled_product([{"text": a, "end": b} for a, b in zip(texts, ends, strict=True)], average)
         return pooled, stop["text"], stop["end"]
     if average == "consistent":
         mean = {key: sum(s * own[key] for s, own in zip(shares, given, strict=True)) for key in keys}
@@ -144,13 +148,18 @@ def others(weights, masses, keys, average):
     else:
         pooled = {}
         for key in keys:
-            values = [max(own[key], 1e-12) for own in given]
-            if average in ("min", "max"):
-                pooled[key] = min(values) if average == "min" else max(values)
-            else:
-                pooled[key] = sum(s * q**average for s, q in zip(shares, values, strict=True)) ** (1 / average)
+            values = [max(own[key], 2.0**-149) for own in given]
+            pooled[key] = power_mean(values, shares, {"min": -math.inf, "max": math.inf}.get(average, average))
     total = sum(pooled.values())
     return {key: value / total for key, value in pooled.items()}, text, end
+
+
+def power_mean(values, shares, power):
+    """The mean of numbers above 0, in steps that neither overflow nor underflow."""
+    if math.isinf(power):
+        return min(values) if power < 0 else max(values)
+    extreme = min(values) if power < 0 else max(values)
+    return extreme * sum(s * (q / extreme) ** power for s, q in zip(shares, values, strict=True)) ** (1 / power)
 
 
 def pooled_product(given, exponents):
@@ -160,9 +169,13 @@ def pooled_product(given, exponents):
         liked = {
             key: sum(max(e, 0) * math.log(own[key]) for e, own in zip(exponents, given, strict=True)) for key in logs
         }
-        least = max(liked.values()) + sum(max(e, 0) for e in exponents) * math.log(0.1)
-        best = max(value for key, value in logs.items() if liked[key] >= least)
-        logs = {key: value if liked[key] >= least else best + math.log(1e-12) for key, value in logs.items()}
+        most, scale = max(liked.values()), sum(max(e, 0) for e in exponents)
+        liked = {key: (value - most) / scale for key, value in liked.items()}
+        best = max(value for key, value in logs.items() if liked[key] >= math.log(0.1))
+        logs = {
+            key: value if liked[key] >= math.log(0.1) else best + min(liked[key], math.log(1e-12))
+            for key, value in logs.items()
+        }
     top = max(logs.values())
     total = sum(math.exp(value - top) for value in logs.values())
     return {key: math.exp(value - top) / total for key, value in logs.items()}

@@ -13,6 +13,7 @@ from lm_eval_deepen.relative.support import Split
 from lm_eval_deepen.relative.topk import NEG_INF
 
 FLOOR = 1e-12  # what the geometric average takes for a zero: an anchor that a member cannot reach is not excluded
+LOG_LEAST = -149 * math.log(2)  # of the smallest number above 0 in fp32: what underflows is not more
 
 
 @dataclass(frozen=True)

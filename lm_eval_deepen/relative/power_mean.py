@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.relative.average import FLOOR, Agreed, blended
+from lm_eval_deepen.relative.average import LOG_LEAST, Agreed, blended
 from lm_eval_deepen.relative.support import Split
 
 
@@ -22,19 +22,18 @@ def power_mean(
 ) -> Agreed:
     """Return the power mean given text, normalised; text and end of text are averaged linearly. See `linear`.
 
-    Where q_m is less than `FLOOR` it counts as that.
+    Where q_m is 0 its logarithm counts as `LOG_LEAST`, so that a row whose members have nothing in common keeps what
+    they say. A power of 0.2 or more gives what it gives for 0, one below 0 gives such an anchor next to nothing.
     """
     masses = blended(share, parts)
-    logs = [vector.clamp_min(FLOOR).log() for vector in (reached, *others)]
+    weights = masses.blend.T[:, :, None]  # [M, B, 1]
+    logs = torch.stack([reached, *others]).log_().clamp_min_(LOG_LEAST)
+    logs.masked_fill_(weights == 0, math.inf if power < 0 else -math.inf)
+    extreme = logs.amin(0) if power < 0 else logs.amax(0)
+    extreme.masked_fill_(extreme.isinf(), 0.0)  # rows in which nobody has text
     if math.isinf(power):
-        absent = math.inf if power < 0 else -math.inf
-        values = [torch.where(masses.blend[:, m, None] > 0, own, absent) for m, own in enumerate(logs)]
-        r = torch.stack(values).amin(0) if power < 0 else torch.stack(values).amax(0)
-    elif abs(power) < 1:  # near 0 the sum of w_m q_m ** p is near 1, and its logarithm would be rounding
-        mean = torch.stack([masses.blend[:, m, None] * own for m, own in enumerate(logs)]).sum(0)
-        more = [masses.blend[:, m, None] * torch.expm1(power * (own - mean)) for m, own in enumerate(logs)]
-        r = mean + torch.stack(more).sum(0).log1p() / power
-    else:
-        weights = masses.blend.log()
-        r = torch.logsumexp(torch.stack([weights[:, m, None] + power * own for m, own in enumerate(logs)]), 0) / power
-    return masses.agree(torch.softmax(r, dim=1))
+        return masses.agree(torch.softmax(extreme, dim=1))
+    gaps = logs.sub_(extreme).mul_(power)  # from the term that counts most, which is 1
+    less = (weights * gaps.expm1()).sum(0)  # sum_m w_m ... - 1, which is exact where the sum is nearly 1
+    log_sum = torch.where(less > -0.5, less.log1p(), (weights * gaps.exp()).sum(0).log())
+    return masses.agree(torch.softmax(extreme + log_sum / power, dim=1))

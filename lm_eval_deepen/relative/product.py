@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.relative.average import FLOOR, Agreed
+from lm_eval_deepen.relative.average import FLOOR, LOG_LEAST, Agreed
 from lm_eval_deepen.relative.support import Split
 from lm_eval_deepen.relative.topk import NEG_INF
 
+LOG_FLOOR = math.log(FLOOR)
 PLAUSIBLE = 0.1  # of the likeliest: the alpha of contrastive decoding
 
 
@@ -31,9 +32,12 @@ def product(
 ) -> Agreed:
     """Return prod_m q_m ** e_m over anchors, normalised, and the same of text against end of text. See `geometric`.
 
+    Where q_m is 0 its logarithm counts as `LOG_LEAST`; a mass that is 0 counts as `FLOOR`.
+
     Beside a negative exponent, what the other members find less than `PLAUSIBLE` times as likely as their likeliest
-    counts as `FLOOR`: an amateur's blind spots are no reason to say something. A row in which no member with a positive
-    exponent takes part is not usable: what an amateur finds unlikely is no text.
+    is at most `FLOOR` times as likely as the likeliest of the rest, and at most as they find it: an amateur's blind
+    spots are no reason to say something. So its own values and masses count as `FLOOR` where they are less. A row in
+    which no member with a positive exponent takes part is not usable: what an amateur finds unlikely is no text.
 
     Args:
         reached: as `linear`.
@@ -44,13 +48,16 @@ def product(
         exponents: one for each member.
     """
     wanted = torch.tensor(list(exponents), dtype=share.dtype, device=share.device) * (share > 0)  # [B, M]
-    r = _product([vector.clamp_min(FLOOR).log() for vector in (reached, *others)], wanted)
-    both = torch.stack([parts.log_text, parts.log_end], dim=2).clamp_min(math.log(FLOOR))  # [B, M, 2]
-    log_text, log_end = _product(list(both.unbind(1)), wanted).unbind(1)
+    least = [LOG_FLOOR if exponent < 0 else LOG_LEAST for exponent in exponents]
+    vectors = [vector.log().clamp_min_(low) for vector, low in zip((reached, *others), least, strict=True)]
+    masses = torch.stack([parts.log_text, parts.log_end], dim=2)  # [B, M, 2]
+    low = torch.tensor([LOG_FLOOR if exponent < 0 else NEG_INF for exponent in exponents]).to(masses)
+    masses = masses.masked_fill(masses == NEG_INF, LOG_FLOOR).clamp_min(low[:, None])
+    log_text, log_end = _product(list(masses.unbind(1)), wanted).unbind(1)
     if not with_end:
         log_text, log_end = torch.zeros_like(log_text), torch.full_like(log_text, NEG_INF)
     usable = (parts.log_text[:, 0] > NEG_INF) & (wanted > 0).any(1)
-    return Agreed(r.exp(), log_text, log_end, share, usable)
+    return Agreed(_product(vectors, wanted).exp(), log_text, log_end, share, usable)
 
 
 def _product(logs: Sequence[Tensor], exponents: Tensor) -> Tensor:
@@ -58,7 +65,8 @@ def _product(logs: Sequence[Tensor], exponents: Tensor) -> Tensor:
     total = torch.stack([exponents[:, m, None] * own for m, own in enumerate(logs)]).sum(0)
     experts = exponents.clamp_min(0)
     liked = torch.stack([experts[:, m, None] * own for m, own in enumerate(logs)]).sum(0)
-    implausible = liked < liked.amax(1, keepdim=True) + experts.sum(1, keepdim=True) * math.log(PLAUSIBLE)
+    liked = (liked - liked.amax(1, keepdim=True)) / experts.sum(1, keepdim=True).clamp_min(FLOOR)
+    implausible = liked < math.log(PLAUSIBLE)
     implausible &= (exponents < 0).any(1, keepdim=True)
     best = total.masked_fill(implausible, NEG_INF).amax(1, keepdim=True)
-    return torch.log_softmax(torch.where(implausible, best + math.log(FLOOR), total), dim=1)
+    return torch.log_softmax(torch.where(implausible, best + liked.clamp_max(LOG_FLOOR), total), dim=1)

@@ -167,3 +167,17 @@ def test_what_underflows_in_every_member_is_as_unlikely_as_they_say(depth, tmp_p
         share = torch.tensor([present]) / sum(present)
         found.append(float(fuser.pooled_as(True, 1.0).fuse(logp, share).logp[0, token]))
     assert min(said) - 1 < min(found) and max(found) < max(said) + 1
+
+
+@pytest.mark.parametrize("average", ["min", "max", -1.5, 0.5, 3.0, [0.4, 0.4, 0.2], [1.0, -0.3, -0.3]])
+@pytest.mark.parametrize("depth", [40, 60, 95, 150])
+def test_what_all_members_find_very_unlikely_is_so_by_every_average(depth, average, tmp_path):
+    fuser, logp = Deepen(average=average).build(MEMBERS, MatrixStore(tmp_path, progress=False)), rows(MEMBERS, 1)
+    shared = [own for own in MEMBERS[0].vocabulary.pieces if own and all(own in m.vocabulary.pieces for m in MEMBERS)]
+    for own, member in zip(logp, MEMBERS, strict=True):
+        own[0, [piece.startswith(shared[3]) for piece in member.vocabulary.pieces]] = -depth
+    logp = [torch.log_softmax(own, dim=1) for own in logp]
+    said = [own[0, member.vocabulary.pieces.index(shared[3])] for own, member in zip(logp, MEMBERS, strict=True)]
+    found = fuser.fuse(logp, torch.full((1, 3), 1 / 3)).logp
+    assert min(said) - 3 < found[0, MEMBERS[0].vocabulary.pieces.index(shared[3])] < max(said) + 3
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(1), atol=1e-5, rtol=0)

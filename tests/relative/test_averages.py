@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import naive_fusion
 import pytest
 import torch
 
@@ -105,3 +108,45 @@ def test_an_absent_amateur_excludes_nothing():
     alone = (vectors[0, 0].log() + 0.5 * vectors[1, 0].log()).softmax(0)
     torch.testing.assert_close(found.r[0], alone)
     assert (found.r[1:] < 1e-9).any(1).all()  # where it is there, it does
+
+
+@pytest.mark.parametrize(
+    "average", ["min", "max", -3.0, -0.99, -0.3, 0.2, 0.5, 1.0, 3.0, (0.5, 0.3, 0.2), (1.0, 1.0, 2.0),
+                (1.0, 0.5, -0.5), (2.0, -0.5, -1.0)]
+)  # fmt: skip
+def test_what_a_member_finds_very_unlikely_is_as_unlikely_as_it_says(average):
+    """Down to 200 nats, where fp32 has 0, against a slow reference of the same vectors, and of the true ones."""
+    generator = torch.Generator().manual_seed(1)
+    logs = torch.log_softmax(-200 * torch.rand(3, 8, 60, generator=generator, dtype=torch.float64) ** 2, dim=2)
+    logs[1:, :4] = logs[:1, :4] + 3 * torch.randn(2, 4, 60, generator=generator, dtype=torch.float64)  # they agree
+    logs = torch.log_softmax(logs, dim=2)
+    vectors = logs.exp().float()
+    assert bool((vectors == 0).any()) and bool((logs.amax(0) < -110).any())
+    _, share, parts = drawn(8)
+    share[0] = torch.tensor([0.2, 0.5, 0.3])
+    args = (vectors[0].clone(), list(vectors[1:].clone()), share, parts)
+    if isinstance(average, tuple):
+        found = product(*args, with_end=True, exponents=average).r
+    else:
+        power = {"min": -math.inf, "max": math.inf}.get(average, average)
+        found = power_mean(*args, with_end=True, power=power).r
+    for given, exact in ((vectors.double(), True), (logs.exp(), False)):
+        for b in range(8):
+            rows = given[:, b].tolist()
+            if isinstance(average, tuple):
+                least = [1e-12 if e < 0 else 2.0**-149 for e in average]
+                held = [dict(enumerate(max(q, low) for q in row)) for row, low in zip(rows, least, strict=True)]
+                expected = list(naive_fusion.pooled_product(held, average).values())
+            else:
+                blend = [
+                    w * math.exp(own) for w, own in zip(share[b].tolist(), parts.log_text[b].tolist(), strict=True)
+                ]
+                blend = [w / sum(blend) for w in blend]
+                columns = ([max(q, 2.0**-149 if exact else 0) for q in column] for column in zip(*rows, strict=True))
+                expected = [naive_fusion.power_mean(column, blend, power) for column in columns]
+            expected = torch.tensor(expected, dtype=torch.float64)
+            expected /= expected.sum()
+            torch.testing.assert_close(found[b].double(), expected, atol=1e-6, rtol=1e-4)
+            if exact:
+                seen = expected > 1e-30
+                torch.testing.assert_close(found[b, seen].double().log(), expected[seen].log(), atol=2e-4, rtol=0)
