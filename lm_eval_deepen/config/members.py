@@ -134,7 +134,7 @@ def _parse(entry: Entry, defaults: Mapping[str, Any], at: str, catalogue: Catalo
                 raise misplaced(f"hf_kwargs.{key}", said)
         _check_paths(merged)
     with problems.collected():
-        LoadingKeys(**{key: value for key, value in loading.items() if key in LoadingKeys.names()})
+        loading = _checked(loading)
     for key, value in loading.items():
         try:
             freeze(value)
@@ -146,6 +146,13 @@ def _parse(entry: Entry, defaults: Mapping[str, Any], at: str, catalogue: Catalo
     return keys, loading
 
 
+def _checked(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Return loading arguments as they are meant: 40 for "40" and 40.0; raises ConfigError for wrong ones."""
+    own = {key: value for key, value in loading.items() if key in LoadingKeys.names()}
+    keys = LoadingKeys(**own)
+    return {**loading, **{key: getattr(keys, key) for key in own}}
+
+
 def _configured(member: MemberConfig, defaults: Mapping[str, Any]) -> MemberKeys:
     """Return the keys of a member that is configured already, without its weight.
 
@@ -153,7 +160,7 @@ def _configured(member: MemberConfig, defaults: Mapping[str, Any]) -> MemberKeys
         ConfigError: arguments beside `members` that would load it in another way.
     """
     loaded = {**member.loading, "pretrained": member.pretrained, "hf_kwargs": member.hf_kwargs}
-    for key, value in defaults.items():
+    for key, value in _checked(defaults).items():
         if key != "pretrained" and freeze(value) != loaded.get(key):
             raise conflict(
                 key,

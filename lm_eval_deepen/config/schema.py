@@ -227,9 +227,19 @@ ALLOWANCES = tuple(name for name in MemberKeys.names() if name.startswith("allow
 class LoadingKeys(Keys):
     """Arguments that a member is loaded with and whose values are checked here; the others are left to the harness."""
 
+    backend: Literal["default", "causal", "seq2seq"] = Field(
+        "default", description="Which kind of model is loaded; `default` follows the model's configuration."
+    )
+    chat_template_args: Annotated[FrozenDict, Shown("a mapping (in JSON or YAML)")] = Field(
+        FrozenDict(), description="What the chat template is given beside the messages."
+    )
     max_length: Annotated[int | None, Shown(default="the model's own")] = Field(
         None, ge=1, description="The longest text, in the member's tokens."
     )
+    think_end_token: Annotated[
+        Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=0)] | None,
+        Shown("a token's text, or its id of at least 0", "none"),
+    ] = Field(None, description="The token that ends the thinking of a generated text; the answer begins behind it.")
     tp_plan: Annotated[str | FrozenDict | None, Shown("text, or a mapping of layers to ways", "none")] = Field(
         None, description="How a member is divided over processes; `auto` is its architecture's plan."
     )

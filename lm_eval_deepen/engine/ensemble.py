@@ -18,7 +18,7 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.selective import Selective
 from lm_eval_deepen.engine.texts import GeneratedText, NextPiece, ScoredText, following, generated, read, scored
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
 from lm_eval_deepen.member.arguments import check_loading
@@ -68,6 +68,7 @@ class Ensemble(EnsembleBase):
         weigher = config.weighting_options.build() if fuser and config.weighting_options is not None else None
         learns = isinstance(weigher, BayesWeigher)  # from what there is: nothing, of a source
         check_specialists(config, members, weigher is not None and weigher.reads_prompts and not learns)
+        _check_thinking(config, members)
         selective = None
         if fuser and config.skip_when != "never":
             selective = Selective(config.skip_when, config.skip_above, config.skip_check)
@@ -186,3 +187,19 @@ def view(member: Member) -> MemberView:
         load_output_fingerprint=lambda: member.output_fingerprint,
         spelling=spelling,
     )
+
+
+def _check_thinking(config: EnsembleConfig, members: Sequence[Member]) -> None:
+    """Raise ConfigError for an end of thinking, given as an id, that is no token, or not one of all that write."""
+    end = members[0].lm.think_end_token
+    if not isinstance(end, int):
+        return
+    writers = members if config.pooling is not None else members[:1]
+    tokens = [member.lm.tokenizer.convert_ids_to_tokens(end) for member in writers]
+    for member, token in zip(writers, tokens, strict=True):
+        if token is None or token != tokens[0]:
+            said = "is no token" if token is None else f"is {token!r}, and {tokens[0]!r} of the main member"
+            raise ConfigError(
+                f"member {member.name!r}: think_end_token={end} {said}, so thinking would stay in its answers. Give "
+                "the token's text."
+            )

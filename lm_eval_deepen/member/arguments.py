@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError
@@ -12,6 +14,8 @@ from lm_eval_deepen.member.devices import place
 
 # Arguments of `from_pretrained` that are true or false; those of ``HFLM`` say so themselves.
 SWITCHES = ("load_in_4bit", "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "use_safetensors")
+
+RENDERING = {"tokenize", "add_generation_prompt", "continue_final_message"}  # what `hf` renders a conversation with
 
 
 def switches() -> tuple[str, ...]:
@@ -42,6 +46,18 @@ def check_loading(members: Sequence[MemberConfig], device: Any = None) -> None:
             raise ConfigError(
                 f"{where} softmax_dtype={given['softmax_dtype']!r} cannot be honoured: distributions are fused in "
                 "float32. Leave it out."
+            )
+        for key in ("dtype", "mixed_precision_dtype"):
+            name = given.get(key)
+            known = name is None or isinstance(name, Mapping) or (key == "dtype" and name == "auto")
+            if not known and not getattr(getattr(torch, str(name), None), "is_floating_point", False):
+                raise ConfigError(
+                    f"{where} {key}={name!r} must be the name of a type of torch for real numbers, such as float32, "
+                    "bfloat16 or float16. Correct it or leave it out."
+                )
+        for key in sorted(given.get("chat_template_args", {}).keys() & RENDERING):
+            raise ConfigError(
+                f"{where} chat_template_args has {key!r}, which the harness gives for each conversation. Leave it out."
             )
         for key in switches():
             if given.get(key) is not None and not (isinstance(given[key], int) and given[key] in (0, 1)):

@@ -111,7 +111,7 @@ def test_every_key_of_the_harness_loader_is_accepted():
 
     keys = set(signature(HFLM.__init__).parameters)
     for key in keys - {"self", "kwargs", "pretrained", "batch_size", "max_batch_size"}:
-        value = 9 if key == "max_length" else "x"
+        value = {"max_length": 9, "backend": "causal", "chat_template_args": {"x": 1}}.get(key, "x")
         config = parse_config({"pretrained": "org/A", key: value}, catalogue(keys))
         assert config.members[0].loading_dict() == {key: value}
     for key in ("self", "kwargs"):

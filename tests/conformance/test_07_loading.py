@@ -172,3 +172,35 @@ def test_07_gguf_file(pico, tmp_path):
 def test_07_a_member_that_cannot_be_loaded_is_an_error_that_names_it(pico, tmp_path):
     with pytest.raises(MemberError, match="member 'metaspace': cannot load .*no_such_adapter"):
         pair(pico, tmp_path, second={"peft": "no_such_adapter"})
+
+
+@pytest.mark.parametrize("length", ["40", 40.0], ids=repr)
+def test_07_a_whole_number_may_be_spelt_otherwise(pico, length):
+    """`hf` compares the text with a number, or cuts prompts by 40.0, and fails."""
+    model, text = deepen(pico["bytelevel"], max_length=length), requests("loglikelihood_rolling", ("The fox. " * 40,))
+    assert model.loglikelihood_rolling(text) == deepen(pico["bytelevel"], max_length=40).loglikelihood_rolling(text)
+    assert model.ensemble_config.members[0].loading["max_length"] == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backend": "seq2sec"}, "backend must be 'default', 'causal' or 'seq2seq'"),
+        ({"chat_template_args": '{"enable_thinking": false}'}, "chat_template_args must be a mapping"),
+        ({"chat_template_args": {"add_generation_prompt": False}}, "'add_generation_prompt', which the harness gives"),
+        ({"mixed_precision_dtype": "auto"}, "mixed_precision_dtype='auto' must be the name of a type of torch"),
+        ({"dtype": "fp16"}, "dtype='fp16' must be the name of a type of torch"),
+        ({"dtype": "int8"}, "dtype='int8' must be the name of a type of torch"),
+        ({"think_end_token": -1}, "think_end_token must be a token's text, or its id of at least 0; got -1"),
+        ({"think_end_token": ""}, "think_end_token must be a token's text"),
+    ],
+    ids=str,
+)
+def test_07_a_value_that_would_fail_later_is_an_error_before_anything_loads(
+    pico, tmp_path, monkeypatch, arguments, words
+):
+    """In `hf` it fails at the first conversation or forward pass, without the argument's name, or changes nothing."""
+    monkeypatch.setattr("lm_eval_deepen.engine.ensemble.load_member", None)
+    for given in ({"first": arguments, "second": arguments}, arguments):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            pair(pico, tmp_path, **given)

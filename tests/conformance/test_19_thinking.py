@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from harness import HARNESS_05, deepen, hf, requests
+from harness import HARNESS_05, by_default, deepen, hf, requests
 
 from lm_eval_deepen.engine.following import Generation
-from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.errors import ConfigError, RequestError
 
 CONTEXTS = ["The quick brown", "Question: What is 1 + 1?\nAnswer:", "Paris is"]
 ARGUMENTS = {"until": [], "max_gen_toks": 14}
@@ -100,3 +100,13 @@ def test_19_enable_thinking_reaches_the_template(pico, tmp_path):
         talk = [{"role": "user", "content": "hi"}]
         assert ours.apply_chat_template(talk) == theirs.apply_chat_template(talk)
         assert ours.apply_chat_template(talk).startswith("<think>") is bool(thinking)
+
+
+def test_19_an_id_that_is_no_token_or_another_one_of_a_pool_is_an_error(pico):
+    """Else the thinking stays in the answer without a word."""
+    with pytest.raises(ConfigError, match="'m0': think_end_token=99999 is no token.*Give the token's text"):
+        deepen(pico["bytelevel"], think_end_token=99999)
+    paths = (pico["bytelevel"], pico["metaspace"])
+    with pytest.raises(ConfigError, match="'m1': think_end_token=70 is .* of the main member"):
+        by_default(*paths, pooling="vote", think_end_token=70)
+    assert deepen(*paths, think_end_token=70).ensemble.main.lm.think_end_token == 70  # the main member writes
