@@ -193,7 +193,8 @@ class Decoder:
             for at, there in enumerate(route[:read]):
                 if None in there:
                     text = data + b"".join(piece_of(ensemble, token) for token in draft[:at])
-                    self._count_outgrown(row, (*row.out.ids[:before], *draft[:at]), text, there)
+                    out = self._outgrown(row, (*row.out.ids[:before], *draft[:at]), text, there)
+                    ensemble.counters.record_outgrown(out)
             if row.job.traced:
                 taken += [(row, start + at, token) for at, token in enumerate(chosen)]
             extended.append(row.out.ids[before:])
@@ -254,17 +255,13 @@ class Decoder:
         row.paths.grow(row.out.data)
         return row.paths.paths(ids, data)
 
-    def _count_outgrown(
-        self, row: BatchRow, ids: TokenPrefix, data: bytes, paths: Sequence[TokenPrefix | None]
-    ) -> None:
-        """Count the members whose context a text has outgrown, among those that abstain."""
-        out = [m for m, path in enumerate(paths) if path is None]
-        if not out:
-            return
+    def _outgrown(self, row: BatchRow, ids: TokenPrefix, data: bytes, paths: Sequence[TokenPrefix | None]) -> list[int]:
+        """Return the members whose context a text has outgrown, among those that abstain."""
+        if None not in paths:
+            return []
         text = text_after(row.job, data)
-        self.ensemble.counters.record_outgrown(
-            [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
-        )
+        out = [m for m, path in enumerate(paths) if path is None]
+        return [m for m in out if self.ensemble.outgrown(m, row.job.prompts[m].before(text), ids, text)]
 
     def _is_full(self, row: BatchRow) -> bool:
         """Return whether a text has outgrown the main member's context, or none of the members can take it in."""

@@ -38,6 +38,15 @@ class _Proposal:
 
 
 @dataclass
+class _Draw:
+    """What is counted of a step when the text is finished: until then it may be taken back."""
+
+    present: list[bool]  # which members took part
+    outgrown: list[int]  # the members that abstained because the text had outgrown their contexts
+    member: int = 0  # whose turn it was
+
+
+@dataclass
 class _Turn:
     """Where a text stands."""
 
@@ -49,6 +58,7 @@ class _Turn:
     paths: tuple[TokenPrefix | None, ...] = ()  # the members' tokens
     proposals: list[_Proposal] = field(default_factory=list)  # what the main member has not read yet
     reason: str = ""  # why the text ends, if the proposals stand
+    draws: dict[int, _Draw] = field(default_factory=dict)  # the last one after so many pieces
 
 
 def takes_turns(ensemble: EnsembleBase, job: Job) -> bool:
@@ -124,8 +134,12 @@ class TurnDecoder(Decoder):
                 self._take_turn(row, m, logp[start : start + len(route)])
                 start += len(route)
         finished = [row for row in self.rows if row.out.reason]
+        counters = self.ensemble.counters
         for row in finished:
-            del self.turns[row.index]
+            for draw in self.turns.pop(row.index).draws.values():
+                counters.turns[self.ensemble.active[draw.member].name] += 1
+                counters.record_present(torch.tensor([draw.present]))
+                counters.record_outgrown(draw.outgrown)
         return finished
 
     def _wanted(self, row: BatchRow) -> tuple[int, list[TokenPrefix | None]]:
@@ -140,8 +154,8 @@ class TurnDecoder(Decoder):
         if turn.member is None and not turn.reason:
             ids, data = tuple(row.out.ids), row.out.data
             turn.paths = self._paths(row, ids, data)
-            self._count_outgrown(row, ids, data, turn.paths)
-            self.ensemble.counters.record_present(torch.tensor([[path is not None for path in turn.paths]]))
+            present = [path is not None for path in turn.paths]
+            turn.draws[len(ids)] = _Draw(present, self._outgrown(row, ids, data, turn.paths))
             self._draw_member(row, turn)
         main = turn.paths[0]
         here: list[TokenPrefix | None] = [] if turn.reason or turn.member is None else [turn.paths[turn.member]]
@@ -166,7 +180,7 @@ class TurnDecoder(Decoder):
         drawn = torch.rand(1, dtype=torch.float64, generator=row.job.turns)
         turn.member = min(int((weights.cumsum(0) <= drawn).sum()), int(weights.nonzero().max()))
         turn.alone = not bool(present[1:].any()) if ensemble.learns else bool(weights[0] == 1)
-        ensemble.counters.turns[ensemble.active[turn.member].name] += 1
+        turn.draws[len(row.out.ids)].member = turn.member
 
     def _take_turn(self, row: BatchRow, m: int, logp: Tensor) -> None:
         """Go on by what member `m` says at the proposals that it has to read, and at the end of the text."""
@@ -177,6 +191,7 @@ class TurnDecoder(Decoder):
                 turn.proposals, turn.member, turn.reason, turn.text_only = [], None, "", piece < 0
                 row.out.ids, row.out.logp = row.out.ids[: proposal.pieces], row.out.logp[: proposal.pieces]
                 row.out.data, row.out.end, row.paths = row.out.data[: proposal.size], None, None
+                turn.draws = {place: draw for place, draw in turn.draws.items() if place <= proposal.pieces}
                 if piece >= 0:
                     self._write(row, turn, piece)
                 return

@@ -102,7 +102,7 @@ class WordDecoder(Decoder):
         ensemble, rows = self.ensemble, self.rows
         starts = [self._paths(row, tuple(row.out.ids), row.out.data) for row in rows]
         for row, places in zip(rows, starts, strict=True):
-            self._count_outgrown(row, tuple(row.out.ids), row.out.data, places)
+            ensemble.counters.record_outgrown(self._outgrown(row, tuple(row.out.ids), row.out.data, places))
         ensemble.counters.record_present(torch.tensor([[path is not None for path in places] for places in starts]))
         weights = [self._weights(row, places) for row, places in zip(rows, starts, strict=True)]
         proposed: list[dict[bytes, Proposal]] = [{} for _ in rows]  # in tokens of the main member
