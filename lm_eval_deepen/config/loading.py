@@ -34,8 +34,8 @@ def parse_config(raw: Mapping[str, Any], catalogue: Catalogue, alike: Collection
     Args:
         raw: what the harness hands to a model class: parsed inline arguments, JSON or YAML.
         catalogue: what there is to choose from.
-        alike: keys that several ensembles share, so that they may say nothing of this one: an ensemble of one. So may
-            those of a file whose `members` are given beside it.
+        alike: keys that several ensembles share, so that they may say nothing of this one: an ensemble of one, which
+            has no `weighting` and no `pooling`. So may those of a file whose `members` are given beside it.
 
     Raises:
         ConfigError: everything that cannot be honoured, each with its key and the remedy.
@@ -80,6 +80,18 @@ def _parse(keys: Mapping[str, Any], catalogue: Catalogue, alike: Collection[str]
         profile = keys.get("compat") if kind == "method" else None
         with problems.collected():
             built[kind] = cls.parse(by_use[kind], profile if isinstance(profile, str) else None)
+    for kind in ("weighting", "pooling") if not several(keys.get("members")) else ():
+        if kind in alike and kind in chosen:
+            problems.errors += [
+                Problem(
+                    f"{key}={keys[key]!r} is an option of {kind}, and there is one member; remove {key}, or give "
+                    "several members",
+                    key, "conflict",
+                )
+                for key in chosen[kind].names()
+                if key in keys and key not in alike
+            ]  # fmt: skip
+            built.pop(kind, None)
     with problems.collected():
         _check_use(keys, built.get("method"), built.get("pooling"))
     members: tuple[MemberConfig, ...] = ()

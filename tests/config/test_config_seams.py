@@ -131,6 +131,26 @@ def test_what_fuses_steps_is_refused_of_one_member(tmp_path) -> None:
         configure({**cut, "rows": "exact"})
 
 
+@pytest.mark.parametrize("said", ["weighting: bayes\nlearn_from: prompt", "pooling: vote\nwith_fused: true"])
+def test_what_combines_several_in_a_file_is_left_out_where_its_members_are_cut_to_one(tmp_path, said) -> None:
+    """Nothing that is given beside the file could remove it."""
+    file = write(tmp_path / "pair.yaml", f"kind: ensemble\nmembers: [A, B]\n{said}\n")
+    alone = configure({"pretrained": str(file), "members": "A"})
+    assert alone == configure({"members": "A"})
+    assert configure({"pretrained": str(file), "members": "A", "weights": "1"}) == alone
+    kind, option = (line.partition(": ")[0] for line in said.splitlines())
+    value = {"learn_from": "prompt", "with_fused": True}[option]
+    with pytest.raises(ConfigError, match=f"^{option}={value!r} is an option of {kind}, and there is one member; rem"):
+        configure({"pretrained": str(file), "members": "A", option: value})
+    own = {"weighting": "bayes", "pooling": "vote"}[kind]
+    with pytest.raises(ConfigError, match=f"^{kind}={own} has nothing to .*: there is one member; remove {kind}"):
+        configure({"pretrained": str(file), "members": "A", kind: own})
+    assert getattr(configure({"pretrained": str(file), "members": "A+C"}), kind) == own
+    wrong = write(tmp_path / "wrong.yaml", f"kind: ensemble\nmembers: [A, B]\n{said}x\n")
+    with pytest.raises(ConfigError, match=f"wrong.yaml: .*{option}"):
+        configure({"pretrained": str(wrong), "members": "A"})
+
+
 def test_the_fingerprint_knows_what_changes_weights() -> None:
     plain = parse(PAIR).fingerprint()
     assert parse(PAIR, weighting="uniform").fingerprint() == plain  # the weights say all

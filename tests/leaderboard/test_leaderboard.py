@@ -180,9 +180,10 @@ def test_bad_recipes_are_refused_before_anything_loads(write, changes, message):
 
 
 def test_what_all_rows_have_alike_may_say_nothing_of_members_alone(write):
-    common = {"rows": "prefix", "skip_when": "agree"}
+    common = {"rows": "prefix", "skip_when": "agree", "weighting": "perplexity"}
     rows = read_recipe(write(grid=ONE, common=common)).rows
     assert {row.config.options.rows for row in rows} == {"prefix"} and any(row.alone for row in rows)
+    assert {row.config.weighting for row in rows if row.alone} == {None}
     with pytest.raises(ConfigError, match="rows='prefix' is about fusing steps, and there is one member"):
         read_recipe(write(rows=[{"members": ["A"], "rows": "prefix"}]))
 
