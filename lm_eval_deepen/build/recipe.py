@@ -210,16 +210,16 @@ class BuildRecipe:
 
 
 class BuildKeys(Keys):
-    """Keys of a model to build, beside those of the merge or of the training."""
+    """Keys of a model to build, in addition to those of the merge or the training."""
 
     kind: Literal["merge", "distill"] | None = Field(
-        None, description="Whether weights are merged, or a model trained."
+        None, description="Whether weights are merged or a model is trained."
     )
     title: str = Field("", description="One line.")
-    note: str = Field("", description="What else to know.")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds whatever is drawn at random.")
-    include_path: Names = Field((), description="Folders with the tasks whose texts are trained on.")
-    metadata: FrozenDict = Field(FrozenDict(), description="What these tasks are told.")
+    note: str = Field("", description="Other remarks.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="The seed of everything that is drawn at random.")
+    include_path: Names = Field((), description="Folders with the tasks on whose texts the model is trained.")
+    metadata: FrozenDict = Field(FrozenDict(), description="Metadata for these tasks.")
 
 
 def read_build(recipe: str | Path, changes: Mapping[str, Any] | None = None, folder: Path | None = None) -> BuildRecipe:

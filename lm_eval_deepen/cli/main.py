@@ -36,20 +36,20 @@ class Subcommand(Protocol):
 # The summaries stand here, not in the modules, so that `--help` imports none of them.
 COMMANDS = {
     "demo": ("lm_eval_deepen.cli.demo", "evaluate two small models alone and as an ensemble"),
-    "bpb": ("lm_eval_deepen.cli.bpb", "bits per byte of a text under members, ensemble and controls"),
+    "bpb": ("lm_eval_deepen.cli.bpb", "compare members, ensemble and controls by bits per byte of a text"),
     "build": ("lm_eval_deepen.cli.build", "build the relative matrices of an ensemble"),
     "cache": ("lm_eval_deepen.cli.cache", "list what the cache folder keeps; remove some of it"),
-    "compare": ("lm_eval_deepen.cli.compare", "result folders side by side, paired by document, with tests"),
-    "gate": ("lm_eval_deepen.cli.gate", "CI check: is a candidate's evaluation worse than its baseline's?"),
-    "inspect": ("lm_eval_deepen.cli.inspect", "pre-flight report of a recipe, before any weight is loaded"),
-    "leaderboard": ("lm_eval_deepen.cli.leaderboard", "members, ensembles and methods on tasks, in one table"),
-    "make": ("lm_eval_deepen.cli.make", "build a model: weights merged, or models distilled into one"),
+    "compare": ("lm_eval_deepen.cli.compare", "compare result folders by document, with significance tests"),
+    "gate": ("lm_eval_deepen.cli.gate", "check in CI whether a candidate's evaluation is worse than its baseline's"),
+    "inspect": ("lm_eval_deepen.cli.inspect", "report what a recipe needs, before any weight is loaded"),
+    "leaderboard": ("lm_eval_deepen.cli.leaderboard", "evaluate members, ensembles and methods on tasks, in one table"),
+    "make": ("lm_eval_deepen.cli.make", "build a model: merge weights, or distil models into one"),
     "methods": ("lm_eval_deepen.cli.methods", "list fusion methods, weightings and pooling methods"),
     "path": ("lm_eval_deepen.cli.paths", "print the folder of the shipped tasks or recipes"),
-    "reproduce": ("lm_eval_deepen.cli.reproduce", "run a published table again, beside its published scores"),
+    "reproduce": ("lm_eval_deepen.cli.reproduce", "run a published table again, beside the published scores"),
     "tune": ("lm_eval_deepen.cli.tune", "choose an ensemble's options on unlabelled text"),
-    "view": ("lm_eval_deepen.cli.view", "a page of what the members said, step by step"),
-    "run": ("lm_eval_deepen.cli.run", "`lm_eval run` with the model `deepen` registered in any case"),
+    "view": ("lm_eval_deepen.cli.view", "make a page of what every member said at every step"),
+    "run": ("lm_eval_deepen.cli.run", "`lm_eval run` that knows `deepen` even without the start-up hook"),
 }
 
 

@@ -20,12 +20,12 @@ WIDTH = 110
 HEAD = """\
 # Options
 
-This page is made by `lm-eval-deepen methods --markdown`; a test checks that it is up to date.
+This page lists all keys of ensembles and recipes. `lm-eval-deepen methods --markdown` writes it.
 
-The keys of an ensemble are given inline (`--model_args pretrained=A,members=A+B,rows=prefix`), as JSON, or in a YAML
-file (`--model_args pretrained=ensemble.yaml`), all at one level. A member takes every loading argument of `--model hf`,
-too (`dtype`, `revision`, `device`, `parallelize`, `peft`, `gguf_file`, `trust_remote_code`, ...); given beside
-`members` it holds for all of them. A key that is unknown, or that has no effect beside the others, is an error.
+Give the keys of an ensemble inline (`--model_args pretrained=A,members=A+B,rows=prefix`), as JSON, or in a YAML file
+(`--model_args pretrained=ensemble.yaml`), all at one level. A member also takes every loading argument of `--model hf`
+(`dtype`, `revision`, `device`, `parallelize`, `peft`, `gguf_file`, `trust_remote_code`, ...). Beside `members`, such an
+argument holds for all members. A key that is unknown, or that has no effect beside the others, is an error.
 """
 
 

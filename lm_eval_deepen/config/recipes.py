@@ -55,27 +55,27 @@ class Asked(Keys):
 
     limit: Annotated[
         int | float | None, AfterValidator(_limit), Shown("a number of documents, or a share below 1", "all")
-    ] = Field(None, description="The first so many documents, or that share of them.")
+    ] = Field(None, description="The number of first documents, or their share.")
     num_fewshot: Annotated[int | None, Shown(default="the task's own number")] = Field(
         None, ge=0, description="The number of few-shots."
     )
     apply_chat_template: bool | str = Field(
-        False, description="Whether prompts are rendered by every member's own chat template."
+        False, description="Whether every member's own chat template renders the prompts."
     )
     fewshot_as_multiturn: bool = Field(False, description="Whether few-shots are turns of the conversation.")
 
 
 class Expected(Keys):
-    """A score that was published for an ensemble."""
+    """One published score of an ensemble."""
 
-    task: str = Field(description="Which of the recipe's tasks.")
+    task: str = Field(description="One of the recipe's tasks.")
     score: float | None = Field(
-        None, description="As published, in per cent unless `metric` says otherwise; none where no source gives it."
+        None, description="As published, in per cent unless `metric` says otherwise; empty if no source gives it."
     )
-    table: str | None = Field(None, description="Where the publication has it.")
-    read_in: str | None = Field(None, description="The source the score was read in; needed with a score.")
-    note: str | None = Field(None, description="What else to know; needed without a score.")
-    metric: str = Field("exact_match", description="What was measured.")
+    table: str | None = Field(None, description="The table or figure of the publication.")
+    read_in: str | None = Field(None, description="The source in which the score was read; needed with a score.")
+    note: str | None = Field(None, description="Other remarks; needed without a score.")
+    metric: str = Field("exact_match", description="The metric of the score.")
 
     @model_validator(mode="after")
     def _says_why(self) -> Self:
@@ -87,10 +87,10 @@ class Expected(Keys):
 
 
 class Harness(Asked):
-    """Options of ``lm_eval run`` that belong to a recipe."""
+    """Options of ``lm_eval run`` that the ensemble needs."""
 
     gen_kwargs: Annotated[FrozenDict | str | None, Shown("a mapping, or key=value,...")] = Field(
-        None, description="Generation arguments over the tasks' own."
+        None, description="Generation arguments that replace those of the tasks."
     )
 
     def given(self) -> dict[str, Any]:
@@ -99,16 +99,16 @@ class Harness(Asked):
 
 
 class RecipeKeys(Keys):
-    """What a recipe says beside its ensemble, for people and for ``inspect``, without effect on an evaluation."""
+    """Keys that inform people and ``inspect``. They have no effect on an evaluation."""
 
     title: str = Field("", description="One line.")
-    task: Names = Field((), description="Tasks or groups of tasks that it is evaluated on.")
-    harness: Harness = Field(Harness(), description="Options of `lm_eval run` that belong to it.")
+    task: Names = Field((), description="The tasks or groups of tasks on which the ensemble is evaluated.")
+    harness: Harness = Field(Harness(), description="Options of `lm_eval run` that the ensemble needs.")
     expected: Annotated[tuple[Expected, ...], Shown("a list with one entry for each published score")] = Field(
         (), description="Published scores."
     )
-    source: str = Field("", description="Where the ensemble is from.")
-    note: str = Field("", description="What else to know.")
+    source: str = Field("", description="The origin of the ensemble.")
+    note: str = Field("", description="Other remarks.")
 
     @model_validator(mode="after")
     def _expects_its_tasks(self) -> Self:

@@ -63,7 +63,7 @@ def _as_written(value: Any) -> Any:
 
 
 class Composition(Keys):
-    """Keys that say what an ensemble is made of; what they name has keys of its own."""
+    """The parts of an ensemble. Each part has keys of its own, see below."""
 
     pretrained: Annotated[Any, Shown("a hub name, a folder or a YAML file")] = Field(
         None, description="The main member, in whose vocabulary texts are generated; or a YAML file with these keys."
@@ -81,60 +81,63 @@ class Composition(Keys):
         Any,
         Shown(
             "the name of a weighting",
-            "the weights as given; without any, bayes for mixture, and for deepen with rows from bytes and no "
-            "option of a step's average or inverse; with compat or a pooling, and elsewhere, equal weights",
+            "the weights that are given; if none are, bayes for mixture, and for deepen with rows from bytes and no "
+            "option of a step's average or inverse; else, and with compat or a pooling, equal weights",
         ),
-    ] = Field(None, description="Where the weights come from instead.")
+    ] = Field(None, description="The source of the members' weights.")
     pooling: Annotated[Any, Shown("the name of a pooling", "steps are fused")] = Field(
-        None, description="How the members' own answers are combined, instead of fusing their steps."
+        None, description="How the members' own answers are combined. With a pooling, steps are not fused."
     )
 
 
 class Settings(Keys):
-    """Keys of an ensemble that stand for themselves, beside its members and its method."""
+    """The other keys of an ensemble."""
 
     compat: Annotated[str | None, Shown(default="the options as given")] = Field(
-        None, description="A named set of the method's options: `reference` is its paper's."
+        None, description="A named set of the method's options: `reference` gives those of its paper."
     )
     seed: int = Field(
-        0, ge=0, description="Seeds, together with the seeds of the harness, the texts that are drawn at random."
+        0, ge=0, description="The seed of texts that are drawn at random, together with the seeds of the harness."
     )
     chat_fallback: Literal["error", "plain"] = Field(
         "error",
-        description="What a member without a chat template does with a conversation: it is an error, or it reads the "
-        "messages as plain text.",
+        description="What happens if a member has no chat template: an error, or the member reads conversations as "
+        "plain text.",
     )
     matrix_dir: Annotated[
         str | None, AfterValidator(_folder), Shown("the path of a folder", "the user's cache folder")
-    ] = Field(None, min_length=1, description="Where relative matrices and maps of vocabularies are kept.")
+    ] = Field(None, min_length=1, description="The folder for relative matrices and maps of vocabularies.")
     batch_size: Annotated[
         int | str, AfterValidator(_batch_size), Shown("a whole number of at least 1, auto or auto:N")
-    ] = Field(1, description="The number of texts that are decoded together; scoring packs tokens by itself.")
+    ] = Field(
+        1, description="The number of texts that are generated together. Scoring packs tokens independently of it."
+    )
     max_batch_size: int = Field(64, ge=1, description="The largest batch that `batch_size: auto` takes.")
     speculate: Annotated[Literal["off", "lookup", "draft"], BeforeValidator(_as_written)] = Field(
         "off",
-        description="Where greedy decoding takes drafts from, which it verifies: from repeated text, or from the "
-        "smallest member. It drafts where that pays, seldom in a batch on a CPU, and changes no text.",
+        description="The source of draft tokens in greedy decoding: repeated text (`lookup`) or the smallest member "
+        "(`draft`). The ensemble verifies drafts, so no text changes. It drafts only where that saves time, seldom "
+        "in a batch on a CPU.",
     )
     sampling: Literal["fused", "member"] = Field(
         "fused",
-        description="How `do_sample` draws: from the fused distribution, or by turns (`member`): a member by its "
-        "weight, and then its token, so that the others need no forward pass until then. It needs linear averages, "
-        "temperature 1 and `top_k: 0`; `mixture` then writes without a main member.",
+        description="How `do_sample` draws a token: from the fused distribution, or from one member that is drawn "
+        "by its weight (`member`). With `member`, the other members need no forward pass until their turn. It needs "
+        "linear averages, temperature 1 and `top_k: 0`; `mixture` then writes without a main member.",
     )
     skip_when: Literal["never", "agree", "confident", "safe"] = Field(
         "never",
-        description="Which steps are left to the main member: those where all members agree on the most likely piece, "
-        "those where the main member is confident, or, as in SAFE, those where another member is inside one of its own "
-        "tokens, all agree, or the main member's likeliest piece has more than half of the mean probability.",
+        description="Which steps are left to the main member. `agree`: all members have the same likeliest piece. "
+        "`confident`: the main member is confident. `safe`, as in SAFE: another member is inside one of its own "
+        "tokens, or all agree, or the main member's likeliest piece has more than half of the mean probability.",
     )
     skip_above: float = Field(
-        0.9, gt=0, le=1, description="The probability from which the main member is confident, for `skip_when`."
+        0.9, gt=0, le=1, description="For `skip_when`: the probability from which the main member counts as confident."
     )
     skip_check: bool = Field(
         False,
-        description="Whether skipped steps are fused all the same, with equal weights where weights learn, to count "
-        "what skipping changes.",
+        description="Whether skipped steps are fused too, to count what skipping changes. Weights that learn are "
+        "then equal.",
     )
     self_check: bool = Field(
         True,
@@ -146,67 +149,71 @@ class Settings(Keys):
         Shown("true, false or a number of documents", "false"),
     ] = Field(
         None,
-        description="Whether every step of every document, or of the first ones of each task, is written to a file "
-        "beside the samples: what each member said, and what became of it. It changes no result.",
+        description="Whether a trace is written beside the samples: what each member said at every step, and the "
+        "fused result. A number traces the first documents of each task. It changes no result.",
     )
     trace_dir: Annotated[
         str | None, AfterValidator(_folder), Shown("the path of a folder", "where `--output_path` puts the samples")
-    ] = Field(None, min_length=1, description="Where traces are written.")
+    ] = Field(None, min_length=1, description="The folder for traces.")
     covers: Annotated[
         Literal["off", "on"] | None,
         BeforeValidator(_as_written),
         Shown(default="on for deepen with rows from bytes, and for mixture; off with compat and elsewhere"),
     ] = Field(
         None,
-        description="Whether the other members are asked what follows where the main member's token ends inside one of "
-        "theirs.",
+        description="Whether the other members are asked what follows if the main member's token ends inside one of "
+        "their tokens.",
     )
     evidence: Annotated[FrozenDict, Shown("a mapping, as `lm-eval-deepen tune` writes it")] = Field(
-        FrozenDict(), description="What `lm-eval-deepen tune` measured: it is shown in results and changes nothing."
+        FrozenDict(), description="What `lm-eval-deepen tune` measured. Results show it; it changes nothing."
     )
 
 
 class MemberKeys(Keys):
-    """Keys of one member, beside the arguments that it is loaded with."""
+    """Keys of one member, in addition to its loading arguments."""
 
     name: Annotated[str, Shown("non-empty text", "the end of `pretrained`", QUOTE)] = Field(
-        "", min_length=1, pattern=r"\S", description="The member's name in messages and results, unique."
+        "", min_length=1, pattern=r"\S", description="The member's name in messages and results; it must be unique."
     )
     pretrained: Annotated[str, Shown("a hub name or a path, as text", remedy=f"{QUOTE}; {SAVED}")] = Field(
         pattern=r"\S", description="A model's hub name or folder, as `--model hf` takes it."
     )
     weight: Annotated[float | None, Shown(default="equal weights")] = Field(
-        None, ge=0, description="The member's share. All members have one, or none has; they sum to 1."
+        None, ge=0, description="The member's share. Give one to all members or to none; they sum to 1."
     )
-    temperature: float = Field(1.0, gt=0, description="Divides the member's logits before fusion.")
-    hf_kwargs: FrozenDict = Field(FrozenDict(), description="Arguments handed to `from_pretrained` unchecked.")
+    temperature: float = Field(1.0, gt=0, description="The member's logits are divided by it before fusion.")
+    hf_kwargs: FrozenDict = Field(
+        FrozenDict(), description="Arguments for `from_pretrained` that are not checked here."
+    )
     source_pattern: Annotated[
         Annotated[str, AfterValidator(_pattern)] | None, Shown("non-empty text", "the whole prompt")
     ] = Field(
         None,
         min_length=1,
-        description="Of an encoder-decoder member: a regular expression with one group, whose last match in the prompt "
-        "is what the encoder reads.",
+        description="For an encoder-decoder member: a regular expression with one group. The encoder reads the "
+        "group of the last match in the prompt.",
     )
     source_language: Annotated[str | None, Shown("non-empty text")] = Field(
         None,
         min_length=1,
-        description="Of an encoder-decoder member: the source's language, as its tokenizer names it.",
+        description="For an encoder-decoder member: the language of the source, as its tokenizer names it.",
     )
     target_language: Annotated[str | None, Shown("non-empty text")] = Field(
-        None, min_length=1, description="Of an encoder-decoder member: the language to be written, likewise."
+        None,
+        min_length=1,
+        description="For an encoder-decoder member: the language to write, as its tokenizer names it.",
     )
 
     allow_altered_tokenizer: bool = Field(
-        False, description="Whether a tokenizer is taken as it was loaded where its own file says otherwise."
+        False, description="Whether to accept a tokenizer that transformers builds differently from its own file."
     )
     allow_missing_weights: bool = Field(
         False,
-        description="Whether the model is loaded although its files lack weights of it, or hold them in another shape; "
-        "these are random.",
+        description="Whether to load a model whose files lack some of its weights, or have them in another shape. "
+        "These weights are random.",
     )
     allow_unexpected_weights: bool = Field(
-        False, description="Whether the model is loaded although its files hold weights that it has no place for."
+        False, description="Whether to load a model whose files have weights for which the model has no place."
     )
 
     @property
@@ -225,26 +232,26 @@ ALLOWANCES = tuple(name for name in MemberKeys.names() if name.startswith("allow
 
 
 class LoadingKeys(Keys):
-    """Arguments that a member is loaded with and whose values are checked here; the others are left to the harness."""
+    """Loading arguments of a member whose values are checked here. The harness checks the others."""
 
     backend: Literal["default", "causal", "seq2seq"] = Field(
-        "default", description="Which kind of model is loaded; `default` follows the model's configuration."
+        "default", description="The kind of model; `default` follows the model's configuration."
     )
     chat_template_args: Annotated[FrozenDict, Shown("a mapping (in JSON or YAML)")] = Field(
-        FrozenDict(), description="What the chat template is given beside the messages."
+        FrozenDict(), description="Arguments of the chat template, in addition to the messages."
     )
     max_length: Annotated[int | None, Shown(default="the model's own")] = Field(
-        None, ge=1, description="The longest text, in the member's tokens."
+        None, ge=1, description="The length of the longest text, in the member's tokens."
     )
     think_end_token: Annotated[
         Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=0)] | None,
         Shown("a token's text, or its id of at least 0", "none"),
-    ] = Field(None, description="The token that ends the thinking of a generated text; the answer begins behind it.")
+    ] = Field(None, description="The token that ends the thinking in a generated text. The answer begins after it.")
     tp_plan: Annotated[str | FrozenDict | None, Shown("text, or a mapping of layers to ways", "none")] = Field(
-        None, description="How a member is divided over processes; `auto` is its architecture's plan."
+        None, description="How a member is divided over several processes; `auto` is the plan of its architecture."
     )
     tp_size: Annotated[int | None, Shown(default="all of the launch")] = Field(
-        None, ge=2, description="How many processes a member is divided over."
+        None, ge=2, description="The number of processes over which a member is divided."
     )
 
     @model_validator(mode="after")

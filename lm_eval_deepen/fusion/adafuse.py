@@ -1,4 +1,4 @@
-"""AdaFuse: whole words are proposed by the members, ranked by all of them, and committed."""
+"""AdaFuse: the members propose whole words, all of them rank the proposals, and the best one is written."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ class AdaFuse(Options):
     """
 
     threshold: float = Field(
-        0.7, ge=0, le=1, description="The margin between a member's two likeliest tokens from which on it is sure."
+        0.7,
+        ge=0,
+        le=1,
+        description="A member is sure if its likeliest token is ahead of the second by this probability.",
     )
-    candidates: int = Field(3, ge=1, description="The number of likeliest tokens that an unsure member completes.")
-    words: int = Field(3, ge=1, description="The most words that a member proposes at once.")
+    candidates: int = Field(
+        3, ge=1, description="The number of likeliest tokens that an unsure member completes to words."
+    )
+    words: int = Field(3, ge=1, description="The largest number of words that a member proposes at once.")
     BY_WORDS: ClassVar[bool] = True
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:

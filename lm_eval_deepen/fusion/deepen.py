@@ -59,67 +59,73 @@ class Deepen(Options):
 
     rows: Literal["canonical", "prefix", "embedding", "exact"] = Field(
         "canonical",
-        description="What stands for a piece: the anchor that the members' tokenizers begin it with (`canonical`) or "
-        "the longest anchor that it begins with (`prefix`), both from bytes alone; its `embedding`, as published; or "
-        "its embedding, and for an anchor itself (`exact`).",
+        description="The anchors that stand for a piece. From bytes alone: the anchor with which the members' "
+        "tokenizers begin it (`canonical`), or the longest anchor with which it begins (`prefix`). From embeddings: "
+        "the anchors that are similar to it (`embedding`, as published), or the same but an anchor stands for "
+        "itself (`exact`).",
     )
     embeddings: Annotated[Literal["input", "output"] | None, Shown(default="input")] = Field(
         None,
-        description="Of rows from embeddings: those of the input (as published), or of the output head, which are the "
-        "same where a member ties them.",
+        description="For rows from embeddings: the input embeddings (as published), or those of the output head. "
+        "Both are the same if a member ties them.",
     )
     average: Annotated[
         Literal["linear", "geometric", "min", "max", "consistent"] | tuple[float, ...],
         Shown("'linear', 'geometric', 'min', 'max', 'consistent', a number but 0 or one number for each member"),
     ] = Field(
         "linear",
-        description="How the members' relative vectors are averaged: `linear` is as published. A number p gives the "
-        "power mean, of which `min` and `max` are the ends; numbers in a list are the exponents of a product of "
-        "experts, negative ones for contrastive decoding (arXiv 2210.15097); `consistent` weighs by agreement (CoRE, "
-        "arXiv 2510.13855).",
+        description="How the members' relative vectors are averaged; `linear` is as published. A number p gives the "
+        "power mean, with the limits `min` and `max`. A list gives the exponents of a product of experts; negative "
+        "ones give contrastive decoding (arXiv 2210.15097). `consistent` weights by agreement (CoRE, arXiv "
+        "2510.13855).",
     )
     inverse: Annotated[
         Annotated[str, Choice(SOLVERS)] | None, Shown(default="exact where rows come from bytes, else em")
     ] = Field(
         None,
-        description="The way back into the main vocabulary: `exact` needs rows from bytes, `adamw` is the published "
-        "search.",
+        description="How the result gets back into the main vocabulary: `exact` needs rows from bytes, `adamw` is "
+        "the published search.",
     )
     steps: Annotated[int | None, Shown(default="5")] = Field(
-        None, ge=1, description="Of an inverse that searches: the number of its iterations."
+        None, ge=1, description="For an inverse that searches: the number of iterations."
     )
     learning_rate: Annotated[float | None, Shown(default="0.15 of adamw, 1.7 of mirror")] = Field(
-        None, ge=0, description="Of `inverse: adamw` and `mirror`: how far a step goes."
+        None, ge=0, description="For `inverse: adamw` and `mirror`: the size of a step."
     )
     trust_region: Annotated[float | None, Shown(default="no limit")] = Field(
         None,
         gt=0,
-        description="The largest KL divergence from the main member's distribution over the pieces of text that a step "
+        description="The largest KL divergence from the main member's distribution over the text pieces that a step "
         "redistributes, in nats.",
     )
     normalization: Annotated[Annotated[str, Choice(NORMALIZATIONS)] | None, Shown(default=DEFAULT_NORMALIZATION)] = (
         Field(
             None,
-            description="Of rows from embeddings: what is done before and to their cosines; `reference` is as "
-            "published, and nearly flat on modern models.",
+            description="For rows from embeddings: how embeddings and cosines are normalised. `reference` is as "
+            "published, and gives nearly flat rows on modern models.",
         )
     )
     relative_temperature: Annotated[float | None, Shown(default="100")] = Field(
-        None, gt=0, description="Of rows from embeddings: the factor on the normalised cosines; rows become sharper."
+        None,
+        gt=0,
+        description="For rows from embeddings: the factor on the normalised cosines. A larger factor gives sharper "
+        "rows.",
     )
     row_entropy: Annotated[float | None, Shown(default="relative_temperature holds")] = Field(
         None,
         gt=0,
-        description="Of rows from embeddings: the mean entropy in nats that every member's rows have; it chooses the "
+        description="For rows from embeddings: the mean entropy in nats of every member's rows. It determines the "
         "temperature instead of `relative_temperature`.",
     )
     top_m: Annotated[int | None, Shown(default="64")] = Field(
-        None, ge=0, description="Of rows from embeddings: the number of entries kept per row; 0 keeps all (dense)."
+        None, ge=0, description="For rows from embeddings: the number of entries kept in a row; 0 keeps all (dense)."
     )
     max_anchors: Annotated[int | None, Shown(default="all common pieces")] = Field(
-        None, ge=1, description="The largest number of anchors; of more common pieces a seeded subset is taken."
+        None,
+        ge=1,
+        description="The largest number of anchors. If there are more common pieces, a random subset of them is used.",
     )
-    min_anchors: int = Field(16, ge=1, description="Fewer common anchors than this are an error.")
+    min_anchors: int = Field(16, ge=1, description="The smallest number of common anchors; fewer are an error.")
     support: Annotated[
         int | float | Literal["full"] | None,
         AfterValidator(_support),
@@ -129,25 +135,25 @@ class Deepen(Options):
         ),
     ] = Field(
         None,
-        description="The text pieces per member that a step redistributes: their number, the share of the member's "
-        "text that they hold, or all of them, which is exact.",
+        description="The text pieces of each member that a step redistributes: their number, the share of the "
+        "member's text probability that they hold, or all of them, which is exact.",
     )
     max_support: Annotated[int | None, Shown(default="no limit")] = Field(
-        None, ge=1, description="With a support that is a share: so many pieces per member at most."
+        None, ge=1, description="For a support that is a share: the largest number of pieces per member."
     )
     max_truncated: Annotated[float | None, Shown(default="0.1")] = Field(
         None,
         gt=0,
         le=1,
-        description="With a support that is not full: the largest share of a member's text outside of it. Rows that "
-        "would leave out more get a larger support, up to the full one; 1 bounds nothing.",
+        description="For a support that is not full: the largest share of a member's text probability outside the "
+        "support. A row that would leave out more gets a larger support, up to the full one; 1 sets no limit.",
     )
-    anchor_seed: int = Field(0, ge=0, description="Chooses the subset of anchors, with `max_anchors`.")
+    anchor_seed: int = Field(0, ge=0, description="With `max_anchors`: the seed of the subset of anchors.")
     eos: Literal["anchor", "reference"] = Field(
         "anchor",
-        description="`anchor` gives end of text a role anchor of its own; `reference`, as published, treats EOS pieces "
-        "as ordinary pieces and leaves steps to the main member where its most likely piece is one, or the learning "
-        "rate is 0.",
+        description="`anchor` gives end of text an anchor of its own. `reference`, as published, treats EOS pieces "
+        "as ordinary pieces. It leaves a step to the main member if the likeliest piece there is EOS, or if the "
+        "learning rate is 0.",
     )
 
     HAS_GEOMETRIC: ClassVar[bool] = True  # its experts may average geometrically

@@ -44,19 +44,19 @@ class Eva(Options):
     distributions to their top 320 first, and takes ids 0 to 2 for the control pieces of any model.
     """
 
-    neighbours: int = Field(10, ge=1, description="The number of main pieces that a piece goes to.")
+    neighbours: int = Field(10, ge=1, description="The number of main pieces to which a piece is mapped.")
     similarity_floor: float = Field(
         0.2,
         ge=0,
         lt=1,
-        description="The cosine below which a main piece is no neighbour; a piece without any is dropped, and what is "
-        "left is renormalised.",
+        description="The smallest cosine of a neighbour. A piece without a neighbour is dropped, and the rest is "
+        "renormalised.",
     )
     filter_top: Annotated[int | None, Shown(default="no member is left out")] = Field(
         None,
         ge=1,
-        description="A member is left out of a step where its most likely piece is not among this many most likely "
-        "pieces of any other member (section 3.3); where that leaves out all, none is.",
+        description="A member is left out of a step if its most likely piece is not among this many most likely "
+        "pieces of any other member (section 3.3). If that would leave out all members, none is left out.",
     )
 
     def check(self, vocabularies: Sequence[ByteVocab], names: Sequence[str]) -> list[AnchorSet]:

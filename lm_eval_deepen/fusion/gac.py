@@ -33,7 +33,7 @@ class Gac(Options):
         None,
         gt=0,
         le=1,
-        description="Steps are fused only where the highest probability of the main member's ids is below this "
+        description="A step is fused only if the highest probability of the main member's ids is below this "
         '(section 3.4, "gate model").',
     )
 

@@ -1,4 +1,4 @@
-"""Mixture by stretches: given texts are scored without a main member, and no distribution is mapped."""
+"""Mixture by stretches: it scores texts without a main member, and maps no distribution."""
 
 from __future__ import annotations
 

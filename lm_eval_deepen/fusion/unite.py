@@ -55,12 +55,11 @@ class Unite(Options):
     candidate whose first token is a candidate already the logit 0.
     """
 
-    top_k: int = Field(10, ge=1, description="The number of pieces that are taken from every member.")
+    top_k: int = Field(10, ge=1, description="The number of most likely pieces that are taken from every member.")
     tail: Literal["main", "none"] = Field(
         "main",
-        description="What the pieces that are no candidates get: the main member's probability (the candidates share "
-        "what it gives to them, so that every score is finite), or nothing, as published (a score may then be minus "
-        "infinity).",
+        description="The probability of pieces that are no candidates: the main member's (the candidates share the "
+        "rest, so every score is finite), or zero, as published (a score may then be minus infinity).",
     )
 
     COMPAT: ClassVar[dict[str, dict[str, Any]]] = {"reference": {"tail": "none"}}

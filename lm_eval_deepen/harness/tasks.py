@@ -29,22 +29,24 @@ class Asking(Asked):
     """What may be said of one task, or beside `tasks` of all of them."""
 
     metric: Names = Field(
-        (), description="Metrics that are shown, as `acc` or `exact_match,strict-match`; by default all."
+        (), description="The metrics to show, such as `acc` or `exact_match,strict-match`; by default all."
     )
-    system_instruction: str | None = Field(None, description="Put before every prompt.")
-    gen_kwargs: FrozenDict = Field(FrozenDict(), description="Generation arguments over the tasks' own.")
+    system_instruction: str | None = Field(None, description="The text before every prompt.")
+    gen_kwargs: FrozenDict = Field(FrozenDict(), description="Generation arguments that replace those of the tasks.")
 
 
 class TaskSpec(Asking):
-    """What is asked of one task, or group of tasks."""
+    """Keys of one task, or group of tasks."""
 
     task: str = Field(min_length=1, description="The name of a task, or of a group of tasks.")
-    whole: bool = Field(False, description="Of a group of tasks: one column for all of it, and none for its tasks.")
+    whole: bool = Field(
+        False, description="For a group of tasks: one column for the whole group, and none for its tasks."
+    )
     miniature: str | None = Field(
-        None, description="The task of ours that stands for it in a miniature, without effect on an evaluation."
+        None, description="The task of this package that replaces it in a miniature. It has no effect on an evaluation."
     )
     split: Literal["test", "validation"] | None = Field(
-        None, description="`validation` evaluates the development split where the task also has a test split."
+        None, description="`validation` evaluates the development split, although the task also has a test split."
     )
 
     @property

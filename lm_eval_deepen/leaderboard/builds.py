@@ -40,7 +40,7 @@ def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class BuiltRowKeys(Keys):
-    """Keys of a row that is built; what belongs to the model goes into `build`, loading arguments into `common`."""
+    """Keys of a row that is built. Keys of the model go into `build`, loading arguments into `common`."""
 
     build: Annotated[Any, Shown("a recipe's file, a mapping with `recipe` and the keys that differ, or a recipe")] = (
         Field(description="How the model is made.")
@@ -49,7 +49,9 @@ class BuiltRowKeys(Keys):
     seeds: Annotated[
         Annotated[tuple[int, ...], AfterValidator(_different)] | None,
         Shown(f"different whole numbers from 0 to {LARGEST_SEED}", "0, 1 and 2 where something is drawn at random"),
-    ] = Field(None, description="The seeds that the model is built with, each a row; the table has their mean.")
+    ] = Field(
+        None, description="The seeds with which the model is built, one evaluation for each. The table has their mean."
+    )
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,18 @@ Verdict = Literal["agrees", "differs", "cannot be told"]
 
 
 class PublishedTable(Keys):
-    """Scores of one published table, or picture."""
+    """The scores of one published table or picture."""
 
-    table: str = Field(min_length=1, description="Which table or figure of the publication.")
-    read_in: str = Field(min_length=1, description="The source that the scores were read in.")
-    note: str | None = Field(None, description="What else to know.")
+    table: str = Field(min_length=1, description="The table or figure of the publication.")
+    read_in: str = Field(min_length=1, description="The source in which the scores were read.")
+    note: str | None = Field(None, description="Other remarks.")
     metric: str | None = Field(
         None,
-        description="What was measured, as `acc` or `exact_match,strict-match`; by default the only one that is shown.",
+        description="The metric of the scores, such as `acc` or `exact_match,strict-match`; by default the only one "
+        "that is shown.",
     )
     scores: Annotated[FrozenDict, Shown("a mapping of task to row to score, in per cent")] = Field(
-        description="By task, then by row; perplexities and bits as they are."
+        description="The scores by task, then by row; perplexities and bits are not in per cent."
     )
 
     @field_validator("scores")

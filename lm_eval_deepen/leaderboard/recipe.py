@@ -41,31 +41,33 @@ def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class LeaderboardKeys(Asking):
-    """The keys of a leaderboard; those of `Asking` hold for all of its tasks."""
+    """Keys of a leaderboard. Those from `limit` to `gen_kwargs` hold for all of its tasks."""
 
     title: str | None = Field(None, description="The heading of the table.")
     source: str = Field("", description="Where the table was published.")
-    note: str = Field("", description="What else to know.")
+    note: str = Field("", description="Other remarks.")
     expected: Annotated[tuple[PublishedTable, ...], Shown("a list with one entry for each published table")] = Field(
-        (), description="Published scores, which the table shows beside those measured."
+        (), description="Published scores. The table shows them beside the measured scores."
     )
     members: Annotated[Any, Shown("a list with at least one entry")] = Field(
-        None, description="Models: each is a name or a mapping with `pretrained` or `build`, and a row of its own. "
-        "`tasks` names its only columns."
-    )  # fmt: skip
-    common: FrozenDict = Field(FrozenDict(), description="Keys of an ensemble that all rows have alike.")
-    rows: Annotated[Any, Shown("a list of mappings")] = Field(
-        None, description="Rows: each has the keys of an ensemble, with the names of its members; or names an "
-        "`ensemble` file, or a model to `build`. `by_task` says by task what differs there; such a row has no other "
-        "columns. `dev_scores: measured` weighs by scores that are measured on every task's development split, and "
-        "`router: measured`, of `weighting: knn`, routes by them."
-    )  # fmt: skip
-    grid: Grid | None = Field(None, description="Rows that are every combination of some choices.")
-    tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(
-        None, description="Columns: each is the name of a task, or a mapping with `task`."
+        None,
+        description="The models. Each is a name, or a mapping with `pretrained` or `build`, and has a row of its "
+        "own. `tasks` limits a member to these columns.",
     )
-    include_path: Names = Field((), description="Folders with further task configurations.")
-    metadata: FrozenDict = Field(FrozenDict(), description="What tasks are told, as `--metadata` of `lm_eval run`.")
+    common: FrozenDict = Field(FrozenDict(), description="Keys of an ensemble that hold for all rows.")
+    rows: Annotated[Any, Shown("a list of mappings")] = Field(
+        None,
+        description="The rows. Each has the keys of an ensemble with the names of its members, or names an "
+        "`ensemble` file, or a model to `build`. `by_task` gives keys that differ on a task; such a row has only "
+        "the columns named there. `dev_scores: measured` weights by scores that are measured on every task's "
+        "development split, and `router: measured` (for `weighting: knn`) routes by them.",
+    )
+    grid: Grid | None = Field(None, description="Rows for every combination of some choices.")
+    tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(
+        None, description="The columns. Each is the name of a task, or a mapping with `task`."
+    )
+    include_path: Names = Field((), description="Folders with more task configurations.")
+    metadata: FrozenDict = Field(FrozenDict(), description="Metadata for the tasks, as `--metadata` of `lm_eval run`.")
     seed: Annotated[
         tuple[int, ...],
         AfterValidator(_seeds),
@@ -73,9 +75,13 @@ class LeaderboardKeys(Asking):
     ] = Field(DEFAULT_SEEDS, description="The seeds of an evaluation.")
     alpha: float = Field(0.05, gt=0, lt=1, description="The level of significance.")
     power: Annotated[float | None, Shown(default="not shown")] = Field(
-        None, gt=0, lt=1, description="The chance of detection for which the table says, of every row, the smallest "
-        "difference that these documents show, and the documents that a difference as measured needs."
-    )  # fmt: skip
+        None,
+        gt=0,
+        lt=1,
+        description="A chance of detection. With it, the table shows for every row the smallest difference that "
+        "these documents detect with this chance, and the number of documents that would detect the measured "
+        "difference.",
+    )
     resamples: Annotated[int | None, Shown(default="the usual number")] = Field(
         None, ge=1, le=MOST_RESAMPLES, description="The number of resamples of the permutation test."
     )

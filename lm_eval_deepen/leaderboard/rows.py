@@ -33,19 +33,19 @@ _Axis = Annotated[Any, Shown("a list with at least one entry, or all")]
 
 
 class Grid(Keys):
-    """Rows that are every combination of orders, methods, weightings and poolings."""
+    """Rows for every combination of orders, methods, weightings and poolings."""
 
     orders: Annotated[Any, Shown("a list of lists of members, the main one first", "every member first once")] = Field(
         None, description="Orders of the members."
     )
     methods: Annotated[_Axis, Shown(default="deepen")] = Field(
-        [{}], description="Fusion methods: each is a name, or a mapping with options."
+        [{}], description="Fusion methods. Each is a name, or a mapping with options."
     )
     weightings: Annotated[_Axis, Shown(default="the default of every method")] = Field(
-        [{}], description="Weightings, likewise; `none` stands for equal weights."
+        [{}], description="Weightings. Each is a name, or a mapping with options; `none` gives equal weights."
     )
     poolings: Annotated[_Axis, Shown(default="none")] = Field(
-        ["none"], description="Poolings, likewise; `none` stands for fused steps."
+        ["none"], description="Poolings. Each is a name, or a mapping with options; `none` fuses steps."
     )
 
 

@@ -26,12 +26,13 @@ class Mbr(Options):
 
     with_fused: bool = Field(
         False,
-        description="Whether the step-fused ensemble answers as well, with equal weights and no covers unless they are "
-        "given, and with the weight of an average member (DeePEn, "
-        "arXiv 2404.12715, combined with MBR).",
+        description="Whether the fused ensemble also gives an answer, with the weight of an average member (DeePEn, "
+        "arXiv 2404.12715, combined with MBR). It has equal weights and no covers unless you give them.",
     )
     utility: Literal["chrf", "f1"] = Field(
-        "chrf", description="How alike two texts are: by character n-grams (`chrf`, Popović 2015), or by words (F1)."
+        "chrf",
+        description="How the similarity of two texts is measured: by character n-grams (`chrf`, Popović 2015), or "
+        "by words (F1).",
     )
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
 

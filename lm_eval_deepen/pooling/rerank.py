@@ -1,4 +1,4 @@
-"""The member's answer that the ensemble itself finds likeliest."""
+"""The member's answer that the ensemble finds likeliest."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Rerank(Options):
 
     score_per: Literal["byte", "text"] = Field(
         "byte",
-        description="What a text's log-probability is divided by: its length in bytes, or nothing, which favours short "
-        "texts.",
+        description="Whether a text's log-probability is divided by its length in bytes, or not divided, which "
+        "favours short texts.",
     )
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
     SCORES_TEXTS: ClassVar[bool] = True

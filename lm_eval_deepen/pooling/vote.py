@@ -1,4 +1,4 @@
-"""The answer that most of the weight agrees on."""
+"""The answer with the most weight."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ class Vote(Options):
 
     with_fused: bool = Field(
         False,
-        description="Whether the step-fused ensemble answers as well, with equal weights and no covers unless they are "
-        "given, and with the weight of an average member (DeePEn, "
-        "arXiv 2404.12715, combined with voting).",
+        description="Whether the fused ensemble also gives an answer, with the weight of an average member (DeePEn, "
+        "arXiv 2404.12715, combined with voting). It has equal weights and no covers unless you give them.",
     )
     answer_pattern: Annotated[Annotated[str, AfterValidator(_pattern)] | None, Shown(default="the whole text")] = Field(
         None,
-        description="A regular expression of the answer within a text, whose last match counts (its first group, "
-        "where it has one); a text without a match abstains.",
+        description="A regular expression that finds the answer in a text. The last match counts, or its first "
+        "group if it has one. A text without a match abstains.",
     )
     REQUESTS: ClassVar[frozenset[str]] = frozenset({"generate_until"})
 

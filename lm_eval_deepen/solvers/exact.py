@@ -1,4 +1,4 @@
-"""The inverse where rows are one-hot, in closed form, ``inverse: exact``."""
+"""The inverse for one-hot rows, in closed form, ``inverse: exact``."""
 
 from __future__ import annotations
 

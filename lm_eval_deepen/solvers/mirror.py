@@ -47,7 +47,7 @@ class Mirror(Options):
     """Options of ``inverse: mirror``."""
 
     steps: int = Field(5, ge=1, description="The number of iterations.")
-    learning_rate: float = Field(1.7, ge=0, description="The exponent of a step: 1 is `em`, longer ones reach further.")
+    learning_rate: float = Field(1.7, ge=0, description="The exponent of a step: 1 is `em`, a larger one goes further.")
 
     def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
         """Return the solution of every row."""

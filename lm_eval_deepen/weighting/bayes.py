@@ -1,4 +1,4 @@
-"""Weights that learn from the text itself: Bayes' rule over static ensembles, started anew for every request."""
+"""Weights that learn from the text, by Bayes' rule over static ensembles. Learning starts again with every request."""
 
 from __future__ import annotations
 
@@ -33,26 +33,29 @@ class Bayes(Options):
     """
 
     learn_from: Literal["prompt", "continuation"] = Field(
-        "continuation", description="Where learning starts: at the continuation, or at the end of the request's prompt."
+        "continuation",
+        description="Where learning starts: at the continuation, or at the last part of the request's prompt.",
     )
     prompt_stretches: int = Field(
         32,
         ge=1,
-        description="How much of the prompt is learnt from: so many of its last stretches, which lie between places "
-        "where the tokens of all members end.",
+        description="The number of last stretches of the prompt from which weights learn. A stretch lies between "
+        "two places where tokens of all members end.",
     )
     prior_share: float = Field(
         0.25,
         ge=0,
         le=1,
-        description="How much of the prior stays in the weights after a prompt. What a prompt teaches wrongly costs at "
+        description="The share of the prior that stays in the weights after a prompt. A misleading prompt costs at "
         "most log2(1/prior_share) bits.",
     )
     averages: Literal["both", "linear"] = Field(
-        "both", description="The averages of the experts: linear and, where the method has it, geometric; or linear."
+        "both", description="The averages of the experts: linear and, if the method has it, geometric; or only linear."
     )
     prior: Annotated[tuple[float, ...] | None, Shown(default="the same for all")] = Field(
-        None, min_length=1, description="The prior of the experts, one number of 0 or more for each, in their order."
+        None,
+        min_length=1,
+        description="The prior of the experts: one number of 0 or more for each expert, in their order.",
     )
     TAKES_WEIGHTS: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Weights of a step from how sure each member is."""
+"""Weights of a step: a surer member gets more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Confidence(Options):
     """
 
     entropy_temperature: float = Field(
-        1.0, gt=0, description="Divides the entropies; large values approach the configured weights."
+        1.0, gt=0, description="The entropies are divided by it. A large value gives nearly the configured weights."
     )
     TAKES_WEIGHTS: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Weights as they are given."""
+"""The weights that are given."""
 
 from __future__ import annotations
 

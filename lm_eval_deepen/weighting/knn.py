@@ -41,10 +41,10 @@ class Knn(Options):
 
     router: str = Field(
         min_length=1,
-        description="A JSON Lines file, each line with a `prompt` and `scores`: one of each member on it, in the order "
-        "of the members, higher is better. Do not evaluate on its documents.",
+        description="A JSON Lines file. Each line has a `prompt` and `scores`: each member's score on this prompt, "
+        "in the order of the members, higher is better. Do not evaluate on its documents.",
     )
-    nearest: int = Field(10, ge=1, description="The number of prompts that are asked: the nearest ones.")
+    nearest: int = Field(10, ge=1, description="The number of nearest prompts that are used.")
     TAKES_WEIGHTS: ClassVar[bool] = False
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Weights of a request from how well each member predicts its prompt."""
+"""Weights of a request: a member that predicts the prompt better gets more."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Perplexity(Options):
     whatever `method` averages, which is mostly probabilities.
     """
 
-    loss_temperature: float = Field(1.0, gt=0, description="Divides the losses before the softmax.")
+    loss_temperature: float = Field(1.0, gt=0, description="The losses are divided by it before the softmax.")
     loss_per: Literal["token", "byte"] = Field(
-        "token", description="What a prompt's loss is divided by: its tokens, as published, or its bytes."
+        "token", description="Whether a prompt's loss is divided by its tokens, as published, or by its bytes."
     )
     TAKES_WEIGHTS: ClassVar[bool] = False
 

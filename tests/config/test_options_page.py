@@ -52,9 +52,9 @@ def test_all_is_more_and_says_what_options_mean(capsys) -> None:
     short = capsys.readouterr().out
     assert cli.main(["methods", "--all"]) == 0
     long = capsys.readouterr().out
-    assert "member:" not in short and "Divides" not in short and len(long) > 2 * len(short)
+    assert "member:" not in short and "are divided" not in short and len(long) > 2 * len(short)
     for words in ("rows: 'canonical', 'prefix', 'embedding' or 'exact' (default canonical)", "steps: a whole number of "
-                  "at least 1 (default 5)", "Divides the member's logits before fusion.", "inverse:"):  # fmt: skip
+                  "at least 1 (default 5)", "logits are divided by it before fusion.", "inverse:"):  # fmt: skip
         assert words in long
     assert cli.main(["methods", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["method"]["gac"]["options"]["threshold"]

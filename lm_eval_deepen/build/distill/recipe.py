@@ -33,7 +33,7 @@ def _betas(value: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class DistillRecipe(Keys):
-    """One build. The keys from `clm_weight` to `tail`, and `sources`, are of `method: fusellm` alone."""
+    """Keys of one training. `sources` and the keys from `clm_weight` to `tail` are only for `method: fusellm`."""
 
     method: Literal["fusellm", "clm"] = Field(
         description="`fusellm`, or `clm`: the same training without sources, the control."
@@ -41,24 +41,26 @@ class DistillRecipe(Keys):
     target: str = Field(min_length=1, description="The model that is trained, by its name in the recipe.")
     sources: Names = Field(
         (),
-        description="The models whose distributions it learns; the target itself, as it is before training, may be "
-        "among them, as in the paper.",
+        description="The models whose distributions the target learns. The target itself, as it is before training, "
+        "may be among them, as in the paper.",
     )
     text: Names = Field(
         (),
-        description="Text files (documents separated by blank lines, or JSON lines with `text`); none takes the "
-        "neutral text of Python's own documentation.",
+        description="Text files (documents separated by blank lines, or JSON lines with `text`). Without any, the "
+        "text is prose of Python's own documentation.",
     )
     held_out: float = Field(
-        0.2, gt=0, le=0.9, description="The share of the documents that is never trained on, by any shard or seed."
+        0.2, gt=0, le=0.9, description="The share of the documents on which no shard and no seed is trained."
     )
     shard: Annotated[tuple[int, ...], AfterValidator(_shard), Shown("[i, n] with 0 <= i < n")] = Field(
-        (0, 1), description="Train on every n-th of the other documents, from the i-th on."
+        (0, 1), description="The training text is every n-th of the other documents, from the i-th on."
     )
     train_tokens: Annotated[int | None, Shown(default="one pass")] = Field(
-        None, ge=1, description="The tokens of the target to predict; passes over the text are repeated."
+        None,
+        ge=1,
+        description="The number of tokens of the target to predict. If the text has fewer, it is read again.",
     )
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds the order of the blocks.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="The seed of the order of the blocks.")
     learning_rate: float = Field(1e-5, gt=0, le=1, description="The learning rate of AdamW at its peak.")
     warmup: float = Field(
         0.1,
@@ -71,24 +73,24 @@ class DistillRecipe(Keys):
         (0.9, 0.999), description="The decay rates of AdamW's two means."
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What the target computes in; its weights are kept in float32."
+        "float32", description="The precision of the target's computations; its weights are kept in float32."
     )
     gradient_checkpointing: bool = Field(False, description="Whether activations are computed again to save memory.")
     batch_size: int = Field(4, ge=1, description="The number of blocks in a step, of all processes together.")
     context_length: int = Field(256, ge=1, description="The largest number of the target's tokens in a block.")
     checkpoint_steps: Annotated[int | None, Shown(default="five in all")] = Field(
-        None, ge=1, description="After so many steps a checkpoint is written."
+        None, ge=1, description="The number of steps between two checkpoints."
     )
     device: Annotated[str | None, Shown(default="the first accelerator, else the CPU")] = Field(
-        None, description="Where models run; of several GPUs a training takes the first that is visible."
+        None, description="The device of the models. If several GPUs are visible, training takes the first."
     )
     clm_weight: float = Field(
         0.9, ge=0, le=1, description="The lambda of the loss, lambda * CLM + (1 - lambda) * fusion (section 3.1)."
     )
     fusion: Literal["mince", "avgce"] = Field(
         "mince",
-        description="Which sources a block is learned from: `mince` takes the one that predicts it best, `avgce` takes "
-        "all, weighted by how well they do.",
+        description="The sources from which a block is learnt: `mince` takes the one that predicts it best, `avgce` "
+        "takes all, weighted by how well they predict it.",
     )
     alignment: Literal["bytes", "dtw"] = Field(
         "bytes",
@@ -98,10 +100,10 @@ class DistillRecipe(Keys):
     top_k: int = Field(10, ge=1, description="The number of entries kept of a source's distribution, six bytes each.")
     tail: Literal["rest", "renormalised"] = Field(
         "rest",
-        description="What stands for the other entries: `rest` is one event with their mass, `renormalised` nothing.",
+        description="What replaces the other entries: `rest` is one event with their mass, `renormalised` is nothing.",
     )
     store: Annotated[str | None, Shown(default="the user's cache folder")] = Field(
-        None, description="The folder of distributions and of the target's own bits per byte."
+        None, description="The folder for distributions, and for the target's own bits per byte."
     )
 
     @classmethod
