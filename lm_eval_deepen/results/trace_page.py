@@ -35,10 +35,20 @@ class Side:
     """What one folder holds."""
 
     name: str  # how the page calls it
-    facts: list[tuple[str, str]] = field(default_factory=list)  # what was run, as pairs of a name and a value
+    facts: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # what was run by task: names and values
     members: list[str] = field(default_factory=list)  # names, the main member first; none where there is no trace
     tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # documents by task, in the page's form
     notes: list[str] = field(default_factory=list)  # what is missing, and why
+
+    @property
+    def told(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """What was run of all tasks alike, under no heading; then what else was run, under the tasks of which it is."""
+        together: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for task, facts in self.facts.items():
+            together.setdefault(tuple(facts), []).append(task)
+        alike = [fact for fact in next(iter(together), ()) if all(fact in facts for facts in together)]
+        apart = [(", ".join(tasks), [fact for fact in facts if fact not in alike]) for facts, tasks in together.items()]
+        return [("", alike), *(own for own in apart if own[1])]
 
 
 class _Strings:
@@ -124,7 +134,7 @@ def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Show
         for task, run in tasks.items():
             samples = samples_by_document(run.samples_path)
             one.tasks[task] = documents(Documents(), samples, page, limit)
-            one.facts = one.facts or _facts(run.results)
+            one.facts[task] = _facts(run.results, task)
             if len(samples) > limit:
                 one.notes = [f"the first {limit} documents of each task are shown"]
         page.sides.append(one)
@@ -163,19 +173,12 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
         shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
         if any(file.cut for file in files):
             shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    if evaluated:
-        shown.facts = _facts(next(iter(evaluated.values())).results)
-    if runs:
-        head = next(iter(runs.values())).files[0].head
-        shown.facts = [
-            ("method", str(head.get("method"))),
-            ("members", _short(", ".join(f"{one.get('name')} ({one.get('pretrained')})" for one in head["members"]))),
-            ("fingerprint", str(head.get("fingerprint"))[:16]),
-            ("started", str(head.get("started"))),
-            ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
-            *shown.facts,
-        ]
     for task in runs or evaluated:
+        head = runs[task].files[0].head if task in runs else None
+        shown.facts[task] = [
+            *(_traced_facts(head) if head else ()),
+            *(_facts(evaluated[task].results, task) if task in evaluated else ()),
+        ]
         records = documents_of(runs[task].files) if task in runs else Documents()
         samples = samples_by_document(evaluated[task].samples_path) if task in evaluated else {}
         shown.tasks[task] = documents(records, samples, page, limit, task)
@@ -231,8 +234,20 @@ def samples_by_document(path: Path) -> Samples:
     return samples
 
 
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    config = results.get("config") or {}
+def _traced_facts(head: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the head of a trace says of its run."""
+    return [
+        ("method", str(head.get("method"))),
+        ("members", _short(", ".join(f"{one.get('name')} ({one.get('pretrained')})" for one in head["members"]))),
+        ("fingerprint", str(head.get("fingerprint"))[:16]),
+        ("started", str(head.get("started"))),
+        ("lm_eval_deepen", str(head.get("lm_eval_deepen"))),
+    ]
+
+
+def _facts(results: Mapping[str, Any], task: str) -> list[tuple[str, str]]:
+    """Return what a results file says of the run of a task."""
+    config, shots = results.get("config") or {}, results.get("n-shot")
     try:
         date = datetime.fromtimestamp(results["date"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     except (LookupError, TypeError, ValueError, OverflowError, OSError):  # none is told, or one that is no time
@@ -243,7 +258,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         "model_args": config.get("model_args"),
         "limit": config.get("limit"),
         "seeds": [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")],
-        "few-shots": results.get("n-shot"),
+        "few-shots": shots.get(task) if isinstance(shots, Mapping) else shots,
         "lm_eval": results.get("lm_eval_version"),
         "transformers": results.get("transformers_version"),
     }

@@ -23,7 +23,8 @@ from run_files import synthesised
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.results.trace_page import ALL, NOBODY, agree, page, script_json, shown, who
+from lm_eval_deepen.results.files import find_runs
+from lm_eval_deepen.results.trace_page import ALL, NOBODY, agree, page, script_json, shown, shown_runs, who
 from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.results.traces import SCHEMA
 
@@ -197,6 +198,34 @@ def test_samples_are_those_of_the_run_that_was_traced(tmp_path: Path, capsys: An
     assert values == [0.0, 0.0] and "left no samples; those shown are of results_2026-01-02" in told
     traced(tmp_path, "2026-01-02T00-00-30", later, count=1)  # it went on from the killed one, and both have a trace
     assert scores_shown(tmp_path) == ([0.0, 0.0], "")
+
+
+def test_what_was_run_is_told_of_every_task(tmp_path: Path) -> None:
+    """Once what is alike; of a trace, its own beginning, too."""
+    folder = tmp_path / "m"
+    for shots, tasks in ((0, ["a"]), (5, ["b", "c"])):
+        date = f"2026-01-0{1 + shots}T00-01-00"
+        synthesised(folder, dict.fromkeys(tasks, {"acc": [1.0]}), date=date, config={"limit": shots})
+        results = folder / f"results_{date}.json"
+        told = {"n-shot": dict.fromkeys(tasks, shots), "date": 86400.0 * shots}
+        results.write_text(json.dumps(json.loads(results.read_text()) | told))
+    for seen in (shown([folder], traced=False), shown_runs({"m": find_runs(folder)[0].tasks}, 9)):
+        (_, alike), *others = seen.sides[0].told
+        assert dict(alike)["model_args"] == '{"pretrained": "m"}' and "few-shots" not in dict(alike)
+        assert dict(others) == {
+            "a": [("finished", "1970-01-01 00:00 UTC"), ("limit", "0"), ("few-shots", "0")],
+            "b, c": [("finished", "1970-01-06 00:00 UTC"), ("limit", "5"), ("few-shots", "5")],
+        }
+        assert "<h3>a</h3>" in seen.html() and "<h3>b, c</h3>" in seen.html()
+    write_trace(tmp_path / "t", [[step("x", "x", "x")]], task="a")
+    write_trace(tmp_path / "t", [[step("x", "x", "x")]], task="b")
+    for name in "ab":
+        path = tmp_path / "t" / f"trace_{name}_2026-01-01T00-00-00.jsonl.gz"
+        told = gzip.decompress(path.read_bytes()).decode().replace('"2026-01-01"', f'"2026-01-0{1 + (name == "b")}"')
+        path.write_bytes(gzip.compress(told.encode()))
+    [(_, alike), *others] = shown([tmp_path / "t"]).sides[0].told
+    assert dict(alike)["method"] == "deepen"
+    assert dict(others) == {"a": [("started", "2026-01-01")], "b": [("started", "2026-01-02")]}
 
 
 def test_documents_that_another_run_traced_are_left_out(tmp_path: Path) -> None:
