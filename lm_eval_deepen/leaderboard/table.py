@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,7 +18,7 @@ from lm_eval_deepen.leaderboard.execution import Key, Plan
 from lm_eval_deepen.leaderboard.provenance import provenance
 from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure, told_apart
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
-from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged
+from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged, spread
 from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.results.files import TaskRun
@@ -70,13 +71,16 @@ _KEY = "▲, ▼: significantly better, worse than the best single member (ref) 
 
 @dataclass(frozen=True)
 class Reported:
-    """A score of a metric that cannot be compared by document (BLEU), as the harness gives it."""
+    """A score of a metric that cannot be compared by document (BLEU), as the harness gives it; over seeds the mean."""
 
     system: str  # the row
     column: str  # task and metric
     score: float  # the score
-    stderr: float | None  # the harness's own standard error; None where it gives none
+    # the harness's own standard error, of which the mean of several seeds has no larger one; None where it gives none
+    stderr: float | None
     published: float | None  # the published score, in the same unit; None where there is none
+    seeds: int = 1  # how many
+    spread: float | None = None  # the standard deviation (n - 1) of the seeds' scores; None of one
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     if not rows and not reported:
         raise ResultError("nothing to show:\n  " + "\n  ".join(notes))
     for one in reported:
-        known = "" if one.published is None else f", published {report.number(one.published)}"
+        known = "" if one.spread is None else f" ({one.seeds} seeds, {SPREAD} {report.number(one.spread)})"
+        known += "" if one.published is None else f", published {report.number(one.published)}"
         notes.append(f"{one.column}, as reported, without a test: {one.system} {report.number(one.score)}{known}")
     where_from = provenance(recipe, evaluations)
     shown = {name: list(tasks) for name, tasks in _runs(plan, cells).items()}
@@ -263,17 +268,25 @@ def _as_reported(
     recipe: LeaderboardRecipe, runs: Sequence[Run], name: str, metric: str, flt: str, task: LoadedTask
 ) -> list[Reported]:
     """Return what the harness gives for a metric of which some score was published; nothing where none was."""
-    groups = {row.name: row.group for row in recipe.rows}
-    scores = []
+    found: dict[str, tuple[float | None, float | None]] = {}  # score and standard error by run
     for run in runs:
         results = next(iter(run.tasks.values())).results
         values = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
-        score, stderr = to_number(values.get(f"{metric},{flt}")), to_number(values.get(f"{metric}_stderr,{flt}"))
-        known = figure(recipe.expected, groups[run.label], task.name, metric, flt)
-        if score is not None:
-            published = None if known is None else known.score
-            scores.append(Reported(groups[run.label], f"{name} {metric}", score, stderr, published))
-    return scores if any(one.published is not None for one in scores) else []
+        found[run.label] = to_number(values.get(f"{metric},{flt}")), to_number(values.get(f"{metric}_stderr,{flt}"))
+    reported = []
+    for group, rows in _groups(recipe, task.name).items():
+        scores = [score for row in rows if (score := found.get(row, (None, None))[0]) is not None]
+        if len(scores) < len(rows):  # the mean of some of the seeds is no score of the row
+            continue
+        errors = [error for row in rows if (error := found[row][1]) is not None]
+        known = figure(recipe.expected, group, task.name, metric, flt)
+        reported.append(
+            Reported(
+                group, f"{name} {metric}", fmean(scores), fmean(errors) if len(errors) == len(rows) else None,
+                None if known is None else known.score, len(rows), spread(scores),
+            )
+        )  # fmt: skip
+    return reported if any(one.published is not None for one in reported) else []
 
 
 def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> Measured:

@@ -26,6 +26,7 @@ from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.execution import execute, plan
 from lm_eval_deepen.leaderboard.recipe import read_recipe
+from lm_eval_deepen.leaderboard.reproduction import reproduced
 from lm_eval_deepen.leaderboard.seeds import averaged
 from lm_eval_deepen.results import Measured, Scores, mean_scores
 
@@ -170,6 +171,35 @@ def test_a_row_over_seeds_is_the_mean_of_its_seeds(write, tmp_path, builders):
         assert said["seed"] == seed and said["method"] == "dare_linear"
     assert found.score == pytest.approx(np.mean(own))
     assert found.extra["sd over seeds"] == pytest.approx(np.std(own, ddof=1)) and found.extra["seeds"] == 3
+
+
+def test_a_published_metric_that_is_no_mean_is_reported_once_a_row_over_seeds(write, tmp_path, builders):
+    """As BLEU: with the mean and the spread of the seeds, and in reproduced tables once as well."""
+    scores = {"merge_dare": 30.0, "base": 20.0}
+    published = {"table": "1", "read_in": "x", "metric": "bleu", "scores": {"conf_choice": scores}}
+    path, out = write(expected=[published], tasks=[{**CHOICE, "metric": "bleu"}]), tmp_path / "out"
+    todo = planned(path, out)
+    cells = execute(todo, "cpu", lambda text: None)
+    bleu = {"merge_dare, seed 3": 28.0, "merge_dare, seed 4": 31.0, "merge_dare, seed 5": 34.0}
+    for (row, _), cell in cells.items():
+        results = cell.mark.with_name(cell.results)
+        told = json.loads(results.read_text())
+        told["results"]["conf_choice"] |= {"bleu,none": bleu.get(row, 20.5), "bleu_stderr,none": 1.5}
+        results.write_text(json.dumps(told))
+        samples = results.with_name(next(iter(cell.samples.values())))
+        lines = [json.loads(line) | {"bleu": ["x", "y"]} for line in samples.read_text().splitlines()]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = leaderboard_table.measure(todo, cells)
+    by_row = {one.system: one for one in table.reported}
+    assert [one.system for one in table.reported if one.system.startswith("merge_dare")] == ["merge_dare"]
+    assert vars(by_row["merge_dare"]) == {
+        "system": "merge_dare", "column": "conf_choice bleu", "score": 31.0, "stderr": 1.5, "published": 30.0,
+        "seeds": 3, "spread": 3.0,
+    }  # fmt: skip
+    assert (by_row["base"].seeds, by_row["base"].spread, by_row["s0"].published) == (1, None, None)
+    [told] = [note for note in table.notes if "merge_dare" in note and "as reported" in note]
+    assert told.endswith("merge_dare 31.0000 (3 seeds, sd over seeds 3.0000), published 30.0000")
+    assert [one.row for one in reproduced(table)].count("merge_dare") == 1
 
 
 def test_a_row_of_which_a_seed_has_no_results_is_left_out(write, tmp_path, builders, monkeypatch, capsys):
