@@ -32,7 +32,7 @@ from lm_eval_deepen.harness.response_cache import claim, keep, settling
 from lm_eval_deepen.harness.step_files import StepFiles, choosing, folder_of, samples_folder
 from lm_eval_deepen.harness.unanswered import SetAside, Unanswered, attempt, complete, unanswered
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.member.devices import existing_devices
+from lm_eval_deepen.member.devices import existing_devices, give_back_freed_memory
 from lm_eval_deepen.member.loading import loading_keys
 from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.pooling import POOLINGS
@@ -200,6 +200,7 @@ class DeepenLM(RequestHandler):
             self.findings = examine(self.ensemble)  # before the first request
             for warning in self.findings.get("warnings", ()):
                 log.warning("%s: %s", warning["code"], warning["message"])
+        give_back_freed_memory()  # of the self-check, and of requests of another kind
         self.results_in = samples_folder()
         answers: list[Any] = [None] * len(requests)
         before = Counter(self.ensemble.counters.outgrown)
