@@ -133,7 +133,7 @@ def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
             nargs="?",
             const=PRINTED,
             metavar="FILE",
-            help="print JSON in place of the table; into a file, beside it",
+            help="print JSON in place of the table; with FILE, write the JSON there and print the table",
         )
     else:
         parser.add_argument("--json", action="store_const", const=PRINTED, help="print JSON in place of the table")
@@ -142,4 +142,4 @@ def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, which means the same to every command, and what it means to ``lm_eval run``."""
-    parser.add_argument("--device", help="where members load that name no device (default: the first GPU, else cpu)")
+    parser.add_argument("--device", help="the device of members that name none (default: the first GPU, else cpu)")

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from lm_eval_deepen.tuning.bits_table import Line
 
 HELP = (
-    "Bits per byte of a text under each member (also at a temperature fitted on other text, the fair opponent), under "
-    "the ensemble with each member as the main one, and under mixtures taken only where all tokenisations end. "
-    "Intervals are over documents, paired, and allow for the best member being picked on these. Control tokens "
-    "are never scored."
+    "Compare the bits per byte of a text under each member (also at a temperature fitted on other text, which is "
+    "fairer), under the ensemble with each member as the main one, and under controls: mixtures of the members' "
+    "probabilities between places where all tokenisations end. Intervals are paired over documents, and allow for "
+    "the choice of the best member on these documents. Control tokens are never scored."
 )
 
 
@@ -28,13 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ensemble(parser)
     parser.add_argument(
         "--text", nargs="+", metavar="FILE",
-        help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
+        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
+        "that ships)",
     )  # fmt: skip
     parser.add_argument(
         "--dev", nargs="+", metavar="FILE",
         help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
+    )
     add_json(parser)
     add_device(parser)
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     add_ensemble(parser)
     add_device(parser)
-    parser.add_argument("--matrix-dir", help="where the matrices go (default: the user's cache folder)")
+    parser.add_argument("--matrix-dir", help="folder for the matrices (default: the user's cache folder)")
     add_json(parser)
 
 

@@ -24,8 +24,8 @@ from lm_eval_deepen.storage import (
 )
 
 HELP = (
-    "List what the cache folder keeps, by kind; remove some of it. What can be made again is removed by itself, the"
-    f" least recently used first, where it takes more than ${CACHE_SIZE} (default: {DEFAULT_CACHE_SIZE})."
+    "List what the cache folder keeps, by kind, or remove some of it. If what can be made again takes more than "
+    f"${CACHE_SIZE} (default: {DEFAULT_CACHE_SIZE}), the least recently used of it is removed automatically."
 )
 KINDS = {**CACHE_KINDS, LEFTOVERS: "what processes that were killed over a day ago left"}
 
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         action=_Kinds,
         metavar="KIND",
-        help=f"remove all of these kinds ({', '.join(KINDS)}; default: all but models)",
+        help=f"remove everything of these kinds ({', '.join(KINDS)}; default: all but models)",
     )
     what.add_argument(
         "--keep",
         type=_size,
         metavar="SIZE",
-        help="keep so much of what can be made again, such as 5GB: what was used last; models are not counted",
+        help="of what can be made again, keep only this much, such as 5GB: what was used last; models are not counted",
     )
     add_json(parser)
 

@@ -15,8 +15,8 @@ from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLE
 from lm_eval_deepen.storage import json_text, write_text
 
 HELP = (
-    "Compare result folders of the harness (written with --log_samples), ours or anyone's, of any model type: "
-    "scores, paired differences with intervals, tests corrected over the table, agreement, oracle."
+    "Compare result folders of the harness (written with --log_samples), of any origin and any model type: scores, "
+    "paired differences with intervals, tests corrected over the table, agreement, oracle."
 )
 BEST = "best"
 FORMATS = ("text", "md", "json", "html")
@@ -31,10 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names for the tables, one per DIR")
     parser.add_argument(
         "--against", metavar="NAME",
-        help=f"the reference: a run's name, or {BEST!r}, the best of each metric (default: the first run)",
+        help=f"the run to compare the others with: its name, or {BEST!r}, the best run of each metric (default: the "
+        "first run)",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to compare (default: all in common)"
+        "--tasks",
+        nargs="+",
+        action=Names,
+        metavar="TASK",
+        help="tasks to compare (default: all that the runs have in common)",
     )
     parser.add_argument(
         "--metric", nargs="+", metavar="NAME",
@@ -43,17 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=share, default=0.05, metavar="P", help="level of significance (default: %(default)s)"
     )
-    parser.add_argument("--mid-p", action="store_true", help="McNemar's test with mid-p instead of exact p-values")
+    parser.add_argument("--mid-p", action="store_true", help="use McNemar's test with mid-p instead of exact p-values")
     parser.add_argument(
         "--resamples", type=whole(1, MOST_RESAMPLES), default=RESAMPLES, metavar="N",
-        help="of the permutation test of real-valued metrics (default: %(default)s)",
+        help="number of resamples of the permutation test of real-valued metrics (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+        "--seed",
+        type=whole(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="seed of the resampling (default: %(default)s)",
     )
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="format of the table (default: %(default)s)")
     add_json(parser, file=False)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of the terminal")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's own arguments."""
     parser.add_argument("--limit", type=count, metavar="N", help="evaluate the first N items of each task only")
     parser.add_argument(
-        "--output", type=Path, default=Path("results/demo"), metavar="DIR", help="result files (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("results/demo"),
+        metavar="DIR",
+        help="folder for the result files (%(default)s)",
     )
     parser.add_argument(
         "--tasks",
@@ -62,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks of lm_eval (default: deepen_demo)",
     )
     parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
-    parser.add_argument("--redo", action="store_true", help="convert the models again, which are kept in the cache")
+    parser.add_argument("--redo", action="store_true", help="convert the models again, although the cache has them")
     add_json(parser)
     add_device(parser)
 

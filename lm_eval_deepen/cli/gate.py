@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidate", type=Path, required=True, metavar="DIR", help="result folder of the candidate")
     parser.add_argument(
         "--alpha", type=share, default=0.05, metavar="P",
-        help="chance of an alarm without a cause, over all tests together (default: %(default)s)",
+        help="largest chance of a false alarm, over all tests together (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--min-effect", type=nonnegative, default=0.0, metavar="X",
@@ -36,25 +36,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--power", type=share, default=0.8, metavar="P",
-        help="chance of detection that the minimal detectable effect is stated for (default: %(default)s)",
+        help="chance of detection for the minimal detectable effect (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--max-detectable", type=positive, metavar="X",
-        help="the drop that has to be detectable, in the metric's unit: a run too small to see it is no pass (exit 3)",
+        help="a drop that the check must be able to detect, in the metric's unit; if it cannot, it is no pass (exit "
+        "status 3)",
     )  # fmt: skip
     parser.add_argument(
         "--metric", nargs="+", metavar="NAME",
-        help="metrics to test, as acc or exact_match,strict-match (default: all; fewer see smaller drops)",
+        help="metrics to test, as acc or exact_match,strict-match (default: all; with fewer, smaller drops are "
+        "detected)",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to test (default: all of the baseline)"
     )
     parser.add_argument(
         "--allow-config-change", action="store_true",
-        help="accept another ensemble configuration (fingerprint) in the candidate, and name it",
+        help="accept a changed ensemble configuration (fingerprint) in the candidate, and name the changes",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="of resampling (default: %(default)s)"
+        "--seed",
+        type=whole(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="seed of the resampling (default: %(default)s)",
     )
     add_json(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the outcome as JUnit XML")

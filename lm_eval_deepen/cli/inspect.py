@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lm_eval_deepen.engine.projection_loss import ProjectionLoss
 
 HELP = (
-    "Pre-flight report of an ensemble: anchors and overlap, relative matrices, memory per device, where texts begin "
-    "and end, round trip of the tokenizers, cost of the recipe's tasks. Reads tokenizers, configurations and headers, "
-    "and of the weights only embeddings, where rows are made from them. Ends in 'ready' (exit status 0) or in numbered "
-    "problems (1)."
+    "Report what an ensemble needs: anchors and overlap of the vocabularies, relative matrices, memory per device, "
+    "where texts begin and end, round trip of the tokenizers, cost of the recipe's tasks. It reads tokenizers, "
+    "configurations and headers; of the weights it reads only embeddings, and only if rows are made from them. The "
+    "report ends in 'ready' (exit status 0) or in numbered problems (1)."
 )
 
 
@@ -28,33 +28,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file, the name of a shipped recipe, or what --model_args takes")
     parser.add_argument(
-        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="read a member from there: a folder, a hub name"
+        "--member",
+        nargs="+",
+        default=[],
+        metavar="NAME=WHERE",
+        help="read the member NAME from WHERE: a folder, or a hub name",
     )
     add_device(parser)
     parser.add_argument(
         "--memory",
         type=positive,
         metavar="GB",
-        help="of each device, to plan for another machine (default: what is free)",
+        help="memory of each device, to plan for another machine (default: what is free)",
     )
-    parser.add_argument("--batch-size", type=count, metavar="N", help="texts decoded together (default: the recipe's)")
-    parser.add_argument("--no-tasks", action="store_true", help="leave the recipe's tasks alone: no cost, no data")
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="number of texts decoded together (default: the recipe's)"
+    )
+    parser.add_argument("--no-tasks", action="store_true", help="do not look at the recipe's tasks: no cost, no data")
     parser.add_argument(
         "--bandwidth", type=positive, default=2000, metavar="GB/S",
-        help="at which weights are read, for the hours (default: %(default)s, the peak of one 80 GB A100)",
+        help="speed at which weights are read, to estimate the hours (default: %(default)s, the peak of one 80 GB "
+        "A100)",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=positive, default=150, metavar="N",
-        help="that are reached, for the hours (default: %(default)s, half the peak of one A100)",
+        help="TFLOPS that are reached, to estimate the hours (default: %(default)s, half the peak of one A100)",
     )  # fmt: skip
     parser.add_argument(
         "--results", type=Path, metavar="DIR",
-        help="of `reproduce`, whose scores stand beside those published (default: results/NAME_OF_RECIPE)",
+        help="results of `reproduce`; their scores are shown beside the published ones (default: "
+        "results/NAME_OF_RECIPE)",
     )  # fmt: skip
     parser.add_argument(
         "--projection-loss", action="store_true",
-        help="load the weights, and say what every member loses in the pieces of every other one, with and without "
-        "covers, on the calibration text",
+        help="load the weights, and say how many more bits every member needs in the pieces of every other one, with "
+        "and without covers, on the calibration text",
     )  # fmt: skip
     add_json(parser)
 
@@ -70,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(args.device, args.memory, args.batch_size, not args.no_tasks, machine)
     report = inspect(args.recipe, pairs(args.member, "--member", "NAME=WHERE"), plan)
     if args.results is not None and report.recipe is not None and not report.recipe.expected:
-        raise ConfigError(
-            f"--results: {args.recipe} says no published score that they could stand beside; leave it out"
-        )
+        raise ConfigError(f"--results: {args.recipe} has no published score to compare with; leave it out")
     if report.recipe is not None and report.recipe.expected:  # nothing is published of an ensemble that is given inline
         report.measured = _measured(
             args.results or Path("results") / Path(report.recipe.name).stem, args.results is None
@@ -120,5 +126,5 @@ def _measured(folder: Path, guessed: bool) -> dict[str, dict[str, Any]]:
         return {row["column"]: row for row in rows if None not in (to_number(row["measured"]), row["verdict"])}
     except (LookupError, TypeError) as error:
         raise ResultError(
-            f"{path} is no file of `reproduce` ({error!r}); run it again, or give another --results"
+            f"{path} is not a file that `reproduce` wrote ({error!r}); run it again, or give another --results"
         ) from error

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 HELP = (
     "Evaluate the rows of a recipe (members alone, ensembles in every order, methods, weightings, poolings) on its "
-    "tasks, cell by cell: finished cells are kept, and rows of the same members share their passes. Prints one table "
-    "with paired differences to the best single member, corrected over the table."
+    "tasks, cell by cell, and print one table with paired differences to the best single member, corrected over the "
+    "table. Finished cells are kept, and rows of the same members share their forward passes."
 )
 FORMATS = ("text", "md", "json", "html")
 FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboard.html"}
@@ -34,15 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
     )
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of what is printed (default: %(default)s)")
-    parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
-    parser.add_argument("--limit", type=limit, metavar="N", help="so many documents of every task, for a trial")
-    parser.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks, over the recipe's")
     parser.add_argument(
-        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
+        "--format", choices=FORMATS, default="text", help="format of what is printed (default: %(default)s)"
     )
     parser.add_argument(
-        "--built", type=Path, metavar="DIR", help="where models are kept that the recipe builds (default: OUT/built)"
+        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
+    )
+    parser.add_argument(
+        "--limit", type=limit, metavar="N", help="evaluate only the first N documents of every task, for a trial"
+    )
+    parser.add_argument(
+        "--metadata",
+        metavar="JSON",
+        help="a JSON object for the tasks; its keys replace those of the recipe's metadata",
+    )
+    parser.add_argument(
+        "--member",
+        nargs="+",
+        default=[],
+        metavar="NAME=WHERE",
+        help="load the member NAME from WHERE: a folder, or a hub name",
+    )
+    parser.add_argument(
+        "--built", type=Path, metavar="DIR", help="folder for the models that the recipe builds (default: OUT/built)"
     )
     add_json(parser)
     add_device(parser)
@@ -50,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray", metavar="ADDRESS",
         help="evaluate on a Ray cluster: auto, HOST:PORT, or local for several processes on this machine",
     )  # fmt: skip
-    parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between a file's markers")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe, list its rows and what is to do")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="write the table into this file, between its markers")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, and list its rows and what is to be evaluated"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

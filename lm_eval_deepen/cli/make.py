@@ -19,16 +19,18 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("out", type=Path, help="the model's folder")
+    parser.add_argument("out", type=Path, help="folder for the model")
     parser.add_argument(
         "--member", nargs="+", default=[], metavar="NAME=WHERE",
-        help="where a model is that the recipe names: a folder, a hub name",
+        help="take the recipe's model NAME from WHERE: a folder, or a hub name",
     )  # fmt: skip
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
-        help="keys that stand for the recipe's, values as in YAML: --set seed=1 'shard=[0, 3]'",
+        help="replace keys of the recipe; values as in YAML: --set seed=1 'shard=[0, 3]'",
     )  # fmt: skip
-    parser.add_argument("--redo", action="store_true", help="build again what OUT holds, or what was begun there")
+    parser.add_argument(
+        "--redo", action="store_true", help="build again, although OUT has a model or an unfinished one"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     tokens = sum(provenance["trained"].values())
     print(f"{args.out}: {provenance['method']} of {', '.join(provenance['models'])}, seed {provenance['seed']}")
-    print(f"  weights {provenance['weights_sha256'][:12]}, {tokens} tokens trained on in all that it descends from")
+    print(f"  weights {provenance['weights_sha256'][:12]}, {tokens} tokens in all trainings that it descends from")
     print(f"  {provenance['bits_per_byte']['value']:.4f} bits per byte of {provenance['bits_per_byte']['text']}")
     return 0

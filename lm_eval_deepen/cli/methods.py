@@ -15,7 +15,7 @@ from lm_eval_deepen.results.tables import markdown_table
 if TYPE_CHECKING:
     from lm_eval_deepen.config import Keys, Registry
 
-HELP = "List what the keys method, weighting and pooling of an ensemble can be, and the options of each."
+HELP = "List the values of the keys method, weighting and pooling of an ensemble, and the options of each."
 WIDTH = 110
 HEAD = """\
 # Options
@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = listing().replace("%", "%%")
     parser.add_argument(
-        "--all", action="store_true", help="all keys of ensembles, members and recipes, and their meaning"
+        "--all", action="store_true", help="list all keys of ensembles, members and recipes, with their meaning"
     )
     add_json(parser)
-    parser.add_argument("--markdown", action="store_true", help="print all of it as the page docs/options.md")
+    parser.add_argument("--markdown", action="store_true", help="print everything as the page docs/options.md")
 
 
 def run(args: argparse.Namespace) -> int:

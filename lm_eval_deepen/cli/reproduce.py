@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from lm_eval_deepen.preflight.report import Report
 
 HELP = (
-    "Run the table of a recipe (an ensemble's beside its members alone, or a leaderboard's): check tokenizers, memory, "
-    "data and revisions, say what it needs, evaluate cell by cell, and print published, measured, difference and "
-    "verdict. Finished cells are kept, as by `leaderboard`. --miniature runs the same rows and columns with small "
-    "models and a few documents."
+    "Run the table of a recipe: an ensemble and its members alone, or a leaderboard. The command checks tokenizers, "
+    "memory, data and revisions, says what the table needs, evaluates it cell by cell, and prints published score, "
+    "measured score, difference and verdict. Finished cells are kept, as by `leaderboard`. --miniature runs the "
+    "same rows and columns with small models and a few documents."
 )
 DATA = "LM_EVAL_DEEPEN_DATA"
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
@@ -35,20 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
     )
     parser.add_argument(
-        "--member", nargs="+", default=[], metavar="NAME=WHERE", help="load a member from there: a folder, a hub name"
+        "--member",
+        nargs="+",
+        default=[],
+        metavar="NAME=WHERE",
+        help="load the member NAME from WHERE: a folder, or a hub name",
     )
     parser.add_argument(
-        "--miniature", action="store_true", help="small models, few documents, synthetic ones where there is no sample"
+        "--miniature",
+        action="store_true",
+        help="use small models and few documents, synthetic ones where there is no sample",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="of a miniature, given to the members in turn (default: the demo's)",
+        help="models of a miniature; its members get them in turn (default: the demo's)",
     )
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="so many documents of every task (miniature: 4)")
-    parser.add_argument("--redo", action="store_true", help="make again what is of another evaluation, or damaged")
-    parser.add_argument("--dry-run", action="store_true", help="check, say what it needs, and evaluate nothing")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="evaluate only the first N documents of every task (miniature: 4)"
+    )
+    parser.add_argument(
+        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, say what is needed, and evaluate nothing")
     parser.add_argument("--no-check", action="store_true", help="leave out the check of tokenizers, memory and data")
     add_json(parser)
     add_device(parser)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from lm_eval_deepen.tuning.search import Chosen
 
 HELP = (
-    "Choose space, average, weights, temperatures and solver of an ensemble by the bits per byte of unlabelled text, "
-    "and write an ensemble file with the evidence in it. Options are chosen on every other document and reported on "
-    "the rest. Never give it a benchmark's test split."
+    "Choose the space, average, weights, temperatures and solver of an ensemble by the bits per byte of unlabelled "
+    "text, and write an ensemble file with the evidence in it. Options are chosen on every other document and "
+    "reported on the rest. Never give it a benchmark's test split."
 )
 
 # What one objective has, and the other has no use for.
@@ -37,20 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ensemble(parser)
     parser.add_argument(
         "--objective", choices=["bpb", "score"], default="bpb",
-        help="bits per byte of text, or the score of a dev split (default: %(default)s)",
+        help="what is optimised: bits per byte of text, or the score of a dev split (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--text", nargs="+", metavar="FILE",
-        help="texts: documents separated by blank lines, or .jsonl with text and context (default: a text that ships)",
+        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
+        "that ships)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=count, metavar="N", help="documents taken of each file (default: all)")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
+    )
     parser.add_argument(
         "--spaces", choices=["bytes", "all"],
-        help="bytes: spaces made from bytes alone; all: those from embeddings too, whose matrices take minutes to "
+        help="bytes: spaces made from bytes alone; all: also those from embeddings, whose matrices take minutes to "
         "build (default: bytes)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="where it goes (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("tuned.yaml"),
+        metavar="FILE",
+        help="the ensemble file to write (default: %(default)s)",
     )
     add_json(parser)
     add_device(parser)
@@ -65,24 +72,39 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--evaluated", nargs="+", action=Names, metavar="TASK",
-        help="tasks the ensemble will be evaluated on, which must share no document (default: --tasks)",
+        help="tasks on which the ensemble will be evaluated; they must share no document (default: --tasks)",
     )  # fmt: skip
-    group.add_argument("--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="more tasks")
-    group.add_argument("--metadata", metavar="JSON", help="an object handed to the tasks")
-    group.add_argument("--num-fewshot", "--num_fewshot", type=natural, metavar="N", help="instead of the tasks' own")
     group.add_argument(
-        "--gen-kwargs", "--gen_kwargs", metavar="KEY=VALUE,...", help="generation arguments over the tasks' own"
+        "--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="folders with more tasks"
     )
-    group.add_argument("--metric", metavar="NAME", help="as acc or exact_match,strict-match (default: a task's first)")
+    group.add_argument("--metadata", metavar="JSON", help="a JSON object for the tasks")
+    group.add_argument(
+        "--num-fewshot",
+        "--num_fewshot",
+        type=natural,
+        metavar="N",
+        help="number of few-shots, instead of the tasks' own",
+    )
+    group.add_argument(
+        "--gen-kwargs",
+        "--gen_kwargs",
+        metavar="KEY=VALUE,...",
+        help="generation arguments that replace those of the tasks",
+    )
+    group.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="metric to optimise, as acc or exact_match,strict-match (default: a task's first)",
+    )
     group.add_argument(
         "--weights", choices=tune_score.WEIGHTS,
-        help="grid: all on a grid; adaptive: in proportion to the members' own scores (DeePEn-Adapt), nothing else; "
-        "keep: as they are; both: the best of all these (default: both)",
+        help="grid: try all weights on a grid; adaptive: only weights in proportion to the members' own scores "
+        "(DeePEn-Adapt); keep: the given weights; both: the best of all these (default: both)",
     )  # fmt: skip
-    group.add_argument("--weight-step", type=positive, metavar="W", help="of the grid (default: 0.1)")
+    group.add_argument("--weight-step", type=positive, metavar="W", help="step of the grid (default: 0.1)")
     group.add_argument(
         "--learning-rates", nargs="+", type=positive, metavar="LR",
-        help="to try, where the inverse takes one (default: 0.05 to 0.3)",
+        help="learning rates to try, if the inverse has one (default: 0.05 to 0.3)",
     )  # fmt: skip
 
 

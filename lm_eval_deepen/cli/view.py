@@ -13,10 +13,11 @@ from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.storage import check_place, reason, write_text
 
 HELP = (
-    "Write one HTML page of the traces in a result folder (`trace=true` of an ensemble writes them): the documents, "
-    "the texts coloured by whose choice each token is, every member's distribution at each step. With "
-    "other folders, where two of them part. The page needs no network. `--serve` shows it without writing it, and "
-    "hands out the steps of a document where they are looked at: for runs that are too large for one page."
+    "Write one HTML page of the traces in a result folder (an ensemble with `trace=true` writes traces). The page "
+    "shows the documents, their texts with a colour for whose choice each token is, and every member's distribution "
+    "at each step. With more folders, it also shows where two texts begin to differ. The page needs no network. "
+    "`--serve` shows the page without writing it, and sends the steps of a document only when it is looked at: for "
+    "runs that are too large for one page."
 )
 
 
@@ -28,12 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="DIR_B",
-        help="other result folders; of those without traces the samples",
+        help="more result folders; those without traces show their samples",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page (default: DIR/view.html)")
-    parser.add_argument("--limit", type=count, metavar="N", help="documents of each task (default: all)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write the page to (default: DIR/view.html)"
+    )
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="show only the first N documents of each task (default: all)"
+    )
     parser.add_argument("--serve", action="store_true", help="show the page on 127.0.0.1 until Ctrl-C")
-    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help="for --serve (default: one that is free)")
+    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help="port for --serve (default: a free one)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ class EnsembleConfig(Settings):
         if self.compat == "reference" and self.covers == "on":
             raise conflict(
                 "covers",
-                "covers=on is no part of a method as it was published; remove covers, or remove compat=reference",
+                "covers=on is not part of the published method; remove covers, or remove compat=reference",
             )
         if self.skip_check and self.skip_when == "never":
             raise conflict(

@@ -62,7 +62,7 @@ def parse_members(
         raise conflict(
             "pretrained",
             f"pretrained={beside if isinstance(beside, str) else shown(beside)} is not the first of members ({main}); "
-            "members includes the main member, first: put it there, or leave pretrained out",
+            "the main member comes first in members: put it there, or leave pretrained out",
         )
     shares = member_weights(weights, [own.weight for own, _ in parsed], weighting)
     return tuple(
@@ -164,8 +164,8 @@ def _configured(member: MemberConfig, defaults: Mapping[str, Any]) -> MemberKeys
         if key != "pretrained" and freeze(value) != loaded.get(key):
             raise conflict(
                 key,
-                f"{key}={value!r} would load member {member.name!r} in another way than elsewhere; loading arguments "
-                "belong to members or common, for members are loaded once",
+                f"{key}={value!r} would load member {member.name!r} in another way than other rows do; members are "
+                "loaded once, so loading arguments belong to members or common",
             )
     own: dict[str, Any] = {name: getattr(member, name) for name in MemberKeys.names()}
     return MemberKeys(**own).replace(weight=None)

@@ -168,8 +168,8 @@ def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
         return shipped[name]
     if name in GONE:
         raise ConfigError(
-            f"{text}: no shipped recipe has this name any more, since its ensemble was not one that was published. "
-            f"Take {GONE[name]!r}; `lm-eval-deepen path recipes` prints where recipes are",
+            f"{text}: no shipped recipe has this name any more, since no publication has its ensemble. "
+            f"Use {GONE[name]!r}; `lm-eval-deepen path recipes` prints where recipes are",
             code="unknown_name",
         )
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=_NEAR)

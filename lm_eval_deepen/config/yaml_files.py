@@ -41,7 +41,7 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} cannot be read ({reason(error)}); give the path of a YAML file") from error
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no configuration has; give another file")
+        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, too many for a configuration; give another file")
     try:
         text = decoded(raw, where)
     except StorageError as error:
@@ -65,7 +65,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: as `read_yaml`.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no configuration has; give less")
+        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, too many for a configuration; give less")
     text = text.removeprefix("\ufeff")
     try:
         _measure(text, where)
@@ -90,7 +90,7 @@ def parse_json(text: str, where: str) -> Any:
         ConfigError: it is no JSON, has a key twice, NaN or an infinite number.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no configuration has; give less")
+        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, too many for a configuration; give less")
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _measure(text: str, where: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 if any(event.anchor == anchor for anchor, _ in opened):
-                    raise ConfigError(f"{where}: line {line}: *{event.anchor} stands in itself; write its value out")
+                    raise ConfigError(f"{where}: line {line}: *{event.anchor} contains itself; write its value out")
                 continue  # unknown: the loader says so
             total += sizes[event.anchor]
             aliased += sizes[event.anchor]
@@ -153,7 +153,9 @@ def _measure(text: str, where: str) -> None:
             opened.append((event.anchor, total))
             total += 1
             if len(opened) > MAX_DEPTH:
-                raise ConfigError(f"{where}: line {line}: more than {MAX_DEPTH} lists or mappings in each other")
+                raise ConfigError(
+                    f"{where}: line {line}: lists or mappings nested more than {MAX_DEPTH} deep; write fewer levels"
+                )
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = opened.pop()
             if anchor:
@@ -167,7 +169,7 @@ class _Strict:
         """Return the value of a node."""
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind in _NOT_JSON:
-            raise self._refused(node, f"to YAML this is {_NOT_JSON[kind]}; {_QUOTE}")
+            raise self._refused(node, f"YAML reads this as {_NOT_JSON[kind]}; {_QUOTE}")
         try:
             return super().construct_object(node, deep)  # type: ignore[misc]
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a tag or its looks promised

@@ -59,7 +59,9 @@ def summary(run: Run) -> list[str]:
     if pooled := counts.get("pooled"):
         did.append(f"the answers to {pooled['requests']:,} requests were combined")
     if out := {name: steps for name, steps in counts["steps_sat_out"].items() if steps}:
-        did.append("steps that a member sat out: " + ", ".join(f"{name} {steps:,}" for name, steps in out.items()))
+        did.append(
+            "steps from which a member abstained: " + ", ".join(f"{name} {steps:,}" for name, steps in out.items())
+        )
     if not did:
         return []
     names = " + ".join(member.name for member in run.ensemble.members)

@@ -94,8 +94,8 @@ class Ranks:
             _store(slices)
         if dist.is_initialized() and dist.get_world_size() != slices:
             raise ConfigError(
-                f"the processes of this launch are in groups of {dist.get_world_size()} already, by a model that was "
-                f"loaded before, and this one's members are divided over {slices}. Load it in a launch of its own"
+                f"a model that was loaded before has put the processes of this launch into groups of "
+                f"{dist.get_world_size()}, and this model needs groups of {slices}. Load it in a launch of its own"
             )
         return cls(process // slices, launched // slices, slices, process % slices)
 

@@ -137,7 +137,10 @@ class DeepenLM(RequestHandler):
         outer = {key: value for key, value in (additional_config or {}).items() if value is not None}
         device = outer.get("device")
         if device == COMMAND_LINE_DEVICE and device not in existing_devices():
-            log.info("no device %r, the command line's default: members that name none load on the CPU.", device)
+            log.info(
+                "no device %r here, which is the command line's default: members that name no device load on the CPU.",
+                device,
+            )
             del outer["device"]
         return cls(**{**outer, **arg_dict})
 

@@ -182,8 +182,8 @@ def load_tasks(
             raise
         except Exception as error:  # whatever a task's own code raises, or the hub
             raise ConfigError(
-                f"task {spec.task!r} cannot be loaded: {type(error).__name__}: {error}. What a task is told stands "
-                "under metadata, in a recipe as on the command line"
+                f"task {spec.task!r} cannot be loaded: {type(error).__name__}: {error}. Give what the task "
+                "needs under metadata, in a recipe or on the command line"
             ) from error
     return tasks
 

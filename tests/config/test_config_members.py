@@ -149,7 +149,7 @@ def test_hf_kwargs_passes_anything_but_arguments_of_their_own():
         ({"members": [{"weight": 1}]}, r"members\[0\]: pretrained is missing; it must be a hub name or a path"),
         ({"pretrained": 7}, r"pretrained must be .*as text; got 7 \(quote it"),
         ({"pretrained": "B", "members": ["A", "B"]}, r"pretrained=B is not the first of members \(A\)"),
-        ({"pretrained": "A", "members": ["B"]}, "members includes the main member, first"),
+        ({"pretrained": "A", "members": ["B"]}, "the main member comes first in members"),
     ],
 )
 def test_members_that_cannot_be_read(raw, match):

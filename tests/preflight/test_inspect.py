@@ -274,13 +274,13 @@ def test_bad_arguments_of_the_command_are_user_errors(
 
 def test_results_that_are_asked_for_must_be_there(pico, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     member = f"--member=Llama-2-13b-hf={pico['bytelevel']}"
-    for content, told in ((None, "reproduction.json cannot be read"), ("[]", "is no file of `reproduce`")):
+    for content, told in ((None, "reproduction.json cannot be read"), ("[]", "is not a file that `reproduce` wrote")):
         if content is not None:
             (tmp_path / "reproduction.json").write_text(content)
         assert main(["inspect", "deepen_nq_2", member, "--no-tasks", "--results", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
     assert main(["inspect", "org/a", "--results", str(tmp_path)]) == 2
-    assert "says no published score" in capsys.readouterr().err
+    assert "has no published score" in capsys.readouterr().err
 
 
 def test_a_damaged_weight_file_is_a_problem(
