@@ -200,9 +200,14 @@ class EnsembleConfig(Settings):
         return keys
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 hex digest of everything that influences results.
+        """Return the SHA-256 hex digest of `identity`."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
-        Left out: member names, batch sizes, where matrices are kept, and `PLACEMENT_KEYS`.
+    def identity(self) -> dict[str, Any]:
+        """Return everything that influences results, as JSON data.
+
+        Left out: member names, batch sizes, where matrices are kept, and `PLACEMENT_KEYS`, access tokens among them.
         """
         members = [
             {
@@ -233,8 +238,7 @@ class EnsembleConfig(Settings):
             facts["sampling"] = self.sampling
         if self.pooling_options is not None:
             facts["pooling"] = {"name": self.pooling, **self.pooling_options.to_dict()}
-        canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return facts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON data, in the nested spelling: parsing it gives an equal one.

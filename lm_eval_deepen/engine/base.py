@@ -412,6 +412,7 @@ class EnsembleBase:
         facts = getattr(self.fuser, "facts", {})
         return {
             "fingerprint": self.config.fingerprint(),
+            "configuration": self.config.identity(),
             "method": self.config.method if self.fuser else "none (the main member alone)",
             "options": self.config.options_dict() if self.fuser else {},
             "weighting": self.config.weighting,

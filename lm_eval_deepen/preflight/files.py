@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, StorageError, one_line
-from lm_eval_deepen.storage import read_json
+from lm_eval_deepen.storage import read_json, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,7 +319,7 @@ def _read(path: Path, member: MemberConfig) -> dict[str, Any]:
         content = read_json(path)
     except StorageError as error:
         raise MemberError(
-            f"member {member.name!r}: {path} cannot be read ({one_line(error)}). Give a folder with a model, or a hub "
+            f"member {member.name!r}: {path} cannot be read ({reason(error)}). Give a folder with a model, or a hub "
             "name."
         ) from error
     if not isinstance(content, dict):

@@ -51,7 +51,11 @@ def objections(first: Run, second: Run, tasks: Sequence[str], allow_config_chang
         if changed := _ensemble(one, two):
             ensembles.setdefault(changed, []).append(name)
     for changed, names in ensembles.items():
-        (notes if allow_config_change else reasons).append(f"{', '.join(names)}: {changed}")
+        said = f"{', '.join(names)}: {changed}"
+        if allow_config_change:
+            notes.append(said)
+        else:
+            reasons.append(f"{said}; where this is meant, give --allow-config-change")
     unasked = [name for name in second.tasks if name not in first.tasks]
     if unasked:
         notes.append(f"{second.label} has tasks that {first.label} does not have: {', '.join(unasked)}")
@@ -103,17 +107,36 @@ def _ensemble(one: TaskRun, two: TaskRun) -> str | None:
     if prints[0] == prints[1]:
         return None
     described = [((run.results.get("config") or {}).get("deepen") or {}) for run in (one, two)]
-    differences = [_differs(key, *(d.get(key) for d in described)) for key in ("method", "compat", "seed")]
-    options = [d.get("options") or {} for d in described]
-    keys = dict.fromkeys([*options[0], *options[1]])
-    if described[0].get("method") != described[1].get("method"):  # what one of them does not have is no change
-        keys = {key: None for key in keys if all(key in own for own in options)}
-    differences += [_differs(key, *(o.get(key) for o in options)) for key in keys]
-    members = ([f"{m.get('pretrained')} x {m.get('weight')}" for m in d.get("members") or ()] for d in described)
-    differences.append(_differs("members", *members))
-    told = "; ".join(difference for difference in differences if difference)
+    told = [_configuration(d.get("configuration") or d) for d in described]  # results of older versions have less
+    if told[0]["method"] != told[1]["method"]:  # what one of them does not have is no change
+        told = [{key: value for key, value in own.items() if all(key in other for other in told)} for own in told]
+    differences = [_differs(key, *(own.get(key) for own in told)) for key in dict.fromkeys([*told[0], *told[1]])]
+    if told[0]["members"] == told[1]["members"]:
+        for i, (first, second) in enumerate(zip(*(_members(d.get("configuration")) for d in described), strict=False)):
+            keys = dict.fromkeys([*first, *second])
+            differences += [_differs(f"members[{i}].{key}", first.get(key), second.get(key)) for key in keys]
+    named = "; ".join(difference for difference in differences if difference)
     shown = " -> ".join(_short(p) or "none (no ensemble)" for p in prints)
-    return f"ensemble fingerprint: {shown}" + (f" ({told})" if told else "")
+    return f"ensemble fingerprint: {shown}" + (f" ({named})" if named else "")
+
+
+def _configuration(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the results tell of an ensemble by option, and its members in short."""
+    flat: dict[str, Any] = {key: told.get(key) for key in ("method", "compat", "seed", "chat_fallback")}
+    flat |= told.get("options") or {}
+    flat |= {key: told.get(key) for key in ("covers", "sampling", "skip")}
+    for kind in ("weighting", "pooling"):
+        own = told.get(kind)
+        named = own if isinstance(own, Mapping) else {"name": own}
+        flat |= {kind if key == "name" else f"{kind}.{key}": value for key, value in named.items()}
+    return flat | {"members": [f"{m.get('pretrained')} x {m.get('weight')}" for m in told.get("members") or ()]}
+
+
+def _members(told: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return what each member is asked and loaded with."""
+    return [
+        {**member, **(member.get("loading") or {}), "loading": None} for member in (told or {}).get("members") or ()
+    ]
 
 
 def _notes(one: TaskRun, two: TaskRun) -> list[str]:

@@ -78,7 +78,7 @@ def _blind(test: Tested, most: float, level: float) -> str:
         return ""
     drop = "is unknown" if seen is None else f"is {number(seen)}"
     return (
-        f"{pair.task} {pair.metric}: the detectable drop {drop} with {documents} documents, above {most:g}; evaluate "
+        f"{pair.task} {pair.column}: the detectable drop {drop} with {documents} documents, above {most:g}; evaluate "
         "more documents, test fewer metrics, or raise --max-detectable"
     )
 

@@ -38,7 +38,7 @@ class Tested:
             seen += f" ({detectable * documents:.0f} documents)"
         return [
             pair.task,
-            pair.metric + (f" ({pair.flt})" if pair.flt != "none" else ""),
+            pair.column,
             str(documents),
             number(pair.baseline.score),
             number(pair.candidate.score),

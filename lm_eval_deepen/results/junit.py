@@ -36,7 +36,7 @@ def junit(report: GateReport) -> str:
 
 def _case(report: GateReport, test: Tested) -> str:
     pair = test.pair
-    name = pair.metric + (f" ({pair.flt})" if pair.flt != "none" else "")
+    name = pair.column
     start = f"  <testcase classname={quoteattr(printable(pair.task))} name={quoteattr(printable(name))}"
     if not test.decision.regressed:
         return f"{start}/>"

@@ -32,6 +32,11 @@ class Pair:
     baseline: Scores
     candidate: Scores
 
+    @property
+    def column(self) -> str:
+        """Metric and filter, as tables name them."""
+        return self.metric + (f" ({self.flt})" if self.flt != "none" else "")
+
 
 @dataclass(frozen=True)
 class GateRule:

@@ -13,7 +13,6 @@ from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.storage import reason
 
 _REQUIRED = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")
-_SHOWN = 6
 
 
 class Key(NamedTuple):
@@ -143,10 +142,18 @@ def common_keys(runs: Sequence[Samples], flt: str, metric: str) -> list[Key]:
         )
     kept = [key for key in shared if all(metric in table[key].values for table in tables)]
     if not kept:
-        known = dict.fromkeys(name for table in tables for key in shared[:_SHOWN] for name in table[key].values)
+        known = [dict.fromkeys(name for key in shared for name in table[key].values) for table in tables]
+        lacking = [run.source for run, names in zip(runs, known, strict=True) if metric not in names]
+        if len(lacking) < len(runs):
+            where = " and ".join(map(str, lacking)) or "any sample that the runs have in common"
+            raise NotPairedError(
+                f"{where}: metric {metric!r} is not there, and another run has it. A run with --predict_only has no "
+                "metric; evaluate the task again without it, or with the same metrics."
+            )
+        there = dict.fromkeys(name for names in known for name in names)
         raise NotPairedError(
             f"{runs[0].source}: metric {metric!r} is in no sample that the runs have in common; there are: "
-            f"{', '.join(known)}.{did_you_mean(metric, known)}"
+            f"{', '.join(there)}.{did_you_mean(metric, there)}"
         )
     return kept
 

@@ -169,7 +169,7 @@ def find_traces(folder: Path, notes: list[str] | None = None) -> dict[str, list[
     if not dated:
         raise ResultError(
             f"{folder}: holds no trace_<task>_<date>.jsonl.gz; evaluate with trace=true in --model_args and "
-            "--output_path"
+            "--output_path. Answers that come from a response cache (--use_cache) have no steps"
         )
     by_task: dict[str, list[TraceFile]] = {}
     for _, path in dated:

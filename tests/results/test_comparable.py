@@ -8,6 +8,7 @@ import shutil
 import pytest
 from run_files import DATE, edited, synthesised
 
+from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.results import find_runs
 from lm_eval_deepen.results.comparable import objections
 
@@ -114,9 +115,35 @@ def test_an_ensembles_change_is_named_and_can_be_declared(tmp_path):
     a = ensemble("a", "aaaaaaaaaaaaaaaa")
     b = ensemble("b", "bbbbbbbbbbbbbbbb", options={"steps": 9}, members=[{"pretrained": "m", "weight": 0.4}])
     told = 't: ensemble fingerprint: aaaaaaaaaaaa -> bbbbbbbbbbbb (steps: 5 -> 9; members: [] -> ["m x 0.4"])'
-    assert objections(a, b, ["t"]).reasons == (told,)
+    assert objections(a, b, ["t"]).reasons == (f"{told}; where this is meant, give --allow-config-change",)
     allowed = objections(a, b, ["t"], allow_config_change=True)
     assert allowed.reasons == () and told in allowed.notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"covers": "off"}, 'covers: "on" -> null'),
+        ({"chat_fallback": "plain"}, 'chat_fallback: "error" -> "plain"'),
+        ({"seed": 3}, "seed: 0 -> 3"),
+        ({"skip_when": "agree"}, 'skip: null -> ["agree", null]'),
+        ({"prior_share": 0.5, "learn_from": "prompt"}, "weighting.prior_share: 0.25 -> 0.5"),
+        ({"members": ["org/a", {"pretrained": "org/b", "temperature": 0.5}]}, "members[1].temperature: 1.0 -> 0.5"),
+        ({"dtype": "bfloat16"}, 'members[0].dtype: null -> "bfloat16"; members[1].dtype: null -> "bfloat16"'),
+        ({"pooling": "vote"}, 'pooling: null -> "vote"'),
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_fingerprint_is_named(tmp_path, changes, told):
+    def ensemble(name, **keys):
+        config = configure({"pretrained": "org/a", "members": "org/a+org/b", **keys})
+        described = {"fingerprint": config.fingerprint(), "configuration": config.identity()}
+        run = synthesised(tmp_path / name, {"t": {"acc": [1.0]}}, config={"model": "deepen", "deepen": described})
+        return find_runs(run)[0]
+
+    before = {"learn_from": "prompt"} if "learn_from" in changes else {}
+    [reason] = objections(ensemble("a", **before), ensemble("b", **changes), ["t"]).reasons
+    assert told in reason
 
 
 def test_other_model_arguments_and_versions_are_notes(tmp_path):

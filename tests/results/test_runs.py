@@ -186,6 +186,9 @@ def test_pairing_without_a_common_document_metric_or_filter_is_an_error():
         common_keys([a, b], "none", "acc")
     with pytest.raises(ResultError, match="metric 'ac' is in no sample .* there are: acc. Did you mean 'acc'"):
         common_keys([a, a], "none", "ac")
+    bare = samples(record(0, {"bypass": 999}, doc="x"))
+    with pytest.raises(ResultError, match="^file: metric 'acc' is not there, and another run has it.*--predict_only"):
+        common_keys([a, bare], "none", "acc")
     with pytest.raises(ResultError, match="no sample of filter 'non'; there are: none. Did you mean 'none'"):
         common_keys([a, a], "non", "acc")
 
