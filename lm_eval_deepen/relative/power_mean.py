@@ -26,14 +26,15 @@ def power_mean(
     they say. A power of 0.2 or more gives what it gives for 0, one below 0 gives such an anchor next to nothing.
     """
     masses = blended(share, parts)
-    weights = masses.blend.T[:, :, None]  # [M, B, 1]
     logs = torch.stack([reached, *others]).log_().clamp_min_(LOG_LEAST)
-    logs.masked_fill_(weights == 0, math.inf if power < 0 else -math.inf)
+    logs.masked_fill_(masses.blend.T[:, :, None] == 0, math.inf if power < 0 else -math.inf)
     extreme = logs.amin(0) if power < 0 else logs.amax(0)
     extreme.masked_fill_(extreme.isinf(), 0.0)  # rows in which nobody has text
     if math.isinf(power):
         return masses.agree(torch.softmax(extreme, dim=1))
     gaps = logs.sub_(extreme).mul_(power)  # from the term that counts most, which is 1
-    less = (weights * gaps.expm1()).sum(0)  # sum_m w_m ... - 1, which is exact where the sum is nearly 1
-    log_sum = torch.where(less > -0.5, less.log1p(), (weights * gaps.exp()).sum(0).log())
+    log_sum = torch.einsum("bm,mba->ba", masses.blend, gaps.exp()).log_()
+    if abs(power) < 1:  # where the sum is nearly 1, its logarithm would be rounding
+        less = torch.einsum("bm,mba->ba", masses.blend, gaps.expm1_())
+        log_sum = torch.where(less > -0.5, less.log1p(), log_sum)
     return masses.agree(torch.softmax(extreme + log_sum / power, dim=1))
