@@ -1,4 +1,4 @@
-"""An ensemble from Python, cell by cell: what it says, what it scores, who decided each token.
+"""An ensemble from Python, cell by cell: next pieces, texts, scores, and who decided each token.
 
 python examples/notebook.py MODEL MODEL
 """
@@ -11,16 +11,16 @@ from lm_eval_deepen import Ensemble, configure
 models = sys.argv[1:]
 ensemble = Ensemble.load(configure({"pretrained": models[0], "members": models, "batch_size": 2}), "cpu")
 
-# %% What comes next: `logp` [K] has the natural-log probability of each of `pieces` [K].
+# %% What comes next? `logp` [K] has the natural-log probability of each piece in `pieces` [K].
 following = ensemble.next_logp("The capital of France is")
 for piece, probability in following.likeliest(3):
     print(f"{piece!r:12} {probability:.3f}")
 
-# %% Texts are generated together, as a task's generate_until does.
+# %% Generate texts together, as a task's generate_until does.
 for found in ensemble.generate(["The dog", "Question: 1 + 1?\nAnswer:"], until=["\n"], max_gen_toks=12):
     print(f"{found.prompt!r} -> {found.text!r} ({found.reason}, {sum(found.logp):.2f} nats)")
 
-# %% Which continuation is likelier? Scores are those of loglikelihood.
+# %% Which continuation is likelier? The scores are those of loglikelihood.
 choices = ensemble.score("The capital of France is", [" Paris", " Rome", " Sofia"])
 best = max(choices, key=lambda choice: choice.logp)
 print(f"likeliest: {best.text!r} with {best.logp:.2f} nats")
