@@ -199,7 +199,8 @@ def _keys(value: Any, path: str = "") -> Iterator[str]:
     """Yield the paths of all values; the entries of a list have one path, and so have members by name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _keys(inner, f"{path}.{key}" if path else str(key))
+            name = Path(key).name  # of a model's folder; they are written to a temporary one
+            yield from _keys(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         yield from {key for inner in value for key in _keys(inner, f"{path}[]")}
     else:
