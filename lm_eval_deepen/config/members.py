@@ -101,8 +101,8 @@ def _entries(raw: Any, defaults: Mapping[str, Any]) -> list[Entry]:
 
 def _entry(raw: Any, at: str) -> Entry:
     """Return the keys of one member that are given."""
-    if isinstance(raw, str):
-        return {"pretrained": raw.strip()}
+    if isinstance(raw, (str, os.PathLike)):
+        return {"pretrained": os.fspath(raw).strip()}
     if isinstance(raw, Mapping):
         return given(raw)
     if not isinstance(raw, MemberConfig):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval_deepen.config.errors import bad_value, conflict
+from lm_eval_deepen.config.errors import bad_value, conflict, shown
 from lm_eval_deepen.config.keys import split_numbers, to_number
 
 TOLERANCE = 1e-4  # of the weights' sum around 1
@@ -45,14 +45,18 @@ def _given(listed: Any, own: Sequence[float | None]) -> list[float] | None:
     if listed is not None and len(missing) < len(own):
         raise bad_value("weights", "weights and a member's own weight are both given; keep one of the two spellings")
     values = own if listed is None else split_numbers(listed)
-    if len(values) != len(own):
-        raise bad_value("weights", f"weights has {len(values)} values for {len(own)} members; give one per member")
+    if not isinstance(listed, (list, tuple, str, float, int, type(None))) or (
+        isinstance(listed, str) and "," in listed
+    ):
+        raise bad_value("weights", f"weights must be a list of numbers, or 0.6+0.4 inline; got {shown(listed)}")
     weights = []
     for i, value in enumerate(values):
         number = to_number(value)
         if number is None or number < 0:
             raise bad_value("weights", f"weights[{i}] must be a finite number, 0 or more; got {value!r}")
         weights.append(number)
+    if len(values) != len(own):
+        raise bad_value("weights", f"weights has {len(values)} values for {len(own)} members; give one per member")
     if not math.isfinite(sum(weights)):
         raise bad_value("weights", "the sum of the weights is infinite; give smaller numbers")
     total = math.fsum(weights)

@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval_deepen.engine.bits_per_byte import Document
 from lm_eval_deepen.engine.prompts import require_text
 from lm_eval_deepen.errors import RequestError, StorageError
-from lm_eval_deepen.storage import read_text
+from lm_eval_deepen.storage import read_text, reason
 
 
 def default_text() -> Path:
@@ -34,7 +34,9 @@ def load_documents(paths: Sequence[str | Path], limit: int | None = None) -> lis
         try:
             content = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
         except StorageError as error:
-            raise RequestError(f"text file {path} cannot be read ({error}). Give UTF-8 text or JSON lines.") from error
+            raise RequestError(
+                f"text file {path} cannot be read ({reason(error)}). Give UTF-8 text or JSON lines."
+            ) from error
         if path.suffix == ".jsonl":
             documents = [_from_json(line, path, n) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         else:

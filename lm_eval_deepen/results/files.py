@@ -51,9 +51,10 @@ class TaskRun:
 
     @property
     def columns(self) -> list[tuple[str, str]]:
-        """What was measured, as (metric, filter), in the order of the results file."""
+        """What was measured, as (metric, filter), in the order of the results file; nothing with --predict_only."""
         keys = [key.partition(",") for key in self.results["results"].get(self.task, {})]
-        return [(metric, flt) for metric, comma, flt in keys if comma and not metric.endswith("_stderr")]
+        named = [(metric, flt) for metric, comma, flt in keys if comma and not metric.endswith("_stderr")]
+        return [(metric, flt) for metric, flt in named if metric != "bypass"]
 
     def higher_is_better(self, metric: str) -> bool | None:
         """Return which way a metric is good; None where the results file does not say."""

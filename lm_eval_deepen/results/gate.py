@@ -116,6 +116,8 @@ def pairs_of(
             continue
         notes.extend(doubt for doubt in doubts if doubt)
         pairs.append(pair)
-    if not pairs and not reasons:
+    if not columns:
+        reasons.append("the runs have no metric: with --predict_only nothing is measured; evaluate without it")
+    elif not pairs and not reasons:
         reasons.append("no metric of the chosen tasks can be tested document by document, see the notes")
     return pairs, reasons

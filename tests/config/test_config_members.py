@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from config_helpers import PAIR, catalogue, parse, refuse
 
@@ -251,6 +253,12 @@ def test_weights_within_tolerance_are_normalised(weights, wanted):
     assert abs(math.fsum(config.weights) - 1) < 1e-15
 
 
+def test_paths_of_members_are_as_good_as_texts():
+    """`pretrained` takes them, too."""
+    members = [Path("org/A"), Path("org/B")]
+    assert parse(members=members, pretrained=members[0]) == parse(members=["org/A", "org/B"])
+
+
 @pytest.mark.parametrize(
     ("weights", "match"),
     [
@@ -258,6 +266,9 @@ def test_weights_within_tolerance_are_normalised(weights, wanted):
         (1, "weights has 1 values for 2 members"),
         ("0.2+0.3+0.5", "weights has 3 values for 2 members"),
         ([], "weights has 0 values for 2 members"),
+        ("0.5,0.5", r"weights must be a list of numbers, or 0.6\+0.4 inline; got '0.5,0.5'"),
+        ({"A": 0.5, "B": 0.5}, "weights must be a list of numbers.*got {'A': 0.5"),
+        (np.array([0.5, 0.5]), "weights must be a list of numbers.*got an object of type ndarray"),
         ([0.5, math.nan], r"weights\[1\] must be a finite number, 0 or more; got nan"),
         ("nan+0.5", r"weights\[0\] must be a finite number, 0 or more; got 'nan'"),
         ([math.inf, 0.5], r"weights\[0\] must be a finite number, 0 or more; got inf"),

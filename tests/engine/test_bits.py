@@ -228,7 +228,7 @@ def test_texts_are_read_or_refused_with_their_place(tmp_path) -> None:
     plain.write_text("\n")
     with pytest.raises(RequestError, match="holds no document"):
         texts.load_documents([plain])
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match=r"missing.txt cannot be read \(No such file or directory\)\. Give"):
         texts.load_documents([tmp_path / "missing.txt"])
 
 

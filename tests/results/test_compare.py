@@ -328,3 +328,13 @@ def test_a_doctored_run_is_significantly_worse(tmp_path, capsys):
     assert as_json(capsys, a, b)["rows"][1]["verdict"] == "worse"
     unknown = edited(b, tmp_path / "c", lambda results: results.update(higher_is_better={}))
     assert as_json(capsys, unknown, a)["rows"][0]["higher_is_better"] is None
+
+
+def test_a_run_with_predictions_alone_has_no_metric(tmp_path, capsys):
+    bare = synthesised(tmp_path / "bare", {"t": {"bypass": [999, 999]}})
+    full = synthesised(tmp_path / "full", {"t": {"acc": [1.0, 0.0]}})
+    assert cli.main(["compare", str(bare), str(full)]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not compared" in line]
+    assert f"{bare}" in line and "metric 'acc' is not there, and another run has it. A run with --predict_only" in line
+    assert cli.main(["gate", "--baseline", str(bare), "--candidate", str(bare)]) == 3
+    assert "the runs have no metric: with --predict_only nothing is measured" in capsys.readouterr().out
