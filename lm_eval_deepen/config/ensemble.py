@@ -62,6 +62,7 @@ class EnsembleConfig(Settings):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         """Refuse keys that exclude each other, and a weighting or a pooling that has nothing to work on."""
+        alone = len(self.members) == 1  # then what is said of fused steps has no effect
         if self.compat == "reference" and self.covers == "on":
             raise conflict(
                 "covers",
@@ -77,14 +78,13 @@ class EnsembleConfig(Settings):
                 f"skip_above={self.skip_above} is for skip_when=confident, got skip_when={self.skip_when}; remove "
                 "it, or set skip_when=confident",
             )
-        alone = len(self.members) == 1
         if self.weights_change and alone:
             raise conflict(
                 "weighting", f"weighting={self.weighting} has nothing to weigh: there is one member; remove weighting"
             )
         if self.trace_dir is not None and self.trace is None:
             raise conflict("trace_dir", "trace_dir says where traces are written, and trace is not set; set trace=true")
-        if self.trace is not None and self.sampling == "member":
+        if self.trace is not None and self.sampling == "member" and not alone:
             raise conflict(
                 "sampling",
                 f"sampling=member asks one member at a time, and trace={self.trace} shows what all members said at "
@@ -191,8 +191,8 @@ class EnsembleConfig(Settings):
 
     @property
     def writes_by_words(self) -> bool:
-        """Whether the method writes texts by words: it fuses no steps of theirs, and scores no given text."""
-        return bool(getattr(self.options, "BY_WORDS", False))
+        """Whether several members write texts by words: no steps of theirs are fused, and no given text is scored."""
+        return len(self.members) > 1 and bool(getattr(self.options, "BY_WORDS", False))
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.config.catalogue import ENSEMBLE_KEYS, MEMBER_KEYS, Catalogue
@@ -45,16 +46,22 @@ def parse_config(raw: Mapping[str, Any], catalogue: Catalogue, alike: Collection
     if file is None:
         return _parse(keys, catalogue, alike)
     merged = merge_file(file, keys)
+    beside = keys.keys() - {"pretrained"}
     try:
         return _parse(merged, catalogue, {*alike, *(merged.keys() - keys.keys() if "members" in keys else ())})
     except ConfigError as error:  # what is given beside the file is no fault of the file
-        inline = keys.keys() - {"pretrained"}
-        raise ConfigError(
-            *(
-                one if re.split(r"[.\[]", one.key)[0] in inline else replace(one, where=(str(file), *one.where))
-                for one in error.problems
-            )
-        ) from None
+        raise ConfigError(*(_in_file(one, file, beside) for one in error.problems)) from None
+
+
+def _in_file(problem: Problem, file: Path, beside: Collection[str]) -> Problem:
+    """Return a problem with the file in front, unless it is about a key given beside it; which can remove no key."""
+    key = re.split(r"[.\[]", problem.key)[0]
+    if key in beside:
+        return problem
+    message = problem.message
+    if beside and key and f"remove {key}" in message:
+        message += f". What is given beside a file cannot remove a key of it: leave {key} out of a copy of {file.name}"
+    return replace(problem, message=message, where=(str(file), *problem.where))
 
 
 def _parse(keys: Mapping[str, Any], catalogue: Catalogue, alike: Collection[str]) -> EnsembleConfig:

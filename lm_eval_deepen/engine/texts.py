@@ -210,7 +210,7 @@ def generated(
     ensemble: EnsembleBase, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
 ) -> tuple[GeneratedText, ...]:
     """Return one text for each prompt; see `Ensemble.generate`."""
-    if traced and arguments.get("do_sample") and ensemble.config.sampling == "member":
+    if traced and arguments.get("do_sample") and ensemble.config.sampling == "member" and ensemble.fuser is not None:
         raise RequestError(
             "sampling=member asks one member at a time, and traced=True wants what all members said at each step; "
             "leave out one of the two"

@@ -151,6 +151,29 @@ def test_what_combines_several_in_a_file_is_left_out_where_its_members_are_cut_t
         configure({"pretrained": str(wrong), "members": "A"})
 
 
+@pytest.mark.parametrize("said", ["sampling: member", "method: adafuse"])
+def test_what_has_no_effect_on_one_member_excludes_no_trace(tmp_path, said) -> None:
+    file = write(tmp_path / "pair.yaml", f"kind: ensemble\nmembers: [A, B]\n{said}\n")
+    assert configure({"pretrained": str(file), "members": "A", "trace": True}).trace is True
+    with pytest.raises(ConfigError, match="trace=True"):
+        configure({"pretrained": str(file), "trace": True})
+
+
+def test_a_key_of_a_file_is_not_removed_from_beside_it(tmp_path) -> None:
+    file = write(tmp_path / "pair.yaml", "kind: ensemble\nmembers: [A, B]\nmethod: gac\nthreshold: 0.5\n")
+    with pytest.raises(ConfigError) as told:
+        configure({"pretrained": str(file), "pooling": "logp-mean"})
+    assert str(told.value) == (
+        f"{file}: method='gac' is about fusing steps, and pooling=logp-mean combines the members' own answers; remove "
+        "method. What is given beside a file cannot remove a key of it: leave method out of a copy of pair.yaml"
+    )
+    with pytest.raises(ConfigError, match="leave threshold out of a copy of pair.yaml"):
+        configure({"pretrained": str(file), "method": "deepen"})
+    own = write(tmp_path / "own.yaml", file.read_text() + "pooling: vote\n")
+    with pytest.raises(ConfigError, match="remove method$"):
+        configure({"pretrained": str(own)})
+
+
 def test_the_fingerprint_knows_what_changes_weights() -> None:
     plain = parse(PAIR).fingerprint()
     assert parse(PAIR, weighting="uniform").fingerprint() == plain  # the weights say all

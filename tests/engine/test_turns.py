@@ -472,6 +472,13 @@ def test_traces_and_turns_exclude_each_other(make, pair):
         pair.ensemble.generate([CONTEXT], traced=True, **SAMPLED)
 
 
+def test_a_file_that_is_cut_to_one_member_is_traced(pico, tmp_path):
+    file = tmp_path / "pair.yaml"
+    file.write_text(f"kind: ensemble\nmembers: [{pico['bytelevel']}, {pico['metaspace']}]\nsampling: member\n")
+    cut = DeepenLM(pretrained=str(file), members=str(pico["bytelevel"]), device="cpu")
+    assert cut.ensemble.config.sampling == "member" and cut.ensemble.generate([CONTEXT], traced=True, **SAMPLED)
+
+
 @pytest.mark.parametrize(
     ("silent", "options"),
     [(1, LINEAR), (0, {"method": "mixture", "weights": [0.5, 0.5]}), (1, {"method": "mixture", "weighting": "bayes"})],
