@@ -31,8 +31,16 @@ def member_weights(listed: Any, own: Sequence[float | None], weighting: Any) -> 
             "weights",
             f"weights are given, but weighting={weighting.NAME} computes them; remove the weights, or remove weighting",
         )
-    weights: list[float] = weighting.start(given, count)
-    return weights
+    weights = weighting.start(given, count)
+    numbers = [to_number(weight) for weight in weights] if isinstance(weights, (list, tuple)) else []
+    known = [number for number in numbers if number is not None and number >= 0]
+    if len(known) != count or len(numbers) != count or abs(math.fsum(known) - 1) > TOLERANCE:
+        raise bad_value(
+            "weighting",
+            f"weighting={weighting.NAME} starts from the weights {shown(weights)} of {count} members; start must give "
+            "one each, 0 or more, that sum to 1",
+        )
+    return list(weights)
 
 
 def _given(listed: Any, own: Sequence[float | None]) -> list[float] | None:

@@ -17,7 +17,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.covers import CoverReader
 from lm_eval_deepen.engine.selective import Selective, inside
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.errors import MemberError
+from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, by_expert
 from lm_eval_deepen.fusion.adafuse import AdaFuse
@@ -25,7 +25,7 @@ from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.relative.topk import argmax
-from lm_eval_deepen.weighting.base import PromptLoss, Weigher
+from lm_eval_deepen.weighting.base import PromptLoss, Weigher, checked
 from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
 from lm_eval_deepen.weighting.experts import Experts
 
@@ -59,6 +59,9 @@ class FusionNotes:
         return told
 
 
+NORMALISED = 1e-3  # nats that a fused row may be off a sum of 1
+
+
 @dataclass(eq=False)
 class EnsembleBase:
     """Several members evaluated as one model."""
@@ -70,6 +73,7 @@ class EnsembleBase:
     counters: Trace  # what was counted while it ran
     weigher: Weigher | None = None  # what changes the weights by request or by step, None where they are constant
     selective: Selective | None = None  # which steps are left to the main member by choice, None where all are fused
+    first_rows_checked: bool = False  # whether the first fused rows were seen to sum to 1
 
     @property
     def main(self) -> Member:
@@ -220,7 +224,9 @@ class EnsembleBase:
             configured = self.weights[list(here)]
             if len(here) < len(self.active) and configured.sum() > 0:
                 configured = configured / configured.sum()
-            shares[torch.tensor(rows)[:, None], torch.tensor(here)] = self.weigher.prepare(known, configured).cpu()
+            given = self.weigher.prepare(known, configured)
+            given = checked(str(self.config.weighting), given, shares.new_ones(len(rows), len(here)))
+            shares[torch.tensor(rows)[:, None], torch.tensor(here)] = given.to(shares)
         return shares
 
     def inside(self, logp: Tensor, tokens: Iterable[Sequence[Sequence[int] | None]]) -> Tensor | None:
@@ -275,7 +281,7 @@ class EnsembleBase:
         alone[:, 0] = 1
         weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), alone)
         if self.weigher is not None and self.weigher.reads_steps:
-            weights = self.weigher.weights(logp, weights)
+            weights = checked(str(self.config.weighting), self.weigher.weights(logp, weights), weights)
         if notes is not None:
             notes.weights = weights
         with torch.inference_mode():
@@ -376,9 +382,24 @@ class EnsembleBase:
 
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, rows: Tensor | None = None) -> Tensor:
         fused = fuser.fuse(logp, weights)
+        self._check_fused(fused.logp, (len(weights), len(fuser.out_vocab)))
         vocabs = [member.codec.vocab.events for member in self.members]
         self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0, rows)
         return fused.logp
+
+    def _check_fused(self, logp: Tensor, shape: tuple[int, int]) -> None:
+        """Raise ConfigError for rows that a method may not give; whether they sum to 1 is asked of the first ones."""
+        method = f"method={self.config.method} gives"
+        if logp.shape != shape:
+            got = tuple(logp.shape)
+            raise ConfigError(f"{method} a tensor of {got} for {shape} rows and pieces of out_vocab; correct it")
+        if logp.amax(dim=1).isnan().any():
+            raise ConfigError(f"{method} log-probabilities that are no numbers; correct it")
+        if not self.first_rows_checked:
+            self.first_rows_checked = True
+            off = float(torch.logsumexp(logp.double(), 1).abs().max())
+            if not off < NORMALISED:
+                raise ConfigError(f"{method} rows whose probabilities do not sum to 1 ({off:.3g} nats off); correct it")
 
     def same_piece(self, a: int, b: int) -> bool:
         """Return whether two ids of the fused distribution stand for the same text."""

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.requests import Answers, RequestHandler
 from lm_eval_deepen.harness.unanswered import SetAside
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
-from lm_eval_deepen.pooling.base import Candidate, Scored, check_request, fused_takes_part, scores_texts
+from lm_eval_deepen.pooling.base import Candidate, Pooled, Scored, check_request, fused_takes_part, scores_texts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -133,10 +134,22 @@ class Pool:
         else:
             pairs = [answer if isinstance(answer, tuple) else (answer, False) for answer in given]
             pooled = self.method.combine([Scored(*pair) for pair in pairs], weights)
+        self._check(kind, pooled)
         self.counters.record_pooled(pooled.stats, [self.members[m].name for m in missing])
         if kind == "generate_until":
             return pooled.answer
         return (pooled.answer.logp, pooled.answer.greedy) if kind == "loglikelihood" else pooled.answer.logp
+
+    def _check(self, kind: str, pooled: Any) -> None:
+        """Raise ConfigError for what is no combined answer."""
+        answer = getattr(pooled, "answer", None)
+        texts = kind == "generate_until"
+        right = isinstance(answer, str) if texts else isinstance(answer, Scored) and not math.isnan(answer.logp)
+        if not isinstance(pooled, Pooled) or not right:
+            wanted = "text" if texts else "Scored with a number"
+            raise ConfigError(
+                f"pooling={self.name} combines answers into {pooled!r}, no Pooled with a {wanted}; correct it"
+            )
 
     def _own(self, m: int, requests: Sequence[Instance]) -> Sequence[Instance]:
         """Return requests whose conversations are rendered by member `m`; the main one's rendering is there."""

@@ -28,6 +28,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from lm_eval_deepen.config.registry import Registry
+from lm_eval_deepen.errors import ConfigError
+
+TOLERANCE = 1e-3  # of the sum of weights around 1, in fp32
 
 
 @dataclass(frozen=True)
@@ -118,3 +121,23 @@ class Weighting(Protocol):
 
 WEIGHTINGS = Registry("weighting", "lm_eval_deepen.weighting", "weighting", helpers=("base", "experts"))
 weighting = WEIGHTINGS.register
+
+
+def checked(name: str, weights: object, base: Tensor) -> Tensor:
+    """Return what the weigher of `name` gives for the rows of `base` [B, M], which has 0 for who has no say.
+
+    Raises:
+        ConfigError: no weights, which would leave rows to the main member, or count them more than once.
+    """
+    if not isinstance(weights, Tensor) or weights.shape != base.shape:
+        got = f"a tensor of {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        raise ConfigError(
+            f"weighting={name} gives {got} as weights of {tuple(base.shape)} rows and members; correct it"
+        )
+    right = (weights >= 0).all(1) & ((weights.sum(1) - 1).abs() < TOLERANCE) & ~((weights > 0) & (base == 0)).any(1)
+    if not bool(right.all()):
+        raise ConfigError(
+            f"weighting={name} gives the weights {weights[~right][0].tolist()}; they must be 0 or more, sum to 1, and "
+            "be 0 for a member that abstains. Correct it"
+        )
+    return weights

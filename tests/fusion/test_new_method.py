@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,12 @@ from harness import deepen, requests
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion import METHODS
+from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.pooling.base import Pooled, Scored
+from lm_eval_deepen.pooling.logp_mean import LogpMean
+from lm_eval_deepen.weighting.confidence import Confidence, ConfidenceWeigher
+from lm_eval_deepen.weighting.perplexity import PerplexityWeigher
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "add_a_fusion_method.md").read_text(encoding="utf-8")
@@ -98,3 +105,34 @@ def test_the_contract_runs_on_it(folder: Path, pico, tmp_path: Path) -> None:
 
 def _takes_a_case(test) -> bool:
     return next(iter(inspect.signature(test).parameters), None) == "case"
+
+
+def _fused(change):
+    """Return a `fuse` whose rows are changed."""
+    real = LinearFuser.fuse
+    return lambda self, logp, weights: replace(made := real(self, logp, weights), logp=change(made.logp))
+
+
+@pytest.mark.parametrize(
+    ("options", "owner", "name", "wrong", "message"),
+    [
+        ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows + 1), "do not sum to 1 .1 nats off"),
+        ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows * math.nan), "that are no numbers"),
+        ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows[:, :-3]), r"a tensor of .* for \("),
+        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base * 2, r"\[1.0, 1.0\]"),
+        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base * math.nan, "nan, nan"),
+        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base[:1, :1], r"\(1, 1\)"),
+        ({"weighting": "perplexity"}, PerplexityWeigher, "prepare", lambda _, losses, own: own, r"tensor of \(2,\)"),
+        ({"weighting": "perplexity"}, PerplexityWeigher, "prepare", lambda *_: [[1, 0]], "gives a list"),
+        ({"weighting": "confidence"}, Confidence, "start", lambda _, given, count: [1.0] * count, "starts from"),
+        ({"weighting": "confidence"}, Confidence, "start", lambda *_: None, "starts from the weights None"),
+        ({"pooling": "logp-mean"}, LogpMean, "combine", lambda *_: Pooled(Scored(math.nan)), "combines answers into"),
+        ({"pooling": "logp-mean"}, LogpMean, "combine", lambda _, answers, weights: answers[0], "combines answers"),
+    ],
+)
+def test_what_a_method_of_ones_own_may_not_give_is_an_error(pico, monkeypatch, options, owner, name, wrong, message):
+    """Weights that were none left rows to the main member; rows that do not sum to 1 were scores."""
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(ConfigError, match=f"^{next(iter(options))}={next(iter(options.values()))} .*{message}"):
+        model = deepen(pico["bytelevel"], pico["padded"], **options)
+        model.loglikelihood(requests("loglikelihood", ("The quick brown fox", " jumps")), disable_tqdm=True)
