@@ -15,7 +15,7 @@ from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.attention import SLACK
-from lm_eval_deepen.member.runner import NODES_PER_FORWARD
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD, TreeRunner
 from lm_eval_deepen.member.state import OLD_STATES, StateRunner
 
 SHARE = 0.5  # of the free memory; the rest is left to forward passes and to other processes
@@ -28,15 +28,28 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 
 
 def kv_bytes(member: Member, tokens: int = 1) -> int:
-    """Return the bytes of keys and values that a text takes up in one member."""
+    """Return the bytes that one member keeps of a text: keys and values, states.
+
+    A member that keeps nothing, as it forwards whole texts, counts by `kv_bytes_by`.
+    """
+    runner = getattr(member.runner, "carrier", member.runner)
+    if isinstance(runner, (TreeRunner, StateRunner)):
+        return runner.held.num_bytes(tokens)
     config = member.lm.model.config.get_text_config()
-    return kv_bytes_by(lambda key, default=None: getattr(config, key, default), member.lm.model.dtype.itemsize, tokens)
+
+    def get(key: str, default: Any = None) -> Any:
+        with suppress(Exception):  # a value of which every layer has its own
+            return getattr(config, key, default)
+        return default
+
+    return kv_bytes_by(get, member.lm.model.dtype.itemsize, tokens)
 
 
 def kv_bytes_by(get: Callable[..., Any], itemsize: int, tokens: int = 1) -> int:
     """Return the bytes of keys and values of a text by a configuration: two vectors a layer, key-value head and token.
 
-    Layers that are named as those with a sliding window keep its tokens and a few more.
+    It is an estimate, for models that nobody can build from their configuration. Layers that are named as those with a
+    sliding window keep its tokens and a few more.
 
     Args:
         get: returns what the configuration has under a key, or a default.
@@ -44,7 +57,7 @@ def kv_bytes_by(get: Callable[..., Any], itemsize: int, tokens: int = 1) -> int:
         tokens: of the text.
     """
     heads = get("num_attention_heads", 1)
-    width = get("head_dim") or get("hidden_size", 0) // heads
+    width = get("head_dim") or get("kv_channels") or get("hidden_size", 0) // heads
     window, layers = get("sliding_window"), get("num_hidden_layers", 0)
     windowed = (get("layer_types") or []).count("sliding_attention") if window else 0
     kept = (layers - windowed) * tokens + windowed * min(tokens, (window or 0) + SLACK)
@@ -98,9 +111,8 @@ def held_bytes(ensemble: EnsembleBase, m: int, longest: int) -> int:
     runner = getattr(member.runner, "carrier", member.runner)
     if not isinstance(runner, StateRunner):
         return int(ROOM * kv_bytes(member, longest))
-    whole, more = runner.state_bytes
     goes_on = m in ensemble.siblings and ensemble.config.speculate == "off"
-    return (whole + more * longest) * (2 if goes_on else OLD_STATES + 3)
+    return runner.held.num_bytes(longest) * (2 if goes_on else OLD_STATES + 3)
 
 
 def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,13 +16,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lm_eval_deepen.member.attention import Alibi, MaskMaker, OwnMasks
 from lm_eval_deepen.member.cache import RecomputedRows, RowCache
 from lm_eval_deepen.member.devices import working_device
-from lm_eval_deepen.member.tree import pad
+from lm_eval_deepen.member.tree import TokenTree, pad
 from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
 
 TokenSequences = Sequence[Sequence[int]]  # token sequences, at least one token each
 NODES_PER_FORWARD = 512
 FEW_ROWS = 48
 PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at once
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model keeps of a text for the forward passes after it.
+
+    Attributes:
+        whole: bytes for a text of any length, as of recurrent states.
+        layers: per layer, the bytes of a token, and how many of the last tokens it keeps; 0 for all.
+    """
+
+    whole: int
+    layers: tuple[tuple[int, int], ...]
+
+    @property
+    def per_token(self) -> int:
+        """Bytes of one more token of a short text."""
+        return sum(size for size, _ in self.layers)
+
+    def num_bytes(self, tokens: int) -> int:
+        """Return the bytes of a text of so many tokens."""
+        return self.whole + sum(size * min(tokens, span or tokens) for size, span in self.layers)
 
 
 class BodyRunner:
@@ -123,6 +147,15 @@ class TreeRunner(BodyRunner):
                 past_key_values=kv,
                 use_cache=kv is not None,
             ).last_hidden_state
+
+    @cached_property
+    def held(self) -> Held:
+        """What is kept of a text: of one that is forwarded."""
+        forwarded = self.forwarded
+        (text,), _ = self.walker().prefill(*TokenTree.of([[0]]))
+        self.forwarded = forwarded
+        sizes = [keys.nbytes + values.nbytes for keys, values in text.kv]
+        return Held(0, tuple(zip(sizes, self.masks.spans or [0] * len(sizes), strict=True)))
 
     def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
         """Return a walker that forwards at most `nodes` tokens at once."""

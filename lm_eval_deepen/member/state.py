@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from lm_eval_deepen.member.cache import Reads
-from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, PlainRunner, TokenSequences
+from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, Held, PlainRunner, TokenSequences
 from lm_eval_deepen.member.tree import TokenTree, common_prefix, pad
 from lm_eval_deepen.member.walk import PlainWalker, Prefilled, chunks
 
@@ -122,16 +122,16 @@ class StateRunner(BodyRunner):
         return out.last_hidden_state, after
 
     @cached_property
-    def state_bytes(self) -> tuple[int, int]:
-        """The bytes of one text's state: of any text, and more for each of its tokens; of two states that it made.
-
-        A sliding window counts as if it kept all tokens.
-        """
+    def held(self) -> Held:
+        """What is kept of a text: of two states that were made."""
         forwarded = self.forwarded
-        short, long = (num_bytes(self.forward([[0] * length], [0], None)[1]) for length in (8, 16))
+        short, long = (self.forward([[0] * length], [0], None)[1] for length in (8, 16))
         self.forwarded = forwarded
-        more = max(0, long - short) // 8
-        return short - 8 * more, more
+        windows = [window_of(layer) for layer in windowed(short)]
+        sizes = [num_bytes(state) - sum(num_bytes([layer.keys, layer.values]) for layer in windowed(state))
+                 for state in (short, long)]  # fmt: skip
+        more = max(0, sizes[1] - sizes[0]) // 8
+        return Held(sizes[0] - 8 * more, ((more, 0), *windows))
 
     def walker(self, nodes: int = NODES_PER_FORWARD) -> StateWalker:
         """Return a walker; how much it forwards at once is its own business."""
@@ -445,6 +445,18 @@ def num_bytes(state: Any) -> int:
     sizes: list[int] = []
     mapped([state], lambda one: sizes.append(one[0].nbytes) or one[0])  # type: ignore[func-returns-value]
     return sum(sizes)
+
+
+def windowed(state: Any) -> list[DynamicSlidingWindowLayer]:
+    """Return the layers of a state that keep the last keys and values alone."""
+    cache = state[0] if isinstance(state, tuple) else state
+    layers = getattr(cache, "layers", ())
+    return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized]
+
+
+def window_of(layer: DynamicSlidingWindowLayer) -> tuple[int, int]:
+    """Return the bytes of a token in such a layer, and how many tokens it keeps."""
+    return num_bytes([layer.keys, layer.values]) // layer.keys.shape[-2], layer.sliding_window - 1
 
 
 def can_be_padded(state: Any) -> bool:

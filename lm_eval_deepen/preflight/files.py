@@ -148,7 +148,15 @@ class ModelFiles:
         name = self.output_embedding if which == "output" else self.embedding
         return None if name is None else self._load(name)
 
-    def without_copies(self) -> ModelFiles:
+    def as_loaded(self) -> ModelFiles:
+        """Return these facts without what is stored and not loaded: layers that predict further tokens, and copies."""
+        from lm_eval_deepen.member.configuration import is_left_out
+
+        left_out = is_left_out(self.config)
+        kept = {name: header for name, header in self.tensors.items() if not left_out(name)}
+        return replace(self, tensors=kept)._without_copies()
+
+    def _without_copies(self) -> ModelFiles:
         """Return these facts without the tables that are stored beside the embedding and tied to it when loaded.
 
         So are those with its values, where ``tie_word_embeddings`` is true; where only headers are known, those with
@@ -274,7 +282,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         generation=_read(generation, member) if generation is not None and generation.is_file() else {},
         tensors=tensors,
         why_not=why_not,
-    ).without_copies()
+    ).as_loaded()
 
 
 def weight_files(folder: Path) -> list[Path]:

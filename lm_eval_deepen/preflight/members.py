@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.config import MemberConfig
@@ -12,6 +13,7 @@ from lm_eval_deepen.preflight.files import DTYPE_BYTES, STORED_BYTES, HubUnreach
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 if TYPE_CHECKING:
+    from lm_eval_deepen.member.runner import Held
     from lm_eval_deepen.member.text import TextCodec
 
 SPREAD = "all GPUs"
@@ -71,10 +73,24 @@ class Inspected:
             return self.parameters * DTYPE_BYTES[self.dtype]
         return stored
 
-    def kv_bytes(self, tokens: int) -> int | None:
-        """Bytes of keys and values that a text takes up."""
+    @cached_property
+    def held(self) -> Held | None:
+        """What it will keep of a text; None where no empty model of its type says it."""
         if self.files is None:
             return None
+        import torch
+
+        from lm_eval_deepen.member.configuration import held_when_loaded
+
+        dtype = getattr(torch, self.dtype) if self.dtype in DTYPE_BYTES else torch.bfloat16
+        return held_when_loaded(self.files.config, dtype)
+
+    def kv_bytes(self, tokens: int) -> int | None:
+        """Bytes of keys and values, or states, that a text takes up."""
+        if self.files is None:
+            return None
+        if self.held is not None:
+            return self.held.num_bytes(tokens)
         from lm_eval_deepen.engine.memory import kv_bytes_by
 
         return kv_bytes_by(self.files.get, DTYPE_BYTES.get(self.dtype, 2), tokens)
@@ -102,7 +118,7 @@ class Inspected:
             "parameters_from": None if files is None else "weights" if files.counted else "configuration",
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
-            "kv_bytes_per_token": self.kv_bytes(1),
+            "kv_bytes_per_token": self.kv_bytes(1) if self.held is None else self.held.per_token,
             "context": files.get("max_position_embeddings") if files else None,
             "chat_template": self.chat_template,
         }

@@ -12,15 +12,20 @@ import torch
 from harness import deepen, requests
 from transformers import CONFIG_MAPPING
 
+from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.engine import memory
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
+from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
-from lm_eval_deepen.member.state import OLD_STATES, StateRunner
+from lm_eval_deepen.member.state import NAMES, OLD_STATES, StateRunner, num_bytes
 from lm_eval_deepen.member.tree import TokenTree
+from lm_eval_deepen.preflight.files import ModelFiles, look_up
+from lm_eval_deepen.preflight.members import Inspected
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from architectures import VARIANTS  # noqa: E402
 from tiny_models import byte_level_tokenizer, tiny_model  # noqa: E402
 
 SHOTS = "".join(f"Question: What is {n} and {n}?\nAnswer: {2 * n}\n\n" for n in range(12))
@@ -129,13 +134,48 @@ def test_auto_counts_states(kind, pico, tmp_path, monkeypatch):
     for pair, states in (((tmp_path, pico["metaspace"]), 1), ((pico["metaspace"], tmp_path), OLD_STATES + 2)):
         ensemble = deepen(*pair, matrix_dir=str(tmp_path)).ensemble
         carrying = next(member for member in ensemble.active if isinstance(member.runner, StateRunner))
-        whole, more = carrying.runner.state_bytes
+        state = carrying.runner.held
         cached = sum(150 * memory.kv_bytes(member) for member in ensemble.active if member is not carrying)
         logits = sum(28 * member.vocab_size for member in ensemble.active)
-        expected = cached + logits + (states + 1) * (whole + 100 * more)
-        assert whole > 0 and memory.row_bytes(ensemble, 100) == {torch.device("cpu"): expected}
+        expected = cached + logits + (states + 1) * state.num_bytes(100)
+        assert state.whole > 0 and memory.row_bytes(ensemble, 100) == {torch.device("cpu"): expected}
         monkeypatch.setattr(memory, "free_bytes", lambda device, expected=expected: 10 * expected)
         assert memory.safe_batch(ensemble, 100, 64) == 5
+
+
+# Keys and values of every kind: for all heads or few, or latent; of some layers; with a window, states, an index.
+KEEPING = (
+    "llama", "opt", "mpt", "bart", "gpt_bigcode", "gpt_bigcode, a key per head", "falcon", "falcon, new decoder",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash", "minicpm3", "dbrx", "jetmoe", "mixtral", "mistral",
+    "gemma2", "gemma4_text", "mimo_v2_flash", "llama4_text", "qwen2, window", "llama, dynamic rope", "phi3, longrope",
+    "mamba", "mamba2", "rwkv", "falcon_h1", "jamba", "kimi_linear", "lfm2", "nemotron_h", "qwen3_next", "zamba2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_the_estimate_of_a_configuration_is_what_a_forward_pass_keeps(name):
+    kind, changes = VARIANTS.get(name, (name, {}))
+    model = tiny_model(CONFIG_MAPPING[kind], 400, **changes)
+    files = ModelFiles(None, model.config.get_text_config().to_dict())
+    member = Inspected(MemberConfig(name="m", pretrained="m"), "cpu", files)
+    lengths = (4, 7)  # no longer than what layers with a window of 8 keep of a text
+    with torch.inference_mode():
+        passes = [model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=True) for length in lengths]
+    states = [next(filter(None, (getattr(out, name, None) for name in NAMES))) for out in passes]
+    kept = [num_bytes(state) for state in states]
+    assert [member.kv_bytes(length) for length in lengths] == kept
+    assert member.to_dict()["kv_bytes_per_token"] == (kept[1] - kept[0]) / 3
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "falcon", "mistral", "llama4_text", "qwen3_next"])
+def test_a_loaded_member_counts_as_its_configuration(kind, tmp_path):
+    tiny_model(CONFIG_MAPPING[kind], len(byte_level_tokenizer())).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    config = MemberConfig(name="m", pretrained=str(tmp_path))
+    member, inspected = load_member(config, "cpu"), Inspected(config, "cpu", look_up(config))
+    counted = [memory.kv_bytes(member, length) for length in (1, 100, 200, 300)]
+    assert [inspected.kv_bytes(length) for length in (1, 100, 200, 300)] == counted and all(counted)
+    assert (counted[3] == counted[2]) == (kind == "mistral")  # whose layers all have a window
 
 
 @pytest.mark.parametrize("length", [3, 400])

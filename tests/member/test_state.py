@@ -137,13 +137,15 @@ def test_the_check_notices_states_that_are_shared_and_passes_that_forget(monkeyp
 
 def test_a_state_takes_the_bytes_that_are_counted(runner):
     """A recurrent state has one size, keys and values grow with the text."""
-    whole, more = runner.state_bytes
+    state = runner.held
     prefilled = runner.walker().prefill(*TokenTree.of([list(range(4, 4 + n)) for n in (30, 100)]))[0]
     held = [states.num_bytes(text.kv) for text in prefilled]
-    assert held == [whole + more * n for n in (30, 100)] and all(held)
+    assert held == [state.num_bytes(n) for n in (30, 100)] and all(held)
     if isinstance(prefilled[0].kv, Cache):
         layers = [layer for layer in prefilled[1].kv.layers if hasattr(layer, "keys")]
-        assert more * 100 == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
+        assert state.per_token * 100 == sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None
+        )
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])

@@ -21,6 +21,7 @@ from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.memory import kv_bytes
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.member.configuration import is_left_out
 from lm_eval_deepen.preflight import cost as inspect_cost
 from lm_eval_deepen.preflight import files as inspect_files
 from lm_eval_deepen.preflight.files import ModelFiles, TensorHeader, estimate_parameters, look_up, read_header
@@ -342,6 +343,41 @@ def test_a_mixture_of_experts_is_counted_by_its_headers_as_by_its_type(kind: str
     assert files.parameters[0] == sum(weight.numel() for weight in model.parameters())
     shared = sum(weight.numel() for name, weight in model.named_parameters() if "shared" in name)
     assert shared < files.active < files.parameters[0]
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_layers_that_predict_further_tokens_are_stored_and_not_counted(kind: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    model = tiny_model(CONFIG_MAPPING[kind], 300, num_nextn_predict_layers=1)
+    model.save_pretrained(tmp_path)
+    config = MemberConfig(name="m", pretrained=str(tmp_path))
+    loaded, stored, layers = look_up(config), tensors(tmp_path), model.config.num_hidden_layers
+    last = f"model.layers.{layers - 1}."
+    further = {name.replace(last, f"model.layers.{layers}."): x.clone() for name, x in stored.items() if last in name}
+    further[f"model.layers.{layers}.eh_proj.weight"] = torch.ones(32, 64)
+    save_file({**stored, **further}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert len(read_header(tmp_path / "model.safetensors")) > len(loaded.tensors)
+    assert look_up(config).tensors == loaded.tensors and look_up(config).parameters == loaded.parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "expected"),
+    [
+        ({"model_type": "glm4_moe", "num_hidden_layers": 46}, "model.layers.46.eh_proj.weight", True),
+        ({"model_type": "glm4_moe", "num_hidden_layers": 92}, "model.layers.46.mlp.gate.weight", False),
+        ({"model_type": "glm4_moe", "num_hidden_layers": 92}, "model.layers.92.eh_proj.weight", True),
+        ({"model_type": "of_its_own", "num_hidden_layers": 2, "num_nextn_predict_layers": 2}, "h.layers.3.x", True),
+        ({"model_type": "of_its_own", "num_hidden_layers": 2, "num_nextn_predict_layers": 2}, "h.layers.4.x", False),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 48}, "mtp.layers.0.mlp.gate.weight", True),
+        ({"model_type": "gpt_neox", "num_hidden_layers": 44}, "gpt_neox.layers.3.attention.bias", True),
+        ({"model_type": "gpt_neox", "num_hidden_layers": 44}, "gpt_neox.layers.3.attention.dense.bias", False),
+    ],
+)
+def test_what_transformers_does_not_load_is_known_by_its_name(
+    config: dict[str, Any], name: str, expected: bool
+) -> None:
+    assert is_left_out(config)(name) is expected
 
 
 def test_an_estimate_is_close_to_the_headers(pico: dict[str, Path]) -> None:
