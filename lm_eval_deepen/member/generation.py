@@ -244,9 +244,9 @@ class Settings:
         known = GenerationConfig().to_dict()
         for key, value in asked.settings.items():
             if key not in known:
+                hint = " Stop strings are given as until." if key.startswith("stop") else did_you_mean(key, known)
                 raise RequestError(
-                    f"generation argument {key}={value!r} is not supported.{did_you_mean(key, known)} "
-                    f"Supported: {SUPPORTED}."
+                    f"generation argument {key}={value!r} is not supported.{hint} Supported: {SUPPORTED}."
                 )
             if not self.solo and key in OF_ONE_MEMBER and not _is_neutral(key, value):
                 raise RequestError(

@@ -220,6 +220,8 @@ def test_18_unsupported_arguments_are_errors(both, pair, unsupported):
             ask(model, ("a", {"until": [], "max_gen_toks": 2, **unsupported}))
     with pytest.raises(RequestError, match="Did you mean 'temperature'"):
         ask(pair, ("a", {"until": [], "temprature": 0.5}))
+    with pytest.raises(RequestError, match=r"stop=\['b'\] is not supported. Stop strings are given as until"):
+        ask(pair, ("a", {"stop": ["b"]}))
 
 
 def test_18_the_generation_config_of_one_member_counts_as_in_hf(pico, tmp_path):
