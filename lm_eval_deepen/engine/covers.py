@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.nn.functional import threshold
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.kept import find, keep
+from lm_eval_deepen.member.text import NOTHING
 from lm_eval_deepen.storage import sha256
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ LEAST_COUNTED = 4_096  # pieces that a remembered cover counts as, however few i
 KEPT_FROM = 2**16  # pieces of a cover whose rests are kept in the cache folder, too; fewer are soon found again
 NEW_TO_KEEP = 1_024  # rests; and a quarter of those known
 UNKNOWN = -2  # a rest that was not looked at yet
-NOTHING = Prompt((), "", ())
 WHITE = (b" ", b"\n", b"\r", b"\t")
 LETTER = b"a"  # stands for whatever is not white space
 LOOKED_AHEAD = (b"", b" ", b"\n")  # white space that may come before it
@@ -268,7 +267,7 @@ class CoverReader:
         for row, n in (own > math.log(PRECISION)).nonzero().tolist():
             plan, token = plans[row], int(self._spaces[n])
             if plan is not None and plan.own is not None:
-                target = self._rest(self.other.vocab.events.pieces[token], token, plan)
+                (target,) = self._targets_after([self.other.vocab.events.pieces[token]], [token], plan)
                 if target >= 0 and target != token:
                     moved.append((row, target, float(own[row, n])))
                     logp[row, token] += math.log(EXCLUDED)
@@ -334,7 +333,8 @@ class CoverReader:
         if len(unknown):
             ahead, skip = cover.ahead, len(cover.pending)
             places = [cover.first + number for number in unknown.tolist()]
-            targets = [self._rest(ahead + self.keys[place][skip:], self.sorted[place], plan) for place in places]
+            rests = [ahead + self.keys[place][skip:] for place in places]
+            targets = self._targets_after(rests, [self.sorted[place] for place in places], plan)
             known[unknown] = torch.tensor(targets, dtype=known.dtype)
             if len(known) >= KEPT_FROM:
                 self._new[key] += len(unknown)
@@ -357,13 +357,16 @@ class CoverReader:
             self._rests.move_to_end(key)
         return known
 
-    def _rest(self, rest: bytes, token: int, plan: Plan) -> int:
-        """Return the member's id that stands for what its token goes on with, -1 where that does not count."""
-        if not rest:
-            return -1
-        after = self._follows(token)
-        tokens, count = _follow(self.main, plan.word + rest + after), len(plan.tokens)
-        if tokens is None or len(tokens) <= count or tokens[:count] != plan.tokens:
+    def _targets_after(self, rests: Sequence[bytes], tokens: Sequence[int], plan: Plan) -> list[int]:
+        """Return the member's ids that stand for what its tokens [n] go on with, -1 where that does not count."""
+        after = [self._follows(token) for token in tokens]
+        spelt = self.main.follow_all([plan.word + rest + more for rest, more in zip(rests, after, strict=True)])
+        return [self._target(*each, plan) for each in zip(rests, after, spelt, strict=True)]
+
+    def _target(self, rest: bytes, after: bytes, tokens: tuple[int, ...] | None, plan: Plan) -> int:
+        """Return the id that stands for a rest, given the main member's tokens of the word with what follows it."""
+        count = len(plan.tokens)
+        if not rest or tokens is None or len(tokens) <= count or tokens[:count] != plan.tokens:
             return -1
         # what counts with its whole row was no longer white space to the main member one token ago
         if after and plan.own is not None and not self._cuts(plan.word + rest, plan.tokens):

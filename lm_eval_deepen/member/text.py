@@ -22,6 +22,7 @@ from lm_eval_deepen.vocabulary import (
     check_round_trip,
     exact_encoder,
     find_restarts,
+    is_exact,
     last_safe_cut,
     reads_alike,
     safe_cut_allowed,
@@ -60,6 +61,9 @@ class Prompt:
         return replace(self, tail="") if self.prefix_space and continuation.startswith(b" ") else self
 
 
+NOTHING = Prompt((), "", ())
+
+
 def incomplete_tail(data: bytes) -> int:
     """Return how many of the last bytes are the start of an unfinished UTF-8 character (0 to 3)."""
     for back in range(1, min(3, len(data)) + 1):
@@ -81,6 +85,14 @@ def complete_character(tail: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
     return None
+
+
+def _as_text(data: bytes) -> str:
+    """Return some bytes as text, nothing where they are none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,21 @@ class Opening:
         token, literal = tokenizer.bos_token_id, tokenizer.bos_token
         bos = (token, literal) if token in vocab.control and literal else None
         return cls(control, bare == b" a", spaced == b"  a", bos, end)
+
+
+class TextEncoder:
+    """Encodes text with a tokenizer that reads nothing else."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Sequence[int]:
+        """Return the tokens of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def all(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Return the tokens of each of some texts, in less time than one by one."""
+        return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 class Backend:
@@ -195,7 +222,7 @@ class Backend:
         }
         return json.dumps(head).encode() + b"\n" + b"".join(vocab.pieces)
 
-    def text_only(self, size: int) -> tuple[Callable[[str], Sequence[int]], Restarts | None]:
+    def text_only(self, size: int) -> tuple[TextEncoder, Restarts | None]:
         """Return what encodes text alone, with ids below `size`, and from where it may do so."""
 
         def rewritten() -> bytes:
@@ -214,7 +241,7 @@ class Backend:
         else:
             text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
         text_only.encode_special_tokens = True
-        return lambda text: text_only.encode(text, add_special_tokens=False).ids, find_restarts(spec, self.spelling)
+        return TextEncoder(text_only), find_restarts(spec, self.spelling)
 
 
 @dataclass(eq=False)
@@ -230,6 +257,7 @@ class TextCodec:
     identity: tuple[Any, ...]  # equal for tokenizers that give every prompt the same tokens
     cuts: bool  # whether a text can be cut before a space after a letter or digit, and both sides spelt on their own
     restarts: Restarts | None = None  # where else a text that grows is read from again; None where it is nowhere
+    encode_texts: Callable[[Sequence[str]], list[Sequence[int]]] | None = None  # encodes many, not always exactly
     _segment: Callable[[str], tuple[int, ...]] = field(init=False)
     CHECKED: ClassVar[bool] = True  # whether a tokenizer must spell every text exactly
 
@@ -288,7 +316,7 @@ class TextCodec:
                     "or leave the token out (add_bos_token=False)."
                 )
         identity = (read.source, vocab.fingerprint, opening, prefix_id)
-        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts, restarts)
+        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts, restarts, text_only.all)
 
     @property
     def prefix_space(self) -> bool:
@@ -398,6 +426,16 @@ class TextCodec:
             return prompt.ids
         ids = self.spell(data)
         return None if ids is None else prompt.head + ids
+
+    def follow_all(self, texts: Sequence[bytes]) -> list[tuple[int, ...] | None]:
+        """Return what `follow` gives for each of some byte strings after nothing, in less time than one by one."""
+        ids: dict[bytes, tuple[int, ...]] = {}
+        if self.encode_texts is not None:
+            read = {data: text for data in texts if (text := _as_text(data))}
+            for (data, text), own in zip(read.items(), self.encode_texts(list(read.values())), strict=True):
+                if is_exact(self.vocab, text, own):
+                    ids[data] = tuple(own)
+        return [ids[data] if data in ids else self.follow(NOTHING, data) for data in texts]
 
     def spell(
         self, data: bytes, invalid: bool = False, encode: Callable[[str], tuple[int, ...]] | None = None

@@ -13,7 +13,6 @@ import torch
 from harness import deepen, requests
 
 from lm_eval_deepen.engine import covers
-from lm_eval_deepen.engine.covers import NOTHING
 from lm_eval_deepen.engine.drafts import drafter
 from lm_eval_deepen.engine.following import Job, path_of
 from lm_eval_deepen.engine.generation import generate
@@ -22,6 +21,7 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import configure
+from lm_eval_deepen.member.text import NOTHING
 from lm_eval_deepen.member.tree import TokenTree
 
 CONTEXTS = ["The quick brown fox", "Question: 1 + 1?\nAnswer:", "café 中国", "walk", ""]
@@ -246,8 +246,8 @@ def test_rests_are_kept_in_the_cache_folder(make, tmp_path, monkeypatch):
     """Scores are the same with what was kept, with a damaged file, and where nothing can be kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []
-    rest = covers.CoverReader._rest
-    monkeypatch.setattr(covers.CoverReader, "_rest", lambda *of: asked.append(of) or rest(*of))
+    target = covers.CoverReader._target
+    monkeypatch.setattr(covers.CoverReader, "_target", lambda *of: asked.append(of) or target(*of))
 
     def run():
         asked.clear()

@@ -14,7 +14,7 @@ from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.following import GrowingPaths, Job, path_of
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.member.cursor import TextCursor
-from lm_eval_deepen.member.text import TextCodec
+from lm_eval_deepen.member.text import NOTHING, TextCodec
 from lm_eval_deepen.member.tree import TokenTree
 
 HOSTILE = ["", " ", "  ", "a", " a", "é", "中", "🙂", "</s>", "<bos>", "\n", "\x00", "<|endoftext|>", "1 2", "\u2581"]
@@ -49,6 +49,16 @@ def test_a_cursor_gives_the_tokens_of_the_whole_text(trio, m):
             step = draw.randint(1, 6)
             cursor.take(text[at : at + step])
             at = min(at + step, len(text))
+
+
+@pytest.mark.parametrize("m", [0, 1, 2])
+def test_texts_that_are_read_at_once_have_the_tokens_of_each(trio, m):
+    codec, draw = trio.active[m].codec, random.Random(m)
+    words = [*(CORPUS + FOREIGN).split(" "), *HOSTILE, "\u00b2", "<0x41>", "\ufffd"]
+    texts = [" ".join(draw.choices(words, k=draw.randrange(4))).encode() for _ in range(300)]
+    texts += [text[: draw.randrange(len(text) + 1)] + bytes(draw.choices(range(256), k=2)) for text in texts]
+    assert codec.follow_all(texts) == [codec.follow(NOTHING, text) for text in texts]
+    assert codec.follow_all([]) == []
 
 
 def test_the_price_of_a_token_does_not_grow_with_the_text(trio, pico, monkeypatch):
