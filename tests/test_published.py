@@ -88,7 +88,7 @@ def test_a_recipe_that_went_names_the_one_to_take(name: str) -> None:
     assert name not in shipped_recipes() and GONE[name] in shipped_recipes()
     for given in (name, f"{name}.yaml"):
         for find in (find_recipe, recipe_file):
-            with pytest.raises(ConfigError, match=f"{given}: no shipped recipe has this name .*Take '{GONE[name]}'"):
+            with pytest.raises(ConfigError, match=f"{given}: no shipped recipe has this name .*'{GONE[name]}'"):
                 find(given)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,8 +70,14 @@ def is_left_out(written: Mapping[str, Any]) -> Callable[[str], bool]:
 def held_when_loaded(written: Mapping[str, Any], dtype: torch.dtype) -> Held | None:
     """Return what a causal language model of this configuration keeps of a text; None where nobody can say.
 
-    The model is built without values, and forwards a short text.
+    The model is built without values, and forwards a short text: once a process for models of one configuration.
     """
+    return _held(json.dumps(written, sort_keys=True, default=str), dtype)
+
+
+@lru_cache(64)
+def _held(text: str, dtype: torch.dtype) -> Held | None:
+    written = json.loads(text)
     model = None if written.get("is_encoder_decoder") else _empty(written, dtype)
     for runner in (TreeRunner, StateRunner) if model is not None else ():
         try:

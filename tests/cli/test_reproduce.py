@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_had_is_a_numbered_problem(tmp_path: Path, capsys
     [
         (["deepen_nq_2", "--models", "a"], "--models are those of a miniature"),
         (["merge_ties"], "is a recipe of kind merge"),
-        (["deepen_nq_3"], "Take 'deepen_one_by_one_nq_3'"),
+        (["deepen_nq_3"], "Use 'deepen_one_by_one_nq_3'"),
     ],
 )
 def test_what_cannot_be_reproduced(arguments, message, capsys) -> None:

@@ -199,6 +199,7 @@ def test_a_probability_of_0_is_null(pico: dict[str, Path], tmp_path: Path, monke
     def without(logp: Any, weights: Any) -> Any:
         fused = fuse(logp, weights)
         fused.logp[:, model.ensemble.main.codec.encode(" walked")] = -math.inf
+        fused.logp[:] = torch.log_softmax(fused.logp, dim=1)
         return fused
 
     monkeypatch.setattr(model.ensemble.fuser, "fuse", without)
