@@ -140,6 +140,12 @@ def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
     parser.set_defaults(facts=None)
 
 
+def add_members(parser: argparse.ArgumentParser, does: str = "load the member") -> None:
+    """Add ``--member``, which says where the models are that a recipe names; `does` begins its help."""
+    where = f"{does} NAME from WHERE: a folder, or a hub name"
+    parser.add_argument("--member", nargs="+", default=[], metavar="NAME=WHERE", help=where)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, which means the same to every command, and what it means to ``lm_eval run``."""
     parser.add_argument("--device", help="the device of members that name none (default: the first GPU, else cpu)")

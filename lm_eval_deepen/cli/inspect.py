@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, count, pairs, positive
+from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, count, pairs, positive
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.storage import read_json
@@ -27,13 +27,7 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file, the name of a shipped recipe, or what --model_args takes")
-    parser.add_argument(
-        "--member",
-        nargs="+",
-        default=[],
-        metavar="NAME=WHERE",
-        help="read the member NAME from WHERE: a folder, or a hub name",
-    )
+    add_members(parser, "read the member")
     add_device(parser)
     parser.add_argument(
         "--memory",

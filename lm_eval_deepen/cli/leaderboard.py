@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, limit, pairs
+from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import check_place, write_text
@@ -48,13 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="a JSON object for the tasks; its keys replace those of the recipe's metadata",
     )
-    parser.add_argument(
-        "--member",
-        nargs="+",
-        default=[],
-        metavar="NAME=WHERE",
-        help="load the member NAME from WHERE: a folder, or a hub name",
-    )
+    add_members(parser)
     parser.add_argument(
         "--built", type=Path, metavar="DIR", help="folder for the models that the recipe builds (default: OUT/built)"
     )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import pairs
+from lm_eval_deepen.cli.arguments import add_members, pairs
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 HELP = (
@@ -20,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("out", type=Path, help="folder for the model")
-    parser.add_argument(
-        "--member", nargs="+", default=[], metavar="NAME=WHERE",
-        help="take the recipe's model NAME from WHERE: a folder, or a hub name",
-    )  # fmt: skip
+    add_members(parser, "take the recipe's model")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
         help="replace keys of the recipe; values as in YAML: --set seed=1 'shard=[0, 3]'",

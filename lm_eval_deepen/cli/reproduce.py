@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, pairs, whole
+from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, pairs, whole
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_json, write_text
 
@@ -34,13 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
     )
-    parser.add_argument(
-        "--member",
-        nargs="+",
-        default=[],
-        metavar="NAME=WHERE",
-        help="load the member NAME from WHERE: a folder, or a hub name",
-    )
+    add_members(parser)
     parser.add_argument(
         "--miniature",
         action="store_true",

@@ -252,12 +252,12 @@ class TextCodec:
     vocab: ByteVocab  # the pieces as bytes, one per logit [V]
     # encodes text alone, exactly: no BOS, no prefix space, special-token text is text
     pure: Callable[[str], Sequence[int]]
+    many: Callable[[Sequence[str]], list[Sequence[int]]]  # encodes several texts at once, not always exactly
     opening: Opening  # what the tokenizer does to the beginning of a text
     prefix_ids: tuple[int, ...]  # what an empty prompt is conditioned on (the harness's prefix token)
     identity: tuple[Any, ...]  # equal for tokenizers that give every prompt the same tokens
     cuts: bool  # whether a text can be cut before a space after a letter or digit, and both sides spelt on their own
     restarts: Restarts | None = None  # where else a text that grows is read from again; None where it is nowhere
-    encode_texts: Callable[[Sequence[str]], list[Sequence[int]]] | None = None  # encodes many, not always exactly
     _segment: Callable[[str], tuple[int, ...]] = field(init=False)
     CHECKED: ClassVar[bool] = True  # whether a tokenizer must spell every text exactly
 
@@ -316,7 +316,7 @@ class TextCodec:
                     "or leave the token out (add_bos_token=False)."
                 )
         identity = (read.source, vocab.fingerprint, opening, prefix_id)
-        return cls(name, vocab, pure, opening, (prefix_id,), identity, read.cuts, restarts, text_only.all)
+        return cls(name, vocab, pure, text_only.all, opening, (prefix_id,), identity, read.cuts, restarts)
 
     @property
     def prefix_space(self) -> bool:
@@ -430,11 +430,10 @@ class TextCodec:
     def follow_all(self, texts: Sequence[bytes]) -> list[tuple[int, ...] | None]:
         """Return what `follow` gives for each of some byte strings after nothing, in less time than one by one."""
         ids: dict[bytes, tuple[int, ...]] = {}
-        if self.encode_texts is not None:
-            read = {data: text for data in texts if (text := _as_text(data))}
-            for (data, text), own in zip(read.items(), self.encode_texts(list(read.values())), strict=True):
-                if is_exact(self.vocab, text, own):
-                    ids[data] = tuple(own)
+        read = {data: text for data in texts if (text := _as_text(data))}
+        for (data, text), own in zip(read.items(), self.many(list(read.values())), strict=True):
+            if is_exact(self.vocab, text, own):
+                ids[data] = tuple(own)
         return [ids[data] if data in ids else self.follow(NOTHING, data) for data in texts]
 
     def spell(

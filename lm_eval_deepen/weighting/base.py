@@ -134,7 +134,11 @@ def checked(name: str, weights: object, base: Tensor) -> Tensor:
         raise ConfigError(
             f"weighting={name} gives {got} as weights of {tuple(base.shape)} rows and members; correct it"
         )
-    right = (weights >= 0).all(1) & ((weights.sum(1) - 1).abs() < TOLERANCE) & ~((weights > 0) & (base == 0)).any(1)
+    right = (
+        (weights >= 0).all(1)
+        & ((weights.sum(1) - 1).abs() < TOLERANCE)
+        & ~((weights > 0) & (base.to(weights.device) == 0)).any(1)
+    )
     if not bool(right.all()):
         raise ConfigError(
             f"weighting={name} gives the weights {weights[~right][0].tolist()}; they must be 0 or more, sum to 1, and "
