@@ -23,7 +23,7 @@ import numpy as np
 
 from lm_eval_deepen.results.gate import pairs_of, single_run
 from lm_eval_deepen.results.pairing import wanted_columns
-from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, detectable
 
 Background = Callable[[np.random.Generator], list[Pair]]
 
@@ -134,14 +134,13 @@ def main() -> None:
     for name, value in false.items():
         print(f"false alarms, {name}: {value}", flush=True)
     for index, pair in enumerate(pairs):
-        binary = pair.baseline.binary and pair.candidate.binary
-        sizes = [float(size) for size in (args.answers if binary else args.factors)]
-        shown = details(pair, len(pairs), rule)
-        same = details(replace(pair, candidate=pair.baseline), len(pairs), rule)
+        sizes = [float(size) for size in (args.answers if pair.binary else args.factors)]
+        same = replace(pair, candidate=pair.baseline)
+        drops = {"runs that differ": pair, "identical runs": same}
         column = {
             "task": pair.task, "metric": pair.metric, "documents": pair.baseline.documents,
-            "scores": [pair.baseline.score, pair.candidate.score], "changed": shown.worse + shown.better,
-            "detectable_drop": {"runs that differ": shown.detectable, "identical runs": same.detectable},
+            "scores": [pair.baseline.score, pair.candidate.score], "changed": sum(pair.changes),
+            "detectable_drop": {what: detectable(one, len(pairs), rule) for what, one in drops.items()},
             "detection": detection(pairs, index, sizes, rule, args.detections, args.seed),
         }  # fmt: skip
         print(column, flush=True)

@@ -27,8 +27,8 @@ import yaml
 
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.leaderboard.table import check_markers, write_into
-from lm_eval_deepen.results import Measured
 from lm_eval_deepen.results.aggregation import mean_scores
+from lm_eval_deepen.results.rows import Measured
 from lm_eval_deepen.results.rows import rows_of as rows_against_the_best
 
 TASKS = ("mmlu", "arc_challenge", "gsm8k", "piqa", "triviaqa", "nq")

@@ -3,7 +3,7 @@
     python benchmarks/statistics_level.py [--repetitions 1000] [--real 400] [--state FILE] [--into docs/ci.md]
 
 Systems answer simulated documents; the tables, tests, intervals and the gate's decisions are those of the package
-(`rows_of`, `corrected`, `decide`, `details`). A document is easy or hard for all systems alike, which is what pairs
+(`rows_of`, `corrected`, `decide`, `detectable`). A document is easy or hard for all systems alike, which is what pairs
 them: a system gives the common answer to it, or with some chance one of its own.
 
 * equal: all systems are equally good. unequal: one is better, one is worse, the rest are equal.
@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.results.aggregation import AGGREGATIONS, group_scores
-from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
-from lm_eval_deepen.results.statistics import paired_interval, proportion_interval
+from lm_eval_deepen.results.aggregation import AGGREGATIONS, Scores, group_scores
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, detectable
+from lm_eval_deepen.results.rows import Measured, corrected, rows_of
 from lm_eval_deepen.results.statistics.distributions import binomial
+from lm_eval_deepen.results.statistics.intervals import paired_interval, proportion_interval
 
 ALPHA = 0.05
 DOCUMENTS = (30, 100, 300, 1000)
@@ -300,7 +300,7 @@ def gate(documents: int, tests: int, changed: float, repetitions: int, seed: int
         any(found.regressed for found in decide([pair(half, half, str(t)) for t in range(tests)], rule))
         for _ in range(repetitions)
     )
-    stated = [details(pair(half, half), tests, rule).detectable for _ in range(40)]
+    stated = [detectable(pair(half, half), tests, rule) for _ in range(40)]
     known = [drop for drop in stated if drop is not None]
     if len(known) < len(stated):
         return {"false alarms": rate(alarms, repetitions), "detectable": None}
@@ -331,7 +331,7 @@ def gate_real(documents: int, tests: int, repetitions: int, seed: int = 0) -> di
         any(found.regressed for found in decide([pair(0.0, str(t)) for t in range(tests)], rule))
         for _ in range(repetitions)
     )
-    known = [drop for _ in range(40) if (drop := details(pair(0.0), tests, rule).detectable) is not None]
+    known = [drop for _ in range(40) if (drop := detectable(pair(0.0), tests, rule)) is not None]
     if not known:
         return {"false alarms": rate(alarms, repetitions), "detectable": None}
     drop = float(np.mean(known))

@@ -2,6 +2,9 @@
 
 A file is written beside its place, brought to the disk and moved there; a folder is replaced in two moves, of which
 either can be lost. What a killed process leaves behind is cleared away by the next one that holds the lock.
+
+Whatever the system refuses is a StorageError that names the file or folder and the remedy; what was there is there
+still. `Raises` of a function names only what else is one.
 """
 
 from __future__ import annotations
@@ -60,11 +63,7 @@ _REMEDIES = {
 
 
 def cache_folder() -> Path:
-    """Return this project's folder in the user's cache: ``$XDG_CACHE_HOME`` or ``~/.cache``, ours below.
-
-    Raises:
-        StorageError: there is no home folder.
-    """
+    """Return this project's folder in the user's cache: ``$XDG_CACHE_HOME`` or ``~/.cache``, ours below."""
     root = os.environ.get("XDG_CACHE_HOME")
     if root:
         return Path(root) / "lm_eval_deepen"
@@ -77,11 +76,7 @@ def cache_folder() -> Path:
 
 
 def used(path: Path) -> None:
-    """Note that an entry of the cache folder is used now.
-
-    It is noted in a file's time of reading, which few systems keep
-    themselves, or a folder's time of change.
-    """
+    """Note that an entry of the cache folder is used now: in a file's time of reading, or a folder's time of change."""
     with contextlib.suppress(OSError):  # of a folder that is only read
         known, now = path.stat(), time.time_ns()
         os.utime(path, ns=(now, now if stat.S_ISDIR(known.st_mode) else known.st_mtime_ns))
@@ -89,26 +84,15 @@ def used(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A file or a folder that is kept in the cache folder.
+    """A file or a folder that is kept in the cache folder."""
 
-    Attributes:
-        path: where it is.
-        kind: of `CACHE_KINDS`.
-        size: in bytes.
-        used: when it was made or used last, in seconds since 1970.
-    """
-
-    path: Path
-    kind: str
-    size: int
-    used: float
+    path: Path  # where it is
+    kind: str  # of `CACHE_KINDS`
+    size: int  # in bytes
+    used: float  # when it was made or used last, in seconds since 1970
 
     def remove(self) -> None:
-        """Remove it, unless another process has done so; a folder is there as a whole or not at all.
-
-        Raises:
-            StorageError: it cannot be removed.
-        """
+        """Remove it, unless another process has done so; a folder is there as a whole or not at all."""
         lock = self.path.with_name(f".{self.path.name}.lock")  # of who makes a folder
         with locked(lock) if lock.exists() else contextlib.nullcontext(), _explained(self.path, "removed"):
             if not self.path.is_dir():
@@ -121,11 +105,7 @@ class CacheEntry:
 
 
 def cache_entries() -> list[CacheEntry]:
-    """Return what is kept in the cache folder, what was used last at the end.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Return what is kept in the cache folder, what was used last at the end."""
     folder, entries = cache_folder(), []
     with _explained(folder, "read"):
         for place in (folder, *(folder / kind for kind in CACHE_KINDS)):
@@ -153,9 +133,6 @@ def bound_cache(most: int, spared_s: float = -math.inf) -> list[CacheEntry]:
 
     Returns:
         What was removed; nothing where another process is at it.
-
-    Raises:
-        StorageError: it cannot be removed.
     """
     removed: list[CacheEntry] = []
     entries = [entry for entry in cache_entries() if entry.kind in REMADE]
@@ -236,12 +213,7 @@ def read_text(path: Path) -> str:
 
 
 def decoded(raw: bytes, where: str, first_line: int = 1) -> str:
-    """Return the text that bytes spell.
-
-    Args:
-        raw: the bytes.
-        where: the file, for messages.
-        first_line: number of the line at which they begin.
+    """Return the text that bytes spell, which begin at `first_line` of the file `where`.
 
     Raises:
         StorageError: they are not UTF-8; by file and line.
@@ -265,11 +237,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 hex digest of a file.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Return the SHA-256 hex digest of a file."""
     digest = hashlib.sha256()
     with _explained(path, "read"), open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -316,11 +284,7 @@ def check_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, UTF-8, in one step. What UTF-8 cannot spell, half of a surrogate pair, is written as its escape.
-
-    Raises:
-        StorageError: it cannot be written; what was there is there still.
-    """
+    """Write a text, UTF-8, in one step. What UTF-8 cannot spell, half of a surrogate pair, is written as its escape."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -338,25 +302,12 @@ def json_text(data: Any, indent: int | None = 2) -> str:
 
 
 def write_json(path: Path, data: Any, indent: int | None = 2, sole: bool = False) -> None:
-    """Write data as JSON, in one step; `sole` as for `replacing`.
-
-    Raises:
-        StorageError: as `write_text`.
-    """
+    """Write data as JSON, in one step."""
     write_bytes(path, (json_text(data, indent) + "\n").encode("utf-8", "backslashreplace"), sole)
 
 
 def write_bytes(path: Path, data: bytes, sole: bool = False) -> None:
-    """Write bytes in one step; its folder is made if need be. A device or a pipe is written as it is.
-
-    Args:
-        path: the file.
-        data: the bytes.
-        sole: as for `replacing`.
-
-    Raises:
-        StorageError: as `write_text`.
-    """
+    """Write bytes in one step; its folder is made if need be. A device or a pipe is written as it is."""
     with _explained(path, "written"):
         if _is_stream(path):
             with open(path, "ab", buffering=0) as stream:
@@ -367,17 +318,7 @@ def write_bytes(path: Path, data: bytes, sole: bool = False) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], sole: bool = False) -> None:
-    """Write a safetensors file in one step.
-
-    Args:
-        path: the file.
-        tensors: of torch by name, contiguous and on the CPU.
-        metadata: of the file's header.
-        sole: whether a lock says that nobody else writes it, as for `replacing`.
-
-    Raises:
-        StorageError: as `write_text`.
-    """
+    """Write a safetensors file in one step: `tensors` of torch by name, contiguous and on the CPU."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -389,20 +330,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append a text to a file that others append to as well, such as a job's summary; all of it or nothing.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Append a text to a file that others append to as well, such as a job's summary; all of it or nothing."""
     append_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Append bytes, as a text is appended.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
+    """Append bytes, as a text is appended."""
     with _explained(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _explained(path, "written"), open(path, "ab", buffering=0) as file:
@@ -426,9 +359,6 @@ def replacing(path: Path, sole: bool = False) -> Iterator[Path]:
         path: the file; its folder is made if need be.
         sole: whether a lock says that nobody else writes it: what killed writers left is removed then, and else where
             it is older than any write takes.
-
-    Raises:
-        StorageError: it cannot be written; what was there is there still.
     """
     target = Path(os.path.realpath(path))
     start = f".{target.name[:_SHOWN]}-{zlib.crc32(os.fsencode(target.name)):08x}."  # of no other file in the folder
@@ -470,21 +400,13 @@ def discard(descriptor: int) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
+    """Remove a file, if it is there."""
     with _explained(path, "removed"):
         path.unlink(missing_ok=True)
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Move a file to another name on the same disk, in one step.
-
-    Raises:
-        StorageError: it cannot be moved.
-    """
+    """Move a file to another name on the same disk, in one step."""
     with _explained(target, "written"):
         _sync(source)
         os.replace(source, target)
@@ -494,32 +416,20 @@ def move_file(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are missing.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
+    """Make a folder and those above it, where they are missing."""
     with _explained(path, "used"):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def link_folder(path: Path, target: Path) -> None:
-    """Make `path` a link to the folder `target`, where nothing stands at `path` yet.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
+    """Make `path` a link to the folder `target`, where nothing stands at `path` yet."""
     with _explained(path, "used"):
         if not path.exists():
             path.symlink_to(target.resolve(), target_is_directory=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with what is in it; a link to one is removed alone.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
+    """Remove a folder with what is in it; a link to one is removed alone."""
     with _explained(path, "removed"):
         if path.is_symlink() or path.is_file():
             path.unlink()
@@ -528,11 +438,7 @@ def remove_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that is none, or that cannot be made; nothing is made. One that is only read is none of these.
-
-    Raises:
-        StorageError: as it says.
-    """
+    """Refuse a folder that is none, or that cannot be made; nothing is made. One that is only read is none of these."""
     place = Path(os.path.abspath(path))
     with _explained(path, "used"):
         for folder in (place, *place.parents):
@@ -549,15 +455,9 @@ def check_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def working_folder(parent: Path, prefix: str, sole: bool = False) -> Iterator[Path]:
-    """Give an empty folder that is removed at the end, whatever happens.
+    """Give an empty folder in `parent` that is removed at the end, whatever happens.
 
-    Args:
-        parent: where it is made.
-        prefix: how its name begins.
-        sole: whether a lock says that nobody else works there: what killed processes left is removed then.
-
-    Raises:
-        StorageError: it cannot be made.
+    `sole` as for `replacing`: what killed processes left is removed then.
     """
     make_folder(parent)
     with _explained(parent, "used"):
@@ -577,9 +477,6 @@ def publish_folder(new: Path, place: Path) -> None:
 
     The old one is moved away, the new one in, then the old one is removed. A process that is killed in between leaves
     both, and `recover_folder` puts the old one back.
-
-    Raises:
-        StorageError: it cannot be moved; the old one is where it was.
     """
     recover_folder(place)
     with _explained(place, "replaced"):
@@ -605,9 +502,6 @@ def recover_folder(place: Path) -> None:
     """Put back the folder that a killed `publish_folder` had moved away, or remove it where the new one is there.
 
     Whoever replaces a folder calls it first, under the lock of the folder.
-
-    Raises:
-        StorageError: it cannot be moved.
     """
     old = _old(place)
     with _explained(place, "replaced"):
@@ -644,14 +538,8 @@ def _old(place: Path) -> Path:
 def locked(path: Path, busy: DeepenError | None = None) -> Iterator[None]:
     """Hold the lock file `path` against other processes; the system releases it when its holder dies.
 
-    The file stays: removing it would let two processes hold locks of one name.
-
-    Args:
-        path: the lock file; its folder is made if need be.
-        busy: raised where another process holds it; None waits.
-
-    Raises:
-        StorageError: it cannot be made.
+    Where another process holds it, `busy` is raised; None waits. The file stays: removing it would let two processes
+    hold locks of one name.
     """
     from filelock import FileLock, Timeout  # no command needs it only to print its help
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lm_eval_deepen.cli.arguments import Names, add_json, share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
-from lm_eval_deepen.results import Run, ScoreRow, corrected, find_runs, report, rows_of
+from lm_eval_deepen.results import report
+from lm_eval_deepen.results.files import Run, find_runs
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
+from lm_eval_deepen.results.rows import ScoreRow, corrected, rows_of
 from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
 from lm_eval_deepen.storage import json_text, write_text
 

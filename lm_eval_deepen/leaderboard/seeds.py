@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lm_eval_deepen.results import Measured, Scores
+from lm_eval_deepen.results.aggregation import Scores
+from lm_eval_deepen.results.rows import Measured
 
 SEEDS, SPREAD = "seeds", "sd over seeds"
 

@@ -19,15 +19,15 @@ from lm_eval_deepen.leaderboard.provenance import provenance
 from lm_eval_deepen.leaderboard.published import DISTANCE, PUBLISHED, distance, figure, told_apart
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.seeds import SEEDS, SPREAD, averaged, spread
-from lm_eval_deepen.results import Measured, Run, ScoreRow, corrected, report, rows_of
+from lm_eval_deepen.results import report
 from lm_eval_deepen.results.aggregation import to_number
-from lm_eval_deepen.results.files import TaskRun
+from lm_eval_deepen.results.files import Run, TaskRun
 from lm_eval_deepen.results.page import html
 from lm_eval_deepen.results.pairing import groups, measured_group, wanted_columns
 from lm_eval_deepen.results.pairing import measure as paired
-from lm_eval_deepen.results.rows import compare
-from lm_eval_deepen.results.statistics import paired_needs
+from lm_eval_deepen.results.rows import Measured, ScoreRow, compare, corrected, rows_of
 from lm_eval_deepen.results.statistics.paired import RESAMPLES
+from lm_eval_deepen.results.statistics.power import paired_needs
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 from lm_eval_deepen.results.trace_page import shown_runs
 from lm_eval_deepen.storage import json_text, read_text, write_text
@@ -332,7 +332,7 @@ def against_controls(measured: Measured, recipe: LeaderboardRecipe) -> list[str]
             continue
         first, second = measured.scores[control], measured.scores[name]
         line = compare(control, first, second, recipe.resamples or RESAMPLES)
-        change = report.signed(line.difference) + report.signed_interval(line.low, line.high)
+        change = report.with_interval(line.difference, line.low, line.high)
         column = f"{measured.task} {measured.metric}"
         told.append(
             f"{column}: {name} against its control, {control}: {change}, p {report.probability(line.p)} "

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from lm_eval_deepen.errors import NotPairedError, ResultError
 from lm_eval_deepen.results.samples import Key, Sample
-from lm_eval_deepen.results.statistics import (
+from lm_eval_deepen.results.statistics.intervals import (
     CONFIDENCE,
     Interval,
+    is_binary,
     mean_interval,
     paired_interval,
     pseudo_values,
     score_interval,
     standard_error,
 )
-from lm_eval_deepen.results.statistics.intervals import is_binary
 from lm_eval_deepen.results.statistics.paired import Statistic, Values, mean_of_first
 
 _LN2 = math.log(2)

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from lm_eval_deepen.errors import ResultError, StorageError, did_you_mean
 from lm_eval_deepen.results.aggregation import Scores, agrees, configured_aggregation, scores_of
 from lm_eval_deepen.results.samples import Key, Samples, read_samples
@@ -222,36 +224,31 @@ def read_results(path: Path, remedy: str) -> dict[str, Any]:
         raise ResultError(f"{error}; {remedy}") from error
     if not isinstance(results, dict) or "results" not in results or "configs" not in results:
         raise ResultError(f"{path}: not a results file of the harness, it has no 'results' and 'configs'.")
-    if (odd := _odd(results)) is not None:
-        raise ResultError(f"{path}: {odd} is of another type than the harness writes; the file is damaged, {remedy}")
+    try:
+        _Results.model_validate(results)
+    except ValidationError as error:
+        odd = ": ".join(map(str, error.errors()[0]["loc"]))
+        raise ResultError(
+            f"{path}: {odd} is of another type than the harness writes; the file is damaged, {remedy}"
+        ) from None
     return results
 
 
-def _odd(results: Mapping[str, Any]) -> str | None:
-    """Return the place of what has another type than the harness writes; None where nothing has."""
-    for key in ("results", "configs", "higher_is_better", "groups"):
-        part = results.get(key, {})
-        if key in ("higher_is_better", "groups") and part is None:
-            continue
-        if not isinstance(part, dict):
-            return key
-        for name, inner in part.items():
-            if not isinstance(inner, dict):
-                return f"{key}: {name}"
-    children = results.get("group_subtasks") or {}
-    if not isinstance(children, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in children.values()
-    ):
-        return "group_subtasks"
-    config = results.get("config")
-    if not isinstance(config, (dict, type(None))):
-        return "config"
-    ensemble = (config or {}).get("deepen")
-    if not isinstance(ensemble, (dict, type(None))):
-        return "config: deepen"
-    options, members = ((ensemble or {}).get(key) for key in ("options", "members"))
-    if not isinstance(options, (dict, type(None))):
-        return "config: deepen: options"
-    if members is not None and not (isinstance(members, list) and all(isinstance(one, dict) for one in members)):
-        return "config: deepen: members"
-    return None
+class _Ensemble(BaseModel):
+    options: dict | None = None
+    members: list[dict] | None = None
+
+
+class _Config(BaseModel):
+    deepen: _Ensemble | None = None
+
+
+class _Results(BaseModel):
+    """The types of what is read of a results file."""
+
+    results: dict[str, dict]
+    configs: dict[str, dict]
+    higher_is_better: dict[str, dict] | None = None
+    groups: dict[str, dict] | None = None
+    group_subtasks: dict[str, list[str]] | None = None
+    config: _Config | None = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lm_eval_deepen.errors import NotPairedError, ResultError
 from lm_eval_deepen.results.comparable import objections
 from lm_eval_deepen.results.files import Run, find_runs
-from lm_eval_deepen.results.gate_report import GateReport, Status, Tested
+from lm_eval_deepen.results.gate_report import GateReport, Status
 from lm_eval_deepen.results.pairing import wanted_columns
-from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
+from lm_eval_deepen.results.regression import GateRule, Pair, Tested, decide
 from lm_eval_deepen.results.report import number
 from lm_eval_deepen.results.samples import common_keys
 
@@ -45,22 +44,18 @@ def judge(
     columns = wanted_columns([baseline], chosen, metrics)
     objected = objections(baseline, candidate, chosen, allow_config_change)
     notes = [*baseline.notes, *candidate.notes, *objected.notes]
-    report: dict[str, Any] = {"baseline": baseline.label, "candidate": candidate.label, "rule": rule}
-    if objected.reasons:
-        return GateReport(status="not comparable", reasons=objected.reasons, notes=tuple(notes), tests=(), **report)
-    pairs, reasons = pairs_of(baseline, candidate, columns, notes, explicit=bool(metrics))
-    if reasons:
-        return GateReport(status="not comparable", reasons=tuple(reasons), notes=tuple(notes), tests=(), **report)
-    tests = tuple(
-        Tested(pair, decision, details(pair, len(pairs), rule))
-        for pair, decision in zip(pairs, decide(pairs, rule), strict=True)
-    )
-    status: Status = "regressed" if any(test.decision.regressed for test in tests) else "pass"
-    blind: list[str] = []
-    if status == "pass" and max_detectable is not None:
-        blind = [told for test in tests if (told := _blind(test, max_detectable, rule.alpha / len(tests)))]
-        status = "too small" if blind else status
-    return GateReport(status=status, reasons=tuple(blind), notes=tuple(notes), tests=tests, **report)
+    pairs: list[Pair] = []
+    reasons = list(objected.reasons)
+    if not reasons:
+        pairs, reasons = pairs_of(baseline, candidate, columns, notes, explicit=bool(metrics))
+    tests = [] if reasons else decide(pairs, rule)
+    status: Status = "not comparable" if reasons else "pass"
+    if any(test.regressed for test in tests):
+        status = "regressed"
+    elif max_detectable is not None and not reasons:
+        reasons = [told for test in tests if (told := _blind(test, max_detectable, rule.alpha / len(tests)))]
+        status = "too small" if reasons else "pass"
+    return GateReport(status, baseline.label, candidate.label, rule, tests, reasons, notes)
 
 
 def _blind(test: Tested, most: float, level: float) -> str:
@@ -69,8 +64,8 @@ def _blind(test: Tested, most: float, level: float) -> str:
     Of two runs that are alike, a real-valued metric does not show how much it scatters. They are blind only where no
     outcome at all would be significant.
     """
-    pair, seen = test.pair, test.details.detectable
-    alike = not (test.details.worse or test.details.better)
+    pair, seen = test.pair, test.detectable
+    alike = not any(pair.changes)
     documents = pair.baseline.documents
     if seen is None and alike and 0.5**documents <= level:
         return ""
@@ -78,7 +73,7 @@ def _blind(test: Tested, most: float, level: float) -> str:
         return ""
     drop = "is unknown" if seen is None else f"is {number(seen)}"
     return (
-        f"{pair.task} {pair.column}: the detectable drop {drop} with {documents} documents, above {most:g}; evaluate "
+        f"{pair.column}: the detectable drop {drop} with {documents} documents, above {most:g}; evaluate "
         "more documents, test fewer metrics, or raise --max-detectable"
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lm_eval_deepen.results.regression import Decision, Details, GateRule, Pair
-from lm_eval_deepen.results.report import number, probability, signed, signed_interval
+from lm_eval_deepen.results.regression import GateRule, Tested
+from lm_eval_deepen.results.report import number, probability, signed, with_interval
 from lm_eval_deepen.results.tables import aligned, literal, markdown_table, printable
 
 Status = Literal["pass", "regressed", "too small", "not comparable"]
@@ -17,63 +18,6 @@ _HEAD = (
 
 
 @dataclass(frozen=True)
-class Tested:
-    """One metric of one task: the two runs' values, the decision, and what is shown beside it."""
-
-    pair: Pair
-    decision: Decision
-    details: Details
-
-    @property
-    def difference(self) -> float:
-        """Score of the candidate less that of the baseline."""
-        return self.pair.candidate.score - self.pair.baseline.score
-
-    def cells(self) -> list[str]:
-        """Return one line of the table."""
-        pair, decision, shown = self.pair, self.decision, self.details
-        documents, detectable = pair.baseline.documents, shown.detectable
-        seen = "unknown" if detectable is None else number(detectable)
-        if detectable is not None and pair.baseline.binary and pair.candidate.binary:
-            seen += f" ({detectable * documents:.0f} documents)"
-        return [
-            pair.task,
-            pair.column,
-            str(documents),
-            number(pair.baseline.score),
-            number(pair.candidate.score),
-            signed(self.difference) + signed_interval(shown.low, shown.high),
-            f"{shown.worse} / {shown.better}",
-            probability(decision.p),
-            probability(decision.p_holm),
-            seen,
-            "REGRESSED" if decision.regressed else "",
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON data."""
-        pair, decision, shown = self.pair, self.decision, self.details
-        return {
-            "task": pair.task,
-            "metric": pair.metric,
-            "filter": pair.flt,
-            "higher_is_better": pair.higher_is_better,
-            "documents": pair.baseline.documents,
-            "baseline": pair.baseline.score,
-            "candidate": pair.candidate.score,
-            "difference": self.difference,
-            "interval_95": [shown.low, shown.high],
-            "worse": shown.worse,
-            "better": shown.better,
-            "test": decision.test,
-            "p": decision.p,
-            "p_holm": decision.p_holm,
-            "detectable_drop": shown.detectable,
-            "regressed": decision.regressed,
-        }
-
-
-@dataclass(frozen=True)
 class GateReport:
     """The outcome of one check: status, what was tested, why there is no verdict, and remarks."""
 
@@ -81,9 +25,14 @@ class GateReport:
     baseline: str
     candidate: str
     rule: GateRule
-    tests: tuple[Tested, ...]
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
+    tests: Sequence[Tested]
+    reasons: Sequence[str]
+    notes: Sequence[str]
+
+    @property
+    def regressed(self) -> list[Tested]:
+        """The tests that find the candidate worse."""
+        return [test for test in self.tests if test.regressed]
 
     @property
     def headline(self) -> str:
@@ -94,16 +43,15 @@ class GateReport:
             return (
                 f"TOO SMALL: {len(self.reasons)} of {len(self.tests)} tests could not see the drop that has to be seen"
             )
-        worse = [test for test in self.tests if test.decision.regressed]
-        if worse:
-            told = ", ".join(f"{t.pair.task} {t.pair.metric} {signed(t.difference)}" for t in worse)
+        if self.regressed:
+            told = ", ".join(f"{t.pair.task} {t.pair.metric} {signed(t.difference)}" for t in self.regressed)
             return f"REGRESSED: {told}"
         return f"PASS: none of {len(self.tests)} tests finds {self.candidate} worse than {self.baseline}"
 
     @property
     def terms(self) -> list[str]:
         """What was tested, in sentences."""
-        tests, rule = " and ".join(dict.fromkeys(test.decision.test for test in self.tests)), self.rule
+        tests, rule = " and ".join(dict.fromkeys(test.test for test in self.tests)), self.rule
         level = rule.alpha / max(1, len(self.tests))
         return [
             f"One-sided paired tests ({tests}), alpha {rule.alpha:g} over all {len(self.tests)} by Holm; minimal "
@@ -118,22 +66,56 @@ class GateReport:
             "status": self.status,
             "baseline": self.baseline,
             "candidate": self.candidate,
-            "alpha": self.rule.alpha,
-            "min_effect": self.rule.min_effect,
-            "power": self.rule.power,
-            "resamples": self.rule.resamples,
-            "seed": self.rule.seed,
-            "tests": [test.to_dict() for test in self.tests],
+            **asdict(self.rule),
+            "tests": [_facts(test) for test in self.tests],
             "reasons": list(self.reasons),
             "notes": list(self.notes),
         }
+
+
+def _facts(test: Tested) -> dict[str, Any]:
+    pair, (worse, better) = test.pair, test.pair.changes
+    return {
+        "task": pair.task,
+        "metric": pair.metric,
+        "filter": pair.flt,
+        "higher_is_better": pair.higher_is_better,
+        "documents": pair.baseline.documents,
+        "baseline": pair.baseline.score,
+        "candidate": pair.candidate.score,
+        "difference": test.difference,
+        "interval_95": [pair.interval.low, pair.interval.high],
+        "worse": worse,
+        "better": better,
+        "test": test.test,
+        "p": test.p,
+        "p_holm": test.p_holm,
+        "detectable_drop": test.detectable,
+        "regressed": test.regressed,
+    }
+
+
+def _table(tests: Sequence[Tested]) -> list[list[str]]:
+    lines = [list(_HEAD)]
+    for test in tests:
+        pair, documents = test.pair, test.pair.baseline.documents
+        seen = "unknown" if test.detectable is None else number(test.detectable)
+        if test.detectable is not None and pair.binary:
+            seen += f" ({test.detectable * documents:.0f} documents)"
+        lines.append([
+            pair.task, pair.shown_metric, str(documents), number(pair.baseline.score), number(pair.candidate.score),
+            with_interval(test.difference, pair.interval.low, pair.interval.high),
+            "{} / {}".format(*pair.changes), probability(test.p), probability(test.p_holm), seen,
+            "REGRESSED" if test.regressed else "",
+        ])  # fmt: skip
+    return lines
 
 
 def plain(report: GateReport) -> str:
     """Return the outcome for a terminal."""
     lines = [printable(report.headline), *(f"  - {printable(reason)}" for reason in report.reasons)]
     if report.tests:
-        lines += ["", aligned([list(_HEAD), *(test.cells() for test in report.tests)], left=2), "", *report.terms]
+        lines += ["", aligned(_table(report.tests), left=2), "", *report.terms]
     if report.notes:
         lines += ["", "Notes:", *(f"  - {printable(note)}" for note in report.notes)]
     return "\n".join(lines)
@@ -144,7 +126,7 @@ def markdown(report: GateReport) -> str:
     lines = ["### lm-eval-deepen gate", "", f"**{literal(report.headline)}**"]
     lines += [f"- {literal(reason)}" for reason in report.reasons]
     if report.tests:
-        lines += ["", markdown_table([list(_HEAD), *(test.cells() for test in report.tests)], left=2)]
+        lines += ["", markdown_table(_table(report.tests), left=2)]
         for term in report.terms:
             lines += ["", term]
     if report.notes:

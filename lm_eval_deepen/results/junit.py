@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape, quoteattr
 
-from lm_eval_deepen.results.gate_report import GateReport, Tested
+from lm_eval_deepen.results.gate_report import GateReport
+from lm_eval_deepen.results.regression import Tested
 from lm_eval_deepen.results.report import number, probability, signed
 from lm_eval_deepen.results.tables import printable
 
@@ -21,36 +22,26 @@ def junit(report: GateReport) -> str:
             f"  <testcase classname={quoteattr(SUITE)} name={quoteattr(name)}>\n"
             f"    <error message={quoteattr(printable(report.headline))}>{escape(told)}</error>\n  </testcase>"
         )
-    failures = sum(test.decision.regressed for test in report.tests)
-    head = f'tests="{len(cases)}" failures="{failures}" errors="{int(bool(report.reasons))}"'
-    return "\n".join(
-        [
-            '<?xml version="1.0" encoding="UTF-8"?>',
-            f"<testsuite name={quoteattr(SUITE)} {head}>",
-            *cases,
-            "</testsuite>",
-            "",
-        ]
-    )
+    head = f'tests="{len(cases)}" failures="{len(report.regressed)}" errors="{int(bool(report.reasons))}"'
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', f"<testsuite name={quoteattr(SUITE)} {head}>", *cases]
+    return "\n".join([*lines, "</testsuite>", ""])
 
 
 def _case(report: GateReport, test: Tested) -> str:
     pair = test.pair
-    name = pair.column
-    start = f"  <testcase classname={quoteattr(printable(pair.task))} name={quoteattr(printable(name))}"
-    if not test.decision.regressed:
+    start = f"  <testcase classname={quoteattr(printable(pair.task))} name={quoteattr(printable(pair.shown_metric))}"
+    if not test.regressed:
         return f"{start}/>"
     told = printable(
         f"{report.baseline} {number(pair.baseline.score)}, {report.candidate} {number(pair.candidate.score)}: "
-        f"{signed(test.difference)}, p (Holm) {probability(test.decision.p_holm)}"
+        f"{signed(test.difference)}, p (Holm) {probability(test.p_holm)}"
     )
     return f"{start}>\n    <failure message={quoteattr(told)}>{escape(told)}</failure>\n  </testcase>"
 
 
 def github_errors(report: GateReport) -> list[str]:
     """Return GitHub's commands that put what went wrong on the page of the run, one line each."""
-    worse = [test for test in report.tests if test.decision.regressed]
-    said = [(f"{test.pair.task} {test.pair.metric} regressed", signed(test.difference)) for test in worse]
+    said = [(f"{one.pair.task} {one.pair.metric} regressed", signed(one.difference)) for one in report.regressed]
     said += [(report.status, reason) for reason in report.reasons]
     return [f"::error title={_escaped(title, ',:')}::{_escaped(text)}" for title, text in said]
 

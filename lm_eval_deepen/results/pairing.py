@@ -129,7 +129,7 @@ def group_differences(runs: Sequence[Run], group: str, key: str, candidates: Seq
     for label, scores in measured.scores.items():
         if label != reference:
             change = scores.change(first, level)
-            changes.append(f"{label} {report.signed(change.estimate)}{report.signed_interval(change.low, change.high)}")
+            changes.append(f"{label} {report.with_interval(change.estimate, change.low, change.high)}")
     return f"; against {reference}, paired over {first.documents} documents of {tasks} tasks: {', '.join(changes)}"
 
 

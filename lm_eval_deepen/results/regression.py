@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lm_eval_deepen.results.aggregation import Scores
-from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP
-from lm_eval_deepen.results.statistics import (
-    detectable_drop,
-    detectable_shift,
-    discordant,
-    holm,
-    mcnemar,
-    paired_interval,
-    sign_flip,
-)
-from lm_eval_deepen.results.statistics.paired import RESAMPLES
+from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP, Column
+from lm_eval_deepen.results.statistics.correction import holm
+from lm_eval_deepen.results.statistics.intervals import Interval, paired_interval
+from lm_eval_deepen.results.statistics.paired import RESAMPLES, Alternative, discordant, mcnemar, sign_flip
+from lm_eval_deepen.results.statistics.power import detectable_drop, detectable_shift
 
 ROUNDING = 1e-9  # 0.5 - 0.4 is a drop of 0.1
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Column):
     """One metric of one task in two runs: the same documents in the same order."""
 
-    task: str
-    metric: str
-    flt: str
-    higher_is_better: bool
     baseline: Scores
     candidate: Scores
 
     @property
-    def column(self) -> str:
-        """Metric and filter, as tables name them."""
-        return self.metric + (f" ({self.flt})" if self.flt != "none" else "")
+    def binary(self) -> bool:
+        """Whether every document is right or wrong in both runs."""
+        return self.baseline.binary and self.candidate.binary
+
+    @cached_property
+    def changes(self) -> tuple[int, int]:
+        """On how many documents the candidate does worse, and better."""
+        below, above = discordant(self.baseline.per_document, self.candidate.per_document)
+        return (below, above) if self.higher_is_better else (above, below)
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The difference, candidate less baseline, with its paired 95 % interval."""
+        return paired_interval(self.baseline.values, self.candidate.values, self.baseline.statistic)
 
 
 @dataclass(frozen=True)
@@ -50,75 +52,55 @@ class GateRule:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The outcome for one pair: by how much the candidate is worse, and whether that counts."""
+class Tested:
+    """The outcome for one pair."""
 
-    drop: float  # loss in the metric's unit, positive where the candidate is worse, whichever way is good
+    pair: Pair
     test: str  # which test gave `p`
     p: float  # one-sided p-value of "not worse"
     p_holm: float  # the same, corrected over all pairs
-    regressed: bool  # `p_holm` is at most alpha and `drop` at least the minimal effect
+    regressed: bool  # `p_holm` is at most alpha, and the loss at least the minimal effect
+    among: int  # how many pairs were tested
+    rule: GateRule  # by which
+
+    @cached_property
+    def detectable(self) -> float | None:
+        """The smallest true drop that this comparison finds, see `detectable`."""
+        return detectable(self.pair, self.among, self.rule)
+
+    @property
+    def difference(self) -> float:
+        """Score of the candidate less that of the baseline."""
+        return self.pair.candidate.score - self.pair.baseline.score
 
 
-@dataclass(frozen=True)
-class Details:
-    """What is shown beside a decision."""
-
-    # lower end of the paired 95 % interval of the difference, candidate less baseline; None where it cannot be told
-    # (see `statistics.Interval`)
-    low: float | None
-    high: float | None  # upper end
-    worse: int  # documents on which the candidate does worse
-    better: int  # documents on which it does better
-    # smallest true drop that this comparison finds with chance `Rule.power` at the level that Holm gives the smallest
-    # p-value, alpha over the number of pairs; None where it cannot be told
-    detectable: float | None
-
-
-def decide(pairs: Sequence[Pair], rule: GateRule) -> list[Decision]:
-    """Return a decision per pair. A regression of any of them is one of the whole."""
+def decide(pairs: Sequence[Pair], rule: GateRule) -> list[Tested]:
+    """Return the outcome for every pair. A regression of any of them is one of the whole."""
     tested = [_test(pair, rule) for pair in pairs]
-    adjusted = holm([p for _, p in tested])
-    drops = [(pair.baseline.score - pair.candidate.score) * (1 if pair.higher_is_better else -1) for pair in pairs]
-    return [
-        Decision(drop, test, p, p_holm, p_holm <= rule.alpha and drop > 0 and drop >= rule.min_effect - ROUNDING)
-        for (test, p), p_holm, drop in zip(tested, adjusted, drops, strict=True)
-    ]
+    outcomes = []
+    for pair, (test, p), p_holm in zip(pairs, tested, holm([p for _, p in tested]), strict=True):
+        loss = (pair.baseline.score - pair.candidate.score) * (1 if pair.higher_is_better else -1)
+        regressed = p_holm <= rule.alpha and loss > 0 and loss >= rule.min_effect - ROUNDING
+        outcomes.append(Tested(pair, test, p, p_holm, regressed, len(pairs), rule))
+    return outcomes
 
 
 def _test(pair: Pair, rule: GateRule) -> tuple[str, float]:
-    worse, better = _changes(pair)
-    if pair.baseline.binary and pair.candidate.binary:
-        return MCNEMAR, mcnemar(worse, better, "less")
-    p = sign_flip(
-        pair.baseline.values,
-        pair.candidate.values,
-        pair.baseline.statistic,
-        "less" if pair.higher_is_better else "greater",
-        rule.resamples,
-        rule.seed,
-    )
-    return SIGN_FLIP, p
+    if pair.binary:
+        return MCNEMAR, mcnemar(*pair.changes, "less")
+    towards: Alternative = "less" if pair.higher_is_better else "greater"
+    first, second = pair.baseline, pair.candidate
+    return SIGN_FLIP, sign_flip(first.values, second.values, first.statistic, towards, rule.resamples, rule.seed)
 
 
-def _changes(pair: Pair) -> tuple[int, int]:
-    below, above = discordant(pair.baseline.per_document, pair.candidate.per_document)
-    return (below, above) if pair.higher_is_better else (above, below)
+def detectable(pair: Pair, tested: int, rule: GateRule) -> float | None:
+    """Return the smallest true drop that a comparison finds with chance `rule.power`; None where it cannot be told.
 
-
-def details(pair: Pair, tested: int, rule: GateRule) -> Details:
-    """Return interval, counts and minimal detectable effect of one pair among `tested` ones."""
-    interval = paired_interval(pair.baseline.values, pair.candidate.values, pair.baseline.statistic)
-    worse, better = _changes(pair)
-    level = rule.alpha / tested
-    drop: float | None
-    if pair.baseline.binary and pair.candidate.binary:
-        share = (worse + better) / pair.baseline.documents
-        drop = detectable_drop(pair.baseline.documents, share, level, rule.power, rule.min_effect)
-    else:
-        # Runs without any difference say nothing about how much real-valued scores scatter.
-        scatter = interval.stderr
-        drop = (
-            detectable_shift(scatter, pair.baseline.documents, level, rule.power, rule.min_effect) if scatter else None
-        )
-    return Details(interval.low, interval.high, worse, better, drop)
+    The level is the one that Holm gives the smallest p-value: alpha over the number of pairs, `tested`.
+    """
+    documents, level = pair.baseline.documents, rule.alpha / tested
+    if pair.binary:
+        return detectable_drop(documents, sum(pair.changes) / documents, level, rule.power, rule.min_effect)
+    if not pair.interval.stderr:  # runs without any difference say nothing about how much real-valued scores scatter
+        return None
+    return detectable_shift(pair.interval.stderr, documents, level, rule.power, rule.min_effect)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -63,14 +63,9 @@ def heading(rows: Sequence[ScoreRow]) -> str:
     return f"{first.column} ({way[first.higher_is_better]}), {first.documents} documents{against}"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """Return an interval as text behind its estimate; nothing where it cannot be told."""
-    return "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
-
-
-def signed_interval(low: float | None, high: float | None) -> str:
-    """Return the interval of a difference as text behind its estimate; nothing where it cannot be told."""
-    return "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+def with_interval(value: float, low: float | None, high: float | None, shown: Callable[[float], str] = signed) -> str:
+    """Return a difference, or a score if `shown` is `number`, and its interval, if that can be told."""
+    return shown(value) + ("" if low is None or high is None else f" [{shown(low)}, {shown(high)}]")
 
 
 def extras(rows: Sequence[ScoreRow]) -> list[str]:
@@ -94,12 +89,12 @@ def verdict(row: ScoreRow, alpha: float) -> str:
 def cells(row: ScoreRow, alpha: float, names: Sequence[str]) -> list[str]:
     """Return one row as text, in the order of `head`."""
     compared = row.comparison
-    shown = [row.system, number(row.score) + interval(row.low, row.high)]
+    shown = [row.system, with_interval(row.score, row.low, row.high, number)]
     if compared is None:
         shown += ["-", "-", "-", verdict(row, alpha), "-"]
     else:
         agreement = "-" if compared.agreement is None else f"{compared.agreement:.3f}"
-        shown.append(signed(compared.difference) + signed_interval(compared.low, compared.high))
+        shown.append(with_interval(compared.difference, compared.low, compared.high))
         shown += [probability(compared.p), probability(compared.p_holm), verdict(row, alpha), agreement]
     shown.append("-" if row.oracle is None else number(row.oracle))
     for name in names:

@@ -9,17 +9,9 @@ from typing import Literal
 import numpy as np
 
 from lm_eval_deepen.results.aggregation import Scores
-from lm_eval_deepen.results.statistics import (
-    CONFIDENCE,
-    Comparisons,
-    discordant,
-    level_of_each,
-    mcnemar,
-    rivals,
-    sign_flip,
-    step_down,
-)
-from lm_eval_deepen.results.statistics.paired import RESAMPLES
+from lm_eval_deepen.results.statistics.correction import Comparisons, level_of_each, rivals, step_down
+from lm_eval_deepen.results.statistics.intervals import CONFIDENCE
+from lm_eval_deepen.results.statistics.paired import RESAMPLES, discordant, mcnemar, sign_flip
 
 Verdict = Literal["better", "worse", "not significant"]
 MCNEMAR, MCNEMAR_MID_P, SIGN_FLIP = "exact McNemar test", "mid-p McNemar test", "paired permutation test"
@@ -49,13 +41,29 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class ScoreRow:
-    """One system on one metric of one task."""
+class Column:
+    """One metric of one task."""
 
     task: str  # name of the task
     metric: str  # name of the metric
     flt: str  # name of the harness's filter
     higher_is_better: bool | None  # which way is good; None if unknown
+
+    @property
+    def shown_metric(self) -> str:
+        """Metric, and the filter where there is one."""
+        return self.metric + (f" ({self.flt})" if self.flt != "none" else "")
+
+    @property
+    def column(self) -> str:
+        """Task, metric, and the filter where there is one."""
+        return f"{self.task} {self.shown_metric}"
+
+
+@dataclass(frozen=True)
+class ScoreRow(Column):
+    """One system on one metric of one task."""
+
     system: str  # name of the system
     documents: int  # how many were scored, the same for every row of a column
     score: float  # the aggregated score over these
@@ -68,11 +76,6 @@ class ScoreRow:
     comparison: Comparison | None  # against the reference; None in the reference's own row
     # further figures to show, by heading: seconds per document, tokens per document
     extra: Mapping[str, float | None] = field(default_factory=dict)
-
-    @property
-    def column(self) -> str:
-        """Task, metric, and the filter where there is one."""
-        return f"{self.task} {self.metric}" + (f" ({self.flt})" if self.flt != "none" else "")
 
     def verdict(self, alpha: float) -> Verdict | None:
         """Return what the corrected p-value allows to say; None in the reference's row.
@@ -88,13 +91,9 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Column):
     """One metric of one task, measured for several systems on the same documents in the same order."""
 
-    task: str  # name of the task
-    metric: str  # name of the metric
-    flt: str  # name of the harness's filter
-    higher_is_better: bool | None  # which way is good; None if unknown
     scores: Mapping[str, Scores]  # by system
     # further figures by system, then by heading
     extra: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)

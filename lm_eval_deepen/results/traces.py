@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ NAME = re.compile(r"trace_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\
 Key = tuple[Any, ...]  # doc_id, doc_hash, request, repeat, type
 
 
-class Documents(Sequence[Mapping[str, Any]]):
+class Documents:
     """Documents of traces, packed, each parsed where it is asked for: those of a long run take as much as its file.
 
     Attributes:
@@ -47,13 +47,7 @@ class Documents(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    @overload
-    def __getitem__(self, at: int) -> Mapping[str, Any]: ...
-    @overload
-    def __getitem__(self, at: slice) -> Documents: ...
-    def __getitem__(self, at: int | slice) -> Mapping[str, Any] | Documents:
-        if isinstance(at, slice):
-            return Documents(self.keys[at], self.packed[at])
+    def __getitem__(self, at: int) -> Mapping[str, Any]:
         document: Mapping[str, Any] = json.loads(zlib.decompress(self.packed[at]))
         return document
 

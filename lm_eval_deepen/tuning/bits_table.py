@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lm_eval_deepen.results.statistics import CONFIDENCE, change_interval, level_of_each, rivals
+from lm_eval_deepen.results.statistics.correction import level_of_each, rivals
+from lm_eval_deepen.results.statistics.intervals import CONFIDENCE, change_interval
 from lm_eval_deepen.results.tables import aligned
 
 

@@ -28,7 +28,8 @@ from lm_eval_deepen.leaderboard.execution import execute, plan
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.reproduction import reproduced
 from lm_eval_deepen.leaderboard.seeds import averaged
-from lm_eval_deepen.results import Measured, Scores, mean_scores
+from lm_eval_deepen.results.aggregation import Scores, mean_scores
+from lm_eval_deepen.results.rows import Measured
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICE = {"task": "conf_choice", "metric": "acc"}

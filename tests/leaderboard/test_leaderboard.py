@@ -40,10 +40,10 @@ from lm_eval_deepen.leaderboard.models import RowModel, share_by_members
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import record
 from lm_eval_deepen.pooling import POOLINGS
-from lm_eval_deepen.results import find_runs
+from lm_eval_deepen.results.files import find_runs
 from lm_eval_deepen.results.pairing import measure as paired
 from lm_eval_deepen.results.rows import compare
-from lm_eval_deepen.results.statistics import Comparisons, holm, step_down
+from lm_eval_deepen.results.statistics.correction import Comparisons, holm, step_down
 
 ONE = {"orders": ["A+B"]}
 CHOICE = {"task": "conf_choice", "metric": ["acc", "acc_norm"]}

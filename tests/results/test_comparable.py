@@ -9,8 +9,8 @@ import pytest
 from run_files import DATE, edited, synthesised
 
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.results import find_runs
 from lm_eval_deepen.results.comparable import objections
+from lm_eval_deepen.results.files import find_runs
 
 
 def set_in(*keys_and_value):

@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 import pytest
 from browser import CHROMIUM, CONTRAST, measured
 
-from lm_eval_deepen.results import Measured, corrected, report, rows_of
+from lm_eval_deepen.results import report
 from lm_eval_deepen.results.aggregation import mean_scores
 from lm_eval_deepen.results.chart import Point, chart
 from lm_eval_deepen.results.page import html
+from lm_eval_deepen.results.rows import Measured, corrected, rows_of
 from lm_eval_deepen.results.tables import printable
 
 

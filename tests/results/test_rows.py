@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lm_eval_deepen.results import Measured, Scores, corrected, rows_of
-from lm_eval_deepen.results.aggregation import AGGREGATIONS, group_scores, mean_scores
-from lm_eval_deepen.results.regression import GateRule, Pair, decide, details
-from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP
-from lm_eval_deepen.results.statistics import mcnemar
+from lm_eval_deepen.results.aggregation import AGGREGATIONS, Scores, group_scores, mean_scores
+from lm_eval_deepen.results.regression import GateRule, Pair, decide, detectable
+from lm_eval_deepen.results.rows import MCNEMAR, SIGN_FLIP, Measured, corrected, rows_of
+from lm_eval_deepen.results.statistics.paired import mcnemar
 
 # Rows --------------------------------------------------------------------------------------------------
 
@@ -151,7 +150,7 @@ def pair(baseline, candidate, higher=True):
 def test_a_regression_is_significant_and_large_enough():
     worse = pair([1] * 100, [0] * 10 + [1] * 90)
     [found] = decide([worse], GateRule())
-    assert (found.drop, found.p, found.regressed) == (pytest.approx(0.1), 2.0**-10, True)
+    assert (found.difference, found.p, found.regressed) == (pytest.approx(-0.1), 2.0**-10, True)
     assert decide([worse], GateRule(min_effect=0.1))[0].regressed
     assert not decide([worse], GateRule(min_effect=0.11))[0].regressed
     assert not decide([worse], GateRule(alpha=2.0**-11))[0].regressed
@@ -170,19 +169,19 @@ def test_real_valued_metrics_of_either_direction():
     up = base + 0.5 + 0.2 * generator.normal(size=80)
     assert decide([pair(base, up, higher=False)], GateRule(resamples=999))[0].regressed
     [fine] = decide([pair(base, up)], GateRule(resamples=999))
-    assert not fine.regressed and fine.test == SIGN_FLIP and fine.drop < 0
-    shown = details(pair(base, up, higher=False), 1, GateRule(resamples=999))
+    assert not fine.regressed and fine.test == SIGN_FLIP and fine.difference > 0
+    shown, rule = pair(base, up, higher=False), GateRule(resamples=999)
     # However large the difference is: a smaller one would scatter as this one does.
-    assert shown.detectable == pytest.approx((1.6449 + 0.8416) * np.std(up - base) / np.sqrt(80), rel=0.05)
-    assert shown.worse == 80 and shown.low > 0
-    few = details(pair(base[:4], up[:4], higher=False), 1, GateRule())
-    assert few.detectable is None  # of 16 exchanges the observed one is the most extreme, 0.0625
-    assert details(pair(base, base), 1, GateRule()).detectable is None  # nothing is known of their scatter
+    assert detectable(shown, 1, rule) == pytest.approx((1.6449 + 0.8416) * np.std(up - base) / np.sqrt(80), rel=0.05)
+    assert shown.changes == (80, 0) and shown.interval.low > 0
+    # Of 16 exchanges the observed one is the most extreme, 0.0625.
+    assert detectable(pair(base[:4], up[:4], higher=False), 1, GateRule()) is None
+    assert detectable(pair(base, base), 1, GateRule()) is None  # nothing is known of their scatter
 
 
 def test_the_detectable_drop_grows_with_what_is_tested_and_with_what_differs():
     same = pair([1] * 200, [1] * 200)
     noisy = pair([1] * 200, [0] * 20 + [1] * 180)
-    alone, among, scattered = details(same, 1, GateRule()), details(same, 10, GateRule()), details(noisy, 1, GateRule())
-    assert 5 / 200 <= alone.detectable < among.detectable
-    assert alone.detectable < scattered.detectable
+    alone = detectable(same, 1, GateRule())
+    assert 5 / 200 <= alone < detectable(same, 10, GateRule())
+    assert alone < detectable(noisy, 1, GateRule())

@@ -9,9 +9,9 @@ import pytest
 from run_files import DATE, ROOT, evaluate_dummy, local_tasks, record, synthesised
 
 from lm_eval_deepen.errors import ResultError
-from lm_eval_deepen.results import Key, Scores, common_keys, find_runs, read_samples, samples_of
-from lm_eval_deepen.results.aggregation import mean_scores
-from lm_eval_deepen.results.samples import mismatch
+from lm_eval_deepen.results.aggregation import Scores, mean_scores
+from lm_eval_deepen.results.files import find_runs
+from lm_eval_deepen.results.samples import Key, common_keys, mismatch, read_samples, samples_of
 
 LATER = "2026-02-02T03-04-05.000006"
 

@@ -14,29 +14,20 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.results.statistics import (
-    Comparisons,
+from lm_eval_deepen.results.statistics import intervals as intervals_module
+from lm_eval_deepen.results.statistics.correction import Comparisons, holm, level_of_each, rivals, step_down
+from lm_eval_deepen.results.statistics.distributions import student_quantile
+from lm_eval_deepen.results.statistics.intervals import (
     change_interval,
-    detectable_drop,
-    detectable_shift,
-    discordant,
-    holm,
-    level_of_each,
-    mcnemar,
-    mcnemar_power,
     mean_interval,
     paired_interval,
-    paired_needs,
     proportion_interval,
     pseudo_values,
-    rivals,
     score_interval,
-    sign_flip,
     standard_error,
-    step_down,
 )
-from lm_eval_deepen.results.statistics import intervals as intervals_module
-from lm_eval_deepen.results.statistics.distributions import student_quantile
+from lm_eval_deepen.results.statistics.paired import discordant, mcnemar, sign_flip
+from lm_eval_deepen.results.statistics.power import detectable_drop, detectable_shift, mcnemar_power, paired_needs
 
 ROOT = Path(__file__).resolve().parents[2]
 level = runpy.run_path(str(ROOT / "benchmarks" / "statistics_level.py"))

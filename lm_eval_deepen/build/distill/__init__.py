@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_deepen.build.distill.recipe import METHODS, DistillRecipe
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.results.statistics import Interval
+    from lm_eval_deepen.results.statistics.intervals import Interval
 
 __all__ = ["METHODS", "DistillRecipe", "build", "held_out_difference"]
 

@@ -13,7 +13,7 @@ from lm_eval_deepen.build.distill.corpus import Tokens
 from lm_eval_deepen.build.distill.teacher_logits import check_length, nats_of
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.member import Member
-from lm_eval_deepen.results.statistics import Interval, paired_interval
+from lm_eval_deepen.results.statistics.intervals import Interval, paired_interval
 
 
 def bits_of(member: Member, documents: Sequence[Sequence[Tokens]]) -> list[float]:

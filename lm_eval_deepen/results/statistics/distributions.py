@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -13,6 +14,14 @@ _DEVIATIONS = 12.0  # beyond so many, and _MARGIN more, no count has a chance wo
 _MARGIN = 60
 _EXACT_DEGREES = 200
 _STEPS = 100
+
+
+def bisected(low: float, high: float, is_above: Callable[[float], bool], steps: int = 60) -> float:
+    """Return where `is_above` becomes true between `low`, where it is false, and `high`, to 2^-`steps` of their gap."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return high
 
 
 def binomial(total: int, chance: float) -> NDArray[np.float64]:

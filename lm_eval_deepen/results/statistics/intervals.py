@@ -15,14 +15,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from lm_eval_deepen.results.statistics.distributions import binomial_window, student_quantile
+from lm_eval_deepen.results.statistics.distributions import binomial_window, bisected, student_quantile
 from lm_eval_deepen.results.statistics.paired import Statistic, Values, discordant, mean_of_first
 
 CONFIDENCE = 0.95
 # Of a document: by exact enumeration, the lowest coverage of differences of 0/1 values is 0.935 instead of 0.930.
 CONTINUITY = 0.075
 FEW = 10  # documents
-_STEPS = 60  # of bisection
 _GRID = 32
 _CONSTANT = 1e-12  # relative: values that differ less are the same number, summed in another order
 
@@ -209,28 +208,24 @@ def _blaker_low(right: int, documents: int, alpha: float) -> float:
     at = accepted.index(True) if True in accepted else _GRID - 1
     if at == 0:
         return first
-    low, high = float(places[at - 1]), float(places[at])
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _acceptability(right, documents, middle) > alpha else (middle, high)
-    return high
+    low, high = map(float, places[at - 1 : at + 1])
+    return bisected(low, high, lambda p: _acceptability(right, documents, p) > alpha)
 
 
 def _tail_reaches(right: int, documents: int, level: float) -> float:
     """Return the proportion under which `right` or more have chance `level`."""
-    low, high = 0.0, right / documents
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        start, chances = binomial_window(documents, middle)
-        tail = chances[max(0, right - start) :].sum()
-        low, high = (middle, high) if tail < level else (low, middle)
-    return high
+    return bisected(0.0, right / documents, lambda chance: _tail(right, *binomial_window(documents, chance)) >= level)
+
+
+def _tail(right: int, start: int, chances: Values) -> float:
+    """Return the chance of `right` or more, from the chances of `start` and what follows it."""
+    return float(chances[max(0, right - start) :].sum())
 
 
 def _acceptability(right: int, documents: int, chance: float) -> float:
     """Return the chance of `right` or more, and of as many low counts as are together no likelier."""
     start, chances = binomial_window(documents, chance)
-    tail = float(chances[max(0, right - start) :].sum())
+    tail = _tail(right, start, chances)
     lower = chances.cumsum()
     return tail + float(lower[lower <= tail * (1 + 1e-12)].max(initial=0.0))
 
@@ -238,10 +233,7 @@ def _acceptability(right: int, documents: int, chance: float) -> float:
 @lru_cache(maxsize=65536)
 def paired_proportions(below: int, above: int, documents: int, confidence: float) -> tuple[float, float]:
     """Return Tango's interval of a difference, from the documents that one of two systems alone has right."""
-    return (
-        _tango_low(below, above, documents, confidence),
-        -_tango_low(above, below, documents, confidence),
-    )
+    return _tango_low(below, above, documents, confidence), -_tango_low(above, below, documents, confidence)
 
 
 def _tango_low(below: int, above: int, documents: int, confidence: float) -> float:
@@ -257,13 +249,7 @@ def _tango_low(below: int, above: int, documents: int, confidence: float) -> flo
         variance = max(0.0, (2 * worse + difference - difference**2) / n)
         return max(0.0, observed - difference - CONTINUITY / n) ** 2 > quantile**2 * variance
 
-    low, high = -1.0, observed
-    if not refuted(low):
-        return low
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return high
+    return bisected(-1.0, observed, lambda difference: not refuted(difference)) if refuted(-1.0) else -1.0
 
 
 def score_end(centred: Values, squared: float, limit: float) -> float:
@@ -283,12 +269,8 @@ def score_end(centred: Values, squared: float, limit: float) -> float:
         return float(n / (1 / (centred - c)).sum() / -c) if c < least else 0.0
 
     c = limit
-    if evenness(limit) < target:
-        low, high = -40.0, 40.0  # logarithms of the distance below the limit, in spans
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if evenness(limit - math.exp(middle) * span) >= target else (middle, high)
-        c = limit - math.exp(high) * span
+    if evenness(limit) < target:  # bisect the logarithm of the distance below the limit, in spans
+        c -= math.exp(bisected(-40.0, 40.0, lambda log: evenness(limit - math.exp(log) * span) >= target)) * span
     return squared * c / (n + squared)
 
 

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lm_eval_deepen.results.statistics.distributions import binomial, student_quantile
+from lm_eval_deepen.results.statistics.distributions import binomial, bisected, student_quantile
 
 _NEGLIGIBLE = 1e-12  # probability of numbers of changed documents that are left out
 _ROUNDING = 1e-9
@@ -59,12 +59,11 @@ def detectable_drop(
     """
     if mcnemar_power(documents, 1.0, 1.0, alpha, min_observed) < power:
         return None
-    low, high = 0.0, 1.0
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        reached = mcnemar_power(documents, min(1.0, discordance + middle), middle, alpha, min_observed)
-        low, high = (low, middle) if reached >= power else (middle, high)
-    return high
+
+    def is_found(drop: float) -> bool:
+        return mcnemar_power(documents, min(1.0, discordance + drop), drop, alpha, min_observed) >= power
+
+    return bisected(0.0, 1.0, is_found, _STEPS)
 
 
 def detectable_shift(
