@@ -28,7 +28,7 @@ from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, look_up
 from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.weighting.bayes import BayesWeigher
+from lm_eval_deepen.weighting.bayes import Bayes
 from lm_eval_deepen.weighting.experts import Experts
 
 KINDS = ("prose", "code", "piqa", "arc", "gsm8k", "nq", "nq, 5 shots", "arc, 5 shots", "gsm8k, 5 shots")
@@ -212,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
 
                 loaded[name] = load_member(member, "cpu")
         ensemble = Ensemble.assemble(config, [loaded[name] for name in names])
-        assert isinstance(ensemble.weigher, BayesWeigher)
+        assert isinstance(ensemble.weigher, Bayes)
         for split, kind, path in todo:
             if path.exists():
                 continue

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lm_eval_deepen.engine.stretches import StretchReading, weigh
 from lm_eval_deepen.tuning.bits_table import Change, compare
-from lm_eval_deepen.weighting.bayes import Bayes, BayesWeigher
+from lm_eval_deepen.weighting.bayes import Bayes
 from lm_eval_deepen.weighting.experts import Experts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "relative-space.md"
@@ -100,7 +100,7 @@ def row(folder: Path, kind: str, systems: Sequence[str]) -> dict[str, Any] | Non
     own = {name: value for name, value in alone.items() if value is not None}
     best = min(own, key=lambda name: float(own[name][0].sum()))
     reference = own[best][0]
-    default, prompted = (BayesWeigher(Bayes(learn_from=start)) for start in ("continuation", "prompt"))
+    default, prompted = (Bayes(learn_from=start) for start in ("continuation", "prompt"))
     found: dict[str, Any] = {"kind": kind, "best": best, "temperature": own[best][1], "documents": len(reference)}
     size = int(next(iter(tests.values()))["bytes"].sum())
     found |= {"bytes": size, "bits_per_byte": float(reference.sum()) / size}
@@ -138,7 +138,7 @@ def twos_and_threes(folder: Path) -> list[str]:
     The second table compares sets of three with the best set of two, each at its best: with the main member, or the
     `mixture`, that suits the very documents best.
     """
-    weigher = BayesWeigher(Bayes())
+    weigher = Bayes()
     systems = [system for system in all_systems(folder) if "+" in system]
     names = list(dict.fromkeys(name for system in systems for name in system.split("+")))
     sets: dict[str, list[str]] = {}  # the systems of the same members

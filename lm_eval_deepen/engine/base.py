@@ -26,7 +26,7 @@ from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.base import PromptLoss, Weigher, checked
-from lm_eval_deepen.weighting.bayes import BayesWeigher, after_prompt
+from lm_eval_deepen.weighting.bayes import Bayes, after_prompt
 from lm_eval_deepen.weighting.experts import Experts
 
 # Why a row is left to the main member.
@@ -151,7 +151,7 @@ class EnsembleBase:
         """
         if self.by_stretches:
             return self.stretch_experts
-        if isinstance(self.weigher, BayesWeigher):
+        if isinstance(self.weigher, Bayes):
             geometric = getattr(self.config.options, "HAS_GEOMETRIC", False)
             return self.weigher.of_steps(len(self.active), geometric=geometric)
         return Experts.static(self.weights)
@@ -159,7 +159,7 @@ class EnsembleBase:
     @cached_property
     def stretch_experts(self) -> Experts:
         """Those that it weighs at stretches."""
-        if isinstance(self.weigher, BayesWeigher):
+        if isinstance(self.weigher, Bayes):
             return self.weigher.of_stretches(len(self.active))
         return Experts.static(self.weights)
 
@@ -184,7 +184,7 @@ class EnsembleBase:
     @property
     def learns(self) -> bool:
         """Whether the weights learn from the text itself."""
-        return isinstance(self.weigher, BayesWeigher)
+        return isinstance(self.weigher, Bayes)
 
     @property
     def by_stretches(self) -> bool:
@@ -204,7 +204,9 @@ class EnsembleBase:
     @property
     def prompt_stretches(self) -> int | None:
         """How many of a prompt's last stretches its weights depend on; None for all of them."""
-        return self.weigher.prompt_stretches if isinstance(self.weigher, BayesWeigher) else None
+        if not isinstance(self.weigher, Bayes):
+            return None
+        return self.weigher.prompt_stretches if self.weigher.reads_prompts else 0
 
     def prompt_weights(self, losses: Sequence[Sequence[PromptLoss | None]], experts: Experts) -> Tensor:
         """Return the weights [R, M] of requests, from every active member's loss on their prompts.

@@ -26,7 +26,7 @@ from lm_eval_deepen.member.devices import give_back_freed_memory
 from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
-from lm_eval_deepen.weighting.bayes import BayesWeigher
+from lm_eval_deepen.weighting.bayes import Bayes
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class Ensemble(EnsembleBase):
             fuser = config.options.build([view(member) for member in members], MatrixStore(config.matrix_dir))
         names = [member.name for member in members]
         weigher = config.weighting_options.build() if fuser and config.weighting_options is not None else None
-        learns = isinstance(weigher, BayesWeigher)  # from what there is: nothing, of a source
+        learns = isinstance(weigher, Bayes)  # from what there is: nothing, of a source
         check_specialists(config, members, weigher is not None and weigher.reads_prompts and not learns)
         _check_thinking(config, members)
         selective = None

@@ -171,18 +171,8 @@ class _Part:
         empty = torch.logsumexp(text, dim=1) + moved
         self.operator.gather(r.add_(moved[:, None]), empty[:, None], out=out).add_(self.main)
         end = torch.logsumexp(share + self.log_end, dim=1) + self.kept
-        side = self.side
-        if len(side.eos):
-            given = torch.log_softmax(self.main.index_select(1, side.eos).float(), dim=1)
-            given = given.masked_fill(given.isnan(), -math.log(len(side.eos)))
-            out.index_copy_(1, side.eos, given + end[:, None])
-        out.index_copy_(1, side.control, self.main.index_select(1, side.control).float() - self.log_total[:, None])
-        out.index_fill_(1, side.unused, NEG_INF)
-        if not bool(self.usable.all()):
-            own = self.main.to(torch.float32, copy=True).index_fill_(1, side.unused, NEG_INF)
-            out.copy_(torch.where(self.usable[:, None], out, own - self.log_total[:, None]))
-            end = torch.where(self.usable, end, self.own_end + self.kept)
-        return end.exp()
+        write_rest(out, self.main, self.side, end, self.log_total, self.usable)
+        return torch.where(self.usable, end, self.own_end + self.kept).exp()
 
     def _averaged(self, scale: Tensor) -> Tensor:
         """Return the sum over experts [b, A] of their class masses and s, each times its scale [b, K]."""
@@ -191,6 +181,28 @@ class _Part:
         for k, pooled in self.pooled:
             r.addcmul_(scale[:, k, None], pooled)
         return r.add_(SMALLEST * scale.sum(1, keepdim=True))
+
+
+def write_rest(out: Tensor, main: Tensor, side: Side, end: Tensor, total: Tensor, usable: Tensor) -> None:
+    """Complete fused text pieces in place: ends of text, control pieces, unused ids, and rows that were not fused.
+
+    Args:
+        out: the fused rows [B, V_0].
+        main: the main member's rows as given [B, V_0].
+        side: its ids by role.
+        end: fused log mass of the end of text [B], which is shared out as the main member does.
+        total: log mass of everything but unused ids in `main` [B].
+        usable: rows with a fused distribution [B] (bool); the others get the main member's own.
+    """
+    if len(side.eos):
+        given = torch.log_softmax(main.index_select(1, side.eos).float(), dim=1)
+        given = given.masked_fill(given.isnan(), -math.log(len(side.eos)))  # uniform if it has none
+        out.index_copy_(1, side.eos, given + end[:, None])
+    out.index_copy_(1, side.control, main.index_select(1, side.control).float() - total[:, None])
+    out.index_fill_(1, side.unused, NEG_INF)
+    if not bool(usable.all()):
+        own = main.to(torch.float32, copy=True).index_fill_(1, side.unused, NEG_INF)
+        out.copy_(torch.where(usable[:, None], out, own - total[:, None]))
 
 
 def _mean(share: Tensor, log_mass: Tensor) -> Tensor:

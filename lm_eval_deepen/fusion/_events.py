@@ -54,19 +54,6 @@ def of_anchors(vocabulary: ByteVocab, sides: Sequence[Side]) -> Events | None:
     return Events(vocabulary.pieces, tuple(of), first.masked_fill_(first == len(ids), -1), sides[0].control, end)
 
 
-def of_columns(out: ByteVocab, main: Tensor, others: Sequence[Tensor], control: Tensor) -> Events:
-    """Return the events of maps that send an id to one piece of a common vocabulary.
-
-    Args:
-        out: the common vocabulary of K pieces.
-        main: the column of every id of the main member [V_0], -1 for control pieces and unused ids.
-        others: that of the other members' ids [V_m]; K for text without a column.
-        control: the main member's control pieces.
-    """
-    first = torch.cat([torch.arange(len(out)), torch.tensor([-1])])
-    return Events(out.pieces, (main, *others), first, control)
-
-
 def of_union(vocabularies: Sequence[ByteVocab]) -> Events:
     """Return the events of a mixture without a main member: the byte strings of all vocabularies, and the end of text.
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.fusion._events import Events, of_columns
+from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._rows import (
     TINY,
     Roles,
+    RowFuser,
     finish,
     keep,
     leaders_of,
-    left_alone,
     roles_of,
     shares_of,
     within_groups,
@@ -28,20 +28,16 @@ from lm_eval_deepen.relative.matrix import SparseMatrix
 from lm_eval_deepen.relative.support import abstain
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
 
-
-class LinearFuser:
+class LinearFuser(RowFuser):
     """Averages the members' mapped distributions.
 
     A member's row is taken given text or end of text. End of text is one event, and so are pieces with the same
     bytes: their fused mass goes to the main member's ids in proportion to its own. Where a map loses mass
     (a piece without a counterpart) the result is renormalised.
-
-    Attributes:
-        out_vocab: the K pieces of the result, the main member's V_0 first.
-        facts: what the maps are, for the diagnostics of a run.
     """
+
+    ROW_COPIES = 4
 
     def __init__(
         self,
@@ -51,14 +47,9 @@ class LinearFuser:
         facts: dict[str, Any] | None = None,
     ) -> None:
         """Take the members' vocabularies and the maps [V_m, K] of all but the main one; nothing is computed."""
-        self.out_vocab, self.facts, self.vocabularies = out_vocab, facts or {}, tuple(vocabularies)
         with_end = bool(vocabularies[0].eos)
-        roles = tuple(roles_of(vocabulary, with_end=with_end) for vocabulary in vocabularies)
-        self._placed = {torch.device("cpu"): (roles, tuple(maps))}
-
-    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """Return rows [B] in which no other member takes part."""
-        return left_alone(tuple(logp), weights)
+        super().__init__(out_vocab, facts or {}, [roles_of(own, with_end=with_end) for own in vocabularies], maps)
+        self.vocabularies = tuple(vocabularies)
 
     def shares(self, mapped: Sequence[Tensor], shares: Tensor, roles: Roles) -> Tensor:
         """Return the members' shares [B, M] of the average.
@@ -84,31 +75,17 @@ class LinearFuser:
             own = torch.where(matrix.values[:, 0] > 0, matrix.indices[:, 0].long(), len(self.out_vocab))
             own[role.outside] = -1
             others.append(own)
-        return of_columns(self.out_vocab, main, others, roles[0].control)
+        first = torch.cat([torch.arange(len(self.out_vocab)), torch.tensor([-1])])  # -1: text without a column
+        return Events(self.out_vocab.pieces, (main, *others), first, roles[0].control)
 
-    @torch.no_grad()
-    def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
-        """Fuse rows; see `fusion.base` for shapes.
+    def fuse_chunk(
+        self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]
+    ) -> Fused:
+        """Fuse a few rows.
 
         Stats: ``end_mass`` of the result; ``unmapped_mass``, the weighted mass of pieces without a counterpart;
         ``dropped_control_mass``, the weighted mass of the other members' control pieces and unused ids.
         """
-        device = logp[0].device
-        if device not in self._placed:
-            roles, maps = self._placed[torch.device("cpu")]
-            self._placed[device] = tuple(r.to(device) for r in roles), tuple(m.to(device) for m in maps)
-        roles, maps = self._placed[device]
-        width = len(self.out_vocab) + sum(rows.shape[1] for rows in logp)
-        step = max(1, CHUNK_BYTES // (16 * width))
-        parts = []
-        for start in range(0, max(1, len(weights)), step):
-            chunk = slice(start, start + step)
-            rows = [member[chunk].to(device) for member in logp]
-            parts.append(self._fuse(rows, weights[chunk].to(device), roles, maps))
-        stats = {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats}
-        return Fused(torch.cat([part.logp for part in parts]), stats)
-
-    def _fuse(self, logp: list[Tensor], weights: Tensor, roles: Sequence[Roles], maps: Sequence[SparseMatrix]) -> Fused:
         main, size, active = logp[0], logp[0].shape[1], weights > 0
         parts = [keep(main, roles[0])]
         parts += [keep(abstain(logp[m], active[:, m]), roles[m]) for m in range(1, len(logp))]

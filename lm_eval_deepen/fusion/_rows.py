@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.fusion.base import Fused
 from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 NEG_INF = float("-inf")
 TINY = torch.finfo(torch.float32).tiny
+CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +161,46 @@ def shares_of(weights: Tensor, parts: list[Kept]) -> Tensor:
     return shares / shares.sum(1, keepdim=True).clamp(min=TINY)
 
 
-def left_alone(logp: list[Tensor] | tuple[Tensor, ...], weights: Tensor) -> Tensor:
+def left_alone(logp: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return rows [B] (bool) in which no other member takes part."""
     return ~(weights[:, 1:] > 0).any(1).to(logp[0].device)
+
+
+class RowFuser:
+    """Fuses rows a few at a time, with what it knows of the members on the device of the rows; a base.
+
+    Attributes:
+        out_vocab: the K pieces of the result, the main member's V_0 first.
+        facts: what it knows, for the diagnostics of a run.
+    """
+
+    ROW_COPIES: ClassVar[int]  # fp32 copies of all distributions of a row that are held at once
+
+    def __init__(self, out_vocab: ByteVocab, facts: dict[str, Any], *places: Sequence[Any]) -> None:
+        """Take what is placed on a device: sequences of things with ``to(device)``, which `fuse_chunk` is given."""
+        self.out_vocab, self.facts = out_vocab, facts
+        self._placed = {torch.device("cpu"): places}
+
+    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return rows [B] in which no other member takes part."""
+        return left_alone(logp, weights)
+
+    @torch.no_grad()
+    def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
+        """Fuse rows; see `fusion.base` for shapes, and `fuse_chunk` for statistics."""
+        device = logp[0].device
+        if device not in self._placed:
+            known = self._placed[torch.device("cpu")]
+            self._placed[device] = tuple([part.to(device) for part in parts] for parts in known)
+        width = len(self.out_vocab) + sum(rows.shape[1] for rows in logp)
+        step = max(1, CHUNK_BYTES // (4 * self.ROW_COPIES * width))
+        chunks = []
+        for start in range(0, max(1, len(weights)), step):
+            rows = [member[start : start + step].to(device) for member in logp]
+            chunks.append(self.fuse_chunk(rows, weights[start : start + step].to(device), *self._placed[device]))
+        stats = {name: torch.cat([part.stats[name] for part in chunks]) for name in chunks[0].stats}
+        return Fused(torch.cat([part.logp for part in chunks]), stats)
+
+    def fuse_chunk(self, logp: list[Tensor], weights: Tensor, *places: Any) -> Fused:
+        """Fuse a few rows, given what is placed on their device."""
+        raise NotImplementedError

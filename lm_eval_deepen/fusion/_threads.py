@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,8 +11,6 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
-
-_state = threading.local()
 
 
 def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slice], Result]) -> list[Result]:
@@ -34,7 +31,12 @@ def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slic
     if threads == 1 or len(parts) == 1:
         return [work(part) for part in parts]
     inference = torch.is_inference_mode_enabled()
-    results = list(_pool(os.getpid(), threads).map(lambda part: _alone(part, work, inference), parts))
+
+    def in_worker(part: slice) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(part)
+
+    results = list(_pool(os.getpid(), threads).map(in_worker, parts))
     torch.set_num_threads(threads)  # what a worker set for itself also is what threads made later begin with
     return results
 
@@ -42,12 +44,4 @@ def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slic
 @functools.lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Return the workers of a process; a fork has none of its parent's."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="fuse")
-
-
-def _alone(part: slice, work: Callable[[slice], Result], inference: bool) -> Result:
-    if not getattr(_state, "single", False):
-        torch.set_num_threads(1)
-        _state.single = True
-    with torch.inference_mode(inference), torch.no_grad():
-        return work(part)
+    return ThreadPoolExecutor(threads, "fuse", initializer=torch.set_num_threads, initargs=(1,))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.fusion._deepen_step import DeepenFuser
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.fusion.deepen import Deepen
 
@@ -46,6 +45,5 @@ class AdaFuse(Options):
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Return the fuser of single steps, which knows that texts are written by words."""
         fuser = Deepen(average="geometric").build(members, store)
-        if isinstance(fuser, DeepenFuser):
-            fuser.by_words = self
+        fuser.by_words = self
         return fuser

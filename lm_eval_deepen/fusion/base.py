@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from lm_eval_deepen.config.registry import Registry
@@ -18,7 +17,7 @@ from lm_eval_deepen.relative.member_view import MemberView, Spelling
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-__all__ = ["METHODS", "Fused", "Fuser", "FusionMethod", "MemberView", "Spelling", "fusion", "no_skip"]
+__all__ = ["METHODS", "Fused", "Fuser", "FusionMethod", "MemberView", "Spelling", "fusion"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,9 @@ class FusionMethod(Protocol):
     """
 
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
-        """Prepare a fuser for these members, the main member first."""
+        """Prepare a fuser for two members or more, the main member first."""
         ...
 
 
 METHODS = Registry("method", "lm_eval_deepen.fusion", "fusion")
 fusion = METHODS.register
-
-
-def no_skip(logp: Sequence[Tensor]) -> Tensor:
-    """Return an all-false row mask [B]: every row is fused."""
-    return torch.zeros(logp[0].shape[0], dtype=torch.bool, device=logp[0].device)

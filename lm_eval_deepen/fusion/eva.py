@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -79,7 +80,7 @@ class Eva(Options):
         """
         main = members[0]
         common = self.check([member.vocabulary for member in members], [member.name for member in members])
-        maps, facts = [], []
+        stored = []
         for member, anchors in zip(members[1:], common, strict=True):
             identity = {
                 "tokenizer": member.vocabulary.fingerprint,
@@ -89,14 +90,10 @@ class Eva(Options):
                 "neighbours": self.neighbours,
                 "similarity_floor": float(self.similarity_floor),
             }
-
-            def build(member: MemberView = member, anchors: AnchorSet = anchors) -> SparseMatrix:
-                return align(member, main, anchors, self.neighbours, self.similarity_floor, store.progress)
-
-            matrix, fact = stored_map(store, member, "eva", identity, build)
-            maps.append(matrix)
-            facts.append({**fact, "common_pieces": len(anchors)})
-        vocabularies = [member.vocabulary for member in members]
+            build = partial(align, member, main, anchors, self.neighbours, self.similarity_floor, store.progress)
+            stored.append(stored_map(store, member, "eva", identity, build))
+        facts = [{**fact, "common_pieces": len(anchors)} for (_, fact), anchors in zip(stored, common, strict=True)]
+        vocabularies, maps = [member.vocabulary for member in members], [matrix for matrix, _ in stored]
         return EvaFuser(self.filter_top, main.vocabulary, vocabularies, maps, {"maps": facts})
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._edit import nearest
@@ -40,21 +40,17 @@ class Mined(Options):
             MatrixError: a folder that cannot be written, or a damaged file.
         """
         main = members[0].vocabulary
-        maps, facts = [], []
+        stored = []
         for member in members[1:]:
             identity = {"tokenizer": member.vocabulary.fingerprint, "main": main.fingerprint}
-
-            def build(member: MemberView = member) -> SparseMatrix:
-                return one_to_one(nearest_pieces(member.vocabulary, main, member.name, store.progress), len(main))
-
-            matrix, fact = stored_map(store, member, "mined", identity, build)
-            maps.append(matrix)
-            facts.append(fact)
-        return LinearFuser(main, [member.vocabulary for member in members], maps, {"maps": facts})
+            build = partial(nearest_pieces, member.vocabulary, main, member.name, store.progress)
+            stored.append(stored_map(store, member, "mined", identity, build))
+        facts = {"maps": [fact for _, fact in stored]}
+        return LinearFuser(main, [member.vocabulary for member in members], [matrix for matrix, _ in stored], facts)
 
 
-def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab, name: str = "", progress: bool = False) -> Tensor:
-    """Return the main member's id for every id of a vocabulary, -1 for control pieces and unused ids [V_m]."""
+def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab, name: str = "", progress: bool = False) -> SparseMatrix:
+    """Return the map of a vocabulary's ids to the main member's [V_m, V_0]; control pieces and unused ids have none."""
     target = [-1] * len(vocabulary)
     own, places = text_ids(vocabulary), {piece: ids[0] for piece, ids in text_ids(main).items()}
     missing = [piece for piece in own if piece not in places]
@@ -70,4 +66,4 @@ def nearest_pieces(vocabulary: ByteVocab, main: ByteVocab, name: str = "", progr
                 target[i] = near
     for i in vocabulary.eos if main.eos else ():
         target[i] = min(main.eos)
-    return torch.tensor(target, dtype=torch.int64)
+    return one_to_one(torch.tensor(target, dtype=torch.int64), len(main))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lm_eval_deepen.config import Options
-from lm_eval_deepen.fusion._deepen_step import DeepenFuser
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.fusion.deepen import Deepen
 
@@ -40,6 +39,5 @@ class Mixture(Options):
     def build(self, members: Sequence[MemberView], store: MatrixStore) -> Fuser:
         """Return the fuser of generation; scoring needs none."""
         fuser = Deepen().build(members, store)
-        if isinstance(fuser, DeepenFuser):
-            fuser.by_stretches, fuser.vocabularies = True, tuple(member.vocabulary for member in members)
+        fuser.by_stretches, fuser.vocabularies = True, tuple(member.vocabulary for member in members)
         return fuser

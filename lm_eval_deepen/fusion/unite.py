@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -18,11 +18,11 @@ from lm_eval_deepen.fusion._rows import (
     TINY,
     Kept,
     Roles,
+    RowFuser,
     finish,
     gather_groups,
     keep,
     leaders_of,
-    left_alone,
     roles_of,
     shares_of,
     within_groups,
@@ -36,8 +36,6 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 if TYPE_CHECKING:
     from lm_eval_deepen.relative.store import MatrixStore
-
-CHUNK_BYTES = 128 << 20  # working memory of the rows that are fused at once
 
 
 @fusion("unite", paper="arXiv:2410.03777")
@@ -73,13 +71,8 @@ class Unite(Options):
         union = unite_vocabularies([member.vocabulary for member in members])
         lookups, facts = [], []
         for member, columns in zip(members, union.columns, strict=True):
-            if len(members) == 1:
-                break
             identity = {"spelling": spelling_fingerprint(member), "union": union.vocabulary.fingerprint}
-
-            def build(member: MemberView = member, columns: Tensor = columns) -> SparseMatrix:
-                return one_to_one(_lookup(member, columns, union, store.progress), len(member.vocabulary))
-
+            build = partial(_lookup, member, columns, union, store.progress)
             matrix, fact = stored_map(store, member, "unite", identity, build)
             ids = matrix.indices[:, 0].long()
             # A map is of the ids that the tokenizer gives; the fuser reads a group's mass at its leader.
@@ -88,8 +81,8 @@ class Unite(Options):
         return UniteFuser(self, union, [member.vocabulary for member in members], lookups, facts)
 
 
-def _lookup(member: MemberView, columns: Tensor, union: Union, progress: bool) -> Tensor:
-    """Return the member's id for every column of the union [K]: its own piece, else its first token, else -1."""
+def _lookup(member: MemberView, columns: Tensor, union: Union, progress: bool) -> SparseMatrix:
+    """Return the map of every column of the union to the member's id: its own piece, else its first token [K, V_m]."""
     leaders = torch.full((len(union.vocabulary),), -1, dtype=torch.int64)
     ids = (columns >= 0).nonzero()[:, 0]
     leaders.scatter_reduce_(0, columns[ids], ids, "amin", include_self=False)  # ids with one column: their leader
@@ -97,28 +90,13 @@ def _lookup(member: MemberView, columns: Tensor, union: Union, progress: bool) -
     missing = [n for n in (leaders < 0).nonzero()[:, 0].tolist() if n not in apart]
     if missing:
         leaders[missing] = first_pieces(member, [union.vocabulary.pieces[n] for n in missing], progress)
-    return leaders
+    return one_to_one(leaders, len(member.vocabulary))
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """A member's tensors on one device: roles, the column of an id [V_m], the id of a column [K]."""
+class UniteFuser(RowFuser):
+    """Averages over the union of the members' candidates."""
 
-    roles: Roles
-    columns: Tensor
-    lookup: Tensor
-
-    def to(self, device: torch.device) -> _Place:
-        return _Place(self.roles.to(device), self.columns.to(device), self.lookup.to(device))
-
-
-class UniteFuser:
-    """Averages over the union of the members' candidates.
-
-    Attributes:
-        out_vocab: the union vocabulary, the main member's pieces first.
-        facts: its size and the maps' files, for the diagnostics of a run.
-    """
+    ROW_COPIES = 3
 
     def __init__(
         self,
@@ -126,50 +104,32 @@ class UniteFuser:
         union: Union,
         vocabularies: Sequence[ByteVocab],
         lookups: Sequence[Tensor],
-        facts: Sequence[dict[str, Any]],
+        maps: Sequence[dict[str, Any]],
     ) -> None:
         """Take the union and, for every member, its id for each column [K]; of ids with the same bytes the leader."""
-        self.options, self.out_vocab = options, union.vocabulary
-        self.facts = {"union_pieces": len(union.vocabulary), "maps": list(facts)}
-        roles = [roles_of(vocabulary, with_end=bool(vocabularies[0].eos)) for vocabulary in vocabularies]
-        places = tuple(_Place(*parts) for parts in zip(roles, union.columns, lookups, strict=False))
-        self._placed = {torch.device("cpu"): places}
+        facts = {"union_pieces": len(union.vocabulary), "maps": list(maps)}
+        roles = [roles_of(own, with_end=bool(vocabularies[0].eos)) for own in vocabularies]
+        super().__init__(union.vocabulary, facts, roles, union.columns, lookups)
+        self.options = options
 
-    def skip(self, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """Return rows [B] in which no other member takes part."""
-        return left_alone(tuple(logp), weights)
-
-    @torch.no_grad()
-    def fuse(self, logp: Sequence[Tensor], weights: Tensor) -> Fused:
-        """Fuse rows; see `fusion.base` for shapes.
+    def fuse_chunk(
+        self, logp: list[Tensor], weights: Tensor, roles: list[Roles], columns_of: list[Tensor], lookups: list[Tensor]
+    ) -> Fused:
+        """Fuse a few rows, given the members' roles, the column of each id [V_m], and the id of each column [K].
 
         Stats: ``candidates``, how many a row had; ``candidate_mass``, the main member's mass on them; ``end_mass``
         of the result; ``dropped_control_mass``, the weighted mass of the other members' control pieces.
         """
-        device = logp[0].device
-        if device not in self._placed:
-            self._placed[device] = tuple(place.to(device) for place in self._placed[torch.device("cpu")])
-        width = len(self.out_vocab) + sum(rows.shape[1] for rows in logp)
-        step = max(1, CHUNK_BYTES // (12 * width))
-        parts = []
-        for start in range(0, max(1, len(weights)), step):
-            chunk = slice(start, start + step)
-            rows = [member[chunk].to(device) for member in logp]
-            parts.append(self._fuse(rows, weights[chunk].to(device), self._placed[device]))
-        stats = {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats}
-        return Fused(torch.cat([part.logp for part in parts]), stats)
-
-    def _fuse(self, logp: list[Tensor], weights: Tensor, places: Sequence[_Place]) -> Fused:
         size, columns = logp[0].shape[1], len(self.out_vocab)
         active = weights > 0
         active[:, 0] = True  # its candidates are kept even where it has no weight
-        parts = [keep(abstain(rows, active[:, m]), places[m].roles) for m, rows in enumerate(logp)]
-        p = [gather_groups(part.logp.exp(), place.roles) for part, place in zip(parts, places, strict=True)]
-        candidates, used = self._candidates(p, active, places)
+        parts = [keep(abstain(rows, active[:, m]), roles[m]) for m, rows in enumerate(logp)]
+        p = [gather_groups(part.logp.exp(), own) for part, own in zip(parts, roles, strict=True)]
+        candidates, used = self._candidates(p, active, columns_of)
         shares = shares_of(weights, parts)
         average = torch.zeros(candidates.shape, device=candidates.device)
-        for m, place in enumerate(places):
-            ids = place.lookup[candidates]
+        for m, lookup in enumerate(lookups):
+            ids = lookup[candidates]
             own = torch.where(used & (ids >= 0), p[m].gather(1, ids.clamp(min=0)), 0.0)
             average += own * (shares[:, m] / own.sum(1).clamp(min=TINY))[:, None]
         mass = average.sum(1)
@@ -182,8 +142,8 @@ class UniteFuser:
         if self.options.tail == "main":
             out[:, :size] = parts[0].logp
         out.scatter_(1, torch.where(used, candidates, columns), values)
-        out = self._share_groups(out[:, :columns], parts[0], places[0].roles, candidates, used)
-        out = finish(out, logp[0], parts[0], places[0].roles, usable)
+        out = self._share_groups(out[:, :columns], parts[0], roles[0], candidates, used)
+        out = finish(out, logp[0], parts[0], roles[0], usable)
         dropped = torch.stack([part.dropped for part in parts[1:]], dim=1)
         return Fused(
             out,
@@ -195,14 +155,14 @@ class UniteFuser:
             },
         )
 
-    def _candidates(self, p: Sequence[Tensor], active: Tensor, places: Sequence[_Place]) -> tuple[Tensor, Tensor]:
+    def _candidates(self, p: Sequence[Tensor], active: Tensor, columns_of: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the columns of a row's candidates [B, n], ascending, and which places are in use [B, n]."""
-        columns, columns_of = len(self.out_vocab), []
-        for m, place in enumerate(places):
+        columns, chosen = len(self.out_vocab), []
+        for m, own in enumerate(columns_of):
             values, ids = largest(p[m], min(self.options.top_k, p[m].shape[1]))
             taken = (values > 0) & active[:, m, None]
-            columns_of.append(torch.where(taken, place.columns[ids], columns))
-        ids = torch.cat(columns_of, dim=1).sort(dim=1).values
+            chosen.append(torch.where(taken, own[ids], columns))
+        ids = torch.cat(chosen, dim=1).sort(dim=1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
         used = (ids < columns) & ~repeated

@@ -39,34 +39,6 @@ def gradient(logits: Tensor, r: Tensor, op: Operator) -> Tensor:
     return (p / op.num_anchors) * (r.sum(-1, keepdim=True) - op.back(ratio))
 
 
-@torch.no_grad()
-def adamw(logp0: Tensor, r: Tensor, op: Operator, *, steps: int, learning_rate: float) -> Inverted:
-    """Search log p' by AdamW from the logits logp0, as the published code does (DeePEn, section 3.4).
-
-    Starting from log-probabilities instead of logits changes the result by a constant per row, which the
-    normalisation removes. Identical members are not a fixed point: Adam divides rounding by its own size,
-    and weight decay tempers.
-
-    Args:
-        logp0: log p0 [B, K], natural log; ``-inf`` = excluded.
-        r: target [B, A].
-        op: R restricted to the K pieces.
-        steps: number of iterations.
-        learning_rate: the first of the cosine schedule.
-    """
-    logits = logp0.clone()
-    mean, square = torch.zeros_like(logits), torch.zeros_like(logits)
-    for step in range(steps):
-        rate = schedule(learning_rate, step)
-        grad = gradient(logits, r, op)
-        logits *= 1 - rate * WEIGHT_DECAY
-        mean.lerp_(grad, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-        denominator = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** (step + 1))).add_(EPS)
-        logits.addcdiv_(mean, denominator, value=-rate / (1 - BETAS[0] ** (step + 1)))
-    return inverted(logits, r, op)
-
-
 @solver("adamw", paper="arXiv:2404.12715")
 class AdamW(Options):
     """Options of ``inverse: adamw``."""
@@ -74,6 +46,22 @@ class AdamW(Options):
     steps: int = Field(5, ge=1, description="The number of iterations.")
     learning_rate: float = Field(0.15, ge=0, description="The first learning rate of the cosine schedule.")
 
+    @torch.no_grad()
     def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
-        """Return the solution of every row; `reached` is not used."""
-        return adamw(logp0, r, op, steps=self.steps, learning_rate=self.learning_rate)
+        """Search log p' by AdamW from the logits logp0, as the published code does (DeePEn, section 3.4).
+
+        Starting from log-probabilities instead of logits changes the result by a constant per row, which the
+        normalisation removes. Identical members are not a fixed point: Adam divides rounding by its own size,
+        and weight decay tempers. Arguments as of `Solver`; `reached` is not used.
+        """
+        logits = logp0.clone()
+        mean, square = torch.zeros_like(logits), torch.zeros_like(logits)
+        for step in range(self.steps):
+            rate = schedule(self.learning_rate, step)
+            grad = gradient(logits, r, op)
+            logits *= 1 - rate * WEIGHT_DECAY
+            mean.lerp_(grad, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            denominator = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** (step + 1))).add_(EPS)
+            logits.addcdiv_(mean, denominator, value=-rate / (1 - BETAS[0] ** (step + 1)))
+        return inverted(logits, r, op)

@@ -15,30 +15,6 @@ from lm_eval_deepen.solvers.residual import Inverted, inverted
 SMALLEST = 1e-30
 
 
-@torch.no_grad()
-def em(logp0: Tensor, r: Tensor, op: Operator, *, steps: int, reached: Tensor | None = None) -> Inverted:
-    """Decrease KL(r || p R) over the simplex by p <- p * (R (r / (p R))), starting from p0.
-
-    Every step is one of expectation maximisation for the proportions of a mixture whose components are the
-    rows of R: it is monotone, needs no learning rate, and r = p0 R is a fixed point. A piece with p0 = 0
-    keeps 0.
-
-    Args:
-        logp0: log p0 [B, K], natural log; ``-inf`` = excluded.
-        r: target [B, A], sum 1.
-        op: R restricted to the K pieces.
-        steps: number of iterations.
-        reached: p0 R [B, A], where it is known.
-    """
-    gain = torch.zeros_like(logp0)  # log(p / p0): pieces whose p underflows keep a finite logp
-    target = r + SMALLEST
-    for _ in range(steps):
-        reached = op.project((logp0 + gain).exp()) if reached is None else reached
-        gain += op.back(target / (reached + SMALLEST)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
-        reached = None
-    return inverted(logp0 + gain, r, op)
-
-
 @solver("em")
 class ExpectationMaximisation(Options):
     """Options of ``inverse: em``."""
@@ -46,6 +22,18 @@ class ExpectationMaximisation(Options):
     # 5 steps leave 5e-5 nats of what 200 would gain (SmolLM2-135M and Gemma-3-270M, both orders).
     steps: int = Field(5, ge=1, description="The number of iterations.")
 
+    @torch.no_grad()
     def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
-        """Return the solution of every row."""
-        return em(logp0, r, op, steps=self.steps, reached=reached)
+        """Decrease KL(r || p R) over the simplex by p <- p * (R (r / (p R))), starting from p0; see `Solver`.
+
+        Every step is one of expectation maximisation for the proportions of a mixture whose components are the
+        rows of R: it is monotone, needs no learning rate, and r = p0 R is a fixed point. A piece with p0 = 0
+        keeps 0.
+        """
+        gain = torch.zeros_like(logp0)  # log(p / p0): pieces whose p underflows keep a finite logp
+        target = r + SMALLEST
+        for _ in range(self.steps):
+            reached = op.project((logp0 + gain).exp()) if reached is None else reached
+            gain += op.back(target / (reached + SMALLEST)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+            reached = None
+        return inverted(logp0 + gain, r, op)

@@ -15,23 +15,6 @@ LITTLE = 1e-3  # where p0 reaches less of r, what underflows in p0 R is not norm
 UNDERFLOWS = torch.finfo(torch.float32).tiny
 
 
-@torch.no_grad()
-def exact(logp0: Tensor, r: Tensor, op: Operator, *, reached: Tensor | None = None) -> Inverted:
-    """Return p'(w) = p0(w) r_a / (p0 R)_a, a being the one anchor of w: p' R = r, and nothing changes within an anchor.
-
-    Where p0 does not reach an anchor (p0 R = 0), no p' does: r is first normalised over those that it reaches.
-    It is what one step of `em` gives on such rows, without a search and without measuring what it left.
-
-    Args:
-        logp0: log p0 [B, K], natural log; ``-inf`` = excluded.
-        r: target [B, A], sum 1.
-        op: R, each row with a single 1.
-        reached: p0 R [B, A], where it is known.
-    """
-    gain, lost = exact_gain(r, op.project(logp0.exp()) if reached is None else reached)
-    return Inverted(logp0 + op.back(gain), {"residual_kl": torch.zeros_like(lost), "lost_mass": lost})
-
-
 def exact_gain(r: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(r / p0 R) of every anchor [B, A], normalised over those that p0 reaches, and the mass of r elsewhere.
 
@@ -53,6 +36,13 @@ def exact_gain(r: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
 class Exact(Options):
     """``inverse: exact``; it has no options."""
 
+    @torch.no_grad()
     def solve(self, logp0: Tensor, r: Tensor, op: Operator, reached: Tensor | None = None) -> Inverted:
-        """Return the solution of every row."""
-        return exact(logp0, r, op, reached=reached)
+        """Return p'(w) = p0(w) r_a / (p0 R)_a, a being the one anchor of w: p' R = r, and nothing else changes.
+
+        Where p0 does not reach an anchor (p0 R = 0), no p' does: r is first normalised over those that it reaches.
+        It is what one step of `em` gives on such rows, without a search and without measuring what it left. Arguments
+        as of `Solver`; each row of R has a single 1.
+        """
+        gain, lost = exact_gain(r, op.project(logp0.exp()) if reached is None else reached)
+        return Inverted(logp0 + op.back(gain), {"residual_kl": torch.zeros_like(lost), "lost_mass": lost})

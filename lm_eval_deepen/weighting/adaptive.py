@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting.base import weighting
+from lm_eval_deepen.weighting.base import Weighting, weighting
 
 
 @weighting("adaptive", paper="arXiv:2404.12715")
-class Adaptive(Options):
+class Adaptive(Weighting):
     """Options of ``weighting: adaptive``, DeePEn-Adapt: w_m = s_m / sum of s.
 
     The paper sets these weights by the members' performance on a development set. That they are in proportion to it is
@@ -26,7 +24,6 @@ class Adaptive(Options):
         description="Each member's score on a development set, 0 or more, higher is better, in the order of the "
         "members. The set must not share documents with the one that is evaluated.",
     )
-    TAKES_WEIGHTS: ClassVar[bool] = False
 
     @field_validator("dev_scores")
     @classmethod
@@ -56,6 +53,3 @@ class Adaptive(Options):
             )
         total = math.fsum(self.dev_scores)
         return [score / total for score in self.dev_scores]
-
-    def build(self) -> None:
-        """Return None: the weights are constant."""

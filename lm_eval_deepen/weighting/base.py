@@ -1,8 +1,8 @@
 """The plugin interface of weightings: where the members' weights come from, orthogonal to how distributions are fused.
 
-A weighting is one file in this folder: a class of options, decorated with ``@weighting(name, paper=...)``. It has
-weights to begin with (``start``, known before anything is loaded) and, where
-these change while a run goes on, a `Weigher`. An ensemble uses one so::
+A weighting is one file in this folder: a `Weighting`, decorated with ``@weighting(name, paper=...)``. It has weights to
+begin with (``start``, known before anything is loaded) and, where these change while a run goes on, a `Weigher`, which
+is itself as a rule. An ensemble uses one so::
 
     weigher = options.build()                        # None: the configured weights [M] hold throughout
     # once per request, before any of its rows is fused
@@ -27,6 +27,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lm_eval_deepen.config import Options
 from lm_eval_deepen.config.registry import Registry
 from lm_eval_deepen.errors import ConfigError
 
@@ -69,8 +70,15 @@ class Weigher(Protocol):
     One that has ``prompts`` is given the main member's embedding of each by ``learn``, when the ensemble is built.
     """
 
-    reads_prompts: bool  # whether `prepare` is called, which needs every member's loss on every prompt
-    reads_steps: bool  # whether `weights` is called for every fused row
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether `prepare` is called, which needs every member's loss on every prompt."""
+        ...
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether `weights` is called for every fused row."""
+        ...
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
         """Return the weights [R, M] of R requests.
@@ -92,14 +100,17 @@ class Weigher(Protocol):
         ...
 
 
-class Weighting(Protocol):
-    """The options of a weighting: a class that derives from `lm_eval_deepen.config.Options`.
+class Weighting(Options):
+    """The options of a weighting: equal weights that stay, where a class does not say otherwise.
 
     Attributes:
         TAKES_WEIGHTS: whether `weights` or members' own weights may be given beside it.
+        reads_prompts, reads_steps: as of a `Weigher`.
     """
 
-    TAKES_WEIGHTS: ClassVar[bool]
+    TAKES_WEIGHTS: ClassVar[bool] = False
+    reads_prompts: ClassVar[bool] = False
+    reads_steps: ClassVar[bool] = False
 
     def start(self, given: Sequence[float] | None, count: int) -> list[float]:
         """Return the ensemble's weights, summing to 1; for a weigher what it starts from.
@@ -112,11 +123,19 @@ class Weighting(Protocol):
         Raises:
             ConfigError: weights that are missing, or options that do not fit so many members.
         """
-        ...
+        return [1 / count] * count if given is None else list(given)
 
     def build(self) -> Weigher | None:
         """Return what changes the weights, or None where they are constant."""
-        ...
+        return self if self.reads_prompts or self.reads_steps else None
+
+    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
+        """Return the configured weights for every request [R, M]."""
+        return configured.expand(len(losses), -1)
+
+    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return the weights of the requests, unchanged."""
+        return base
 
 
 WEIGHTINGS = Registry("weighting", "lm_eval_deepen.weighting", "weighting", helpers=("base", "experts"))

@@ -7,21 +7,21 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from lm_eval_deepen.config import Options, Shown
+from lm_eval_deepen.config import Shown
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting.base import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import PromptLoss, Weighting, weighting
 from lm_eval_deepen.weighting.experts import Experts
 
 
 @weighting("bayes", paper="arXiv:1302.2820")
-class Bayes(Options):
+class Bayes(Weighting):
     """Options of ``weighting: bayes``: a Bayesian mixture of static ensembles.
 
     The experts are constant weights on a grid, each with the linear average and, for a method that has it, with the
@@ -57,7 +57,6 @@ class Bayes(Options):
         min_length=1,
         description="The prior of the experts: one number of 0 or more for each expert, in their order.",
     )
-    TAKES_WEIGHTS: ClassVar[bool] = False
 
     @field_validator("prior")
     @classmethod
@@ -92,53 +91,33 @@ class Bayes(Options):
                 code="conflict",
             )
         if self.prior is not None:
-            weigher = self.build()
             if getattr(method, "BY_STRETCHES", False):
-                weigher.of_stretches(count)
+                self.of_stretches(count)
             else:
-                weigher.of_steps(count, geometric=geometric)
+                self.of_steps(count, geometric=geometric)
 
-    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
-        """Return equal weights, the mean of the experts'."""
-        return [1 / count] * count
+    @property
+    def reads_prompts(self) -> bool:  # type: ignore[override]
+        """Whether learning starts at the prompt."""
+        return self.learn_from == "prompt"
 
-    def build(self) -> BayesWeigher:
-        """Return the weigher."""
-        return BayesWeigher(self)
-
-
-class BayesWeigher:
-    """Says which experts there are, and where a request's posterior starts; the posterior lives with the request."""
-
-    reads_steps = False
-
-    def __init__(self, options: Bayes) -> None:
-        """Take the options."""
-        self.options = options
-        self.reads_prompts = options.learn_from == "prompt"
-        self.prompt_stretches = options.prompt_stretches if self.reads_prompts else 0
+    def build(self) -> Self:
+        """Return itself: it says which experts there are; the posterior lives with the request."""
+        return self
 
     def of_steps(self, members: int, *, geometric: bool) -> Experts:
         """Return the experts at steps for so many members; `geometric` says whether the method has that average."""
-        both = geometric and self.options.averages == "both"
-        return self._learning(Experts.of_steps(members, geometric=both, prior=self.options.prior))
+        both = geometric and self.averages == "both"
+        return self._learning(Experts.of_steps(members, geometric=both, prior=self.prior))
 
     def of_stretches(self, members: int) -> Experts:
         """Return the experts at stretches for so many members."""
-        return self._learning(Experts.of_stretches(members, prior=self.options.prior))
+        return self._learning(Experts.of_stretches(members, prior=self.prior))
 
     def _learning(self, experts: Experts) -> Experts:
         if not self.reads_prompts:
             return experts
-        return replace(experts, prompt_stretches=self.prompt_stretches, prior_share=self.options.prior_share)
-
-    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
-        """Return the configured weights for every request [R, M]."""
-        return configured.expand(len(losses), -1)
-
-    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return the weights of the requests, unchanged."""
-        return base
+        return replace(experts, prompt_stretches=self.prompt_stretches, prior_share=self.prior_share)
 
 
 def after_prompt(experts: Experts, losses: Sequence[PromptLoss | None]) -> Tensor:

@@ -7,12 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.base import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import PromptLoss, Weighting, weighting
 
 
 @weighting("best_by_prompt", paper="none")
-class BestByPrompt(Options):
+class BestByPrompt(Weighting):
     """Options of ``weighting: best_by_prompt``: all weight on the member with the lowest loss per byte of the prompt.
 
     It is the limit of ``weighting: perplexity`` with ``loss_per: byte`` at a temperature of 0, and what weights by
@@ -20,21 +19,7 @@ class BestByPrompt(Options):
     a prompt has equal weights.
     """
 
-    TAKES_WEIGHTS: ClassVar[bool] = False
-
-    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
-        """Return equal weights, which a request without a prompt keeps."""
-        return [1 / count] * count
-
-    def build(self) -> BestByPromptWeigher:
-        """Return the weigher."""
-        return BestByPromptWeigher()
-
-
-class BestByPromptWeigher:
-    """Gives every request to one member."""
-
-    reads_prompts, reads_steps = True, False
+    reads_prompts: ClassVar[bool] = True
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
         """Return the weights [R, M]; see the base."""
@@ -46,7 +31,3 @@ class BestByPromptWeigher:
             means = [loss.nats / loss.num_bytes for loss in members]
             row[min(range(len(means)), key=means.__getitem__)] = 1.0
         return rows
-
-    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return the weights of the requests, unchanged."""
-        return base

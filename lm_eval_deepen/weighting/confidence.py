@@ -9,12 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.base import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import Weighting, weighting
 
 
 @weighting("confidence", paper="none")
-class Confidence(Options):
+class Confidence(Weighting):
     """Options of ``weighting: confidence``: w_m(x) is proportional to w_m exp(-H(p_m(. | x)) / temperature).
 
     H is the entropy of the member's whole next-token distribution, in nats. The configured weights are the prior.
@@ -24,28 +23,7 @@ class Confidence(Options):
         1.0, gt=0, description="The entropies are divided by it. A large value gives nearly the configured weights."
     )
     TAKES_WEIGHTS: ClassVar[bool] = True
-
-    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
-        """Return the weights given, or equal ones."""
-        return [1 / count] * count if given is None else list(given)
-
-    def build(self) -> ConfidenceWeigher:
-        """Return the weigher."""
-        return ConfidenceWeigher(self)
-
-
-class ConfidenceWeigher:
-    """Weighs rows by the members' entropies."""
-
-    reads_prompts, reads_steps = False, True
-
-    def __init__(self, options: Confidence) -> None:
-        """Take the options."""
-        self.options = options
-
-    def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
-        """Return the configured weights for every request [R, M]."""
-        return configured.expand(len(losses), -1)
+    reads_steps: ClassVar[bool] = True
 
     @torch.no_grad()
     def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
@@ -56,4 +34,4 @@ class ConfidenceWeigher:
             entropies.append(-torch.where(rows == -torch.inf, 0.0, rows.exp() * rows).sum(1))
         entropy = torch.where(base > 0, torch.stack(entropies, dim=1).to(base), torch.inf)
         above = entropy - entropy.amin(1, keepdim=True)  # a tiny temperature makes large ones infinite, but not all
-        return torch.softmax(base.log() - above / self.options.entropy_temperature, dim=1)
+        return torch.softmax(base.log() - above / self.entropy_temperature, dim=1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.weighting.base import weighting
+from lm_eval_deepen.weighting.base import Weighting, weighting
 
 
 @weighting("explicit", paper="none")
-class Explicit(Options):
+class Explicit(Weighting):
     """``weighting: explicit``: the weights given, and they must be given; it has no options."""
 
     TAKES_WEIGHTS: ClassVar[bool] = True
@@ -29,7 +28,4 @@ class Explicit(Options):
                 key="weights",
                 code="missing",
             )
-        return list(given)
-
-    def build(self) -> None:
-        """Return None: the weights are constant."""
+        return super().start(given, count)

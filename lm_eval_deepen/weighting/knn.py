@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.config import Options
 from lm_eval_deepen.errors import ConfigError, StorageError
 from lm_eval_deepen.storage import read_text
-from lm_eval_deepen.weighting.base import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import PromptLoss, Weighting, weighting
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Example:
 
 
 @weighting("knn", paper="arXiv:2505.12601")
-class Knn(Options):
+class Knn(Weighting):
     """Options of ``weighting: knn``: all weight on the member with the best mean score on the nearest prompts.
 
     Li (arXiv 2505.12601) embeds prompts by an encoder; here the main member embeds them: the mean of the hidden states
@@ -45,7 +44,6 @@ class Knn(Options):
         "in the order of the members, higher is better. Do not evaluate on its documents.",
     )
     nearest: int = Field(10, ge=1, description="The number of nearest prompts that are used.")
-    TAKES_WEIGHTS: ClassVar[bool] = False
 
     @cached_property
     def examples(self) -> tuple[Example, ...]:
@@ -80,7 +78,7 @@ class Knn(Options):
         """
         if (scores := len(self.examples[0].scores)) != count:
             raise ConfigError(f"router {self.router} has {scores} scores a line for {count} members", key="router")
-        return [1 / count] * count
+        return super().start(given, count)
 
     def build(self) -> KnnWeigher:
         """Return the weigher."""

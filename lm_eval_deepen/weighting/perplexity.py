@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lm_eval_deepen.config import Options
-from lm_eval_deepen.weighting.base import PromptLoss, weighting
+from lm_eval_deepen.weighting.base import PromptLoss, Weighting, weighting
 
 
 @weighting("perplexity", paper="arXiv:2404.11531")
-class Perplexity(Options):
+class Perplexity(Weighting):
     """Options of ``weighting: perplexity``, PackLLM-sim: softmax of minus the prompt's mean loss (section 3.2).
 
     The loss is of the prompt alone, never of an answer, and of the same bytes for every member (see `PromptLoss`). A
@@ -29,41 +28,19 @@ class Perplexity(Options):
     loss_per: Literal["token", "byte"] = Field(
         "token", description="Whether a prompt's loss is divided by its tokens, as published, or by its bytes."
     )
-    TAKES_WEIGHTS: ClassVar[bool] = False
-
-    def start(self, given: Sequence[float] | None, count: int) -> list[float]:
-        """Return equal weights, which a request without a prompt keeps."""
-        return [1 / count] * count
-
-    def build(self) -> PerplexityWeigher:
-        """Return the weigher."""
-        return PerplexityWeigher(self)
-
-
-class PerplexityWeigher:
-    """Weighs requests by their prompts."""
-
-    reads_prompts, reads_steps = True, False
-
-    def __init__(self, options: Perplexity) -> None:
-        """Take the options."""
-        self.options = options
+    reads_prompts: ClassVar[bool] = True
 
     def prepare(self, losses: Sequence[Sequence[PromptLoss]], configured: Tensor) -> Tensor:
         """Return the weights [R, M]; see `weighting.base`."""
         rows = []
         for members in losses:
-            counts = [loss.num_bytes if self.options.loss_per == "byte" else loss.tokens for loss in members]
+            counts = [loss.num_bytes if self.loss_per == "byte" else loss.tokens for loss in members]
             if not all(counts) or all(loss.nats == math.inf for loss in members):  # nothing to compare them by
                 rows.append(configured.double())
                 continue
             means = torch.tensor([loss.nats for loss in members], dtype=torch.float64) / torch.tensor(counts)
             above = (means - means.min()).to(configured.device)  # a tiny temperature makes large ones infinite, not all
-            rows.append(torch.softmax(-above / self.options.loss_temperature, dim=0))
+            rows.append(torch.softmax(-above / self.loss_temperature, dim=0))
         if not rows:
             return configured.new_empty(0, len(configured))
         return torch.stack(rows).to(configured.dtype)
-
-    def weights(self, logp: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return the weights of the requests, unchanged."""
-        return base

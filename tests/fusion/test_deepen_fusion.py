@@ -235,7 +235,7 @@ def test_reference_policy_leaves_rows_that_want_to_stop(store: MatrixStore) -> N
 def test_chunks_of_rows_change_nothing(store: MatrixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     fuser, logp = Deepen(support=12).build(MEMBERS, store), rows(MEMBERS, 4)
     whole = fuser.fuse(logp, WEIGHTS)
-    monkeypatch.setattr("lm_eval_deepen.fusion._deepen_step.CHUNK_BYTES", 1)
+    monkeypatch.setattr("lm_eval_deepen.fusion.deepen.CHUNK_BYTES", 1)
     parts = fuser.fuse(logp, WEIGHTS)
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=2e-6)
     assert parts.stats.keys() == whole.stats.keys()
@@ -249,14 +249,6 @@ def test_low_precision_rows_are_fused_in_fp32(store: MatrixStore) -> None:
     low = fuser.fuse([x.bfloat16() for x in logp], WEIGHTS).logp
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, fuser.fuse([x.bfloat16().float() for x in logp], WEIGHTS).logp)
-
-
-def test_one_member_needs_no_matrix(tmp_path) -> None:
-    fuser = Deepen().build(MEMBERS[:1], MatrixStore(tmp_path / "none"))
-    logp = rows(MEMBERS[:1], 3)
-    assert fuser.skip(logp, torch.ones(3, 1)).all()
-    assert torch.equal(fuser.fuse(logp, torch.ones(3, 1)).logp, logp[0])
-    assert not (tmp_path / "none").exists()
 
 
 def test_the_fuser_states_its_anchors_and_matrices(store: MatrixStore) -> None:

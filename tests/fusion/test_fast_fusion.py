@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tensor_worlds import member, rows, trio, vocabulary
 
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.fusion._deepen_step import support_bytes
-from lm_eval_deepen.fusion.deepen import Deepen
+from lm_eval_deepen.fusion.deepen import Deepen, support_bytes
 from lm_eval_deepen.relative.gathered import GatheredOperator, share_columns
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.relative.store import MatrixStore
@@ -393,7 +392,7 @@ def test_wide_rows_are_taken_in_turns(store: MatrixStore, monkeypatch: pytest.Mo
     whole = fuser.fuse(logp, WEIGHTS)
     assert 0 < whole.stats["rows_widened"].sum()
     sides = fuser._sides(torch.device("cpu"))
-    monkeypatch.setattr("lm_eval_deepen.fusion._deepen_step.CHUNK_BYTES", support_bytes(sides, 4 * WIDER**3))
+    monkeypatch.setattr("lm_eval_deepen.fusion.deepen.CHUNK_BYTES", support_bytes(sides, 4 * WIDER**3))
     parts = fuser.fuse(logp, WEIGHTS)
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-5, rtol=2e-6)
     assert torch.equal(parts.stats["rows_widened"], whole.stats["rows_widened"])

@@ -21,8 +21,8 @@ from lm_eval_deepen.fusion._linear import LinearFuser
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.pooling.base import Pooled, Scored
 from lm_eval_deepen.pooling.logp_mean import LogpMean
-from lm_eval_deepen.weighting.confidence import Confidence, ConfidenceWeigher
-from lm_eval_deepen.weighting.perplexity import PerplexityWeigher
+from lm_eval_deepen.weighting.confidence import Confidence
+from lm_eval_deepen.weighting.perplexity import Perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "add_a_fusion_method.md").read_text(encoding="utf-8")
@@ -119,11 +119,11 @@ def _fused(change):
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows + 1), "do not sum to 1 .1 nats off"),
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows * math.nan), "that are no numbers"),
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows[:, :-3]), r"a tensor of .* for \("),
-        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base * 2, r"\[1.0, 1.0\]"),
-        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base * math.nan, "nan, nan"),
-        ({"weighting": "confidence"}, ConfidenceWeigher, "weights", lambda _, logp, base: base[:1, :1], r"\(1, 1\)"),
-        ({"weighting": "perplexity"}, PerplexityWeigher, "prepare", lambda _, losses, own: own, r"tensor of \(2,\)"),
-        ({"weighting": "perplexity"}, PerplexityWeigher, "prepare", lambda *_: [[1, 0]], "gives a list"),
+        ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base * 2, r"\[1.0, 1.0\]"),
+        ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base * math.nan, "nan, nan"),
+        ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base[:1, :1], r"\(1, 1\)"),
+        ({"weighting": "perplexity"}, Perplexity, "prepare", lambda _, losses, own: own, r"tensor of \(2,\)"),
+        ({"weighting": "perplexity"}, Perplexity, "prepare", lambda *_: [[1, 0]], "gives a list"),
         ({"weighting": "confidence"}, Confidence, "start", lambda _, given, count: [1.0] * count, "starts from"),
         ({"weighting": "confidence"}, Confidence, "start", lambda *_: None, "starts from the weights None"),
         ({"pooling": "logp-mean"}, LogpMean, "combine", lambda *_: Pooled(Scored(math.nan)), "combines answers into"),

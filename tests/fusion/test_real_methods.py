@@ -136,8 +136,8 @@ def test_unite(members, store, order) -> None:
     for k, tail in ((10, "main"), (60, "none")):
         fuser = Unite(top_k=k, tail=tail).build(members, store)
         check(fuser, members, logp, WEIGHTS, lambda own, w, k=k, t=tail: naive_fusion.unite(members, own, w, k, t))
-    for member, place in zip(members, fuser._placed[torch.device("cpu")], strict=True):
-        vocab, ids = member.vocabulary, place.lookup.tolist()
+    for member, lookup in zip(members, fuser._placed[torch.device("cpu")][2], strict=True):
+        vocab, ids = member.vocabulary, lookup.tolist()
         for piece, i in zip(fuser.out_vocab.pieces, ids, strict=True):
             if i < 0 or i in vocab.eos:
                 continue

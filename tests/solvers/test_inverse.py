@@ -9,13 +9,15 @@ from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
 from lm_eval_deepen.solvers import SOLVERS
-from lm_eval_deepen.solvers.adamw import adamw, gradient, schedule
-from lm_eval_deepen.solvers.em import em
-from lm_eval_deepen.solvers.exact import exact
-from lm_eval_deepen.solvers.mirror import mirror
+from lm_eval_deepen.solvers.adamw import gradient, schedule
 from lm_eval_deepen.solvers.trust import within
 
 NEG_INF = float("-inf")
+SEARCHING = sorted(set(SOLVERS) - {"exact"})
+
+
+def solved(name: str, *given, **options):
+    return SOLVERS[name].options(**options).solve(*given)
 
 
 def problem(seed: int = 0, batch: int = 6, pieces: int = 80, anchors: int = 30, sharpness: float = 3.0):
@@ -68,7 +70,7 @@ def test_the_schedule_is_torchs(steps: int) -> None:
 def test_adamw_is_torchs_with_autograd(steps: int, learning_rate: float) -> None:
     matrix, logp0, r = problem(1)
     expected = autograd_search(logp0 + 3.0, r, matrix.relative, steps, learning_rate)  # logits: any constant per row
-    got = adamw(logp0, r, matrix.full(), steps=steps, learning_rate=learning_rate)
+    got = solved("adamw", logp0, r, matrix.full(), steps=steps, learning_rate=learning_rate)
     torch.testing.assert_close(got.logp, expected, atol=1e-4, rtol=0)
 
 
@@ -78,8 +80,8 @@ def test_adamw_divides_by_all_anchors_when_rows_are_sparse() -> None:
     sparse = SparseMatrix(values, indices, matrix.shape[1], torch.zeros(80))
     dense = DenseMatrix(torch.zeros_like(matrix.relative).scatter_(1, indices, values))
     r = logp0.exp().roll(1, 0) @ dense.relative
-    a = adamw(logp0, r, sparse.full(), steps=5, learning_rate=0.15)
-    b = adamw(logp0, r, dense.full(), steps=5, learning_rate=0.15)
+    a = solved("adamw", logp0, r, sparse.full(), steps=5, learning_rate=0.15)
+    b = solved("adamw", logp0, r, dense.full(), steps=5, learning_rate=0.15)
     torch.testing.assert_close(a.logp, b.logp, atol=1e-4, rtol=0)
 
 
@@ -93,7 +95,7 @@ def test_em_is_its_plain_loop_and_decreases_the_divergence_monotonically() -> No
         assert (divergence <= last + 1e-12).all()
         last = divergence
         if steps in (1, 2, 8, 29):
-            got = em(logp0, r, matrix.full(), steps=steps)
+            got = solved("em", logp0, r, matrix.full(), steps=steps)
             torch.testing.assert_close(got.logp, p.log().float(), atol=2e-4, rtol=0)
             torch.testing.assert_close(got.stats["residual_kl"], divergence.float(), atol=1e-5, rtol=1e-3)
 
@@ -101,42 +103,42 @@ def test_em_is_its_plain_loop_and_decreases_the_divergence_monotonically() -> No
 def test_em_has_p0_as_a_fixed_point_and_adamw_has_not() -> None:
     matrix, logp0, _ = problem(4)
     r = logp0.exp() @ matrix.relative
-    torch.testing.assert_close(em(logp0, r, matrix.full(), steps=20).logp, logp0, atol=1e-5, rtol=0)
-    drift = (adamw(logp0, r, matrix.full(), steps=5, learning_rate=0.15).logp - logp0).abs().max()
+    torch.testing.assert_close(solved("em", logp0, r, matrix.full(), steps=20).logp, logp0, atol=1e-5, rtol=0)
+    drift = (solved("adamw", logp0, r, matrix.full(), steps=5, learning_rate=0.15).logp - logp0).abs().max()
     assert drift > 1e-2
 
 
 def test_em_recovers_a_distribution_that_explains_r() -> None:
     matrix, logp0, _ = problem(5, pieces=12)
     truth = torch.softmax(torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), dim=1)
-    got = em(logp0, truth @ matrix.relative, matrix.full(), steps=3000)
+    got = solved("em", logp0, truth @ matrix.relative, matrix.full(), steps=3000)
     torch.testing.assert_close(got.logp.exp(), truth, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_excluded_pieces_stay_excluded_without_nan(name: str) -> None:
     matrix, logp0, r = problem(6)
     logp0[:, ::3] = NEG_INF
     logp0[0, 1:] = NEG_INF  # all on one piece
     logp0[0, 0] = 0.0
-    got = SOLVERS[name].options().solve(torch.log_softmax(logp0, dim=1), r, matrix.full())
+    got = solved(name, torch.log_softmax(logp0, dim=1), r, matrix.full())
     assert torch.equal(got.logp == NEG_INF, logp0 == NEG_INF)
     torch.testing.assert_close(got.logp.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
     assert not got.logp.isnan().any() and all(value.isfinite().all() for value in got.stats.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_mass_that_no_piece_reaches_is_counted(name: str) -> None:
     relative = torch.zeros(4, 6)
     relative[:, :3] = torch.softmax(torch.arange(12.0).reshape(4, 3).sin(), dim=1)
     r = torch.tensor([[0.2, 0.2, 0.2, 0.4, 0.0, 0.0]])
     logp0 = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), dim=1)
-    got = SOLVERS[name].options().solve(logp0, r, DenseMatrix(relative).full())
+    got = solved(name, logp0, r, DenseMatrix(relative).full())
     torch.testing.assert_close(got.stats["lost_mass"], torch.tensor([0.4]))
     assert got.logp.isfinite().all() and got.stats["residual_kl"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_an_anchor_whose_only_piece_nearly_underflows_gives_no_nan(name: str) -> None:
     matrix, logp0, r = problem(9)
     relative = matrix.relative.clone()
@@ -144,11 +146,7 @@ def test_an_anchor_whose_only_piece_nearly_underflows_gives_no_nan(name: str) ->
     relative[5] = torch.eye(30)[0]
     logp0[:, 5] = -95.0  # a probability below fp32's smallest normal number, but not 0
     r[:, 0] = 0.5
-    got = (
-        SOLVERS[name]
-        .options()
-        .solve(torch.log_softmax(logp0, 1), r / r.sum(1, keepdim=True), DenseMatrix(relative).full())
-    )
+    got = solved(name, torch.log_softmax(logp0, 1), r / r.sum(1, keepdim=True), DenseMatrix(relative).full())
     assert got.logp.isfinite().all() and all(value.isfinite().all() for value in got.stats.values())
 
 
@@ -160,11 +158,11 @@ def test_em_keeps_pieces_too_small_for_fp32_finite() -> None:
     relative[5] = 0.0
     relative[5, 0] = 1.0  # the only piece on this anchor, and its probability underflows
     matrix, logp0 = DenseMatrix(relative), torch.log_softmax(logp0, dim=1)
-    got = em(logp0, logp0.exp() @ matrix.relative, matrix.full(), steps=10)
+    got = solved("em", logp0, logp0.exp() @ matrix.relative, matrix.full(), steps=10)
     torch.testing.assert_close(got.logp[:, 5], logp0[:, 5], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"exact"}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_rows_do_not_depend_on_their_batch_and_no_gradient_leaks(name: str) -> None:
     matrix, logp0, r = problem(8)
     solver, logp0 = SOLVERS[name].options(), logp0.requires_grad_(True)
@@ -179,7 +177,7 @@ def test_rows_of_a_large_vocabulary_are_normalised_to_fp32() -> None:
     logits = torch.full((1, 262_144), -9.0)
     logits[0, 7] = 3.0
     matrix = DenseMatrix(torch.ones(262_144, 1))
-    got = em(torch.log_softmax(logits, dim=1), torch.ones(1, 1), matrix.full(), steps=1)
+    got = solved("em", torch.log_softmax(logits, dim=1), torch.ones(1, 1), matrix.full(), steps=1)
     assert got.logp.double().exp().sum().item() == pytest.approx(1.0, abs=3e-6)
 
 
@@ -202,21 +200,21 @@ def test_exact_is_what_em_converges_to_on_one_hot_rows() -> None:
     logp0[:, ::7] = NEG_INF
     logp0 = torch.log_softmax(logp0, dim=1)
     r = torch.softmax(torch.randn(6, 30, generator=g), dim=1)  # some of it where no piece is
-    got, searched = exact(logp0, r, op), em(logp0, r, op, steps=20)
+    got, searched = solved("exact", logp0, r, op), solved("em", logp0, r, op, steps=20)
     torch.testing.assert_close(got.logp, searched.logp, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.stats["lost_mass"], searched.stats["lost_mass"], atol=1e-6, rtol=0)
     assert got.stats["lost_mass"].max() > 0 and searched.stats["residual_kl"].max() < 1e-6
-    torch.testing.assert_close(em(logp0, r, op, steps=1).logp, searched.logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(solved("em", logp0, r, op, steps=1).logp, searched.logp, atol=1e-5, rtol=0)
 
 
 def test_mirror_with_steps_of_one_is_em_and_longer_ones_reach_further() -> None:
     matrix, logp0, r = problem(8, sharpness=1.5)
     op = matrix.full()
-    one = mirror(logp0, r, op, steps=7, learning_rate=1.0)
-    torch.testing.assert_close(one.logp, em(logp0, r, op, steps=7).logp, atol=1e-5, rtol=0)
-    far = mirror(logp0, r, op, steps=7, learning_rate=1.7)
+    one = solved("mirror", logp0, r, op, steps=7, learning_rate=1.0)
+    torch.testing.assert_close(one.logp, solved("em", logp0, r, op, steps=7).logp, atol=1e-5, rtol=0)
+    far = solved("mirror", logp0, r, op, steps=7, learning_rate=1.7)
     assert (far.stats["residual_kl"] < one.stats["residual_kl"]).all()
-    fixed = mirror(logp0, logp0.exp() @ matrix.relative, op, steps=7, learning_rate=1.7)
+    fixed = solved("mirror", logp0, logp0.exp() @ matrix.relative, op, steps=7, learning_rate=1.7)
     torch.testing.assert_close(fixed.logp, logp0, atol=1e-5, rtol=0)
 
 
