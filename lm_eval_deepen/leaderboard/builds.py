@@ -226,13 +226,12 @@ def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:
     )
 
 
-def name_of(entry: Mapping[str, Any], where: str) -> str:
-    """Return the name of a built member or row; by default that of the recipe's file."""
-    value = entry["build"]
+def name_of(name: str | None, value: Any, where: str) -> str:
+    """Return the name of a built member or row, which is by default that of the recipe's file."""
     file = value.get("recipe") if isinstance(value, Mapping) else value
-    name = entry.get("name") or (Path(file).stem if isinstance(file, str) else None)
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"{where}: what is built from a recipe in place needs a name; got {entry!r}")
+    name = name or (Path(file).stem if isinstance(file, str) else "")
+    if not name.strip():
+        raise ConfigError(f"{where}: what is built from a recipe in place needs a name; got {value!r}")
     return name
 
 
@@ -244,7 +243,7 @@ def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltR
     """
     with blamed(where):
         keys = BuiltRowKeys.read(spec)
-    group, recipe = name_of(spec, where), take_build(keys.build, folder, where)
+    group, recipe = name_of(keys.name, keys.build, where), take_build(keys.build, folder, where)
     seeds = _seeds(keys.seeds, recipe, f"row {group!r}")
     if len(seeds) == 1:
         return [BuiltRow(group, group, recipe.with_seed(seeds[0]))]
@@ -291,46 +290,24 @@ def facts_of(members: Sequence[Member]) -> dict[str, Any]:
     return {"parameters": count, "training_tokens": sum(trained.values()), "models": len(members), "built": said}
 
 
-def take_members(listed: Sequence[Any], folder: Path, recipes: dict[str, BuildRecipe]) -> list[Any]:
-    """Return the members' entries with `build` replaced by what stands for the model; recipes are added by name.
-
-    Raises:
-        ConfigError: a recipe that cannot be read, by the member.
-    """
-    kept = []
-    for i, entry in enumerate(listed):
-        if not (isinstance(entry, Mapping) and "build" in entry):
-            kept.append(entry)
-            continue
-        if "pretrained" in entry:
-            raise ConfigError(f"members[{i}]: give pretrained or build, not both; got {dict(entry)!r}")
-        name = name_of(entry, f"members[{i}]")
-        recipes[name] = take_build(entry["build"], folder, f"member {name!r}")
-        if recipes[name].is_random:
-            raise ConfigError(
-                f"member {name!r}: {recipes[name].method} draws at random, and one draw says little; make it a row, "
-                "with seeds"
-            )
-        rest = {key: value for key, value in entry.items() if key != "build"}
-        kept.append({**rest, "name": name, "pretrained": Builds(recipes).pretrained(name)})
-    return kept
-
-
-def take_rows(listed: Any, folder: Path, recipes: dict[str, BuildRecipe]) -> tuple[list[BuiltRow], Any]:
+def take_rows(
+    listed: Iterable[Mapping[str, Any]], folder: Path, recipes: dict[str, BuildRecipe]
+) -> tuple[list[BuiltRow], list[Mapping[str, Any]]]:
     """Return the rows that are built, and the other ones; recipes are added by name.
 
     Raises:
         ConfigError: a recipe that cannot be read, or two models of one name.
     """
-    if not isinstance(listed, list):
-        return [], listed
     rows: list[BuiltRow] = []
+    others = []
     for i, spec in enumerate(listed):
-        if isinstance(spec, Mapping) and "build" in spec:
-            others = {row.group for row in rows}
-            for row in built_rows(spec, folder, f"rows[{i}]"):
-                if row.name in recipes or row.group in others:
-                    raise ConfigError(f"rows[{i}]: two models are built by the name {row.group!r}; give one another")
-                recipes[row.name] = row.recipe
-                rows.append(row)
-    return rows, [spec for spec in listed if not (isinstance(spec, Mapping) and "build" in spec)]
+        if "build" not in spec:
+            others.append(spec)
+            continue
+        groups = {row.group for row in rows}
+        for row in built_rows(spec, folder, f"rows[{i}]"):
+            if row.name in recipes or row.group in groups:
+                raise ConfigError(f"rows[{i}]: two models are built by the name {row.group!r}; give one another")
+            recipes[row.name] = row.recipe
+            rows.append(row)
+    return rows, others

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lm_eval.loggers import EvaluationTracker
+from pydantic import AfterValidator, Field, field_validator
+from pydantic.dataclasses import dataclass
 
-from lm_eval_deepen.errors import ResultError, StorageError
+from lm_eval_deepen.errors import ResultError, StorageError, one_line
 from lm_eval_deepen.harness.tasks import LoadedTask
-from lm_eval_deepen.leaderboard.models import Cost
+from lm_eval_deepen.leaderboard.models import EXACT, Cost
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.member.model_files import changed
 from lm_eval_deepen.results.aggregation import to_number
@@ -23,23 +25,39 @@ from lm_eval_deepen.storage import move_file, read_json, remove_file, sha256, wo
 
 SUFFIX = ".cell.json"
 _SHOWN = 60
-_FIGURES = ("parameters", "training_tokens", "models")  # numbers among the facts
 
 
-@dataclass(frozen=True)
+def _beside(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError("not the name of a file beside the mark")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_beside)]
+
+
+@dataclass(frozen=True, config=EXACT)
 class Cell:
-    """A finished cell."""
+    """A finished cell; ValueError where it says what no mark says."""
 
     mark: Path  # the file that says so
-    identity: Mapping[str, Any]  # what was evaluated
-    results: str  # name of the harness's results file, beside the mark
-    samples: Mapping[str, str]  # names of its samples files, by task
+    identity: dict[str, Any]  # what was evaluated
+    results: Name  # name of the harness's results file, beside the mark
+    samples: Annotated[dict[str, Name], Field(min_length=1)]  # names of its samples files, by task
     cost: Cost  # what it took
-    documents: int  # how many were evaluated
+    documents: Annotated[int, Field(ge=1)]  # how many were evaluated
     # of the models: parameters, tokens they were trained on as far as that is known
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     # digests of the harness's files, by name; empty in cells of older versions
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @field_validator("facts")
+    @classmethod
+    def _are_numbers(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        figures = [to_number(facts.get(key)) for key in ("parameters", "training_tokens", "models")]
+        if facts and None in figures or not isinstance(facts.get("warnings", []), list):
+            raise ValueError("a figure of the models is no number, or its warnings are no list")
+        return facts
 
     def runs(self) -> dict[str, TaskRun]:
         """Return the cell's tasks, read from the harness's files.
@@ -67,8 +85,8 @@ class Cell:
         """
         runs = self.runs()
         for name, digest in self.sha256.items():
-            if sha256(self.mark.parent / name) != digest:
-                raise ResultError(f"{self.mark.parent / name} is not the file that was written: cut off, or edited")
+            if sha256(path := self.mark.parent / name) != digest:
+                raise ResultError(f"{path} is not the file that was written: cut off, or edited")
         if not self.sha256:  # of an older version: whatever can be seen
             samples = [run.samples for run in runs.values()]
             if (count := sum(len(next(iter(one.by_filter.values()))) for one in samples)) != self.documents:
@@ -138,35 +156,11 @@ def read_cell(mark: Path, wanted: Mapping[str, Any], redo: bool, files: Mapping[
 
 
 def _parsed(mark: Path) -> Cell:
-    """Return what a mark says.
-
-    Raises:
-        StorageError: it cannot be read.
-        ResultError: it says what no mark says.
-    """
     raw = read_json(mark)
     try:
-        cost = Cost(**raw["cost"])
-        cell = Cell(
-            mark, raw["identity"], raw["results"], raw["samples"], cost, raw["documents"], raw.get("facts", {}),
-            raw.get("sha256", {}),
-        )  # fmt: skip
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ResultError(f"the mark lacks something: {type(error).__name__} {error}") from error
-    numbers = [cell.documents, cost.seconds, cost.fusing, cost.tokens, cost.shared_by]
-    facts = cell.facts if isinstance(cell.facts, dict) else {"": None}
-    figures = [facts.get(key) for key in _FIGURES] if facts else []
-    texts = [cell.results, *(_texts(cell.samples) or [None]), *(_texts(cell.sha256) or [])]
-    right = isinstance(cell.identity, dict) and isinstance(facts.get("warnings", []), list)
-    right = right and all(isinstance(name, str) and Path(name).name == name for name in texts)
-    if not right or any(to_number(number) is None for number in [*numbers, *figures]) or cell.documents < 1:
-        raise ResultError("the mark says what no mark says")
-    return cell
-
-
-def _texts(names: Any) -> list[Any]:
-    """Return the texts of a mapping from text to text; of anything else, something that is none."""
-    return [*names.values()] if isinstance(names, dict) else [None]
+        return Cell(**{**raw, "mark": mark, "cost": Cost(**raw["cost"])})
+    except (LookupError, TypeError, ValueError) as error:
+        raise ResultError(f"the mark says what no mark says: {one_line(error)}") from error
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -186,9 +180,9 @@ def write_cell(
     row: Row,
     tracker: EvaluationTracker,
     evaluated: dict[str, Any],
-    wanted: Mapping[str, Any],
+    wanted: dict[str, Any],
     cost: Cost,
-    facts: Mapping[str, Any],
+    facts: dict[str, Any],
 ) -> Cell:
     """Write what ``simple_evaluate`` returned by the harness's own tracker; the mark comes last.
 
@@ -240,11 +234,7 @@ def unpack(files: Mapping[str, bytes], mark: Path) -> None:
 
 
 def _written(path: Path, place: Path) -> str:
-    """Return the digest of a file that the harness wrote: on a full disk it logs an error, and goes on.
-
-    Raises:
-        ResultError: it is not there, or was not written to its end.
-    """
+    """Return the digest of a file that the harness wrote: on a full disk it logs an error, and goes on."""
     try:
         if path.suffix == ".jsonl":
             read_samples(path)

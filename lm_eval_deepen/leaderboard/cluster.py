@@ -20,7 +20,7 @@ import torch
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard.cells import Cell, mark_of, packed, read_cell, unpack
-from lm_eval_deepen.leaderboard.execution import Execution, Key, Plan, Say, keep, plan, sole_writer
+from lm_eval_deepen.leaderboard.execution import Execution, Key, Plan, Say, plan, sole_writer
 from lm_eval_deepen.leaderboard.progress import Progress
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.member.devices import parse_device
@@ -67,7 +67,7 @@ def evaluate_group(
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     tasks = load_tasks(recipe.tasks, recipe.include_path, recipe.metadata)
     with working_folder(cache_folder(), ".cells-") as folder:
-        todo = replace(plan(recipe, tasks, folder, built=Path(built)), missing=group.keys)
+        todo = replace(plan(recipe, tasks, folder, built=Path(built)), missing=list(group.keys))
         for key, outcome in Execution(todo, device, lambda text: None).outcomes():
             yield key, packed(outcome) if isinstance(outcome, Cell) else outcome
 
@@ -95,9 +95,7 @@ def execute_on_ray(todo: Plan, address: str, device: str | None, say: Say) -> di
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError("--ray needs Ray; pip install 'lm_eval_deepen[ray]'") from error
-    wanted = {name for name, _ in todo.missing}
-    used = dict.fromkeys(name for row in todo.recipe.rows if row.name in wanted for name in row.members)
-    todo.recipe.builds.make(list(used), todo.built, say, todo.redo, device)  # here, once: workers find them built
+    todo.make(say, device)  # here, once: workers find them built
     started = not ray.is_initialized()
     if started:
         where = {"include_dashboard": False} if address == LOCAL else {"address": address}
@@ -117,7 +115,6 @@ class _Driver:
         self.ray, self.todo, self.say = ray, todo, say
         self.rows = {row.name: row for row in todo.recipe.rows}
         self.tasks = {task.name: task for task in todo.tasks}
-        self.cells = dict(todo.finished)
         self.threads = torch.get_num_threads()
         self.resources = ray.cluster_resources()
         self.device = device or ("cuda:0" if self.resources.get("GPU") else "cpu")
@@ -139,7 +136,7 @@ class _Driver:
                     raise (error.cause or error) from None
                 except self.ray.exceptions.RayError as error:
                     del waiting[ready]
-                    left = group.without({**self.cells, **self.todo.failed})
+                    left = group.without({**self.todo.finished, **self.todo.failed})
                     if left.keys:
                         names = "+".join(left.members)
                         if left.attempt > ATTEMPTS:
@@ -153,9 +150,9 @@ class _Driver:
                         )
                         waiting[self._start(left)] = left
                 else:
-                    self._take(key, outcome)
+                    self.todo.keep(key, outcome if isinstance(outcome, str) else self._written(key, outcome))
                     progress.finished(key[0], key[1], outcome if isinstance(outcome, str) else None)
-        return self.cells
+        return self.todo.finished
 
     def _start(self, group: Group) -> Any:
         """Give a group to the next worker that has what it needs; returns the stream of its cells."""
@@ -183,14 +180,11 @@ class _Driver:
             count = max(count, (device.index or 0) + 1 if device.type == "cuda" else 0)
         return count
 
-    def _take(self, key: Key, outcome: Outcome) -> None:
+    def _written(self, key: Key, files: Mapping[str, bytes]) -> Cell:
         """Write a finished cell, and read it back as any other process would."""
         row, task = self.rows[key[0]], self.tasks[key[1]]
-        if isinstance(outcome, str):
-            keep(self.todo, self.cells, key, outcome)
-            return
         mark = mark_of(self.todo.out, row, task)
-        unpack(outcome, mark)
+        unpack(files, mark)
         cell = read_cell(mark, self.todo.identity(row, task), redo=False)
         assert cell is not None  # its files have just been written
-        keep(self.todo, self.cells, key, cell)
+        return cell

@@ -7,15 +7,16 @@ evaluated alone on the task's validation split, cell by cell as any other row, i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.tasks import LoadedTask, load_tasks
 from lm_eval_deepen.leaderboard.cells import Cell
-from lm_eval_deepen.leaderboard.execution import Plan, execute, plan
+from lm_eval_deepen.leaderboard.execution import Key, Plan, Say, execute, plan
 from lm_eval_deepen.leaderboard.recipe import LeaderboardRecipe
 from lm_eval_deepen.leaderboard.rows import Row
 from lm_eval_deepen.leaderboard.tuned import Tuned, kept_digits
@@ -61,7 +62,7 @@ def adapted(
     recipe: LeaderboardRecipe,
     out: Path,
     device: str | None,
-    say: Callable[[str], None],
+    say: Say,
     redo: bool = False,
     built: Path | None = None,
     when_zero: Literal["refuse", "equal"] = "refuse",
@@ -80,23 +81,28 @@ def adapted(
     if todo.missing:
         say(f"measuring {len(todo.missing)} scores on development splits, for weights")
     cells = execute(todo, device, say)
-    for (name, task), reason in todo.failed.items():
-        raise ConfigError(f"member {name!r} has no score on the development split of {task!r}: {reason}")
+    for (name, column), reason in todo.failed.items():
+        raise ConfigError(f"member {name!r} has no score on the development split of {column!r}: {reason}")
     by_name = {task.name: task for task in todo.tasks}
     rows = []
     for row in recipe.rows:
-        if row.routes is not None:
-            row = _routed(row, row.routes, by_name[row.tasks[0]], cells, out / DEVELOPMENT)
-        elif row.adapts:
-            row = _weighed(row, by_name[row.tasks[0]], cells, when_zero, say)
+        if row.adapts:
+            task = by_name[row.tasks[0]]
+            if row.routes is None:
+                config = _weighed(row, task, cells, when_zero, say)
+            else:
+                config = _routed(row, row.routes, task, cells, out / DEVELOPMENT)
+            documents = frozenset(kept_digits(digest) for hashes in task.documents.values() for digest in hashes)
+            tuned = Tuned(f"the development split of {task.name}", documents)
+            row = replace(row, config=config, tuned=tuned, adapts=False, routes=None)
         rows.append(row)
     return replace(recipe, rows=tuple(rows))
 
 
 def _routed(
-    row: Row, options: Mapping[str, Any], task: LoadedTask, cells: Mapping[tuple[str, str], Cell], folder: Path
-) -> Row:
-    """Return a row whose router knows the development split's prompts and every member's scores on them."""
+    row: Row, options: Mapping[str, Any], task: LoadedTask, cells: Mapping[Key, Cell], folder: Path
+) -> EnsembleConfig:
+    """Return a row's ensemble whose router knows the development split's prompts and every member's scores on them."""
     lines = []
     for leaf in task.leaves:
         runs = [cells[member, task.name].runs()[leaf] for member in row.members]
@@ -106,30 +112,20 @@ def _routed(
         records = [json.loads(one) for one in read_text(Path(runs[0].samples.source)).split("\n") if one.strip()]
         prompts = {record["doc_id"]: record["arguments"]["gen_args_0"]["arg_0"] for record in records}
         for key, sample in tables[0].items():
-            scores = [to_number(table[key].values.get(metric)) for table in tables]
-            if None in scores:
+            scores = [score for table in tables if (score := to_number(table[key].values.get(metric))) is not None]
+            if len(scores) < len(tables):
                 raise ConfigError(f"row {row.name!r}: {metric} has no score of every document; name another metric")
-            example = {
-                "prompt": prompts[sample.doc_id],
-                "scores": [sign * score for score in scores if score is not None],
-            }
+            example = {"prompt": prompts[sample.doc_id], "scores": [sign * score for score in scores]}
             lines.append(json.dumps(example, ensure_ascii=False) + "\n")
     path = folder / f"router-{row.slug}.jsonl"
     write_text(path, "".join(lines))
-    config = row.config.replace(weighting_options=Knn(router=str(path.resolve()), **options))
-    documents = frozenset(kept_digits(digest) for hashes in task.documents.values() for digest in hashes)
-    tuned = Tuned(f"the development split of {task.name}", config.fingerprint(), documents, {"router": str(path)})
-    return replace(row, config=config, tuned=tuned, adapts=False, routes=None)
+    return row.config.replace(weighting_options=Knn(router=str(path.resolve()), **options))
 
 
 def _weighed(
-    row: Row,
-    task: LoadedTask,
-    cells: Mapping[tuple[str, str], Cell],
-    when_zero: Literal["refuse", "equal"],
-    say: Callable[[str], None],
-) -> Row:
-    """Return a row with w_m = s_m / sum of s, as ``weighting: adaptive`` has it, and the documents of these scores."""
+    row: Row, task: LoadedTask, cells: Mapping[Key, Cell], when_zero: Literal["refuse", "equal"], say: Say
+) -> EnsembleConfig:
+    """Return a row's ensemble with w_m = s_m / sum of s, as ``weighting: adaptive`` has it."""
     scores = [_score(cells[member, task.name], member, task) for member in row.members]
     if not any(scores) and when_zero == "equal":
         say(f"row {row.name!r}: all members score 0 on the development split; its weights are equal")
@@ -141,19 +137,13 @@ def _weighed(
         )
     total = sum(scores)
     members = [m.replace(weight=score / total) for m, score in zip(row.config.members, scores, strict=True)]
-    documents = frozenset(kept_digits(digest) for hashes in task.documents.values() for digest in hashes)
-    config = row.config.replace(members=tuple(members))
-    about = {"dev_scores": dict(zip(row.members, scores, strict=True))}
-    tuned = Tuned(f"the development split of {task.name}", config.fingerprint(), documents, about)
-    return replace(row, config=config, tuned=tuned, adapts=False)
+    return row.config.replace(members=tuple(members))
 
 
 def _score(cell: Cell, member: str, task: LoadedTask) -> float:
     """Return a member's score, the mean over a group's tasks."""
     runs = cell.runs()
-    run = Run(member, cell.mark.parent, runs)
-    columns = wanted_columns([run], list(task.leaves), task.spec.metric)
-    metric, flt = columns[0][1:]
+    (_, metric, flt), *_ = wanted_columns([Run(member, cell.mark.parent, runs)], list(task.leaves), task.spec.metric)
     scores = []
     for name in task.leaves:
         values = runs[name].results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +20,7 @@ from lm_eval_deepen.build.architecture import read_config
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.engine.self_check import flat_spaces
-from lm_eval_deepen.errors import ConfigError, DeepenError, RequestError, ResultError, UnansweredError
+from lm_eval_deepen.errors import ConfigError, RequestError, ResultError, UnansweredError, blamed
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.harness.requests import share_passes
@@ -51,22 +51,37 @@ class Plan:
     recipe: LeaderboardRecipe  # what was asked for
     tasks: Sequence[LoadedTask]  # its tasks, loaded
     out: Path  # where cells lie
-    finished: dict[Key, Cell]  # cells that are there
-    meaningless: Mapping[Key, str]  # why a row has no answer to a task
-    missing: Sequence[Key]  # cells to evaluate
     built: Path  # where models that the leaderboard builds are kept
     redo: bool = False  # whether what is damaged is made again
+    finished: dict[Key, Cell] = field(default_factory=dict)  # cells that are there
+    meaningless: dict[Key, str] = field(default_factory=dict)  # why a row has no answer to a task
+    missing: list[Key] = field(default_factory=list)  # cells to evaluate
     # why a cell could not be finished, since some requests have no answer; `execute` fills it
     failed: dict[Key, str] = field(default_factory=dict)
 
     def identity(self, row: Row, task: LoadedTask) -> dict[str, Any]:
         """Return what decides a cell's results."""
-        return _identity(self.recipe, row, task)
+        builds = self.recipe.builds
+        built = {name: builds.identity(name) for name in row.members if name in builds.recipes}
+        return identity(row, task, self.recipe.seeds, built)
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that miss a cell."""
+        wanted = {name for name, _ in self.missing}
+        return [row for row in self.recipe.rows if row.name in wanted]
 
-def _identity(recipe: LeaderboardRecipe, row: Row, task: LoadedTask) -> dict[str, Any]:
-    built = {name: recipe.builds.identity(name) for name in row.members if name in recipe.builds.recipes}
-    return identity(row, task, recipe.seeds, built)
+    def make(self, say: Say, device: str | None) -> dict[str, Path]:
+        """Build the models that missing cells need, by name; see `Builds.make`."""
+        used = dict.fromkeys(name for row in self.rows for name in row.members)
+        return self.recipe.builds.make(used, self.built, say, self.redo, device)
+
+    def keep(self, key: Key, outcome: Cell | str) -> None:
+        """Put a cell among the finished ones, or why it has no results among the failed."""
+        if isinstance(outcome, Cell):
+            self.finished[key] = outcome
+        else:
+            self.failed[key] = outcome
 
 
 def plan(
@@ -80,9 +95,7 @@ def plan(
         ResultError: a cell is of another evaluation.
         ConfigError: a row was tuned, or its model trained, on documents of a task.
     """
-    finished: dict[Key, Cell] = {}
-    meaningless: dict[Key, str] = {}
-    missing: list[Key] = []
+    todo = Plan(recipe, tasks, out, built or out / "built", redo)
     for row in recipe.rows:
         different = recipe.builds.incompatible(row.members)
         # before anything is evaluated, the hub need not be asked
@@ -93,19 +106,19 @@ def plan(
                 continue
             key = (row.name, task.name)
             if reason := different or no_answer(row, task):
-                meaningless[key] = reason
+                todo.meaningless[key] = reason
                 continue
             if row.tuned is not None:
                 for name, hashes in task.documents.items():
                     refuse_overlap(f"row {row.name!r} ({row.tuned.source})", row.tuned.documents, name, hashes)
             refuse_trained(recipe.builds, row.members, task)
             shown = task.few_shots if marks else {}
-            cell = read_cell(mark_of(out, row, task), _identity(recipe, row, task), redo, {**files, **shown})
+            cell = read_cell(mark_of(out, row, task), todo.identity(row, task), redo, {**files, **shown})
             if cell is None:
-                missing.append(key)
+                todo.missing.append(key)
             else:
-                finished[key] = cell
-    return Plan(recipe, tasks, out, finished, meaningless, missing, built or out / "built", redo)
+                todo.finished[key] = cell
+    return todo
 
 
 def no_answer(row: Row, task: LoadedTask) -> str | None:
@@ -156,12 +169,11 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
     with sole_writer(todo), said_once():
         execution = Execution(todo, device, say)
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        cells = dict(todo.finished)
         with Progress(len(todo.missing), say) as progress:
             for key, outcome in execution.outcomes():
-                keep(todo, cells, key, outcome)
+                todo.keep(key, outcome)
                 progress.finished(*key, outcome if isinstance(outcome, str) else None)
-        return cells
+    return todo.finished
 
 
 def sole_writer(todo: Plan) -> AbstractContextManager[None]:
@@ -174,28 +186,18 @@ def sole_writer(todo: Plan) -> AbstractContextManager[None]:
     return locked(todo.out / ".lock", busy)
 
 
-def keep(todo: Plan, cells: dict[Key, Cell], key: Key, outcome: Cell | str) -> None:
-    """Put a cell among the finished ones, or why it has no results among the failed."""
-    if isinstance(outcome, Cell):
-        cells[key] = outcome
-    else:
-        todo.failed[key] = outcome
-
-
 class Execution:
     """One run: the loaded members, the models built around them so far."""
 
     def __init__(self, todo: Plan, device: str | None, say: Say) -> None:
-        self.todo = todo
-        rows = [row for row in todo.recipe.rows if any(name == row.name for name, _ in todo.missing)]
-        used = list(dict.fromkeys(name for row in rows for name in row.members))
-        self.places = todo.recipe.builds.make(used, todo.built, say, todo.redo, device)
-        self.device = device
+        self.todo, self.device = todo, device
+        self.rows = rows = todo.rows
+        used = {name for row in rows for name in row.members}
+        self.places = todo.make(say, device)
         members = [member for member in todo.recipe.members if member.name in used]
         say(f"loading {', '.join(member.name for member in members) or 'nothing yet'}")
         here = {member.name for member in members}
         self.members: dict[str, Member] = self._load(members, [row for row in rows if here.issuperset(row.members)])
-        self.rows = rows
         self.fusers: WeakValueDictionary[tuple, Fuser] = WeakValueDictionary()  # of the models that are there
         self.alone = {row.name: self._model(row) for row in todo.recipe.alone if row.members[0] in used}
 
@@ -219,7 +221,7 @@ class Execution:
         """Evaluate the rows with the same members in the same order, task by task, then forget their models."""
         models: dict[str, RowModel] = {}
         for row in group:
-            with _blamed(f"row {row.name!r}"):
+            with blamed(f"row {row.name!r}"):
                 models[row.name] = self.alone[row.name] if row.alone and row.name in self.alone else self._model(row)
         named = {row.config.fingerprint(): row.name for row in group if row.config.pooling is None}
         for row in group:
@@ -241,10 +243,7 @@ class Execution:
             for row in [*steps, *(row for row in here if row not in steps)]:
                 if row not in steps:
                     models[row.name].begin(task.name)
-                try:
-                    yield (row.name, task.name), self._evaluated(row, task, models[row.name])
-                except UnansweredError as error:
-                    yield (row.name, task.name), str(error)
+                yield (row.name, task.name), self._evaluated(row, task, models[row.name])
             for name in models:
                 share_passes([models[name]])
             to_come = {task.name for task in self.todo.tasks[at + 1 :]}
@@ -256,10 +255,13 @@ class Execution:
     def _model(self, row: Row) -> RowModel:
         return RowModel.build(row.config, [self.members[name] for name in row.members], self.fusers)
 
-    def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell:
-        with _blamed(f"row {row.name!r}, task {task.name!r}"):
+    def _evaluated(self, row: Row, task: LoadedTask, model: RowModel) -> Cell | str:
+        with blamed(f"row {row.name!r}, task {task.name!r}"):
             tracker = EvaluationTracker()
-            results = evaluate(model, task, self.todo.recipe.seeds, tracker)
+            try:
+                results = evaluate(model, task, self.todo.recipe.seeds, tracker)
+            except UnansweredError as error:
+                return str(error)
             results["config"] |= {"model": "deepen", "model_args": row.config.to_dict()}
             facts = facts_of([self.members[name] for name in row.members])
             facts["files"] = {**digests(row.config.members), **task.few_shots}
@@ -304,17 +306,3 @@ def _release() -> None:
     """Give back the memory of models that nothing refers to any more, with their matrices and maps."""
     gc.collect()
     give_back_freed_memory()
-
-
-class _blamed:
-    """Puts where it happened before the message of an error."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, DeepenError) and not isinstance(error, UnansweredError):
-            raise type(error)(f"{self.where}: {error}") from error

@@ -11,8 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic.dataclasses
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
+from pydantic import ConfigDict
 from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig, MemberConfig
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 
-@dataclass(frozen=True)
+EXACT = ConfigDict(strict=True, allow_inf_nan=False)  # of what is read from files again
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=EXACT)
 class Cost:
     """What the answers to one task's requests took.
 

@@ -26,7 +26,7 @@ def provenance(recipe: LeaderboardRecipe, evaluations: Sequence[Mapping[str, Any
     told = {
         "evaluated": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]) if Path(sys.argv[0]).name == PROGRAM else "",
-        "versions": ", ".join(_known(evaluations, name) for name in VERSIONS if _known(evaluations, name)),
+        "versions": ", ".join(filter(None, (_known(evaluations, name) for name in VERSIONS))),
         "models": "; ".join(_models(evaluations)),
         "few-shots": ", ".join(f"{task} {shots}" for task, shots in few_shots.items()),
         "limits": _limits(recipe.tasks),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -47,15 +46,6 @@ class PublishedTable(Keys):
         return scores
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One published score."""
-
-    score: float  # in the unit of the harness's metric
-    table: str  # where it stands
-    read_in: str  # where it was read
-
-
 def check_published(tables: Sequence[PublishedTable], tasks: Sequence[str], rows: Iterable[Row]) -> None:
     """Raise ConfigError where a table names a task or a row that the recipe has not, or a score stands twice."""
     groups = {row.group: row for row in rows}
@@ -86,11 +76,6 @@ def _may_be_one(first: str | None, second: str | None) -> bool:
     return not (a and b) or (a == b and (not (one and two) or one == two))
 
 
-def in_unit(score: float, metric: str) -> float:
-    """Return a published score, a share in per cent, in the unit of the harness's metric."""
-    return score if metric in AS_GIVEN else score / 100
-
-
 def told_apart(
     tables: Iterable[PublishedTable], task: str, columns: Iterable[tuple[str, str]]
 ) -> tuple[tuple[PublishedTable, ...], list[str]]:
@@ -112,12 +97,15 @@ def told_apart(
     return tuple(kept), unclear
 
 
-def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str, flt: str) -> Figure | None:
-    """Return the published score of a row in a column; None where there is none."""
+def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str, flt: str) -> float | None:
+    """Return the published score of a row in a column, in the unit of the harness's metric; None where there is none.
+
+    Shares are published in per cent.
+    """
     for table in tables:
-        score: Any = table.scores.get(task, {}).get(row)
+        score = table.scores.get(task, {}).get(row)
         if score is not None and table.metric in (None, metric, f"{metric},{flt}"):
-            return Figure(in_unit(float(score), metric), table.table, table.read_in)
+            return float(score) if metric in AS_GIVEN else score / 100
     return None
 
 

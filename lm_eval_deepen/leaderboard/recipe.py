@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from lm_eval_deepen.build import BuildRecipe
 from lm_eval_deepen.build.texts import TaskSource, task_folders
-from lm_eval_deepen.config import FrozenDict, MemberConfig, Names, Shown
+from lm_eval_deepen.config import FrozenDict, Keys, MemberConfig, Names, Shown
 from lm_eval_deepen.config.files import beside
 from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.config.recipes import read_recipe as read_keys
-from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
+from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.harness.tasks import Asking, TaskSpec
-from lm_eval_deepen.leaderboard.builds import Builds, take_members, take_rows
+from lm_eval_deepen.leaderboard.builds import Builds, name_of, take_build, take_rows
 from lm_eval_deepen.leaderboard.controls import with_controls
 from lm_eval_deepen.leaderboard.published import PublishedTable, check_published
 from lm_eval_deepen.leaderboard.rows import Grid, Row, built_row, expand, member_row
@@ -40,6 +40,15 @@ def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
     return value if len(value) == 4 else value * 4
 
 
+class ListedMember(Keys, extra="allow"):
+    """What a leaderboard reads of a listed member; the other keys are those of a member of any ensemble."""
+
+    name: str | None = None
+    pretrained: str | None = None
+    build: Any = None
+    tasks: Annotated[Names | None, Shown("a list with at least one task's name")] = Field(None, min_length=1)
+
+
 class LeaderboardKeys(Asking):
     """Keys of a leaderboard. Those from `limit` to `gen_kwargs` hold for all of its tasks."""
 
@@ -49,13 +58,12 @@ class LeaderboardKeys(Asking):
     expected: Annotated[tuple[PublishedTable, ...], Shown("a list with one entry for each published table")] = Field(
         (), description="Published scores. The table shows them beside the measured scores."
     )
-    members: Annotated[Any, Shown("a list with at least one entry")] = Field(
-        None,
+    members: Annotated[tuple[ListedMember, ...], Shown("a list with at least one entry")] = Field(
         description="The models. Each is a name, or a mapping with `pretrained` or `build`, and has a row of its "
         "own. `tasks` limits a member to these columns.",
     )
     common: FrozenDict = Field(FrozenDict(), description="Keys of an ensemble that hold for all rows.")
-    rows: Annotated[Any, Shown("a list of mappings")] = Field(
+    rows: Annotated[list[dict[str, Any]] | None, Shown("a list of mappings")] = Field(
         None,
         description="The rows. Each has the keys of an ensemble with the names of its members, or names an "
         "`ensemble` file, or a model to `build`. `by_task` gives keys that differ on a task; such a row has only "
@@ -63,8 +71,8 @@ class LeaderboardKeys(Asking):
         "development split, and `router: measured` (for `weighting: knn`) routes by them.",
     )
     grid: Grid | None = Field(None, description="Rows for every combination of some choices.")
-    tasks: Annotated[Any, Shown("a list with at least one entry")] = Field(
-        None, description="The columns. Each is the name of a task, or a mapping with `task`."
+    tasks: Annotated[tuple[TaskSpec, ...], Shown("a list with at least one entry")] = Field(
+        description="The columns. Each is the name of a task, or a mapping with `task`."
     )
     include_path: Names = Field((), description="Folders with more task configurations.")
     metadata: FrozenDict = Field(FrozenDict(), description="Metadata for the tasks, as `--metadata` of `lm_eval run`.")
@@ -85,6 +93,15 @@ class LeaderboardKeys(Asking):
     resamples: Annotated[int | None, Shown(default="the usual number")] = Field(
         None, ge=1, le=MOST_RESAMPLES, description="The number of resamples of the permutation test."
     )
+
+    @field_validator("members", "tasks", mode="before")
+    @classmethod
+    def _listed(cls, entries: Any, info: ValidationInfo) -> Any:
+        """Return a list's names as mappings, too."""
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(entries)
+        key = "task" if info.field_name == "tasks" else "pretrained"
+        return [{key: entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -138,18 +155,13 @@ def parse_recipe(
     Raises:
         ConfigError: as `read_recipe`.
     """
-    keys, problems = LeaderboardKeys.read(raw), Problems()
+    keys = LeaderboardKeys.read(raw)
     told = {**thaw(keys.metadata), **metadata}
     source = TaskSource(task_folders(keys.include_path, path.parent), json.dumps(told, sort_keys=True))
-    with problems.collected():
-        tasks = _tasks(keys, {key: raw[key] for key in Asking.names() if key in raw})
-    with problems.collected():
-        listed = keys.tasks if isinstance(keys.tasks, list) else []
-        said = [entry.get("task") if isinstance(entry, Mapping) else entry for entry in listed]
-        names = [name for name in said if isinstance(name, str)]
-        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, names)
-    problems.refuse()
-    check_published(keys.expected, [spec.task for spec in tasks], rows)
+    tasks = _tasks(keys)
+    names = [spec.task for spec in tasks]
+    members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, names)
+    check_published(keys.expected, names, rows)
     return LeaderboardRecipe(
         source=str(path),
         title=keys.title or f"Leaderboard of {' and '.join(member.name for member in members)}",
@@ -179,9 +191,7 @@ def _rows(
                 f"common holds {key}, which is a member's own; common is what all rows have alike", key="common"
             )
     built: dict[str, BuildRecipe] = {}
-    listed = take_members(_listed(keys.members, "members"), folder, built)
-    entries = [_member(entry, folder, f"members[{i}]") for i, entry in enumerate(listed)]
-    only = [_only(entry, tasks, f"members[{i}]") for i, entry in enumerate(entries)]
+    entries = [_member(entry, f"members[{i}]", folder, built, tasks) for i, entry in enumerate(keys.members)]
     configured = configure({**common, "members": entries}, common).members
     names = [member.name for member in configured]
     for name in elsewhere:
@@ -189,7 +199,7 @@ def _rows(
             raise ConfigError(f"--member {name}: unknown.{did_you_mean(name, names)} Members: {', '.join(names)}")
     members = tuple(one.replace(pretrained=elsewhere.get(one.name, one.pretrained)) for one in configured)
     built = {name: recipe for name, recipe in built.items() if name not in elsewhere}
-    built_rows, others = take_rows(keys.rows, folder, built)
+    built_rows, others = take_rows(keys.rows or (), folder, built)
     notes: list[str] = []
     controls, added = with_controls(built, built_rows, notes)
     built_rows += added
@@ -197,7 +207,8 @@ def _rows(
     built = {name: replace(one, tasks=one.tasks.under(source)) for name, one in built.items()}
     _check_sources(built, members)
     builds = Builds(built, places, source, controls)
-    rows = [replace(member_row(member, common), tasks=own) for member, own in zip(members, only, strict=True)]
+    listed = zip(members, keys.members, strict=True)
+    rows = [replace(member_row(member, common), tasks=entry.tasks or ()) for member, entry in listed]
     rows += [built_row(row, builds.pretrained(row.name), common) for row in built_rows]
     if keys.grid is not None or others or not built_rows:
         by_name = {member.name: member for member in members}
@@ -208,11 +219,7 @@ def _rows(
 
 
 def _check_sources(built: Mapping[str, BuildRecipe], members: Sequence[MemberConfig]) -> None:
-    """Refuse to build from a member of which `pretrained` is not all: builds read that folder, or its newest revision.
-
-    Raises:
-        ConfigError: by the built model and the member.
-    """
+    """Refuse to build from a member of which `pretrained` is not all: builds read that folder as it is."""
     for name, recipe in built.items():
         for member in (one for one in members if one.name in recipe.models):
             given = {**member.loading_dict(), **member.hf_kwargs_dict()}
@@ -223,46 +230,38 @@ def _check_sources(built: Mapping[str, BuildRecipe], members: Sequence[MemberCon
                 )
 
 
-def _listed(value: Any, key: str) -> Sequence[Any]:
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"{key} must be a list with at least one entry; got {value!r}", key=key, code="value")
-    return value
-
-
-def _member(entry: Any, folder: Path, at: str) -> dict[str, Any]:
-    """Return a member's keys; relative paths of model folders are read beside the recipe."""
-    keys = {"pretrained": entry} if isinstance(entry, str) else entry
-    if not isinstance(keys, Mapping) or not isinstance(keys.get("pretrained"), str):
-        raise ConfigError(f"{at} must be a model's name, or a mapping with pretrained or build; got {entry!r}", key=at)
+def _member(
+    entry: ListedMember, at: str, folder: Path, recipes: dict[str, BuildRecipe], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Return a member's keys, relative paths read beside the recipe; how one is built is added by its name."""
+    keys = given({"name": entry.name, "pretrained": entry.pretrained, **(entry.model_extra or {})})
+    if (entry.pretrained is None) == (entry.build is None):
+        raise ConfigError(f"{at}: give pretrained or build, not both; got {entry.to_dict()!r}", key=at)
     if "weight" in keys:
-        raise ConfigError(f"{at} ({keys['pretrained']}): a weight belongs to a row, as weights", key=f"{at}.weight")
+        name = entry.name or entry.pretrained
+        raise ConfigError(f"{at} ({name}): a weight belongs to a row, as weights", key=f"{at}.weight")
+    for name in entry.tasks or ():
+        if name not in tasks:
+            near = did_you_mean(name, tasks)
+            raise ConfigError(f"{at}: tasks: {name!r} is no task of the recipe.{near} Tasks: {', '.join(tasks)}")
+    if entry.build is not None:
+        name = name_of(entry.name, entry.build, at)
+        recipes[name] = recipe = take_build(entry.build, folder, f"member {name!r}")
+        if recipe.is_random:
+            raise ConfigError(
+                f"member {name!r}: {recipe.method} draws at random, and one draw says little; make it a row, with seeds"
+            )
+        keys |= {"name": name, "pretrained": Builds(recipes).pretrained(name)}
     return dict(beside(keys, folder))
 
 
-def _only(entry: dict[str, Any], tasks: Sequence[str], at: str) -> tuple[str, ...]:
-    """Take the only columns of a member out of its keys; empty for all."""
-    said = entry.pop("tasks", None)
-    names = [said] if isinstance(said, str) else [] if said is None else said
-    if not isinstance(names, list) or (said is not None and not names):
-        raise ConfigError(f"{at}: tasks must be a list with at least one task's name; got {said!r}", key=f"{at}.tasks")
-    for name in names:
-        if name not in tasks:
-            near = did_you_mean(str(name), tasks)
-            raise ConfigError(f"{at}: tasks: {name!r} is no task of the recipe.{near} Tasks: {', '.join(tasks)}")
-    return tuple(names)
-
-
-def _tasks(keys: LeaderboardKeys, shared: Mapping[str, Any]) -> list[TaskSpec]:
+def _tasks(keys: LeaderboardKeys) -> list[TaskSpec]:
     """Return the columns; what is said of all of them holds where a column says nothing else."""
-    problems, specs = Problems(), []
-    for i, entry in enumerate(_listed(keys.tasks, "tasks")):
-        said = {"task": entry} if isinstance(entry, str) else entry
-        if not isinstance(said, Mapping) or not isinstance(said.get("task"), str):
-            problems.add(f"tasks[{i}] must be a task's name, or a mapping with task; got {entry!r}", f"tasks[{i}]")
-            continue
-        with problems.collected(f"task {said['task']!r}"):
-            specs.append(TaskSpec.read({**shared, **given(said)}))
-    problems.refuse()
+    shared = {key: getattr(keys, key) for key in keys.model_fields_set & {*Asking.names()}}
+    specs = [
+        spec.replace(**{key: value for key, value in shared.items() if key not in spec.model_fields_set})
+        for spec in keys.tasks
+    ]
     seen: dict[str, TaskSpec] = {}
     for spec in specs:
         if (other := seen.setdefault(spec.slug.casefold(), spec)) is not spec:

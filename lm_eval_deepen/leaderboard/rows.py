@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
 from pydantic import Field
 
 from lm_eval_deepen.config import EnsembleConfig, Keys, MemberConfig, Shown
@@ -29,15 +30,17 @@ LONGEST_NAME = 180  # bytes of a folder's: a file system takes 255, of which tem
 _BY_MEMBER = ("weights", "dev_scores")  # lists in the order of the members; a mapping by name fits every order
 
 Members = Mapping[str, MemberConfig]  # by name
-_Axis = Annotated[Any, Shown("a list with at least one entry, or all")]
+_Point = str | dict[str, Any] | None
+_Axis = Annotated[Literal["all"] | Annotated[list[_Point], MinLen(1)], Shown("a list with at least one entry, or all")]
 
 
 class Grid(Keys):
     """Rows for every combination of orders, methods, weightings and poolings."""
 
-    orders: Annotated[Any, Shown("a list of lists of members, the main one first", "every member first once")] = Field(
-        None, description="Orders of the members."
-    )
+    orders: Annotated[
+        Annotated[list[str | list[str]], MinLen(1)] | None,
+        Shown("a list of lists of members, the main one first", "every member first once"),
+    ] = Field(None, description="Orders of the members.")
     methods: Annotated[_Axis, Shown(default="deepen")] = Field(
         [{}], description="Fusion methods. Each is a name, or a mapping with options."
     )
@@ -114,7 +117,7 @@ def built_row(built: BuiltRow, pretrained: str, common: Mapping[str, Any]) -> Ro
 
 
 def expand(
-    listed: Any,
+    listed: Sequence[Mapping[str, Any]],
     grid: Grid | None,
     members: Members,
     common: Mapping[str, Any],
@@ -136,11 +139,9 @@ def expand(
     Raises:
         ConfigError: options that cannot be honoured, by the row's name.
     """
-    if not isinstance(listed or [], list):
-        raise ConfigError(f"rows must be a list of mappings; got {listed!r}", key="rows", code="value")
     rows = [] if grid is None else _grid_rows(grid, members, common, folder, notes)
     problems = Problems()
-    for i, spec in enumerate(listed or []):
+    for i, spec in enumerate(listed):
         with problems.collected():
             rows += _listed_rows(spec, f"rows[{i}]", members, common, folder, tasks)
     problems.refuse()
@@ -151,11 +152,9 @@ def expand(
 
 
 def _listed_rows(
-    spec: Any, at: str, members: Members, common: Mapping[str, Any], folder: Path, tasks: Sequence[str]
+    spec: Mapping[str, Any], at: str, members: Members, common: Mapping[str, Any], folder: Path, tasks: Sequence[str]
 ) -> list[Row]:
     """Return a listed row, or one for each task where `by_task` says how they differ, or weights are measured."""
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"{at} must be a mapping with method, members, ...; got {spec!r}", key=at, code="value")
     keys = given(beside(spec, folder))
     name = keys.pop("name", None)
     if name is not None and not (isinstance(name, str) and name.strip()):
@@ -245,9 +244,9 @@ def _loads(member: MemberConfig) -> tuple[Any, ...]:
 
 def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], folder: Path, notes: list[str]) -> list[Row]:
     orders = _orders(grid.orders, members)
-    methods = [_entry(value, "method") for value in _axis(grid.methods, "methods", METHODS)]
-    weightings = [beside(_entry(value, "weighting"), folder) for value in _axis(grid.weightings, "weightings", ())]
-    poolings = [_entry(value, "pooling") for value in _axis(grid.poolings, "poolings", POOLINGS)]
+    methods = _axis(grid.methods, "method", METHODS)
+    weightings = [beside(point, folder) for point in _axis(grid.weightings, "weighting", ("all",))]
+    poolings = _axis(grid.poolings, "pooling", POOLINGS)
     rows: dict[tuple, Row] = {}
     named: dict[tuple, dict[str, Any]] = {}
     for order, pooled, weighting, method in itertools.product(orders, poolings, weightings, methods):
@@ -267,32 +266,22 @@ def _grid_rows(grid: Grid, members: Members, common: Mapping[str, Any], folder: 
     return list(rows.values())
 
 
-def _axis(points: Any, key: str, every: Iterable[str]) -> list[Any]:
-    """Return the points of an axis; ``all`` stands for every method, or pooling, that is installed."""
-    points = [points] if points == "all" else points
-    if not isinstance(points, list) or not points:
-        raise ConfigError(
-            f"grid: {key} must be a list with at least one entry, or all; got {points!r}", key=f"grid.{key}"
-        )
-    return [point for value in points for point in ([*every] or [value] if value == "all" else [value])]
+def _axis(points: Sequence[_Point], axis: str, every: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the points of an axis as keys of an ensemble; ``all`` stands for every one that is installed."""
+    listed = ["all"] if points == "all" else points
+    return [_point(value, axis) for point in listed for value in (every if point == "all" else [point])]
 
 
-def _entry(value: Any, axis: str) -> dict[str, Any]:
-    """Return one point of an axis as keys of an ensemble: a name, or a mapping with options."""
+def _point(value: _Point, axis: str) -> dict[str, Any]:
     if value is None or value == "none":
         return {"weighting": "uniform", "name": ""} if axis == "weighting" else {}
-    keys = {axis: value} if isinstance(value, str) else value
-    if not isinstance(keys, Mapping):
-        raise ConfigError(f"grid: a {axis} is a name, or a mapping with its options; got {value!r}")
-    return dict(keys)
+    return {axis: value} if isinstance(value, str) else value
 
 
-def _orders(value: Any, members: Members) -> list[tuple[str, ...]]:
+def _orders(value: Sequence[str | list[str]] | None, members: Members) -> list[tuple[str, ...]]:
     """Return the orders of members; by default every member is the main one once, the others as listed."""
     if value is None:
         return [(main, *(name for name in members if name != main)) for main in members]
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"grid: orders must be a list of lists of members, the main one first; got {value!r}")
     orders = [tuple(_order(order, members, "grid: orders")) for order in value]
     for order in orders:
         if len(order) < 2:

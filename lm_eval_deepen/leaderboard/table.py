@@ -283,7 +283,7 @@ def _as_reported(
         reported.append(
             Reported(
                 group, f"{name} {metric}", fmean(scores), fmean(errors) if len(errors) == len(rows) else None,
-                None if known is None else known.score, len(rows), spread(scores),
+                known, len(rows), spread(scores),
             )
         )  # fmt: skip
     return reported if any(one.published is not None for one in reported) else []
@@ -294,8 +294,8 @@ def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> 
     extra = dict(measured.extra)
     for name, scores in measured.scores.items():
         if (known := figure(recipe.expected, name, task, measured.metric, measured.flt)) is not None:
-            away = distance(scores.score, scores.stderr, scores.documents if scores.binary else 0, known.score)
-            extra[name] = {**extra.get(name, {}), PUBLISHED: known.score, DISTANCE: away}
+            away = distance(scores.score, scores.stderr, scores.documents if scores.binary else 0, known)
+            extra[name] = {**extra.get(name, {}), PUBLISHED: known, DISTANCE: away}
     return replace(measured, extra=extra)
 
 

@@ -18,12 +18,10 @@ _PREFIX = 16  # hexadecimal digits kept of a document's hash: 64 bits
 
 @dataclass(frozen=True)
 class Tuned:
-    """The record in a tuned ensemble file."""
+    """What an ensemble was fitted on."""
 
-    source: str  # the file, for messages
-    fingerprint: str  # of the ensemble that was tuned, as it was written
-    documents: frozenset[str]  # the first 16 digits of the harness's ``doc_hash`` of every document it was fitted on
-    about: Mapping[str, Any]  # what else was written down: objective, tasks, split, scores
+    source: str  # the file that records it, or a split, for messages
+    documents: frozenset[str]  # the first 16 digits of the harness's ``doc_hash`` of every document
 
 
 def kept_digits(digest: str) -> str:
@@ -65,23 +63,17 @@ def read_tuned(path: Path, config: EnsembleConfig) -> Tuned | None:
             f"this one has {config.fingerprint()[:12]}): members or options changed since; tune it again, or "
             f"remove `{KEY}`"
         )
-    about = {key: value for key, value in record.items() if key not in ("document_hashes", "documents_digest")}
-    return Tuned(str(path), record["fingerprint"], frozenset(documents), about)
+    return Tuned(str(path), frozenset(documents))
 
 
 def _digest(documents: Sequence[Any]) -> str:
     return hashlib.sha256("\n".join(map(str, documents)).encode()).hexdigest()
 
 
-def shared_documents(tuned: Iterable[str], evaluated: Iterable[str]) -> int:
-    """Return how many of the evaluated documents are among those of the tuning, by hash."""
-    known = {digest[:_PREFIX] for digest in tuned}
-    return sum(digest[:_PREFIX] in known for digest in evaluated)
-
-
 def refuse_overlap(what: str, tuned: Iterable[str], task: str, evaluated: Sequence[str]) -> None:
     """Raise ConfigError where an ensemble would be evaluated on documents it was fitted on."""
-    if count := shared_documents(tuned, evaluated):
+    known = {kept_digits(digest) for digest in tuned}
+    if count := sum(kept_digits(digest) in known for digest in evaluated):
         raise ConfigError(
             f"{what} was fitted on {count} of the {len(evaluated)} documents of task {task!r}: a score on them says "
             "nothing about others. Tune on another split, or evaluate other documents"

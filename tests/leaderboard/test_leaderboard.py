@@ -144,8 +144,8 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
     [
         ({"taks": []}, r"recipe.yaml: unknown key 'taks'. Did you mean 'tasks'"),
         ({"tasks": []}, r"tasks must be a list with at least one entry; got \[\]"),
-        ({"tasks": [{"task": "t", "limt": 3}]}, r"task 't': unknown key 'limt'. Did you mean 'limit'"),
-        ({"tasks": [{"task": "t", "limit": 1.5}]}, r"task 't': limit must be a number of documents"),
+        ({"tasks": [{"task": "t", "limt": 3}]}, r"tasks\[0\]: unknown key 'limt'. Did you mean 'limit'"),
+        ({"tasks": [{"task": "t", "limit": 1.5}]}, r"tasks\[0\]: limit must be a number of documents"),
         ({"tasks": ["t", "t"]}, r"task 't' is listed twice"),
         ({"tasks": ["a b", "A_b"]}, r"tasks 'a b' and 'A_b' would have the same files"),
         ({"tasks": [{"task": "t", "split": "dev"}]}, r"split must be 'test' or 'validation'; got 'dev'"),

@@ -17,7 +17,7 @@ from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
 from lm_eval_deepen.leaderboard import fitting
 from lm_eval_deepen.leaderboard.recipe import read_recipe
-from lm_eval_deepen.leaderboard.tuned import read_tuned, shared_documents
+from lm_eval_deepen.leaderboard.tuned import kept_digits, read_tuned
 from lm_eval_deepen.tuning import by_score as tune_score
 
 OPTIONS = ["one", "two fish", "the fox", "nothing at all"]
@@ -87,7 +87,7 @@ def test_the_best_weights_of_the_development_split_are_written(tune, data, tmp_p
         found = lm_eval.simple_evaluate(model=model, tasks=task.objects, task_manager=task.manager, bootstrap_iters=0)
         assert found["results"][name][told["metric"]] == pytest.approx(told["score"], abs=1e-6)
         assert told["documents"] == 8
-        assert shared_documents(evidence["document_hashes"], task.documents[name]) == 8
+        assert len(set(map(kept_digits, task.documents[name])) & set(evidence["document_hashes"])) == 8
 
 
 def test_adaptive_weights_are_in_proportion_to_the_members_scores(tune, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_the_leaderboard_takes_the_file_on_the_test_split_alone(tune, data, tmp_
 def test_an_edited_file_is_told(tune, tmp_path):
     written = tune("--tasks", "deepen_sample_piqa", "--weights", "adaptive")
     path = tmp_path / "tuned.yaml"
-    assert read_tuned(path, configure({"pretrained": str(path)})).about["split"] == "validation"
+    assert read_tuned(path, configure({"pretrained": str(path)})).documents
     written["members"][0]["temperature"] = 1.5
     path.write_text(yaml.safe_dump(written))
     with pytest.raises(ConfigError, match="is of another ensemble .*members or options changed since"):
