@@ -7,6 +7,7 @@ documents in the same layout, which say nothing: its scores are no results.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,6 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
     """
     if not models:
         raise ConfigError("--models: give at least one model")
-    small = dict(raw)
     members: list[dict[str, Any]] = []
     for at, entry in enumerate(raw.get("members") or []):
         keys: dict[str, Any] = {"pretrained": entry} if isinstance(entry, str) else given(entry)
@@ -58,35 +58,35 @@ def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict
         else:
             kept["pretrained"] = models[at % len(models)]
         members.append({"name": str(keys.get("name") or keys["pretrained"].rpartition("/")[2]), **kept})
-    small["members"] = members
     loading = catalogue().loading_keys | {"hf_kwargs"}
     alike = {key: value for key, value in (raw.get("common") or {}).items() if key not in loading}
-    small["common"] = {**alike, "dtype": "float32", "batch_size": 4, "chat_fallback": "plain"}  # may be base models
-    if raw.get("rows"):
-        small["rows"] = [_row(row, alike) for row in raw["rows"]]
-    small["tasks"], names = _tasks(raw, limit)
-    small["rows"] = small.get("rows") or None
-    for row in small["rows"] or []:
-        if "by_task" in row:
-            row["by_task"] = {names.get(task, task): own for task, own in row["by_task"].items()}
+    tasks, names = _tasks(raw, limit)
     for one in members:
         if "tasks" in one:
             listed = one["tasks"] if isinstance(one["tasks"], list) else [one["tasks"]]
             one["tasks"] = [names[task] for task in listed]
-    small["expected"] = []  # without the tasks that others stand in for
+    expected = []  # without the tasks that others stand in for
     for table in raw.get("expected") or []:
         if scores := {task: rows for task, rows in table["scores"].items() if names[task] == task}:
-            small["expected"].append({**table, "scores": scores})
+            expected.append({**table, "scores": scores})
+    small = {
+        **raw,
+        "members": members,
+        "common": {**alike, "dtype": "float32", "batch_size": 4, "chat_fallback": "plain"},  # may be base models
+        "rows": [_row(row, alike, names) for row in raw.get("rows") or []] or None,
+        "tasks": tasks,
+        "expected": expected,
+    }
     return {key: value for key, value in small.items() if value is not None and key != "limit"}
 
 
-def _row(row: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], common: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return a row whose dense matrices are small, and whose model is trained on little text."""
     small: dict[str, Any] = given(row)
     if isinstance(build := small.get("build"), Mapping) and "method" in build:
         small["build"] = {**build, **_LITTLE}
     if "by_task" in small:
-        small["by_task"] = {task: dict(own or {}) for task, own in small["by_task"].items()}
+        small["by_task"] = {names.get(task, task): dict(own or {}) for task, own in small["by_task"].items()}
     dense = {**common, **small}.get("compat") == "reference"
     for keys in (small, *small.get("by_task", {}).values()):
         if "max_anchors" in keys:
@@ -142,47 +142,32 @@ def sample_data(folder: Path, given: Path | None) -> list[str]:
 
 def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return made-up documents of every benchmark: by benchmark, then by file. They test nothing but the machinery."""
-    files: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    splits = ("fewshot", "dev", "test")
-    files["mmlu"] = {
-        f"{subject}/{split}.jsonl": [
-            {**row, "domain": subject.replace("_", " ")} for row in _letters(f"{subject} {split}", "ABCD")
-        ]
-        for subject in _SUBJECTS
-        for split in splits
-    }
-    files["arc_challenge"] = {f"{split}.jsonl": list(_letters(split, "ABCD")) for split in splits[1:]}
-    files["piqa"] = {f"{split}.jsonl": list(_letters(split, "AB")) for split in splits[1:]}
-    for name in ("nq", "triviaqa"):
-        files[name] = {
-            f"{split}.jsonl": [
-                {
-                    "question": f"{name} {split}: what follows {n}",
-                    "answer": f"{n + 1}" if split == "fewshot" else [f"{n + 1}"],
-                }
-                for n in range(DOCUMENTS)
+    files: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    numbers = range(DOCUMENTS)
+    for split in ("fewshot", "dev", "test"):
+        path = f"{split}.jsonl"
+        for subject in _SUBJECTS:
+            letters = _letters(f"{subject} {split}", "ABCD")
+            files["mmlu"][f"{subject}/{path}"] = [{**row, "domain": subject.replace("_", " ")} for row in letters]
+        for name in ("nq", "triviaqa"):
+            answers = [f"{n + 1}" if split == "fewshot" else [f"{n + 1}"] for n in numbers]
+            files[name][path] = [
+                {"question": f"{name} {split}: what follows {n}", "answer": answers[n]} for n in numbers
             ]
-            for split in splits
-        }
-    files["gsm8k"] = {
-        f"{split}.jsonl": [
+        files["gsm8k"][path] = [
             {"question": f"{split}: {n} birds and one more?", "answer": f"{n} + 1 = {n + 1}.\nThe answer is {n + 1}"}
-            for n in range(DOCUMENTS)
+            for n in numbers
         ]
-        for split in splits
-    }
-    files["flores"] = {
-        f"{pair}/{split}.jsonl": [
-            {"source": f"{split}: bird {n}.", "target": f"{split}: bird number {n}."} for n in range(DOCUMENTS)
-        ]
-        for pair in _PAIRS
-        for split in splits[1:]
-    }
-    files["reviews"] = {
-        f"{kind}/{split}.jsonl": synthetic_reviews(kind, split, 3 * DOCUMENTS)
-        for kind in _REVIEWS
-        for split in splits[1:]
-    }
+        if split == "fewshot":  # the others have none
+            continue
+        files["arc_challenge"][path] = list(_letters(split, "ABCD"))
+        files["piqa"][path] = list(_letters(split, "AB"))
+        for pair in _PAIRS:
+            files["flores"][f"{pair}/{path}"] = [
+                {"source": f"{split}: bird {n}.", "target": f"{split}: bird number {n}."} for n in numbers
+            ]
+        for kind in _REVIEWS:
+            files["reviews"][f"{kind}/{path}"] = synthetic_reviews(kind, split, 3 * DOCUMENTS)
     return files
 
 

@@ -34,6 +34,10 @@ class PublishedTable(Keys):
         description="The scores by task, then by row; perplexities and bits are not in per cent."
     )
 
+    def fits(self, metric: str, flt: str) -> bool:
+        """Return whether its scores may be those of a column."""
+        return self.metric in (None, metric, f"{metric},{flt}")
+
     @field_validator("scores")
     @classmethod
     def _are_numbers(cls, scores: FrozenDict) -> FrozenDict:
@@ -85,7 +89,7 @@ def told_apart(
     """
     kept, unclear = [], []
     for table in tables:
-        fitting = [f"{metric},{flt}" for metric, flt in columns if table.metric in (None, metric, f"{metric},{flt}")]
+        fitting = [f"{metric},{flt}" for metric, flt in columns if table.fits(metric, flt)]
         if task not in table.scores or len(fitting) == 1:
             kept.append(table)
         elif fitting:
@@ -104,7 +108,7 @@ def figure(tables: Iterable[PublishedTable], row: str, task: str, metric: str, f
     """
     for table in tables:
         score = table.scores.get(task, {}).get(row)
-        if score is not None and table.metric in (None, metric, f"{metric},{flt}"):
+        if score is not None and table.fits(metric, flt):
             return float(score) if metric in AS_GIVEN else score / 100
     return None
 

@@ -56,9 +56,9 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
         for entry in recipe.expected
         if entry.score is not None
     ]
-    metrics: dict[str, list[str]] = {}
+    metrics: dict[str, dict[str, None]] = {}
     for entry in recipe.expected:
-        metrics[entry.task] = list(dict.fromkeys([*metrics.get(entry.task, ()), entry.metric]))
+        metrics.setdefault(entry.task, {})[entry.metric] = None
     asked = recipe.harness.given()
     if "gen_kwargs" in asked:
         asked["gen_kwargs"] = generation_arguments(asked["gen_kwargs"])
@@ -67,7 +67,7 @@ def leaderboard_keys(path: Path) -> dict[str, Any]:
         "members": members,
         "common": alike,
         "rows": [{"name": ENSEMBLE, "members": names, **keys}],
-        "tasks": [{"task": task, **({"metric": metrics[task]} if task in metrics else {})} for task in recipe.task],
+        "tasks": [{"task": task, **({"metric": [*metrics[task]]} if task in metrics else {})} for task in recipe.task],
         "expected": tables,
         **asked,
     }
@@ -80,7 +80,7 @@ class Reproduced:
     row: str  # the system
     column: str  # task and metric
     published: float | None  # as published, in the metric's unit; None where it was not
-    measured: float | None  # the score here; None where there is none
+    measured: float  # the score here
     stderr: float | None  # its standard error, over documents
     distance: float | None  # measured less published, in standard errors; None where these are not known
 
@@ -92,10 +92,10 @@ class Reproduced:
 
 def reproduced(table: Table) -> list[Reproduced]:
     """Return every measured score with the published one, where there is one."""
-    rows = []
-    for row in table.rows:
-        known, away = row.extra.get(PUBLISHED), row.extra.get(DISTANCE)
-        rows.append(Reproduced(row.system, row.column, known, row.score, row.stderr, away))
+    rows = [
+        Reproduced(row.system, row.column, row.extra.get(PUBLISHED), row.score, row.stderr, row.extra.get(DISTANCE))
+        for row in table.rows
+    ]
     for one in table.reported:
         away = None if one.published is None else distance(one.score, one.stderr, 0, one.published)
         rows.append(Reproduced(one.system, one.column, one.published, one.score, one.stderr, away))
@@ -110,14 +110,12 @@ def to_dict(table: Table, stands_in: bool) -> dict[str, Any]:
 
 def rendered(table: Table, stands_in: bool, markdown: bool = False) -> str:
     """Return published, measured, difference and verdict of every score, in the metric's unit."""
-    head = ["system", "task", "published", "measured", "difference", "in SE", "verdict"]
-    lines = [head]
+    lines = [["system", "task", "published", "measured", "difference", "in SE", "verdict"]]
     for one in reproduced(table):
-        apart = "-" if one.published is None or one.measured is None else f"{one.measured - one.published:+.4f}"
-        lines.append([
-            one.row, one.column, _number(one.published), _number(one.measured), apart,
-            "-" if one.distance is None else f"{one.distance:+.1f}", one.verdict or "-",
-        ])  # fmt: skip
+        known = "-" if one.published is None else number(one.published)
+        apart = "-" if one.published is None else f"{one.measured - one.published:+.4f}"
+        away = "-" if one.distance is None else f"{one.distance:+.1f}"
+        lines.append([one.row, one.column, known, number(one.measured), apart, away, one.verdict or "-"])
     told = [
         f"verdict: a measured score agrees with the published one within {AGREES:g} standard errors over documents."
     ]
@@ -127,10 +125,6 @@ def rendered(table: Table, stands_in: bool, markdown: bool = False) -> str:
     if markdown:
         return "\n\n".join([f"### {literal(title)}", markdown_table(lines), *told])
     return "\n\n".join([printable(title), aligned(lines, left=2), "\n".join(told)])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else number(value)
 
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -25,18 +25,15 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
         groups: rows by group, of which all or none are measured; those of one row get the group's name and are left
             alone.
     """
-    of_row = {name: group for group, names in groups.items() if names != [group] for name in names}
+    of_row = {name: group for group, names in groups.items() for name in names}
     scores: dict[str, Scores] = {}
     extra: dict[str, Mapping[str, float | None]] = {}
     for name in measured.scores:
-        group = of_row.get(name)
-        if group is None:
-            scores[name], extra[name] = measured.scores[name], measured.extra.get(name, {})
+        group = of_row.get(name, name)
+        rows = groups.get(group, [name])
+        if len(rows) == 1:
+            scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
         elif group not in scores:
-            rows = groups[group]
-            if len(rows) == 1:  # the group's only row in this column
-                scores[group], extra[group] = measured.scores[name], measured.extra.get(name, {})
-                continue
             own = [measured.scores[row] for row in rows]
             scores[group] = replace(own[0], values=np.mean([one.values for one in own], axis=0))
             figures = [measured.extra.get(row, {}) for row in rows]

@@ -96,6 +96,15 @@ class Table:
     # the rows whose documents stand in `DOCUMENTS`, in its order, and their tasks
     shown: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """What stands in a cell for each reason: what differs between models, else the number of its note."""
+        tags = {}
+        for number, reason in enumerate(dict.fromkeys(self.meaningless.values()), 1):
+            label = reason.partition(": ")[0]
+            tags[reason] = label if label in DIFFERENCES else str(number)
+        return tags
+
 
 def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     """Return the table of finished cells.
@@ -105,9 +114,8 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
     """
     recipe = plan.recipe
     repeated = {row.name for row in recipe.rows if row.name != row.group}
-    empty = dict(plan.meaningless)
-    for key, why in plan.failed.items():
-        empty[key] = f"{key[0]}: " * (key[0] in repeated) + " ".join(why.split())
+    failed = {key: f"{key[0]}: " * (key[0] in repeated) + " ".join(why.split()) for key, why in plan.failed.items()}
+    empty = {**plan.meaningless, **failed}
     rows: list[ScoreRow] = []
     meaningless: dict[tuple[str, str], str] = {}
     notes, reported = list(recipe.notes), list[Reported]()
@@ -131,11 +139,10 @@ def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
         own = _columns(plan, task, runs, cells, notes, meaningless, reported)
         members = [row.name for row in recipe.alone if (row.name, task.name) in cells]
         notes += groups(runs, members or [run.label for run in runs])
+        rows += own
         for row in recipe.rows:
             if (cell := cells.get((row.name, task.name))) is not None:
                 notes += [f"{row.group}: {warning}" for warning in cell.facts.get("warnings", ())]
-        rows += own
-        for row in recipe.rows:
             if (reason := empty.get((row.name, task.name))) and row.has(task.name):
                 meaningless |= {(row.group, line.column): reason for line in own}
     if not rows and not reported:
@@ -206,23 +213,18 @@ def _columns(
     if whole:
         wanted = list(dict.fromkeys((task.name, metric, flt) for _, metric, flt in wanted))
     for column in wanted:
+        name, metric, flt = column
+        kept, empty = list(runs), dict[str, str]()
         try:
-            if whole:
-                kept, empty = list(runs), dict[str, str]()
-                name, metric, flt = column
-                for leaf in task.leaves:
-                    if all((metric, flt) in run.task(leaf).columns for run in kept):
-                        kept, without = _with_scores(kept, leaf, metric, flt, grouped)
-                        empty |= without
-                of_group, _ = measured_group(kept, name, f"{metric},{flt}")
-                if of_group is None:
-                    raise NotPairedError(
-                        f"{name} {metric}: the score of the whole group is no mean over documents of its tasks"
-                    )
-                measured = of_group
-            else:
-                kept, empty = _with_scores(runs, *column, grouped)
-                measured = paired(kept, *column, notes)
+            for leaf in task.leaves if whole else [name]:
+                if not whole or all((metric, flt) in run.task(leaf).columns for run in kept):
+                    kept, without = _with_scores(kept, leaf, metric, flt, grouped)
+                    empty |= without
+            measured = measured_group(kept, name, f"{metric},{flt}")[0] if whole else paired(kept, *column, notes)
+            if measured is None:
+                raise NotPairedError(
+                    f"{name} {metric}: the score of the whole group is no mean over documents of its tasks"
+                )
         except NotPairedError as error:
             as_reported = _as_reported(recipe, runs, *column, task)
             if task.spec.metric and not as_reported:
@@ -231,16 +233,16 @@ def _columns(
             notes.append(f"not compared: {error}")
             continue
         extra = {run.label: _costs(cells[run.label, task.name], bool(recipe.builds.recipes)) for run in kept}
-        for name in (row.name for row in recipe.rows if row.alone and row.name in extra):  # nothing is fused
-            extra[name][FUSING] = None
-        for name, built in recipe.builds.recipes.items():
-            if name in extra and not built.is_merge:
-                extra[name][SEEDS] = 1.0
+        for row in (row for row in recipe.rows if row.alone and row.name in extra):  # nothing is fused
+            extra[row.name][FUSING] = None
+        for label, built in recipe.builds.recipes.items():
+            if label in extra and not built.is_merge:
+                extra[label][SEEDS] = 1.0
         measured = with_published(averaged(replace(measured, extra=extra), grouped), recipe, task.name)
         notes += against_controls(measured, recipe)
-        here = [name for name in alone if name in measured.scores]
+        here = [member for member in alone if member in measured.scores]
         if alone and not here:
-            notes.append(f"not compared: {column[0]} {column[1]}: no single member has a score, the reference")
+            notes.append(f"not compared: {name} {metric}: no single member has a score, the reference")
             continue
         if not alone:
             notes.append(
@@ -259,33 +261,31 @@ def _with_needs(row: ScoreRow, measured: Measured, alpha: float, power: float) -
     if row.comparison is None:
         return replace(row, extra={**row.extra, SEEN: None, NEEDED: None})
     differences = measured.scores[row.system].shares - measured.scores[row.comparison.reference].shares
-    return replace(
-        row, extra={**row.extra, **dict(zip((SEEN, NEEDED), paired_needs(differences, alpha, power), strict=True))}
-    )
+    seen, needed = paired_needs(differences, alpha, power)
+    return replace(row, extra={**row.extra, SEEN: seen, NEEDED: needed})
 
 
 def _as_reported(
     recipe: LeaderboardRecipe, runs: Sequence[Run], name: str, metric: str, flt: str, task: LoadedTask
 ) -> list[Reported]:
     """Return what the harness gives for a metric of which some score was published; nothing where none was."""
-    found: dict[str, tuple[float | None, float | None]] = {}  # score and standard error by run
+    found: dict[str, Mapping[str, Any]] = {}  # the figures by run
     for run in runs:
         results = next(iter(run.tasks.values())).results
-        values = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
-        found[run.label] = to_number(values.get(f"{metric},{flt}")), to_number(values.get(f"{metric}_stderr,{flt}"))
+        found[run.label] = (results["results"].get(name) or {}) | ((results.get("groups") or {}).get(name) or {})
+
+    def means(key: str, rows: Sequence[str]) -> tuple[float | None, float | None]:
+        values = [value for row in rows if (value := to_number(found.get(row, {}).get(key))) is not None]
+        return (fmean(values), spread(values)) if len(values) == len(rows) else (None, None)
+
     reported = []
     for group, rows in _groups(recipe, task.name).items():
-        scores = [score for row in rows if (score := found.get(row, (None, None))[0]) is not None]
-        if len(scores) < len(rows):  # the mean of some of the seeds is no score of the row
+        score, apart = means(f"{metric},{flt}", rows)
+        if score is None:  # the mean of some of the seeds is no score of the row
             continue
-        errors = [error for row in rows if (error := found[row][1]) is not None]
+        stderr, _ = means(f"{metric}_stderr,{flt}", rows)
         known = figure(recipe.expected, group, task.name, metric, flt)
-        reported.append(
-            Reported(
-                group, f"{name} {metric}", fmean(scores), fmean(errors) if len(errors) == len(rows) else None,
-                known, len(rows), spread(scores),
-            )
-        )  # fmt: skip
+        reported.append(Reported(group, f"{name} {metric}", score, stderr, known, len(rows), apart))
     return reported if any(one.published is not None for one in reported) else []
 
 
@@ -302,11 +302,7 @@ def with_published(measured: Measured, recipe: LeaderboardRecipe, task: str) -> 
 def _with_scores(
     runs: Sequence[Run], task: str, metric: str, flt: str, groups: Mapping[str, Sequence[str]]
 ) -> tuple[list[Run], dict[str, str]]:
-    """Return the runs whose every document has a finite value, and why the rows of the others have no score.
-
-    Raises:
-        NotPairedError: no run has, or the metric is none of documents.
-    """
+    """Return the runs whose every document has a finite value, and why the rows of the others have no score."""
     reasons: dict[str, str] = {}
     for run in runs:
         one = run.task(task)
@@ -353,9 +349,7 @@ def _groups(recipe: LeaderboardRecipe, task: str | None = None) -> dict[str, lis
 def _costs(cell: Cell, with_models: bool) -> dict[str, float | None]:
     count = max(1, cell.documents)
     cost, facts = cell.cost, cell.facts
-    costs: dict[str, float | None] = {
-        SECONDS: cost.seconds / count, FUSING: cost.fusing / count or None, TOKENS: cost.tokens / count,
-    }  # fmt: skip
+    costs = {SECONDS: cost.seconds / count, FUSING: cost.fusing / count or None, TOKENS: cost.tokens / count}
     if with_models and facts:
         costs[PARAMETERS] = facts["parameters"] / 1e6
         costs[SPEED] = cost.tokens / facts["models"] / cost.seconds if cost.seconds else None
@@ -387,7 +381,6 @@ def summary(table: Table) -> list[list[str]]:
     """Return one line per row of the recipe, one column per task and metric, as text."""
     columns = report.columns(table.rows)
     by_cell = {(line.system, name): line for name, lines in columns.items() for line in lines}
-    reasons = _reasons(table)
     text = [["system", *columns]]
     for name in _groups(table.recipe):
         line = [name]
@@ -397,27 +390,16 @@ def summary(table: Table) -> list[list[str]]:
                 interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
                 line.append(f"{row.score:.3f}{interval}{_MARKS[row.verdict(table.recipe.alpha)]}")
             elif (name, column) in table.meaningless:
-                line.append(f"n/a ({_tag(table.meaningless[name, column], reasons)})")
+                line.append(f"n/a ({table.tags[table.meaningless[name, column]]})")
             else:  # no column of this row's
                 line.append("-")
         text.append(line)
     return text
 
 
-def _tag(reason: str, reasons: Sequence[str]) -> str:
-    """Return what stands for a reason in a cell: what differs between models, else the number of the note."""
-    label = reason.partition(": ")[0]
-    return label if label in DIFFERENCES else str(reasons.index(reason) + 1)
-
-
-def _reasons(table: Table) -> list[str]:
-    return list(dict.fromkeys(table.meaningless.values()))
-
-
 def remarks(table: Table) -> list[str]:
     """Return the notes: why some cells are empty, what the table does not show."""
-    reasons = _reasons(table)
-    told = [f"n/a ({tag}): {reason}" if (tag := _tag(reason, reasons)).isdigit() else reason for reason in reasons]
+    told = [f"n/a ({tag}): {reason}" if tag.isdigit() else reason for reason, tag in table.tags.items()]
     reading = [*READING, *(READING_BUILDS if table.recipe.builds.recipes else ())]
     if table.recipe.power is not None:
         reading.append(READING_POWER.format(power=table.recipe.power, alpha=table.recipe.alpha))
@@ -471,12 +453,8 @@ def rendered(table: Table, fmt: str) -> str:
     return "\n\n".join([*parts, report.plain(table.rows, alpha, remarks(table))])
 
 
-def check_markers(path: Path) -> None:
-    """Raise ConfigError where a Markdown file lacks the markers, before anything is evaluated."""
-    _text_with_markers(path)
-
-
-def _text_with_markers(path: Path) -> str:
+def check_markers(path: Path) -> str:
+    """Return the text of a Markdown file; raises ConfigError where it lacks the markers."""
     try:
         text = read_text(path)
     except StorageError as error:
@@ -488,7 +466,7 @@ def _text_with_markers(path: Path) -> str:
 
 def write_into(path: Path, table: str) -> None:
     """Replace what lies between the markers of a Markdown file."""
-    text = _text_with_markers(path)
+    text = check_markers(path)
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     inserted = f"{BEGIN}\n\n{table}\n\n{END}"
     write_text(path, head + (inserted.replace("\n", "\r\n") if "\r\n" in text else inserted) + tail)
