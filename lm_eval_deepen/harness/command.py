@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from types import FrameType, TracebackType
+from typing import Any
 
 from lm_eval_deepen.errors import DeepenError
 
@@ -29,12 +31,17 @@ def has_failed() -> bool:
 
 def under_command() -> bool:
     """Tell whether the harness's command line is what runs this."""
+    return locals_of("cli_evaluate") is not None
+
+
+def locals_of(function: str) -> Mapping[str, Any] | None:
+    """Return the variables of a function of the harness that runs this, which it tells nobody; None elsewhere."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "cli_evaluate" and frame.f_globals.get("__package__") == "lm_eval":
-            return True
+        if frame.f_code.co_name == function and frame.f_globals.get("__package__") == "lm_eval":
+            return frame.f_locals
         frame = frame.f_back
-    return False
+    return None
 
 
 def is_debugging() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from operator import attrgetter
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -35,39 +36,17 @@ class MainMemberView(TemplateLM):
         """The harness's own model class around the main member."""
         return self.ensemble.main.lm
 
-    @property
-    def model(self) -> Any:
-        """The main member's model."""
-        return self._main.model
-
-    @property
-    def add_bos_token(self) -> bool | None:
-        """Whether the main member's prompts get its tokenizer's BOS; None leaves it to the tokenizer."""
-        return self._main.add_bos_token
-
-    @property
-    def _max_length(self) -> int | None:
-        return self._main._max_length
-
-    @property
-    def tokenizer(self) -> Any:  # type: ignore[override]
-        """The main member's tokenizer."""
-        return self._main.tokenizer
-
-    @property
-    def eot_token_id(self) -> int:
-        """The main member's end-of-text token."""
-        return self._main.eot_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that an empty context stands for, in the main member."""
-        return self._main.prefix_token_id
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens to generate where a task names no number."""
-        return self._main.max_gen_toks
+    model = property(attrgetter("_main.model"), doc="The main member's model.")
+    add_bos_token = property(
+        attrgetter("_main.add_bos_token"), doc="Whether prompts get a BOS; None: the tokenizer says."
+    )
+    _max_length = property(attrgetter("_main._max_length"), doc="The length that was asked for.")
+    tokenizer = property(attrgetter("_main.tokenizer"), doc="The main member's tokenizer.")
+    eot_token_id = property(attrgetter("_main.eot_token_id"), doc="The main member's end-of-text token.")
+    prefix_token_id = property(
+        attrgetter("_main.prefix_token_id"), doc="The token that an empty context stands for, in the main member."
+    )
+    max_gen_toks = property(attrgetter("_main.max_gen_toks"), doc="Tokens to generate where a task names no number.")
 
     @property
     def batch_size(self) -> int | str:

@@ -14,7 +14,7 @@ def said_once() -> Iterator[None]:
     import lm_eval.evaluator as evaluator
 
     handlers = [handler for name in (None, "lm_eval") for handler in logging.getLogger(name).handlers]
-    filters = [(handler, _First()) for handler in dict.fromkeys(handlers)]
+    filters = [(handler, functools.partial(_is_new, set())) for handler in dict.fromkeys(handlers)]
     for handler, first in filters:
         handler.addFilter(first)
     commit = evaluator.get_git_commit_hash
@@ -27,17 +27,10 @@ def said_once() -> Iterator[None]:
             handler.removeFilter(first)
 
 
-class _First(logging.Filter):
-    """Lets through whatever is no repeated line of the harness."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not record.name.startswith("lm_eval.") and record.name != "lm_eval":
-            return True
-        text = record.getMessage()
-        new = text not in self.seen
-        self.seen.add(text)
-        return new
+def _is_new(seen: set[str], record: logging.LogRecord) -> bool:
+    """Tell whether a record is no repeated line of the harness, whose lines are `seen`."""
+    if record.name.partition(".")[0] != "lm_eval":
+        return True
+    before = len(seen)
+    seen.add(record.getMessage())
+    return len(seen) > before

@@ -11,7 +11,6 @@ import gzip
 import json
 import logging
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,14 +25,13 @@ from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.scoring import SpanScore
 from lm_eval_deepen.engine.steps import TOP, Piece, Step
 from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.harness.command import locals_of
 from lm_eval_deepen.harness.tasks import doc_hashes
 from lm_eval_deepen.harness.unanswered import requests_of_the_run
 from lm_eval_deepen.results.traces import SCHEMA
 from lm_eval_deepen.storage import append_bytes, check_folder
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from lm_eval.api.instance import Instance
 
 log = logging.getLogger(__name__)
@@ -73,7 +71,7 @@ def folder_of(config: EnsembleConfig) -> Path | None:
 
 def samples_folder() -> Path | None:
     """Return where the harness is going to write samples, as far as it has said; None where it will not."""
-    tracker = _tracker()
+    tracker = (locals_of("simple_evaluate") or {}).get("evaluation_tracker")
     if tracker is None or not tracker.output_path:
         return None
     path = Path(tracker.output_path)
@@ -81,16 +79,6 @@ def samples_folder() -> Path | None:
         return path.parent
     named = getattr(tracker.general_config_tracker, "model_name_sanitized", None)
     return path / str(named) if named else path
-
-
-def _tracker() -> Any:
-    """Return what the harness saves results with, read off the frame of its `simple_evaluate`; None elsewhere."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "simple_evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            return frame.f_locals.get("evaluation_tracker")
-        frame = frame.f_back
-    return None
 
 
 class StepFiles:

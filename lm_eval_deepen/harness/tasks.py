@@ -108,27 +108,18 @@ class LoadedTask:
             "tasks": {
                 name: {
                     "version": leaf.VERSION,
-                    "config": self._configs[name],
+                    "config": _config_digest(leaf),
                     "documents": hash_string("\n".join(self.documents[name]))[:16],
                 }
                 for name, leaf in self.leaves.items()
             },
         }
 
-    @cached_property
-    def _configs(self) -> dict[str, str]:
-        """A digest of every task's configuration, as it was loaded."""
-        digests = {}
-        for name, leaf in self.leaves.items():
-            config = {key: value for key, value in leaf.dump_config().items() if key not in _PLACES}
-            text = _ADDRESS.sub("", json.dumps(config, sort_keys=True, default=str, ensure_ascii=True))
-            digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return digests
 
-    def freeze(self) -> LoadedTask:
-        """Take the digests now: an evaluation changes a task's configuration."""
-        assert self.identity
-        return self
+def _config_digest(leaf: Any) -> str:
+    config = {key: value for key, value in leaf.dump_config().items() if key not in _PLACES}
+    text = _ADDRESS.sub("", json.dumps(config, sort_keys=True, default=str, ensure_ascii=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluated(task: Any, limit: int | float | None) -> list[Any]:
@@ -177,7 +168,8 @@ def load_tasks(
                             f"task {name!r} has no validation split; leave split out, or choose another task"
                         )
                     leaf.set_config("test_split", None)
-            tasks.append(LoadedTask(spec, objects, leaves, manager).freeze())
+            tasks.append(LoadedTask(spec, objects, leaves, manager))
+            assert tasks[-1].identity  # its digests are taken now: an evaluation changes a task's configuration
         except DeepenError:
             raise
         except Exception as error:  # whatever a task's own code raises, or the hub

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lm_eval.api import model as api
 
 from lm_eval_deepen.errors import RequestError, UnansweredError, WindowError
+from lm_eval_deepen.harness.command import locals_of
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from lm_eval.api.instance import Instance
     from sqlitedict import SqliteDict
 
@@ -107,17 +105,9 @@ def requests_to_come(kind: str) -> dict[str, list[Instance]]:
 
 
 def requests_of_the_run() -> Mapping[str, list[Instance]]:
-    """Return all requests of the harness's run by type, those whose answers it has cached among them.
-
-    They are read off the frame of its `evaluate`; empty where something else calls.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            by_type = frame.f_locals.get("requests")
-            return by_type if isinstance(by_type, Mapping) else {}  # later the name is that of a list
-        frame = frame.f_back
-    return {}
+    """Return all requests of the harness's run by type, those with cached answers too; none elsewhere."""
+    by_type = (locals_of("evaluate") or {}).get("requests")
+    return by_type if isinstance(by_type, Mapping) else {}  # later the name is that of a list
 
 
 def _answered_early(model: Any, kind: str, requests: list[Instance], disable_tqdm: bool) -> list[Unanswered]:
