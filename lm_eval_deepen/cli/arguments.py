@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lm_eval_deepen.errors import ConfigError, did_you_mean
@@ -35,17 +37,38 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least`, to `most` where that is given."""
-    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+def number(kind: Callable[[str], Any], fits: Callable[[float], bool], wanted: str) -> Callable[[str], Any]:
+    """Return a parser of numbers of a kind that fit; `wanted` ends the sentence of the error, "must be ..."."""
 
-    def parsed(text: str) -> int:
-        value = _read(int, text)
-        if value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number {wanted}")
-        return int(value)
+    def parsed(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
 
     return parsed
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `least`, to `most` where that is given."""
+    wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+    return number(int, lambda value: least <= value <= most, f"a whole number {wanted}")
+
+
+def _documents(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+count, natural = whole(1), whole(0)
+positive = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+nonnegative = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+share = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+limit = number(
+    _documents,
+    lambda value: value > 0 and (value < 1 or isinstance(value, int)),
+    "a number of documents, or a share below 1",
+)
 
 
 class Names(argparse.Action):
@@ -59,48 +82,6 @@ class Names(argparse.Action):
         if not names:
             raise argparse.ArgumentError(self, "names nothing")
         setattr(namespace, self.dest, names)
-
-
-count, natural = whole(1), whole(0)
-
-
-def positive(text: str) -> float:
-    """Parse a finite number above 0."""
-    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def nonnegative(text: str) -> float:
-    """Parse a finite number that is not negative."""
-    return _number(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def share(text: str) -> float:
-    """Parse a number strictly between 0 and 1."""
-    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
-
-
-def limit(text: str) -> float:
-    """Parse a number of documents, or a share of them below 1."""
-    value = _number(
-        text,
-        lambda value: 0 < value < math.inf and (value < 1 or value.is_integer()),
-        "a number of documents, or a share below 1",
-    )
-    return value if value < 1 else int(value)
-
-
-def _number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
-    value = _read(float, text)
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
-    return value
-
-
-def _read(kind: Callable[[str], Any], text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        return None
 
 
 def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
@@ -144,6 +125,48 @@ def add_members(parser: argparse.ArgumentParser, does: str = "load the member") 
     """Add ``--member``, which says where the models are that a recipe names; `does` begins its help."""
     where = f"{does} NAME from WHERE: a folder, or a hub name"
     parser.add_argument("--member", nargs="+", default=[], metavar="NAME=WHERE", help=where)
+
+
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that `harness.recipes.parse_ensemble` reads."""
+    parser.add_argument(
+        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
+    )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add ``--text`` and ``--limit``, which `engine.calibration.load_documents` takes."""
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE",
+        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
+        "that ships)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
+    )
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Add what says where the cells and tables of a leaderboard go, and how they are evaluated."""
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
+    )
+    parser.add_argument(
+        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
+    )
+    add_members(parser)
+    add_json(parser)
+    add_device(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add ``--seed``, of the permutation test."""
+    from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
+
+    seeds = whole(0, LARGEST_SEED)
+    parser.add_argument(
+        "--seed", type=seeds, default=0, metavar="N", help="seed of the resampling (default: %(default)s)"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

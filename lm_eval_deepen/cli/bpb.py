@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, count
-from lm_eval_deepen.cli.build import add_ensemble
+from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json, add_texts
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
@@ -26,30 +25,27 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     add_ensemble(parser)
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE",
-        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
-        "that ships)",
-    )  # fmt: skip
+    add_texts(parser)
     parser.add_argument(
         "--dev", nargs="+", metavar="FILE",
         help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
     )  # fmt: skip
-    parser.add_argument(
-        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
-    )
     add_json(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
+    from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
+    from lm_eval_deepen.harness.model import configure
+    from lm_eval_deepen.harness.recipes import parse_ensemble
     from lm_eval_deepen.tuning.bits_table import best, facts, level, table
 
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
-    lines, lost = measure(load(args.ensemble, args.device), documents, dev)
+    ensemble = Ensemble.load(configure(parse_ensemble(args.ensemble)), args.device)
+    lines, lost = measure(ensemble, documents, dev)
     num_bytes = sum(document.num_bytes for document in documents)
     reference, each = best(opponents(lines)), level(lines, opponents(lines))
     print(f"{len(documents)} documents, {num_bytes} bytes\n")
@@ -66,15 +62,6 @@ def run(args: argparse.Namespace) -> int:
         "projection_loss": [one.to_dict() for one in lost],
     }
     return 0
-
-
-def load(spelt: str, device: str) -> Ensemble:
-    """Return the ensemble that a command line names."""
-    from lm_eval_deepen.engine import Ensemble
-    from lm_eval_deepen.harness.model import configure
-    from lm_eval_deepen.harness.recipes import parse_ensemble
-
-    return Ensemble.load(configure(parse_ensemble(spelt)), device)
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lm_eval_deepen.cli.arguments import add_device, add_json
+from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json
 from lm_eval_deepen.harness.recipes import parse_ensemble
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
@@ -17,13 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--matrix-dir", help="folder for the matrices (default: the user's cache folder)")
     add_json(parser)
-
-
-def add_ensemble(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that `parse_ensemble` reads."""
-    parser.add_argument(
-        "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, add_json, share, whole
+from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import report
 from lm_eval_deepen.results.files import Run, find_runs
 from lm_eval_deepen.results.pairing import groups, measure, tasks_in_common, wanted_columns
 from lm_eval_deepen.results.rows import ScoreRow, corrected, rows_of
-from lm_eval_deepen.results.statistics.paired import LARGEST_SEED, MOST_RESAMPLES, RESAMPLES
+from lm_eval_deepen.results.statistics.paired import MOST_RESAMPLES, RESAMPLES
 from lm_eval_deepen.storage import json_text, write_text
 
 HELP = (
@@ -55,13 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=whole(1, MOST_RESAMPLES), default=RESAMPLES, metavar="N",
         help="number of resamples of the permutation test of real-valued metrics (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seed",
-        type=whole(0, LARGEST_SEED),
-        default=0,
-        metavar="N",
-        help="seed of the resampling (default: %(default)s)",
-    )
+    add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="format of the table (default: %(default)s)")
     add_json(parser, file=False)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of the terminal")

@@ -73,10 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the models, evaluate every system, print the table."""
-    # Before torch and the hub client are imported, which read them once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported, which reads it once
     make_folder(args.output)
     smollm2, gemma3 = (prepare(model, args.redo) for model in (SMOLLM2, GEMMA3))
     registration.register()

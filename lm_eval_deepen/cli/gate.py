@@ -6,12 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, add_json, nonnegative, positive, share, whole
+from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, nonnegative, positive, share
 from lm_eval_deepen.results.gate import judge, single_run
 from lm_eval_deepen.results.gate_report import Status, markdown, plain
 from lm_eval_deepen.results.junit import github_errors, junit
 from lm_eval_deepen.results.regression import GateRule
-from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
 from lm_eval_deepen.storage import append_text, write_text
 
 HELP = (
@@ -55,13 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-config-change", action="store_true",
         help="accept a changed ensemble configuration (fingerprint) in the candidate, and name the changes",
     )  # fmt: skip
-    parser.add_argument(
-        "--seed",
-        type=whole(0, LARGEST_SEED),
-        default=0,
-        metavar="N",
-        help="seed of the resampling (default: %(default)s)",
-    )
+    add_seed(parser)
     add_json(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the outcome as JUnit XML")
     parser.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lm_eval_deepen.preflight.cost import Machine
     from lm_eval_deepen.preflight.report import Plan, inspect
     from lm_eval_deepen.preflight.text import rendered

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, limit, pairs
+from lm_eval_deepen.cli.arguments import add_table, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import check_place, write_text
@@ -31,14 +30,9 @@ FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
-    )
+    add_table(parser)
     parser.add_argument(
         "--format", choices=FORMATS, default="text", help="format of what is printed (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
     )
     parser.add_argument(
         "--limit", type=limit, metavar="N", help="evaluate only the first N documents of every task, for a trial"
@@ -48,12 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="a JSON object for the tasks; its keys replace those of the recipe's metadata",
     )
-    add_members(parser)
     parser.add_argument(
         "--built", type=Path, metavar="DIR", help="folder for the models that the recipe builds (default: OUT/built)"
     )
-    add_json(parser)
-    add_device(parser)
     parser.add_argument(
         "--ray", metavar="ADDRESS",
         help="evaluate on a Ray cluster: auto, HOST:PORT, or local for several processes on this machine",
@@ -66,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate what is missing, then print and write the table."""
-    # Before torch and the hub client are imported, which read them once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lm_eval_deepen.leaderboard import table as leaderboard_table
 
     if args.dry_run and args.json:

@@ -96,6 +96,8 @@ def _dispatch(argv: list[str]) -> int:
     for name, (path, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, epilog=f"Example: {PROG} {EXAMPLES[name]}")
         if name == chosen:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch and tokenizers, which read these once
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             module = cast(Subcommand, importlib.import_module(path))
             subparser.description = module.HELP
             module.add_arguments(subparser)

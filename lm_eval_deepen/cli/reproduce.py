@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, pairs, whole
+from lm_eval_deepen.cli.arguments import add_table, count, pairs
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_json, write_text
 
@@ -31,10 +31,7 @@ JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
     parser.add_argument("recipe", help="a YAML file of kind ensemble or leaderboard, or the name of a shipped one")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
-    )
-    add_members(parser)
+    add_table(parser)
     parser.add_argument(
         "--miniature",
         action="store_true",
@@ -47,22 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="models of a miniature; its members get them in turn (default: the demo's)",
     )
     parser.add_argument(
-        "--limit", type=whole(1), metavar="N", help="evaluate only the first N documents of every task (miniature: 4)"
-    )
-    parser.add_argument(
-        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
+        "--limit", type=count, metavar="N", help="evaluate only the first N documents of every task (miniature: 4)"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, say what is needed, and evaluate nothing")
     parser.add_argument("--no-check", action="store_true", help="leave out the check of tokenizers, memory and data")
-    add_json(parser)
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, evaluate what is missing, and print the comparison."""
-    # Before torch and the hub client are imported, which read them once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.models and not args.miniature:
         raise ConfigError("--models are those of a miniature; add --miniature, or replace a member with --member")
     if args.dry_run and args.json:

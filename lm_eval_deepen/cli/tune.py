@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count, natural, positive
-from lm_eval_deepen.cli.build import add_ensemble
+from lm_eval_deepen.cli.arguments import Names, add_device, add_ensemble, add_json, add_texts, natural, positive
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
@@ -39,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective", choices=["bpb", "score"], default="bpb",
         help="what is optimised: bits per byte of text, or the score of a dev split (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE",
-        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
-        "that ships)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
-    )
+    add_texts(parser)
     parser.add_argument(
         "--spaces", choices=["bytes", "all"],
         help="bytes: spaces made from bytes alone; all: also those from embeddings, whose matrices take minutes to "
