@@ -85,11 +85,7 @@ class Names(argparse.Action):
 
 
 def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
-    """Return values by name of arguments like ``NAME=WHERE``.
-
-    Raises:
-        ConfigError: one of another form, or a name that is given twice.
-    """
+    """Return values by name of arguments like ``NAME=WHERE``."""
     values: dict[str, str] = {}
     for text in given:
         name, _, value = text.partition("=")

@@ -91,11 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_runs(paths: Sequence[Path], names: Sequence[str] | None) -> list[Run]:
-    """Return the runs of all folders, each under a name of its own.
-
-    Raises:
-        ResultError: fewer than two runs, or names that do not fit.
-    """
+    """Return the runs of all folders, each under a name of its own."""
     if names and len(names) != len(paths):
         raise ResultError(f"--names: {len(names)} names for {len(paths)} folders; give one for each.")
     runs = [run for i, path in enumerate(paths) for run in find_runs(path, names[i] if names else None)]

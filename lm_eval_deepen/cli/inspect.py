@@ -101,11 +101,7 @@ def _projection_losses(config: EnsembleConfig, device: str | None) -> list[Proje
 
 
 def _measured(folder: Path, guessed: bool) -> dict[str, dict[str, Any]]:
-    """Return what `reproduce` measured of the ensemble, by task and metric; nothing where it did not run.
-
-    Raises:
-        ResultError: a folder that was asked for without such a file, or a file that is none of these.
-    """
+    """Return what `reproduce` measured of the ensemble, by task and metric; nothing where it did not run."""
     from lm_eval_deepen.cli.reproduce import JSON
     from lm_eval_deepen.leaderboard.reproduction import ENSEMBLE
 

@@ -78,11 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chosen() -> list[Section]:
-    """Return the methods, weightings and poolings.
-
-    Raises:
-        ConfigError: a method's file that cannot be imported.
-    """
+    """Return the methods, weightings and poolings."""
     from lm_eval_deepen.fusion import METHODS
     from lm_eval_deepen.pooling import POOLINGS
     from lm_eval_deepen.weighting import WEIGHTINGS

@@ -3,6 +3,8 @@
 `schema` holds the keys of ensembles and members, `loading` parses them into the configuration of `ensemble`, and
 `recipes` holds those of recipes; options of a method stand in the method's own file, which `registry` finds. `keys` is
 the base of every class of keys, `describe` says what a key takes, and `errors` what is wrong with one.
+
+What cannot be honoured is a ConfigError, with its key, what was got and the remedy.
 """
 
 from __future__ import annotations

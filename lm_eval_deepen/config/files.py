@@ -14,11 +14,7 @@ from lm_eval_deepen.errors import ConfigError
 
 
 def ensemble_file(value: Any) -> Path | None:
-    """Return the file of an ensemble that `pretrained` names; None where it names a model.
-
-    Raises:
-        ConfigError: a file that is not there, or nearly the name of a shipped recipe.
-    """
+    """Return the file of an ensemble that `pretrained` names; None where it names a model."""
     if not isinstance(value, str):
         return None
     try:
@@ -28,11 +24,7 @@ def ensemble_file(value: Any) -> Path | None:
 
 
 def read_ensemble_file(path: Path) -> dict[str, Any]:
-    """Return the keys of an ensemble file; model folders and routers beside it are made reachable from here.
-
-    Raises:
-        ConfigError: the file is not YAML, holds no ensemble, or names another ensemble file.
-    """
+    """Return the keys of an ensemble file; model folders and routers beside it are made reachable from here."""
     raw = read_recipe(path, "ensemble")
     keys = given(beside({key: value for key, value in raw.items() if key not in RecipeKeys.names()}, path.parent))
     main = keys.get("pretrained")

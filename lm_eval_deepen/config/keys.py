@@ -158,11 +158,7 @@ class Options(Keys):
 
 
 def exact(value: Any, annotation: Any, key: str) -> Any:
-    """Return a value as the one type of an annotation that it can be read as, else unchanged.
-
-    Raises:
-        ConfigError: inside of a nested mapping.
-    """
+    """Return a value as the one type of an annotation that it can be read as, else unchanged."""
     types = arms(annotation)
     named = [name for arm in types if typing.get_origin(arm) is typing.Literal for name in typing.get_args(arm)]
     if type(value) in types or (isinstance(value, str) and value in named):

@@ -44,9 +44,6 @@ def parse_members(
         weights: the value of `weights`.
         weighting: the options of what makes the weights; None where they are given, or equal.
         catalogue: what a member may be loaded with.
-
-    Raises:
-        ConfigError: what is wrong with any of them.
     """
     entries, parsed, problems = _entries(raw, defaults), list[Parsed](), Problems()
     for i, entry in enumerate(entries):
@@ -154,11 +151,7 @@ def _checked(loading: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _configured(member: MemberConfig, defaults: Mapping[str, Any]) -> MemberKeys:
-    """Return the keys of a member that is configured already, without its weight.
-
-    Raises:
-        ConfigError: arguments beside `members` that would load it in another way.
-    """
+    """Return the keys of a member that is configured already, without its weight."""
     loaded = {**member.loading, "pretrained": member.pretrained, "hf_kwargs": member.hf_kwargs}
     for key, value in _checked(defaults).items():
         if key != "pretrained" and freeze(value) != loaded.get(key):

@@ -123,11 +123,7 @@ class RecipeKeys(Keys):
 
 
 def data_folder(what: str) -> Path:
-    """Return the folder of ``"tasks"`` or ``"recipes"``, in a wheel as in a checkout.
-
-    Raises:
-        ConfigError: an unknown kind, or an installation without that folder.
-    """
+    """Return the folder of ``"tasks"`` or ``"recipes"``, in a wheel as in a checkout."""
     if what not in FOLDERS:
         known = ", ".join(FOLDERS)
         raise ConfigError(f"path {what!r}: expected one of {known}.{did_you_mean(what, FOLDERS)}")
@@ -155,9 +151,6 @@ def find_recipe_file(text: str, folder: Path | None = None) -> Path | None:
 
     Returns:
         The file; None for what is no recipe's name: a model's folder, or its name on the hub.
-
-    Raises:
-        ConfigError: a file that is not there, or a name that is nearly that of a shipped recipe.
     """
     place = (folder or Path()) / Path(text).expanduser()
     suffix = Path(text).suffix.lower() in SUFFIXES

@@ -84,11 +84,7 @@ class Registry(Mapping[str, Entry]):
         return len(self._entries)
 
     def _search(self) -> None:
-        """Import every module of the folder, so that it registers its entry.
-
-        Raises:
-            ConfigError: a file that cannot be imported, or that registers nothing.
-        """
+        """Import every module of the folder, so that it registers its entry."""
         path = importlib.import_module(self.package).__path__ if self.package else ()
         if self._searched == tuple(path):
             return

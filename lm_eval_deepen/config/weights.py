@@ -19,9 +19,6 @@ def member_weights(listed: Any, own: Sequence[float | None], weighting: Any) -> 
         listed: the value of `weights`: a list, ``0.6+0.4`` inline, one number, or None.
         own: the `weight` of each member, None where it has none.
         weighting: its options; None where there is none.
-
-    Raises:
-        ConfigError: weights that are no weights, or that the weighting computes itself.
     """
     given, count = _given(listed, own), len(own)
     if weighting is None:

@@ -59,11 +59,7 @@ def _is_json(text: str) -> bool:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return what a text of YAML holds; `where`, the file or option it is from, stands in messages.
-
-    Raises:
-        ConfigError: as `read_yaml`.
-    """
+    """Return what a text of YAML holds; `where`, the file or option it is from, stands in messages."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, too many for a configuration; give less")
     text = text.removeprefix("\ufeff")

@@ -38,11 +38,7 @@ class EnsembleRecipe(RecipeKeys):
         return configure(dict(self.arguments))
 
     def configure(self, elsewhere: Mapping[str, str] | None = None) -> EnsembleConfig:
-        """Return the ensemble, checked; `elsewhere` names the place of a member instead of the recipe's.
-
-        Raises:
-            ConfigError: an argument that cannot be honoured, or a name in `elsewhere` that no member has.
-        """
+        """Return the ensemble, checked; `elsewhere` names the place of a member instead of the recipe's."""
         config = self.config
         if not elsewhere:
             return config
@@ -55,11 +51,7 @@ class EnsembleRecipe(RecipeKeys):
 
 
 def parse_ensemble(text: str) -> dict[str, Any]:
-    """Return model arguments from a file name, a JSON object or ``key=value,...``.
-
-    Raises:
-        ConfigError: JSON that cannot be read.
-    """
+    """Return model arguments from a file name, a JSON object or ``key=value,...``."""
     if text.lstrip().startswith("{"):
         return parse_json(text, "the ensemble")
     if "=" in text and not os.path.isfile(text):
@@ -71,11 +63,7 @@ def parse_ensemble(text: str) -> dict[str, Any]:
 
 
 def find_recipe(text: str) -> EnsembleRecipe:
-    """Return the recipe of a file, of a shipped recipe's name, or of what ``--model_args`` takes.
-
-    Raises:
-        ConfigError: none of these, or a recipe that says something unknown.
-    """
+    """Return the recipe of a file, of a shipped recipe's name, or of what ``--model_args`` takes."""
     arguments = parse_ensemble(text)
     file = ensemble_file(arguments.get("pretrained"))
     if file is None:
@@ -86,11 +74,7 @@ def find_recipe(text: str) -> EnsembleRecipe:
 
 
 def load_recipe(path: Path) -> EnsembleRecipe:
-    """Read a recipe; everything it says is checked, nothing is loaded.
-
-    Raises:
-        ConfigError: naming the file, and every key that cannot be honoured.
-    """
+    """Read a recipe; everything it says is checked, nothing is loaded."""
     from lm_eval_deepen.harness.model import catalogue
 
     raw, arguments, problems = given(read_recipe(path, "ensemble")), read_ensemble_file(path), Problems()

@@ -45,11 +45,7 @@ MOST = 6 * LONGEST + 16  # bytes of a piece: JSON spells a control character wit
 
 
 def folder_of(config: EnsembleConfig) -> Path | None:
-    """Return the folder of an ensemble's traces, as far as it is known before the harness has said how it calls it.
-
-    Raises:
-        ConfigError: there is none to write to.
-    """
+    """Return the folder of an ensemble's traces, as far as it is known before the harness has said how it calls it."""
     if config.trace is None:
         return None
     if config.trace_dir is not None:

@@ -105,9 +105,6 @@ def find_runs(path: Path, label: str | None = None) -> list[Run]:
 
     Of several evaluations of a task the latest counts. What other arguments left in the same folder is left out, with a
     note: they are another model.
-
-    Raises:
-        ResultError: no such folder, no results in it, results without samples, or a file that cannot be read.
     """
     if not path.exists():
         raise ResultError(f"{path}: no such file or folder; give what --output_path was given to lm_eval.")
@@ -213,11 +210,7 @@ def fingerprint(results: Mapping[str, Any]) -> str | None:
 
 
 def read_results(path: Path, remedy: str) -> dict[str, Any]:
-    """Return a results file of the harness, of which whatever is read here or in `comparable` has the right type.
-
-    Raises:
-        ResultError: it cannot be read, or is none.
-    """
+    """Return a results file of the harness, of which whatever is read here or in `comparable` has the right type."""
     try:
         results = read_json(path)
     except StorageError as error:

@@ -33,11 +33,7 @@ def judge(
     allow_config_change: bool = False,
     max_detectable: float | None = None,
 ) -> GateReport:
-    """Return the outcome of the check; ``too small`` where a test could not see a drop of `max_detectable`.
-
-    Raises:
-        ResultError: the baseline lacks a task or metric that was asked for, or a file cannot be read.
-    """
+    """Return the outcome of the check; ``too small`` where a test could not see a drop of `max_detectable`."""
     chosen = list(dict.fromkeys(tasks)) if tasks else list(baseline.tasks)
     for task in chosen:
         baseline.task(task)

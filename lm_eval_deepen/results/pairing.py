@@ -16,11 +16,7 @@ from lm_eval_deepen.results.samples import common_keys, mismatch
 def wanted_columns(
     runs: Sequence[Run], tasks: Sequence[str], metrics: Sequence[str] | None
 ) -> list[tuple[str, str, str]]:
-    """Return what to compare as (task, metric, filter): all that any run measured, or what `metrics` names.
-
-    Raises:
-        ResultError: a metric that none of the tasks has.
-    """
+    """Return what to compare as (task, metric, filter): all that any run measured, or what `metrics` names."""
     every = dict.fromkeys(
         (task, metric, flt) for task in tasks for run in runs if task in run.tasks
         for metric, flt in run.tasks[task].columns
@@ -38,11 +34,7 @@ def wanted_columns(
 
 
 def tasks_in_common(runs: Sequence[Run], asked: Sequence[str] | None, notes: list[str]) -> list[str]:
-    """Return the tasks that all runs have; what is left out is noted.
-
-    Raises:
-        ResultError: a task that was asked for is missing from a run, or no task is common to all.
-    """
+    """Return the tasks that all runs have; what is left out is noted."""
     if asked:
         for run in runs:
             for task in asked:

@@ -55,11 +55,7 @@ class Samples:
 
 
 def read_samples(path: Path) -> Samples:
-    """Read a file ``samples_<task>_<date>.jsonl``.
-
-    Raises:
-        ResultError: a line that is not a sample, by file and line; an empty file.
-    """
+    """Read a file ``samples_<task>_<date>.jsonl``."""
     try:
         with path.open("rb") as lines:
             records = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
@@ -86,9 +82,6 @@ def samples_of(records: Iterable[tuple[str, Any]], source: str) -> Samples:
     """Return samples from the harness's records (``results["samples"][task]``), each with its place for messages.
 
     Documents with equal content are told apart by the order of their `doc_id`.
-
-    Raises:
-        ResultError: a record without the keys that identify it, two of one document, or none at all.
     """
     by_filter: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
     for where, record in records:

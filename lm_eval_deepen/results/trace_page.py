@@ -108,10 +108,6 @@ def shown(
         names: of the systems; default: the folders'.
         traced: whether it is an error if the first folder has no trace.
         served: whether a server shows the page.
-
-    Raises:
-        ResultError: no trace in the first folder, nothing in another one, no task in common, or files that cannot be
-            read.
     """
     page = Shown(served)
     for number, folder in enumerate(folders):

@@ -69,11 +69,7 @@ class TraceFile:
 
 
 def read_trace(path: Path) -> TraceFile:
-    """Read one file. What was written last may be cut off: the whole lines before it are read.
-
-    Raises:
-        ResultError: it cannot be read, is damaged, or follows another schema.
-    """
+    """Read one file. What was written last may be cut off: the whole lines before it are read."""
     head: dict[str, Any] | None = None
     documents, cut = Documents(), False
     for number, (line, cut) in enumerate(_lines(path), 1):
@@ -152,9 +148,6 @@ def find_traces(folder: Path, notes: list[str] | None = None) -> dict[str, list[
     """Return the traces under a folder by task, the latest run of each: files of one fingerprint, the newest first.
 
     Traces of other fingerprints are left out, which is added to `notes`.
-
-    Raises:
-        ResultError: no such folder, no trace in it, or one that cannot be read.
     """
     if not folder.exists():
         raise ResultError(f"{folder}: no such folder; give what --output_path was given to lm_eval")
