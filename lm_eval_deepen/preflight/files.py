@@ -286,7 +286,7 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that are loaded from a folder, whether they are there or not; others may lie beside."""
+    """Return the safetensors files that are loaded from a folder, there or not; others may lie beside."""
     index = folder / INDEX
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
