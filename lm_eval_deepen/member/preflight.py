@@ -10,10 +10,11 @@ import transformers
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, one_line
 from lm_eval_deepen.member.text import Backend
-from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, garbage_kept, require_same
 from lm_eval_deepen.vocabulary import ByteVocab
 
 
+@garbage_kept()
 def load_tokenizer(config: MemberConfig) -> Any | None:
     """Return a member's tokenizer as ``HFLM`` loads it; None where only loading the model gives it (GGUF).
 
@@ -66,6 +67,7 @@ def files_of(config: MemberConfig) -> TokenizerFiles | None:
     )
 
 
+@garbage_kept()
 def preview_vocabularies(configs: Sequence[MemberConfig], tokenizers: Sequence[Any | None]) -> list[ByteVocab]:
     """Return the pieces of every member as bytes, before its number of logits is known.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.text import TextCodec
-from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, differences
+from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, differences, garbage_kept
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -329,3 +330,25 @@ def test_pythons_copies_of_a_vocabulary_are_dropped(tmp_path):
     assert isinstance(loaded, GemmaTokenizer) and not {"_vocab", "_merges"} & vars(loaded).keys()
     assert loaded.encode("abé", add_special_tokens=False) == [7, 8 + 0xC3, 8 + 0xA9]
     assert len(loaded.get_vocab()) == len(pieces)
+
+
+def test_no_garbage_is_collected_while_tokenizers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled, read = [], AutoTokenizer.from_pretrained
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        enabled.append(gc.isenabled())
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", observed)
+    load(folder(tmp_path, byte_level()))
+    with pytest.raises(MemberError):
+        load(str(tmp_path / "missing"))
+    assert enabled == [False, False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with garbage_kept():
+            pass
+        assert not gc.isenabled()  # whoever switched it off before still has it off
+    finally:
+        gc.enable()
