@@ -57,6 +57,15 @@ def test_09_a_multiple_choice_set_gives_the_answers_of_hf(both):
         assert (mine["acc"], mine["acc_norm"]) == (other["acc"], other["acc_norm"])
 
 
+def test_09_all_weight_on_the_main_member_is_that_member(pico):
+    ours, theirs = deepen(pico["metaspace"], pico["bytelevel"], weights=[1.0, 0.0]), hf(pico["metaspace"])
+    pairs = [("The fox walked ", "away"), ("", "Paris is the capital"), ("The capital of France is", " Paris")]
+    for got, expected in zip(ask(ours, *pairs), ask(theirs, *pairs), strict=True):
+        same(got, expected)
+    batch = requests("generate_until", *((text, {"until": ["\n"], "max_gen_toks": 10}) for text, _ in pairs))
+    assert ours.generate_until(batch) == theirs.generate_until(batch)
+
+
 def test_09_is_greedy_is_exact_for_greedy_texts_and_for_others(both):
     ours, theirs = both
     contexts = ["The quick brown fox", "Paris is", "walk", "10 + 20 =", "The dog"]
@@ -125,6 +134,7 @@ def test_11_a_continuation_that_is_too_long_is_a_clear_error(pico, tmp_path):
 
 def test_12_duplicates_are_answered_in_order(both):
     pairs = [("The fox", " jumps"), ("A dog", " sleeps"), ("The fox", " jumps"), ("The fox", " walks")] * 2
+    pairs += [("Question: What is 1?\nAnswer:", " the café in 中国 🙂"), ("a newline\n", "def add(a, b):\n    return")]
     ours, theirs = both
     for got, expected in zip(ask(ours, *pairs), ask(theirs, *pairs), strict=True):
         same(got, expected)

@@ -130,6 +130,7 @@ def test_17_rows_with_different_stops_end_independently(both, pair):
     alone = [ask(both[1], one)[0] for one in pairs]  # `hf` one by one: its stop strings end whole batches
     assert ask(both[0], *pairs) == ask(both[0], *pairs[::-1])[::-1] == alone
     assert ask(pair, *pairs) == [ask(pair, one)[0] for one in pairs]
+    assert ask(pair) == []
 
 
 def test_17_the_arguments_of_a_request_are_not_modified(both, pair):

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.harness.model import DeepenLM
 
 
@@ -26,16 +25,6 @@ def command(monkeypatch):
         raise AssertionError("nothing was raised")
 
     return run
-
-
-@pytest.mark.parametrize("text", ["pretrained=m,methd=gac", '{"pretrained": ', "pretrained=a,pretrained=b"])
-def test_an_error_is_one_line_and_status_2(command, capsys, text):
-    hook, (kind, error, trace) = command(lambda: DeepenLM.create_from_arg_string(text))
-    assert kind is ConfigError
-    with pytest.raises(SystemExit) as ended:
-        hook(kind, error, trace)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 @pytest.mark.parametrize("how", ["--verbosity=DEBUG", "logger"])
@@ -67,10 +56,3 @@ def test_an_interrupt_is_one_line_and_other_errors_are_as_they_were(command, cap
     assert capsys.readouterr().err == "interrupted; a response cache (--use_cache) has what was answered\n"
     hook(ZeroDivisionError, ZeroDivisionError("a fault"), None)
     assert "ZeroDivisionError: a fault" in capsys.readouterr().err
-
-
-def test_a_program_gets_the_exception(monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    with pytest.raises((ConfigError, MemberError)):
-        DeepenLM.create_from_arg_obj({"pretrained": "m", "methd": "gac"})
-    assert sys.excepthook is sys.__excepthook__

@@ -97,18 +97,13 @@ EXPECTED = {"deepen": "lm_eval_deepen.harness.model:DeepenLM", "dummy": "DummyLM
         "import lm_eval.api.registry",
         "import lm_eval.evaluator",
         "import lm_eval_deepen, lm_eval_deepen.errors",
+        "import lm_eval_deepen.harness.model",
         "import lm_eval_deepen._startup.registration as r; r.register()",
         "import lm_eval_deepen._startup.hook as h; h.install(); h.install()",
     ],
 )
 def test_deepen_and_the_built_in_models_resolve_whatever_was_imported_first(install: Install, first: str):
     assert install.json(f"{first}\n{REGISTRY}") == EXPECTED
-
-
-@of_the_wheel
-def test_our_model_class_imported_first_hides_no_built_in_model(install: Install):
-    found = install.json(f"import lm_eval_deepen.harness.model\n{REGISTRY}")
-    assert found == EXPECTED
 
 
 def test_hook_installed_after_the_harness_registers_at_once(install: Install):
@@ -127,16 +122,6 @@ def test_off_switch_leaves_the_harness_alone_and_the_wrapper_overrides_it(instal
 def test_nothing_is_registered_where_the_harness_discovers_entry_points(install: Install):
     code = "import lm_eval.api.registry as r\nr.load_plugins = print\n" + REGISTRY
     assert install.json(code) == {**EXPECTED, "deepen": None}
-
-
-def test_entry_point_names_the_model_class(install: Install):
-    code = """
-import json
-from importlib.metadata import distribution
-[entry] = [e for e in distribution("lm_eval_deepen").entry_points if e.group == "lm_eval.models"]
-print(json.dumps([entry.name, entry.value]))
-"""
-    assert install.json(code) == ["deepen", "lm_eval_deepen.harness.model:DeepenLM"]
 
 
 def test_start_up_imports_only_the_hook(install: Install):
