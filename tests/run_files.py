@@ -16,8 +16,15 @@ import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
+from lm_eval_deepen.cli import main as cli
+
 ROOT = Path(__file__).resolve().parents[1]
 DATE = "2026-01-02T03-04-05.000006"
+
+
+def gate(baseline: Path, candidate: Path, *arguments: Any) -> int:
+    """Run ``lm-eval-deepen gate`` and return its exit status."""
+    return cli.main(["gate", "--baseline", str(baseline), "--candidate", str(candidate), *map(str, arguments)])
 
 
 def local_tasks(folder: Path) -> Path:

@@ -137,11 +137,6 @@ def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Show
     return page
 
 
-def page(*folders: Path, limit: int | None = None) -> str:
-    """Return the page of folders, the first of which has traces; see `shown`."""
-    return shown(folders, limit).html()
-
-
 def script_json(data: Any) -> str:
     """Return JSON that nothing in it can end the script element with."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")

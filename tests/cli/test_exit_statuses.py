@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import DATE, doctored, synthesised
+from run_files import DATE, doctored, gate, synthesised
 
-from lm_eval_deepen.cli import gate
+from lm_eval_deepen.cli import gate as gate_tool
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli.ending import FAULT, INTERRUPTED, ended
 from lm_eval_deepen.errors import ConfigError
@@ -46,10 +46,6 @@ def pair(tmp_path):
         groups = {"groups": {"g": {"alias": "g", "acc,none": 0.6}}, "chat_template_sha": "0", "system_instruction": "s"}
         path.write_text(json.dumps({**json.loads(path.read_text()), **groups}))
     return found
-
-
-def checked(first: Path, second: Path, *arguments: object) -> int:
-    return cli.main(["gate", "--baseline", str(first), "--candidate", str(second), *map(str, arguments)])
 
 
 # Inputs ----------------------------------------------------------------------------------------------
@@ -91,7 +87,7 @@ def test_whatever_stands_in_a_file_is_a_verdict_or_unreadable(file, pair, capsys
         changed = [replaced(whole, place, odd) for odd in ODD] + ([without(whole, place)] if place else [])
         for one in changed:
             path.write_text("\n".join([json.dumps(one), *rest]))
-            status = checked(*pair)
+            status = gate(*pair)
             told = capsys.readouterr()
             assert status in (0, 2, 3) and "Traceback" not in told.err, (place, one, told)
             assert status != 2 or told.err.startswith("error: ") and told.err.count("\n") == 1, told.err
@@ -123,7 +119,7 @@ def test_files_that_cannot_be_read_are_2_and_named(command, side, content, pair,
         whole = path.read_bytes()
         for after in (b"", whole) if path.suffix == ".jsonl" and content != "empty" else (b"",):
             path.write_bytes(after + BYTES[content])
-            status = checked(*pair) if command == "gate" else cli.main(["compare", *map(str, pair)])
+            status = gate(*pair) if command == "gate" else cli.main(["compare", *map(str, pair)])
             told = capsys.readouterr().err
             assert status == 2 and told.startswith("error: ") and told.count("\n") == 1 and path.name in told, told
         path.write_bytes(whole)
@@ -137,7 +133,7 @@ def test_the_cases_of_a_gate_that_said_regressed_by_a_crash(pair, tmp_path, caps
         lambda records: records[0].update(metrics="acc"),
         lambda records: records[0].update(doc_hash=None),
     ):
-        assert checked(pair[0], doctored(pair[1], tmp_path / "c", "t", edit)) == 2
+        assert gate(pair[0], doctored(pair[1], tmp_path / "c", "t", edit)) == 2
         assert capsys.readouterr().err.startswith("error: ")
         shutil.rmtree(tmp_path / "c")
 
@@ -148,10 +144,10 @@ def test_a_read_that_fails_is_2(error, pair, capsys, monkeypatch):
         raise error
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    assert checked(*pair) == (FAULT if isinstance(error, MemoryError) else 2)
+    assert gate(*pair) == (FAULT if isinstance(error, MemoryError) else 2)
     monkeypatch.undo()
     monkeypatch.setattr(Path, "open", fail)
-    assert checked(*pair) == (FAULT if isinstance(error, MemoryError) else 2)
+    assert gate(*pair) == (FAULT if isinstance(error, MemoryError) else 2)
 
 
 # Outputs ---------------------------------------------------------------------------------------------
@@ -160,14 +156,14 @@ def test_a_read_that_fails_is_2(error, pair, capsys, monkeypatch):
 def test_outputs_that_cannot_be_written_are_2(pair, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     for option in ("--json", "--summary"):
-        assert checked(*pair, option, tmp_path / "new" / "folder" / option) == 0
+        assert gate(*pair, option, tmp_path / "new" / "folder" / option) == 0
         for place, why in (
             (tmp_path, "ordinary file|Is a directory"),
             (tmp_path / "file" / "x", "Not a directory|File exists"),
             ("/dev/full", "No space left"),
             (tmp_path / ("x" * 300), "too long"),
         ):
-            assert checked(*pair, option, place) == 2
+            assert gate(*pair, option, place) == 2
             told = capsys.readouterr()
             assert told.out.startswith("PASS") and told.err.count("\n") == 1
             assert told.err.startswith(f"error: {place} cannot be written") or "x" * 300 in told.err
@@ -241,16 +237,16 @@ def test_no_end_of_a_command_looks_like_a_verdict(error, status, message, pair, 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(gate, "judge", fail)
+    monkeypatch.setattr(gate_tool, "judge", fail)
     streams = sys.stdout, sys.stderr
-    assert checked(*pair) == status
+    assert gate(*pair) == status
     assert (sys.stdout, sys.stderr) == streams
     told = capsys.readouterr().err
     assert message in told and ("Traceback" in told) == (status == FAULT)
 
 
 def test_json_gives_no_verdict_beside_a_file_that_could_not_be_written(pair, capsys):
-    assert checked(*pair, "--json", "--junit", "/dev/full") == 2
+    assert gate(*pair, "--json", "--junit", "/dev/full") == 2
     assert capsys.readouterr().out == ""
 
 

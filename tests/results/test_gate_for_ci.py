@@ -8,13 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from run_files import doctored, edited, synthesised
-
-from lm_eval_deepen.cli import main as cli
-
-
-def gate(baseline: Path, candidate: Path, *arguments: Any) -> int:
-    return cli.main(["gate", "--baseline", str(baseline), "--candidate", str(candidate), *map(str, arguments)])
+from run_files import edited, gate, synthesised
 
 
 @pytest.fixture(autouse=True)
@@ -106,16 +100,5 @@ def test_each_change_of_an_ensemble_is_named_once_and_nothing_else(tmp_path: Pat
         '  - t, u, v: ensemble fingerprint: 000000000000 -> 111111111111 (method: "deepen" -> "gac"; average: ' in told
     )
     assert "anchor_seed" not in told and "threshold" not in told
-
-
-def test_doctored_answers_are_seen_through_every_output(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, *_ = runs
-
-    def edit(records: list[dict[str, Any]]) -> None:
-        for record in records[:20]:
-            record["acc"] = 0.0
-
-    candidate = doctored(base, tmp_path / "c", "t", edit)
-    assert gate(base, candidate, "--junit", tmp_path / "x.xml", "--json", tmp_path / "x.json") == 1
-    assert ElementTree.parse(tmp_path / "x.xml").getroot().get("failures") == "1"
-    assert json.loads((tmp_path / "x.json").read_text())["status"] == "regressed"
+    assert gate(a, b, "--allow-config-change") == 0
+    assert "ensemble fingerprint: 000000000000 -> 111111111111 (method" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from run_files import synthesised
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ResultError
 from lm_eval_deepen.results.files import find_runs
-from lm_eval_deepen.results.trace_page import ALL, NOBODY, agree, page, script_json, shown, shown_runs, who
+from lm_eval_deepen.results.trace_page import ALL, NOBODY, agree, script_json, shown, shown_runs, who
 from lm_eval_deepen.results.trace_server import server
 from lm_eval_deepen.results.traces import SCHEMA
 
@@ -62,6 +62,23 @@ def write_trace(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / f"trace_{task}_2026-01-01T00-00-00.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return folder
+
+
+def page(*folders: Path, limit: int | None = None) -> str:
+    return shown(folders, limit).html()
+
+
+def data_of(text: str) -> dict[str, Any]:
+    """Return what a page shows, as its script reads it."""
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+def rewritten(path: Path, *changes: tuple[str, str]) -> bytes:
+    """Return a trace in which other texts stand in the place of some."""
+    told = gzip.decompress(path.read_bytes()).decode()
+    for before, after in changes:
+        told = told.replace(before, after)
+    return gzip.compress(told.encode())
 
 
 @pytest.fixture
@@ -141,10 +158,7 @@ def test_scores_and_right_here_wrong_there(tmp_path: Path) -> None:
     hashes = [json.loads(line)["doc_hash"] for line in samples.read_text().splitlines()]
     write_trace(tmp_path / "a", [[step("x", "x", "x")], [step("y", "x", "y", changed=True)]])
     [trace] = (tmp_path / "a").rglob("trace_*")
-    told = gzip.decompress(trace.read_bytes()).decode()
-    for n, found in enumerate(hashes):
-        told = told.replace(f'"h{n}"', json.dumps(found))
-    trace.write_bytes(gzip.compress(told.encode()))
+    trace.write_bytes(rewritten(trace, *((f'"h{n}"', json.dumps(found)) for n, found in enumerate(hashes))))
     text = page(tmp_path / "a", tmp_path / "b")
     assert "has no traces" in text and "ffffffffffffffff" in text
     start, gained = drive(text, tmp_path, ["choose", "filter", 6])
@@ -166,11 +180,10 @@ def traced(folder: Path, began: str, samples: Path, count: int = 2, task: str = 
     """Write the trace of a run that began then, of the documents of some samples."""
     write_trace(folder, [[step(str(n), "x", "x")] for n in range(count)], task=task)
     path = folder / f"trace_{task}_2026-01-01T00-00-00.jsonl.gz"
-    told = gzip.decompress(path.read_bytes()).decode().replace("f" * 64, print)
-    for n, line in enumerate(samples.read_text().splitlines()):
-        told = told.replace(f'"h{n}"', json.dumps(json.loads(line)["doc_hash"]))
+    hashes = [json.loads(line)["doc_hash"] for line in samples.read_text().splitlines()]
+    told = rewritten(path, ("f" * 64, print), *((f'"h{n}"', json.dumps(found)) for n, found in enumerate(hashes)))
     path.unlink()
-    (folder / f"trace_{task}_{began}.jsonl.gz").write_bytes(gzip.compress(told.encode()))
+    (folder / f"trace_{task}_{began}.jsonl.gz").write_bytes(told)
 
 
 def scores_shown(folder: Path) -> tuple[list[float | None], str]:
@@ -221,8 +234,7 @@ def test_what_was_run_is_told_of_every_task(tmp_path: Path) -> None:
     write_trace(tmp_path / "t", [[step("x", "x", "x")]], task="b")
     for name in "ab":
         path = tmp_path / "t" / f"trace_{name}_2026-01-01T00-00-00.jsonl.gz"
-        told = gzip.decompress(path.read_bytes()).decode().replace('"2026-01-01"', f'"2026-01-0{1 + (name == "b")}"')
-        path.write_bytes(gzip.compress(told.encode()))
+        path.write_bytes(rewritten(path, ('"2026-01-01"', f'"2026-01-0{1 + (name == "b")}"')))
     [(_, alike), *others] = shown([tmp_path / "t"]).sides[0].told
     assert dict(alike)["method"] == "deepen"
     assert dict(others) == {"a": [("started", "2026-01-01")], "b": [("started", "2026-01-02")]}
@@ -253,12 +265,12 @@ def test_a_choice_without_probability_is_shown(tmp_path: Path) -> None:
     answers = [[["-inf", "False"]], [["nan", "False"]], [["-1.5", "True"]]]
     samples.write_text(json.dumps({**record, "arguments": asked, "resps": answers}) + "\n")
     text = shown([tmp_path / "a"], traced=False).html()
-    [document] = json.loads(text.split('id="data">')[1].split("</script>")[0])["systems"][0]["tasks"]["t"]
+    [document] = data_of(text)["systems"][0]["tasks"]["t"]
     assert document["values"] == [None, None, -1.5]
     for damage in ({"metrics": True}, {"metrics": [[]]}, {"acc": 10**400}, {"resps": [[[10**400, "False"]]]}):
         samples.write_text(json.dumps({**record, "arguments": asked, **damage}) + "\n")
         text = shown([tmp_path / "a"], traced=False).html()
-        [document] = json.loads(text.split('id="data">')[1].split("</script>")[0])["systems"][0]["tasks"]["t"]
+        [document] = data_of(text)["systems"][0]["tasks"]["t"]
         assert document["scores"] == ({"acc": 1.0} if "resps" in damage else {}) and not any(document["values"])
 
 
@@ -280,9 +292,9 @@ def test_answers_of_repeats_and_choices_are_those_of_the_samples(tmp_path: Path)
         assert "choice -1" not in str(start) and answer in start["count"] + start["list"][0]
     write_trace(tmp_path / "here", [[step("a", "a", "a")], [step("b", "b", "b")]])
     [trace] = (tmp_path / "here").rglob("trace_*")
-    told = gzip.decompress(trace.read_bytes()).decode().replace('"h0"', f'"{hashed}"')
-    told = told.replace('"doc_id": 1, "doc_hash": "h1", "request": 0, "repeat": 0', f'"doc_id": 0, "doc_hash": "{hashed}", "request": 0, "repeat": 1')  # fmt: skip # noqa: E501
-    trace.write_bytes(gzip.compress(told.encode()))
+    again = '"doc_id": {}, "doc_hash": "{}", "request": 0, "repeat": {}'
+    changes = ('"h0"', f'"{hashed}"'), (again.format(1, "h1", 0), again.format(0, hashed, 1))
+    trace.write_bytes(rewritten(trace, *changes))
     [start] = drive(page(tmp_path / "here", tmp_path / "texts"), tmp_path)
     mine, first, mine_again, second = start["strips"]
     assert "first" in first and "second" in second and "repeat 1" in mine_again and "repeat" not in mine
@@ -293,8 +305,7 @@ def test_what_no_json_has_and_a_probability_of_0(tmp_path: Path) -> None:
     steps[0]["members"][0] |= {"weight": float("nan"), "chosen": float("inf"), "top": [["a", float("nan")]]}
     write_trace(tmp_path, [steps, [step("c", "c", "c")]])
     [trace] = tmp_path.rglob("trace_*")
-    told = gzip.decompress(trace.read_bytes()).decode().replace('"h1",', '"h1", "logp": -7.5, "windows": [1, 0],')
-    trace.write_bytes(gzip.compress(told.encode()))
+    trace.write_bytes(rewritten(trace, ('"h1",', '"h1", "logp": -7.5, "windows": [1, 0],')))
     start, last, text = drive(page(tmp_path), tmp_path, ["key", "End"], ["key", "j"])
     assert "probability 0" in start["strips"][0] and "fused 0.0 %" in last["step"]
     assert "log-probability -7.50" in text["strips"][0] and "in 2 windows" in text["strips"][0]
@@ -428,7 +439,7 @@ def test_a_served_page_asks_for_the_steps_of_a_document(address: str) -> None:
             return error.code, error.read().decode()
 
     status, text = got("/")
-    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    data = data_of(text)
     asked = [one["requests"][0] for one in data["systems"][0]["tasks"]["t"]]
     assert status == 200 and [one["steps"] for one in asked] == [[], [], []] and asked[0]["text"] == "The dog"
     status, text = got("/steps?system=0&task=t&at=0")
