@@ -73,10 +73,7 @@ def summary(run: Run) -> list[str]:
 def _where(run: Run) -> str:
     results, traces = run.results_in, run.step_files and run.step_files.folder
     look = f"; look at them with: lm-eval-deepen view {traces}" if traces else ""
-    if results and traces:
-        return (
-            f"results and traces: {results}" if results == traces else f"results: {results}; traces: {traces}"
-        ) + look
-    if results or traces:
-        return (f"results: {results}" if results else f"traces: {traces}") + look
-    return "no results were kept: --output_path and --log_samples keep them."
+    if results and results == traces:
+        return f"results and traces: {results}{look}"
+    told = [f"{what}: {place}" for what, place in (("results", results), ("traces", traces)) if place]
+    return "; ".join(told) + look if told else "no results were kept: --output_path and --log_samples keep them."

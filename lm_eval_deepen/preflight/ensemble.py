@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_deepen.errors import DeepenError
@@ -48,26 +49,14 @@ class MatrixPlan:
 
 def overlaps(members: Sequence[Inspected]) -> list[Overlap]:
     """Return what all members with a known vocabulary have in common, then every pair of more than two."""
-    known = [member for member in members if member.codec is not None]
-    if len(known) < 2:
-        return []
-    sets = [(known, _common(known))]
-    if len(known) > 2:
-        pairs = [[a, b] for i, a in enumerate(known) for b in known[i + 1 :]]
-        sets += [(pair, _common(pair)) for pair in pairs]
-    return [
-        Overlap(
-            tuple(member.name for member in group),
-            common,
-            tuple(common / max(1, len(member.codec.vocab.events.ids_of)) for member in group if member.codec),
-        )
-        for group, common in sets
-    ]
-
-
-def _common(members: Sequence[Inspected]) -> int:
-    pieces = [set(member.codec.vocab.events.ids_of) for member in members if member.codec]
-    return len(set.intersection(*pieces))
+    pieces = {m.name: set(m.codec.vocab.events.ids_of) for m in members if m.codec is not None}
+    groups = [tuple(pieces)] if len(pieces) > 1 else []
+    groups += combinations(pieces, 2) if len(pieces) > 2 else []
+    found = []
+    for group in groups:
+        common = len(set.intersection(*(pieces[name] for name in group)))
+        found.append(Overlap(group, common, tuple(common / max(1, len(pieces[name])) for name in group)))
+    return found
 
 
 def plan_matrices(
@@ -133,7 +122,7 @@ def _plan(member: Inspected, anchors: AnchorSet, spec: MatrixSpec, problems: lis
             f"(a sample of {SAMPLE_ROWS} rows; the limit is {MAX_DROPPED_MASS}). Raise top_m, use another "
             "normalization, or rows: canonical."
         )
-    return MatrixPlan(**{**asdict(plan), "entropy_share": share, "dropped_mass": dropped})
+    return replace(plan, entropy_share=share, dropped_mass=dropped)
 
 
 def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple[float, float] | None:

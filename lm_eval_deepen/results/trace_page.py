@@ -128,11 +128,8 @@ def shown_runs(systems: Mapping[str, Mapping[str, TaskRun]], limit: int) -> Show
     for name, tasks in systems.items():
         one = Side(name)
         for task, run in tasks.items():
-            samples = samples_by_document(run.samples_path)
-            one.tasks[task] = documents(Documents(), samples, page, limit)
-            one.facts[task] = _facts(run.results, task)
-            if len(samples) > limit:
-                one.notes = [f"the first {limit} documents of each task are shown"]
+            _add(one, task, TracedRun((), run, ()), page, limit)
+        one.notes = [f"the first {limit} documents of each task are shown"] if one.notes else []
         page.sides.append(one)
     return page
 
@@ -152,33 +149,35 @@ def side(folder: Path, page: Shown, limit: int | None = None, traced: bool = Tru
         if traced or not folder.exists():
             raise
         shown.notes.append(f"{folder} has no traces: its texts and scores are shown, not its steps")
-    runs = _runs(traces, folder.parent if folder.is_file() else folder, shown.notes) if traces else {}
     if traces:
-        evaluated = {task: run.samples for task, run in runs.items() if run.samples is not None}
+        runs = _runs(traces, folder.parent if folder.is_file() else folder, shown.notes)
     else:
-        evaluated = _samples(folder, shown)
-    if not traces and not evaluated:
+        runs = {task: TracedRun((), run, ()) for task, run in _samples(folder, shown).items()}
+    if not runs:
         raise ResultError(f"{folder}: holds neither traces nor samples; evaluate with --output_path and --log_samples")
     for task, run in runs.items():
-        files = run.files
-        shown.members = shown.members or [str(member.get("name")) for member in files[0].head.get("members", [])]
-        if any(file.cut for file in files):
-            shown.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
-    for task in runs or evaluated:
-        head = runs[task].files[0].head if task in runs else None
-        shown.facts[task] = [
-            *(_traced_facts(head) if head else ()),
-            *(_facts(evaluated[task].results, task) if task in evaluated else ()),
-        ]
-        records = documents_of(runs[task].files) if task in runs else Documents()
-        samples = samples_by_document(evaluated[task].samples_path) if task in evaluated else {}
-        shown.tasks[task] = documents(records, samples, page, limit, task)
-        count = len({key[:2] for key in records.keys} or samples)
-        if limit is not None and count > limit:
-            shown.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
-        if task in runs:
-            shown.notes += runs[task].notes
+        _add(shown, task, run, page, limit)
     return shown
+
+
+def _add(side: Side, task: str, run: TracedRun, page: Shown, limit: int | None) -> None:
+    """Add a task of a run: what was run, its documents, and what is missing."""
+    head = run.files[0].head if run.files else None
+    if head is not None:
+        side.members = side.members or [str(member.get("name")) for member in head.get("members", [])]
+    if any(file.cut for file in run.files):
+        side.notes.append(f"{task}: the end of a trace is cut off; its last documents are missing")
+    side.facts[task] = [
+        *(_traced_facts(head) if head is not None else ()),
+        *(_facts(run.samples.results, task) if run.samples is not None else ()),
+    ]
+    records = documents_of(run.files)
+    samples = {} if run.samples is None else samples_by_document(run.samples.samples_path)
+    side.tasks[task] = documents(records, samples, page, limit, task)
+    count = len({key[:2] for key in records.keys} or samples)
+    if limit is not None and count > limit:
+        side.notes.append(f"{task}: the first {limit} of {count} documents are shown (--limit)")
+    side.notes += run.notes
 
 
 def _runs(traces: Mapping[str, Sequence[TraceFile]], folder: Path, notes: list[str]) -> dict[str, TracedRun]:
