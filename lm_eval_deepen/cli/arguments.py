@@ -100,9 +100,7 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
 def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
     """Add ``--json``, for a command whose `run` leaves in ``args.facts`` what its table says (see `cli.main`).
 
-    Args:
-        parser: the command's.
-        file: whether it takes a file; without, as where folders may follow it, it only prints.
+    Without `file`, as where folders may follow it, it takes none and only prints.
     """
     if file:
         parser.add_argument(

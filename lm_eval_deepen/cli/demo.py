@@ -100,23 +100,17 @@ def run(args: argparse.Namespace) -> int:
 
 def systems(smollm2: Path, gemma3: Path, model: str) -> list[System]:
     """Return what is compared: each one alone, by the model class `model`, then both orders of the pair."""
-    return [
-        _alone("SmolLM2-135M", smollm2, model),
-        _alone("Gemma-3-270M", gemma3, model),
-        _ensemble("SmolLM2-135M+Gemma-3-270M", [smollm2, gemma3]),
-        _ensemble("Gemma-3-270M+SmolLM2-135M", [gemma3, smollm2]),
+    folders = {"SmolLM2-135M": str(smollm2), "Gemma-3-270M": str(gemma3)}
+    shared = {"dtype": "float32", **({} if model == "hf" else {"trace": True})}
+    plan = [
+        System(f"{name} ({'hf' if model == 'hf' else 'alone'})", name, model, {"pretrained": folder, **shared})
+        for name, folder in folders.items()
     ]
-
-
-def _alone(label: str, folder: Path, model: str) -> System:
-    model_args = {"pretrained": str(folder), "dtype": "float32", **({} if model == "hf" else {"trace": True})}
-    return System(f"{label} ({'hf' if model == 'hf' else 'alone'})", label, model, model_args)
-
-
-def _ensemble(label: str, folders: Sequence[Path]) -> System:
-    members = [{"pretrained": str(folder)} for folder in folders]
-    model_args = {"pretrained": str(folders[0]), "members": members, "dtype": "float32", "trace": True}
-    return System(label, label, "deepen", model_args)
+    for order in (list(folders), list(folders)[::-1]):
+        members = [{"pretrained": folders[name]} for name in order]
+        model_args = {**members[0], "members": members, "dtype": "float32", "trace": True}
+        plan.append(System("+".join(order), "+".join(order), "deepen", model_args))
+    return plan
 
 
 @dataclass(frozen=True)

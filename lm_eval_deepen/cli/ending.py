@@ -32,11 +32,8 @@ def ended(command: Callable[[], int], guest: bool = False) -> int:
     """Run a command to its end and return its exit status.
 
     What the command says goes to standard output as far as that takes it: a reader who leaves (``| head``) ends the
-    printing, not the command, and what the terminal cannot show is spelt otherwise.
-
-    Args:
-        command: returns the exit status.
-        guest: whether it is another program's command, whose own exceptions go on.
+    printing, not the command, and what the terminal cannot show is spelt otherwise. Exceptions of a `guest`, another
+    program's command, go on.
     """
     with _printing() as output:
         try:

@@ -135,13 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document], given: EnsembleConfig) -> dict[str, Any]:
-    """Return what speaks for the choice, from the documents it was not made on; printed, too.
+    """Return what speaks for the choice, from every second document, which it was not made on; printed, too.
 
-    Args:
-        ensemble: what was tuned, with constant weights.
-        chosen: what the search found.
-        documents: every other one was searched on.
-        given: what was to be tuned; its weights may learn from the text.
+    `ensemble` has constant weights; those of `given`, which was to be tuned, may learn from the text.
     """
     import lm_eval_deepen
     from lm_eval_deepen.engine.bits_per_byte import Reading

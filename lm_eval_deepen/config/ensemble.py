@@ -33,13 +33,11 @@ class MemberConfig(MemberKeys):
 
     def loading_dict(self) -> dict[str, Any]:
         """Return the loading arguments as plain data, without `pretrained` and `hf_kwargs`."""
-        keys: dict[str, Any] = thaw(self.loading)
-        return keys
+        return dict(thaw(self.loading))
 
     def hf_kwargs_dict(self) -> dict[str, Any]:
         """Return the unchecked ``from_pretrained`` arguments as plain data."""
-        keys: dict[str, Any] = thaw(self.hf_kwargs)
-        return keys
+        return dict(thaw(self.hf_kwargs))
 
     def spelt(self, with_weight: bool = True) -> dict[str, Any]:
         """Return the member as the configuration spells it; access tokens are left out."""
@@ -196,8 +194,7 @@ class EnsembleConfig(Settings):
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""
-        keys: dict[str, Any] = self.options.to_dict()
-        return keys
+        return dict(self.options.to_dict())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of `identity`."""

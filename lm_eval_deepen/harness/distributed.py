@@ -141,13 +141,9 @@ class Ranks:
         return self.gather(value)[:: self.slices]
 
     def require_same(self, digests: Sequence[str]) -> None:
-        """Refuse requests that differ inside a group, whose processes would wait for each other.
+        """Raise RequestError, in every process, where the requests of a group differ: its processes would hang.
 
-        Args:
-            digests: of the requests of every process.
-
-        Raises:
-            RequestError: they differ; raised in every process.
+        `digests` are those of the requests of every process.
         """
         if any(digest != digests[index // self.slices * self.slices] for index, digest in enumerate(digests)):
             raise RequestError(
@@ -167,11 +163,8 @@ class Ranks:
     def share(self, arguments: Sequence[tuple], whole: bool = False) -> list[int]:
         """Return the indices of the requests that this process answers, ascending.
 
-        Requests with one context stay together, which shares its forward pass; contexts are dealt by length.
-
-        Args:
-            arguments: the requests' arguments, context first.
-            whole: keep requests with an empty context together as well.
+        Requests with one context, the first of their `arguments`, stay together, which shares its forward pass; with
+        `whole`, those with an empty one, too. Contexts are dealt by length.
         """
         units: dict[Any, list[int]] = {}
         for index, (context, *_) in enumerate(arguments):

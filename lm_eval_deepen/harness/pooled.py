@@ -38,14 +38,7 @@ class Pool:
         members: Sequence[Member],
         around: Callable[[EnsembleConfig, Sequence[Member]], RequestHandler],
     ) -> None:
-        """Build a model around each member.
-
-        Args:
-            config: the ensemble's, with ``pooling``.
-            fused: the step-fused ensemble, which answers too, or scores answers, where the method wants it.
-            members: the loaded members.
-            around: builds a model around loaded members.
-        """
+        """Build a model by `around` for each loaded member; `fused` answers too, or scores answers, if need be."""
         self.method = config.pooling_options
         self.name = self.method.NAME
         self.weights = list(config.weights)

@@ -136,12 +136,7 @@ def _state(stored: SqliteDict, kind: str, request: Instance) -> str:
 
 
 def error_of(missing: Sequence[Unanswered], *, cached: bool) -> UnansweredError:
-    """Return the error that ends a run.
-
-    Args:
-        missing: the requests without an answer, at least one.
-        cached: whether the others' answers are kept in a response cache.
-    """
+    """Return the error that ends a run; `cached`: a response cache keeps the answers to all other requests."""
     by_reason: dict[tuple[str | None, str], dict[str, None]] = {}
     for request in missing:
         by_reason.setdefault((request.task, request.reason), {})[request.where] = None

@@ -74,12 +74,9 @@ class Plan:
 
 
 def inspect(ensemble: str, elsewhere: Mapping[str, str], plan: Plan) -> Report:
-    """Return the report on an ensemble.
+    """Return the report on a file, a shipped recipe by its name, or what ``--model_args`` takes.
 
-    Args:
-        ensemble: a file, the name of a shipped recipe, or what ``--model_args`` takes.
-        elsewhere: a folder or hub name from which a member is read, by the member's name.
-        plan: the machine and the run.
+    `elsewhere` has a folder or hub name from which a member is read, by the member's name.
     """
     from lm_eval_deepen.harness.recipes import find_recipe
 

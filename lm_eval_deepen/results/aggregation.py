@@ -118,9 +118,7 @@ def mean_scores(values: Sequence[float]) -> Scores:
 def group_scores(tasks: Sequence[Scores], by_size: bool) -> Scores:
     """Return a group's score as a mean over the documents of its tasks, whose scores are averages.
 
-    Args:
-        tasks: one metric of every task.
-        by_size: every document counts alike; else every task, and a document by what it is of its task.
+    `by_size`: every document counts alike; else every task, and a document by what it is of its task.
     """
     values = np.concatenate([task.values for task in tasks])
     if by_size:
@@ -138,14 +136,9 @@ def _weights(tasks: NDArray[np.int64]) -> Values:
 def scores_of(
     table: Mapping[Key, Sample], keys: Sequence[Key], metric: str, aggregation: str | None, where: str
 ) -> Scores:
-    """Return the values of a metric for the documents `keys`, in that order.
+    """Return the values of a metric for the documents `keys` of a run, in that order.
 
-    Args:
-        table: the run's outcomes under one filter.
-        keys: the documents.
-        metric: name of the metric.
-        aggregation: its name in the task's configuration; None for the harness's default.
-        where: task and run, for messages.
+    `aggregation` is its name in the task's configuration, None for the harness's default; `where` is for messages.
 
     Raises:
         NotPairedError: a metric that is not compared document by document (BLEU, F1 over a corpus, a mean of the

@@ -51,15 +51,8 @@ def html(
 ) -> str:
     """Return the page: for every task and metric the table, and two charts with error bars that say the same.
 
-    Args:
-        rows: the systems.
-        alpha: level of the verdicts.
-        notes: remarks at the end.
-        title: heading.
-        facts: where the numbers come from, by name.
-        summary: a table of all columns that comes first, headings first.
-        told: sentences below it.
-        link: returns where a row's documents are shown, if they are.
+    `facts` say where the numbers come from; `summary`, a table of all columns, comes first, with the sentences `told`
+    below it; `link` returns where a row's documents are shown, if they are.
     """
     names = extras(rows)
     by_place = {(row.system, row.column): row for row in rows}

@@ -18,13 +18,9 @@ _MARKS = re.compile(r"[`*]|~(?=~)")
 
 
 def aligned(table: Sequence[Sequence[str]], left: int = 1, heads: int = 1, rule: bool = True) -> str:
-    """Return the table for a terminal, in columns.
+    """Return the table for a terminal, in columns: lines of cells, of which the first `heads` are headings.
 
-    Args:
-        table: lines of cells, the headings first.
-        left: columns whose text stands at the left; it stands at the right in the others.
-        heads: lines of headings.
-        rule: whether a line is drawn below them.
+    The text of the first `left` columns stands at the left, that of the others at the right.
     """
     shown = [[printable(cell) for cell in line] for line in table]
     widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
@@ -50,11 +46,9 @@ def printable(text: str) -> str:
 
 
 def literal(text: str, code: bool = False) -> str:
-    """Return what GitHub's Markdown shows as this text, whatever names of systems and tasks are made of.
+    """Return what GitHub's Markdown shows as this text, in one line, whatever names are made of.
 
-    Args:
-        text: any text; it becomes one line.
-        code: whether words between backticks are code, as in the sentences here.
+    `code`: words between backticks are code, as in the sentences here.
     """
     shown = printable(text).replace("\\", "\\\\").replace("|", "\\|")
     shown = _ENTITY.sub("&amp;", shown)

@@ -270,12 +270,7 @@ def documents(
 ) -> list[dict[str, Any]]:
     """Return the documents of a task in the page's form, from the lines of a trace and of samples.
 
-    Args:
-        records: of the trace.
-        samples: the samples by document.
-        page: gets the strings, and if it is served the steps.
-        limit: how many documents; None for all.
-        task: its name, for steps that are served; the page's next system is whose they are.
+    `page` gets the strings and, if it is served, the steps, which are those of its next system.
     """
     by_document: dict[tuple, list[int]] = {}
     for at, key in enumerate(records.keys):

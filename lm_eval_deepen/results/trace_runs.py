@@ -76,10 +76,8 @@ def evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
 def traced_run(task: str, files: Sequence[TraceFile], every: Sequence[Evaluation]) -> TracedRun:
     """Return what there is of the latest run of a task that was traced.
 
-    Args:
-        task: its name.
-        files: its traces by one ensemble, the newest first.
-        every: the evaluations beside them, in the order in which they ended.
+    `files` are its traces by one ensemble, the newest first; `every` are the evaluations beside them, the last to end
+    at the end.
     """
     own = [one for one in every if one.has(task, files[0].head.get("fingerprint"))]
 

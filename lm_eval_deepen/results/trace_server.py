@@ -12,14 +12,10 @@ from lm_eval_deepen.results.trace_page import Shown
 
 
 def server(shown: Shown, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server that listens on 127.0.0.1; `serve_forever` and `shutdown` are its owner's.
+    """Return a server that listens on 127.0.0.1, by default on a free port; its owner starts and ends it.
 
     It answers two paths from memory and opens no file. Only requests that name this address or ``localhost`` are
     answered: a page elsewhere whose name leads here reads nothing.
-
-    Args:
-        shown: the systems of a page that is served.
-        port: where; 0 for one that is free.
     """
     steps, page = shown.packed, shown.html().encode("utf-8", "backslashreplace")
 

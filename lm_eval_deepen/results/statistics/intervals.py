@@ -30,20 +30,15 @@ _CONSTANT = 1e-12  # relative: values that differ less are the same number, summ
 class Interval:
     """A score or a difference of scores with its confidence interval.
 
-    Attributes:
-        estimate: the observed value.
-        low: lower end; None where it cannot be told: fewer than two documents, or no difference on any of them and no
-            known range, which says nothing of how much they could differ.
-        high: upper end.
-        stderr: standard error; None with fewer than two documents.
-        confidence: nominal coverage.
+    Its ends are None where they cannot be told: of fewer than two documents, or if there is no difference on any of
+    them and no known range, which says nothing of how much they could differ.
     """
 
-    estimate: float
-    low: float | None
-    high: float | None
-    stderr: float | None
-    confidence: float
+    estimate: float  # the observed value
+    low: float | None  # lower end
+    high: float | None  # upper end
+    stderr: float | None  # standard error; None with fewer than two documents
+    confidence: float  # nominal coverage
 
 
 def paired_interval(
