@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_eval_deepen.errors import DeepenError, one_line
-from lm_eval_deepen.harness.command import is_debugging
+from lm_eval_deepen.harness.command import INTERRUPTED, UNUSABLE, is_debugging
 from lm_eval_deepen.storage import discard, reason, remedy
 
-UNUSABLE = 2  # wrong usage; an input that cannot be read; an output that cannot be written
 FAULT = 70  # a fault of this program (EX_SOFTWARE of sysexits.h); no command gives it another meaning
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STATUSES = (
     f"Every command: {UNUSABLE} wrong usage, an input that cannot be read, an output that cannot be written; {FAULT} a "
     f"fault of the program itself; {INTERRUPTED} interrupted."

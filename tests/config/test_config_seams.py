@@ -52,31 +52,40 @@ def test_weightings_give_the_members_weights() -> None:
     assert config.weights_change and not parse(PAIR, weighting="uniform").weights_change
 
 
-def test_unknown_weightings_and_options() -> None:
-    refuse("weighting 'perplex' is unknown. Did you mean 'perplexity'.? Weightings: ad", PAIR, weighting="perplex")
-    refuse("weighting 3 is unknown", PAIR, weighting=3)
-    refuse("unknown key 'weightin'. Did you mean 'weighting'", PAIR, weightin="uniform")
-    refuse("unknown key 'dev_score'. Did you mean 'dev_scores'", PAIR, weighting="adaptive", dev_score=[1, 1])
-    refuse(
-        "dev_scores is an option of weighting adaptive, not of 'perplexity', which has: loss_temperature, loss_per",
-        PAIR,
-        weighting="perplexity",
-        dev_scores=[1, 1],
-    )
-    refuse(
-        "loss_per is an option of weighting perplexity, and no weighting is given; remove loss_per, or give "
-        "weighting=perplexity",
-        PAIR,
-        loss_per="byte",
-    )
-    refuse("loss_per must be 'token' or 'byte'; got 'bite'. Did", PAIR, weighting="perplexity", loss_per="bite")
-    refuse("weighting 'adaptive' needs the option 'dev_scores'", PAIR, weighting="adaptive")
+B = {"pretrained": "B"}
+REFUSED = {
+    "weighting 'perplex' is unknown. Did you mean 'perplexity'.? Weightings: ad": {"weighting": "perplex"},
+    "weighting 3 is unknown": {"weighting": 3},
+    "unknown key 'weightin'. Did you mean 'weighting'": {"weightin": "uniform"},
+    "unknown key 'dev_score'. Did you mean 'dev_scores'": {"weighting": "adaptive", "dev_score": [1, 1]},
+    "dev_scores is an option of weighting adaptive, not of 'perplexity', which has: loss_temperature, loss_per": {
+        "weighting": "perplexity", "dev_scores": [1, 1],
+    },
+    "loss_per is an option of weighting perplexity, and no weighting is given; remove loss_per, or give "
+    "weighting=perplexity": {"loss_per": "byte"},
+    "loss_per must be 'token' or 'byte'; got 'bite'. Did": {"weighting": "perplexity", "loss_per": "bite"},
+    "weighting 'adaptive' needs the option 'dev_scores'": {"weighting": "adaptive"},
+    "dev_scores has 3 values for 2 members": {"weighting": "adaptive", "dev_scores": [1, 2, 3]},
+    "loss_per is an option of weighting 'perplexity'; give it beside": {"members": ["A", {**B, "loss_per": "byte"}]},
+    r"members\[0\] \(B\): weighting belongs beside": {"pretrained": "B", "members": [{**B, "weighting": "uniform"}]},
+    "pooling 'votes' is unknown. Did you mean 'vote'.? Poolings: logp-mean, mbr, rerank, vote": {"pooling": "votes"},
+    "utility is an option of pooling mbr, not of 'vote', which has: ": {"pooling": "vote", "utility": "f1"},
+    "with_fused is an option of pooling mbr and vote, and no pooling is given": {"with_fused": True},
+    "with_fused is an option of pooling mbr and vote, not of 'logp-mean', which has: none": {
+        "pooling": "logp-mean", "with_fused": True,
+    },
+    r"answer_pattern '\(' is no regular expression": {"pooling": "vote", "answer_pattern": "("},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("match", REFUSED)
+def test_unknown_weightings_poolings_and_options(match: str) -> None:
+    refuse(match, PAIR, **REFUSED[match])
+
+
+def test_scores_that_are_none() -> None:
     for bad in ("a+b", [0.5, "x"], [], True, {"a": 1}, [float("nan"), 1]):
         refuse("dev_scores must be a list of finite numbers", PAIR, weighting="adaptive", dev_scores=bad)
-    refuse("dev_scores has 3 values for 2 members", PAIR, weighting="adaptive", dev_scores=[1, 2, 3])
-    member = {"pretrained": "B", "loss_per": "byte"}
-    refuse("loss_per is an option of weighting 'perplexity'; give it beside", members=["A", member])
-    refuse(r"members\[0\] \(B\): weighting belongs beside", members=[{"pretrained": "B", "weighting": "uniform"}])
 
 
 @pytest.mark.parametrize("name", ["uniform", "perplexity"])
@@ -197,19 +206,6 @@ def test_a_pooling_method_and_its_options() -> None:
     assert config.pooling_options.to_dict() == {"answer_pattern": r"\d+", "with_fused": False}
     assert parse(PAIR).fuses_steps and parse(PAIR, pooling="mbr", with_fused=True).fuses_steps
     assert parse(PAIR, pooling="logp-mean").pooling_options.to_dict() == {}
-
-
-def test_unknown_pooling_methods_and_options() -> None:
-    refuse(
-        "pooling 'votes' is unknown. Did you mean 'vote'.? Poolings: logp-mean, mbr, rerank, vote",
-        PAIR,
-        pooling="votes",
-    )
-    refuse("utility is an option of pooling mbr, not of 'vote', which has: ", PAIR, pooling="vote", utility="f1")
-    refuse("with_fused is an option of pooling mbr and vote, and no pooling is given", PAIR, with_fused=True)
-    other = "with_fused is an option of pooling mbr and vote, not of 'logp-mean', which has: none"
-    refuse(other, PAIR, pooling="logp-mean", with_fused=True)
-    refuse(r"answer_pattern '\(' is no regular expression", PAIR, pooling="vote", answer_pattern="(")
 
 
 def test_what_fuses_steps_is_refused_where_no_step_is_fused() -> None:
