@@ -23,20 +23,28 @@ from lm_eval_deepen.fusion._expert_rows import ExpertRows, FusedByEach
 from lm_eval_deepen.fusion._rows import left_alone
 from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused, MemberView, fusion
-from lm_eval_deepen.relative.average import Agreed, linear
+from lm_eval_deepen.relative.average import Agreed, consistent, linear, power_mean, product
 from lm_eval_deepen.relative.average import geometric as pool_geometrically
 from lm_eval_deepen.relative.build import BYTE_ROWS, MatrixSpec
-from lm_eval_deepen.relative.consistent import consistent
-from lm_eval_deepen.relative.flatness import row_entropy_share
-from lm_eval_deepen.relative.gathered import share_columns
-from lm_eval_deepen.relative.matrix import OneHotOperator
+from lm_eval_deepen.relative.matrix import OneHotOperator, row_entropy_share
+from lm_eval_deepen.relative.operators import share_columns
 from lm_eval_deepen.relative.pieces import Tokenizers
-from lm_eval_deepen.relative.power_mean import power_mean
-from lm_eval_deepen.relative.product import product
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
-from lm_eval_deepen.relative.support import Side, Split, Support, abstain, make_side, shares, split, supports
+from lm_eval_deepen.relative.support import (
+    WIDER,
+    Side,
+    Split,
+    Support,
+    TopRule,
+    Tops,
+    abstain,
+    make_side,
+    shares,
+    split,
+    supports,
+    tops,
+)
 from lm_eval_deepen.relative.topk import argmax
-from lm_eval_deepen.relative.tops import WIDER, TopRule, Tops, tops
 from lm_eval_deepen.solvers import SOLVERS
 from lm_eval_deepen.solvers.base import Solver
 from lm_eval_deepen.solvers.exact import UNDERFLOWS, exact_gain
@@ -288,7 +296,7 @@ class Deepen(Options):
 
     def matrix_spec(self) -> MatrixSpec:
         """Return how the relative matrices are made."""
-        described = "all" if self.eos == "reference" else "text"
+        described: Literal["all", "text"] = "all" if self.eos == "reference" else "text"
         temperature = DEFAULT_TEMPERATURE if self.relative_temperature is None else float(self.relative_temperature)
         top_m = DEFAULT_TOP_M if self.top_m is None else self.top_m
         normalization = self.normalization or DEFAULT_NORMALIZATION

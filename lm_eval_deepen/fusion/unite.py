@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion._linear import one_to_one
-from lm_eval_deepen.fusion._maps import first_pieces, spelling_fingerprint, stored_map
+from lm_eval_deepen.fusion._maps import first_pieces, stored_map
 from lm_eval_deepen.fusion._rows import (
     NEG_INF,
     TINY,
@@ -71,7 +71,7 @@ class Unite(Options):
         union = unite_vocabularies([member.vocabulary for member in members])
         lookups, facts = [], []
         for member, columns in zip(members, union.columns, strict=True):
-            identity = {"spelling": spelling_fingerprint(member), "union": union.vocabulary.fingerprint}
+            identity = {"spelling": member.spelling_fingerprint, "union": union.vocabulary.fingerprint}
             build = partial(_lookup, member, columns, union, store.progress)
             matrix, fact = stored_map(store, member, "unite", identity, build)
             ids = matrix.indices[:, 0].long()

@@ -14,8 +14,6 @@ from lm_eval_deepen.preflight.members import Inspected
 from lm_eval_deepen.storage import check_folder
 
 if TYPE_CHECKING:
-    import torch
-
     from lm_eval_deepen.config import EnsembleConfig
     from lm_eval_deepen.relative.build import MatrixSpec
     from lm_eval_deepen.vocabulary import AnchorSet
@@ -132,8 +130,8 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
     """
     import torch
 
-    from lm_eval_deepen.relative.build import described_rows
-    from lm_eval_deepen.relative.spaces import get_normalization, unit_rows
+    from lm_eval_deepen.relative.build import described_rows, temperature_for
+    from lm_eval_deepen.relative.spaces import NORMALIZATIONS, unit_rows
     from lm_eval_deepen.vocabulary import anchor_ids
 
     embeddings = member.files.load_embedding(spec.embeddings) if member.files else None
@@ -149,34 +147,17 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
     ids = ids[:: max(1, len(ids) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     if not len(ids):
         return 0.0, 0.0
-    space = get_normalization(spec.normalization)
+    space = NORMALIZATIONS[spec.normalization]
     with torch.no_grad():
         shift = space.shift(embeddings, described_rows(vocabulary, spec.rows))
         columns = unit_rows(embeddings[own], shift)
         logits = space.logits(unit_rows(embeddings[ids], shift), columns, 1.0)
-        temperature = spec.temperature if spec.entropy is None else _temperature(logits, spec.entropy)
+        temperature = spec.temperature if spec.entropy is None else temperature_for(logits, spec.entropy)
         rows = torch.softmax(logits * temperature, dim=1)
         kept = rows if spec.top_m == 0 else rows.topk(min(spec.top_m, rows.shape[1]), dim=1).values
         dropped = 0.0 if spec.top_m == 0 else float((1 - kept.sum(1)).clamp(min=0).mean())
-        return _entropy(rows) / math.log(rows.shape[1]), dropped
-
-
-def _entropy(rows: torch.Tensor) -> float:
-    import torch
-
-    return float(-torch.xlogy(rows, rows).sum(1).mean())
-
-
-def _temperature(cosines: torch.Tensor, entropy: float) -> float:
-    """Return the factor at which rows have this mean entropy, by bisection of its logarithm."""
-    import torch
-
-    low, high = -7.0, 14.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        above = _entropy(torch.softmax(cosines * math.exp(middle), dim=1)) > entropy
-        low, high = (middle, high) if above else (low, middle)
-    return math.exp((low + high) / 2)
+        entropy = float(-torch.xlogy(rows, rows).sum(1).mean())
+        return entropy / math.log(rows.shape[1]), dropped
 
 
 def flat_notes(plans: Sequence[MatrixPlan], compat: str | None) -> list[str]:

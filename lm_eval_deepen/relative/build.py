@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
-from lm_eval_deepen.errors import ConfigError, MatrixError, did_you_mean
+from lm_eval_deepen.config.describe import Choice
+from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative.blocks import blocks
-from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
-from lm_eval_deepen.relative.operators import RelativeMatrix
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Normalization, Shift, get_normalization, unit_rows
+from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
+from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Shift, unit_rows
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -21,49 +24,26 @@ MAX_DROPPED_MASS = 0.05  # mean over rows; a sparse matrix that drops more does 
 DENSE_LIMIT_BYTES = 5 << 30
 BLOCK_BYTES = 64 << 20  # logits of one block of rows, fp32
 SAMPLE_ROWS = 256  # rows tried before a long build, to refuse a hopeless one at once
-PIECE_ROWS = {  # what stands for a piece, by the value of the option ``rows``
-    "embedding": "every piece by its embedding (the paper)",
-    "exact": "an anchor by itself, another piece by its embedding",
-    "prefix": "an anchor by itself, another piece by the longest anchor that it begins with",
-    "canonical": "an anchor by itself, another piece by the anchor that the members' tokenizers begin it with",
-}
-EMBEDDINGS = ("input", "output")  # whose rows stand for pieces: of the input embeddings (the paper), of the head
 BYTE_ROWS = ("prefix", "canonical")  # one-hot, from bytes alone: neither embeddings nor a temperature
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class MatrixSpec:
     """How a relative matrix is made."""
 
-    normalization: str = "centered"  # a name of `NORMALIZATIONS`
-    temperature: float = 100.0  # factor on the normalised cosines before the softmax
-    top_m: int = 64  # entries kept per row; 0 keeps all (dense)
+    normalization: Annotated[str, Choice(NORMALIZATIONS)] = "centered"
+    temperature: Annotated[float, Field(gt=0)] = 100.0  # factor on the normalised cosines before the softmax
+    top_m: Annotated[int, Field(ge=0)] = 64  # entries kept per row; 0 keeps all (dense)
     # ``text`` leaves rows of control pieces at zero, ``all`` treats them as the published code does; rows of unused ids
     # are zero in both
-    rows: str = "text"
-    pieces: str = "embedding"  # a name of `PIECE_ROWS`
+    rows: Literal["text", "all"] = "text"
+    # what stands for a piece: its embedding (the paper); an anchor by itself, and another piece by its embedding, or by
+    # the longest anchor that it begins with, or by the anchor that the members' tokenizers begin it with
+    pieces: Literal["embedding", "exact", "prefix", "canonical"] = "embedding"
     # where given, the temperature of every member is chosen so that its rows have this mean entropy in nats, and
     # `temperature` is not used
-    entropy: float | None = None
-    embeddings: str = "input"  # a name of `EMBEDDINGS`
-
-    def __post_init__(self) -> None:
-        get_normalization(self.normalization)
-        if not (0 < self.temperature < float("inf")):
-            raise ConfigError(f"relative_temperature must be a positive number, got {self.temperature!r}.")
-        if self.top_m < 0:
-            raise ConfigError(f"top_m must be 0 (dense) or the number of entries kept per row, got {self.top_m}.")
-        if self.rows not in ("text", "all"):
-            raise ConfigError(f"described rows must be 'text' or 'all', got {self.rows!r}.")
-        if self.pieces not in PIECE_ROWS:
-            raise ConfigError(
-                f"rows: unknown value {self.pieces!r}.{did_you_mean(str(self.pieces), PIECE_ROWS)}"
-                f" Known: {', '.join(PIECE_ROWS)}."
-            )
-        if self.entropy is not None and not (0 < self.entropy < float("inf")):
-            raise ConfigError(f"row_entropy must be a positive number of nats, got {self.entropy!r}.")
-        if self.embeddings not in EMBEDDINGS:
-            raise ConfigError(f"embeddings must be {' or '.join(EMBEDDINGS)}, got {self.embeddings!r}.")
+    entropy: Annotated[float, Field(gt=0)] | None = None
+    embeddings: Literal["input", "output"] = "input"  # the input embeddings (the paper), or the rows of the head
 
     @property
     def from_bytes(self) -> bool:
@@ -97,29 +77,22 @@ class _Job:
     source: Tensor  # [V] the embedding row an id is described by: its own, or that of the piece it duplicates
     anchors: Tensor  # [A, d] unit rows
     shift: Shift | None
-    space: Normalization
     spec: MatrixSpec
     anchor_of: Tensor  # [V] the anchor an id is, where rows of anchors are exact, else -1
 
     def logits(self, ids: Tensor) -> Tensor:
         block = unit_rows(self.embeddings[self.source[ids]], self.shift)
-        logits = self.space.logits(block, self.anchors, self.spec.temperature)
+        logits = NORMALIZATIONS[self.spec.normalization].logits(block, self.anchors, self.spec.temperature)
         exact = (self.anchor_of[ids] >= 0).nonzero()[:, 0]
         logits[exact] = float("-inf")
         logits[exact, self.anchor_of[ids[exact]]] = 0.0
         return logits
 
     def with_entropy(self, ids: Tensor, entropy: float) -> _Job:
-        """Return the job at the temperature where a sample of `ids` has this mean row entropy, by bisection."""
+        """Return the job at the temperature where a sample of `ids` has this mean row entropy."""
         sample = ids[:: max(1, len(ids) // SAMPLE_ROWS)]
         cosines = replace(self, spec=replace(self.spec, temperature=1.0)).logits(sample)
-        low, high = -7.0, 14.0  # log of the temperature; entropy falls as it rises
-        for _ in range(40):
-            middle = (low + high) / 2
-            logp = torch.log_softmax(cosines * math.exp(middle), dim=1)
-            mean = float(-torch.xlogy(p := logp.exp(), p).sum(1).mean())
-            low, high = (middle, high) if mean > entropy else (low, middle)
-        return replace(self, spec=replace(self.spec, temperature=math.exp((low + high) / 2)))
+        return replace(self, spec=replace(self.spec, temperature=temperature_for(cosines, entropy)))
 
     def top(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return kept entries [b, m] (sum 1), their anchors [b, m] and the dropped mass [b] of ids [b]."""
@@ -132,6 +105,16 @@ class _Job:
         values = (values - peak).exp_()
         kept = values.sum(1)
         return values / kept[:, None], indices, (1 - kept / total).clamp_(min=0)
+
+
+def temperature_for(cosines: Tensor, entropy: float) -> float:
+    """Return the factor on normalised cosines [b, A] at which rows have this mean entropy in nats, by bisection."""
+    low, high = -7.0, 14.0  # its logarithm; entropy falls as it rises
+    for _ in range(40):
+        middle = (low + high) / 2
+        p = torch.log_softmax(cosines * math.exp(middle), dim=1).exp()
+        low, high = (middle, high) if float(-torch.xlogy(p, p).sum(1).mean()) > entropy else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 def build_matrix(
@@ -185,10 +168,9 @@ def build_matrix(
         anchor_of[anchor_rows] = torch.arange(len(anchor_rows))
         for other, anchor in duplicates.items():
             anchor_of[other] = anchor
-    space = get_normalization(spec.normalization)
-    shift = space.shift(embeddings[: len(vocabulary)], mask.to(device))
+    shift = NORMALIZATIONS[spec.normalization].shift(embeddings[: len(vocabulary)], mask.to(device))
     anchors = unit_rows(embeddings[anchor_rows.to(device)], shift)
-    job = _Job(embeddings, source.to(device), anchors, shift, space, spec, anchor_of.to(device))
+    job = _Job(embeddings, source.to(device), anchors, shift, spec, anchor_of.to(device))
     ids = mask.nonzero()[:, 0].to(device)
     with torch.no_grad():
         if spec.entropy is not None:

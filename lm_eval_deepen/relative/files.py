@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_eval_deepen.errors import MatrixError, one_line
-from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
-from lm_eval_deepen.relative.operators import RelativeMatrix
+from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
 from lm_eval_deepen.storage import write_tensors
 
 FORMAT = "lm-eval-deepen-matrix-1"
@@ -56,20 +55,14 @@ def content_hash(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> 
 def write_matrix(
     path: Path, matrix: RelativeMatrix, anchor_ids: list[int], identity: Mapping[str, Any], build_seconds: float
 ) -> None:
-    """Write a matrix file in one step, under its lock: readers see the whole file or none.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write a matrix file in one step, under its lock: readers see the whole file or none. Raises StorageError."""
     tensors = {"anchor_ids": torch.tensor(anchor_ids, dtype=torch.int64)}
     if isinstance(matrix, SparseMatrix):
         tensors |= {"values": matrix.values.half(), "indices": matrix.indices, "dropped_mass": matrix.dropped_mass}
         described = matrix.values.sum(1) > 0
         dropped = float(matrix.dropped_mass[described].mean()) if bool(described.any()) else 0.0
-    elif isinstance(matrix, DenseMatrix):
-        tensors["relative"], dropped = matrix.relative, 0.0
     else:
-        raise TypeError(f"no file format for {type(matrix).__name__}")
+        tensors["relative"], dropped = matrix.relative, 0.0
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         IDENTITY: json.dumps(dict(identity), sort_keys=True),
@@ -82,11 +75,7 @@ def write_matrix(
 
 
 def describe(path: Path) -> MatrixInfo:
-    """Return what a matrix file says of itself, from its header alone.
-
-    Raises:
-        MatrixError: not a matrix file, or one that was cut short.
-    """
+    """Return what a matrix file says of itself, by its header; raises MatrixError for what is no whole matrix file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -7,20 +7,22 @@ per-distribution support; ``matrix.full()`` is all of R.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lm_eval_deepen.relative.gathered import Entries
-from lm_eval_deepen.relative.operators import Operator
+from lm_eval_deepen.relative.operators import Entries, Operator
 
 _ROW_SUM_TOLERANCE = 1e-6
 CHUNK_ROWS = 4096  # vocabulary rows per step where no CSR kernel exists; 4096 x 64 floats stay in cache
+SAMPLE = 512  # rows whose entropy is looked at
 
 
 def _unit_sum(rows: Tensor) -> Tensor:
@@ -36,10 +38,7 @@ class _MatmulOperator:
     """All rows of a dense matrix."""
 
     relative: Tensor  # [V, A]
-
-    @property
-    def num_anchors(self) -> int:
-        return self.relative.shape[1]
+    num_anchors: int
 
     def project(self, p: Tensor) -> Tensor:
         return p @ self.relative
@@ -53,10 +52,7 @@ class _BatchedOperator:
     """Some rows of a dense matrix, others for each distribution."""
 
     rows: Tensor  # [B, K, A]
-
-    @property
-    def num_anchors(self) -> int:
-        return self.rows.shape[2]
+    num_anchors: int
 
     def project(self, p: Tensor) -> Tensor:
         return torch.bmm(p[:, None, :], self.rows)[:, 0]
@@ -71,10 +67,7 @@ class _CsrOperator:
 
     csr: Tensor  # [V, A]
     transposed: Tensor  # [A, V], also CSR: a product with a transposed CSR matrix has no kernel
-
-    @property
-    def num_anchors(self) -> int:
-        return self.csr.shape[1]
+    num_anchors: int
 
     def project(self, p: Tensor) -> Tensor:
         return (self.transposed @ p.T.contiguous()).T.contiguous()
@@ -171,11 +164,11 @@ class DenseMatrix(_Placed):
 
     def full(self) -> Operator:
         """Return the operator of all rows."""
-        return _MatmulOperator(self.relative)
+        return _MatmulOperator(self.relative, self.shape[1])
 
     def at(self, ids: Tensor) -> Operator:
         """Return the operator of the rows ids [B, K] of each distribution."""
-        return _BatchedOperator(self.relative[ids])
+        return _BatchedOperator(self.relative[ids], self.shape[1])
 
     def at_bytes(self, width: int) -> int:
         """Return the bytes that ``at`` of one distribution with `width` ids occupies."""
@@ -217,6 +210,7 @@ class SparseMatrix(_Placed):
         return _CsrOperator(
             _csr_tensor(starts, columns, values, (num_rows, self.num_anchors)),
             _csr_tensor(column_starts, rows, values[order], (self.num_anchors, num_rows)),
+            self.num_anchors,
         )
 
     @cached_property
@@ -251,3 +245,19 @@ def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int
         return torch.sparse_csr_tensor(
             starts.to(torch.int32), columns.to(torch.int32), values, size=size, check_invariants=False
         )
+
+
+RelativeMatrix: TypeAlias = DenseMatrix | SparseMatrix
+
+
+def row_entropy_share(matrix: RelativeMatrix) -> float:
+    """Return how flat relative rows are: the mean entropy of a sample, as a share of that of flat ones.
+
+    One-hot rows have 0, flat ones 1; flat rows hardly distinguish pieces.
+    """
+    rows = matrix.values if isinstance(matrix, SparseMatrix) else matrix.relative
+    sample = rows[:: max(1, len(rows) // SAMPLE)].float()
+    sample = sample[sample.sum(1) > 0]
+    if not len(sample) or matrix.shape[1] < 2:
+        return 0.0
+    return max(0.0, float(-torch.xlogy(sample, sample).sum(1).mean()) / math.log(matrix.shape[1]))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+
+def longest_beginning(data: bytes, pieces: Container[bytes]) -> bytes:
+    """Return the longest of some pieces that the data begins with, b"" where there is none."""
+    return next((data[:end] for end in range(len(data), 0, -1) if data[:end] in pieces), b"")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,21 @@ class MemberView:
         """Return a hex digest of the ``input`` or ``output`` embedding rows."""
         output = self.load_output_fingerprint if which == "output" else None
         return (output or self.load_fingerprint)()
+
+    @property
+    def spelling_fingerprint(self) -> str:
+        """A digest of what decides `first_token`."""
+        return f"{self.vocabulary.fingerprint}:{self.spelling.fingerprint if self.spelling else 'longest'}"
+
+    def first_token(self, data: bytes) -> int | None:
+        """Return the id of the token that some bytes begin with; None where the tokenizer cannot spell them."""
+        if self.spelling is None:
+            ids = self.vocabulary.ids_of.get(longest_beginning(data, self.vocabulary.ids_of))
+            return ids[0] if ids else None
+        try:
+            return next(iter(self.spelling.encode(data) or ()), None)
+        except VocabularyError:  # a text that this tokenizer would alter; no member is ever given it
+            return None
 
     @property
     def tied(self) -> bool:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.matrix import SparseMatrix
-from lm_eval_deepen.relative.member_view import MemberView
+from lm_eval_deepen.relative.member_view import MemberView, longest_beginning
 from lm_eval_deepen.vocabulary.anchors import AnchorSet
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -31,11 +30,7 @@ class Tokenizers:
     @classmethod
     def of(cls, members: Sequence[MemberView]) -> Tokenizers:
         """Return those of some members; a member without one begins bytes with its longest fitting piece."""
-        spellers: dict[str, Callable[[bytes], bytes]] = {}
-        for member in members:
-            spelling = member.spelling
-            own = "longest" if spelling is None else spelling.fingerprint
-            spellers[f"{member.vocabulary.fingerprint}:{own}"] = _first_piece(member)
+        spellers = {member.spelling_fingerprint: _first_piece(member) for member in members}
         names = sorted(spellers)
         return cls(tuple(spellers[name] for name in names), tuple(names))
 
@@ -44,22 +39,11 @@ NO_TOKENIZERS = Tokenizers()
 
 
 def _first_piece(member: MemberView) -> Callable[[bytes], bytes]:
-    vocabulary, spelling = member.vocabulary, member.spelling
-    longest = max(map(len, vocabulary.ids_of), default=0)
+    def first(data: bytes) -> bytes:
+        token = member.first_token(data)
+        return b"" if token is None else member.vocabulary.pieces[token]
 
-    def by_tokenizer(data: bytes) -> bytes:
-        assert spelling is not None
-        try:
-            ids = spelling.encode(data)
-        except VocabularyError:  # a text that this tokenizer would alter; no member is ever given it
-            return b""
-        return vocabulary.pieces[ids[0]] if ids else b""
-
-    def by_length(data: bytes) -> bytes:
-        beginnings = (data[:end] for end in range(min(len(data), longest), 0, -1))
-        return next((part for part in beginnings if part in vocabulary.ids_of), b"")
-
-    return by_length if spelling is None else by_tokenizer
+    return first
 
 
 def anchor_classes(vocabulary: ByteVocab, anchors: AnchorSet, tokenizers: Tokenizers = NO_TOKENIZERS) -> Tensor:
@@ -72,17 +56,12 @@ def anchor_classes(vocabulary: ByteVocab, anchors: AnchorSet, tokenizers: Tokeni
     anchor that the piece begins with.
     """
     index = {piece: i for i, piece in enumerate(anchors.pieces)}
-    longest = max(map(len, anchors.pieces), default=0)
-
-    def prefix(piece: bytes) -> int:
-        lengths = range(min(longest, len(piece)), 0, -1)
-        return next((index[piece[:n]] for n in lengths if piece[:n] in index), len(index))
 
     def stands_for(piece: bytes) -> int:
         while piece not in index:
             shorter = next((begin for first in tokenizers.first if (begin := first(piece)) and begin != piece), b"")
             if not piece.startswith(shorter) or not shorter:
-                return prefix(piece)
+                return index.get(longest_beginning(piece, index), len(index))
             piece = shorter
         return index[piece]
 
@@ -90,12 +69,9 @@ def anchor_classes(vocabulary: ByteVocab, anchors: AnchorSet, tokenizers: Tokeni
 
 
 def class_matrix(classes: Tensor, described: Tensor, num_anchors: int) -> SparseMatrix:
-    """Return one-hot rows [V, A + 1]: the last column stands for pieces that no anchor stands for.
+    """Return one-hot rows [V, A + 1] by `anchor_classes` [V]; the last column is of pieces that no anchor stands for.
 
-    Args:
-        classes: what `anchor_classes` returns [V].
-        described: ids with a row [V] (bool); the others' rows are zero.
-        num_anchors: A.
+    Rows of ids that are not `described` [V] (bool) are zero.
     """
     values = described.to(torch.float32)[:, None]
     indices = torch.where(described, classes, 0)[:, None]

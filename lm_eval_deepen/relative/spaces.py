@@ -2,18 +2,15 @@
 
 A relative row is ``softmax_a(temperature * n(cos(E[w], E[a])))`` over the anchors ``a`` (DeePEn,
 arXiv 2404.12715, section 3.2). A normalization chooses what is done to the embedding rows before the
-cosine (`Normalization.shift`) and to the cosines after it (`Normalization.rescale`).
+cosine (`Normalization.shift`) and to the cosines after it (`Normalization.unit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 BLOCK_ROWS = 8192  # rows converted to fp32 at once where a whole vocabulary is walked
 
@@ -33,12 +30,10 @@ class Shift:
 
 @dataclass(frozen=True)
 class Normalization:
-    """A named way from embedding rows to the logits of relative rows."""
+    """A way from embedding rows to the logits of relative rows."""
 
-    name: str  # the value of the option ``normalization``
-    formula: str  # the logits of row w over anchors a, for ``--help`` and the docs
-    center: bool  # whether the mean of the member's text rows is subtracted from every row first
-    rescale: Callable[[Tensor], Tensor]  # n(.) above, in place on the cosines [b, A]
+    center: bool = True  # whether the mean of the member's text rows is subtracted from every row first
+    unit: bool = False  # whether n(.) above scales the cosines of a row to L2 norm 1
     remove: float = 0.0  # principal directions that are projected out after centring, as a share of d
 
     def shift(self, embeddings: Tensor, rows: Tensor) -> Shift | None:
@@ -63,7 +58,10 @@ class Normalization:
 
     def logits(self, block: Tensor, anchors: Tensor, temperature: float) -> Tensor:
         """Return logits of relative rows [b, A] from `unit_rows` of a block [b, d] and of anchors [A, d]."""
-        return self.rescale(block @ anchors.T).mul_(temperature)
+        cosines = block @ anchors.T
+        if self.unit:
+            cosines.div_(cosines.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        return cosines.mul_(temperature)
 
 
 def unit_rows(block: Tensor, shift: Shift | None = None) -> Tensor:
@@ -74,32 +72,13 @@ def unit_rows(block: Tensor, shift: Shift | None = None) -> Tensor:
     return torch.nn.functional.normalize(block, dim=-1, eps=1e-12)
 
 
-def _same(cosines: Tensor) -> Tensor:
-    return cosines
-
-
-def _row_unit(cosines: Tensor) -> Tensor:
-    return cosines.div_(cosines.norm(dim=-1, keepdim=True).clamp(min=1e-12))
-
-
-NORMALIZATIONS: dict[str, Normalization] = {
-    entry.name: entry
-    for entry in (
-        # The published code. On modern models the row norm is about 50 to 100, so rows are nearly flat.
-        Normalization("reference", "T * cos(E[w], E[a]) / ||cos(E[w], E[.])||_2", False, _row_unit),
-        Normalization("cosine", "T * cos(E[w], E[a])", False, _same),
-        Normalization("centered", "T * cos(E[w] - mean(E), E[a] - mean(E))", True, _same),
-        # All-but-the-top (Mu and Viswanath, arXiv 1702.01417, section 3): the first d/100 directions carry frequency.
-        Normalization("decorrelated", "T * cos(Q E[w], Q E[a]), Q: less mean and top directions", True, _same, 0.01),
-    )
+NORMALIZATIONS = {  # by the value of the option ``normalization``
+    # T * cos(E[w], E[a]) / ||cos(E[w], E[.])||_2, as published. On modern models the row norm is about 50 to 100, so
+    # rows are nearly flat.
+    "reference": Normalization(center=False, unit=True),
+    "cosine": Normalization(center=False),  # T * cos(E[w], E[a])
+    "centered": Normalization(),  # T * cos(E[w] - mean(E), E[a] - mean(E))
+    # T * cos(Q E[w], Q E[a]), Q: less mean and top directions. All-but-the-top (Mu and Viswanath, arXiv 1702.01417,
+    # section 3): the first d/100 directions carry frequency.
+    "decorrelated": Normalization(remove=0.01),
 }
-
-
-def get_normalization(name: str) -> Normalization:
-    """Return the normalization called `name`; ConfigError with the nearest name otherwise."""
-    if name not in NORMALIZATIONS:
-        raise ConfigError(
-            f"normalization: unknown value {name!r}.{did_you_mean(str(name), NORMALIZATIONS)}"
-            f" Known: {', '.join(NORMALIZATIONS)}."
-        )
-    return NORMALIZATIONS[name]

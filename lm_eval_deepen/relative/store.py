@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,14 +13,11 @@ from weakref import WeakValueDictionary
 from lm_eval_deepen.errors import MatrixError, StorageError
 from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, duplicates_apart
 from lm_eval_deepen.relative.files import FORMAT, MatrixInfo, describe, identity_hash, read_matrix, write_matrix
+from lm_eval_deepen.relative.matrix import RelativeMatrix
 from lm_eval_deepen.relative.member_view import MemberView
-from lm_eval_deepen.relative.operators import RelativeMatrix
 from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
 from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason, used
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
-
-__all__ = ["MatrixInfo", "MatrixStore", "default_folder", "describe"]
-
 
 HASH_LENGTH = 12  # hex digits of the identity in a file name; the whole identity is checked on load
 
@@ -75,36 +72,37 @@ class MatrixStore:
     def path(
         self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
     ) -> Path:
-        """Return the file of a matrix, whether or not it exists.
+        """Return the file of a matrix, whether or not it exists."""
+        return self._file(member.name, self.identity(member, anchors, spec, tokenizers))
 
-        A matrix does not depend on the member's name: one that was built under another name is used.
-        """
-        short = identity_hash(self.identity(member, anchors, spec, tokenizers))[:HASH_LENGTH]
+    def _file(self, name: str, identity: Mapping[str, Any]) -> Path:
+        """Return the file of an identity. A file that was made under another name is used."""
+        short = identity_hash(identity)[:HASH_LENGTH]
         with explained(self.folder):
             existing = sorted(self.folder.glob(f"*-{short}.safetensors"))
-        if existing:
-            return existing[0]
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", member.name).strip("._") or "member"
-        return self.folder / f"{slug[:80]}-{short}.safetensors"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "member"
+        return existing[0] if existing else self.folder / f"{slug[:80]}-{short}.safetensors"
 
     def get(
         self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
     ) -> RelativeMatrix:
-        """Return a matrix; where its file is missing, build it while other processes wait for it.
-
-        The tokenizers of all members are needed where rows are canonical.
+        """Return a matrix; the tokenizers of all members are needed where rows are canonical.
 
         Raises:
-            MatrixError: a file that is damaged or was built for something else, a matrix that cannot be
-                built, or a folder that cannot be written.
+            MatrixError: a matrix that cannot be built; else as `fetch`.
         """
-        path, identity = self.path(member, anchors, spec, tokenizers), self.identity(member, anchors, spec, tokenizers)
-        with explained(self.folder):
-            exists = path.exists()
-        if not exists:
-            self._build(path, identity, member, anchors, spec, tokenizers)
-            path = self.path(member, anchors, spec, tokenizers)
-        return read_once(path, identity, member.name)
+
+        def build() -> tuple[RelativeMatrix, list[int]]:
+            vocabulary = member.vocabulary
+            ids = anchor_ids(vocabulary, anchors)
+            if spec.from_bytes:
+                spellers = tokenizers if spec.pieces == "canonical" else NO_TOKENIZERS
+                classes = anchor_classes(vocabulary, anchors, spellers)
+                return class_matrix(classes, described_rows(vocabulary, spec.rows), len(anchors)), ids
+            rows, alike = member.load_rows(spec.embeddings), duplicates(vocabulary, anchors)
+            return build_matrix(member.name, vocabulary, rows, ids, alike, spec, progress=self.progress), ids
+
+        return self.fetch(member.name, self.identity(member, anchors, spec, tokenizers), build)[0]
 
     def info(
         self, member: MemberView, anchors: AnchorSet, spec: MatrixSpec, tokenizers: Tokenizers = NO_TOKENIZERS
@@ -112,35 +110,34 @@ class MatrixStore:
         """Return what the file of a built matrix says of itself: size, dropped mass, build time, checksum."""
         return describe(self.path(member, anchors, spec, tokenizers))
 
-    def _build(
-        self,
-        path: Path,
-        identity: dict[str, Any],
-        member: MemberView,
-        anchors: AnchorSet,
-        spec: MatrixSpec,
-        tokenizers: Tokenizers,
-    ) -> None:
+    def fetch(
+        self, name: str, identity: Mapping[str, Any], build: Callable[[], tuple[RelativeMatrix, list[int]]]
+    ) -> tuple[RelativeMatrix, Path]:
+        """Return a matrix and its file; where the file is missing, build it while other processes wait for it.
+
+        Args:
+            name: whose matrix it is, for the file's name and messages; it decides nothing.
+            identity: everything that decides the content.
+            build: returns the matrix, and the id of every anchor.
+
+        Raises:
+            MatrixError: a file that is damaged or was built for something else, or a folder that cannot be written.
+        """
+        path = self._file(name, identity)
         with explained(self.folder):
-            make_folder(self.folder)
-        with contextlib.ExitStack() as stack:
-            with explained(self.folder):
-                stack.enter_context(locked(self.folder / f".{identity_hash(identity)[:HASH_LENGTH]}.lock"))
-            if self.path(member, anchors, spec, tokenizers).exists():  # another process built it while this one waited
-                return
-            started = time.monotonic()
-            vocabulary = member.vocabulary
-            ids, duplicates_of = list(anchor_ids(vocabulary, anchors)), duplicates(vocabulary, anchors)
-            matrix: RelativeMatrix
-            if spec.from_bytes:
-                spellers = tokenizers if spec.pieces == "canonical" else NO_TOKENIZERS
-                classes = anchor_classes(vocabulary, anchors, spellers)
-                matrix = class_matrix(classes, described_rows(vocabulary, spec.rows), len(anchors))
-            else:
-                rows = member.load_rows(spec.embeddings)
-                matrix = build_matrix(member.name, vocabulary, rows, ids, duplicates_of, spec, progress=self.progress)
-            with explained(self.folder):
-                write_matrix(path, matrix, ids, identity, time.monotonic() - started)
+            exists = path.exists()
+        if not exists:
+            with contextlib.ExitStack() as stack:
+                with explained(self.folder):
+                    make_folder(self.folder)
+                    stack.enter_context(locked(self.folder / f".{identity_hash(identity)[:HASH_LENGTH]}.lock"))
+                path = self._file(name, identity)
+                if not path.exists():  # else another process built it while this one waited
+                    started = time.monotonic()
+                    matrix, ids = build()
+                    with explained(self.folder):
+                        write_matrix(path, matrix, ids, identity, time.monotonic() - started)
+        return read_once(path, identity, name), path
 
 
 def read_once(path: Path, identity: Mapping[str, Any], member: str) -> RelativeMatrix:

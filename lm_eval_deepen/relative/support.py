@@ -2,7 +2,9 @@
 
 A member's distribution splits into text, end of text, other control pieces and unused ids. The support of a
 row is the small set of text pieces that a truncated step redistributes; it depends on the members'
-distributions alone, never on the token that is being scored.
+distributions alone, never on the token that is being scored. A member brings some of its likeliest text pieces to it:
+a number of them, or those that hold a share of its mass. The mass that is left out is bounded: where a row's own pieces
+would leave out more, it gets more of them.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.relative.build import described_rows
-from lm_eval_deepen.relative.gathered import look_up
-from lm_eval_deepen.relative.matrix import OneHotOperator
-from lm_eval_deepen.relative.operators import RelativeMatrix
-from lm_eval_deepen.relative.topk import NEG_INF, scan
+from lm_eval_deepen.relative.matrix import OneHotOperator, RelativeMatrix
+from lm_eval_deepen.relative.operators import look_up
+from lm_eval_deepen.relative.topk import NEG_INF, largest, scan
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+WIDER = 4  # times as many pieces are looked at for a row that needs more
+AT_FIRST = 512  # pieces that are looked at where a mass is asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,20 +103,18 @@ def split(
     grouped: bool = False,
     one_hot: Sequence[OneHotOperator] | None = None,
 ) -> Split:
-    """Split every member's rows [B, V_m].
+    """Split every member's rows of log-probabilities [B, V_m].
 
     Args:
-        logp: log-probabilities per member.
+        logp: the rows.
         sides: the members.
         with_end: whether there is an end of text; otherwise it counts as a dropped control piece.
-        grouped: whether the largest entries are asked for next.
+        grouped: as `scan`.
         one_hot: the members' matrices, where products with them are to be found in passing.
     """
     scans = [
-        scan(rows, side.mask, grouped=grouped)
-        if one_hot is None
-        else scan(rows, side.mask, grouped=grouped, classes=one_hot[i].classes, num_classes=one_hot[i].num_anchors)
-        for i, (rows, side) in enumerate(zip(logp, sides, strict=True))
+        scan(rows, side.mask, grouped=grouped, one_hot=own)
+        for rows, side, own in zip(logp, sides, one_hot or (None,) * len(sides), strict=True)
     ]
     mass = torch.stack([scanned.log_mass for scanned in scans], dim=1)
     end, control, unused = (
@@ -216,3 +218,71 @@ def _distinct(ids: Tensor, size: int) -> Tensor:
 def abstain(logp: Tensor, active: Tensor) -> Tensor:
     """Replace rows [B, V] of members that abstain by zeros: whatever is in them must not reach the result."""
     return logp if bool(active.all()) else torch.where(active[:, None], logp, 0.0)
+
+
+@dataclass(frozen=True)
+class TopRule:
+    """Which of its text pieces a member brings to a row's support."""
+
+    pieces: int | None  # its most likely ones, so many; with `mass`, at most so many
+    mass: float | None  # the fewest that hold this share of its text, None where their number alone counts
+    # the largest share of its text that may be left out; a row that leaves out more gets the fewest pieces that do not
+    max_truncated: float
+
+    @property
+    def first(self) -> int:
+        """How many pieces to look at first."""
+        if self.mass is None:
+            assert self.pieces is not None
+            return self.pieces
+        return AT_FIRST if self.pieces is None else min(AT_FIRST, self.pieces)
+
+
+@dataclass(frozen=True)
+class Tops:
+    """A member's own pieces for a row's support."""
+
+    ids: Tensor  # of its text pieces [B, n]; V in a place that is not used
+    enough: Tensor  # rows [B] (bool) for which n was enough
+    widened: Tensor  # rows [B] (bool) that have more pieces than the rule's number or mass asks for
+
+    def at(self, index: Tensor) -> Tops:
+        """Return the same of some rows."""
+        return Tops(self.ids[index], self.enough[index], self.widened[index])
+
+
+def tops(parts: Split, member: int, side: Side, index: Tensor, active: Tensor, rule: TopRule, width: int) -> Tops:
+    """Return a member's pieces for some rows, as far as the `width` most likely ones are enough.
+
+    What is found for a row depends on the row alone. The rows are those of an ascending `index` [b]; nothing is bounded
+    in a row in which the member is not `active` [b] (bool).
+    """
+    rows = parts.rows[member]
+    size = rows.shape[1]
+    everything = size - len(side.outside)
+    width = min(width, everything)
+    some = None if len(index) == len(rows) else index
+    values, ids = largest(rows, width, mask=side.mask, maxima=parts.maxima[member], index=some)
+    shares = (values.to(torch.float32) - parts.log_sum[index, member, None]).exp_()
+    bound = 1 - rule.max_truncated
+    if rule.mass is None and rule.pieces is not None and width <= rule.pieces:  # all of them, in any order
+        enough = ~active | (shares.sum(1) >= bound) | (width == everything)
+        return Tops(torch.where(values > NEG_INF, ids, size), enough, torch.zeros_like(enough))
+    shares, order = shares.double().sort(dim=1, descending=True)
+    held = shares.cumsum(1)
+    asked = _fewest(held, rule.mass, rule.pieces)
+    needed = torch.where(active, _fewest(held, bound, None), 1)
+    chosen = torch.maximum(asked, needed)
+    place = torch.arange(width, device=rows.device)
+    used = (place < chosen[:, None]) & (shares > 0)
+    enough = ~active | (chosen <= width) | (width == everything)
+    return Tops(torch.where(used, ids.gather(1, order), size), enough, active & (needed > asked))
+
+
+def _fewest(held: Tensor, mass: float | None, most: int | None) -> Tensor:
+    """Return how many pieces [B] hold a mass, `most` at most; n + 1 if n pieces [B, n] do not."""
+    if mass is None:
+        assert most is not None
+        return torch.full_like(held[:, 0], most, dtype=torch.int64)
+    count = (held < mass).sum(1) + 1
+    return count if most is None else count.clamp(max=most)

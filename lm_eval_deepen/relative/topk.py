@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_eval_deepen.relative.matrix import OneHotOperator
+
 NEG_INF = float("-inf")
 _GROUP = 4
 _BLOCKS = 64
@@ -75,9 +77,7 @@ class Scan:
     classes: Tensor | None
 
 
-def scan(
-    rows: Tensor, mask: Tensor, *, grouped: bool = False, classes: Tensor | None = None, num_classes: int = 0
-) -> Scan:
+def scan(rows: Tensor, mask: Tensor, *, grouped: bool = False, one_hot: OneHotOperator | None = None) -> Scan:
     """Pass over rows [B, n] under a mask once, a few at a time, which on a CPU stay in its cache.
 
     Sums are those of ``torch.logsumexp`` to 2e-6, through powers of 2, which take a third of the time of powers
@@ -87,15 +87,14 @@ def scan(
         rows: in any float dtype.
         mask: 0 or ``-inf`` [n], fp32, added to the rows.
         grouped: whether `largest` is asked for next.
-        classes: the class of every entry [n], int64; `num_classes` for none.
-        num_classes: A.
+        one_hot: the classes of the entries.
     """
     size, device = rows.shape[1], rows.device
     step = max(1, _CACHED // size) if device.type == "cpu" else max(1, len(rows))
     log_mass = torch.empty(len(rows), device=device)
     grouped = grouped and size >= _SHORT
     maxima = torch.empty(len(rows), size // _GROUP, device=device) if grouped else None
-    sums = None if classes is None else torch.zeros(len(rows), num_classes + 1, device=device)
+    sums = None if one_hot is None else torch.zeros(len(rows), one_hot.num_anchors + 1, device=device)
     scratch = torch.empty(min(step, len(rows)), size, device=device)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -107,8 +106,8 @@ def scan(
         powers = torch.add(top * -_LOG2_E, here, alpha=_LOG2_E, out=here).exp2_()
         total = powers.sum(1)
         log_mass[part] = total.log().add_(top[:, 0])
-        if sums is not None and classes is not None:
-            sums[part].index_add_(1, classes, powers).div_(total.clamp_(min=_SMALLEST)[:, None])
+        if sums is not None and one_hot is not None:
+            sums[part].index_add_(1, one_hot.classes, powers).div_(total.clamp_(min=_SMALLEST)[:, None])
     return Scan(log_mass, maxima, None if sums is None else sums[:, :-1])
 
 

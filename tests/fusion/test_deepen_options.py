@@ -10,7 +10,7 @@ from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.harness.model import catalogue
 from lm_eval_deepen.relative.build import MatrixSpec
-from lm_eval_deepen.relative.tops import TopRule
+from lm_eval_deepen.relative.support import TopRule
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from tensor_worlds import member, rows, trio, vocabulary
 
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.fusion.deepen import Deepen, support_bytes
-from lm_eval_deepen.relative.gathered import GatheredOperator, share_columns
-from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix
+from lm_eval_deepen.relative.matrix import DenseMatrix, OneHotOperator, SparseMatrix
+from lm_eval_deepen.relative.operators import GatheredOperator, share_columns
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.relative.support import make_side, split, supports
+from lm_eval_deepen.relative.support import WIDER, TopRule, make_side, split, supports, tops
 from lm_eval_deepen.relative.topk import argmax, largest, scan
-from lm_eval_deepen.relative.tops import WIDER, TopRule, tops
 from lm_eval_deepen.solvers import SOLVERS
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
 
@@ -60,7 +59,7 @@ def test_a_scan_finds_what_torch_finds_in_double_precision(width: int, seed: int
     long, generator = noise(seed, width) + shift, torch.Generator().manual_seed(seed)
     mask = torch.where(torch.rand(width, generator=generator) < 0.1, NEG_INF, 0.0)
     classes = torch.randint(anchors + 1, (width,), generator=generator)
-    found = scan(long, mask, grouped=True, classes=classes, num_classes=anchors)
+    found = scan(long, mask, grouped=True, one_hot=OneHotOperator(classes, anchors))
     masked = (long + mask).double()
     expected = torch.logsumexp(masked, dim=1)
     torch.testing.assert_close(found.log_mass.double(), expected, atol=2e-6, rtol=2e-7)
@@ -79,7 +78,7 @@ def test_a_scan_of_nothing_of_a_large_vocabulary_and_of_nan() -> None:
     long[1, 7] = 3.0
     long[2, 5] = float("nan")
     classes = torch.zeros(262_144, dtype=torch.int64)
-    found = scan(long, torch.zeros(262_144), classes=classes, num_classes=1)
+    found = scan(long, torch.zeros(262_144), one_hot=OneHotOperator(classes, 1))
     assert found.log_mass[0] == NEG_INF and found.log_mass[2].isnan() and found.classes[0] == 0
     assert found.log_mass[1].item() == pytest.approx(torch.logsumexp(long[1].double(), 0).item(), abs=2e-6)
 

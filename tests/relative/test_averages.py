@@ -8,10 +8,7 @@ import naive_fusion
 import pytest
 import torch
 
-from lm_eval_deepen.relative.average import geometric, linear
-from lm_eval_deepen.relative.consistent import consistent
-from lm_eval_deepen.relative.power_mean import power_mean
-from lm_eval_deepen.relative.product import product
+from lm_eval_deepen.relative.average import consistent, geometric, linear, power_mean, product
 from lm_eval_deepen.relative.support import Split
 
 

@@ -9,10 +9,9 @@ import torch
 from tensor_worlds import trio, view, vocabulary
 
 import lm_eval_deepen.relative.build as build
-from lm_eval_deepen.errors import ConfigError, MatrixError
+from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows
-from lm_eval_deepen.relative.flatness import row_entropy_share
-from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix, _ChunkedOperator
+from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix, _ChunkedOperator, row_entropy_share
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
@@ -191,15 +190,15 @@ def test_low_precision_embeddings_are_described_in_fp32(dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"normalization": "cosin"}, "unknown value 'cosin'. Did you mean 'cosine'"),
-        ({"temperature": 0.0}, "relative_temperature"),
-        ({"temperature": float("nan")}, "relative_temperature"),
-        ({"top_m": -1}, "top_m must be 0"),
-        ({"rows": "some"}, "rows must be"),
+        ({"normalization": "cosin"}, "normalization"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_m": -1}, "top_m"),
+        ({"rows": "some"}, "rows"),
     ],
 )
 def test_bad_specs_name_the_option(values: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         MatrixSpec(**values)
 
 

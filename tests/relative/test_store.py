@@ -25,7 +25,8 @@ import lm_eval_deepen.relative.store as store_module
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative import blocks
 from lm_eval_deepen.relative.build import MatrixSpec
-from lm_eval_deepen.relative.store import MatrixStore, default_folder, describe
+from lm_eval_deepen.relative.files import describe
+from lm_eval_deepen.relative.store import MatrixStore, default_folder
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 
 MEMBERS = trio()
@@ -67,17 +68,10 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert info.identity["tokenizer"] == named.vocabulary.fingerprint
     assert info.identity["embedding"] == named.load_fingerprint()
     assert info.identity["anchors"] == ANCHORS.fingerprint
-    with safe_open(info.path, framework="pt") as file:
-        shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
-        assert file.get_tensor("values").dtype == torch.float16
-        assert file.get_tensor("indices").dtype == torch.int32
-    rows = len(named.vocabulary)
-    assert shapes == {
-        "values": (rows, 20),
-        "indices": (rows, 20),
-        "dropped_mass": (rows,),
-        "anchor_ids": (60,),
-    }
+    tensors, rows = content(info.path)[0], len(named.vocabulary)
+    assert tensors["values"].dtype == torch.float16 and tensors["indices"].dtype == torch.int32
+    shapes = {"values": (rows, 20), "indices": (rows, 20), "dropped_mass": (rows,), "anchor_ids": (60,)}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
 
 
 def test_members_that_differ_in_name_alone_share_a_file(tmp_path: Path) -> None:
@@ -167,6 +161,11 @@ def built(tmp_path: Path) -> Path:
     return store.path(MEMBERS[0], ANCHORS, SPARSE)
 
 
+def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
 def reload(tmp_path: Path):
     return MatrixStore(tmp_path, progress=False).get(MEMBERS[0], ANCHORS, SPARSE)
 
@@ -191,8 +190,7 @@ def test_an_altered_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_an_altered_identity_is_refused(tmp_path: Path) -> None:
     path = built(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, metadata = content(path)
     identity = json.loads(metadata["identity"])
     save_file(tensors, path, metadata={**metadata, "identity": json.dumps({**identity, "temperature": 99.0})})
     with pytest.raises(MatrixError, match="temperature: the file has 99.0, member 'main' needs 100.0"):
@@ -213,8 +211,7 @@ def test_an_altered_identity_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_header_that_says_what_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, str]) -> None:
     path = built(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, metadata = content(path)
     save_file(tensors, path, metadata={**metadata, **wrong})
     with pytest.raises(MatrixError, match="is damaged: it is no complete matrix file.*Delete it"):
         reload(tmp_path)
@@ -222,8 +219,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path: Path, wrong: dic
 
 def test_a_header_of_another_shape_is_refused(tmp_path: Path) -> None:
     path = built(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, metadata = content(path)
     for shape in ([len(MEMBERS[0].vocabulary), 3], [7, len(ANCHORS)]):
         save_file(tensors, path, metadata={**metadata, "shape": json.dumps(shape)})
         with pytest.raises(MatrixError, match="is damaged: its header says"):
