@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,18 +108,17 @@ class CoverReader:
         self.main, self.other, self.longest = codecs[0], codecs[m], longest
         self.stand_in = stand_in(codecs, self.other)  # gives the bytes of its piece that stands for others
         vocab = self.other.vocab.events
-        ids = sorted((min(ids) for ids in vocab.ids_of.values()), key=lambda i: vocab.pieces[i])
-        duplicates = {i: ids for ids in vocab.ids_of.values() for i in ids}
-        # ids with the same bytes follow each other
-        self.sorted = [
-            i for first in ids for i in duplicates[first] if i not in vocab.control and i not in vocab.unused
-        ]
+        no_text = vocab.control | vocab.unused
+        texts = (i for i, piece in enumerate(vocab.pieces) if piece and i not in no_text)
+        self.sorted = sorted(texts, key=vocab.pieces.__getitem__)  # ids with the same bytes follow each other
         self.keys = [vocab.pieces[i] for i in self.sorted]
         self.ids = torch.tensor(self.sorted, dtype=torch.long)
         pairs = zip(self.sorted, self.keys, strict=True)
         spaces = [i for i, piece in pairs if piece.endswith((b" ", b"\t")) and len(piece) > 1 and piece.isspace()]
         self._spaces = torch.tensor(spaces, dtype=torch.long)  # several of them, or one behind a line break
-        self.places = {token: place for place, token in enumerate(self.sorted)}
+        self.places = array("i", [-1]) * len(vocab)  # of every id; a dict takes ten times the memory
+        for place, token in enumerate(self.sorted):
+            self.places[token] = place
         self._rests: OrderedDict[RestsKey, Tensor] = OrderedDict()
         self._rests_kept = 0
         self._new: Counter[RestsKey] = Counter()  # rests found since they were kept last
@@ -291,7 +291,7 @@ class CoverReader:
                 if way[:-1] == cover.way and len(way) > len(cover.way):
                     reached[way] = reached[cover.way] + float(row[way[-1]])
                     # what a way goes on with is counted where that goes on
-                    if cover.first <= (place := self.places.get(way[-1], -1)) < cover.last:
+                    if cover.first <= (place := self.places[way[-1]]) < cover.last:
                         values[place - cover.first] = -math.inf
             ranges.append(values)
         own = None if plan.own is None else reached[plan.own]
