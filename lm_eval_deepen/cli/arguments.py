@@ -97,19 +97,35 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     return values
 
 
+def adder(parser: argparse._ActionsContainer) -> Callable[..., None]:
+    """Return a function that adds an option to a parser as its usage spells it: ``add("--tasks TASK ...", HELP)``.
+
+    An option without a value and choices is a switch; ``...`` stands for several values, ``[FILE]`` for one at most.
+    Whatever else it is given is an argument of `add_argument`.
+    """
+
+    def add(usage: str, help: str, **more: Any) -> None:
+        names = [word for word in usage.split() if word.startswith("-")]
+        value = usage.split()[len(names) :]
+        if value:
+            more["metavar"] = value[0].strip("[]")
+            nargs = "+" if value[-1] == "..." else "?" if value[0].startswith("[") else None
+            more |= {"nargs": nargs} if nargs else {}
+        elif "choices" not in more:
+            more["action"] = "store_true"
+        parser.add_argument(*names, help=help, **more)
+
+    return add
+
+
 def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
     """Add ``--json``, for a command whose `run` leaves in ``args.facts`` what its table says (see `cli.main`).
 
     Without `file`, as where folders may follow it, it takes none and only prints.
     """
     if file:
-        parser.add_argument(
-            "--json",
-            nargs="?",
-            const=PRINTED,
-            metavar="FILE",
-            help="print JSON in place of the table; with FILE, write the JSON there and print the table",
-        )
+        told = "print JSON in place of the table; with FILE, write the JSON there and print the table"
+        adder(parser)("--json [FILE]", told, const=PRINTED)
     else:
         parser.add_argument("--json", action="store_const", const=PRINTED, help="print JSON in place of the table")
     parser.set_defaults(facts=None)
@@ -118,7 +134,7 @@ def add_json(parser: argparse.ArgumentParser, file: bool = True) -> None:
 def add_members(parser: argparse.ArgumentParser, does: str = "load the member") -> None:
     """Add ``--member``, which says where the models are that a recipe names; `does` begins its help."""
     where = f"{does} NAME from WHERE: a folder, or a hub name"
-    parser.add_argument("--member", nargs="+", default=[], metavar="NAME=WHERE", help=where)
+    adder(parser)("--member NAME=WHERE ...", where, default=[])
 
 
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
@@ -130,24 +146,17 @@ def add_ensemble(parser: argparse.ArgumentParser) -> None:
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add ``--text`` and ``--limit``, which `engine.calibration.load_documents` takes."""
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE",
-        help="files of texts: documents separated by blank lines, or .jsonl with text and context (default: a text "
-        "that ships)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--limit", type=count, metavar="N", help="number of documents to take from each file (default: all)"
-    )
+    add = adder(parser)
+    add("--text FILE ...", "files of texts: documents separated by blank lines, or .jsonl with text and context "
+        "(default: a text that ships)")  # fmt: skip
+    add("--limit N", "number of documents to take from each file (default: all)", type=count)
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
     """Add what says where the cells and tables of a leaderboard go, and how they are evaluated."""
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where cells and tables go (default: results/NAME_OF_RECIPE)"
-    )
-    parser.add_argument(
-        "--redo", action="store_true", help="evaluate again what belongs to another evaluation or is damaged"
-    )
+    add = adder(parser)
+    add("--out DIR", "where cells and tables go (default: results/NAME_OF_RECIPE)", type=Path)
+    add("--redo", "evaluate again what belongs to another evaluation or is damaged")
     add_members(parser)
     add_json(parser)
     add_device(parser)
@@ -158,11 +167,9 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     from lm_eval_deepen.results.statistics.paired import LARGEST_SEED
 
     seeds = whole(0, LARGEST_SEED)
-    parser.add_argument(
-        "--seed", type=seeds, default=0, metavar="N", help="seed of the resampling (default: %(default)s)"
-    )
+    adder(parser)("--seed N", "seed of the resampling (default: %(default)s)", type=seeds, default=0)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, which means the same to every command, and what it means to ``lm_eval run``."""
-    parser.add_argument("--device", help="the device of members that name none (default: the first GPU, else cpu)")
+    adder(parser)("--device DEVICE", "the device of members that name none (default: the first GPU, else cpu)")

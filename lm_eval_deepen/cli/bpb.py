@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json, add_texts
+from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json, add_texts, adder
 
 if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
@@ -24,12 +24,11 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     add_ensemble(parser)
     add_texts(parser)
-    parser.add_argument(
-        "--dev", nargs="+", metavar="FILE",
-        help="texts to fit the members' own temperatures on (default: each half of --text on the other half)",
-    )  # fmt: skip
+    add("--dev FILE ...", "texts to fit the members' own temperatures on (default: each half of --text on the other "
+        "half)")  # fmt: skip
     add_json(parser)
     add_device(parser)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json
+from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json, adder
 from lm_eval_deepen.harness.recipes import parse_ensemble
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
@@ -13,9 +13,10 @@ HELP = "Build the relative matrices or maps of vocabularies that an ensemble nee
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     add_ensemble(parser)
     add_device(parser)
-    parser.add_argument("--matrix-dir", help="folder for the matrices (default: the user's cache folder)")
+    add("--matrix-dir DIR", "folder for the matrices (default: the user's cache folder)")
     add_json(parser)
 
 

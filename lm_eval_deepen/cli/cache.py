@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval_deepen.cli.arguments import Names, add_json
+from lm_eval_deepen.cli.arguments import Names, add_json, adder
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.storage import (
     CACHE_KINDS,
@@ -32,20 +32,11 @@ KINDS = {**CACHE_KINDS, LEFTOVERS: "what processes that were killed over a day a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--clear",
-        nargs="*",
-        action=_Kinds,
-        metavar="KIND",
-        help=f"remove everything of these kinds ({', '.join(KINDS)}; default: all but models)",
-    )
-    what.add_argument(
-        "--keep",
-        type=_size,
-        metavar="SIZE",
-        help="of what can be made again, keep only this much, such as 5GB: what was used last; models are not counted",
-    )
+    add = adder(parser.add_mutually_exclusive_group())
+    what = f"remove everything of these kinds ({', '.join(KINDS)}; default: all but models)"
+    add("--clear KIND", what, action=_Kinds, nargs="*")
+    add("--keep SIZE", "of what can be made again, keep only this much, such as 5GB: what was used last; models are "
+        "not counted", type=_size)  # fmt: skip
     add_json(parser)
 
 

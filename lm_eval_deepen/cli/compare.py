@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, share, whole
+from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, adder, share, whole
 from lm_eval_deepen.errors import NotPairedError, ResultError, did_you_mean
 from lm_eval_deepen.results import report
 from lm_eval_deepen.results.files import Run, find_runs
@@ -26,39 +26,24 @@ FORMATS = ("text", "md", "json", "html")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="DIR",
         help="a result folder (each model's sub-folder is a run of its own) or one results_*.json",
     )  # fmt: skip
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="names for the tables, one per DIR")
-    parser.add_argument(
-        "--against", metavar="NAME",
-        help=f"the run to compare the others with: its name, or {BEST!r}, the best run of each metric (default: the "
-        "first run)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        action=Names,
-        metavar="TASK",
-        help="tasks to compare (default: all that the runs have in common)",
-    )
-    parser.add_argument(
-        "--metric", nargs="+", metavar="NAME",
-        help="metrics to compare, as acc or exact_match,strict-match (default: all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--alpha", type=share, default=0.05, metavar="P", help="level of significance (default: %(default)s)"
-    )
-    parser.add_argument("--mid-p", action="store_true", help="use McNemar's test with mid-p instead of exact p-values")
-    parser.add_argument(
-        "--resamples", type=whole(1, MOST_RESAMPLES), default=RESAMPLES, metavar="N",
-        help="number of resamples of the permutation test of real-valued metrics (default: %(default)s)",
-    )  # fmt: skip
+    add("--names NAME ...", "names for the tables, one per DIR")
+    add("--against NAME", f"the run to compare the others with: its name, or {BEST!r}, the best run of each metric "
+        "(default: the first run)")  # fmt: skip
+    add("--tasks TASK ...", "tasks to compare (default: all that the runs have in common)", action=Names)
+    add("--metric NAME ...", "metrics to compare, as acc or exact_match,strict-match (default: all)")
+    add("--alpha P", "level of significance (default: %(default)s)", type=share, default=0.05)
+    add("--mid-p", "use McNemar's test with mid-p instead of exact p-values")
+    add("--resamples N", "number of resamples of the permutation test of real-valued metrics "
+        "(default: %(default)s)", type=whole(1, MOST_RESAMPLES), default=RESAMPLES)  # fmt: skip
     add_seed(parser)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="format of the table (default: %(default)s)")
+    add("--format", "format of the table (default: %(default)s)", choices=FORMATS, default="text")
     add_json(parser, file=False)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of the terminal")
+    add("--output FILE", "write to this file instead of the terminal", type=Path)
 
 
 def run(args: argparse.Namespace) -> int:

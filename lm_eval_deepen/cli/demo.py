@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_deepen._startup import registration
 from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
-from lm_eval_deepen.cli.arguments import Names, add_device, add_json, count
+from lm_eval_deepen.cli.arguments import Names, add_device, add_json, adder, count
 from lm_eval_deepen.cli.paths import data_folder
 from lm_eval_deepen.harness.once import said_once
 from lm_eval_deepen.results.tables import aligned
@@ -49,24 +49,12 @@ class System:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's own arguments."""
-    parser.add_argument("--limit", type=count, metavar="N", help="evaluate the first N items of each task only")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results/demo"),
-        metavar="DIR",
-        help="folder for the result files (%(default)s)",
-    )
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        action=Names,
-        default=TASKS,
-        metavar="TASK",
-        help="tasks of lm_eval (default: deepen_demo)",
-    )
-    parser.add_argument("--hf", action="store_true", help="run the single models with `--model hf` itself")
-    parser.add_argument("--redo", action="store_true", help="convert the models again, although the cache has them")
+    add = adder(parser)
+    add("--limit N", "evaluate the first N items of each task only", type=count)
+    add("--output DIR", "folder for the result files (%(default)s)", type=Path, default=Path("results/demo"))
+    add("--tasks TASK ...", "tasks of lm_eval (default: deepen_demo)", action=Names, default=TASKS)
+    add("--hf", "run the single models with `--model hf` itself")
+    add("--redo", "convert the models again, although the cache has them")
     add_json(parser)
     add_device(parser)
 

@@ -6,10 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, nonnegative, positive, share
+from lm_eval_deepen.cli.arguments import Names, add_json, add_seed, adder, nonnegative, positive, share
 from lm_eval_deepen.results.gate import judge, single_run
-from lm_eval_deepen.results.gate_report import Status, markdown, plain
-from lm_eval_deepen.results.junit import github_errors, junit
+from lm_eval_deepen.results.gate_report import Status, github_errors, junit, markdown, plain
 from lm_eval_deepen.results.regression import GateRule
 from lm_eval_deepen.storage import append_text, write_text
 
@@ -23,44 +22,26 @@ EXIT: dict[Status, int] = {"pass": 0, "regressed": 1, "too small": 3, "not compa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
-    parser.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="result folder of the baseline")
-    parser.add_argument("--candidate", type=Path, required=True, metavar="DIR", help="result folder of the candidate")
-    parser.add_argument(
-        "--alpha", type=share, default=0.05, metavar="P",
-        help="largest chance of a false alarm, over all tests together (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--min-effect", type=nonnegative, default=0.0, metavar="X",
-        help="smallest observed drop that counts, in the metric's unit (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--power", type=share, default=0.8, metavar="P",
-        help="chance of detection for the minimal detectable effect (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-detectable", type=positive, metavar="X",
-        help="a drop that the check must be able to detect, in the metric's unit; if it cannot, it is no pass (exit "
-        "status 3)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--metric", nargs="+", metavar="NAME",
-        help="metrics to test, as acc or exact_match,strict-match (default: all; with fewer, smaller drops are "
-        "detected)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to test (default: all of the baseline)"
-    )
-    parser.add_argument(
-        "--allow-config-change", action="store_true",
-        help="accept a changed ensemble configuration (fingerprint) in the candidate, and name the changes",
-    )  # fmt: skip
+    add = adder(parser)
+    add("--baseline DIR", "result folder of the baseline", type=Path, required=True)
+    add("--candidate DIR", "result folder of the candidate", type=Path, required=True)
+    add("--alpha P", "largest chance of a false alarm, over all tests together "
+        "(default: %(default)s)", type=share, default=0.05)  # fmt: skip
+    add("--min-effect X", "smallest observed drop that counts, in the metric's unit "
+        "(default: %(default)s)", type=nonnegative, default=0.0)  # fmt: skip
+    add("--power P", "chance of detection for the minimal detectable effect "
+        "(default: %(default)s)", type=share, default=0.8)  # fmt: skip
+    add("--max-detectable X", "a drop that the check must be able to detect, in the metric's unit; if it cannot, it is "
+        "no pass (exit status 3)", type=positive)  # fmt: skip
+    add("--metric NAME ...", "metrics to test, as acc or exact_match,strict-match (default: all; with fewer, smaller "
+        "drops are detected)")  # fmt: skip
+    add("--tasks TASK ...", "tasks to test (default: all of the baseline)", action=Names)
+    add("--allow-config-change", "accept a changed ensemble configuration (fingerprint) in the candidate, and name the "
+        "changes")  # fmt: skip
     add_seed(parser)
     add_json(parser)
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the outcome as JUnit XML")
-    parser.add_argument(
-        "--summary", type=Path, metavar="FILE",
-        help="append the outcome as Markdown (default: $GITHUB_STEP_SUMMARY, if set)",
-    )  # fmt: skip
+    add("--junit FILE", "write the outcome as JUnit XML", type=Path)
+    add("--summary FILE", "append the outcome as Markdown (default: $GITHUB_STEP_SUMMARY, if set)", type=Path)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, count, pairs, positive
+from lm_eval_deepen.cli.arguments import add_device, add_json, add_members, adder, count, pairs, positive
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.results.aggregation import to_number
 from lm_eval_deepen.storage import read_json
@@ -25,38 +25,21 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument("recipe", help="a YAML file, the name of a shipped recipe, or what --model_args takes")
     add_members(parser, "read the member")
     add_device(parser)
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        metavar="GB",
-        help="memory of each device, to plan for another machine (default: what is free)",
-    )
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="number of texts decoded together (default: the recipe's)"
-    )
-    parser.add_argument("--no-tasks", action="store_true", help="do not look at the recipe's tasks: no cost, no data")
-    parser.add_argument(
-        "--bandwidth", type=positive, default=2000, metavar="GB/S",
-        help="speed at which weights are read, to estimate the hours (default: %(default)s, the peak of one 80 GB "
-        "A100)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tflops", type=positive, default=150, metavar="N",
-        help="TFLOPS that are reached, to estimate the hours (default: %(default)s, half the peak of one A100)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR",
-        help="results of `reproduce`; their scores are shown beside the published ones (default: "
-        "results/NAME_OF_RECIPE)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--projection-loss", action="store_true",
-        help="load the weights, and say how many more bits every member needs in the pieces of every other one, with "
-        "and without covers, on the calibration text",
-    )  # fmt: skip
+    add("--memory GB", "memory of each device, to plan for another machine (default: what is free)", type=positive)
+    add("--batch-size N", "number of texts decoded together (default: the recipe's)", type=count)
+    add("--no-tasks", "do not look at the recipe's tasks: no cost, no data")
+    add("--bandwidth GB/S", "speed at which weights are read, to estimate the hours (default: %(default)s, the peak of "
+        "one 80 GB A100)", type=positive, default=2000)  # fmt: skip
+    add("--tflops N", "TFLOPS that are reached, to estimate the hours (default: %(default)s, half the peak of one "
+        "A100)", type=positive, default=150)  # fmt: skip
+    add("--results DIR", "results of `reproduce`; their scores are shown beside the published ones "
+        "(default: results/NAME_OF_RECIPE)", type=Path)  # fmt: skip
+    add("--projection-loss", "load the weights, and say how many more bits every member needs in the pieces of every "
+        "other one, with and without covers, on the calibration text")  # fmt: skip
     add_json(parser)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lm_eval_deepen.cli.arguments import add_table, limit, pairs
+from lm_eval_deepen.cli.arguments import add_table, adder, limit, pairs
 from lm_eval_deepen.config.yaml_files import parse_json
 from lm_eval_deepen.errors import ConfigError, ResultError
 from lm_eval_deepen.storage import check_place, write_text
@@ -29,30 +29,16 @@ FILES = {"md": "leaderboard.md", "json": "leaderboard.json", "html": "leaderboar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     add_table(parser)
-    parser.add_argument(
-        "--format", choices=FORMATS, default="text", help="format of what is printed (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--limit", type=limit, metavar="N", help="evaluate only the first N documents of every task, for a trial"
-    )
-    parser.add_argument(
-        "--metadata",
-        metavar="JSON",
-        help="a JSON object for the tasks; its keys replace those of the recipe's metadata",
-    )
-    parser.add_argument(
-        "--built", type=Path, metavar="DIR", help="folder for the models that the recipe builds (default: OUT/built)"
-    )
-    parser.add_argument(
-        "--ray", metavar="ADDRESS",
-        help="evaluate on a Ray cluster: auto, HOST:PORT, or local for several processes on this machine",
-    )  # fmt: skip
-    parser.add_argument("--into", type=Path, metavar="FILE", help="write the table into this file, between its markers")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the recipe, and list its rows and what is to be evaluated"
-    )
+    add("--format", "format of what is printed (default: %(default)s)", choices=FORMATS, default="text")
+    add("--limit N", "evaluate only the first N documents of every task, for a trial", type=limit)
+    add("--metadata JSON", "a JSON object for the tasks; its keys replace those of the recipe's metadata")
+    add("--built DIR", "folder for the models that the recipe builds (default: OUT/built)", type=Path)
+    add("--ray ADDRESS", "evaluate on a Ray cluster: auto, HOST:PORT, or local for several processes on this machine")
+    add("--into FILE", "write the table into this file, between its markers", type=Path)
+    add("--dry-run", "check the recipe, and list its rows and what is to be evaluated")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import add_members, pairs
+from lm_eval_deepen.cli.arguments import add_members, adder, pairs
 from lm_eval_deepen.errors import ConfigError, did_you_mean
 
 HELP = (
@@ -18,16 +18,13 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("out", type=Path, help="folder for the model")
     add_members(parser, "take the recipe's model")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
-        help="replace keys of the recipe; values as in YAML: --set seed=1 'shard=[0, 3]'",
-    )  # fmt: skip
-    parser.add_argument(
-        "--redo", action="store_true", help="build again, although OUT has a model or an unfinished one"
-    )
+    add("--set KEY=VALUE ...", "replace keys of the recipe; values as in YAML: --set seed=1 "
+        "'shard=[0, 3]'", default=[], dest="changes")  # fmt: skip
+    add("--redo", "build again, although OUT has a model or an unfinished one")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import add_json
+from lm_eval_deepen.cli.arguments import add_json, adder
 from lm_eval_deepen.results.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -61,13 +61,12 @@ class Section:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes; its help ends with the list itself."""
+    add = adder(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = listing().replace("%", "%%")
-    parser.add_argument(
-        "--all", action="store_true", help="list all keys of ensembles, members and recipes, with their meaning"
-    )
+    add("--all", "list all keys of ensembles, members and recipes, with their meaning")
     add_json(parser)
-    parser.add_argument("--markdown", action="store_true", help="print everything as the page docs/options.md")
+    add("--markdown", "print everything as the page docs/options.md")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_deepen.cli.arguments import add_table, count, pairs
+from lm_eval_deepen.cli.arguments import add_table, adder, count, pairs
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import write_json, write_text
 
@@ -30,24 +30,14 @@ JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument("recipe", help="a YAML file of kind ensemble or leaderboard, or the name of a shipped one")
     add_table(parser)
-    parser.add_argument(
-        "--miniature",
-        action="store_true",
-        help="use small models and few documents, synthetic ones where there is no sample",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="MODEL",
-        help="models of a miniature; its members get them in turn (default: the demo's)",
-    )
-    parser.add_argument(
-        "--limit", type=count, metavar="N", help="evaluate only the first N documents of every task (miniature: 4)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check, say what is needed, and evaluate nothing")
-    parser.add_argument("--no-check", action="store_true", help="leave out the check of tokenizers, memory and data")
+    add("--miniature", "use small models and few documents, synthetic ones where there is no sample")
+    add("--models MODEL ...", "models of a miniature; its members get them in turn (default: the demo's)")
+    add("--limit N", "evaluate only the first N documents of every task (miniature: 4)", type=count)
+    add("--dry-run", "check, say what is needed, and evaluate nothing")
+    add("--no-check", "leave out the check of tokenizers, memory and data")
 
 
 def run(args: argparse.Namespace) -> int:

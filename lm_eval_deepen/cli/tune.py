@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_deepen.cli.arguments import Names, add_device, add_ensemble, add_json, add_texts, natural, positive
+from lm_eval_deepen.cli.arguments import Names, add_device, add_ensemble, add_json, add_texts, adder, natural, positive
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.storage import check_place, write_text
 from lm_eval_deepen.tuning import by_score as tune_score
@@ -33,71 +33,31 @@ OF_SCORE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     add_ensemble(parser)
-    parser.add_argument(
-        "--objective", choices=["bpb", "score"], default="bpb",
-        help="what is optimised: bits per byte of text, or the score of a dev split (default: %(default)s)",
-    )  # fmt: skip
+    add("--objective", "what is optimised: bits per byte of text, or the score of a dev split "
+        "(default: %(default)s)", choices=["bpb", "score"], default="bpb")  # fmt: skip
     add_texts(parser)
-    parser.add_argument(
-        "--spaces", choices=["bytes", "all"],
-        help="bytes: spaces made from bytes alone; all: also those from embeddings, whose matrices take minutes to "
-        "build (default: bytes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("tuned.yaml"),
-        metavar="FILE",
-        help="the ensemble file to write (default: %(default)s)",
-    )
+    add("--spaces", "bytes: spaces made from bytes alone; all: also those from embeddings, whose matrices take minutes "
+        "to build (default: bytes)", choices=["bytes", "all"])  # fmt: skip
+    add("--output FILE", "the ensemble file to write (default: %(default)s)", type=Path, default=Path("tuned.yaml"))
     add_json(parser)
     add_device(parser)
-    _add_score_arguments(parser)
-
-
-def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the objective takes beside the ensemble, --limit, --output and --device."""
-    group = parser.add_argument_group("--objective score")
-    group.add_argument(
-        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks with a development (validation) split"
-    )
-    group.add_argument(
-        "--evaluated", nargs="+", action=Names, metavar="TASK",
-        help="tasks on which the ensemble will be evaluated; they must share no document (default: --tasks)",
-    )  # fmt: skip
-    group.add_argument(
-        "--include-path", "--include_path", nargs="+", default=[], metavar="DIR", help="folders with more tasks"
-    )
-    group.add_argument("--metadata", metavar="JSON", help="a JSON object for the tasks")
-    group.add_argument(
-        "--num-fewshot",
-        "--num_fewshot",
-        type=natural,
-        metavar="N",
-        help="number of few-shots, instead of the tasks' own",
-    )
-    group.add_argument(
-        "--gen-kwargs",
-        "--gen_kwargs",
-        metavar="KEY=VALUE,...",
-        help="generation arguments that replace those of the tasks",
-    )
-    group.add_argument(
-        "--metric",
-        metavar="NAME",
-        help="metric to optimise, as acc or exact_match,strict-match (default: a task's first)",
-    )
-    group.add_argument(
-        "--weights", choices=tune_score.WEIGHTS,
-        help="grid: try all weights on a grid; adaptive: only weights in proportion to the members' own scores "
-        "(DeePEn-Adapt); keep: the given weights; both: the best of all these (default: both)",
-    )  # fmt: skip
-    group.add_argument("--weight-step", type=positive, metavar="W", help="step of the grid (default: 0.1)")
-    group.add_argument(
-        "--learning-rates", nargs="+", type=positive, metavar="LR",
-        help="learning rates to try, if the inverse has one (default: 0.05 to 0.3)",
-    )  # fmt: skip
+    add = adder(parser.add_argument_group("--objective score"))
+    add("--tasks TASK ...", "tasks with a development (validation) split", action=Names)
+    add("--evaluated TASK ...", "tasks on which the ensemble will be evaluated; they must share no document "
+        "(default: --tasks)", action=Names)  # fmt: skip
+    add("--include-path --include_path DIR ...", "folders with more tasks", default=[])
+    add("--metadata JSON", "a JSON object for the tasks")
+    add("--num-fewshot --num_fewshot N", "number of few-shots, instead of the tasks' own", type=natural)
+    add("--gen-kwargs --gen_kwargs KEY=VALUE,...", "generation arguments that replace those of the tasks")
+    add("--metric NAME", "metric to optimise, as acc or exact_match,strict-match (default: a task's first)")
+    add("--weights", "grid: try all weights on a grid; adaptive: only weights in proportion to the members' own scores "
+        "(DeePEn-Adapt); keep: the given weights; both: the best of all these "
+        "(default: both)", choices=tune_score.WEIGHTS)  # fmt: skip
+    add("--weight-step W", "step of the grid (default: 0.1)", type=positive)
+    add("--learning-rates LR ...", "learning rates to try, if the inverse has one (default: 0.05 to "
+        "0.3)", type=positive)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_eval_deepen.cli.arguments import count, whole
+from lm_eval_deepen.cli.arguments import adder, count, whole
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.results.trace_page import shown
 from lm_eval_deepen.results.trace_server import server
@@ -23,6 +23,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the subcommand takes."""
+    add = adder(parser)
     parser.add_argument("folder", type=Path, metavar="DIR", help="result folder with traces")
     parser.add_argument(
         "others",
@@ -31,14 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_B",
         help="more result folders; those without traces show their samples",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="file to write the page to (default: DIR/view.html)"
-    )
-    parser.add_argument(
-        "--limit", type=count, metavar="N", help="show only the first N documents of each task (default: all)"
-    )
-    parser.add_argument("--serve", action="store_true", help="show the page on 127.0.0.1 until Ctrl-C")
-    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help="port for --serve (default: a free one)")
+    add("--output FILE", "file to write the page to (default: DIR/view.html)", type=Path)
+    add("--limit N", "show only the first N documents of each task (default: all)", type=count)
+    add("--serve", "show the page on 127.0.0.1 until Ctrl-C")
+    add("--port N", "port for --serve (default: a free one)", type=whole(1, 65535))
 
 
 def run(args: argparse.Namespace) -> int:
