@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.encoder_decoder import require_scoring
@@ -12,16 +14,7 @@ from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.memory import nodes_per_forward
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together, total
-from lm_eval_deepen.engine.stretches import (
-    StretchPrompter,
-    StretchReading,
-    StretchScore,
-    StretchSpan,
-    joined,
-    read_stretches,
-    weighed,
-    with_evidence,
-)
+from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, joined, read_stretches, weighed, with_evidence
 from lm_eval_deepen.engine.texts import Texts
 from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.harness.main_member import MainMemberView
@@ -33,6 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 Answers = Iterator[tuple[int, Any]]
+T = TypeVar("T")
 
 
 class RequestHandler(MainMemberView):
@@ -81,7 +75,10 @@ class RequestHandler(MainMemberView):
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generate,
         }
-        for at, answer in kinds[kind]([requests[index] for index in owners], prepared):
+        answer_all = kinds[kind]
+        if kind != "generate_until" and self.ensemble.by_stretches:
+            answer_all = partial(self._by_stretches, kind)
+        for at, answer in answer_all([requests[index] for index in owners], prepared):
             yield owners[at], answer
 
     def check_kind(self, kind: str) -> None:
@@ -114,66 +111,38 @@ class RequestHandler(MainMemberView):
                 peer.known[request.task_name, kind, distinct(request.args)] = answer
         return answers[self.peers.index(self)]
 
-    def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Any]) -> Answers:
-        if self.ensemble.by_stretches:
-            for index, weighed in self._score_stretches([[span] for span in spans]):
-                answers = [(score.total, score.greedy) for score in weighed]
-                yield index, self._tell_peers("loglikelihood", requests[index], answers)
-            return
+    def _loglikelihood(self, requests: Sequence[Instance], spans: Sequence[Span]) -> Answers:
         for index, scores in self._score(spans):
             if self.step_files is not None:
                 self.step_files.add_scores(index, scores, scores[0].total)
             answers = [(score.total, score.greedy) for score in scores]
             yield index, self._tell_peers("loglikelihood", requests[index], answers)
 
-    def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Any]]) -> Answers:
-        if self.ensemble.by_stretches:
-            for index, scored in self._score_stretches(texts):
-                own = [score.total for score in scored]
-                yield index, self._tell_peers("loglikelihood_rolling", requests[index], own)
-            return
-        owners: list[int] = []
-        spans: list[Span] = []
-        ends: list[int] = []
-        for index, text in enumerate(texts):
-            spans += text
-            owners += [index] * len(text)
-            ends.append(len(spans))
-            if not text:
-                yield index, 0.0
-        left = Counter(owners)
-        windows: list[dict[int, list[SpanScore]]] = [{} for _ in requests]  # by their places, done in any order
-        for at, scores in self._score(spans, ends):
-            index = owners[at]
-            windows[index][at] = scores
-            left[index] -= 1
-            if not left[index]:
-                columns = list(zip(*(windows[index][at] for at in sorted(windows[index])), strict=True))
-                totals = [total(peer.ensemble, own) for peer, own in zip(self.peers, columns, strict=True)]
-                if self.step_files is not None:
-                    self.step_files.add_scores(index, columns[0], totals[0])
-                yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
+    def _rolling(self, requests: Sequence[Instance], texts: Sequence[Sequence[Span]]) -> Answers:
+        yield from ((index, 0.0) for index, text in enumerate(texts) if not text)
+        spans = [span for text in texts for span in text]
+        owners = [index for index, text in enumerate(texts) for _ in text]
+        for index, windows in _whole(self._score(spans, list(accumulate(map(len, texts)))), owners):
+            columns = list(zip(*windows, strict=True))
+            totals = [total(peer.ensemble, own) for peer, own in zip(self.peers, columns, strict=True)]
+            if self.step_files is not None:
+                self.step_files.add_scores(index, columns[0], totals[0])
+            yield index, self._tell_peers("loglikelihood_rolling", requests[index], totals)
 
-    def _score_stretches(self, texts: Sequence[Sequence[StretchSpan]]) -> Iterator[tuple[int, list[StretchScore]]]:
+    def _by_stretches(self, kind: str, requests: Sequence[Instance], prepared: Sequence[Any]) -> Answers:
         """Score texts by stretches; a text may have several windows, and none where it is empty."""
+        texts: Sequence[Sequence[StretchSpan]] = [[one] for one in prepared] if kind == "loglikelihood" else prepared
+        yield from ((index, 0.0) for index, text in enumerate(texts) if not text)
         last = max(peer.ensemble.prompt_stretches or 0 for peer in self.peers)
         windows = [with_evidence(window, last) for text in texts for window in text]
         owners = [index for index, text in enumerate(texts) for _ in text]
-        nothing = StretchScore((), True, tuple(self.ensemble.weights.tolist()))
-        yield from ((index, [nothing] * len(self.peers)) for index, text in enumerate(texts) if not text)
-        places: list[list[int]] = [[] for _ in texts]
-        for at, owner in enumerate(owners):
-            places[owner].append(at)
-        readings: dict[int, StretchReading] = {}
         nodes = nodes_per_forward(self.ensemble, self.texts.batch(1))
         powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
-        for at, reading in read_stretches(self.ensemble.active, windows, nodes, powers):
-            readings[at] = reading
-            index = owners[at]
-            if all(own in readings for own in places[index]):
-                own = [readings.pop(own) for own in places[index]]
-                reading = own[0] if len(own) == 1 else joined(own)
-                yield index, [weighed(peer.ensemble, reading) for peer in self.peers]
+        for index, own in _whole(read_stretches(self.ensemble.active, windows, nodes, powers), owners):
+            reading = own[0] if len(own) == 1 else joined(own)
+            scores = [weighed(peer.ensemble, reading) for peer in self.peers]
+            answers = [(one.total, one.greedy) if kind == "loglikelihood" else one.total for one in scores]
+            yield index, self._tell_peers(kind, requests[index], answers)
 
     def _score(self, spans: Sequence[Span], ends: Sequence[int] = ()) -> Iterator[tuple[int, list[SpanScore]]]:
         """Score spans, in rounds that finish whole texts where `ends` tells how many spans end each of them."""
@@ -199,6 +168,19 @@ class RequestHandler(MainMemberView):
                 index,
                 SetAside(generation.refusal) if generation.refusal else self.texts.finished(generation, stops[index]),
             )
+
+
+def _whole(found: Iterable[tuple[int, T]], owners: Sequence[int]) -> Iterator[tuple[int, list[T]]]:
+    """Yield the windows of every text, in order, once all are there: they come in any order, each with its place."""
+    left = Counter(owners)
+    windows: dict[int, dict[int, T]] = defaultdict(dict)
+    for at, window in found:
+        index = owners[at]
+        windows[index][at] = window
+        left[index] -= 1
+        if not left[index]:
+            own = windows.pop(index)
+            yield index, [own[place] for place in sorted(own)]
 
 
 def share_passes(models: Sequence[RequestHandler]) -> None:
