@@ -7,16 +7,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.memory import fusion_bytes
+from lm_eval_deepen.engine.self_check import FLAT
 from lm_eval_deepen.errors import DeepenError
 from lm_eval_deepen.preflight.members import Inspected
+from lm_eval_deepen.relative.build import (
+    DENSE_LIMIT_BYTES,
+    MAX_DROPPED_MASS,
+    MatrixSpec,
+    described_rows,
+    temperature_for,
+)
+from lm_eval_deepen.relative.spaces import NORMALIZATIONS, unit_rows
+from lm_eval_deepen.relative.store import MatrixStore, explained
 from lm_eval_deepen.storage import check_folder
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.config import EnsembleConfig
-    from lm_eval_deepen.relative.build import MatrixSpec
-    from lm_eval_deepen.vocabulary import AnchorSet
+from lm_eval_deepen.vocabulary import AnchorSet, anchor_ids
 
 SAMPLE_ROWS = 256  # relative rows that are computed to see how flat they are
 
@@ -64,8 +74,6 @@ def plan_matrices(
 
     Whatever would stop the method from being built is added to `problems`; how flat rows are, to `notes`.
     """
-    from lm_eval_deepen.relative.store import MatrixStore, explained
-
     method = config.options
     if any(member.codec is None for member in members):
         return None, []
@@ -89,8 +97,6 @@ def plan_matrices(
 
 
 def _plan(member: Inspected, anchors: AnchorSet, spec: MatrixSpec, problems: list[str], notes: list[str]) -> MatrixPlan:
-    from lm_eval_deepen.relative.build import DENSE_LIMIT_BYTES, MAX_DROPPED_MASS
-
     assert member.codec is not None
     rows, count = len(member.codec.vocab), len(anchors)
     if spec.from_bytes:
@@ -128,12 +134,6 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
 
     Reads the embedding alone; None where it is not on this machine.
     """
-    import torch
-
-    from lm_eval_deepen.relative.build import described_rows, temperature_for
-    from lm_eval_deepen.relative.spaces import NORMALIZATIONS, unit_rows
-    from lm_eval_deepen.vocabulary import anchor_ids
-
     embeddings = member.files.load_embedding(spec.embeddings) if member.files else None
     if embeddings is None or member.codec is None or len(anchors) < 2:
         return None
@@ -162,8 +162,6 @@ def row_sample(member: Inspected, anchors: AnchorSet, spec: MatrixSpec) -> tuple
 
 def flat_notes(plans: Sequence[MatrixPlan], compat: str | None) -> list[str]:
     """Return a note for every matrix whose rows are nearly flat: they tell pieces hardly apart."""
-    from lm_eval_deepen.engine.self_check import FLAT
-
     advice = " As published; other rows are no reproduction." if compat == "reference" else " Use rows: canonical."
     return [
         f"member {plan.member!r}: its relative rows have {plan.entropy_share:.3f} of the entropy of flat ones, so that "
@@ -193,8 +191,6 @@ def device_needs(
     members: Sequence[Inspected], plans: Sequence[MatrixPlan], batch: int, tokens: int, available: Mapping[str, int]
 ) -> list[DeviceNeed]:
     """Return what every device would hold with `batch` texts of `tokens` at most; `available`: bytes where known."""
-    from lm_eval_deepen.engine.memory import fusion_bytes
-
     weights: Counter[str] = Counter()
     working: Counter[str] = Counter()
     for member in members:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, StorageError, one_line
+from lm_eval_deepen.member.configuration import class_defaults, completed, empty_shapes, is_left_out
 from lm_eval_deepen.storage import read_json, reason
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
                 "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
@@ -68,8 +71,6 @@ class ModelFiles:
 
     def setting(self, key: str) -> Any:
         """Return what the model has when it is loaded: of its generation config, else of its config or its class."""
-        from lm_eval_deepen.member.configuration import class_defaults
-
         sources = (self.generation, self.config, class_defaults(self.config.get("model_type")))
         return next((source[key] for source in sources if source.get(key) is not None), None)
 
@@ -111,8 +112,6 @@ class ModelFiles:
 
         By the headers of its weights, else by an empty model of its type, else by `estimate_parameters`.
         """
-        from lm_eval_deepen.member.configuration import empty_shapes
-
         headers = {name: header.shape for name, header in self.tensors.items()} if self.counted else {}
         if not (shapes := headers or empty_shapes(self.config)):
             return estimate_parameters(self)
@@ -147,8 +146,6 @@ class ModelFiles:
 
     def as_loaded(self) -> ModelFiles:
         """Return these facts without what is stored and not loaded: layers that predict further tokens, and copies."""
-        from lm_eval_deepen.member.configuration import is_left_out
-
         left_out = is_left_out(self.config)
         kept = {name: header for name, header in self.tensors.items() if not left_out(name)}
         return replace(self, tensors=kept)._without_copies()
@@ -177,8 +174,6 @@ class ModelFiles:
         """Return a tensor of the model; None where its files are not here."""
         if self.folder is None:
             return None
-        from safetensors import safe_open
-
         for path in weight_files(self.folder):
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():
@@ -238,8 +233,6 @@ def look_up(member: MemberConfig, offline: bool = False) -> ModelFiles:
         HubUnreachable: as it says.
         MemberError: there is no configuration, or no way to the hub.
     """
-    from lm_eval_deepen.member.configuration import completed
-
     folder = Path(member.pretrained).expanduser()
     local = folder.is_dir()
     if local:
@@ -296,8 +289,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Return the headers of a safetensors file, by tensor; raises MemberError where it is none, or was cut short."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
@@ -326,14 +317,11 @@ def _hub_arguments(member: MemberConfig) -> dict[str, Any]:
 
 def _fetch(member: MemberConfig, name: str, needed: bool = True, offline: bool = False) -> Path | None:
     """Return a small file of a hub model from the hub or its cache; None for one that it need not have."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     given = {**member.loading_dict(), **member.hf_kwargs_dict()}
     extra = {key: given[key] for key in ("cache_dir", "local_files_only", "subfolder") if given.get(key)}
     extra |= {"local_files_only": True} if offline else {}
     try:
-        return Path(hf_hub_download(member.pretrained, name, **_hub_arguments(member), **extra))
+        return Path(huggingface_hub.hf_hub_download(member.pretrained, name, **_hub_arguments(member), **extra))
     except Exception as error:
         if not needed and isinstance(error, (EntryNotFoundError, LocalEntryNotFoundError)):
             return None
@@ -346,12 +334,10 @@ def _fetch(member: MemberConfig, name: str, needed: bool = True, offline: bool =
 
 def remote_headers(member: MemberConfig) -> tuple[dict[str, TensorHeader], str]:
     """Return the headers of a hub model's weights; none, and why not, where it has none."""
-    from huggingface_hub import get_safetensors_metadata
-
     if {**member.loading_dict(), **member.hf_kwargs_dict()}.get("subfolder"):
         return {}, "the headers of a hub model's subfolder are not asked for"
     try:
-        metadata = get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
+        metadata = huggingface_hub.get_safetensors_metadata(member.pretrained, **_hub_arguments(member))
     except Exception as error:  # no safetensors files, no access: the configuration still gives an estimate
         return {}, f"no safetensors header of {member.pretrained!r}: {first_line(error)}"
     return {

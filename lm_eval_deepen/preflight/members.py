@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.engine.memory import kv_bytes_by
 from lm_eval_deepen.errors import DeepenError
+from lm_eval_deepen.member.configuration import held_when_loaded, is_encoder_decoder
+from lm_eval_deepen.member.encoder_decoder import DecoderCodec, check_languages, decoder_start
+from lm_eval_deepen.member.member import ends_of_text
+from lm_eval_deepen.member.preflight import files_of, load_tokenizer
+from lm_eval_deepen.member.runner import Held
+from lm_eval_deepen.member.text import Prompt, TextCodec
 from lm_eval_deepen.preflight.files import DTYPE_BYTES, STORED_BYTES, HubUnreachable, ModelFiles, look_up
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.member.runner import Held
-    from lm_eval_deepen.member.text import TextCodec
 
 SPREAD = "all GPUs"
 
@@ -78,10 +83,6 @@ class Inspected:
         """What it will keep of a text; None where no empty model of its type says it."""
         if self.files is None:
             return None
-        import torch
-
-        from lm_eval_deepen.member.configuration import held_when_loaded
-
         dtype = getattr(torch, self.dtype) if self.dtype in DTYPE_BYTES else torch.bfloat16
         return held_when_loaded(self.files.config, dtype)
 
@@ -91,8 +92,6 @@ class Inspected:
             return None
         if self.held is not None:
             return self.held.num_bytes(tokens)
-        from lm_eval_deepen.engine.memory import kv_bytes_by
-
         return kv_bytes_by(self.files.get, DTYPE_BYTES.get(self.dtype, 2), tokens)
 
     @property
@@ -101,8 +100,6 @@ class Inspected:
         assert self.codec is not None
         if not self.generates_only:
             return len(SAMPLE_TEXTS)  # else `codec` could not be built
-        from lm_eval_deepen.member.text import Prompt
-
         return sum(self.codec.follow(Prompt((), "", ()), text.encode()) is not None for text in SAMPLE_TEXTS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +158,6 @@ def numbered(device: str) -> str:
 
 
 def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list[str], offline: bool) -> Inspected:
-    from lm_eval_deepen.member.configuration import is_encoder_decoder
-
     given = config.loading_dict()
     named = numbered(str(given.get("device") or device))
     device = SPREAD if given.get("parallelize") else named  # it overrides a device
@@ -199,11 +194,6 @@ def _inspect(config: MemberConfig, device: str, problems: list[str], notes: list
 
 def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -> Inspected:
     """Return the member with its tokenizer mapped to bytes, which checks it on the sample texts."""
-    from lm_eval_deepen.member.encoder_decoder import DecoderCodec, check_languages, decoder_start
-    from lm_eval_deepen.member.member import ends_of_text
-    from lm_eval_deepen.member.preflight import files_of, load_tokenizer
-    from lm_eval_deepen.member.text import TextCodec
-
     tokenizer: Any = load_tokenizer(member.config)
     start: tuple[int, ...] = ()
     if member.generates_only:

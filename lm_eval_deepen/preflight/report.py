@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from lm_eval_deepen.config import EnsembleConfig
+from lm_eval_deepen.engine.ensemble import fuses
+from lm_eval_deepen.engine.memory import free_bytes
 from lm_eval_deepen.errors import ConfigError, DeepenError
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.config import EnsembleConfig
-    from lm_eval_deepen.harness.recipes import EnsembleRecipe
-    from lm_eval_deepen.preflight.cost import Machine, TaskCost
-    from lm_eval_deepen.preflight.ensemble import DeviceNeed, MatrixPlan, Overlap
-    from lm_eval_deepen.preflight.members import Inspected
+from lm_eval_deepen.harness.recipes import EnsembleRecipe, find_recipe
+from lm_eval_deepen.member.arguments import check_loading
+from lm_eval_deepen.member.devices import default_device, existing_devices
+from lm_eval_deepen.preflight import cost as inspect_cost
+from lm_eval_deepen.preflight.cost import Machine, TaskCost
+from lm_eval_deepen.preflight.ensemble import (
+    DeviceNeed,
+    MatrixPlan,
+    Overlap,
+    device_needs,
+    flat_notes,
+    overlaps,
+    plan_matrices,
+    to_json,
+    too_small,
+)
+from lm_eval_deepen.preflight.members import SPREAD, Inspected, inspect_members
 
 DEFAULT_TOKENS = 2048  # length of a text where no task says it
 
@@ -38,8 +53,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON data."""
-        from lm_eval_deepen.preflight.ensemble import to_json
-
         expected = [] if self.recipe is None else [entry.to_dict() for entry in self.recipe.expected]
         return {
             "recipe": self.recipe.name if self.recipe else None,
@@ -78,8 +91,6 @@ def inspect(ensemble: str, elsewhere: Mapping[str, str], plan: Plan) -> Report:
 
     `elsewhere` has a folder or hub name from which a member is read, by the member's name.
     """
-    from lm_eval_deepen.harness.recipes import find_recipe
-
     report = Report()
     try:
         report.recipe = find_recipe(ensemble)
@@ -101,10 +112,6 @@ def report_on(recipe: EnsembleRecipe, config: EnsembleConfig, plan: Plan) -> Rep
 
 def _members(report: Report, config: EnsembleConfig, plan: Plan) -> None:
     """Look at every member on its own."""
-    from lm_eval_deepen.member.arguments import check_loading
-    from lm_eval_deepen.member.devices import default_device
-    from lm_eval_deepen.preflight.members import inspect_members
-
     device = plan.device or default_device()
     if plan.memory is None:  # else the plan is for another machine, whose devices are not known here
         try:
@@ -116,9 +123,6 @@ def _members(report: Report, config: EnsembleConfig, plan: Plan) -> None:
 
 def _together(report: Report, config: EnsembleConfig) -> None:
     """Look at what the members have in common."""
-    from lm_eval_deepen.engine.ensemble import fuses
-    from lm_eval_deepen.preflight.ensemble import flat_notes, overlaps, plan_matrices
-
     report.overlaps = overlaps(report.members)
     if fuses(config):
         report.anchors, report.matrices = plan_matrices(config, report.members, report.problems, report.notes)
@@ -140,9 +144,6 @@ def _together(report: Report, config: EnsembleConfig) -> None:
 
 def _demands(report: Report, config: EnsembleConfig, recipe: EnsembleRecipe, plan: Plan) -> None:
     """Estimate memory, and the cost of the recipe's tasks."""
-    from lm_eval_deepen.preflight import cost as inspect_cost
-    from lm_eval_deepen.preflight.ensemble import device_needs, too_small
-
     main = report.members[0]
     given = plan.batch_size or config.batch_size
     report.batch = given if isinstance(given, int) else 1
@@ -166,12 +167,6 @@ def _demands(report: Report, config: EnsembleConfig, recipe: EnsembleRecipe, pla
 
 def _available(members: list[Inspected], memory: float | None) -> dict[str, int]:
     """Return the bytes of the members' devices: as given, else what is free on those of this machine."""
-    import torch
-
-    from lm_eval_deepen.engine.memory import free_bytes
-    from lm_eval_deepen.member.devices import existing_devices
-    from lm_eval_deepen.preflight.members import SPREAD
-
     devices = {member.device for member in members} - {SPREAD}
     if memory is not None:
         return {device: int(memory * 1e9) for device in devices}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lm_eval_deepen.leaderboard.published import AS_GIVEN
+from lm_eval_deepen.preflight.members import Inspected
+from lm_eval_deepen.preflight.report import Report
 from lm_eval_deepen.results.tables import aligned
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.preflight.members import Inspected
-    from lm_eval_deepen.preflight.report import Report
 
 
 def rendered(report: Report) -> str:

@@ -209,7 +209,7 @@ def test_too_few_anchors_and_too_little_memory_are_problems(inspected) -> None:
 
 
 def test_a_dense_matrix_over_the_limit_is_a_problem_with_the_number_that_fits(inspected, monkeypatch) -> None:
-    monkeypatch.setattr("lm_eval_deepen.relative.build.DENSE_LIMIT_BYTES", 400 * 4 * 100)
+    monkeypatch.setattr("lm_eval_deepen.preflight.ensemble.DENSE_LIMIT_BYTES", 400 * 4 * 100)
     status, found = inspected(compat="reference")
     assert status == 1
     assert "member 'bytelevel': its dense relative matrix (400 pieces" in found["problems"][0]
