@@ -214,9 +214,7 @@ def test_samples_are_taken_where_there_are_some(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "nq" / "test.jsonl").read_text() == "{}\n"
 
 
-def test_a_miniature_takes_the_demos_models_from_their_packages(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico: dict[str, Path]
-) -> None:
+def test_a_miniature_takes_the_demos_models_from_their_packages(monkeypatch, tmp_path, pico):
     """Where they are installed, so that nothing is asked of a hub; else by their hub names."""
     monkeypatch.setattr("lm_eval_deepen.build.demo_models.is_available", lambda model: model is DEMO_MODELS[0])
     monkeypatch.setattr("lm_eval_deepen.build.demo_models.prepare", lambda model: pico["bytelevel"])

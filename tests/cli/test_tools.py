@@ -56,9 +56,7 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert told.startswith("error: ") and told.count("\n") == 1 and "(see lm-eval-deepen" in told
 
 
-def test_a_user_error_is_one_line_and_exit_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
     def fail(args: object) -> int:
         raise ConfigError("weights: got 3 for 2 members.")
 
@@ -162,9 +160,7 @@ def test_demo_compares_each_model_alone_and_both_orders():
     assert orders == [[str(small), str(large)], [str(large), str(small)]]
 
 
-def test_demo_writes_results_and_prints_the_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
+def test_demo_writes_results_and_prints_the_table(monkeypatch, capsys, tmp_path):
     import lm_eval
 
     calls = []

@@ -22,9 +22,7 @@ def told(folder: Path) -> dict[tuple, Mapping[str, Any]]:
     return {(task, *(one[name] for name in names)): one for task in found for one in documents_of(found[task])}
 
 
-def test_two_processes_that_go_on_from_a_killed_one_leave_the_trace_of_one(
-    pico: dict[str, Path], task_folder: Path, tmp_path: Path, evaluate: Any
-) -> None:
+def test_two_processes_that_go_on_from_a_killed_one_leave_the_trace_of_one(pico, task_folder, tmp_path, evaluate):
     members = [pico["bytelevel"], pico["metaspace"]]
     traced = {"trace": True, "trace_dir": str(tmp_path / "traces")}
     steps = [["run", "evaluate", {"tasks": TASKS, "use_cache": str(tmp_path / "responses")}]]
@@ -52,9 +50,7 @@ def test_two_processes_that_go_on_from_a_killed_one_leave_the_trace_of_one(
         assert got == pytest.approx(wanted, abs=1e-3)
 
 
-def test_the_first_documents_are_the_task_s_not_the_first_that_are_left(
-    pico: dict[str, Path], tmp_path: Path, evaluate: Any
-) -> None:
+def test_the_first_documents_are_the_task_s_not_the_first_that_are_left(pico, tmp_path, evaluate):
     """Of a run that goes on from a response cache, documents whose answers are there count as well."""
     members, cache = [pico["bytelevel"], pico["metaspace"]], str(tmp_path / "responses")
     for limit, trace, expected in ((1, None, set()), (3, 2, {1}), (4, 2, {1})):

@@ -370,9 +370,7 @@ def test_translation_pairs_the_hubs_sentences_by_their_number(monkeypatch: pytes
 # --- bad input
 
 
-def test_metadata_names_the_folder_too_and_a_missing_subject_is_an_error(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metadata_names_the_folder_too_and_a_missing_subject_is_an_error(data, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     assert len(load("deepen_nq", data_dir=str(data)).eval_docs) == 3
     with pytest.raises(FileNotFoundError, match=rf"no MMLU subject 'virology'; there are: anatomy, .*{VARIABLE}"):

@@ -145,9 +145,7 @@ def test_all_tasks_and_tags_are_found() -> None:
 
 
 @pytest.mark.parametrize("folder", [TASK_CONFIGS, TASK_CONFIGS / "demo"])
-def test_demo_loads_from_another_working_directory(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_loads_from_another_working_directory(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = manager(folder).load("deepen_demo")["tasks"]
     assert {name: len(task.eval_docs) for name, task in loaded.items()} == {
@@ -159,9 +157,7 @@ def test_demo_loads_from_another_working_directory(
 
 
 @pytest.mark.parametrize("folder", [TASK_CONFIGS, TASK_CONFIGS / "samples"])
-def test_samples_load_from_another_working_directory(
-    folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_load_from_another_working_directory(folder, tiny_data, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

@@ -80,9 +80,7 @@ def answers(folder: str, plans: tuple[str, str], size: int | None, out: str) -> 
 @pytest.mark.parametrize(
     ("nodes", "processes", "plans", "size"), [(1, 4, ("auto", "auto"), 2), (2, 1, ("auto", ""), None)]
 )
-def test_divided_members_score_as_in_one_process(
-    nodes: int, processes: int, plans: tuple[str, str], size: int | None, pico: dict[str, Path], tmp_path: Path
-) -> None:
+def test_divided_members_score_as_in_one_process(nodes, processes, plans, size, pico, tmp_path):
     """All processes of a launch hold a member together, or groups of `size` processes share the requests."""
     folder = str(pico["bytelevel"].parent)
     expected = answers(folder, ("", ""), None, str(tmp_path))
@@ -130,9 +128,7 @@ def test_divided_members_score_as_in_one_process(
         (({"tp_size": 2}, {"tp_size": 4}), {"tp_plan": "auto"}, "differs between members: bytelevel 2, metaspace 4"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_before_a_model_loads(
-    own: tuple[dict, dict], beside: dict, said: str, pico: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_that_cannot_be_are_refused_before_a_model_loads(own, beside, said, pico, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(Ensemble, "load", None)
     members = [{"pretrained": str(pico[name]), **keys} for name, keys in zip(NAMES, own, strict=True)]

@@ -248,9 +248,7 @@ def test_tasks_without_data_are_a_problem(tmp_path, inspected, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("argv", "message"), [(["--member", "a"], "NAME=WHERE"), (["--tflops", "0"], "a number above 0")]
 )
-def test_bad_arguments_of_the_command_are_user_errors(
-    capsys: pytest.CaptureFixture, argv: list[str], message: str
-) -> None:
+def test_bad_arguments_of_the_command_are_user_errors(capsys, argv, message):
     try:
         assert main(["inspect", "org/a", *argv]) == 2
     except SystemExit as stop:  # of the parser
@@ -359,9 +357,7 @@ def test_layers_that_predict_further_tokens_are_stored_and_not_counted(kind: str
         ({"model_type": "gpt_neox", "num_hidden_layers": 44}, "gpt_neox.layers.3.attention.dense.bias", False),
     ],
 )
-def test_what_transformers_does_not_load_is_known_by_its_name(
-    config: dict[str, Any], name: str, expected: bool
-) -> None:
+def test_what_transformers_does_not_load_is_known_by_its_name(config, name, expected):
     assert is_left_out(config)(name) is expected
 
 

@@ -377,9 +377,7 @@ def test_the_command_says_where_the_page_is(folders: tuple[Path, Path], tmp_path
         assert cli.main(["view", str(folders[0]), *wrong]) == 2 and said in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_had_is_told_before_the_traces_are_read(
-    folders: tuple[Path, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_a_place_that_cannot_be_had_is_told_before_the_traces_are_read(folders, tmp_path, capsys, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -491,9 +489,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 400, 1280])
-def test_a_browser_shows_it_without_an_error_and_without_scrolling_sideways(
-    folders: tuple[Path, Path], tmp_path: Path, width: int, dark: bool
-) -> None:
+def test_a_browser_shows_it_without_an_error_and_without_scrolling_sideways(folders, tmp_path, width, dark):
     shown = f"[page.document.documentElement.scrollWidth, page.innerWidth, page.document.body.innerText, {CONTRAST}]"
     (needed, there, text, (contrast, least)), console = measured(page(*folders), width, shown, tmp_path, dark)
     assert needed <= there == width and "Token 2 of 3" in text and not console
