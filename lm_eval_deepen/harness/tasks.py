@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string, simple_parse_args_string
 from pydantic import Field
@@ -72,7 +72,11 @@ class LoadedTask:
     @cached_property
     def documents(self) -> dict[str, list[str]]:
         """The harness's ``doc_hash`` of every document that is evaluated, by task."""
-        return {name: doc_hashes(evaluated(leaf, self.spec.limit)) for name, leaf in self.leaves.items()}
+        hashes = {}
+        for name, leaf in self.leaves.items():
+            evaluated = leaf.doc_iterator(limit=get_sample_size(leaf, self.spec.limit))
+            hashes[name] = doc_hashes([document for _, document in evaluated])
+        return hashes
 
     @cached_property
     def few_shots(self) -> dict[str, str]:
@@ -120,15 +124,6 @@ def _config_digest(leaf: Any) -> str:
     config = {key: value for key, value in leaf.dump_config().items() if key not in _PLACES}
     text = _ADDRESS.sub("", json.dumps(config, sort_keys=True, default=str, ensure_ascii=True))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def evaluated(task: Any, limit: int | float | None) -> list[Any]:
-    """Return the documents that the harness evaluates, in order."""
-    documents = task.eval_docs
-    count = len(documents)
-    if limit is not None:
-        count = min(count, math.ceil(count * limit) if limit < 1 else int(limit))
-    return [documents[i] for i in range(count)]
 
 
 def generation_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:

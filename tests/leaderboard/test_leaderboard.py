@@ -30,7 +30,7 @@ from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.harness import requests as answering
 from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.requests import share_passes
-from lm_eval_deepen.harness.tasks import doc_hashes, evaluated, load_tasks
+from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution, models
 from lm_eval_deepen.leaderboard import table as leaderboard_table
@@ -747,7 +747,7 @@ def tuned(write, tmp_path, folder):
     """Writes an ensemble file that was fitted on given documents, and the recipe that has it as a row."""
     recipe = read_recipe(write(grid={"orders": ["A+B"]}))
     [task] = load_tasks(recipe.tasks, recipe.include_path)
-    hashes = doc_hashes(evaluated(task.leaves["conf_choice"], None))
+    hashes = task.documents["conf_choice"]
 
     def tuned(documents, **changes):
         config = recipe.rows[2].config
