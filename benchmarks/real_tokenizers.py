@@ -36,8 +36,8 @@ import transformers
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import DeepenError, VocabularyError
-from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.text import TextCodec
+from lm_eval_deepen.member.tokenizer_files import files_of, load_tokenizer
 
 NAMES = "llama2 llama3 llama3_1 qwen3 gemma3 gemini gpt4o gptoss gpt35turbo deepseek_v3 claude".split()
 FOLDER = "LM_EVAL_DEEPEN_TOKENIZERS"  # environment variable that names the folder for the tests
@@ -118,7 +118,7 @@ def codec_of(tokenizer: Any, name: str, config: MemberConfig | None) -> TextCode
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     prefix = next((i for i in (tokenizer.bos_token_id, *eos) if i is not None), 0)
     given = {"size": len(tokenizer), "eos": eos, "prefix_id": prefix, "add_special": True, "name": name}
-    return TextCodec.build(tokenizer, files=None if config is None else files_of(config), checked=True, **given)
+    return TextCodec.build(tokenizer, files=None if config is None else files_of(config), **given)
 
 
 def load(folder: Path) -> tuple[Found, Any, TextCodec | None]:

@@ -30,6 +30,18 @@ def spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
+def codec_of(tokenizer: Any, *, size: int | None = None, **given: Any) -> Any:
+    """The byte view of a tokenizer; `given` are further arguments of `TextCodec.build`."""
+    from transformers import PreTrainedTokenizerFast
+
+    from lm_eval_deepen.member.text import TextCodec
+
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    given = {"eos": (), "prefix_id": 1, "add_special": True, "name": "m", **given}
+    return TextCodec.build(tokenizer, size=size or len(tokenizer), **given)
+
+
 def byte_level(extra: list[AddedToken] | None = None) -> Tokenizer:
     """GPT-2's arrangement, with a prefix space and a BOS that the rewrite must remove."""
     tokenizer = Tokenizer(models.BPE())

@@ -17,21 +17,21 @@ OTHER = "everything else"
 # What time is spent on, and the functions that spend it: `module:Class.method` or `module:function`, below the
 # package. Functions that a version of the product does not have are listed, not timed.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "log-softmax, temperature": ("member.runner:BodyRunner.logp", "member.runner:PlainRunner.logp"),
+    "log-softmax, temperature": ("member.runner:Runner.logp",),
     "masks": ("member.attention:MaskMaker.__call__",),
     "cache bookkeeping": (
         "member.cache:RowCache.advance",
         "member.cache:RowCache.admit",
         "member.cache:RowCache.keep",
-        "member.kv:ColumnCache.pack",
-        "member.kv:ColumnCache.take",
-        "member.kv:ColumnCache.aim",
+        "member.cache:ColumnCache.pack",
+        "member.cache:ColumnCache.take",
+        "member.cache:ColumnCache.aim",
     ),
     "prefix trees": (
         "member.tree:TokenTree.add",
         "member.tree:TokenTree.preorder",
-        "member.runner:BodyRunner.states_at",
-        "member.walk:TreeWalker.states",
+        "member.runner:Runner.states_at",
+        "member.walk:Walker.states",
         "member.walk:TreeWalker.prefill",
         "member.walk:TreeWalker._forward",
         "member.walk:TreeWalker._move",

@@ -21,9 +21,9 @@ from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
-from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.devices import give_back_freed_memory
-from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
+from lm_eval_deepen.member.loading import check_loading, preview_vocabularies
+from lm_eval_deepen.member.tokenizer_files import load_tokenizer
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
 from lm_eval_deepen.weighting.bayes import Bayes

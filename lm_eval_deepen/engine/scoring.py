@@ -31,9 +31,7 @@ from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import posteriors
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
-
-    Walker = TreeWalker | PlainWalker
+    from lm_eval_deepen.member.walk import Walker
 
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 

@@ -28,7 +28,7 @@ from lm_eval_deepen.weighting.experts import Experts, posteriors
 
 if TYPE_CHECKING:
     from lm_eval_deepen.member import Member
-    from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
+    from lm_eval_deepen.member.walk import Walker
 
 log = logging.getLogger(__name__)
 
@@ -381,7 +381,7 @@ def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[in
 
 
 def _read(
-    member: Member, m: int, walker: TreeWalker | PlainWalker, spans: Sequence[StretchSpan], powers: Sequence[float]
+    member: Member, m: int, walker: Walker, spans: Sequence[StretchSpan], powers: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return what one member makes of every text.
 

@@ -28,10 +28,9 @@ from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.chat import distinct
-from lm_eval_deepen.member.encoder_decoder_runner import divide
-from lm_eval_deepen.member.generation import Asked, Settings, presented, with_end
+from lm_eval_deepen.member.encoder_decoder import divide
+from lm_eval_deepen.member.generation import Asked, Settings, presented, row_generator, with_end
 from lm_eval_deepen.member.runner import base_model
-from lm_eval_deepen.member.sampling import row_generator
 
 
 @dataclass(frozen=True)

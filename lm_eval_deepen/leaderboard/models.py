@@ -28,9 +28,9 @@ from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.harness.requests import RequestHandler, share_passes
 from lm_eval_deepen.member import Member, load_member
-from lm_eval_deepen.member.arguments import check_loading
 from lm_eval_deepen.member.chat import distinct
-from lm_eval_deepen.member.preflight import load_tokenizer, preview_vocabularies
+from lm_eval_deepen.member.loading import check_loading, preview_vocabularies
+from lm_eval_deepen.member.tokenizer_files import load_tokenizer
 from lm_eval_deepen.pooling.base import scores_texts
 
 if TYPE_CHECKING:

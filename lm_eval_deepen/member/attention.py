@@ -21,11 +21,7 @@ class MaskMaker:
     """Builds the attention masks of one model from positions and an ancestor relation."""
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        """Read the window and layer types of a text model's `config`.
-
-        Raises:
-            NotImplementedError: the model has layers whose attention these masks cannot express.
-        """
+        """Read a text model's `config`; NotImplementedError: it has layers whose attention no such mask expresses."""
         self.additive = getattr(config, "_attn_implementation", "sdpa") == "eager"
         self.dtype = dtype
         self.window: int | None = getattr(config, "sliding_window", None)

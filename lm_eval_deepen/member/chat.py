@@ -35,24 +35,20 @@ class ChatPrompt(str):
     ) -> ChatPrompt:
         """Attach a conversation to its rendering."""
         prompt = super().__new__(cls, text)
-        prompt.messages = messages
-        prompt.add_generation_prompt = add_generation_prompt
-        prompt.appended, prompt.trimmed, prompt.failure, prompt.others = appended, trimmed, failure, others
+        prompt.messages, prompt.add_generation_prompt, prompt.appended = messages, add_generation_prompt, appended
+        prompt.trimmed, prompt.failure, prompt.others = trimmed, failure, others
         return prompt
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def __getnewargs_ex__(self) -> tuple[Any, ...]:
         """Give pickle what `__new__` needs."""
-        made = self.messages, self.add_generation_prompt, self.appended, self.trimmed, self.failure, self.others
-        return str(self), *made
+        return (str(self),), vars(self)
 
     def __add__(self, text: str) -> ChatPrompt:
         """Return the conversation with `text` after it; every member appends it to its own rendering."""
         if not isinstance(text, str):
             return NotImplemented
-        appended = self.appended + str(text)
-        whole = str(self) + str(text)
-        made = self.messages, self.add_generation_prompt, appended
-        return ChatPrompt(whole, *made, failure=self.failure, others=self.others)
+        changed = {"appended": self.appended + str(text), "trimmed": False}
+        return ChatPrompt(str(self) + str(text), **{**vars(self), **changed})
 
     @property
     def continued(self) -> bool:
@@ -62,8 +58,7 @@ class ChatPrompt(str):
     def split_spaces(self) -> tuple[ChatPrompt, str]:
         """Return the conversation without the spaces at its end, and these spaces."""
         text = self.rstrip()
-        made = self.messages, self.add_generation_prompt, self.appended, True, self.failure, self.others
-        return ChatPrompt(text, *made), str(self)[len(text) :]
+        return ChatPrompt(text, **{**vars(self), "trimmed": True}), str(self)[len(text) :]
 
     def rendered(self, text: str) -> str:
         """Return another rendering of the messages, with what was done to this one."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member.text import Prompt, TextCodec, incomplete_tail
 from lm_eval_deepen.vocabulary import last_safe_cut
+from lm_eval_deepen.vocabulary.restarts import Restarts
 
 BEFORE = 4  # characters before a place that decide whether it is one
 SEARCHED = 256  # tokens, the last ones, among which a place to read from again is looked for
@@ -56,9 +57,8 @@ class TextCursor:
             self._rest, self._blocks, self._first = self._rest[len(settled) :], [], None
             text = text[cut:]
         restarts = self.codec.restarts
-        long = restarts is not None and len(text) > restarts.worth
-        if long and restarts is not None and not self._invalid and not restarts.traps.search(text):
-            self._fold(text)
+        if restarts and len(text) > restarts.worth and not self._invalid and not restarts.traps.search(text):
+            self._fold(text, restarts)
 
     def _text(self) -> str:
         """Return the whole characters after `fixed`; bytes that are part of none are escaped."""
@@ -69,7 +69,7 @@ class TextCursor:
             self._invalid = True
             return whole.decode(errors="surrogateescape")
 
-    def _fold(self, text: str) -> None:
+    def _fold(self, text: str, restarts: Restarts) -> None:
         """Put the tokens before the last place to read from again among the fixed ones, if there is such a place."""
         try:
             count, ids = self._read(text)
@@ -79,8 +79,7 @@ class TextCursor:
             block = self._blocks.pop()
             text, self._rest, self._first = block.text + text, block.text.encode() + self._rest, block.first
         self._keep(count)
-        restarts, pieces, data = self.codec.restarts, self.codec.vocab.pieces, text.encode()
-        assert restarts is not None
+        pieces, data = self.codec.vocab.pieces, text.encode()
         offset = len(data)
         for at in range(len(ids) - 1, max(0, len(ids) - SEARCHED), -1):
             offset -= len(pieces[ids[at]])
@@ -102,9 +101,6 @@ class TextCursor:
         """Return with how many of `fixed` the tokens begin if a text comes after these, and the tokens after them.
 
         The rest begins the text. It is read from where the rest begins, or further back until the tokens before stay.
-
-        Raises:
-            VocabularyError: the tokenizer cannot spell the text.
         """
         count, first, ids = len(self.fixed), self._first, self.codec.encode(text)
         at, more = len(self._blocks), 1

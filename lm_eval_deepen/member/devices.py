@@ -39,10 +39,9 @@ def default_device() -> str:
 
 
 def parse_device(asked: Any, where: str) -> torch.device:
-    """Return the device that an argument such as ``cuda:1`` names, whether it exists or not; `where` begins the error.
+    """Return the device that an argument such as ``cuda:1`` names, whether it exists or not.
 
-    Raises:
-        ConfigError: it is not the name of a device.
+    Raises ConfigError, which begins with `where`, for what is not the name of a device.
     """
     try:
         if isinstance(asked, (str, torch.device)):
@@ -56,12 +55,8 @@ def parse_device(asked: Any, where: str) -> torch.device:
 def place(asked: Any, where: str) -> str:
     """Return the device to load on as ``HFLM`` spells it, which takes any other spelling for no device at all.
 
-    Args:
-        asked: what was given; None stands for the first GPU, or the CPU where there is none.
-        where: what begins the error.
-
-    Raises:
-        ConfigError: this machine has no such device.
+    None stands for the first GPU, or the CPU where there is none. Raises ConfigError, which begins with `where`, for a
+    device that this machine lacks.
     """
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,10 +110,7 @@ def working_device(module: nn.Module) -> torch.device:
 def weight_of(module: Any) -> Tensor:
     """Return the ``weight`` of an embedding or of a linear layer, with what an adapter adds to it.
 
-    It is fetched from where it was offloaded to.
-
-    Raises:
-        MemberError: it is divided over processes.
+    It is fetched from where it was offloaded to. Raises MemberError where it is divided over processes.
     """
     # A DTensor, whose place moves between versions of torch. Gathering it needs all processes at once, which build
     # matrices in turn.

@@ -1,26 +1,37 @@
-"""The generation settings of a request and, with one member, of its checkpoint, as ``HFLM`` and ``generate`` read them.
+"""How a text is generated: settings of a request and, with one member, of its checkpoint; and the choice of a token.
 
-Every field of transformers' ``GenerationConfig`` has the effect here that it has in ``generate``, or is refused by its
-name. transformers itself puts the logits processors together; a field that it gains one day, and that nothing here
-knows, is refused until somebody has said what becomes of it.
+Settings are read as ``HFLM`` and ``generate`` read them. Every field of transformers' ``GenerationConfig`` has the
+effect here that it has in ``generate``, or is refused by its name. transformers itself puts the logits processors
+together; a field that it gains one day, and that nothing here knows, is refused until somebody has said what becomes of
+it.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from transformers import GenerationConfig, LogitsProcessorList
+from torch import Tensor
+from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
-from lm_eval_deepen.errors import RequestError, did_you_mean
+from lm_eval_deepen.errors import RequestError, did_you_mean, one_line
 from lm_eval_deepen.member.devices import working_device
-from lm_eval_deepen.member.sampling import Sampler, from_chance
 
+# These multiply scores, so that what they do depends on where the zero of the logits lies.
+MULTIPLYING = (RepetitionPenaltyLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor, ExponentialDecayLengthPenalty)
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning, by precedence
 
 # Fields that act on the next token's scores, or end a text.
@@ -50,6 +61,11 @@ MODES = frozenset(
     "num_beams use_mtp prompt_lookup_num_tokens assistant_early_exit penalty_alpha dola_layers constraints "
     "force_words_ids".split()
 )
+# Values with which a field asks for nothing, where these are others than whatever counts as false.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stop_strings": (None,), "max_time": (None,), "num_return_sequences": (None, 0, 1), "guidance_scale": (None, 1),
+    "eos_token_id": (),
+}  # fmt: skip
 GREEDY_OR_SAMPLED = ("greedy_search", "sample")
 OTHER_CACHES = ("paged", "quantized")  # another way of decoding, and other numbers
 SUPPORTED = ", ".join(["until", "max_gen_toks", *sorted(HONOURED - {"max_new_tokens"})])
@@ -66,11 +82,7 @@ class Asked:
 
     @classmethod
     def read(cls, arguments: Any, default_length: int) -> Asked:
-        """Read a request's arguments, as the harness's ``HFLM`` does.
-
-        Args:
-            arguments: the request's ``gen_kwargs``; not modified.
-            default_length: tokens to generate where they name no number.
+        """Read a request's ``gen_kwargs``, as ``HFLM`` does; `default_length`: tokens where they name no number.
 
         Raises:
             RequestError: an argument that ``hf`` cannot read, or reads as something else than it says.
@@ -80,9 +92,7 @@ class Asked:
         given = dict(arguments)
         if nameless := [key for key in given if not isinstance(key, str)]:
             raise RequestError(f"generation argument {nameless[0]!r}={given[nameless[0]]!r} has no name. Quote it.")
-        _check_until(given)
-        _check_length(given)
-        _check_choice(given)
+        _check_values(given)
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, default_length))
         until, length, total = kwargs.pop("until"), kwargs.pop("max_gen_toks"), kwargs.pop("max_length", None)
         if not kwargs["do_sample"] or "temperature" not in given:
@@ -104,53 +114,110 @@ def presented(text: str, until: Sequence[str], think_end: str | None) -> str:
     return shown
 
 
-def _check_until(given: Mapping[str, Any]) -> None:
+def _check_values(given: Mapping[str, Any]) -> None:
+    """Refuse values that ``hf`` cannot read, or reads as something else: the text "false" would sample."""
+
+    def require(holds: bool, key: str, wanted: str) -> None:
+        if not holds:
+            raise RequestError(f"generation argument {key}={given[key]!r} must be {wanted}")
+
     until = given.get("until", [])
     stops = until if isinstance(until, list) else [until]
-    if all(isinstance(stop, str) for stop in stops):
-        if halves := [stop for stop in stops if stop.encode(errors="ignore").decode() != stop]:
+    wanted = "text or a list of texts. Quote what is no text, or give [] for no stop string."
+    require(all(isinstance(stop, str) for stop in stops), "until", wanted)
+    if halves := [stop for stop in stops if stop.encode(errors="ignore").decode() != stop]:
+        raise RequestError(
+            f"generation argument until has {halves[0]!r}, with half of a UTF-16 pair, which no text has. Mend it."
+        )
+    for key in LENGTHS:
+        try:
+            positive = given.get(key) is None or int(given[key]) >= 1
+        except (TypeError, ValueError, OverflowError):
+            positive = False
+        require(positive, key, "a whole number of tokens, 1 or more.")
+    wanted = "a whole number of tokens, those of the prompt included. Correct it, or give max_gen_toks instead."
+    require(isinstance(total := given.get("max_length", 1), int) and not isinstance(total, bool), "max_length", wanted)
+    sample = given.get("do_sample")
+    wanted = "true or false. Give it without quotes: as text it would count as true."
+    require(sample is None or isinstance(sample, int) and sample in (0, 1), "do_sample", wanted)
+    heat = given.get("temperature", 0.0)
+    wanted = "a number. Give it without quotes, or leave it out."
+    require(isinstance(heat, (int, float)) and not isinstance(heat, bool), "temperature", wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Chooses the tokens of one text."""
+
+    # what changes the scores before the choice
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    do_sample: bool = False  # draw from the distribution; otherwise take its maximum
+    named: str = ""  # the settings, for messages
+
+    def choose(self, scores: Tensor, before: Sequence[int], generator: torch.Generator | None) -> int:
+        """Return the next token.
+
+        Args:
+            scores: logits of one member alone, or fused log-probabilities [K].
+            before: the tokens so far, those of the prompt among them.
+            generator: the row's own source of randomness; needed where tokens are drawn.
+
+        Raises:
+            RequestError: the settings leave nothing to choose from.
+        """
+        ids = torch.tensor([list(before)], device=scores.device)
+        try:
+            with torch.no_grad():
+                scores = self.processors(ids, scores[None].float().clone())[0]
+        except (IndexError, TypeError, ValueError) as error:
             raise RequestError(
-                f"generation argument until has {halves[0]!r}, with half of a UTF-16 pair, which no text has. Mend it."
+                f"the generation arguments {self.named} cannot be applied to a text of {len(before)} tokens: "
+                f"{one_line(error)}. Correct them or leave them out."
+            ) from error
+        if not self.do_sample:
+            return int(scores.argmax())
+        probabilities = torch.softmax(scores, dim=-1).cpu()
+        if not bool(probabilities.isfinite().all()):
+            raise RequestError(
+                f"the generation arguments {self.named} leave no distribution to draw a token from: all pieces are "
+                "ruled out, or logits divided by the temperature are no finite numbers. Correct them."
             )
-        return
-    raise RequestError(
-        f"generation argument until={until!r} must be text or a list of texts. Quote what is no text, or give [] for "
-        "no stop string."
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the choice is the maximum of the distribution as it stands."""
+        return not self.do_sample and not self.processors
+
+
+class FromChance(LogitsProcessor):
+    """A processor that multiplies scores, applied to log(K p), whose zero is a piece as likely as by chance.
+
+    K is the number of pieces. A penalty brings a piece that is likelier than 1/K closer to that, and one that is less
+    likely further away from it, as it does with a model's logits and their zero. So nothing depends on a number added
+    to all scores, which changes no probability. Log-probabilities themselves would leave a piece of probability 1 as
+    it is; log-odds, one above 1/2 always in front.
+    """
+
+    def __init__(self, processor: LogitsProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return log(K p), changed, [B, K] from scores [B, K]."""
+        return self.processor(input_ids, torch.log_softmax(scores, dim=-1) + math.log(scores.shape[-1]))
+
+
+def from_chance(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Return processors for a fused distribution, whose logits have no zero that would mean anything."""
+    return LogitsProcessorList(
+        FromChance(processor) if isinstance(processor, MULTIPLYING) else processor for processor in processors
     )
 
 
-def _check_length(given: Mapping[str, Any]) -> None:
-    for key in LENGTHS:
-        value = given.get(key)
-        if value is None:
-            continue
-        try:
-            number = int(value)
-        except (TypeError, ValueError, OverflowError):
-            number = 0
-        if number < 1:
-            raise RequestError(f"generation argument {key}={value!r} must be a whole number of tokens, 1 or more.")
-    if "max_length" in given and (isinstance(given["max_length"], bool) or not isinstance(given["max_length"], int)):
-        raise RequestError(
-            f"generation argument max_length={given['max_length']!r} must be a whole number of tokens, those of the "
-            "prompt included. Correct it, or give max_gen_toks instead."
-        )
-
-
-def _check_choice(given: Mapping[str, Any]) -> None:
-    """Check the types of `do_sample` and `temperature`: the text "false" would sample under ``hf``."""
-    sample = given.get("do_sample")
-    if sample is not None and not (isinstance(sample, (bool, int)) and sample in (0, 1)):
-        raise RequestError(
-            f"generation argument do_sample={sample!r} must be true or false. Give it without quotes: as text it would "
-            "count as true."
-        )
-    temperature = given.get("temperature", 0.0)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise RequestError(
-            f"generation argument temperature={temperature!r} must be a number. Give it without quotes, or leave it "
-            "out."
-        )
+def row_generator(seed: int, *parts: str) -> torch.Generator:
+    """Return a generator that depends on the seed and on `parts` alone, not on batching or order."""
+    digest = hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
@@ -209,9 +276,7 @@ class Settings:
     def _config(self, own: GenerationConfig, asked: Asked, prompt: Sequence[int]) -> GenerationConfig:
         """Return what ``generate`` would make of its arguments, the model's config and transformers' defaults."""
         config = copy.deepcopy(own)
-        defaults = getattr(config, "_get_default_generation_params", None)
-        if defaults is not None:  # transformers 5; before, a new config has them
-            config.update(**defaults(), defaults_only=True)
+        config.update(**config._get_default_generation_params(), defaults_only=True)
         config.update(**asked.settings)
         # `HFLM` gives `max_length`; the model's `max_new_tokens` goes before it.
         config.max_length = len(prompt) + asked.max_gen_toks if asked.max_length is None else asked.max_length
@@ -254,17 +319,19 @@ class Settings:
                     "model's own vocabulary. Leave it out."
                 )
 
-        def attempt(own: GenerationConfig, settings: dict[str, Any]) -> None:
-            self._try(own, Asked(asked.until, asked.max_gen_toks, asked.max_length, settings), prompt, source)
+        def attempt(own: GenerationConfig, settings: dict[str, Any]) -> Exception | None:
+            """Return what speaks against settings: whatever a validator or processor of transformers raises."""
+            try:
+                self._try(own, replace(asked, settings=settings), prompt, source)
+            except Exception as error:
+                return error
+            return None
 
-        try:
-            attempt(self.own, asked.settings)
+        if (problem := attempt(self.own, asked.settings)) is None:
             return
-        except Exception as error:  # whatever a validator or processor of transformers raises
-            problem = error
         for key, value in asked.settings.items():
             rest = {k: v for k, v in asked.settings.items() if k != key}
-            if key != "do_sample" and _succeeds(attempt, self.own, rest):
+            if key != "do_sample" and attempt(self.own, rest) is None:
                 raise RequestError(
                     f"generation argument {key}={value!r} {_why(problem)} Correct it or leave it out."
                 ) from problem
@@ -272,7 +339,7 @@ class Settings:
         for key, value in own.items():
             without = copy.deepcopy(self.own)
             setattr(without, key, None)
-            if _succeeds(attempt, without, asked.settings):
+            if attempt(without, asked.settings) is None:
                 raise RequestError(
                     f"member {self.name!r}: its generation config sets {key}={value!r}, which {_why(problem)} "
                     "Take it out of the model's generation_config.json."
@@ -316,25 +383,8 @@ def _why(problem: Exception) -> str:
     return f"cannot be honoured: {' '.join(str(problem).split()).rstrip('.')}."
 
 
-def _succeeds(attempt: Callable[..., None], *arguments: Any) -> bool:
-    try:
-        attempt(*arguments)
-    except Exception:  # as above
-        return False
-    return True
-
-
 def _is_neutral(key: str, value: Any) -> bool:
-    """Return whether a field's value asks for nothing."""
-    if key in ("stop_strings", "max_time"):
-        return value is None
-    if key == "num_return_sequences":
-        return value in (None, 0, 1)
-    if key == "guidance_scale":
-        return value in (None, 1)
-    if key == "eos_token_id":
-        return False
-    return not value
+    return value in NEUTRAL[key] if key in NEUTRAL else not value
 
 
 def _named(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,18 @@ TOLERANCES = {torch.float64: (1e-3, 1e-9), torch.float32: (1e-3, 1e-5)}
 HALF = {torch.bfloat16: (0.5, 2e-2), torch.float16: (0.5, 2e-2)}
 
 
-def sharpest(model: nn.Module, autocast: torch.dtype | None) -> tuple[nn.Module, torch.dtype | None]:
-    """Return a copy of a small model in double precision, else the model; and what it is autocast to."""
+def sharpest(model: nn.Module, autocast: torch.dtype | None) -> PlainRunner:
+    """Return forward passes of a copy of a small model in double precision, else of the model."""
     weights = list(model.parameters())
     plain = not getattr(model, "is_quantized", False) and all(x.is_floating_point() for x in weights)
     here = not any(x.is_meta for x in weights) and not hasattr(model, "hf_device_map")
     here = here and not getattr(model, "tp_size", None)  # a copy of a slice would call the others' collectives
-    if not plain or not here or sum(x.numel() for x in weights) > SMALL_MODEL:
-        return model, autocast
-    try:
-        exact = copy.deepcopy(model).double()
-        PlainRunner(exact).states_at([[0, 0]])
-    except Exception:  # code that insists on its own precision: it is checked in that
-        return model, autocast
-    return exact, None
+    if plain and here and sum(x.numel() for x in weights) <= SMALL_MODEL:
+        with suppress(Exception):  # code that insists on its own precision: it is checked in that
+            exact = PlainRunner(copy.deepcopy(model).double())
+            exact.states_at([[0, 0]])
+            return exact
+    return PlainRunner(model, autocast)
 
 
 def decides(model: nn.Module, autocast: torch.dtype | None, longest: int) -> list[Any] | None:
@@ -84,18 +82,13 @@ def decides(model: nn.Module, autocast: torch.dtype | None, longest: int) -> lis
     ]
 
 
-def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = None, length: int = SHORT) -> None:
-    """Check that what a model says after a text, of `length` tokens, depends on that text, and on nothing else.
-
-    Raises:
-        MemberError: it depends on what follows, or on chance, or is no number.
-    """
-    plain = PlainRunner(model, autocast)
-    first, second, third = _paths(model, length)
+def check_reading(plain: PlainRunner, name: str, length: int = SHORT) -> None:
+    """Raise MemberError where what a model says after a text (`length` tokens) depends on more than that, or is NaN."""
+    first, second, third = _paths(plain.model, length)
     half = length // 2
     rows = torch.tensor([first, [*first[:half], *third[half:]], second])  # alike, but for: -, their ends, one token
     said, again = (plain.forward(rows).cpu()[:, half - 1] for _ in range(2))  # [3, V]
-    kind = type(model).__name__
+    kind = type(plain.model).__name__
     if bool(said.isnan().any()):
         raise MemberError(f"member {name!r}: {kind} gives no numbers (NaN) for a few tokens. Check its weights.")
     effect = _apart(said[:1], said[2:])
@@ -105,9 +98,9 @@ def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = No
         "with the text that follows": _apart(said[:1], said[1:2]),
     }
     if said.dtype not in HALF:  # passes of different lengths round differently
-        alone = plain.logits(plain.states_at([first[:half]])).cpu()
+        alone = plain.states_at([first[:half]]).cpu()
         drifts["with the length of the text that follows"] = _apart(said[:1], alone)
-    encoder = getattr(model.config, "is_decoder", None) is False
+    encoder = getattr(plain.model.config, "is_decoder", None) is False
     hint = " Its config.json has is_decoder: false; a decoder has true." if encoder else ""
     for what, drift in drifts.items():
         if drift > allowed:
@@ -118,14 +111,13 @@ def check_reading(model: nn.Module, name: str, autocast: torch.dtype | None = No
             )
 
 
-def needs_a_pass_alone(model: nn.Module, longest: int, autocast: torch.dtype | None = None) -> bool:
+def needs_a_pass_alone(plain: PlainRunner, longest: int) -> bool:
     """Return whether other texts in a forward pass change what a model says, as where positions follow the longest."""
-    plain = PlainRunner(model, autocast)
-    first, second, third = _paths(model)
+    first, second, third = _paths(plain.model)
     short, changed = first[: SHORT // 2], second[: SHORT // 2]
-    alone = plain.logits(plain.states_at([short]))
-    allowed = _allowed(_apart(plain.logits(plain.states_at([changed])), alone), alone)
-    if _apart(plain.logits(plain.states_at([short, third]))[:1], alone) > allowed:
+    alone = plain.states_at([short])
+    allowed = _allowed(_apart(plain.states_at([changed]), alone), alone)
+    if _apart(plain.states_at([short, third])[:1], alone) > allowed:
         return True
     rows, places = torch.tensor([short, short]), torch.arange(len(short))
     try:
@@ -138,19 +130,18 @@ def needs_a_pass_alone(model: nn.Module, longest: int, autocast: torch.dtype | N
     return _apart(near, far) > allowed
 
 
-def generates_as_it_reads(model: nn.Module, longest: int, autocast: torch.dtype | None = None) -> bool:
+def generates_as_it_reads(plain: PlainRunner, longest: int) -> bool:
     """Return whether the model's own ``generate``, which `--model hf` calls, follows what it says of a whole text.
 
     Some classes count positions from elsewhere in ``generate``, add a token, or drop keys that their masks still show.
     """
-    plain, steps = PlainRunner(model, autocast), 3
+    model, steps = plain.model, 3
     prompt = _paths(model, min(longest - steps, LONG))[0]
     settings: dict[str, Any] = dict(max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
-    context = nullcontext() if autocast is None else torch.autocast(plain.device.type, autocast)
     ids = torch.tensor([prompt], device=plain.device)
-    with torch.inference_mode(), context, _short_window(model.config.get_text_config()):  # type: ignore[operator, union-attr]
+    with plain.computing(), _short_window(model.config.get_text_config()):
         try:
-            made = model.generate(  # type: ignore[operator]
+            made = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=True,
@@ -161,16 +152,15 @@ def generates_as_it_reads(model: nn.Module, longest: int, autocast: torch.dtype 
         except Exception:  # it fails under hf too, so that there is no text of hf to differ from
             return True
         whole = made.sequences[0].tolist()
-        said = plain.logits(plain.states_at([whole[: len(prompt) + step] for step in range(steps)]))
-        other = plain.logits(plain.states_at([[*prompt[:-2], prompt[0], prompt[-1]]]))
+        said = plain.states_at([whole[: len(prompt) + step] for step in range(steps)])
+        other = plain.states_at([[*prompt[:-2], prompt[0], prompt[-1]]])
     return _apart(torch.cat(made.logits), said) <= _allowed(_apart(said[:1], other), said)
 
 
 def check_tree(runner: TreeRunner, longest: int) -> None:
-    """Compare packed trees and rolled-back caches with plain forward passes, in a context of `longest` tokens.
+    """Raise ArithmeticError where packed trees and rolled-back caches differ from plain forward passes.
 
-    Raises:
-        ArithmeticError: they differ by more than rounding, or positions are not those that are given.
+    By more than rounding, in a context of `longest` tokens; or where positions are not those that are given.
     """
     plain = PlainRunner(runner.whole, runner.autocast)
     first, second, third = _paths(runner.model)
@@ -178,7 +168,7 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
     paths = [first, [*trunk, *second[-3:]], [*trunk, *third[2:7]], third, trunk]
     try:
         with _short_window(runner.model.config.get_text_config(), runner.masks):
-            expected = plain.logits(plain.states_at(paths))
+            expected = plain.states_at(paths)
             given, misplaced = _packed(runner, paths, longest), _packed(runner, paths, longest, by_column=True)
             if given.shape != expected.shape:
                 raise ArithmeticError("its head does not read what its body returns")
@@ -196,11 +186,7 @@ def check_tree(runner: TreeRunner, longest: int) -> None:
 
 
 def check_state(runner: StateRunner, longest: int) -> None:
-    """Compare walks from copied states, and rows that go on, join and go back, with plain forward passes.
-
-    Raises:
-        ArithmeticError: they differ by more than rounding.
-    """
+    """Check walks from copied states, and rows that go on, join and go back, as `check_tree` does."""
     plain = PlainRunner(runner.whole, runner.autocast)
     length = min(longest, LONG)
     first, second, third = _paths(runner.model, length)
@@ -210,8 +196,8 @@ def check_state(runner: StateRunner, longest: int) -> None:
     longer = [[*near, *third[2:4]], [*near, *third[2:4], third[5]], [*trunk, *third[2:4]]]
     try:
         with _short_window(runner.model.config.get_text_config()):
-            expected, further = plain.logits(plain.states_at(paths)), plain.logits(plain.states_at(longer))
-            changed = plain.logits(plain.states_at([[*first[:-2], third[0], first[-1]]]))
+            expected, further = plain.states_at(paths), plain.states_at(longer)
+            changed = plain.states_at([[*first[:-2], third[0], first[-1]]])
             given = runner.logits(runner.states_at(paths))
             if given.shape != expected.shape:
                 raise ArithmeticError("its head does not read what its body returns")
@@ -228,25 +214,21 @@ def check_state(runner: StateRunner, longest: int) -> None:
 
 
 def check_growing(runner: LongropeRunner) -> None:
-    """Compare a text that grows by a state with plain forward passes; arguments and errors as `check_state`."""
+    """Check a text that grows by a state, as `check_tree` does."""
     first, second, _ = _paths(runner.model)
     rows = runner.rows()
     rows.admit(runner.walker().prefill(*TokenTree.of([first[:-2]]))[0])
     grown = [rows.advance([first[:-at] if at else first]) for at in (1, 0)]
     expected = runner.states_at([first, first[:-1], second])
-    _compare(
-        "a state that goes on",
-        torch.cat(grown[::-1]),
-        expected[:2],
-        _allowed(_apart(expected[:1], expected[2:]), expected),
-    )
+    allowed = _allowed(_apart(expected[:1], expected[2:]), expected)
+    _compare("a state that goes on", torch.cat(grown[::-1]), expected[:2], allowed)
     runner.forwarded = 0
 
 
-def _paths(model: nn.Module, length: int = SHORT) -> tuple[list[int], list[int], list[int]]:
+def _paths(model: Any, length: int = SHORT) -> tuple[list[int], list[int], list[int]]:
     """Return three token paths, the first two alike but for their second token; all hold a padding token."""
-    size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator, union-attr]
+    size: int = model.get_input_embeddings().weight.shape[0]
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
     first = [(7 + 13 * at * at + size * at // SHORT) % size for at in range(length)]
     third = [(11 + 29 * at * at + size * (length - at) // SHORT) % size for at in range(length)]

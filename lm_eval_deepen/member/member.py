@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any, ClassVar, TypeVar
@@ -29,13 +29,13 @@ from lm_eval_deepen.member.loading_check import (
     needs_a_pass_alone,
     sharpest,
 )
-from lm_eval_deepen.member.preflight import files_of
-from lm_eval_deepen.member.runner import BodyRunner, PlainRunner, TreeRunner, cooled, speed_up_few_rows
+from lm_eval_deepen.member.runner import PlainRunner, Runner, TreeRunner, cooled, speed_up_few_rows
 from lm_eval_deepen.member.state import LongropeRunner, StateRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
+from lm_eval_deepen.member.tokenizer_files import files_of
 
 log = logging.getLogger(__name__)
-Codec = TypeVar("Codec", bound=TextCodec)
+R = TypeVar("R", bound=Runner)
 
 
 class Member:
@@ -51,6 +51,7 @@ class Member:
 
     generates_only = False
     BACKENDS: ClassVar[frozenset[str]] = frozenset({"causal"})  # as ``HFLM`` calls them
+    CODEC: ClassVar[type[TextCodec]] = TextCodec
 
     def __init__(self, config: MemberConfig, lm: Any) -> None:
         if lm.backend not in self.BACKENDS:
@@ -69,7 +70,7 @@ class Member:
                 f"0 to {self.known_ids - 1}. Correct it, or leave it out: then it is the tokenizer's BOS, or else its "
                 "EOS."
             )
-        self.runner: BodyRunner | PlainRunner = self._runner()
+        self.runner: Runner = self._runner()
 
     def named(self, config: MemberConfig) -> Member:
         """Return the same loaded model as a member of another name or temperature; what was read of it is shared."""
@@ -79,40 +80,41 @@ class Member:
         member.config = config
         return member
 
-    def _runner(self) -> BodyRunner | PlainRunner:
-        """Return the fastest forward passes that are right for the model, and say which where it is no prefix tree.
-
-        Raises:
-            MemberError: it is no causal language model.
-        """
+    def _runner(self) -> Runner:
+        """Return the fastest forward passes that are right for the model, and log which these are."""
         model, autocast, longest = self.lm.model, self.lm.mixed_precision_dtype, self.max_length
-        checked, checked_autocast = sharpest(model, autocast)
+        plain = sharpest(model, autocast)
+
+        def proven(kind: type[R], check: Callable[[R, int], None], *options: bool) -> R:
+            """Return a runner that passes a check on what is checked, and in the model's own precision."""
+            check(kind(plain.model, plain.autocast, *options), longest)
+            runner = kind(model, autocast, *options)
+            if model.dtype != torch.float32 or autocast is not None:  # a cache may fail in one precision alone
+                check(runner, longest)
+            return runner
+
         deciding = decides(model, autocast, longest)
         passed = deciding is not None and find("checks/tree", deciding) is not None
         if not passed:
-            check_reading(checked, self.name, checked_autocast)
+            check_reading(plain, self.name)
         speed_up_few_rows(model.get_output_embeddings())
         try:
-            if not passed:
-                check_tree(TreeRunner(checked, checked_autocast), longest)
-            runner = TreeRunner(model, autocast)
-            if not passed and (model.dtype != torch.float32 or autocast is not None):
-                check_tree(runner, longest)  # a cache may fail in one precision alone
+            runner = TreeRunner(model, autocast) if passed else proven(TreeRunner, check_tree)
             if not passed and deciding is not None:
                 keep("checks/tree", deciding, b"passed")
             log.info("member %r: texts with a common beginning share its cache, as a prefix tree.", self.name)
             return runner
         except Exception as error:  # whatever an unknown architecture raises: the other paths need none of it
             no_tree = error
-        check_reading(checked, self.name, checked_autocast, min(longest, LONG))
-        self.generates_as_it_reads = generates_as_it_reads(checked, longest, checked_autocast)
-        alone = needs_a_pass_alone(checked, longest, checked_autocast)
+        check_reading(plain, self.name, min(longest, LONG))
+        self.generates_as_it_reads = generates_as_it_reads(plain, longest)
+        alone = needs_a_pass_alone(plain, longest)
         no_state: Exception = NotImplementedError("its positions depend on the length of a text")
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if alone and rope.get("rope_type") == "longrope":
             try:
                 switch = rope["original_max_position_embeddings"]
-                check_growing(LongropeRunner(checked, checked_autocast, switch))
+                check_growing(LongropeRunner(plain.model, plain.autocast, switch))
                 log.info(
                     "member %r: longrope's positions depend on the length of a text: every text is scored in full and "
                     "alone, and generated with a cache that is made anew at %d tokens.",
@@ -124,10 +126,7 @@ class Member:
                 no_state = error
         for by_token, together in () if alone else product((False, True), (True, False)):
             try:
-                check_state(StateRunner(checked, checked_autocast, by_token, together), longest)
-                carrying = StateRunner(model, autocast, by_token, together)
-                if model.dtype != torch.float32 or autocast is not None:
-                    check_state(carrying, longest)
+                carrying = proven(StateRunner, check_state, by_token, together)
             except Exception as error:
                 no_state = error
                 continue
@@ -150,11 +149,7 @@ class Member:
         return PlainRunner(model, autocast, alone)
 
     def check_generation(self) -> None:
-        """Check that a text generated here, by whole forward passes, is the one that `--model hf` generates.
-
-        Raises:
-            RequestError: it is not.
-        """
+        """Raise RequestError where a text made of whole forward passes is not the one that `--model hf` generates."""
         if not self.generates_as_it_reads:
             raise RequestError(
                 f"member {self.name!r}: {type(self.lm.model).__name__}.generate, which --model hf calls, says "
@@ -216,11 +211,8 @@ class Member:
     @cached_property
     def codec(self) -> TextCodec:
         """The byte view of the tokenizer; built on first use, since one member alone needs none."""
-        return self._codec(TextCodec)
-
-    def _codec(self, kind: type[Codec]) -> Codec:
         add_special = True if self.lm.add_bos_token is None else bool(self.lm.add_bos_token)
-        return kind.build(
+        return self.CODEC.build(
             self.lm.tokenizer,
             size=self.vocab_size,
             known=self.known_ids,
@@ -229,7 +221,6 @@ class Member:
             add_special=add_special,
             name=self.name,
             files=files_of(self.config),
-            checked=True,
         )
 
     @property
@@ -359,15 +350,10 @@ class Member:
 
 
 def ends_of_text(generation: Any, config: Any, tokenizer: int | None) -> tuple[int, ...]:
-    """Return every id that ends a text: those of the generation config, and the tokenizer's.
+    """Return every id that ends a text, from the ``eos_token_id`` (an id, several, or None) of a model's parts.
 
     ``hf`` ends a text at the ids of the generation config, and at the tokenizer's end of text as a stop string. The
     model config counts where the generation config names none.
-
-    Args:
-        generation: ``eos_token_id`` of the generation config: an id, several, or None.
-        config: that of the model config.
-        tokenizer: that of the tokenizer.
     """
     named = config if generation is None else generation
     ids = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]

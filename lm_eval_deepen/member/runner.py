@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from typing_extensions import override
 
 from lm_eval_deepen.member.attention import Alibi, MaskMaker, OwnMasks
-from lm_eval_deepen.member.cache import RecomputedRows, RowCache
+from lm_eval_deepen.member.cache import Prefilled, Reads, RowCache
 from lm_eval_deepen.member.devices import working_device
 from lm_eval_deepen.member.tree import TokenTree, pad
-from lm_eval_deepen.member.walk import PlainWalker, TreeWalker
+from lm_eval_deepen.member.walk import TreeWalker, Walker
 
 TokenSequences = Sequence[Sequence[int]]  # token sequences, at least one token each
 NODES_PER_FORWARD = 512
@@ -47,19 +48,17 @@ class Held:
         return self.whole + sum(size * min(tokens, span or tokens) for size, span in self.layers)
 
 
-class BodyRunner:
-    """Runs a model's body, and its head only where logits are read."""
+class Runner:
+    """Forward passes of one model, and what walks over its texts and follows them."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        self.whole = model  # with the wrapper of an adapter, which may do more than what is in the layers
-        self.model = unwrap(model)
-        self.network = body_of(self.model)
-        self.device = working_device(self.model.get_input_embeddings())  # type: ignore[operator]
+        self.model: Any = model
         self.autocast = autocast
+        self.device = working_device(model.get_input_embeddings())  # type: ignore[operator]
         self.forwarded = 0  # tokens, padding excluded; the head alone is not counted
 
-    def walker(self, nodes: int = NODES_PER_FORWARD) -> Any:
-        """Return a walker over trees of token prefixes."""
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> Walker:
+        """Return a walker over trees of token prefixes; `nodes`: the most tokens of a forward pass, if it packs."""
         raise NotImplementedError
 
     def rows(self, count: int = 0, width: int = 0) -> Any:
@@ -67,21 +66,38 @@ class BodyRunner:
         raise NotImplementedError
 
     def states_at(self, paths: TokenSequences) -> Tensor:
-        """Return the hidden state after the last token of every path [n, d].
-
-        Every distinct prefix is forwarded once.
-        """
+        """Return the state after the last token of every path [n, d]; every distinct prefix is forwarded once."""
         return self.walker().states(paths)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Return the model's logits [n, V] (its dtype) from hidden states [n, d]."""
-        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.inference_mode(), self._autocast(), self._body_returns(states[None]):
-            return self.model(input_ids=one_token, use_cache=False).logits[0]
+        """Return the model's logits [n, V] (its dtype) from states [n, d]."""
+        raise NotImplementedError
 
     def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return natural-log probabilities [n, V] (fp32) from hidden states [n, d]."""
-        return log_softmax(self.logits(states), temperature)
+        """Return natural-log probabilities [n, V] (fp32) from states [n, d]."""
+        return torch.log_softmax(cooled(self.logits(states), temperature), dim=-1)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute without gradients, in the precision that the model is autocast to."""
+        cast = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with torch.inference_mode(), cast:
+            yield
+
+
+class BodyRunner(Runner):
+    """Runs a model's body, and its head only where logits are read; states are the body's last hidden ones."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        super().__init__(unwrap(model), autocast)
+        self.whole = model  # with the wrapper of an adapter, which may do more than what is in the layers
+        self.network = body_of(self.model)
+
+    @override
+    def logits(self, states: Tensor) -> Tensor:
+        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with self.computing(), self._body_returns(states[None]):
+            return self.model(input_ids=one_token, use_cache=False).logits[0]
 
     @contextmanager
     def _body_returns(self, hidden: Tensor) -> Iterator[None]:
@@ -95,21 +111,12 @@ class BodyRunner:
             if saved is not None:
                 self.network.forward = saved
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(device_type=self.device.type, dtype=self.autocast)
-
 
 class TreeRunner(BodyRunner):
     """Runs the model's body over packed token trees."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        """Wrap a loaded causal language model.
-
-        Raises:
-            NotImplementedError: its attention cannot be masked explicitly.
-        """
+        """Wrap a loaded causal language model; NotImplementedError: its attention cannot be masked explicitly."""
         super().__init__(model, autocast)
         self.masks = MaskMaker(self.model.config.get_text_config(), self.model.dtype)
         self.alibi = Alibi(self.network)
@@ -139,7 +146,7 @@ class TreeRunner(BodyRunner):
         last = None if last is None else last.to(self.device)
         mask = self.masks(allowed.to(self.device), place.to(self.device), keys.to(self.device), last)
         placed = self.alibi.by_position(keys), self.own_masks.by_position(place, keys)
-        with torch.inference_mode(), self._autocast(), placed[0], placed[1]:
+        with self.computing(), placed[0], placed[1]:
             return self.network(
                 input_ids=ids.to(self.device),
                 attention_mask=mask,
@@ -157,12 +164,12 @@ class TreeRunner(BodyRunner):
         sizes = [keys.nbytes + values.nbytes for keys, values in text.kv]
         return Held(0, tuple(zip(sizes, self.masks.spans or [0] * len(sizes), strict=True)))
 
+    @override
     def walker(self, nodes: int = NODES_PER_FORWARD) -> TreeWalker:
-        """Return a walker that forwards at most `nodes` tokens at once."""
         return TreeWalker(self, nodes, self.masks.spans)
 
+    @override
     def rows(self, count: int = 0, width: int = 0) -> RowCache:
-        """Return a KV cache without rows."""
         return RowCache(self, self.masks.spans, self.masks.slack, (count, width))
 
 
@@ -177,17 +184,15 @@ class _States(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class PlainRunner:
-    """Forwards every path on its own, with nothing but the model's public interface."""
+class PlainRunner(Runner, Walker):
+    """Forwards every path on its own, with nothing but the model's public interface; states are logits."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, alone: bool = False) -> None:
         """Wrap a loaded causal language model; `alone`: every path has a forward pass of its own, unpadded."""
-        self.model = model
+        super().__init__(model, autocast)
         self.alone = alone
-        self.device = working_device(model.get_input_embeddings())  # type: ignore[operator]
-        self.autocast = autocast
-        self.forwarded = 0
 
+    @override
     def states_at(self, paths: TokenSequences) -> Tensor:
         """Return the logits after the last token of every path [n, V].
 
@@ -196,50 +201,83 @@ class PlainRunner:
         ordered = sorted({tuple(path) for path in paths})
         states: dict[tuple[int, ...], Tensor] = {}
         batch: list[tuple[int, ...]] = []
-        pending: list[tuple[tuple[int, ...], int]] = []  # path, row of the batch
-        size: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        reads: list[tuple[tuple[int, ...], int]] = []  # path, row of the batch
         for path, after in zip(ordered, [*ordered[1:], ()], strict=True):
-            pending.append((path, len(batch)))
+            reads.append((path, len(batch)))
             if after[: len(path)] == path:
                 continue
             batch.append(path)
-            width = max(map(len, batch))
-            if not after or self.alone or (len(batch) + 1) * max(width, len(after)) * size > PLAIN_LOGITS:
-                mask = pad([[1] * len(path) for path in batch], width)
-                logits = self.forward(pad(batch, width), attention_mask=mask)
-                self.forwarded += sum(map(len, batch))
-                states |= {path: logits[row, len(path) - 1].clone() for path, row in pending}
-                batch, pending = [], []
+            if not after or self._too_large([*batch, after]):
+                logits = self._logits_at(batch, reads)
+                states |= {path: row for (path, _), row in zip(reads, logits, strict=True)}
+                batch, reads = [], []
         return torch.stack([states[tuple(path)] for path in paths])
+
+    def _too_large(self, batch: TokenSequences) -> bool:
+        """Return whether some paths are too many for one forward pass."""
+        size = self.model.get_input_embeddings().weight.shape[0]
+        return self.alone or len(batch) * max(map(len, batch)) * size > PLAIN_LOGITS
+
+    def _logits_at(self, batch: TokenSequences, reads: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+        """Forward some paths, and return the logits [n, V] at the ends of paths that begin them, by their rows."""
+        width = max(map(len, batch))
+        logits = self.forward(pad(batch, width), attention_mask=pad([[1] * len(path) for path in batch], width))
+        self.forwarded += sum(map(len, batch))
+        return logits[[row for _, row in reads], [len(path) - 1 for path, _ in reads]]
 
     def forward(self, ids: Tensor, **inputs: Tensor) -> Tensor:
         """Return the logits [B, N, V] for ids [B, N] and other inputs of the model's forward."""
-        context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         placed = {name: value.to(self.device) for name, value in inputs.items()}
-        with torch.inference_mode(), context:
+        with self.computing():
             logits = self.model(input_ids=ids.to(self.device), use_cache=False, **placed).logits
         return logits[:, -ids.shape[1] :]  # without those of virtual tokens that an adapter puts before a text
 
-    def walker(self, nodes: int = NODES_PER_FORWARD) -> PlainWalker:
-        """Return a walker that keeps nothing."""
-        return PlainWalker(self)
-
+    @override
     def logits(self, states: Tensor) -> Tensor:
-        """Return the model's logits [n, V] (its dtype), which are what is kept of a path."""
         return states
 
-    def logp(self, states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
-        return log_softmax(self.logits(states), temperature)
+    @override
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> Walker:
+        return self
 
-    def rows(self, count: int = 0, width: int = 0) -> RecomputedRows:
-        """Return rows that are recomputed at each step."""
+    @override
+    def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        return self.states_at([tree.path(node) for node in nodes])
+
+    @override
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
+        states = self.read(tree, [*ends, *read])
+        texts = [Prefilled(tree.path(node), state, []) for node, state in zip(ends, states, strict=False)]
+        return texts, states[len(ends) :]
+
+    @override
+    def rows(self, count: int = 0, width: int = 0) -> Any:
         return RecomputedRows(self)
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Return natural-log probabilities [n, V] (fp32) from logits [n, V]."""
-    return torch.log_softmax(cooled(logits, temperature), dim=-1)
+class RecomputedRows:
+    """The interface of `RowCache` without a cache, for models whose cache cannot be rolled back."""
+
+    def __init__(self, runner: PlainRunner) -> None:
+        """Keep nothing between steps but what prefilling told of whole prompts."""
+        self.runner = runner
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def admit(self, texts: Sequence[Prefilled], rows: Sequence[int] | None = None) -> None:
+        """Keep the states after prompts until they are read."""
+        self.known |= {text.tokens: text.state for text in texts}
+
+    def advance(self, sequences: Sequence[Sequence[int]], reads: Reads | None = None) -> Tensor:
+        """Forward every sequence in full and return the states at the places read."""
+        places = [[len(tokens)] for tokens in sequences] if reads is None else reads
+        paths = [tuple(tokens[:n]) for tokens, lengths in zip(sequences, places, strict=True) for n in lengths]
+        new = [path for path in dict.fromkeys(paths) if path not in self.known]
+        states = self.known | dict(zip(new, self.runner.states_at(new), strict=True) if new else ())
+        self.known = {}
+        return torch.stack([states[path] for path in paths])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing is kept."""
 
 
 def cooled(logits: Tensor, temperature: float) -> Tensor:
@@ -254,11 +292,9 @@ def speed_up_few_rows(head: nn.Module | None) -> None:
     For the tall W of a vocabulary, (W x^T)^T takes half of the time of x W^T with 2 to 8 rows, three quarters with up
     to 48, and as long with more. The layers of a body gain nothing.
     """
-    plain = type(head) is nn.Linear and "forward" not in head.__dict__  # neither quantized nor spread by a hook
-    if not plain or not torch.backends.mkl.is_available():
-        return
-    assert isinstance(head, nn.Linear)
-    linear = head
+    if type(head) is not nn.Linear or "forward" in vars(head) or not torch.backends.mkl.is_available():
+        return  # as where it is quantized, or spread by a hook
+    linear: nn.Linear = head
 
     def forward(x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]

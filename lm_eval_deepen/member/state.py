@@ -22,11 +22,12 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+from typing_extensions import override
 
-from lm_eval_deepen.member.cache import Reads
+from lm_eval_deepen.member.cache import Prefilled, Reads
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, Held, PlainRunner, TokenSequences
 from lm_eval_deepen.member.tree import TokenTree, common_prefix, pad
-from lm_eval_deepen.member.walk import PlainWalker, Prefilled, chunks
+from lm_eval_deepen.member.walk import Walker, chunks
 
 NAMES = ("past_key_values", "cache_params", "state")  # of a state, in the arguments and outputs of models
 KEPT_IN_PARTS = ("conv1d_state", "recurrent_states")  # of a state, which RecurrentGemma's layers keep themselves
@@ -36,19 +37,16 @@ OLD_STATES = 5  # kept of a row, where rows are rolled back
 OLD_READS = 64  # places of a row whose hidden states are kept
 
 
-class StateRunner(BodyRunner):
-    """Forwards tokens after a state that the model itself made."""
+class StateRunner(BodyRunner, Walker):
+    """Forwards tokens after a state that the model itself made, and walks depth first: every node is forwarded once."""
 
     def __init__(
         self, model: nn.Module, autocast: torch.dtype | None = None, by_token: bool = False, together: bool = True
     ) -> None:
         """Wrap a loaded causal language model.
 
-        Args:
-            model: the model.
-            autocast: what it is autocast to.
-            by_token: whether a state goes on by no more than one token in a pass, as that of the first Mamba does.
-            together: whether the states of several texts are joined to a batch.
+        With `by_token` a state goes on by no more than one token in a pass, as that of the first Mamba does; with
+        `together` the states of several texts are joined to a batch.
 
         Raises:
             NotImplementedError: the model takes no state.
@@ -112,7 +110,7 @@ class StateRunner(BodyRunner):
             inputs["position_ids"] = position.expand(len(ids), -1).to(self.device)
         if mask is not None:
             inputs["attention_mask"] = mask.to(self.device)
-        with torch.inference_mode(), self._autocast():
+        with self.computing():
             out = self.network(input_ids=ids.to(self.device), use_cache=True, **inputs)
         after = getattr(out, self.name, None)
         if self.kept:
@@ -133,32 +131,21 @@ class StateRunner(BodyRunner):
         more = max(0, sizes[1] - sizes[0]) // 8
         return Held(sizes[0] - 8 * more, ((more, 0), *windows))
 
-    def walker(self, nodes: int = NODES_PER_FORWARD) -> StateWalker:
-        """Return a walker; how much it forwards at once is its own business."""
-        return StateWalker(self)
+    @override
+    def walker(self, nodes: int = NODES_PER_FORWARD) -> Walker:
+        return self
 
+    @override
     def rows(self, count: int = 0, width: int = 0) -> StateRows:
-        """Return rows with a state each."""
         return StateRows(self)
 
-
-class StateWalker:
-    """A walk over trees of token prefixes, depth first, which forwards every node once."""
-
-    def __init__(self, runner: StateRunner) -> None:
-        self.runner = runner
-
-    def states(self, paths: TokenSequences) -> Tensor:
-        """Return the hidden state after the last token of every path [n, d]."""
-        return self.read(*TokenTree.of(paths))
-
+    @override
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
-        """Return the hidden state at every one of some nodes of a tree [n, d]."""
         states = {node: hidden for node, hidden, _ in self._visit(tree, frozenset(nodes), frozenset())}
         return torch.stack([states[node] for node in nodes])
 
+    @override
     def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
-        """Return the ways to some `ends` with their states, and the hidden states [n, d] at nodes to `read`."""
         hidden: dict[int, Tensor] = {}
         states: dict[int, Any] = {}
         for node, end, state in self._visit(tree, frozenset([*ends, *read]), frozenset(ends)):
@@ -167,9 +154,6 @@ class StateWalker:
                 states[node] = state
         texts = [Prefilled(tree.path(node), hidden[node], copied(states[node])) for node in ends]
         return texts, torch.stack([hidden[node] for node in read]) if read else torch.empty(0)
-
-    def forget(self, path: Sequence[int]) -> None:
-        """Nothing is kept."""
 
     def _visit(
         self, tree: TokenTree, wanted: frozenset[int], kept: frozenset[int]
@@ -197,11 +181,11 @@ class StateWalker:
         while todo:
             chain, state, last = todo.pop()
             end = chain[-1]
-            if len(chain) == 1 and state is not None and end not in kept and not self.runner.by_token:
+            if len(chain) == 1 and state is not None and end not in kept and not self.by_token:
                 yield from self._twigs(tree, [chain] if end in wanted else [], state, wanted)
                 yield from branch_out(end, state if last else copied(state), chain)
                 continue
-            hidden, state = self._forward(tree, [chain], state if last else copied(state), anew=not last)
+            hidden, state = self._forward_nodes(tree, [chain], state if last else copied(state), anew=not last)
             for at, node in enumerate(chain):
                 if node in wanted:
                     yield node, hidden[0, at], (state if node in kept else None)
@@ -215,16 +199,16 @@ class StateWalker:
         A state that goes on by several tokens at once does not go on by one alone, which some models (Zamba 2,
         Nemotron-H) compute in another way than the whole texts that scores are made of: another token comes after it.
         """
-        least = 1 if self.runner.by_token or state is None else 2
+        least = 1 if self.by_token or state is None else 2
         left = len(chains)
         for some in self._batches(chains):
             left -= len(some)
             own = None if state is None else repeated(state, len(some))
-            hidden, _ = self._forward(tree, some, own, least, anew=bool(left) or not last)
+            hidden, _ = self._forward_nodes(tree, some, own, least, anew=bool(left) or not last)
             for row, chain in zip(hidden, some, strict=True):
                 yield from ((node, row[at], None) for at, node in enumerate(chain) if node in wanted)
 
-    def _forward(
+    def _forward_nodes(
         self, tree: TokenTree, chains: Sequence[Sequence[int]], state: Any, least: int = 1, anew: bool = False
     ) -> tuple[Tensor, Any]:
         """Forward nodes that all come after the same one.
@@ -235,14 +219,14 @@ class StateWalker:
         depth, parent = tree.depths[chains[0][0]], tree.parents[chains[0][0]]
         rows = [[tree.tokens[node] for node in chain] for chain in chains]
         way = (lambda: [tree.tokens[node] for node in tree.way_up(parent)][::-1]) if anew else None
-        return self.runner.forward(rows, [depth] * len(rows), state, way, least)
+        return self.forward(rows, [depth] * len(rows), state, way, least)
 
     def _batches(self, chains: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Yield chains of about one length together, as many as a pass may hold."""
         some: list[list[int]] = []
         for chain in sorted(chains, key=len):
             full = len(some) == TWIGS or (len(some) + 1) * len(chain) > NODES_PER_FORWARD
-            if some and (full or not self.runner.together):
+            if some and (full or not self.together):
                 yield some
                 some = []
             some.append(chain)
@@ -356,27 +340,18 @@ class LongropeRunner(PlainRunner):
         self.carrier = StateRunner(model, autocast, by_token=True, together=False)
         self.switch = switch
 
-    def walker(self, nodes: int = NODES_PER_FORWARD) -> PlainWalker:
-        """Return a walker that gives prompts with their states."""
-        return _LongropeWalker(self)
-
-    def rows(self, count: int = 0, width: int = 0) -> StateRows:  # type: ignore[override]
-        """Return rows with a state each."""
-        return _LongropeRows(self)
-
-
-class _LongropeWalker(PlainWalker):
-    def __init__(self, runner: LongropeRunner) -> None:
-        super().__init__(runner)
-        self.whole = runner
-
+    @override
     def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
         texts = []
         for path in map(tree.path, ends):
-            hidden, state = self.whole.carrier.forward([path], [0], None)
+            hidden, state = self.carrier.forward([path], [0], None)
             texts.append(Prefilled(path, hidden[0, -1], state))
-            self.whole.forwarded += len(path)
+            self.forwarded += len(path)
         return texts, self.read(tree, read) if read else torch.empty(0)
+
+    @override
+    def rows(self, count: int = 0, width: int = 0) -> StateRows:
+        return _LongropeRows(self)
 
 
 class _LongropeRows(StateRows):
@@ -433,18 +408,21 @@ def repeated(state: Any, rows: int) -> Any:
     return mapped([state], lambda one: one[0].repeat(rows, *[1] * (one[0].dim() - 1)))
 
 
+def tensors(state: Any) -> list[Tensor]:
+    """Return the tensors of a state, but for those without dimensions."""
+    found: list[Tensor] = []
+    mapped([state], lambda one: found.extend(one) or one[0])  # type: ignore[func-returns-value]
+    return found
+
+
 def shapes(state: Any) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a row's tensors in a state, without the dimension of rows."""
-    sizes: list[tuple[int, ...]] = []
-    mapped([state], lambda one: sizes.append(tuple(one[0].shape[1:])) or one[0])  # type: ignore[func-returns-value]
-    return tuple(sizes)
+    return tuple(tuple(tensor.shape[1:]) for tensor in tensors(state))
 
 
 def num_bytes(state: Any) -> int:
     """Return the bytes of a state's tensors."""
-    sizes: list[int] = []
-    mapped([state], lambda one: sizes.append(one[0].nbytes) or one[0])  # type: ignore[func-returns-value]
-    return sum(sizes)
+    return sum(tensor.nbytes for tensor in tensors(state))
 
 
 def windowed(state: Any) -> list[DynamicSlidingWindowLayer]:
@@ -466,12 +444,9 @@ def can_be_padded(state: Any) -> bool:
 
 
 def padded(state: DynamicCache, more: int, length: int) -> DynamicCache:
-    """Put columns before the keys and values of a state, or take some away, as in a batch that is padded on the left.
+    """Put `more` columns before a state's keys and values, in place, as in a batch that is padded on the left.
 
-    Args:
-        state: it is changed.
-        more: how many columns; negative for fewer.
-        length: how many there are afterwards; a sliding window keeps no more than its own.
+    Negative ones are taken away. There are `length` afterwards; a sliding window keeps no more than its own.
     """
     for layer in state.layers:
         if not isinstance(layer, DynamicLayer) or not layer.is_initialized:

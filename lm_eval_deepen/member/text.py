@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tokenizers
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member.kept import content_of, kept
-from lm_eval_deepen.member.tokenizer_files import FLAGS, TokenizerFiles, as_marked, require_same, with_parts
-from lm_eval_deepen.vocabulary import (
-    ByteVocab,
-    Restarts,
-    byte_vocab_from_json,
-    check_round_trip,
-    exact_encoder,
-    find_restarts,
-    is_exact,
-    last_safe_cut,
-    reads_alike,
-    safe_cut_allowed,
-    safe_segments,
-    text_only_spec,
-    text_pieces,
-    unknown_id,
-)
+from lm_eval_deepen.member.tokenizer_files import FLAGS, TokenizerFiles, as_marked, with_parts
+from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_segments
+from lm_eval_deepen.vocabulary.restarts import Restarts, find_restarts
+from lm_eval_deepen.vocabulary.round_trip import check_round_trip, is_exact
+from lm_eval_deepen.vocabulary.text_only import exact_encoder, reads_alike, text_only_spec
+from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, text_pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +29,8 @@ if TYPE_CHECKING:
     from lm_eval_deepen.member.chat import ChatPrompt
 
 SEGMENT_CACHE = 65_536
+STRETCHES = re.compile("([^\udc80-\udcff]*)([\udc80-\udcff]?)")  # text, and a byte after it that is part of none
+ROLES = ("control", "unused", "byte_fallback")  # sets of ids of a vocabulary
 LONGEST_CACHED = 64  # characters; longer segments seldom come again
 
 
@@ -85,14 +78,6 @@ def complete_character(tail: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
     return None
-
-
-def _as_text(data: bytes) -> str:
-    """Return some bytes as text, nothing where they are none."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return ""
 
 
 @dataclass(frozen=True)
@@ -179,10 +164,8 @@ class Backend:
         ends = accumulate(head["lengths"])
         self.vocab = ByteVocab(
             pieces=tuple([pieces[end - n : end] for n, end in zip(head["lengths"], ends, strict=True)]),
-            control=frozenset(head["control"]),
-            unused=frozenset(head["unused"]),
             eos=tuple(head["eos"]),
-            byte_fallback=frozenset(head["byte_fallback"]),
+            **{name: frozenset(head[name]) for name in ROLES},
         )
         self.cuts, self.source, self.spelling = head["cuts"], head["source"], head["spelling"]
 
@@ -209,13 +192,11 @@ class Backend:
         vocab = byte_vocab_from_json(
             spec, size=size, eos=eos, extra_control=control, text=text, known=known, name=self._name
         )
-        model = {key: spec["model"].get(key) for key in ("type", "byte_fallback")} | {"unk_id": unknown_id(spec)}
+        model = {key: spec["model"].get(key) for key in ("type", "byte_fallback")}
         head = {
             "lengths": list(map(len, vocab.pieces)),
-            "control": sorted(vocab.control),
-            "unused": sorted(vocab.unused),
             "eos": vocab.eos,
-            "byte_fallback": sorted(vocab.byte_fallback),
+            **{name: sorted(getattr(vocab, name)) for name in ROLES},
             "cuts": safe_cut_allowed(vocab),
             "source": source.hexdigest(),
             "spelling": {"decoder": spec.get("decoder"), "model": model},
@@ -278,7 +259,6 @@ class TextCodec:
         add_special: bool,
         name: str,
         files: TokenizerFiles | None = None,
-        checked: bool = False,
     ) -> Self:
         """Map a transformers tokenizer to bytes and check the map on a sample of texts.
 
@@ -290,16 +270,11 @@ class TextCodec:
             prefix_id: the harness's prefix token id.
             add_special: whether prompts get the tokenizer's automatic special tokens.
             name: the member's name, for messages.
-            files: the tokenizer's files, which say what is special; by default those of the folder that it names.
-            checked: whether it was compared with them before.
+            files: the tokenizer's files, which say what is special; see `require_same`.
 
         Raises:
-            MemberError: the tokenizer is not what its file says.
             VocabularyError: it has no exact byte mapping.
         """
-        if not checked:
-            files = TokenizerFiles.of(tokenizer) if files is None else files
-            require_same(tokenizer, files, name=name, asked=("add_bos_token",))
         read = Backend(tokenizer, files, size=size, known=known, eos=eos, name=name)
         vocab, limit = read.vocab, size if known is None else min(size, known)
         text_only, restarts = read.text_only(limit)
@@ -345,10 +320,7 @@ class TextCodec:
         """
         if not self.cuts:
             return self._segment(text)
-        ids: list[int] = []
-        for segment in safe_segments(text):
-            ids.extend(self._segment(segment))
-        return tuple(ids)
+        return tuple(chain.from_iterable(map(self._segment, safe_segments(text))))
 
     def encode_prompt(self, text: str, bos: bool = False) -> tuple[int, ...]:
         """Return the tokens of a prompt: automatic control tokens, prefix space, special-token text as text.
@@ -358,12 +330,10 @@ class TextCodec:
         Raises:
             VocabularyError: the tokenizer cannot spell the text.
         """
-        prefix = self.opening.control
-        if bos and self.opening.bos:
-            prefix = (self.opening.bos[0],)
-        return prefix + self.encode(self._opened(text))
+        prefix = (self.opening.bos[0],) if bos and self.opening.bos else self.opening.control
+        return prefix + self.encode(self.opened(text))
 
-    def _opened(self, text: str) -> str:
+    def opened(self, text: str) -> str:
         """Return a text with the prefix space that the tokenizer puts before it."""
         space = self.opening.prefix_space and (self.opening.doubles or not text.startswith(" "))
         return " " + text if space and text else text
@@ -379,7 +349,7 @@ class TextCodec:
         if not text:
             space = " " if self.prefix_space else ""
             return Prompt(self.prefix_ids, space, self.prefix_ids, prefix_space=not self.opening.doubles)
-        opened = self._opened(text)
+        opened = self.opened(text)
         cut = last_safe_cut(opened) if self.cuts else 0
         try:
             head, tail = self.opening.control + self.encode(opened[:cut]), self.encode(opened[cut:])
@@ -429,11 +399,9 @@ class TextCodec:
 
     def follow_all(self, texts: Sequence[bytes]) -> list[tuple[int, ...] | None]:
         """Return what `follow` gives for each of some byte strings after nothing, in less time than one by one."""
-        ids: dict[bytes, tuple[int, ...]] = {}
-        read = {data: text for data in texts if (text := _as_text(data))}
-        for (data, text), own in zip(read.items(), self.many(list(read.values())), strict=True):
-            if is_exact(self.vocab, text, own):
-                ids[data] = tuple(own)
+        read = {data: data.decode(errors="replace") for data in texts}  # no tokens of U+FFFD spell what it replaces
+        tokens = zip(read, self.many(list(read.values())), strict=True)
+        ids = {data: tuple(own) for data, own in tokens if is_exact(self.vocab, data, own)}
         return [ids[data] if data in ids else self.follow(NOTHING, data) for data in texts]
 
     def spell(
@@ -464,7 +432,7 @@ class TextCodec:
         ids = self._begin_character(text, tail, encode)
         if ids is not None:
             return ids
-        spelt = self._spell(tail)
+        spelt = self.vocab.spell(tail)
         return None if spelt is None else encode(text) + spelt
 
     def _begin_character(
@@ -484,22 +452,13 @@ class TextCodec:
             beyond -= len(self.vocab.pieces[whole[count]])
         return whole[:count] if beyond == 0 else None
 
-    def _spell(self, data: bytes) -> tuple[int, ...] | None:
-        """Return one byte piece per byte, None where a byte has no piece."""
-        ids_of_bytes = [self.vocab.ids_of.get(bytes([byte])) for byte in data]
-        return None if any(ids is None for ids in ids_of_bytes) else tuple(ids[0] for ids in ids_of_bytes if ids)
-
     def _spell_invalid(self, data: bytes, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...] | None:
         """Encode bytes that are not UTF-8: valid stretches as text, the others byte by byte."""
         ids: list[int] = []
-        stretch: list[str] = []
-        for character in data.decode("utf-8", errors="surrogateescape"):
-            if "\udc80" <= character <= "\udcff":
-                spelt = self._spell(bytes([ord(character) - 0xDC00]))
-                if spelt is None:
-                    return None
-                ids += [*encode("".join(stretch)), *spelt]
-                stretch, encode = [], self.encode
-            else:
-                stretch.append(character)
-        return (*ids, *encode("".join(stretch)))
+        for stretch, byte in STRETCHES.findall(data.decode(errors="surrogateescape")):
+            spelt = self.vocab.spell(byte.encode(errors="surrogateescape"))
+            if spelt is None:
+                return None
+            ids += [*encode(stretch), *spelt]
+            encode = self.encode
+        return tuple(ids)

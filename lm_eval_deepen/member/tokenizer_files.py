@@ -1,4 +1,4 @@
-"""Compares a loaded tokenizer with the files that it was loaded from.
+"""Loads a tokenizer, and compares it with the files that it was loaded from.
 
 transformers rebuilds some tokenizers from the vocabulary in ``tokenizer.json`` and the name of a class, and takes the
 class's pre-tokenizer, normalizer and decoder for the file's. Pieces still spell every text, so nothing fails: texts
@@ -17,6 +17,7 @@ import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ import tokenizers
 from transformers.tokenization_utils_base import get_fast_tokenizer_file
 from transformers.utils import cached_file
 
-from lm_eval_deepen.errors import MemberError, VocabularyError
+from lm_eval_deepen.config import MemberConfig
+from lm_eval_deepen.errors import MemberError, VocabularyError, one_line
 from lm_eval_deepen.member.kept import content_of, kept
 from lm_eval_deepen.storage import sha256
-from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_pieces
+from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 from lm_eval_deepen.vocabulary.text_only import without_prefix_space
-from lm_eval_deepen.vocabulary.tokenizer_json import model_pieces, read_decoder, split_merge, stages
+from lm_eval_deepen.vocabulary.tokenizer_json import model_pieces, read_decoder, split_merge, stages, text_pieces
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +99,6 @@ class TokenizerFiles:
         path = look_up(get_fast_tokenizer_file(versions) if versions else FILE)
         return None if path is None else cls(Path(path), config)
 
-    @classmethod
-    def of(cls, tokenizer: Any) -> TokenizerFiles | None:
-        """Return the files of the folder that a transformers tokenizer was loaded from, None where that is unknown."""
-        name = str(getattr(tokenizer, "name_or_path", "") or "")
-        return cls.find(name) if name and Path(name).is_dir() else None
-
     @cached_property
     def digest(self) -> str:
         """A hex digest of both files."""
@@ -128,11 +124,6 @@ class Difference:
     loaded: str  # what was loaded
     effect: str  # an example
 
-    @property
-    def sides(self) -> str:
-        """Both sides, as text."""
-        return f"{self.part} of the file: {self.file}, loaded: {self.loaded}"
-
 
 def as_marked(spec: Mapping[str, Any], files: TokenizerFiles | None) -> dict[str, Any]:
     """Return a loaded tokenizer's JSON with the added tokens that its file marks as special, and no others.
@@ -156,14 +147,10 @@ def as_marked(spec: Mapping[str, Any], files: TokenizerFiles | None) -> dict[str
 def require_same(
     tokenizer: Any, files: TokenizerFiles | None, *, name: str, allowed: bool = False, asked: Container[str] = ()
 ) -> None:
-    """Raise MemberError where a loaded tokenizer gives other tokens than its file says.
+    """Raise MemberError where a loaded transformers tokenizer gives other tokens than its files, if any, say.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        files: its files; None where there is nothing to compare.
-        name: the member's name, for messages.
-        allowed: whether a difference is a warning.
-        asked: loading arguments that were given: ``add_bos_token`` is a reason for other control tokens.
+    A difference that is `allowed` is a warning. Of the loading arguments that were `asked` for, ``add_bos_token`` is a
+    reason for other control tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if files is None or backend is None:
@@ -184,7 +171,8 @@ def require_same(
     if not differing:
         return
     effects = "; ".join(dict.fromkeys(difference.effect for difference in differing))
-    kind, sides = type(tokenizer).__name__, f"{'; '.join(difference.sides for difference in differing)}. So {effects}"
+    sides = "; ".join(f"{own.part} of the file: {own.file}, loaded: {own.loaded}" for own in differing)
+    kind, sides = type(tokenizer).__name__, f"{sides}. So {effects}"
     if allowed:
         log.warning("member %r: its tokenizer is not the one of %s (%s): %s", name, files.path, ALLOW, sides)
         return
@@ -198,6 +186,58 @@ def require_same(
     raise MemberError(
         f"member {name!r}: the tokenizer that was loaded is not the one of {files.path}. The class {kind} replaced its "
         f"{parts} ({sides}). {remedy}; or take it as it was loaded, with {ALLOW}=True."
+    )
+
+
+@garbage_kept()
+def load_tokenizer(config: MemberConfig) -> Any | None:
+    """Return a member's tokenizer as ``HFLM`` loads it; None where only loading the model gives it (GGUF).
+
+    Raises MemberError where it cannot be loaded (the cause is chained), or is not what its file says.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    given = config.loading_dict()
+    if given.get("gguf_file") and not given.get("tokenizer"):
+        return None
+    loader = object.__new__(HFLM)
+    try:
+        loader._create_tokenizer(
+            config.pretrained,
+            given.get("tokenizer"),
+            revision=str(given.get("revision", "main")),
+            trust_remote_code=given.get("trust_remote_code", False),
+            use_fast_tokenizer=given.get("use_fast_tokenizer", True),
+            add_bos_token=given.get("add_bos_token"),
+            subfolder=given.get("subfolder", ""),
+        )
+    except Exception as error:
+        raise MemberError(
+            f"member {config.name!r}: cannot load the tokenizer of {config.pretrained!r}: "
+            f"{type(error).__name__}: {one_line(error)}. Check the path or hub name and the member's loading arguments."
+        ) from error
+    require_same(
+        loader.tokenizer,
+        files_of(config),
+        name=config.name,
+        allowed=config.allow_altered_tokenizer,
+        asked=[key for key, value in given.items() if value is not None],
+    )
+    if type(loader.tokenizer).__module__.startswith("transformers."):
+        for copied in ("_vocab", "_merges"):  # Python's copies of what the tokenizer was made of, which nothing reads
+            vars(loader.tokenizer).pop(copied, None)
+    return loader.tokenizer
+
+
+def files_of(config: MemberConfig) -> TokenizerFiles | None:
+    """Return the files of a member's tokenizer; None where it has no ``tokenizer.json``."""
+    given = config.loading_dict()
+    if given.get("gguf_file") and not given.get("tokenizer"):
+        return None
+    return TokenizerFiles.find(
+        given.get("tokenizer") or config.pretrained,
+        revision=str(given.get("revision") or "main"),
+        subfolder=given.get("subfolder") or "",
     )
 
 
@@ -233,31 +273,26 @@ class _Compared:
 
     def added_tokens(self) -> list[Difference]:
         """Compare the ids of added tokens, and whether they take the spaces beside them."""
-        ids: dict[str, set[int]] = {}
-        flags: dict[str, list[Mapping[str, Any]]] = {}
-        for token in self.file.get("added_tokens") or ():
-            ids.setdefault(token["content"], set()).add(token["id"])
-            flags.setdefault(token["content"], []).append(token)
-        for key, token in (self.config.get("added_tokens_decoder") or {}).items():
-            if isinstance(token, Mapping):
-                ids.setdefault(token["content"], set()).add(int(key))
-                flags.setdefault(token["content"], []).append(token)
+        decoder = self.config.get("added_tokens_decoder") or {}
+        configured = [{**token, "id": int(key)} for key, token in decoder.items() if isinstance(token, Mapping)]
+        listed: dict[str, list[Mapping[str, Any]]] = {}
+        for token in [*(self.file.get("added_tokens") or ()), *configured]:
+            listed.setdefault(token["content"], []).append(token)
         loaded = {token["content"]: token for token in self.loaded.get("added_tokens") or ()}
         differing = []
-        for content, expected in ids.items():
-            if content not in loaded:
-                differing.append(Difference("added_tokens", f"{content!r} (id {min(expected)})", "none", "it is lost"))
-            elif loaded[content]["id"] not in expected:
+        for content, expected in listed.items():
+            ids, flags = [token["id"] for token in expected], [[key for key in FLAGS if t.get(key)] for t in expected]
+            if (got := loaded.get(content)) is None:
+                sides = f"{content!r} (id {min(ids)})", "none", "it is lost"
+            elif got["id"] not in ids:
                 effect = f"{content!r} gets an id that stands for something else"
-                differing.append(
-                    Difference("added_tokens", f"id {min(expected)}", f"id {loaded[content]['id']}", effect)
-                )
-            elif not any(
-                all(bool(loaded[content].get(key)) == bool(token.get(key)) for key in FLAGS) for token in flags[content]
-            ):
-                file, got = (str([key for key in FLAGS if t.get(key)]) for t in (flags[content][0], loaded[content]))
+                sides = f"id {min(ids)}", f"id {got['id']}", effect
+            elif (own := [key for key in FLAGS if got.get(key)]) not in flags:
                 effect = f"{content!r} takes other spaces beside it, or is found elsewhere"
-                differing.append(Difference("added_tokens", file, got, effect))
+                sides = str(flags[0]), str(own), effect
+            else:
+                continue
+            differing.append(Difference("added_tokens", *sides))
         return differing[:3]
 
     def decoder(self) -> list[Difference]:
@@ -289,10 +324,11 @@ class _Compared:
         probe = self._telling(ours, theirs, anywhere=bool(options))
         if probe is None:
             return []
-        got, expected = ours.tokens(probe), theirs.tokens(probe)
+        read, wanted = ours.encode(probe), theirs.encode(probe)
+        got, expected = read.tokens, wanted.tokens
         effect = f"{probe[:60]!r} becomes {len(got)} tokens {_short(got)} instead of {len(expected)} {_short(expected)}"
         if got == expected:
-            effect = f"{probe[:60]!r} becomes {ours.encode(probe)[:20]} instead of {theirs.encode(probe)[:20]}"
+            effect = f"{probe[:60]!r} becomes {read.ids[:20]} instead of {wanted.ids[:20]}"
         differing = [self.difference(part, effect) for part in parts]
         if options:
             shown = [_short({key: given.get(key) for key in sorted(options)}) for given in (file, loaded)]
@@ -301,22 +337,20 @@ class _Compared:
 
     def _telling(self, ours: _Splitter, theirs: _Splitter, *, anywhere: bool) -> str | None:
         """Return a short text that becomes other tokens; `anywhere`: even where both cut it alike."""
-        for probes in (PROBES, _triples, self._pieces):
-            for probe in probes() if callable(probes) else probes:
-                suspect = anywhere or ours.split(probe) != theirs.split(probe)
-                if suspect and ours.encode(probe) != theirs.encode(probe):
-                    return probe
+        triples = map("".join, product(CHARACTERS, repeat=3))  # of different kinds
+        for probe in chain(PROBES, triples, self._pieces()):
+            suspect = anywhere or ours.split(probe) != theirs.split(probe)
+            if suspect and ours.encode(probe).ids != theirs.encode(probe).ids:
+                return probe
         return None
 
-    def _pieces(self) -> list[str]:
-        """Return pieces of the vocabulary as text, within other text: a pre-tokenizer keeps some of them whole."""
-        try:
+    def _pieces(self) -> Iterator[str]:
+        """Yield pieces of the vocabulary as text, within other text: a pre-tokenizer keeps some of them whole."""
+        with contextlib.suppress(VocabularyError):
             decoder, pieces = read_decoder(self.file, name="file"), model_pieces(self.file, name="file")
-        except VocabularyError:
-            return []
-        step = max(1, len(pieces) // MAX_PIECES)
-        spelt = (decoder.bytes_of(pieces[i]).decode(errors="ignore") for i in sorted(pieces)[::step])
-        return [f"a{text}a" for text in spelt if len(text) > 1]
+            step = max(1, len(pieces) // MAX_PIECES)
+            spelt = (decoder.bytes_of(pieces[i]).decode(errors="ignore") for i in sorted(pieces)[::step])
+            yield from (f"a{text}a" for text in spelt if len(text) > 1)
 
     def openings(self) -> list[Difference]:
         """Compare what is put before a text, and before what follows a control token."""
@@ -389,11 +423,6 @@ def _toy(spec: Mapping[str, Any], *, edges: bool = False) -> tokenizers.Tokenize
     return with_parts(spec, pieces, added_tokens=[added], **({} if edges else {"post_processor": None}))
 
 
-def _triples() -> list[str]:
-    """Return texts of three characters of different kinds each."""
-    return [a + b + c for a in CHARACTERS for b in CHARACTERS for c in CHARACTERS]
-
-
 class _Splitter:
     """How a tokenizer cuts text, prefix spaces and added tokens left aside."""
 
@@ -413,15 +442,9 @@ class _Splitter:
         """The tokenizer with its vocabulary."""
         return tokenizers.Tokenizer.from_str(json.dumps({**self.spec, "truncation": None, "padding": None}))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> tokenizers.Encoding:
         """Return the tokens of a text."""
-        ids: list[int] = self.whole.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def tokens(self, text: str) -> list[str]:
-        """Return the pieces of a text as the tokenizer spells them."""
-        pieces: list[str] = self.whole.encode(text, add_special_tokens=False).tokens
-        return pieces
+        return self.whole.encode(text, add_special_tokens=False)
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -4,40 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Forward(Protocol):
-    """Forwards packed tokens of one model under a mask; what walks and caches ask of a `TreeRunner`."""
-
-    forwarded: int
-
-    def body(
-        self,
-        ids: Tensor,
-        position: Tensor,
-        allowed: Tensor,
-        place: Tensor,
-        keys: Tensor,
-        kv: Any = None,
-        last: Tensor | None = None,
-    ) -> Tensor:
-        """Return hidden states [B, N, d] for ids and positions [B, N], masks [B, N, K], positions of keys [B, K]."""
-        ...
-
-
-class ForwardInFull(Protocol):
-    """Forwards whole sequences; what walks and rows without a cache ask of a `PlainRunner`."""
-
-    def states_at(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Return the state after the last token of every sequence [n, ...]."""
-        ...
 
 
 class TokenTree:

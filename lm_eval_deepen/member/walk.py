@@ -8,61 +8,62 @@ size of the tree; nothing is ever evicted that is needed again.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lm_eval_deepen.member.kv import ColumnCache, LayerKV
-from lm_eval_deepen.member.tree import Forward, ForwardInFull, TokenTree, common_prefix
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """A forwarded token sequence.
-
-    Attributes:
-        tokens: the sequence.
-        state: what ``logp`` needs for its end [d].
-        kv: keys and values [H, len(tokens), D] per layer, or the state that a model carries; empty where none is kept.
-    """
-
-    tokens: tuple[int, ...]
-    state: Tensor
-    kv: Any
+from lm_eval_deepen.member.cache import ColumnCache, LayerKV, Prefilled
+from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
 
-class TreeWalker:
-    """One member's walk over the trees of a call, which keeps the way to the node it visited last.
+class Walker(ABC):
+    """One member's walk over trees of token prefixes."""
+
+    def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Return the state after the last token of every path [n, ...]."""
+        return self.read(*TokenTree.of(paths))
+
+    @abstractmethod
+    def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        """Return the state at every one of some nodes of a tree [n, ...]."""
+
+    @abstractmethod
+    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
+        """Return the ways to some `ends` with what is kept of them, and the states [n, ...] at nodes to `read`.
+
+        What is kept of the end visited last may be no copy: use it before this walker goes on.
+        """
+
+    def forget(self, path: Sequence[int]) -> None:  # noqa: B027
+        """Give back most of the memory of what is kept from walk to walk, where little of it begins the next path."""
+
+
+class TreeWalker(Walker):
+    """A walk that keeps the way to the node it visited last.
 
     Paths that begin like the last one of the call before continue from there.
     """
 
-    def __init__(self, runner: Forward, nodes: int, spans: Sequence[int] = ()) -> None:
-        """Walk with `runner` in chunks of at most `nodes` tokens; a layer gives a text's last `spans` keys, or all."""
+    def __init__(self, runner: Any, nodes: int, spans: Sequence[int] = ()) -> None:
+        """Walk with a `TreeRunner`, up to `nodes` tokens at once; a layer gives a text's last `spans` keys, or all."""
         self.runner, self.nodes, self.spans = runner, nodes, spans
         self.kv = ColumnCache()
         self.tokens: list[int] = []  # the way kept, one column each
         self.hidden = torch.empty(0)  # states along it [>= P, d]
         self.seen = torch.ones(0, dtype=torch.bool)  # true everywhere between passes: room for a mask
 
-    def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Return the state after the last token of every path [n, d]."""
-        return self.read(*TokenTree.of(paths))
-
+    @override
     def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
-        """Return the state at every one of some nodes of a tree [n, d]; the whole tree is forwarded."""
         states = {node: state for node, state, _, _ in self._visit(tree, frozenset(nodes))}
         return torch.stack([states[node] for node in nodes])
 
+    @override
     def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
-        """Return the states, keys and values of the ways to some `ends`, and the states [n, d] at nodes to `read`.
-
-        Keys and values of the way kept, to the end visited last, are no copies: use them before this walker goes on.
-        """
         states: dict[int, Tensor] = {}
         held: dict[int, list[LayerKV]] = {}
         whole, order = frozenset(ends), tree.preorder(self.tokens)
@@ -77,11 +78,11 @@ class TreeWalker:
         texts = [Prefilled(tree.path(node), states[node], held[node]) for node in ends]
         return texts, torch.stack([states[node] for node in read]) if read else torch.empty(0)
 
+    @override
     def forget(self, path: Sequence[int]) -> None:
-        """Give back most of the memory of the way kept, where less than half of it begins the next path."""
         shared = common_prefix(tuple(self.tokens), tuple(path))
         if 2 * shared < len(self.tokens):
-            self._cut(shared)
+            del self.tokens[shared:]
             self.hidden = self.hidden[:shared].clone()
             self.kv.shrink(shared)
 
@@ -95,15 +96,14 @@ class TreeWalker:
         """
         order, way = preorder or tree.preorder(self.tokens)
         self.kv.room = (1, max(tree.depths) + 1)
-        self._cut(len(way))
+        del self.tokens[len(way) :]
         for depth, node in enumerate(way):
             if node in wanted:
                 yield node, self.hidden[depth].clone(), depth, None
         for start, stop in chunks(len(order), self.nodes):
             chunk = order[start:stop]
             held = tree.depths[chunk[0]]
-            self._cut(held)
-            del way[held:]
+            del self.tokens[held:], way[held:]
             columns = {node: held + at for at, node in enumerate(chunk)}
             hidden = self._forward(tree, chunk, columns)
             for node in chunk:
@@ -149,8 +149,7 @@ class TreeWalker:
         shared = (tree.depths[node] + 1 if node >= 0 else 0) - len(new)
         at = [columns[n] for n in new]
         self.kv.pack(torch.tensor(at, dtype=torch.long), shared)
-        self._cut(shared)
-        self.tokens += [tree.tokens[n] for n in new]
+        self.tokens[shared:] = [tree.tokens[n] for n in new]
         end = len(self.tokens)
         if end > len(self.hidden):
             room = hidden.new_empty(end + len(self.hidden), hidden.shape[1])
@@ -160,9 +159,6 @@ class TreeWalker:
         if new:
             self.hidden[shared:end] = hidden[[column - held for column in at]]
         way[shared:] = new
-
-    def _cut(self, length: int) -> None:
-        del self.tokens[length:]
 
 
 def _way(tree: TokenTree, node: int, columns: dict[int, int]) -> Tensor:
@@ -176,28 +172,3 @@ def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
     parts = math.ceil(total / size)
     for part in range(parts):
         yield part * total // parts, (part + 1) * total // parts
-
-
-class PlainWalker:
-    """The same interface for models whose cache cannot be shared: every longest path is forwarded in full."""
-
-    def __init__(self, runner: ForwardInFull) -> None:
-        """Walk with `runner`."""
-        self.runner = runner
-
-    def states(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Return the state after the last token of every path [n, ...]."""
-        return self.runner.states_at(paths)
-
-    def read(self, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
-        """Return the state at every one of some nodes of a tree [n, ...]."""
-        return self.states([tree.path(node) for node in nodes])
-
-    def prefill(self, tree: TokenTree, ends: Sequence[int], read: Sequence[int] = ()) -> tuple[list[Prefilled], Tensor]:
-        """Return the states at some `ends`, without keys and values, and those at nodes to `read`."""
-        states = self.read(tree, [*ends, *read])
-        texts = [Prefilled(tree.path(node), state, []) for node, state in zip(ends, states, strict=False)]
-        return texts, states[len(ends) :]
-
-    def forget(self, path: Sequence[int]) -> None:
-        """Nothing is kept."""

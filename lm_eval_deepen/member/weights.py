@@ -47,8 +47,7 @@ def weights_reports() -> Iterator[list[WeightsReport]]:
 def _reports_of_models(reports: list[WeightsReport]) -> Iterator[Any]:
     """Yield patches of what tells of loading: what ``from_pretrained`` returns of it, and transformers' own report.
 
-    The first is public. The other comes before an error of transformers, and for a model below an adapter as well;
-    its form is that of transformers 5.5 and newer.
+    The first is public. The other comes before an error of transformers, and for a model below an adapter as well.
     """
     import transformers.integrations.peft
     import transformers.modeling_utils
@@ -71,11 +70,8 @@ def _reports_of_models(reports: list[WeightsReport]) -> Iterator[Any]:
 
     yield mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(loaded))
     for module in (transformers.modeling_utils, transformers.integrations.peft):
-        as_before = getattr(module, "log_state_dict_report", None)
-        if as_before is None or "loading_info" not in inspect.signature(as_before).parameters:
-            continue
 
-        def report(*args: Any, _as_before: Any = as_before, **kw: Any) -> Any:
+        def report(*args: Any, _as_before: Any = module.log_state_dict_report, **kw: Any) -> Any:
             given = inspect.signature(_as_before).bind(*args, **kw).arguments
             model, source, info = (given[x] for x in ("model", "pretrained_model_name_or_path", "loading_info"))
             note(model, source, info.missing_keys, info.unexpected_keys, info.mismatched_keys)
@@ -109,15 +105,9 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def check_weights(reports: Sequence[WeightsReport], where: str, allowed: Mapping[str, bool] | None = None) -> None:
-    """Check that a model's weights are those of its files, and all of them.
+    """Raise MemberError where a model's weights are not those of its files, and all of them; `where` begins the error.
 
-    Args:
-        reports: of what was loaded.
-        where: what begins the error.
-        allowed: what is allowed of a member; None where nothing can be.
-
-    Raises:
-        MemberError: they are not, and it is not allowed.
+    `allowed`: what is allowed of a member; None where nothing can be.
     """
     for report in reports:
         random = f"of {report.kind}; random values would stand there"

@@ -15,9 +15,9 @@ from lm_eval_deepen.errors import DeepenError
 from lm_eval_deepen.member.configuration import held_when_loaded, is_encoder_decoder
 from lm_eval_deepen.member.encoder_decoder import DecoderCodec, check_languages, decoder_start
 from lm_eval_deepen.member.member import ends_of_text
-from lm_eval_deepen.member.preflight import files_of, load_tokenizer
 from lm_eval_deepen.member.runner import Held
 from lm_eval_deepen.member.text import Prompt, TextCodec
+from lm_eval_deepen.member.tokenizer_files import files_of, load_tokenizer
 from lm_eval_deepen.preflight.files import DTYPE_BYTES, STORED_BYTES, HubUnreachable, ModelFiles, look_up
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
@@ -220,7 +220,6 @@ def _with_tokenizer(member: Inspected, files: ModelFiles, problems: list[str]) -
         add_special=given.get("add_bos_token") is None or bool(given["add_bos_token"]),
         name=member.name,
         files=files_of(member.config),
-        checked=True,
     )
     template = getattr(tokenizer, "chat_template", None) is not None
     labels = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*eos, *codec.opening.control, *start)}

@@ -54,14 +54,7 @@ def find_anchors(
 
     Control pieces and unused ids have no bytes and never anchor. The subset is the same on every machine:
     the pieces with the lowest SHA-256 of seed and piece. Where it is all of them, its parameters do not
-    count: the anchors are the same, and so is their fingerprint.
-
-    Args:
-        vocabs: the members' vocabularies.
-        max_anchors: at most so many anchors; None takes all.
-        seed: which subset.
-        min_anchors: fewer common pieces are an error.
-        names: the members' names, for messages, as many as vocabularies.
+    count: the anchors are the same, and so is their fingerprint. `names`: the members', for messages.
 
     Raises:
         VocabularyError: too few common pieces, or `max_anchors` below `min_anchors`.
@@ -97,11 +90,8 @@ def _common(vocabs: tuple[ByteVocab, ...]) -> frozenset[bytes]:
 def anchor_ids(vocab: ByteVocab, anchors: AnchorSet) -> list[int]:
     """Return the id of every anchor [A] in one vocabulary.
 
-    Where several ids share the bytes it is the lowest that is not a ``<0xNN>`` byte-fallback piece (see
-    `ByteVocab.preferred`).
-
-    Raises:
-        VocabularyError: an anchor is not in the vocabulary.
+    Where several ids share the bytes it is the `ByteVocab.preferred` one. Raises VocabularyError where an anchor is not
+    in the vocabulary.
     """
     chosen = []
     for piece in anchors.pieces:

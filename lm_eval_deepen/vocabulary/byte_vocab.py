@@ -62,6 +62,11 @@ class ByteVocab:
         """Return the bytes of a token sequence; control pieces add none."""
         return b"".join(map(self.pieces.__getitem__, ids))
 
+    def spell(self, data: bytes) -> tuple[int, ...] | None:
+        """Return a piece of one byte for every byte; None where a byte has none."""
+        single = [bytes([byte]) for byte in data]
+        return tuple(self.ids_of[byte][0] for byte in single) if self.ids_of.keys() >= {*single} else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of pieces, control, unused, EOS and byte-fallback ids; equal for equal vocabularies."""

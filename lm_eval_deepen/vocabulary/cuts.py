@@ -7,18 +7,16 @@ real vocabularies have pieces such as ``> </``, which would forbid every cut.
 
 from __future__ import annotations
 
+import re
+
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
+
+SAFE_CUT = re.compile(r" (?<=[^\W_] )")
 
 
 def safe_cuts(text: str) -> list[int]:
     """Return every position of a space that follows a letter or digit, ascending."""
-    cuts = []
-    at = text.find(" ", 1)
-    while at > 0:
-        if text[at - 1].isalnum():
-            cuts.append(at)
-        at = text.find(" ", at + 1)
-    return cuts
+    return [cut.start() for cut in SAFE_CUT.finditer(text)]
 
 
 def last_safe_cut(text: str) -> int:

@@ -41,44 +41,15 @@ REMEDY = (
 )
 
 
-def is_exact(vocab: ByteVocab, text: str, ids: Sequence[int], *, prefix_space: bool = False) -> bool:
-    """Return whether the pieces spell exactly the text's UTF-8 bytes.
-
-    Args:
-        vocab: the byte vocabulary.
-        text: the text.
-        ids: its tokens.
-        prefix_space: one space more in front is exact too (a prompt's prefix space).
-    """
-    if min(ids, default=0) < 0 or max(ids, default=0) >= len(vocab):
-        return False
-    spelt, data = vocab.decode(ids), text.encode()
-    return spelt == data or (prefix_space and spelt == b" " + data)
+def is_exact(vocab: ByteVocab, data: bytes, ids: Sequence[int]) -> bool:
+    """Return whether the pieces of some ids, which may be none of the vocabulary's, spell exactly these bytes."""
+    return min(ids, default=0) >= 0 and max(ids, default=0) < len(vocab) and vocab.decode(ids) == data
 
 
-def require_exact(
-    vocab: ByteVocab,
-    text: str,
-    ids: Sequence[int],
-    *,
-    name: str,
-    unknown: int | None = None,
-    prefix_space: bool = False,
-) -> None:
-    """Raise unless `is_exact`; the message names the text and the pieces that go wrong.
-
-    Args:
-        vocab: the byte vocabulary.
-        text: the text.
-        ids: its tokens.
-        name: the member's name.
-        unknown: id of the tokenizer's unknown token; None takes any control piece for it.
-        prefix_space: see `is_exact`.
-
-    Raises:
-        SpellingError: the pieces do not spell the text.
-    """
-    if is_exact(vocab, text, ids, prefix_space=prefix_space):
+def require_exact(vocab: ByteVocab, text: str, ids: Sequence[int], *, name: str) -> None:
+    """Raise SpellingError unless `is_exact`; the message names the member, the text and the pieces that go wrong."""
+    data = text.encode()
+    if is_exact(vocab, data, ids):
         return
     where = f"member {name!r}: its tokenizer does not spell {_short(text)} exactly"
     outside = [i for i in ids if not 0 <= i < len(vocab)]
@@ -87,13 +58,12 @@ def require_exact(
             f"{where}: it gives id {outside[0]}, but the model has only {len(vocab)} logits. The tokenizer "
             "does not belong to this model: correct the member's `tokenizer` argument."
         )
-    index, offset = _first_difference(vocab, text.encode(), ids)
-    at = len(text.encode()[:offset].decode(errors="ignore"))
+    index, offset = _first_difference(vocab, data, ids)
+    at = len(data[:offset].decode(errors="ignore"))
     character = "the end of the text"
     if at < len(text):
         character = f"the character {text[at]!r} (U+{ord(text[at]):04X}) at {at}"
-    lost = {unknown} if unknown is not None else vocab.control
-    if index < len(ids) and ids[index] in lost:
+    if index < len(ids) and ids[index] in vocab.control:
         raise SpellingError(
             f"{where}: it has no piece for {character}, which becomes the unknown or control piece "
             f"{ids[index]}. {REMEDY}"
@@ -105,28 +75,15 @@ def require_exact(
     )
 
 
-def check_round_trip(
-    vocab: ByteVocab, encode: Callable[[str], Sequence[int]], *, name: str, unknown: int | None = None
-) -> None:
-    """Check a byte vocabulary on `SAMPLE_TEXTS` against the tokenizer that it was read from.
+def check_round_trip(vocab: ByteVocab, encode: Callable[[str], Sequence[int]], *, name: str) -> None:
+    """Raise VocabularyError where a byte vocabulary is not that of a tokenizer of text alone (see `text_only_spec`).
 
-    The tokens of every text must spell its bytes; where `safe_cut_allowed`, cutting a text at a safe place
+    The tokens of all `SAMPLE_TEXTS` must spell their bytes; where `safe_cut_allowed`, cutting a text at a safe place
     must not change its tokens.
-
-    Args:
-        vocab: the byte vocabulary.
-        encode: encodes text alone: with the tokenizer of `text_only_spec`.
-        name: the member's name, for messages.
-        unknown: id of the tokenizer's unknown token, for messages (see `require_exact`).
-
-    Raises:
-        VocabularyError: naming the member, the text, the pieces and the remedy.
     """
     for text in SAMPLE_TEXTS:
-        require_exact(vocab, text, encode(text), name=name, unknown=unknown)
-    if not safe_cut_allowed(vocab):
-        return
-    for text in SAMPLE_TEXTS:
+        require_exact(vocab, text, encode(text), name=name)
+    for text in SAMPLE_TEXTS if safe_cut_allowed(vocab) else ():
         whole = list(encode(text))
         for cut in safe_cuts(text):
             parts = [*encode(text[:cut]), *encode(text[cut:])]

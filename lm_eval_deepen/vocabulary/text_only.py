@@ -7,7 +7,7 @@ control tokens and a prefix space, and reads special-token text as control; the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval_deepen.errors import SpellingError
@@ -79,37 +79,34 @@ def text_only_spec(
         token["special"] = token["id"] in ids
         token["content"] = renamed.get(token["content"], token["content"])
         token["lstrip"] = token["rstrip"] = False
-    kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] not in DROPPED_NORMALIZERS]
     return {
         **spec,
         "truncation": None,
         "padding": None,
         "post_processor": None,
         "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
-        "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
+        **without_prefix_space(spec, DROPPED_NORMALIZERS),
         "model": _text_only_model(spec["model"], renamed, decoder.byte_fallback),
     }
 
 
-def without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the normalizer and the pre-tokenizer of a ``tokenizer.json`` without the prefix space that they add."""
-    kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] != "Prepend"]
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
-        "pre_tokenizer": _text_only_pre_tokenizer(spec.get("pre_tokenizer")),
-    }
+def without_prefix_space(spec: Mapping[str, Any], dropped: Container[str] = ("Prepend",)) -> dict[str, Any]:
+    """Return the normalizer and the pre-tokenizer of a ``tokenizer.json`` without the prefix space that they add.
 
-
-def _text_only_pre_tokenizer(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    steps = stages(part, "pretokenizers")
+    `dropped`: the kinds of steps of the normalizer that are left out.
+    """
+    kept = [step for step in stages(spec.get("normalizer"), "normalizers") if step["type"] not in dropped]
+    steps = stages(spec.get("pre_tokenizer"), "pretokenizers")
     for step in steps:
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         elif step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)  # older files: contradicts the scheme
-    return {"type": "Sequence", "pretokenizers": steps} if steps else None
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,
+    }
 
 
 def _text_only_model(model: Mapping[str, Any], renamed: Mapping[str, str], bytewise: bool) -> dict[str, Any]:
@@ -133,14 +130,10 @@ def _text_only_model(model: Mapping[str, Any], renamed: Mapping[str, str], bytew
 
 
 def reads_alike(rewritten: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
-    """Return whether the original model gives every text that added tokens leave the tokens of the rewritten one.
+    """Return whether a model gives every text that added tokens leave the tokens of what `text_only_spec` made of it.
 
     BPE begins with single characters and bytes and reaches a longer piece by merges alone, so pieces that were renamed
     are out of reach where no merge was removed. The added tokens must have the ids that the model has for them.
-
-    Args:
-        rewritten: what `text_only_spec` made of it.
-        spec: the parsed ``tokenizer.json``.
     """
     ours, theirs = rewritten["model"], spec["model"]
     if theirs["type"] != "BPE" or theirs.get("ignore_merges") or theirs.get("dropout"):
@@ -154,51 +147,36 @@ def reads_alike(rewritten: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
 
 
 def exact_encoder(
-    spec: Mapping[str, Any],
-    vocab: ByteVocab,
-    encode: Callable[[str], Sequence[int]],
-    *,
-    name: str,
-    opening: Callable[[str], Sequence[int]] | None = None,
+    spec: Mapping[str, Any], vocab: ByteVocab, encode: Callable[[str], Sequence[int]], *, name: str
 ) -> Callable[[str], list[int]]:
-    """Wrap a text-only encoder so that every text gives tokens of exactly its own bytes, or an error.
+    """Wrap an encoder (see `text_only_spec`) so that every text gives tokens of exactly its own bytes, or an error.
 
     Two kinds of text defeat a SentencePiece-style tokenizer: a literal space mark ("▁") comes back as a
     space, and a literal ``<0x0A>`` may be taken for that byte. The first is spelt with byte pieces, the
     second encoded in two parts. The result stays a pure function of the text.
 
-    Args:
-        spec: the original ``tokenizer.json``; of its model the type, ``byte_fallback`` and the unknown token.
-        vocab: its byte vocabulary.
-        encode: encodes with the tokenizer of `text_only_spec`.
-        name: the member's name, for messages.
-        opening: encodes the beginning of a text where that differs: then one prefix space may come first.
+    `spec`: the original ``tokenizer.json``; of its model the type and ``byte_fallback``.
     """
     marks = read_decoder(spec, name=name).space_marks
-    unknown = unknown_id(spec)
     literal_mark = "".join(f"({re.escape(mark)})|" for mark in marks)
     traps = re.compile(literal_mark + r"(?<=<0)(?=x[0-9A-Fa-f]{2}>)")
 
-    def spell(mark: str) -> list[int]:
-        ids_of_bytes = [vocab.ids_of.get(bytes([byte])) for byte in mark.encode()]
-        if any(ids is None for ids in ids_of_bytes):
+    def spell(mark: str) -> Sequence[int]:
+        ids = vocab.spell(mark.encode())
+        if ids is None:
             raise SpellingError(
                 f"member {name!r}: the text has the character {mark!r} (U+{ord(mark[0]):04X}), which its "
                 "tokenizer reads as a space, and it has no byte pieces to spell it. Leave this member out, "
                 "or replace the character in the text."
             )
-        return [ids[0] for ids in ids_of_bytes if ids]
+        return ids
 
     def run(text: str) -> list[int]:
-        first = opening or encode
-        ids = list(first(text))
-        if is_exact(vocab, text, ids, prefix_space=opening is not None):
-            return ids
-        ids = []
-        for n, part in enumerate(traps.split(text)):
-            if part:
-                ids += spell(part) if part in marks else (encode if n else first)(part)
-        require_exact(vocab, text, ids, name=name, unknown=unknown, prefix_space=opening is not None)
+        ids = list(encode(text))
+        if not is_exact(vocab, text.encode(), ids):
+            parts = filter(None, traps.split(text))
+            ids = [i for part in parts for i in (spell(part) if part in marks else encode(part))]
+            require_exact(vocab, text, ids, name=name)
         return ids
 
     return run

@@ -16,8 +16,10 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 LITERAL = re.compile(r"[^\\.^$*+?()\[\]{}|]+")  # a regular expression that matches itself alone
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-EXACT_FAMILIES = "byte-level BPE, or SentencePiece-style BPE or Unigram (space mark, byte fallback)"
-REMEDY = f"Use a checkpoint whose tokenizer maps to bytes exactly: {EXACT_FAMILIES}."
+REMEDY = (
+    "Use a checkpoint whose tokenizer maps to bytes exactly: byte-level BPE, or SentencePiece-style BPE or Unigram "
+    "(space mark, byte fallback)."
+)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,10 +44,8 @@ class PieceDecoder:
     def bytes_of(self, piece: str, *, added: bool = False) -> bytes:
         """Return the bytes of one piece.
 
-        Args:
-            piece: the piece as the tokenizer spells it.
-            added: the piece is an added token outside the model's vocabulary. Such a token is matched
-                in the raw text, so it is never spelt in the byte alphabet.
+        A token that is `added` outside the model's vocabulary is matched in the raw text: it is never spelt in the
+        byte alphabet.
         """
         if self.byte_fallback and (match := BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])
@@ -65,12 +65,7 @@ class PieceDecoder:
 
 
 def stages(part: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer, pre-tokenizer or decoder in order, with ``Sequence`` flattened.
-
-    Args:
-        part: the JSON of the part, or None.
-        key: where its ``Sequence`` keeps the steps (``normalizers``, ``pretokenizers``, ``decoders``).
-    """
+    """Return the steps of a normalizer, pre-tokenizer or decoder in order, those of a ``Sequence`` under its `key`."""
     if part is None:
         return []
     if part.get("type") == "Sequence":
@@ -91,6 +86,7 @@ def read_decoder(spec: Mapping[str, Any], *, name: str) -> PieceDecoder:
     byte_level = byte_fallback = fused = False
     replaces: list[tuple[str, str]] = []
     steps = stages(spec.get("decoder"), "decoders")
+    unknown = None if steps else "no decoder"
     for step in steps:
         kind = step.get("type")
         replaced = _replacement(step, fused)
@@ -103,9 +99,12 @@ def read_decoder(spec: Mapping[str, Any], *, name: str) -> PieceDecoder:
         elif replaced is not None and not (fused and (byte_level or len(replaced[0]) > 1)):
             replaces.append(replaced)
         elif not (kind == "Strip" and (fused or not (step["start"] or step["stop"]))):
-            raise _unknown_decoder(spec, f"decoder step {kind!r}", name)
-    if not steps:
-        raise _unknown_decoder(spec, "no decoder", name)
+            unknown = unknown or f"decoder step {kind!r}"
+    if unknown:
+        raise VocabularyError(
+            f"member {name!r}: the tokenizer ({spec['model'].get('type')}, {unknown}) has no known exact mapping of "
+            f"pieces to bytes. {REMEDY}"
+        )
     # The encoder decides what a piece means: it emits <0xNN> for a byte even where the decoder is silent.
     byte_fallback = byte_fallback or bool(spec["model"].get("byte_fallback"))
     return PieceDecoder(byte_level, tuple(replaces), byte_fallback)
@@ -125,18 +124,10 @@ def _replacement(step: Mapping[str, Any], fused: bool) -> tuple[str, str] | None
     return (pattern["Regex"], step["content"]) if pattern_is_literal else None
 
 
-def _unknown_decoder(spec: Mapping[str, Any], decoder: str, name: str) -> VocabularyError:
-    kind = spec["model"].get("type")
-    return VocabularyError(
-        f"member {name!r}: the tokenizer ({kind}, {decoder}) has no known exact mapping of pieces to bytes. {REMEDY}"
-    )
-
-
 def model_pieces(spec: Mapping[str, Any], *, name: str) -> dict[int, str]:
     """Return the pieces of the tokenizer's model by id, without added tokens.
 
-    Raises:
-        VocabularyError: the model is not BPE or Unigram, or marks word ends and continuations.
+    Raises VocabularyError where the model is not BPE or Unigram, or marks word ends and continuations.
     """
     model = spec["model"]
     kind = model.get("type")
@@ -168,15 +159,12 @@ def unknown_id(spec: Mapping[str, Any]) -> int | None:
 
 
 def text_pieces(spec: Mapping[str, Any], ids: Iterable[int]) -> frozenset[int]:
-    """Return those of some ids that are text, whatever role they have (padding token, end of text).
+    """Return those of some ids that are text in a ``tokenizer.json``, whatever role they have (padding, end of text).
 
     A piece is text where the file lists it as an added token that is not special, or where the model itself spells
     text with it: as a piece for a single character or byte, which no other piece could replace, whatever the file
     says of it; or as a longer piece that merges make, or that has a probability, unless the file marks it as special.
-
-    Args:
-        spec: the parsed ``tokenizer.json``; its marks count, not those that loading it has added.
-        ids: the ids.
+    The file's marks count, not those that loading it has added.
     """
     model = spec["model"]
     marks = {token["id"]: bool(token["special"]) for token in spec.get("added_tokens") or ()}

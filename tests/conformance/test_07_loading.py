@@ -12,7 +12,7 @@ from harness import deepen, hf, requests
 
 from lm_eval_deepen.errors import ConfigError, MemberError
 from lm_eval_deepen.harness.model import DeepenLM
-from lm_eval_deepen.member.arguments import switches
+from lm_eval_deepen.member.loading import switches
 
 PAIRS = [("The quick brown fox", " jumps over"), ("", "Paris"), ("Question: Where?\nAnswer:", " in the forest")]
 

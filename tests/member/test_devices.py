@@ -53,7 +53,7 @@ def pair(pico, **second):
 
 
 def test_devices_of_a_machine(machine):
-    assert existing_devices() == ("cpu",)
+    assert existing_devices() == ("cpu",) and place(None, "here:") == "cpu"
     machine(cuda=2, xpu=1, mps=True)
     assert existing_devices() == ("cpu", "cuda:0", "cuda:1", "xpu:0", "mps:0")
 
@@ -76,12 +76,6 @@ def test_a_device_is_spelled_as_hf_spells_it(machine, asked, expected):
     """`HFLM` takes `cpu:0` or `xpu`, which it does not list, for no device at all and loads on a GPU."""
     machine(cuda=2, xpu=1, mps=True)
     assert place(asked, "here:") == expected
-
-
-def test_the_default_is_the_first_gpu_or_the_cpu(machine):
-    assert place(None, "here:") == "cpu"
-    machine(cuda=1)
-    assert place(None, "here:") == "cuda"
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:7", "cpu:1", "mps", "xpu:0", "meta"])

@@ -10,21 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from vocabulary_helpers import SPACE, byte_level, sentencepiece_bpe, spec_of, unigram
+from vocabulary_helpers import SPACE, byte_level, codec_of, sentencepiece_bpe, spec_of, unigram
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member.text import TextCodec
-from lm_eval_deepen.vocabulary import byte_vocab_from_json, text_pieces
+from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json, text_pieces
 
 QUICK = settings(max_examples=60, deadline=None)
-
-
-def codec_of(tokenizer: Tokenizer | PreTrainedTokenizerFast, *, size: int | None = None, **given: Any) -> TextCodec:
-    """The byte view of a tokenizer; `given` are further arguments of `TextCodec.build`."""
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    given = {"eos": (), "prefix_id": 1, "add_special": True, "name": "m", **given}
-    return TextCodec.build(tokenizer, size=size or len(tokenizer), **given)
 
 
 # What a decoder, a normalizer or a pre-tokenizer is, not how it is written.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
-from vocabulary_helpers import CAFE, CORPUS, byte_level, sentencepiece_bpe, unigram
+from vocabulary_helpers import CAFE, CORPUS, byte_level, codec_of, sentencepiece_bpe, unigram
 
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
@@ -20,7 +20,8 @@ from lm_eval_deepen.member import kept, load_member, loading_check, member, text
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Backend, TextCodec
 from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same
-from lm_eval_deepen.vocabulary import SAMPLE_TEXTS, text_only_spec
+from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
+from lm_eval_deepen.vocabulary.text_only import text_only_spec
 
 FAMILIES = {
     "byte level": lambda: byte_level([AddedToken("  ", normalized=False), AddedToken("caf\u00e9 was", lstrip=True)]),
@@ -42,9 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def codec(tokenizer: Tokenizer) -> TextCodec:
-    loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     size = tokenizer.get_vocab_size()
-    return TextCodec.build(loaded, size=size + 3, known=size, eos=[2], prefix_id=1, add_special=True, name="m")
+    return codec_of(tokenizer, size=size + 3, known=size, eos=[2])
 
 
 def facts(read: TextCodec) -> list[Any]:

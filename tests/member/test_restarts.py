@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from vocabulary_helpers import codec_of
 
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.text import TextCodec
@@ -45,11 +45,6 @@ def text_of(draw: random.Random, size: int, alphabet: str = ALPHABET) -> str:
     return "".join(
         draw.choice(alphabet) * draw.choice((1, 1, 1, 2, 5) if draw.random() < 0.98 else (90,)) for _ in range(size)
     )
-
-
-def codec_of(tokenizer: Tokenizer) -> TextCodec:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return TextCodec.build(tokenizer, size=len(tokenizer), eos=(), prefix_id=1, add_special=False, name="m")
 
 
 def by_bytes(draw: random.Random, *steps) -> Tokenizer:
@@ -97,7 +92,7 @@ def test_every_token_is_that_of_the_whole_text(kind):
     """Random merges, in orders that no training gives, and texts that end in every way."""
     draw, folded = random.Random(kind), 0
     for trial in range(8):
-        codec = codec_of(KINDS[kind](draw))
+        codec = codec_of(KINDS[kind](draw), add_special=False)
         assert codec.restarts is not None
         alphabet = "".join(draw.sample(ALPHABET, 2 + trial % 4)) if trial % 2 else ALPHABET
         text = (text_of(draw, 150, alphabet) + draw.choice(ENDS) + text_of(draw, 30, alphabet)).encode()
@@ -134,18 +129,14 @@ def test_where_nothing_is_proven_a_text_is_read_whole():
     unknown["spaces that stay"] = by_marks(draw, pre_tokenizers.Split(" ", "merged_with_previous"))
     unknown["spaces that stay"].normalizer = None
     for name, tokenizer in unknown.items():
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-        codec = TextCodec.build(
-            tokenizer, size=len(tokenizer), eos=(), prefix_id=1, add_special=False, name=name, checked=True
-        )
-        assert codec.restarts is None, name
+        assert codec_of(tokenizer).restarts is None, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_costs_the_same_in_a_long_text(kind, monkeypatch):
     """Characters that are encoded for a text four times as long."""
     draw, counts = random.Random(1), Counter()
-    codec = codec_of(KINDS[kind](draw))
+    codec = codec_of(KINDS[kind](draw), add_special=False)
     encode = TextCodec.encode
 
     def counted(codec, text):

@@ -24,7 +24,7 @@ from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.recipes import find_recipe
 from lm_eval_deepen.member import Member, Prompt
-from lm_eval_deepen.member.encoder_decoder_runner import as_source, divide
+from lm_eval_deepen.member.encoder_decoder import as_source, divide
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,8 +186,8 @@ def test_every_source_is_encoded_once(ensemble: Any, monkeypatch: pytest.MonkeyP
 
 def test_held_encodings_are_bounded_and_do_not_change_texts(ensemble: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = texts(ensemble("bytelevel", "translator", batch_size=4))
-    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder_runner.SOURCES_KEPT", 1)
-    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder_runner.TOKENS_PER_FORWARD", 8)
+    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder.SOURCES_KEPT", 1)
+    monkeypatch.setattr("lm_eval_deepen.member.encoder_decoder.TOKENS_PER_FORWARD", 8)
     model = ensemble("bytelevel", "translator", batch_size=4)
     assert texts(model) == expected
     assert len(model.ensemble.members[1].runner._encoded) == 1
@@ -250,7 +250,7 @@ def test_literal_control_text_in_a_source_is_text(ensemble: Any, name: str) -> N
     tokenizer = member.lm.tokenizer
 
     def source(text: str) -> tuple[int, ...]:
-        return divide(member.codec.source_prompt(text).ids)[0]
+        return divide(member.source_prompt(text).ids)[0]
 
     for text in ("The fox walked away.", " dog  and\ncat ", *SAMPLE_TEXTS):
         if not any(literal in text for literal in tokenizer.all_special_tokens):

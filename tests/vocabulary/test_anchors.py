@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from vocabulary_helpers import CAFE, SPACE, byte_level, sentencepiece_bpe, spec_of
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.vocabulary import (
-    AnchorSet,
-    ByteVocab,
-    anchor_ids,
-    byte_vocab_from_json,
-    duplicates,
-    find_anchors,
-)
+from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
+from lm_eval_deepen.vocabulary.tokenizer_json import byte_vocab_from_json
 
 PIECES = [bytes([b]) for b in range(97, 123)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,14 +101,6 @@ def test_the_fingerprint_covers_pieces_lengths_and_subset() -> None:
     assert len(sets[0]) == 2
 
 
-def test_a_limit_above_the_common_pieces_changes_nothing() -> None:
-    vocab = ByteVocab(tuple(PIECES))
-    assert (
-        find_anchors([vocab], max_anchors=26, seed=7, names=["m"]).fingerprint
-        == find_anchors([vocab], names=["m"]).fingerprint
-    )
-
-
 @pytest.mark.parametrize("pieces", [(b"b", b"a"), (b"a", b"a"), (b"", b"a")])
 def test_unsorted_repeated_or_empty_anchors_are_an_error(pieces: tuple[bytes, ...]) -> None:
     with pytest.raises(VocabularyError, match="strictly ascending byte strings"):
@@ -143,13 +130,6 @@ def test_a_limit_below_the_minimum_and_missing_names_are_errors() -> None:
         anchor_ids(vocab, AnchorSet((b"?",)))
 
 
-def test_control_and_padded_rows_never_anchor() -> None:
-    special = ByteVocab((*PIECES, b"", b""), control=frozenset({26}), unused=frozenset({27}))
-    anchors = find_anchors([special, special], names=["a", "b"])
-    assert list(anchors.pieces) == PIECES
-    assert not {26, 27} & (set(anchor_ids(special, anchors)) | set(duplicates(special, anchors)))
-
-
 def test_families_share_bytes_not_strings() -> None:
     mangled, marked = byte_level(), sentencepiece_bpe(CAFE)
     vocabs = [
@@ -174,7 +154,7 @@ def test_families_share_bytes_not_strings() -> None:
 def test_the_same_under_every_hash_seed() -> None:
     code = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from lm_eval_deepen.vocabulary import ByteVocab, find_anchors\n"
+        "from lm_eval_deepen.vocabulary.anchors import ByteVocab, find_anchors\n"
         "pieces = tuple(str(n).encode() for n in range(500))\n"
         "v = [ByteVocab(pieces, control=frozenset([5, 500])), ByteVocab(pieces[::-1])]\n"
         "a, b = (find_anchors(v, max_anchors=m, seed=3, names=['a', 'b']) for m in (None, 50))\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_eval_deepen.vocabulary import ByteVocab, last_safe_cut, safe_cut_allowed, safe_cuts, safe_segments
+from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_cuts, safe_segments
 
 
 @given(st.text(alphabet="a1 ,\n\u00e9\u00a0\u4e2d", max_size=20))

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from vocabulary_helpers import CAFE, SPACE, byte_level, families, sentencepiece_bpe, spec_of, unigram
+from vocabulary_helpers import SPACE, byte_level, families, sentencepiece_bpe, spec_of, unigram
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.vocabulary import ByteVocab, byte_vocab_from_json, unknown_id
-from lm_eval_deepen.vocabulary.tokenizer_json import BYTE_ALPHABET
+from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.vocabulary.tokenizer_json import BYTE_ALPHABET, byte_vocab_from_json, unknown_id
 
 FAMILIES = families()
 
@@ -30,33 +30,6 @@ def test_the_byte_alphabet_is_the_librarys() -> None:
     assert sorted(BYTE_ALPHABET.values()) == list(range(256))
     decode = decoders.ByteLevel().decode
     assert all(decode([c]) == bytes([b]).decode(errors="replace") for c, b in BYTE_ALPHABET.items())
-
-
-@pytest.mark.parametrize(
-    ("marked", "mangled", "data"),
-    [
-        (SPACE + "caf\u00e9", "\u0120caf\u00c3\u00a9", " caf\u00e9".encode()),
-        ("\u4e2d", "\u00e4\u00b8\u0143", "\u4e2d".encode()),
-        ("<0x0A>", "\u010a", b"\n"),
-    ],
-)
-def test_equal_bytes_pair_across_families(marked: str, mangled: str, data: bytes) -> None:
-    pieces = [mangled, *BYTE_ALPHABET]
-    bpe = Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, []))
-    bpe.decoder = decoders.ByteLevel()
-    sentencepiece = sentencepiece_bpe(CAFE)
-    left = vocab_of(sentencepiece).pieces[sentencepiece.token_to_id(marked)]
-    right = vocab_of(bpe).pieces[bpe.token_to_id(mangled)]
-    assert left == right == data
-
-
-def test_a_character_does_not_pair_with_the_byte_that_is_spelt_like_it() -> None:
-    sentencepiece = sentencepiece_bpe(CAFE)
-    e_acute = vocab_of(sentencepiece).pieces[sentencepiece.token_to_id("\u00e9")]
-    mangled = byte_level()
-    byte = vocab_of(mangled).pieces[mangled.token_to_id("\u00e9")]
-    assert (e_acute, byte) == (b"\xc3\xa9", b"\xe9")
-    assert vocab_of(sentencepiece).pieces[sentencepiece.token_to_id("<0xE9>")] == byte
 
 
 def test_a_character_split_over_tokens_is_whole_again_in_bytes() -> None:
@@ -144,12 +117,6 @@ def test_rows_beyond_the_tokenizer_are_unused_and_ids_beyond_the_logits_left_out
     short = vocab_of(tokenizer, size=300)
     assert short.pieces == padded.pieces[:300]
     assert all(i < 300 for i in short.control | short.byte_fallback)
-
-
-def test_several_ids_with_the_same_bytes_are_all_kept() -> None:
-    tokenizer = FAMILIES["llama"]
-    vocab = vocab_of(tokenizer)
-    assert vocab.ids_of[b"A"] == (tokenizer.token_to_id("<0x41>"), tokenizer.token_to_id("A"))
 
 
 def test_eos_padding_and_unknown_are_control() -> None:

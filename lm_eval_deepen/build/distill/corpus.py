@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from lm_eval_deepen.engine.bits_per_byte import Document
 from lm_eval_deepen.engine.calibration import digest, load_documents
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.vocabulary import require_exact, safe_segments
+from lm_eval_deepen.vocabulary import safe_segments
+from lm_eval_deepen.vocabulary.round_trip import require_exact
 
 if TYPE_CHECKING:
     from lm_eval_deepen.build.distill.recipe import DistillRecipe
@@ -47,7 +48,7 @@ class Tokens:
     def of(cls, codec: TextCodec, text: str) -> Tokens:
         """Encode a block; raises VocabularyError where the tokens do not spell the text."""
         ids = codec.encode_prompt(text)[len(codec.automatic_prefix) :]
-        require_exact(codec.vocab, text, ids, name=codec.name, prefix_space=True)
+        require_exact(codec.vocab, codec.opened(text), ids, name=codec.name)
         sizes = np.array([len(codec.vocab.pieces[token]) for token in ids], dtype=np.int64)
         ends = np.cumsum(sizes) - sizes
         return cls(codec.prefix_ids, ids, ends - (int(sizes.sum()) - len(text.encode())))
