@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import atexit
 import sys
-from pathlib import Path
-from typing import Any, Protocol
 
-from lm_eval_deepen.engine import Ensemble
 from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.harness.command import has_failed, under_command
-from lm_eval_deepen.harness.distributed import Ranks
-from lm_eval_deepen.harness.step_files import StepFiles
+from lm_eval_deepen.harness.requests import RequestHandler
 
 
-class Run(Protocol):
-    """What is told of a `DeepenLM`."""
-
-    ensemble: Ensemble
-    ranks: Ranks
-    traces: list[Trace]
-    findings: dict[str, Any] | None
-    results_in: Path | None
-    step_files: StepFiles | None
-
-
-def tell_at_the_end(run: Run) -> None:
+def tell_at_the_end(run: RequestHandler) -> None:
     """Sum up the ensemble when the harness's command line ends, in the process that shows its results.
 
     Elsewhere, as in a notebook, nothing is said: `DeepenLM.get_model_info` has it.
@@ -34,14 +19,14 @@ def tell_at_the_end(run: Run) -> None:
         atexit.register(tell, run)
 
 
-def tell(run: Run) -> None:
+def tell(run: RequestHandler) -> None:
     """Print the summary, unless the command failed, whose last line is its error."""
     if not has_failed():
         for line in summary(run):
             print(line, file=sys.stderr, flush=True)
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: RequestHandler) -> list[str]:
     """Return what fusion did in a run and where results are; nothing where no step was read and no answer pooled."""
     counts = Trace.total(run.traces).summary()
     did = []
@@ -70,7 +55,7 @@ def summary(run: Run) -> list[str]:
     return [f"ensemble {names}: {'; '.join([*did, warned])}.", _where(run)]
 
 
-def _where(run: Run) -> str:
+def _where(run: RequestHandler) -> str:
     results, traces = run.results_in, run.step_files and run.step_files.folder
     look = f"; look at them with: lm-eval-deepen view {traces}" if traces else ""
     if results and results == traces:

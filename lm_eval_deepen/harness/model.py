@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -113,9 +112,7 @@ class DeepenLM(RequestHandler):
     def _adopt(self, ensemble: Ensemble, ranks: Ranks) -> None:
         self.adopt(ensemble)
         self.ranks = ranks
-        self.traces = [ensemble.counters]  # of all processes
-        self.findings: dict[str, Any] | None = None  # of the self-check
-        self.results_in: Path | None = None  # where the harness writes, once it has asked for something
+        self.traces = [ensemble.counters]
         self._device = ensemble.device
         self.pool = None
         if ensemble.config.pooling is not None:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_deepen.engine import Ensemble
@@ -16,7 +17,9 @@ from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, SpanScore, score_together, total
 from lm_eval_deepen.engine.stretches import StretchPrompter, StretchSpan, joined, read_stretches, weighed, with_evidence
 from lm_eval_deepen.engine.texts import Texts
+from lm_eval_deepen.engine.trace import Trace
 from lm_eval_deepen.engine.windows import rolling_spans
+from lm_eval_deepen.harness.distributed import Ranks
 from lm_eval_deepen.harness.main_member import MainMemberView
 from lm_eval_deepen.harness.step_files import StepFiles
 from lm_eval_deepen.harness.unanswered import SetAside, attempt
@@ -36,10 +39,13 @@ class RequestHandler(MainMemberView):
         texts: makes jobs of prompts, and texts of what is generated.
         peers: models around the same members that score in one pass, this one among them (see `share_passes`).
         known: answers that a peer's pass gave already, by task, type and arguments of the request.
-        step_files: where the steps of traced requests are written; None where nothing is traced.
     """
 
-    step_files: StepFiles | None = None
+    ranks: Ranks  # the processes that share the requests
+    traces: list[Trace]  # of all of them
+    findings: dict[str, Any] | None = None  # of the self-check
+    results_in: Path | None = None  # where the harness writes, once it has asked for something
+    step_files: StepFiles | None = None  # where the steps of traced requests are written; None where nothing is traced
 
     def adopt(self, ensemble: Ensemble) -> None:
         """Answer by this ensemble."""
