@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_deepen.build.weights import hub_file
 from lm_eval_deepen.errors import ConfigError, StorageError, one_line
 from lm_eval_deepen.storage import read_json
 
@@ -20,19 +21,10 @@ _READING = (
     "rope_parameters hidden_act activation_function rms_norm_eps layer_norm_eps layer_norm_epsilon sliding_window"
 ).split()
 _DEPTH = ("num_hidden_layers", "n_layer")
-_VOCABULARY = ("vocab_size",)
 
 
 class IncompatibleError(ConfigError):
-    """Models that no merge can be made of.
-
-    Attributes:
-        label: what differs, one of `DIFFERENCES`.
-    """
-
-    def __init__(self, label: str, detail: str) -> None:
-        super().__init__(f"{label}: {detail}")
-        self.label = label
+    """Models that no merge can be made of; the message begins with one of `DIFFERENCES`."""
 
 
 def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool) -> None:
@@ -48,21 +40,25 @@ def check_alike(places: Mapping[str, str], same_depth: bool, own_tokenizer: bool
         ConfigError: a configuration that cannot be read.
     """
     keys = [*_SHAPE, *(_DEPTH if same_depth else ())]
-    first, *others = places
-    config = spelt_out(read_config(first, places[first]))
-    for other in others:
-        there = spelt_out(read_config(other, places[other]))
-        if differing := [key for key in keys if config.get(key) != there.get(key)]:
+    (first, config), *others = _configurations(places)
+    for other, there in others:
+        if told := _differing(keys, first, config, other, there):
             raise IncompatibleError(
-                DIFFERENCES[0],
-                "; ".join(
-                    f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}" for key in differing[:4]
-                )
-                + ". Weights can be merged only of models with the same tensors: siblings of one base. For these, "
-                "evaluate an ensemble, or distil one into the other (method: fusellm)",
+                f"{DIFFERENCES[0]}: {'; '.join(told[:4])}. Weights can be merged only of models with the same tensors: "
+                "siblings of one base. For these, evaluate an ensemble, or distil one into the other (method: fusellm)"
             )
-        if own_tokenizer:
-            _check_vocabularies(first, config, places[first], other, there, places[other])
+        if not own_tokenizer:
+            continue
+        told = _differing(["vocab_size"], first, config, other, there)
+        mine, theirs = ({}, {}) if told else [_pieces(name, places[name]) for name in (first, other)]
+        odd = [piece for piece in {**mine, **theirs} if mine.get(piece) != theirs.get(piece)]
+        if mine and theirs and odd:
+            told = [f"{odd[0]!r} has the id {mine.get(odd[0])} in {first} and {theirs.get(odd[0])} in {other}"]
+        if told:
+            raise IncompatibleError(
+                f"{DIFFERENCES[1]}: {told[0]}. Rows of their embeddings would be merged that stand for different "
+                "pieces; give mergekit's tokenizer_source, which permutes them"
+            )
 
 
 def read_otherwise(places: Mapping[str, str]) -> list[str]:
@@ -71,33 +67,21 @@ def read_otherwise(places: Mapping[str, str]) -> list[str]:
     Raises:
         ConfigError: a configuration that cannot be read.
     """
-    (first, config), *others = [(name, spelt_out(read_config(name, place))) for name, place in places.items()]
-    return [
-        f"{key} is {config.get(key)} in {first}, which the merge gets, and {there.get(key)} in {other}"
-        for other, there in others
-        for key in _READING
-        if config.get(key) != there.get(key)
-    ]
+    (first, config), *others = _configurations(places)
+    mine = f"{first}, which the merge gets,"
+    return [told for other, there in others for told in _differing(_READING, mine, config, other, there)]
 
 
-def _check_vocabularies(
-    first: str, config: Mapping[str, Any], place: str, other: str, there: Mapping[str, Any], elsewhere: str
-) -> None:
-    hint = (
-        "Rows of their embeddings would be merged that stand for different pieces; give mergekit's tokenizer_source, "
-        "which permutes them"
-    )
-    for key in _VOCABULARY:
-        if config.get(key) != there.get(key):
-            raise IncompatibleError(
-                DIFFERENCES[1], f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}. {hint}"
-            )
-    pieces, others = _pieces(first, place), _pieces(other, elsewhere)
-    if pieces and others and pieces != others:
-        odd = next(piece for piece in [*pieces, *others] if pieces.get(piece) != others.get(piece))
-        raise IncompatibleError(
-            DIFFERENCES[1], f"{odd!r} has the id {pieces.get(odd)} in {first} and {others.get(odd)} in {other}. {hint}"
-        )
+def _configurations(places: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, spelt_out(read_config(name, place))) for name, place in places.items()]
+
+
+def _differing(
+    keys: Sequence[str], first: str, config: Mapping[str, Any], other: str, there: Mapping[str, Any]
+) -> list[str]:
+    """Return which keys differ between the configurations of two models: a phrase each."""
+    different = [key for key in keys if config.get(key) != there.get(key)]
+    return [f"{key} is {config.get(key)} in {first} and {there.get(key)} in {other}" for key in different]
 
 
 def read_config(name: str, place: str) -> dict[str, Any]:
@@ -118,7 +102,7 @@ def spelt_out(config: Mapping[str, Any]) -> dict[str, Any]:
 
     if (full := completed(config)) is None:
         return dict(config)
-    keys = [key for key in (*_SHAPE, *_READING, *_DEPTH, *_VOCABULARY) if key != "architectures"]
+    keys = [key for key in (*_SHAPE, *_READING, *_DEPTH, "vocab_size") if key != "architectures"]
     return {**config, **{key: getattr(full, key, config.get(key)) for key in keys}}
 
 
@@ -146,11 +130,8 @@ def _pieces(name: str, place: str) -> dict[str, int]:
 def _fetched(name: str, place: str, file: str) -> Path:
     if Path(place).is_dir():
         return Path(place) / file
-    from huggingface_hub import hf_hub_download
-
-    repository, _, revision = place.partition("+")[0].partition("@")
     try:
-        return Path(hf_hub_download(repository, file, revision=revision or None))
+        return hub_file(place, file)
     except Exception as error:
         raise ConfigError(
             f"model {name!r}: {file} of {place!r} cannot be had from the hub: {type(error).__name__}: "

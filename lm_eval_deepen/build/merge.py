@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval_deepen.build.architecture import check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import require
 from lm_eval_deepen.build.recipe import BuildRecipe
-from lm_eval_deepen.errors import ConfigError, one_line
+from lm_eval_deepen.errors import ConfigError, blamed, one_line
 from lm_eval_deepen.storage import read_json, write_json, write_tensors
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def merge(recipe: BuildRecipe, out: Path, members: Mapping[str, str]) -> dict[st
     names = dict.fromkeys([recipe.architecture_of, *recipe.weighed])
     for difference in read_otherwise({name: recipe.place(name, members) for name in names}):
         log.warning("%s: %s", recipe.source, difference)
-    require(f"{recipe.source}: ")
+    with blamed(recipe.source):
+        require()
     import mergekit.merge as engine
     from mergekit.config import MergeConfiguration
     from mergekit.io import LazyTensorLoader

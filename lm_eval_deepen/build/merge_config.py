@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval_deepen.config.errors import unknown_key
 from lm_eval_deepen.config.keys import to_number
-from lm_eval_deepen.errors import ConfigError, did_you_mean
+from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
 
 KEYS = (
     "merge_method models slices modules base_model parameters dtype out_dtype tokenizer tokenizer_source chat_template"
@@ -45,179 +46,165 @@ def check(content: Mapping[str, Any], source: str) -> None:
     Raises:
         ConfigError: an unknown key, method or parameter; a base model or density that is missing.
     """
-    where = f"{source}: "
-    for key in content:
-        if key not in KEYS:
-            near = did_you_mean(str(key), KEYS)
-            raise ConfigError(f"{where}unknown key {key!r}.{near} mergekit has: {', '.join(KEYS)}")
-    _refuse_endless(content, where)
+    _refuse_others(content, KEYS)
+    _refuse_endless(content)
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
     if len(given) != 1:
-        raise ConfigError(f"{where}give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
-    _check_parts(content, where)
+        raise ConfigError(f"give one of models, slices, modules; got {' and '.join(given) or 'none of them'}")
+    _check_parts(content)
     method = str(content["merge_method"])
     known: Mapping[str, frozenset[str]] = METHODS
     if method not in METHODS:
-        require(where)
+        require()
         from mergekit.merge_methods.registry import registered_methods
 
         specs = [registered.spec for registered in registered_methods()]
         known = {spec.name: frozenset(parameter.name for parameter in spec.parameters) for spec in specs}
     if method not in known:
         near = did_you_mean(method, known)
-        raise ConfigError(f"{where}merge_method {method!r} is unknown.{near} Methods: {', '.join(known)}")
-    for parameters, at in _settings(content):
+        raise ConfigError(f"merge_method {method!r} is unknown.{near} Methods: {', '.join(known)}")
+    for at, parameters in _settings(content):
         for key in parameters:
             if key not in known[method]:  # mergekit ignores it
                 near = did_you_mean(str(key), known[method])
                 raise ConfigError(
-                    f"{where}{at}: parameter {key!r} is none of {method}'s.{near} It takes: "
+                    f"{at}: parameter {key!r} is none of {method}'s.{near} It takes: "
                     f"{', '.join(sorted(known[method])) or 'none'}"
                 )
     if "models" in given:
-        _check_models(content, method, where)
+        _check_models(content, method)
     if method.startswith(_DROPPING):
-        _check_density(content, method, where)
+        _check_density(content, method, source)
     elif method == "ties":
         for model, density in _densities(content):
             if density is None:
                 raise ConfigError(
-                    f"{where}ties keeps the largest differences, and needs a density: the share that is kept; got none "
-                    f"for {model}, which is 1 to mergekit. Give density, as 0.2, under the model's parameters"
+                    "ties keeps the largest differences, and needs a density: the share that is kept; got none for "
+                    f"{model}, which is 1 to mergekit. Give density, as 0.2, under the model's parameters"
                 )
-    for parameters, at in _settings(content):
+    for at, parameters in _settings(content):
         for key, value in parameters.items():
-            _check_value(value, f"{where}{at}: {key}", switch=key in SWITCHES, typed=method in METHODS)
+            _check_value(value, f"{at}: {key}", switch=key in SWITCHES, typed=method in METHODS)
 
 
-def _check_parts(part: Mapping[str, Any], where: str, at: str = "") -> None:
-    """Refuse models, slices and modules of another shape than mergekit's, and keys there that it would ignore.
+def _items(value: Any, at: str = "") -> list[tuple[str, Any, Any]]:
+    """Return where each item of a mapping or a list stands, its key or index, and itself; none of anything else."""
+    if isinstance(value, list):
+        return [(f"{at}[{i}]", i, inner) for i, inner in enumerate(value)]
+    items = value.items() if isinstance(value, Mapping) else ()
+    return [(f"{at}.{key}".lstrip("."), key, inner) for key, inner in items]
 
-    Raises:
-        ConfigError: by the place.
-    """
-    for key, value in part.items():
-        if key in ("model", "base_model") and not isinstance(value, str) and value is not None:
-            raise ConfigError(f"{where}{at}{key} must be a model's name, as text; got {value!r}")
-        if key == "parameters" and not isinstance(value, Mapping) and value is not None:
-            raise ConfigError(f"{where}{at}{key} must be a mapping of names to values; got {value!r}")
-        if key == "tokenizer" and value is not None:
+
+def _check_parts(part: Mapping[str, Any], inside: str = "") -> None:
+    """Refuse models, slices and modules of another shape than mergekit's, and keys there that it would ignore."""
+    for at, key, value in _items(part, inside):
+        if value is None:
+            continue
+        if key in ("model", "base_model") and not isinstance(value, str):
+            raise ConfigError(f"{at} must be a model's name, as text; got {value!r}")
+        if key == "parameters" and not isinstance(value, Mapping):
+            raise ConfigError(f"{at} must be a mapping of names to values; got {value!r}")
+        if key == "tokenizer":
             if not isinstance(value, Mapping) or not set(value) <= set(_TOKENIZER):
-                raise ConfigError(f"{where}{key} must be a mapping with {' and '.join(_TOKENIZER)}; got {value!r}")
-            _check_parts(value, where, f"{key}.")
-        if key not in _PARTS or value is None:
+                raise ConfigError(f"{at} must be a mapping with {' and '.join(_TOKENIZER)}; got {value!r}")
+            _check_parts(value, at)
+        if key not in _PARTS:
             continue
         known, needed, kind = _PARTS[key], _NEEDED.get(key), Mapping if key in _BY_NAME else list
-        items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-        entries = list(items)
-        if not isinstance(value, kind) or not all(isinstance(entry, Mapping) for _, entry in entries):
+        entries = _items(value, at)
+        if not isinstance(value, kind) or not all(isinstance(entry, Mapping) for *_, entry in entries):
             what = "mapping" if key in _BY_NAME else "list"
-            raise ConfigError(
-                f"{where}{at}{key} must be a {what} of mappings with {' and '.join(known)}; got {value!r}"
-            )
-        for name, entry in entries:
-            inside = f"{at}{key}.{name}" if key in _BY_NAME else f"{at}{key}[{name}]"
-            if other := next((own for own in entry if own not in known), None):
-                near = did_you_mean(str(other), known)
-                raise ConfigError(f"{where}{inside}: unknown key {other!r}.{near} It takes: {', '.join(known)}")
+            raise ConfigError(f"{at} must be a {what} of mappings with {' and '.join(known)}; got {value!r}")
+        for place, _, entry in entries:
+            with blamed(place):
+                _refuse_others(entry, known)
             if needed and not entry.get(needed):
-                raise ConfigError(f"{where}{inside} must have {needed}; got {dict(entry)!r}")
-            _check_parts(entry, where, f"{inside}.")
+                raise ConfigError(f"{place} must have {needed}; got {dict(entry)!r}")
+            _check_parts(entry, place)
 
 
-def _check_value(value: Any, where: str, switch: bool, typed: bool) -> None:
+def _refuse_others(part: Mapping[str, Any], known: Sequence[str]) -> None:
+    if others := [key for key in part if key not in known]:
+        raise ConfigError(unknown_key(others[0], known, f"It takes: {', '.join(known)}"))
+
+
+def _check_value(value: Any, at: str, switch: bool, typed: bool) -> None:
     """Refuse what mergekit would take for a number: NaN makes a model of NaN, and true is 1 to it.
 
-    Args:
-        value: a number, a gradient over layers, or values by filter.
-        where: the recipe, and its key.
-        switch: whether it is true or false.
-        typed: whether all values are numbers or switches, since the method is one of `METHODS`.
-
-    Raises:
-        ConfigError: what is neither.
+    The value is a number, a gradient over layers, or values by filter; a `switch` is true or false. For methods that
+    are not in `METHODS`, whose values are not `typed`, it may also be text.
     """
     if isinstance(value, list) and value:
         for inner in value:
-            _check_value(inner, where, switch, typed)
+            _check_value(inner, at, switch, typed)
     elif isinstance(value, Mapping) and "value" in value and set(value) <= {"value", "filter"}:
-        _check_value(value["value"], where, switch, typed)
+        _check_value(value["value"], at, switch, typed)
     elif switch and not (isinstance(value, bool) or value in (0, 1) or str(value).strip().lower() in _WORDS):
-        raise ConfigError(f"{where} must be true or false; got {value!r}")
+        raise ConfigError(f"{at} must be true or false; got {value!r}")
     elif not switch and to_number(value) is None and (typed or isinstance(value, (float, bool))):
         raise ConfigError(
-            f"{where} must be a finite number, a list of numbers (over layers), or a list of mappings with filter and "
+            f"{at} must be a finite number, a list of numbers (over layers), or a list of mappings with filter and "
             f"value; got {value!r}"
         )
 
 
-def _refuse_endless(value: Any, where: str, at: str = "") -> None:
+def _refuse_endless(value: Any, at: str = "") -> None:
     """Raise ConfigError for NaN or an infinite number anywhere in a configuration."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        _refuse_endless(inner, where, f"{at}[{key}]" if isinstance(value, list) else f"{at}.{key}".lstrip("."))
+    for place, _, inner in _items(value, at):
+        _refuse_endless(inner, place)
     if isinstance(value, float) and to_number(value) is None:
-        raise ConfigError(f"{where}{at} must be a finite number; got {value!r}")
+        raise ConfigError(f"{at} must be a finite number; got {value!r}")
 
 
-def require(where: str) -> None:
+def require() -> None:
     """Raise ConfigError, with the command that installs it, where mergekit is missing."""
     try:
         import mergekit  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{where}merging needs mergekit, which is not installed: {_INSTALL}") from error
+        raise ConfigError(f"merging needs mergekit, which is not installed: {_INSTALL}") from error
 
 
-def _settings(value: Any, at: str = "") -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield every mapping of parameters, and where it stands."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            path = f"{at}.{key}" if at else str(key)
-            if key == "parameters" and isinstance(inner, Mapping):
-                yield inner, path
-            else:
-                yield from _settings(inner, path)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _settings(inner, f"{at}[{i}]")
+def _settings(value: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every mapping of parameters, after where it stands."""
+    for place, key, inner in _items(value, at):
+        if key == "parameters" and isinstance(inner, Mapping):
+            yield place, inner
+        else:
+            yield from _settings(inner, place)
 
 
-def _check_models(content: Mapping[str, Any], method: str, where: str) -> None:
+def _check_models(content: Mapping[str, Any], method: str) -> None:
     """Check which models a method needs."""
-    listed = content["models"]
-    base, names = content.get("base_model"), [entry["model"] for entry in listed]
+    base, names = content.get("base_model"), [entry["model"] for entry in content["models"]]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ConfigError(f"{where}model {twice[0]!r} is listed twice; list it once, with more weight")
+        raise ConfigError(f"model {twice[0]!r} is listed twice; list it once, with more weight")
     if method in METHODS and method != "linear" and not base:
         what = "the model that it starts from" if method == "slerp" else "the model that the others were trained from"
-        raise ConfigError(f"{where}{method} needs base_model, {what}; got none")
-    if method == "slerp" and len({*map(str, names), str(base)}) != 2:
-        raise ConfigError(
-            f"{where}slerp merges two models, base_model and one other; got {base} and {', '.join(map(str, names))}"
-        )
-    if len(listed) < 2 and not base:
-        raise ConfigError(f"{where}one model alone is no merge; list two or more under models")
+        raise ConfigError(f"{method} needs base_model, {what}; got none")
+    if method == "slerp" and len({*names, base}) != 2:
+        raise ConfigError(f"slerp merges two models, base_model and one other; got {base} and {', '.join(names)}")
+    if len(names) < 2 and not base:
+        raise ConfigError("one model alone is no merge; list two or more under models")
 
 
-def _check_density(content: Mapping[str, Any], method: str, where: str) -> None:
+def _check_density(content: Mapping[str, Any], method: str, source: str) -> None:
     """Refuse a merge that drops nothing; warn where it is scaled twice."""
     densities = list(_densities(content))
     if not densities:
-        raise ConfigError(f"{where}{method} merges differences to base_model, and no other model is listed; list one")
+        raise ConfigError(f"{method} merges differences to base_model, and no other model is listed; list one")
     for model, density in densities:
-        reached = _reached(density)
-        values = list(_numbers(reached))
-        if None in reached or not all(0 < value <= 1 for value in values) or min(values) >= 1:
+        values = [to_number(value) or 0.0 for value in _reached(density)]
+        if not all(0 < value <= 1 for value in values) or min(values) == 1:
             got = "none, which is 1 to mergekit" if density is None else repr(density)
             raise ConfigError(
-                f"{where}{method} drops differences at random, and needs a density above 0 and below 1: the share that "
-                f"is kept; got {got} for {model}. With 1 nothing is dropped, and it is task arithmetic. Give density, "
+                f"{method} drops differences at random, and needs a density above 0 and below 1: the share that is "
+                f"kept; got {got} for {model}. With 1 nothing is dropped, and it is task arithmetic. Give density, "
                 "as 0.5, under the model's parameters; after values with a filter, one without"
             )
-    for parameters, at in _settings(content):
-        if any(_true(value) for value in _leaves(parameters.get("normalize"))):
+    for at, parameters in _settings(content):
+        if any(_true(value) for value in _reached(parameters.get("normalize"))):
             warnings.warn(
-                f"{where}{at}: normalize: true with {method} divides by the weights of what was kept, on top of the "
+                f"{source}: {at}: normalize: true with {method} divides by the weights of what was kept, on top of the "
                 "rescaling that stands for what was dropped: the published method has normalize: false",
                 UserWarning,
                 stacklevel=2,
@@ -260,22 +247,3 @@ def _reached(setting: Any) -> list[Any]:
 def _true(value: Any) -> bool:
     """Tell whether mergekit takes a value for true."""
     return value is True or value == 1 or str(value).strip().lower() in ("true", "yes", "on", "t", "y")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the values of a setting: a scalar, a gradient over layers, or values by filter."""
-    if isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, Mapping):
-        yield from _leaves(value.get("value"))
-    else:
-        yield value
-
-
-def _numbers(values: Sequence[Any]) -> Iterator[float]:
-    for value in values:
-        try:
-            yield float(value)
-        except (TypeError, ValueError):
-            yield float("nan")  # no density at all: refused with the rest

@@ -9,27 +9,42 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 import lm_eval_deepen
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.build.texts import TASK
 from lm_eval_deepen.build.weights import snapshot_of, weights_sha256
-from lm_eval_deepen.errors import ConfigError, StorageError
+from lm_eval_deepen.errors import ConfigError, StorageError, one_line
 from lm_eval_deepen.storage import read_json, write_json
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "mergekit")
 LINEAGE = "trained"  # weights -> tokens: every training that the weights descend from
 TASKS = "trained_on_tasks"  # tasks whose training or validation splits were in it
-_KINDS: Mapping[str, type] = {
-    "method": str,
-    "identity": str,
-    "weights_sha256": str,
-    "seed": int,
-    "models": Mapping,
-    LINEAGE: Mapping,
-    TASKS: list,
-    "bits_per_byte": Mapping,
-}
+
+
+class Bits(TypedDict, total=False):
+    """What is checked of bits per byte."""
+
+    value: float
+
+
+class Record(TypedDict, total=False):
+    """What is checked of a provenance; others write it too, with less in it and more."""
+
+    method: str
+    identity: str
+    weights_sha256: str
+    seed: int
+    models: dict[str, Any]
+    trained: dict[str, int]
+    trained_on_tasks: list[str]
+    bits_per_byte: Bits
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class DamagedError(ConfigError):
@@ -46,11 +61,9 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = read_json(path)
-        if why := _impossible(record):
-            raise StorageError(why)
-    except StorageError as error:
-        raise DamagedError(f"{path} is damaged ({error}); build the model again with --redo") from error
+        _RECORD.validate_python(record := read_json(path), strict=True)
+    except (StorageError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged ({one_line(error)}); build the model again with --redo") from error
     return dict(record)
 
 
@@ -63,7 +76,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     record = read_provenance(folder)
     if record is None:
         return None
-    if missing := [key for key in _KINDS if key not in record]:
+    if missing := [key for key in Record.__annotations__ if key not in record]:
         raise DamagedError(f"{folder / FILE} is damaged (it has no {missing[0]}); build the model again with --redo")
     try:
         weights = weights_sha256(folder)
@@ -75,20 +88,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
             "built; build the model again with --redo"
         )
     return record
-
-
-def _impossible(record: Any) -> str:
-    """Return what of a provenance cannot be, empty where nothing is wrong; keys may be missing: others write it too."""
-    if not isinstance(record, Mapping):
-        return "it holds no JSON object"
-    for key, kind in _KINDS.items():
-        if key in record and not isinstance(record[key], kind):
-            return f"its {key} is {str(record[key])[:40]!r}"
-    if not all(type(tokens) is int for tokens in record.get(LINEAGE, {}).values()):
-        return f"its {LINEAGE} maps weights to something else than tokens"
-    if not isinstance(record.get("bits_per_byte", {}).get("value", 0.0), float):
-        return "its bits_per_byte is no number"
-    return ""
 
 
 def provenance(

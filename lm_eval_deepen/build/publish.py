@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
@@ -28,24 +29,6 @@ from lm_eval_deepen.storage import (
 
 Say = Callable[[str], None]
 _MARK = ".building.json"
-
-
-def built(out: Path, identity: str) -> dict[str, Any] | None:
-    """Return the provenance of the model in a folder; None where the folder is empty, or not there.
-
-    Raises:
-        ConfigError: it holds something else.
-        DamagedError: it holds a built model that is not whole.
-    """
-    _refuse_others(out)
-    record = finished(out)
-    if record is not None and record["identity"] != identity:
-        raise ConfigError(
-            f"{out} holds another model: {record['method']} of {', '.join(record['models']) or 'nothing'}, "
-            f"identity {record['identity'][:12]}, {identity[:12]} wanted: recipe, seed, texts or the weights "
-            "of its models changed. --redo builds it again; another folder keeps both"
-        )
-    return record
 
 
 def _refuse_others(out: Path) -> None:
@@ -90,94 +73,62 @@ def build(
         if Path(place).is_dir() and out == Path(place).resolve():
             raise ConfigError(f"{out} is the model {name!r} that the recipe is made from; give another folder")
     identity = identity or recipe.identity(members)
-    ranks = Ranks.of_launch()
-    if ranks.count > 1:
-        return _together(recipe, out, members, identity, redo, mend, say, ranks)
-    return _alone(recipe, out, members, identity, redo, mend, say, lambda: None)
-
-
-def _together(
-    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, redo: bool, mend: bool, say: Say,
-    ranks: Ranks,
-) -> dict[str, Any]:  # fmt: skip
-    """Build a model by several processes: process 0 as if alone, and the others join it when it trains.
-
-    Raises:
-        ConfigError: a merge, which one process makes.
-    """
-    if recipe.is_merge:
+    partial, ranks = out.with_name(f".{out.name}.partial"), Ranks.of_launch()
+    if ranks.count > 1 and recipe.is_merge:
         raise ConfigError("a merge is made by one process; start it without torchrun or accelerate launch")
-    if ranks.index > 0:
-        [begins, *_] = ranks.gather(None)
-        if begins:
-            _made(recipe, out.with_name(f".{out.name}.partial"), members)
+    if ranks.index > 0:  # joins process 0 when it trains
+        if ranks.gather(None)[0]:
+            _made(recipe, partial, members)
         return {}
-    asked = False
-
-    def call() -> None:
-        nonlocal asked
-        asked = True
-        ranks.gather(True)
-
-    try:
-        return _alone(recipe, out, members, identity, redo, mend, say, call)
-    finally:
-        if not asked:
-            ranks.gather(False)
-
-
-def _alone(
-    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, redo: bool, mend: bool, say: Say,
-    begins: Callable[[], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Build the model, unless it is there; `begins` is called when it is about to be made."""
-    _refuse_others(out)
-    if not redo and is_settled(out) and (record := _kept(out, identity, mend, say)) is not None:
-        return record  # no lock: the folder may be one that is only read
-    busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
-    partial = out.with_name(f".{out.name}.partial")
-    with locked(out.with_name(f".{out.name}.lock"), busy):
-        recover_folder(out)
-        if not redo and (record := _kept(out, identity, mend, say)) is not None:
-            return record  # which a killed process had moved away
-        try:
-            content = finished(partial)  # one that was complete when its builder was killed
-        except ConfigError:
-            content = None
-        if content is None or content["identity"] != identity:
-            _claim(partial, recipe, identity, discard=redo or mend)
-            say(f"building {out}: {recipe.method} of {', '.join(recipe.models)}")
-            begins()
-            content = _finished(recipe, partial, members, identity)
-        remove_file(partial / _MARK)
-        publish_folder(partial, out)
+    with contextlib.ExitStack() as unless_begun:
+        unless_begun.callback(ranks.gather, False)
+        _refuse_others(out)
+        if not redo and is_settled(out) and (record := _kept(out, identity, mend, say)) is not None:
+            return record  # no lock: the folder may be one that is only read
+        busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
+        with locked(out.with_name(f".{out.name}.lock"), busy):
+            recover_folder(out)
+            if not redo and (record := _kept(out, identity, mend, say)) is not None:
+                return record  # which a killed process had moved away
+            try:
+                content = finished(partial)  # one that was complete when its builder was killed
+            except ConfigError:
+                content = None
+            if content is None or content["identity"] != identity:
+                _claim(partial, recipe, identity, discard=redo or mend)
+                say(f"building {out}: {recipe.method} of {', '.join(recipe.models)}")
+                unless_begun.pop_all()
+                ranks.gather(True)
+                content = _finished(recipe, partial, members, identity)
+            remove_file(partial / _MARK)
+            publish_folder(partial, out)
     return content
 
 
 def _kept(out: Path, identity: str, mend: bool, say: Say) -> dict[str, Any] | None:
-    """Return the provenance of the model that is there; None where it is to be built.
-
-    Raises:
-        DamagedError: it is damaged, and not to be mended.
-    """
+    """Return the provenance of the model that is there; None where it is to be built."""
+    _refuse_others(out)
     try:
-        record = built(out, identity)
+        record = finished(out)
     except DamagedError as error:
         if not mend:
             raise
         say(f"{error}: so it is")
         return None
-    if record is not None:
-        say(f"{out}: is built already")
+    if record is None:
+        return None
+    if record["identity"] != identity:
+        raise ConfigError(
+            f"{out} holds another model: {record['method']} of {', '.join(record['models']) or 'nothing'}, "
+            f"identity {record['identity'][:12]}, {identity[:12]} wanted: recipe, seed, texts or the weights "
+            "of its models changed. --redo builds it again; another folder keeps both"
+        )
+    say(f"{out}: is built already")
     return record
 
 
 def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], identity: str) -> dict[str, Any]:
-    """Build the model in its folder, with all that belongs to it, and return its provenance.
-
-    Raises:
-        DeepenError: it cannot be built; what no other call can take up is removed.
-    """
+    """Build the model in its folder, with all that belongs to it; what no other call can take up is removed."""
     try:
         made = _made(recipe, partial, members)
         try:
@@ -215,14 +166,13 @@ def _made(recipe: BuildRecipe, folder: Path, members: Mapping[str, str]) -> dict
 def _claim(partial: Path, recipe: BuildRecipe, identity: str, discard: bool) -> None:
     """Take up an unfinished training of the same model, or begin a build.
 
-    Raises:
-        ConfigError: an unfinished training of another model, or of who knows which, which may have taken hours.
+    An unfinished training of another model, or of who knows which, may have taken hours, and is an error.
     """
-    if partial.exists():
+    if partial.exists() and not discard:
         theirs = _mark(partial)
-        if theirs and theirs["identity"] == identity and theirs["trained"] and not discard:
+        if theirs and theirs["identity"] == identity and theirs["trained"]:
             return
-        if _resumable(partial) and not discard:
+        if _resumable(partial):
             if theirs is None:
                 raise ConfigError(
                     f"{partial / _MARK} is damaged: nobody can say what was begun there; --redo discards it"
@@ -231,7 +181,7 @@ def _claim(partial: Path, recipe: BuildRecipe, identity: str, discard: bool) -> 
                 f"{partial} holds an unfinished training by another recipe (identity {theirs['identity'][:12]}, "
                 f"{identity[:12]} wanted); --redo discards it, and another folder keeps it"
             )
-        _discard(partial)
+    _discard(partial)
     make_folder(partial)
     try:
         write_json(partial / _MARK, {"identity": identity, "trained": not recipe.is_merge}, indent=None)
@@ -261,7 +211,7 @@ def _resumable(partial: Path) -> bool:
 
 
 def _begun(partial: Path) -> list[Path]:
-    return sorted(partial.parent.glob(f"{glob.escape(partial.name)}*"))
+    return list(partial.parent.glob(f"{glob.escape(partial.name)}*"))
 
 
 def _discard(partial: Path) -> None:
@@ -292,5 +242,5 @@ def measured_bits(folder: Path) -> dict[str, Any]:
     num_bytes = sum(document.num_bytes for document in documents)
     if not math.isfinite(bits):
         raise ConfigError("the model that was built gives no finite probabilities; correct the numbers of its recipe")
-    return {"text": default_text().name, "text_sha256": digest(documents), "bytes": num_bytes,
-            "value": bits / num_bytes}  # fmt: skip
+    about = {"text": default_text().name, "text_sha256": digest(documents)}
+    return {**about, "bytes": num_bytes, "value": bits / num_bytes}

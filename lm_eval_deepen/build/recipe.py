@@ -265,7 +265,8 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
         tasks=texts.TaskSource(folders, json.dumps(thaw(own.metadata), sort_keys=True)),
     )
     if recipe.is_merge:
-        merge_config.check(recipe.content, source)
+        with blamed(source):
+            merge_config.check(recipe.content, source)
     else:  # what no training can be made of is refused; its models and texts are looked for later
         from lm_eval_deepen.build.distill import DistillRecipe
 

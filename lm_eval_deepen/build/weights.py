@@ -28,17 +28,22 @@ def weights_sha256(folder: Path) -> str:
     )
 
 
+def hub_file(place: str, name: str) -> Path:
+    """Return a file of a model on the hub; raises whatever the hub's client does where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = place.partition("+")[0].partition("@")
+    return Path(hf_hub_download(repository, name, revision=revision or None))
+
+
 @lru_cache(maxsize=256)
 def snapshot_of(place: str) -> Path | None:
     """Return the folder in the hub's cache with a model's configuration; None where it cannot be had.
 
     Its name is the commit.
     """
-    from huggingface_hub import hf_hub_download
-
-    repository, _, revision = place.partition("+")[0].partition("@")
     try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+        return hub_file(place, "config.json").parent
     except Exception:  # loading the model says what is wrong; who only asks what there is to do needs no hub
         return None
 

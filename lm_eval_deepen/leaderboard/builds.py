@@ -143,7 +143,8 @@ class Builds:
         order = self.needed(names)
         for name in order:
             if self.recipes[name].is_merge:
-                require(f"{self.recipes[name].source}: ")  # before hours of training
+                with blamed(self.recipes[name].source):
+                    require()  # before hours of training
         places: dict[str, Path] = {}
         for name in order:
             identity = self.identity(name)

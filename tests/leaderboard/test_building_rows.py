@@ -63,7 +63,7 @@ def builders(monkeypatch):
 
     monkeypatch.setattr(distill, "build", train)
     monkeypatch.setattr(merging, "merge", merge)
-    monkeypatch.setattr("lm_eval_deepen.leaderboard.builds.require", lambda where: None)
+    monkeypatch.setattr("lm_eval_deepen.leaderboard.builds.require", lambda: None)
     return calls
 
 
