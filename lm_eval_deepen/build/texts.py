@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,12 +35,12 @@ class TaskSource:
 ANYWHERE = TaskSource()
 
 
-def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) -> list[Path]:
-    """Return the files of a list of texts, made first where they are no files.
+def files(names: Iterable[str], folder: Path, where: str, tasks: TaskSource = ANYWHERE) -> list[Path]:
+    """Return the files of texts, made first where they are no files.
 
     Args:
-        value: a name or a list of names: a file (relative ones are read beside the recipe, environment variables are
-            filled in), or ``task:NAME``.
+        names: of files (relative ones are read beside the recipe, environment variables are filled in), or
+            ``task:NAME``.
         folder: where relative paths are read.
         where: the recipe and its key, for messages.
         tasks: where tasks are found.
@@ -49,7 +49,7 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
         ConfigError: a text that is not there.
     """
     paths = []
-    for name in names(value, where):
+    for name in names:
         if name.startswith(TASK):
             paths.append(_kept(name.replace(":", "-"), task_texts(name.removeprefix(TASK), tasks)))
             continue
@@ -63,33 +63,14 @@ def files(value: Any, folder: Path, where: str, tasks: TaskSource = ANYWHERE) ->
     return paths
 
 
-def names(value: Any, where: str) -> list[str]:
-    """Return a text's name, or those of a list, as a list; raises ConfigError where it is neither."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
-        raise ConfigError(
-            f"{where} must be a text or a list of texts, each a file, or {TASK}NAME for a task's training split; got "
-            f"{value!r}"
-        )
-    return listed
-
-
-def listed(value: Any) -> list[Any]:
-    """Return a recipe's list, or a single value as one."""
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def task_folders(value: Any, folder: Path) -> tuple[str, ...]:
-    """Return the folders of a recipe's ``include_path``, a folder or a list; relative ones are beside the recipe.
+def task_folders(names: Iterable[str], folder: Path) -> tuple[str, ...]:
+    """Return the folders of a recipe's ``include_path``; relative ones are beside the recipe.
 
     Raises:
         ConfigError: what is no folder.
     """
     folders = []
-    listed = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f"include_path must be a folder or a list of folders; got {value!r}")
-    for name in listed:
+    for name in names:
         place = folder / Path(name).expanduser()
         if not place.is_dir():
             raise ConfigError(f"include_path: {place} is not a folder; relative paths are read beside the recipe")

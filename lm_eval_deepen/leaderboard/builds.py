@@ -247,8 +247,8 @@ def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltR
     group, recipe = name_of(keys.name, keys.build, where), take_build(keys.build, folder, where)
     seeds = _seeds(keys.seeds, recipe, f"row {group!r}")
     if len(seeds) == 1:
-        return [BuiltRow(group, group, recipe.with_seed(seeds[0]))]
-    return [BuiltRow(f"{group}, seed {seed}", group, recipe.with_seed(seed)) for seed in seeds]
+        return [BuiltRow(group, group, replace(recipe, seed=seeds[0]))]
+    return [BuiltRow(f"{group}, seed {seed}", group, replace(recipe, seed=seed)) for seed in seeds]
 
 
 def _seeds(seeds: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequence[int]:

@@ -68,7 +68,6 @@ def _are(recipes: Sequence[BuildRecipe], wanted: dict[str, BuildRecipe]) -> bool
 
 def _training(recipe: BuildRecipe) -> dict[str, Any]:
     """Return what decides a training, defaults spelt out."""
-    content = {**recipe.content, "seed": recipe.seed, "text": None}
-    config = DistillRecipe.parse(content, dict.fromkeys(recipe.models, ""))
+    config = DistillRecipe.read({**recipe.content, "seed": recipe.seed})
     place = recipe.content.get("models", {}).get(config.target, config.target)
     return {**config.identity(), "target": place, "text": [str(recipe.folder / text) for text in recipe.texts]}

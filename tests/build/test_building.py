@@ -298,18 +298,18 @@ def tasks(tmp_path, monkeypatch):
 
 def test_texts_that_are_not_there_are_told(tmp_path):
     for value, message in (
-        ("none.txt", r"recipe.yaml: text: .*none.txt is no file; relative paths are read beside the recipe"),
-        ([], r"must be a text or a list of texts, each a file, or task:NAME"),
-        ([3], r"got \[3\]"),
+        ("none.txt", r"text: .*none.txt is no file; relative paths are read beside the recipe"),
+        ([], r"text must be a name or a list of names; got \[\]"),
+        ([3], r"text must be a name or a list of names; got \[3\]"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            texts.files(value, tmp_path, "recipe.yaml: text")
+        with pytest.raises(ConfigError, match=f"recipe.yaml: {message}"):
+            parsed({**CLM, "text": value}, tmp_path).text_files()
 
 
 def test_a_file_may_be_named_by_the_environment(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.setenv("HERE", str(tmp_path))
-    assert texts.files("$HERE/a.txt", Path("elsewhere"), "w") == [tmp_path / "a.txt"]
+    assert texts.files(["$HERE/a.txt"], Path("elsewhere"), "w") == [tmp_path / "a.txt"]
 
 
 def with_a_split(tasks):
@@ -359,7 +359,7 @@ def test_texts_are_those_of_few_shots(tasks, tmp_path):
 
 def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, trained, monkeypatch):
     with_a_split(tasks)
-    [path] = texts.files("task:split_choice", tmp_path, "w")
+    [path] = texts.files(["task:split_choice"], tmp_path, "w")
     found = [document.text for document in load_documents([path])]
     assert len(found) == 2 == len(texts.task_hashes("split_choice"))
     assert found[0] == "Question: What is the capital of France?\nAnswer: Paris"
@@ -369,7 +369,7 @@ def test_a_task_is_trained_on_by_its_other_split(tasks, tmp_path, family, traine
     again = build(parsed({**CLM, "target": "c"}, tmp_path), tmp_path / "d", {"c": str(tmp_path / "c")})
     assert again["trained_on_tasks"] == ["split_choice"]
     with pytest.raises(ConfigError, match="task:conf_choice: the task has no training split, nor a validation split"):
-        texts.files("task:conf_choice", tmp_path, "w")
+        texts.files(["task:conf_choice"], tmp_path, "w")
 
 
 # --- the command

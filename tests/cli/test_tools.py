@@ -224,7 +224,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoModel:
         packages=("tiny-demo", "tiny-demo-part1"),
         module="tiny_demo_package",
         sha256=hashlib.sha256(CONTENT).hexdigest(),
-        locate=demo_models.shipped("tiny.gguf"),
+        locate=lambda package, scratch: package / "tiny.gguf",
     )
 
 
@@ -345,7 +345,7 @@ def test_a_file_that_is_not_the_expected_one_is_refused(model: DemoModel):
     expected = r"tiny\.gguf should have sha256 0{64}, got: sha256 [0-9a-f]{64}\. pip install --force"
     with pytest.raises(MemberError, match=expected):
         demo_models.prepare(damaged)
-    gone = replace(model, locate=demo_models.shipped("gone.gguf"))
+    gone = replace(model, locate=lambda package, scratch: package / "gone.gguf")
     with pytest.raises(MemberError, match=r"gone\.gguf should have .* got: no such file"):
         demo_models.prepare(gone)
     assert contents(model) == []

@@ -46,6 +46,7 @@ class DistillRecipe(Keys):
     )
     text: Names = Field(
         (),
+        min_length=1,
         description="Text files (documents separated by blank lines, or JSON lines with `text`). Without any, the "
         "text is prose of Python's own documentation.",
     )
@@ -107,18 +108,22 @@ class DistillRecipe(Keys):
     )
 
     @classmethod
+    def read(cls, raw: Any, what: str = "this") -> Self:
+        """Return the keys of a mapping but those of `ABOUT`, which are for others; see `Keys.read`."""
+        return super().read({key: value for key, value in raw.items() if key not in ABOUT}, what)
+
+    @classmethod
     def parse(cls, raw: Mapping[str, Any], members: Mapping[str, str]) -> DistillRecipe:
         """Check a recipe and return it with its defaults.
 
         Args:
-            raw: the keys of the recipe; `ABOUT` are for others.
+            raw: the keys of the recipe.
             members: model names that the recipe may use.
 
         Raises:
             ConfigError: unknown, missing or impossible keys and values, or a model that is not among `members`.
         """
-        recipe = cls.read({key: value for key, value in raw.items() if key not in ABOUT})
-        problems = Problems()
+        recipe, problems = cls.read(raw), Problems()
         for key, names in (("target", [recipe.target]), ("sources", recipe.sources)):
             for name in names:
                 if name not in members:
