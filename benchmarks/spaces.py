@@ -165,7 +165,7 @@ def tuned(ensembles, args) -> Iterator[dict[str, Any]]:
                 continue
             started, test = time.process_time(), readings[k]
             dev = load(ensemble, args.out, kind, "dev", k)
-            chosen = stages.search_reading(take(dev, 2))
+            chosen = stages.search(take(dev, 2))
             variants = [chosen.fusers.variant(chosen.first), chosen.fusers.variant(chosen.best)]
             first, last = test.bits(test.logp(variants))
             yield {"kind": kind, "main": ensemble.main.name, "best_member": best, "bytes": size(test),

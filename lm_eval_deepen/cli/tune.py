@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     import yaml
 
     from lm_eval_deepen.engine import Ensemble
+    from lm_eval_deepen.engine.bits_per_byte import Reading
     from lm_eval_deepen.engine.calibration import default_text, load_documents
     from lm_eval_deepen.errors import RequestError
     from lm_eval_deepen.harness.recipes import parse_ensemble
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if len(documents) < 2:
         raise RequestError("one document cannot be used to choose and to report; give two or more.")
     ensemble = Ensemble.load(config, args.device)
-    chosen = search(ensemble, documents[::2], everything=args.spaces == "all")
+    chosen = search(Reading.of(ensemble, documents[::2]), everything=args.spaces == "all")
     for line in chosen.log:
         print(line)
     keys = tune_score.placed(chosen.config.to_dict())

@@ -91,14 +91,11 @@ class Search:
         candidates = [] if weights == "adaptive" else [(first, self.config)]  # of equals, even weights would win
         if weights in ("both", "adaptive"):
             candidates.append(("adaptive weights", self._with_weights(adaptive(self.alone))))
-        if weights in ("both", "grid"):
-            for point in simplex(len(self.members), step):
-                candidates.append(
-                    (f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point))
-                )
+        for point in simplex(len(self.members), step) if weights in ("both", "grid") else ():
+            candidates.append((f"weights {'/'.join(f'{weight:.3g}' for weight in point)}", self._with_weights(point)))
         best = self._best(candidates)
         tried = self._rated(best, rates)
-        return self._best([*tried], first=best) if tried else best
+        return self._best(tried, first=best) if tried else best
 
     def _with_weights(self, weights: Sequence[float]) -> EnsembleConfig:
         members = zip(self.config.members, weights, strict=True)

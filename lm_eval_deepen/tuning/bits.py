@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +51,16 @@ def own(reading: Reading) -> Own:
 def orders(ensemble: Ensemble) -> list[Ensemble]:
     """Return the ensemble with each of its members as the main one; the others keep their order."""
     ensembles = []
-    for k, main in enumerate(ensemble.config.members):
-        rest = [m for m in range(len(ensemble.members)) if m != k]
-        config = ensemble.config.replace(members=(main, *(ensemble.config.members[m] for m in rest)))
+    for k in range(len(ensemble.members)):
+        order = [k, *(m for m in range(len(ensemble.members)) if m != k)]
+        config = ensemble.config.replace(members=tuple(ensemble.config.members[m] for m in order))
         if getattr(config.weighting_options, "prior", None) is not None:
-            prior = _reordered(config.weighting_options.prior, ensemble.experts, [k, *rest])
+            prior = _reordered(config.weighting_options.prior, ensemble.experts, order)
             config = config.replace(weighting_options=config.weighting_options.replace(prior=prior))
         average = getattr(config.options, "average", None)
         if isinstance(average, tuple) and len(average) > 1:  # exponents, one for each member
-            config = config.replace(options=config.options.replace(average=tuple(average[m] for m in (k, *rest))))
-        members = [ensemble.members[m] for m in (k, *rest)]
+            config = config.replace(options=config.options.replace(average=tuple(average[m] for m in order)))
+        members = [ensemble.members[m] for m in order]
         ensembles.append(ensemble if k == 0 else Ensemble.assemble(config, members))
     return ensembles
 
@@ -98,11 +98,12 @@ def controls(readings: Sequence[Reading]) -> dict[str, Tensor]:
     names = [reading.ensemble.main.name for reading in readings]
     weight = {m.name: m.weight for m in readings[0].ensemble.config.members}
     weights = torch.tensor([weight[name] for name in names], dtype=torch.float64)
-    segments = [_Segments(reading) for reading in readings]
+    tokens = [_own_tokens(reading) for reading in readings]
     bits = {"linear": torch.zeros(len(documents)).double(), "geometric": torch.zeros(len(documents)).double()}
     for index in range(len(documents)):
-        common = set.intersection(*(set(own.ends(index)) for own in segments))
-        scores = torch.stack([own.sums(index, common) for own in segments])  # [M, segments]
+        own = [member[index] for member in tokens]
+        common = set.intersection(*({left for left, _ in member} for member in own))
+        scores = torch.stack([_sums(member, common) for member in own])  # [M, segments]
         mixed = torch.logsumexp(scores + weights[:, None].log(), dim=0)
         bits["linear"][index] = -mixed.sum() / math.log(2)
         used = weights > 0  # 0 x -inf
@@ -110,25 +111,21 @@ def controls(readings: Sequence[Reading]) -> dict[str, Tensor]:
     return bits
 
 
-class _Segments:
-    """A member's own scores between byte positions of every document."""
+def _own_tokens(reading: Reading) -> list[list[tuple[int, float]]]:
+    """Return the main member's tokens of every document: the bytes left after each, and its log-probability."""
+    logp = reading.own_logp((reading.ensemble.main.config.temperature,))[0].double().tolist()
+    tokens: list[list[tuple[int, float]]] = [[] for _ in reading.documents]
+    for position, value in zip(reading.positions, logp, strict=True):
+        tokens[position.document].append((position.left, value))
+    return tokens
 
-    def __init__(self, reading: Reading) -> None:
-        logp = reading.own_logp((reading.ensemble.main.config.temperature,))[0].double().tolist()
-        self._tokens: list[list[tuple[int, float]]] = [[] for _ in reading.documents]
-        for position, value in zip(reading.positions, logp, strict=True):
-            self._tokens[position.document].append((position.left, value))
 
-    def ends(self, index: int) -> Iterator[int]:
-        """Yield the bytes left after each token of a document."""
-        return (left for left, _ in self._tokens[index])
-
-    def sums(self, index: int, common: set[int]) -> Tensor:
-        """Return the sums of log-probabilities up to each common position, in the order of the text."""
-        sums, total = [], 0.0
-        for left, value in self._tokens[index]:
-            total += value
-            if left in common:
-                sums.append(total)
-                total = 0.0
-        return torch.tensor(sums, dtype=torch.float64)
+def _sums(tokens: Sequence[tuple[int, float]], common: set[int]) -> Tensor:
+    """Return the sums of log-probabilities up to each common position, in the order of the text."""
+    sums, total = [], 0.0
+    for left, value in tokens:
+        total += value
+        if left in common:
+            sums.append(total)
+            total = 0.0
+    return torch.tensor(sums, dtype=torch.float64)

@@ -146,7 +146,5 @@ def placed(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(name: Any) -> Any:
     """Return a model's name; a folder that is relative to here by its whole path."""
-    if not isinstance(name, str):
-        return name
-    place = Path(name).expanduser()
-    return str(place.absolute()) if place.exists() else name
+    place = Path(name).expanduser() if isinstance(name, str) else None
+    return str(place.absolute()) if place is not None and place.exists() else name

@@ -124,22 +124,16 @@ def constant(config: EnsembleConfig) -> EnsembleConfig:
     return config.replace(weighting_options=None)
 
 
-def search(ensemble: Ensemble, documents: Sequence[Document], *, everything: bool = False) -> Chosen:
+def search(reading: Reading, *, everything: bool = False) -> Chosen:
     """Choose options, weights and temperatures by the bits of some documents, stage by stage.
 
     Args:
-        ensemble: where the search starts; its main member stays the main one.
-        documents: what is predicted.
+        reading: the documents, and the ensemble where the search starts; its main member stays the main one.
         everything: try spaces made from embeddings, too.
 
     Raises:
         ConfigError: a weighting that makes the weights by request or step.
     """
-    return search_reading(Reading.of(ensemble, documents), everything=everything)
-
-
-def search_reading(reading: Reading, *, everything: bool = False) -> Chosen:
-    """Choose as `search` does, on documents that are read already."""
     ensemble, documents = reading.ensemble, reading.documents
     fusers, config = Fusers(ensemble), constant(ensemble.config)
     first = best = Candidate(

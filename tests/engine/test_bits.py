@@ -247,7 +247,7 @@ def test_one_member_has_nothing_to_compare(pico) -> None:
 def test_the_search_finds_weights_that_the_text_speaks_for(pico) -> None:
     ensemble = deepen(pico["bytelevel"], pico["metaspace"]).ensemble
     documents = texts.load_documents([texts.default_text()], 4)
-    chosen = search(ensemble, documents)
+    chosen = search(Reading.of(ensemble, documents))
     assert float(chosen.after(documents).sum()) < float(chosen.before(documents).sum())
     assert [line.split(":")[0] for line in chosen.log][:3] == ["space and weights", "weights", "common temperature"]
     assert sum(chosen.best.weights) == pytest.approx(1, abs=1e-4)

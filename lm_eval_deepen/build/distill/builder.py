@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import math
@@ -191,11 +192,7 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
 
 
 def _evaluated(config: DistillRecipe, read: Read, folder: Path) -> dict[str, Any]:
-    """Return what a build reports of its result, loaded as anyone would load it.
-
-    Raises:
-        MemberError: its tokenizer is not the target's.
-    """
+    """Return what a build reports of its result, loaded as anyone would load it."""
     result = load(config.target, str(folder), config.device)
     if result.codec.vocab.fingerprint != read.codec.vocab.fingerprint:
         raise MemberError(f"target {config.target!r}: its tokenizer changes when it is saved; use one that does not")
@@ -232,11 +229,7 @@ def versions() -> dict[str, str]:
 
 
 def _finished(out: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the result of a build that is finished already; None where there is none, or an interrupted one.
-
-    Raises:
-        ConfigError: the folder holds another model, or what it says of itself is damaged.
-    """
+    """Return the result of a build that is finished already; None where there is none, or an interrupted one."""
     path = out / RESULT
     if path.is_file():
         try:
@@ -262,9 +255,12 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
         "text": text.held_out_digest,
     }  # fmt: skip
     path = root / f"bits-{identity_hash(identity)[:16]}.json"
-    if (kept := _kept_bits(path, identity, len(text.held_out))) is not None:
-        used(path)
-        return kept
+    with contextlib.suppress(StorageError, LookupError, TypeError, ValueError):  # else it is written again
+        kept = read_json(path)
+        bits = [float(bits) for bits in kept["bits"]]
+        if len(bits) == len(text.held_out) and all(map(math.isfinite, bits)) and kept["identity"] == identity:
+            used(path)
+            return bits
     bits = evaluation.bits_of(target, _held_out(target, text))
     try:
         write_json(path, {"identity": identity, "bits": bits}, indent=None)
@@ -273,17 +269,6 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
             f"recipe: store {root} cannot be written ({reason(error)}); give another with store:"
         ) from error
     return bits
-
-
-def _kept_bits(path: Path, identity: Mapping[str, Any], documents: int) -> list[float] | None:
-    """Return the bits that a file holds; None where there is none, or it is damaged and to be written again."""
-    try:
-        stored = read_json(path)
-        bits = [float(bits) for bits in stored["bits"]]
-    except (StorageError, LookupError, TypeError, ValueError):
-        return None
-    whole = len(bits) == documents and all(map(math.isfinite, bits))
-    return bits if whole and stored.get("identity") == identity else None
 
 
 def _read_sources(

@@ -146,13 +146,11 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     folder, wanted = path.parent, json.loads(json.dumps(identity))
     try:
         make_folder(folder)
-        there = path.exists()
-        if not there:
+        if not path.exists():
             write_json(path, wanted, indent=1)
+            return
     except (OSError, StorageError) as error:
         raise ConfigError(f"{folder} cannot be used ({reason(error)}); give another output folder") from error
-    if not there:
-        return
     try:
         settings = dict(read_json(path))
     except (StorageError, TypeError, ValueError) as error:
@@ -188,11 +186,6 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
     return {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
 
 
-def steps_of(recipe: DistillRecipe, blocks: int) -> int:
-    """Return the number of optimizer steps."""
-    return math.ceil(blocks / recipe.batch_size)
-
-
 def train(
     recipe: DistillRecipe, pretrained: str, data: TrainingBlocks, folder: Path, cpu: bool, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
@@ -221,7 +214,7 @@ def train(
             f"target {recipe.target!r}: cannot load {pretrained!r} for training: {one_line(error)}"
         ) from error
     check_weights(reports, f"target {recipe.target!r}:")
-    steps = steps_of(recipe, len(data.order))
+    steps = math.ceil(len(data.order) / recipe.batch_size)
     data = replace(data, multiple=recipe.batch_size if ranks.count > 1 else 1)
     with _random_states_kept():
         trainer = FusionTrainer(
