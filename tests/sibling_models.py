@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lm_eval_deepen.build import BuildRecipe, parse_build
+
 MERGES = {
     "linear": {"weight": 1.0},
     "slerp": {"t": 0.5},
@@ -21,6 +23,16 @@ MERGES = {
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def parsed(raw: object, folder: Path) -> BuildRecipe:
+    """Return the recipe that stands in ``recipe.yaml`` of a folder."""
+    return parse_build(raw, "recipe.yaml", folder)
+
+
+def family_of(base: Path, folder: Path) -> dict[str, str]:
+    """Write three siblings of a base; return their places, and the base's, by name."""
+    return {"base": str(base), **{f"s{i}": str(write_sibling(base, folder / f"s{i}", i)) for i in (1, 2, 3)}}
 
 
 def write_sibling(base: Path, folder: Path, seed: int, scale: float = 0.05) -> Path:

@@ -15,10 +15,10 @@ from lm_eval.api.samplers import FirstNSampler
 from pico import CORPUS
 from run_files import local_tasks
 from safetensors.torch import save_file
-from sibling_models import configured, merge_of, tensors, write_sibling
+from sibling_models import configured, family_of, merge_of, parsed, tensors, write_sibling
 
 import lm_eval_deepen
-from lm_eval_deepen.build import build, distill, parse_build, read_build, texts
+from lm_eval_deepen.build import build, distill, read_build, texts
 from lm_eval_deepen.build import merge as merging
 from lm_eval_deepen.build import publish as making
 from lm_eval_deepen.build.provenance import DamagedError, lineage
@@ -33,9 +33,7 @@ CLM = {"method": "clm", "target": "base", "train_tokens": 100}
 
 @pytest.fixture(scope="module")
 def family(pico, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family")
-    base = pico["bytelevel"]
-    return {"base": str(base), **{f"s{i}": str(write_sibling(base, folder / f"s{i}", i)) for i in (1, 2)}}
+    return family_of(pico["bytelevel"], tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
@@ -66,10 +64,6 @@ def averaged(monkeypatch):
         return {"tokens_trained": 0}
 
     monkeypatch.setattr(merging, "merge", fake)
-
-
-def parsed(raw, folder):
-    return parse_build(raw, "recipe.yaml", folder)
 
 
 def test_a_trained_model_is_what_distill_makes_of_the_recipe(family, tmp_path, trained):

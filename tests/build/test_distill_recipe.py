@@ -20,7 +20,7 @@ FUSELLM = {"method": "fusellm", "target": "smollm2", "sources": ["gemma"]}
 CLM = {"method": "clm", "target": "smollm2"}
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # values of other types are in tests/config/test_recipe_values.py
     ("recipe", "message"),
     [
         ({**FUSELLM, "fusoin": "mince"}, "unknown key 'fusoin'. Did you mean 'fusion'"),
@@ -39,7 +39,6 @@ CLM = {"method": "clm", "target": "smollm2"}
         ),
         ({**FUSELLM, "sources": ["gemma", "gemma"]}, "sources gemma, gemma name a model twice"),
         ({**FUSELLM, "sources": []}, "method fusellm needs 'sources'"),
-        ({**FUSELLM, "sources": 3}, "sources must be a name or a list of names; got 3"),
         ({"method": "clm"}, "target is missing"),
         ({**CLM, "sources": ["gemma"]}, "method clm trains on text alone, but 'sources' is given"),
         ({**CLM, "clm_weight": 0.9}, "method clm trains on text alone, but 'clm_weight' is given"),
@@ -47,11 +46,6 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "alignment": "byte"}, "alignment must be 'bytes' or 'dtw'; got 'byte'. Did you mean 'bytes'"),
         ({**FUSELLM, "tail": "drop"}, "tail must be 'rest' or 'renormalised'; got 'drop'"),
         ({**FUSELLM, "clm_weight": 1.1}, "clm_weight must be a number from 0 to 1; got 1.1"),
-        ({**FUSELLM, "clm_weight": "high"}, "clm_weight must be a number from 0 to 1; got 'high'"),
-        ({**FUSELLM, "top_k": 0}, "top_k must be a whole number of at least 1; got 0"),
-        ({**FUSELLM, "batch_size": 2.5}, "batch_size must be a whole number of at least 1; got 2.5"),
-        ({**FUSELLM, "train_tokens": True}, "train_tokens must be a whole number of at least 1; got True"),
-        ({**FUSELLM, "seed": -1}, "seed must be a whole number from 0 to 4294967295; got -1"),
         ({**FUSELLM, "seed": 2**32}, "seed must be a whole number from 0 to 4294967295; got 4294967296"),
         ({**FUSELLM, "learning_rate": 0}, "learning_rate must be a number above 0 and up to 1; got 0"),
         ({**FUSELLM, "held_out": 0}, "held_out must be a number above 0 and up to 0.9; got 0"),
@@ -59,7 +53,6 @@ CLM = {"method": "clm", "target": "smollm2"}
         ({**FUSELLM, "shard": [3, 3]}, r"shard must be \[i, n\] with 0 <= i < n; got \[3, 3\]"),
         ({**FUSELLM, "shard": 2}, "shard must be"),
         ({**FUSELLM, "text": "missing.txt"}, "text 'missing.txt' is no file"),
-        ({**FUSELLM, "device": 0}, "device must be text; got 0"),
         ({**FUSELLM, "device": "cuda:1"}, "device cuda:1: a training takes the first cuda device that is visible"),
         ({**FUSELLM, "adam_betas": [0.9]}, "adam_betas must be two numbers from 0 to below 1"),
         ({**FUSELLM, "adam_betas": [0.9, 1]}, "adam_betas must be two numbers from 0 to below 1"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sibling_models import MERGES, configured, merge_of, tensors, with_head, write_sibling
+from sibling_models import MERGES, configured, family_of, merge_of, parsed, tensors, with_head, write_sibling
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +22,7 @@ from transformers import (
     OlmoForCausalLM,
 )
 
-from lm_eval_deepen.build import build, parse_build, read_build
+from lm_eval_deepen.build import build, read_build
 from lm_eval_deepen.build.architecture import IncompatibleError, check_alike, read_otherwise
 from lm_eval_deepen.build.merge_config import METHODS
 from lm_eval_deepen.build.weights import weights_sha256
@@ -35,15 +35,7 @@ needs_mergekit = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def family(pico, tmp_path_factory):
-    """A base and three siblings of it, by name."""
-    folder = tmp_path_factory.mktemp("family")
-    base = pico["bytelevel"]
-    found = {f"s{i}": str(write_sibling(base, folder / f"s{i}", i)) for i in (1, 2, 3)}
-    return {"base": str(base), **found}
-
-
-def parsed(raw, tmp_path):
-    return parse_build(raw, "recipe.yaml", tmp_path)
+    return family_of(pico["bytelevel"], tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture

@@ -266,7 +266,7 @@ def few_stages(monkeypatch):
 @pytest.mark.parametrize("keys", [{"weighting": "adaptive", "dev_scores": [0.3, 0.2]}, {"weighting": "uniform"}])
 def test_chosen_weights_outlive_a_weighting_that_made_the_first_ones(pico, few_stages, keys) -> None:
     ensemble = deepen(pico["bytelevel"], pico["metaspace"], **keys).ensemble
-    chosen = search(ensemble, DOCUMENTS[:1])
+    chosen = search(Reading.of(ensemble, DOCUMENTS[:1]))
     assert chosen.first.weights == ensemble.config.weights
     chosen = replace(chosen, best=replace(chosen.best, weights=(0.45, 0.55)))
     again = configure(chosen.config.to_dict())
@@ -282,7 +282,7 @@ def test_weights_that_are_made_anew_cannot_be_tuned(pico, tmp_path, capsys, weig
     assert not (tmp_path / "tuned.yaml").exists()
     by_step = deepen(pico["bytelevel"], pico["metaspace"], weighting="confidence").ensemble
     with pytest.raises(ConfigError, match="weighting=confidence makes the weights by request or step"):
-        search(by_step, DOCUMENTS)
+        search(Reading.of(by_step, DOCUMENTS))
 
 
 def test_a_tuned_file_is_read_from_anywhere(pico, tmp_path, monkeypatch, few_stages) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from boards import measured, planned, write_recipe
 from run_files import local_tasks
 from sibling_models import merge_of, write_sibling
 
@@ -24,7 +25,7 @@ from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard import table as leaderboard_table
-from lm_eval_deepen.leaderboard.execution import execute, plan
+from lm_eval_deepen.leaderboard.execution import execute
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.reproduction import reproduced
 from lm_eval_deepen.leaderboard.seeds import averaged
@@ -38,8 +39,7 @@ CLM = {"method": "clm", "target": "base", "train_tokens": 1000}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without the list of installed packages, and without measuring every built model."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    """Without measuring every built model."""
     monkeypatch.setattr("lm_eval_deepen.build.publish.measured_bits", lambda folder: {})
 
 
@@ -98,21 +98,9 @@ def write(pico, tasks, tmp_path):
             "resamples": 200,
             **changes,
         }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}))
-        return path
+        return write_recipe(tmp_path, raw)
 
     return write
-
-
-def planned(path: Path, out: Path, redo: bool = False):
-    recipe = read_recipe(path)
-    return plan(recipe, load_tasks(recipe.tasks, recipe.include_path), out, redo)
-
-
-def measured(path: Path, out: Path, redo: bool = False):
-    todo = planned(path, out, redo)
-    return leaderboard_table.measure(todo, execute(todo, "cpu", lambda text: None))
 
 
 def test_built_models_are_members_and_rows_and_each_is_built_once(write, tmp_path, builders):

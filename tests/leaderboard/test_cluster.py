@@ -8,15 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
+from boards import planned, write_recipe
 from installed import without_packages
 from run_files import local_tasks
 
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.leaderboard import cluster
-from lm_eval_deepen.leaderboard.execution import execute, plan
-from lm_eval_deepen.leaderboard.recipe import read_recipe
+from lm_eval_deepen.leaderboard.execution import execute
 from lm_eval_deepen.leaderboard.table import measure, rendered
 
 
@@ -37,14 +35,7 @@ def recipe(pico, tmp_path_factory):
         "include_path": str(root / "tasks"),
         "resamples": 100,
     }
-    path = root / "recipe.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def planned(path: Path, out: Path):
-    found = read_recipe(path)
-    return plan(found, load_tasks(found.tasks, found.include_path, found.metadata), out)
+    return write_recipe(root, raw)
 
 
 def figures(todo, cells):

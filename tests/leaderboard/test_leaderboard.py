@@ -20,6 +20,7 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
+from boards import measured, planned, write_recipe
 from harness import by_default
 from harness import requests as asked
 from run_files import local_tasks
@@ -49,12 +50,6 @@ ONE = {"orders": ["A+B"]}
 CHOICE = {"task": "conf_choice", "metric": ["acc", "acc_norm"]}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without the list of installed packages that the harness makes for every results file, by a subprocess."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("leaderboard")
@@ -63,38 +58,25 @@ def folder(tmp_path_factory):
     return root
 
 
+def usual(pico, folder):
+    """The recipe of the pair byte-level and metaspace."""
+    return {
+        "members": [
+            {"name": "A", "pretrained": str(pico["bytelevel"])},
+            {"name": "B", "pretrained": str(pico["metaspace"])},
+        ],
+        "common": {"matrix_dir": str(folder / "matrices")},
+        "grid": {"methods": ["deepen", "gac"]},
+        "tasks": [CHOICE],
+        "include_path": str(folder / "tasks"),
+        "resamples": 200,
+    }
+
+
 @pytest.fixture
 def write(pico, folder, tmp_path):
-    """Writes a recipe of the pair byte-level and metaspace, with some keys changed."""
-
-    def write(**changes):
-        raw = {
-            "members": [
-                {"name": "A", "pretrained": str(pico["bytelevel"])},
-                {"name": "B", "pretrained": str(pico["metaspace"])},
-            ],
-            "common": {"matrix_dir": str(folder / "matrices")},
-            "grid": {"methods": ["deepen", "gac"]},
-            "tasks": [CHOICE],
-            "include_path": str(folder / "tasks"),
-            "resamples": 200,
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}))
-        return path
-
-    return write
-
-
-def planned(path: Path, out: Path, redo: bool = False):
-    recipe = read_recipe(path)
-    return plan(recipe, load_tasks(recipe.tasks, recipe.include_path, recipe.metadata), out, redo)
-
-
-def measured(path: Path, out: Path, redo: bool = False):
-    todo = planned(path, out, redo)
-    return leaderboard_table.measure(todo, execute(todo, "cpu", lambda text: None))
+    """Writes the recipe with some keys changed."""
+    return lambda **changes: write_recipe(tmp_path, {**usual(pico, folder), **changes})
 
 
 def scores(table):
@@ -164,12 +146,8 @@ def test_poolings_leave_out_what_they_have_no_use_for(write):
         ({"rows": [{"members": [["A"], "B"]}]}, r"rows\[0\]: member \['A'\] is unknown. .*Members: A, B"),
         ({"rows": [{"name": "leaderboard.json", "method": "gac"}]}, r"'leaderboard.json' has the name of something"),
         ({"common": {"members": "A"}}, r"common holds members, which is a member's own"),
-        ({"seed": [1, 2]}, r"seed must be one number from 0 to 4294967295, or four"),
-        ({"seed": -1}, r"seed must be one number from 0 to 4294967295, or four: .*; got -1"),
         ({"seed": [0, 2**32, 0, 0]}, r"seed must be one number from 0 to 4294967295, or four: .*4294967296"),
-        ({"resamples": 10**12}, r"resamples must be a whole number from 1 to 1000000; got 1000000000000"),
-        ({"resamples": 0}, r"resamples must be a whole number from 1 to 1000000; got 0"),
-        ({"resamples": "1e12"}, r"resamples"),
+        ({"resamples": "1e12"}, r"resamples must be a whole number from 1 to 1000000; got '1e12'"),
         ({"alpha": 5}, r"alpha must be a number between 0 and 1; got 5"),
         ({"include_path": "nowhere"}, r"include_path: .*nowhere is not a folder"),
     ],
@@ -783,22 +761,10 @@ def test_a_tuned_file_of_another_ensemble_is_refused(tuned, write, pico):
 def finished(pico, folder, tmp_path_factory):
     """A finished leaderboard of one ensemble and two tasks: its recipe and its folder."""
     root = tmp_path_factory.mktemp("finished")
-    raw = {
-        "members": [
-            {"name": "A", "pretrained": str(pico["bytelevel"])},
-            {"name": "B", "pretrained": str(pico["metaspace"])},
-        ],
-        "common": {"matrix_dir": str(folder / "matrices")},
-        "grid": {"orders": ["A+B"], "methods": ["gac"]},
-        "tasks": [CHOICE, "conf_answer"],
-        "include_path": str(folder / "tasks"),
-        "resamples": 200,
-    }  # fmt: skip
-    (root / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-        assert cli.main(["leaderboard", str(root / "recipe.yaml"), "--out", str(root / "out"), "--device", "cpu"]) == 0
-    return root / "recipe.yaml", root / "out"
+    changes = {"grid": {"orders": ["A+B"], "methods": ["gac"]}, "tasks": [CHOICE, "conf_answer"]}
+    path = write_recipe(root, {**usual(pico, folder), **changes})
+    assert cli.main(["leaderboard", str(path), "--out", str(root / "out"), "--device", "cpu"]) == 0
+    return path, root / "out"
 
 
 def test_each_cell_leads_to_its_documents(finished):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from boards import write_recipe
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.errors import ConfigError
@@ -19,11 +20,6 @@ from lm_eval_deepen.leaderboard.execution import plan
 from lm_eval_deepen.leaderboard.published import PublishedTable, distance, figure, told_apart, verdict
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.results.files import TaskRun
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture
@@ -43,9 +39,7 @@ def write(pico, tmp_path):
             "resamples": 200,
             **changes,
         }  # fmt: skip
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}))
-        return path
+        return write_recipe(tmp_path, raw)
 
     return write
 
@@ -56,6 +50,8 @@ def run(path: Path, *more: str) -> dict:
     return json.loads((out / "leaderboard.json").read_text())
 
 
+PAIR = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+ADAPT = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
 SCORES = {"deepen_sample_arc": {"pair": 50.0, "A": 25}, "deepen_sample_piqa": {"pair": 60}}
 TABLE = {"table": "table 1", "read_in": "a picture", "metric": "acc", "scores": SCORES}
 
@@ -122,9 +118,8 @@ def test_a_column_without_a_single_member_says_what_its_reference_is(write, caps
 def test_a_published_score_that_fits_two_columns_stands_beside_none(write):
     tasks = [{"task": "deepen_sample_arc", "metric": ["acc", "acc_norm"]}]
     table = {"table": "table 1", "read_in": "a picture", "scores": {"deepen_sample_arc": {"A": 25}}}
-    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
     for metric, want in ((None, {}), ("acc_norm,none", {"acc_norm": 0.25})):
-        found = run(write(tasks=tasks, rows=rows, expected=[{**table, **({"metric": metric} if metric else {})}]))
+        found = run(write(tasks=tasks, rows=PAIR, expected=[{**table, **({"metric": metric} if metric else {})}]))
         said = {row["metric"]: row["extra"]["published"] for row in found["rows"] if "published" in row["extra"]}
         assert said == want
         assert any("stand beside none of acc,none and acc_norm,none" in note for note in found["notes"]) is not bool(
@@ -133,15 +128,8 @@ def test_a_published_score_that_fits_two_columns_stands_beside_none(write):
 
 
 def test_weights_are_the_members_scores_on_the_development_split(write, tmp_path, capsys):
-    adapt = {
-        "name": "Adapt",
-        "members": ["A", "B"],
-        "method": "deepen",
-        "weighting": "adaptive",
-        "dev_scores": "measured",
-    }
     tasks = [{"task": name, "metric": "acc"} for name in ("deepen_sample_piqa", "deepen_sample_mmlu")]
-    path, out = write(rows=[adapt], tasks=tasks), tmp_path / "out"
+    path, out = write(rows=[{**ADAPT, "method": "deepen"}], tasks=tasks), tmp_path / "out"
     assert cli.main(["leaderboard", str(path), "--out", str(out), "--dry-run", "--device", "cpu"]) == 0
     assert "first, 4 scores on development splits, for the weights of Adapt" in capsys.readouterr().out
     found = run(path)
@@ -183,8 +171,7 @@ def test_a_router_knows_the_members_scores_on_the_development_split(write, tmp_p
 
 @pytest.mark.parametrize("score", [-0.25, math.nan])
 def test_scores_that_give_no_proportion(write, tmp_path, monkeypatch, score):
-    row = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
-    recipe = read_recipe(write(rows=[row], tasks=[{"task": "deepen_sample_piqa", "metric": "acc"}]))
+    recipe = read_recipe(write(rows=[ADAPT], tasks=[{"task": "deepen_sample_piqa", "metric": "acc"}]))
     read = TaskRun.__init__
 
     def scored(self, task, *others):
@@ -198,11 +185,10 @@ def test_scores_that_give_no_proportion(write, tmp_path, monkeypatch, score):
 
 def test_development_documents_that_are_evaluated_too_are_refused(write, tmp_path):
     """The task's own splits are disjoint; a recipe that evaluates the development split is not."""
-    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
-    path = write(rows=[adapt], tasks=[{"task": "deepen_sample_arc", "split": "validation"}])
+    path = write(rows=[ADAPT], tasks=[{"task": "deepen_sample_arc", "split": "validation"}])
     with pytest.raises(ConfigError, match="looks at its development split, which is what the recipe evaluates"):
         adapted(read_recipe(path), tmp_path / "out", "cpu", lambda text: None)
-    recipe = read_recipe(write(rows=[adapt], tasks=["deepen_sample_piqa"]))
+    recipe = read_recipe(write(rows=[ADAPT], tasks=["deepen_sample_piqa"]))
     weighed = adapted(recipe, tmp_path / "out", "cpu", lambda text: None)
     tasks = load_tasks([spec.replace(split="validation") for spec in recipe.tasks], (), recipe.metadata)
     with pytest.raises(ConfigError, match="the development split of deepen_sample_piqa"):
@@ -210,8 +196,7 @@ def test_development_documents_that_are_evaluated_too_are_refused(write, tmp_pat
 
 
 def test_scores_of_zero_are_no_proportion(write, tmp_path):
-    adapt = {"name": "Adapt", "members": ["A", "B"], "method": "gac", "weighting": "adaptive", "dev_scores": "measured"}
-    recipe = read_recipe(write(rows=[adapt], tasks=[{"task": "deepen_sample_nq", "limit": 1}]))
+    recipe = read_recipe(write(rows=[ADAPT], tasks=[{"task": "deepen_sample_nq", "limit": 1}]))
     with pytest.raises(ConfigError, match="all members score 0 on the development split of 'deepen_sample_nq'"):
         adapted(recipe, tmp_path / "out", "cpu", lambda text: None)
     told: list[str] = []
@@ -221,25 +206,23 @@ def test_scores_of_zero_are_no_proportion(write, tmp_path):
 
 def test_a_published_score_of_a_group_is_of_the_whole_group(write, tmp_path, monkeypatch):
     monkeypatch.setenv("LM_EVAL_DEEPEN_DATA", str(tmp_path / "data"))
-    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
     table = {**TABLE, "metric": "exact_match", "scores": {"deepen_mmlu": {"pair": 30}}}
-    path = write(rows=rows, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}], expected=[table])
+    path = write(rows=PAIR, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}], expected=[table])
     found = run(path)
     assert {row["task"] for row in found["rows"]} == {"deepen_mmlu"}
     pair = next(row for row in found["rows"] if row["system"] == "pair")
     assert pair["documents"] == 2 * miniature.DOCUMENTS and pair["extra"]["published"] == 0.3
-    out = write(rows=rows, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}])
+    out = write(rows=PAIR, tasks=[{"task": "deepen_mmlu", "metric": "exact_match"}])
     assert {row["task"] for row in run(out)["rows"]} == {"deepen_mmlu_anatomy", "deepen_mmlu_high_school_physics"}
 
 
 def test_a_metric_that_is_no_mean_is_shown_as_reported_where_it_was_published(write, capsys):
     tasks = [{"task": "deepen_flores_en_de", "metric": "bleu", "limit": 2, "gen_kwargs": {"max_gen_toks": 4}}]
-    rows = [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
     table = {**TABLE, "metric": "bleu", "scores": {"deepen_flores_en_de": {"pair": 33.34}}}
-    assert run(write(rows=rows, tasks=tasks, expected=[table]))["rows"] == []
+    assert run(write(rows=PAIR, tasks=tasks, expected=[table]))["rows"] == []
     told = capsys.readouterr().out
     assert re.search(r"deepen_flores_en_de bleu, as reported, without a test: pair \d+\.\d+, published 33\.34", told)
-    path = write(rows=rows, tasks=tasks)
+    path = write(rows=PAIR, tasks=tasks)
     assert cli.main(["leaderboard", str(path), "--out", str(path.parent / "out"), "--device", "cpu"]) == 2
     assert "not a function of means over documents" in capsys.readouterr().err
 
@@ -253,15 +236,15 @@ def test_published_shares_are_in_per_cent_and_other_scores_as_they_are():
 
 def test_a_score_that_is_published_twice_or_of_no_column_is_told(write):
     arc = {**TABLE, "scores": {"deepen_sample_arc": {"A": 25}}}
-    tasks, rows = ["deepen_sample_arc"], [{"name": "pair", "members": ["A", "B"], "method": "gac"}]
+    tasks = ["deepen_sample_arc"]
     for first, second in ((None, "acc"), ("acc", "acc"), ("acc,none", "acc"), ("acc_norm", None)):
         tables = [{**arc, "metric": metric} for metric in (first, second)]
         with pytest.raises(
             ConfigError, match=r"expected\[1\]: the score of row 'A' on 'deepen_sample_arc' stands twice"
         ):
-            read_recipe(write(tasks=tasks, rows=rows, expected=tables))
+            read_recipe(write(tasks=tasks, rows=PAIR, expected=tables))
     tables = [{**arc, "metric": metric} for metric in ("acc", "acc_norm", "f,one", "f,two")]
-    assert len(read_recipe(write(tasks=tasks, rows=rows, expected=tables)).expected) == 4
+    assert len(read_recipe(write(tasks=tasks, rows=PAIR, expected=tables)).expected) == 4
     columns = [("acc", "none"), ("acc_norm", "none"), ("f", "one")]
     kept, notes = told_apart([PublishedTable(**table) for table in tables], "deepen_sample_arc", columns)
     assert [table.metric for table in kept] == ["acc", "acc_norm", "f,one"]

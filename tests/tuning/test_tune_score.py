@@ -23,12 +23,6 @@ from lm_eval_deepen.tuning import by_score as tune_score
 OPTIONS = ["one", "two fish", "the fox", "nothing at all"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without the list of installed packages that the harness makes for every results file, by a subprocess."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
 @pytest.fixture
 def data(tmp_path):
     """A data folder whose development and test splits of two benchmarks are disjoint."""
