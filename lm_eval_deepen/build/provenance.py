@@ -17,7 +17,7 @@ from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.build.texts import TASK
 from lm_eval_deepen.build.weights import snapshot_of, weights_sha256
 from lm_eval_deepen.errors import ConfigError, StorageError, one_line
-from lm_eval_deepen.storage import read_json, write_json
+from lm_eval_deepen.storage import read_json
 
 FILE = "provenance.json"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "mergekit")
@@ -141,27 +141,18 @@ def described(name: str, place: str) -> dict[str, str]:
 
 def lineage(place: str) -> dict[str, int]:
     """Return weights -> tokens of every training that a model descends from, as far as its folder says."""
-    said = read_provenance(Path(place)) if Path(place).is_dir() else None
-    return {} if said is None else dict(said.get(LINEAGE, {}))
+    return dict((read_provenance(Path(place)) or {}).get(LINEAGE, {}))
 
 
 def tasks_of(place: str) -> list[str]:
     """Return the tasks that a model, or what it was made from, was trained on, as far as its folder says."""
-    said = read_provenance(Path(place)) if Path(place).is_dir() else None
-    return [] if said is None else list(map(str, said.get(TASKS, ())))
+    return list((read_provenance(Path(place)) or {}).get(TASKS, ()))
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what builds models, of those packages that are installed."""
     known = {"lm_eval_deepen": lm_eval_deepen.__version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             known[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return known
-
-
-def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``provenance.json`` into a model's folder; raises StorageError where it cannot be written."""
-    write_json(folder / FILE, content)

@@ -6,12 +6,12 @@ import contextlib
 import glob
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_eval_deepen.build import merge as merging
-from lm_eval_deepen.build.provenance import FILE, DamagedError, finished, provenance, write_provenance
+from lm_eval_deepen.build.provenance import FILE, DamagedError, finished, provenance
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.errors import ConfigError, MemberError, StorageError
 from lm_eval_deepen.harness.distributed import Ranks
@@ -47,6 +47,7 @@ def build(
     identity: str | None = None,
     redo: bool = False,
     mend: bool = False,
+    wait: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Build the model of a recipe, unless it is there, and return its provenance.
@@ -61,6 +62,7 @@ def build(
         identity: of the model, where the caller knows it already.
         redo: build again what is there.
         mend: build again what is damaged.
+        wait: wait for another process that builds it, which is an error else.
         say: called with progress messages.
 
     Raises:
@@ -85,8 +87,7 @@ def build(
         _refuse_others(out)
         if not redo and is_settled(out) and (record := _kept(out, identity, mend, say)) is not None:
             return record  # no lock: the folder may be one that is only read
-        busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
-        with locked(out.with_name(f".{out.name}.lock"), busy):
+        with _sole_builder(out, wait, say):
             recover_folder(out)
             if not redo and (record := _kept(out, identity, mend, say)) is not None:
                 return record  # which a killed process had moved away
@@ -103,6 +104,22 @@ def build(
             remove_file(partial / _MARK)
             publish_folder(partial, out)
     return content
+
+
+@contextlib.contextmanager
+def _sole_builder(out: Path, wait: bool, say: Say) -> Iterator[None]:
+    """Hold the lock of a model's folder."""
+    lock = out.with_name(f".{out.name}.lock")
+    busy = ConfigError(f"{out}: another process builds this model; wait for it, or kill it")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, busy))
+        except ConfigError:
+            if not wait:
+                raise
+            say(f"{out}: another process builds this model; waiting for it")
+            held.enter_context(locked(lock))
+        yield
 
 
 def _kept(out: Path, identity: str, mend: bool, say: Say) -> dict[str, Any] | None:
@@ -144,7 +161,7 @@ def _finished(recipe: BuildRecipe, partial: Path, members: Mapping[str, str], id
                 "them at every step"
             ) from error
         content = provenance(recipe, identity, partial, members, made)
-        write_provenance(partial, content)
+        write_json(partial / FILE, content)
     except BaseException:
         if not _resumable(partial):
             _discard(partial)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,7 @@ from pydantic import AfterValidator, Field
 from lm_eval_deepen.build.architecture import IncompatibleError
 from lm_eval_deepen.build.merge import check_inputs
 from lm_eval_deepen.build.merge_config import require
-from lm_eval_deepen.build.provenance import DamagedError, lineage, read_provenance, tasks_of
+from lm_eval_deepen.build.provenance import lineage, read_provenance, tasks_of
 from lm_eval_deepen.build.publish import build
 from lm_eval_deepen.build.recipe import BuildRecipe, parse_build, read_build
 from lm_eval_deepen.build.texts import ANYWHERE, TASK, TaskSource, task_hashes
@@ -23,7 +21,6 @@ from lm_eval_deepen.config import Keys, Shown
 from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.errors import ConfigError, DeepenError, blamed
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
-from lm_eval_deepen.storage import is_settled, locked
 
 if TYPE_CHECKING:
     from lm_eval_deepen.harness.tasks import LoadedTask
@@ -135,7 +132,7 @@ class Builds:
         """Build what is missing among `names` and what they are made from, or damaged; return the folders.
 
         With `mend`, what is damaged is built again, which is an error else. On `device` trains whose recipe names none;
-        of several GPUs on the first.
+        of several GPUs on the first. What another process is building is waited for.
 
         Raises:
             DeepenError: a model that cannot be built, by its name; what is built is kept.
@@ -154,7 +151,7 @@ class Builds:
             if device and not recipe.is_merge and recipe.content.get("device") is None:
                 recipe = replace(recipe, content={**recipe.content, "device": re.sub(r":\d+$", ":0", device)})
             try:
-                _build(recipe, out, members, identity, mend, say)
+                build(recipe, out, members, identity=identity, mend=mend, wait=True, say=say)
             except DeepenError as error:
                 raise ConfigError(f"{name!r}: {error}") from error
             places[name] = out
@@ -183,29 +180,6 @@ class Builds:
             recipe = self.recipes[name]
             name = recipe.architecture_of
         return recipe.place(name, self.places)
-
-
-def _build(
-    recipe: BuildRecipe, out: Path, members: Mapping[str, str], identity: str, mend: bool, say: Callable[[str], None]
-) -> None:
-    """Build a model, unless it is there; what another leaderboard is building is waited for."""
-    if out.is_dir() and is_settled(out):  # no lock: the folder may be one that is only read
-        try:
-            build(recipe, out, members, identity=identity, say=say)
-            return
-        except DamagedError:
-            if not mend:
-                raise
-    lock, busy = out.with_name(f".{out.name}.wanted.lock"), ConfigError("another leaderboard builds it")
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(lock, busy))
-        except ConfigError as error:
-            if error is not busy:
-                raise
-            say(f"{out}: another leaderboard builds this model; waiting for it")
-            held.enter_context(locked(lock))
-        build(recipe, out, members, identity=identity, mend=mend, say=say)
 
 
 def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:
@@ -284,8 +258,8 @@ def facts_of(members: Sequence[Member]) -> dict[str, Any]:
     for member in members:
         place = member.config.pretrained
         trained |= lineage(place)
-        provenance = read_provenance(Path(place)) if os.path.isdir(place) else None
-        said |= {member.name: provenance} if provenance else {}
+        if provenance := read_provenance(Path(place)):
+            said[member.name] = provenance
     tensors = {id(tensor): tensor for member in members for tensor in member.lm.model.parameters()}
     count = sum(tensor.numel() for tensor in tensors.values())  # of members that share a model, once
     return {"parameters": count, "training_tokens": sum(trained.values()), "models": len(members), "built": said}

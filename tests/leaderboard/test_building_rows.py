@@ -245,7 +245,7 @@ def test_a_model_that_another_leaderboard_builds_is_waited_for(write, tmp_path, 
     first = builds.make(["s0"], built, lambda text: None)
     other.join(60)
     assert places == [first] and builders == [("clm", [0, 2])]
-    assert told == [f"{first['s0']}: another leaderboard builds this model; waiting for it",
+    assert told == [f"{first['s0']}: another process builds this model; waiting for it",
                     f"{first['s0']}: is built already"]  # fmt: skip
 
 
