@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pico as pico_models  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from lm_eval_deepen.build.demo_models import DEMO_MODELS, is_available  # noqa: E402
+
 torch.set_num_threads(1)
 # The harness describes the machine in the results of every run: it starts pip and other programs for it.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
@@ -37,6 +39,12 @@ def pytest_runtestloop() -> None:
     """Leave all that was imported and collected out of garbage collections, which leaderboards and builds ask for."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs the two real models where they are not installed."""
+    if item.get_closest_marker("real") and not all(map(is_available, DEMO_MODELS)):
+        pytest.skip("the models of the extra `demo` are not installed")
 
 
 @pytest.fixture(scope="session")

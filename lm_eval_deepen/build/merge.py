@@ -18,12 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(recipe: BuildRecipe, places: Mapping[str, str]) -> None:
-    """Refuse models that cannot be merged, from their configurations and tokenizers.
-
-    Raises:
-        IncompatibleError: their architectures or vocabularies differ.
-        ConfigError: a configuration cannot be read.
-    """
+    """Refuse models that cannot be merged, from their configurations and tokenizers; see `check_alike`."""
     content = recipe.content
     own_tokenizer = not (content.get("tokenizer") or content.get("tokenizer_source"))
     weighed = {name: places[name] for name in recipe.weighed}
@@ -85,11 +80,6 @@ def check_heads(configuration: Any, options: Any, source: str) -> tuple[str, str
     As transformers loads models, a head that is stored with other values than the embedding is not tied to it,
     whatever ``tie_word_embeddings`` says; a head that is not stored is the embedding where that is true, else random.
     mergekit merges a stored head by itself, and what it draws for the head it does not draw for the embedding.
-
-    Args:
-        configuration: of mergekit, with the places of its models.
-        options: of mergekit.
-        source: begins the errors.
 
     Returns:
         Names of the tensors, empty ones for an architecture of which transformers does not say them; and whether the

@@ -52,11 +52,7 @@ class DamagedError(ConfigError):
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """Return what a built model says of itself; None where a folder says nothing.
-
-    Raises:
-        DamagedError: it cannot be read, or says what cannot be.
-    """
+    """Return what a built model says of itself, DamagedError if that cannot be; None where a folder says nothing."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -93,15 +89,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 def provenance(
     recipe: BuildRecipe, identity: str, folder: Path, members: Mapping[str, str], made: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is written down of a model that was just built.
-
-    Args:
-        recipe: what was built.
-        identity: digest of what decides its weights.
-        folder: where it is.
-        members: name -> place of the models it was made from.
-        made: what the builder says, which is kept.
-    """
+    """Return what is written down of a model that was just built, beside what its builder says: `made`."""
     weights = weights_sha256(folder)
     places = recipe.places(members)
     tokens = int(made.get("tokens_trained", 0))

@@ -102,9 +102,7 @@ class BuildRecipe:
     def places(self, members: Mapping[str, str]) -> dict[str, str]:
         """Return where every model is that it is made from, by the name it is spelt with.
 
-        Args:
-            members: name -> folder or hub name. Next come the recipe's own `models` (of a trained model), folders
-                beside the recipe, and the hub.
+        After `members` come the recipe's own `models` (of a trained model), folders beside the recipe, and the hub.
         """
         return {name: self.place(name, members) for name in self.models}
 
@@ -142,11 +140,8 @@ class BuildRecipe:
     def identity(self, members: Mapping[str, str], digests: Mapping[str, str] | None = None) -> str:
         """Return the SHA-256 hex digest of what decides the built weights.
 
-        Args:
-            members: name -> place, as for `places`.
-            digests: identities of models that are not built yet, by name.
-
-        Models in folders count by their weights, texts by their content, models of the hub by their name.
+        Models in folders count by their weights, texts by their content, models of the hub by their name, and those
+        that are not built yet by their identities, which `digests` gives by name.
         """
         models: dict[str, str] = {}
         for name in self.models:

@@ -36,14 +36,9 @@ ANYWHERE = TaskSource()
 
 
 def files(names: Iterable[str], folder: Path, where: str, tasks: TaskSource = ANYWHERE) -> list[Path]:
-    """Return the files of texts, made first where they are no files.
+    """Return the files of texts, made first where they are no files but ``task:NAME``.
 
-    Args:
-        names: of files (relative ones are read beside the recipe, environment variables are filled in), or
-            ``task:NAME``.
-        folder: where relative paths are read.
-        where: the recipe and its key, for messages.
-        tasks: where tasks are found.
+    Relative paths are read in `folder`, and environment variables filled in. `where` begins the errors.
 
     Raises:
         ConfigError: a text that is not there.
@@ -64,11 +59,7 @@ def files(names: Iterable[str], folder: Path, where: str, tasks: TaskSource = AN
 
 
 def task_folders(names: Iterable[str], folder: Path) -> tuple[str, ...]:
-    """Return the folders of a recipe's ``include_path``; relative ones are beside the recipe.
-
-    Raises:
-        ConfigError: what is no folder.
-    """
+    """Return the folders of a recipe's ``include_path``, beside the recipe; ConfigError for what is no folder."""
     folders = []
     for name in names:
         place = folder / Path(name).expanduser()

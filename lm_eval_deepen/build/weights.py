@@ -13,11 +13,7 @@ PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 hex digest of a folder's weight files, in the order of their names.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Return the SHA-256 hex digest of a folder's weight files, in the order of their names; ConfigError for none."""
     for pattern in PATTERNS:
         files = sorted(folder.glob(pattern))
         if files:

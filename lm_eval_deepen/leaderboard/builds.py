@@ -76,11 +76,7 @@ class Builds:
         return f"{PREFIX}{self.recipes[name].sha256[:16]}"
 
     def needed(self, names: Iterable[str]) -> list[str]:
-        """Return the built models among `names`, after those that they are made from.
-
-        Raises:
-            ConfigError: a model that is made from itself.
-        """
+        """Return the built models among `names`, after those that they are made from; ConfigError for a ring."""
         order: list[str] = []
 
         def visit(name: str, path: tuple[str, ...]) -> None:
@@ -107,11 +103,7 @@ class Builds:
         return self._identities[name]
 
     def incompatible(self, names: Iterable[str]) -> str | None:
-        """Return why one of these models cannot be merged; None where all can, or are none of ours.
-
-        Raises:
-            ConfigError: a configuration that cannot be read.
-        """
+        """Return why one of these models cannot be merged; None where all can, or are none of ours."""
         for name in self.needed(names):
             recipe = self.recipes[name]
             if recipe.is_merge:
@@ -183,11 +175,7 @@ class Builds:
 
 
 def take_build(value: Any, folder: Path, where: str) -> BuildRecipe:
-    """Return the recipe that a `build` names: a file, a mapping with `recipe` and changes, or a recipe itself.
-
-    Raises:
-        ConfigError: none of these.
-    """
+    """Return the recipe that a `build` names: a file, a mapping with `recipe` and changes, or a recipe itself."""
     file = value.get("recipe") if isinstance(value, Mapping) else value
     if isinstance(file, str):
         changes = {key: item for key, item in value.items() if key != "recipe"} if isinstance(value, Mapping) else {}
@@ -211,11 +199,7 @@ def name_of(name: str | None, value: Any, where: str) -> str:
 
 
 def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltRow]:
-    """Return the rows of a built model, one for each seed.
-
-    Raises:
-        ConfigError: an unknown key, or too few seeds for what draws at random.
-    """
+    """Return the rows of a built model, one for each seed; ConfigError for too few of them."""
     with blamed(where):
         keys = BuiltRowKeys.read(spec)
     group, recipe = name_of(keys.name, keys.build, where), take_build(keys.build, folder, where)
@@ -239,11 +223,7 @@ def _seeds(seeds: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequ
 
 
 def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> None:
-    """Refuse to evaluate a row on documents that one of its models was trained on.
-
-    Raises:
-        ConfigError: naming the model and the task.
-    """
+    """Raise ConfigError for a row on documents that one of its models was trained on."""
     for name, trained in builds.trained_on(names).items():
         for other in trained:
             for leaf, hashes in task.documents.items():
@@ -268,11 +248,7 @@ def facts_of(members: Sequence[Member]) -> dict[str, Any]:
 def take_rows(
     listed: Iterable[Mapping[str, Any]], folder: Path, recipes: dict[str, BuildRecipe]
 ) -> tuple[list[BuiltRow], list[Mapping[str, Any]]]:
-    """Return the rows that are built, and the other ones; recipes are added by name.
-
-    Raises:
-        ConfigError: a recipe that cannot be read, or two models of one name.
-    """
+    """Return the rows that are built, and the other ones; recipes are added by name."""
     rows: list[BuiltRow] = []
     others = []
     for i, spec in enumerate(listed):

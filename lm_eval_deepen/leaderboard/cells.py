@@ -60,11 +60,7 @@ class Cell:
         return facts
 
     def runs(self) -> dict[str, TaskRun]:
-        """Return the cell's tasks, read from the harness's files.
-
-        Raises:
-            ResultError: a file that is gone or damaged.
-        """
+        """Return the cell's tasks, read from the harness's files; ResultError for one that is gone or damaged."""
         path = self.mark.parent / self.results
         results = read_results(path, "evaluate the cell again with --redo.")
         tasks = {}
@@ -78,11 +74,7 @@ class Cell:
         return tasks
 
     def check(self) -> None:
-        """Read everything that belongs to the cell.
-
-        Raises:
-            ResultError: a file that is gone, damaged, or not the one that was written.
-        """
+        """Read all that belongs to the cell; ResultError for a file that is gone, or not the one that was written."""
         runs = self.runs()
         for name, digest in self.sha256.items():
             if sha256(path := self.mark.parent / name) != digest:
@@ -184,11 +176,7 @@ def write_cell(
     cost: Cost,
     facts: dict[str, Any],
 ) -> Cell:
-    """Write what ``simple_evaluate`` returned by the harness's own tracker; the mark comes last.
-
-    Raises:
-        ResultError: the harness could not write its files.
-    """
+    """Write what ``simple_evaluate`` returned by the harness's own tracker; the mark comes last."""
     samples = evaluated.pop("samples")
     count = sum(evaluated["n-samples"][task]["effective"] for task in samples)
     with working_folder(mark.parent, ".cell-", sole=True) as folder:

@@ -56,12 +56,7 @@ def evaluate_group(
 ) -> Iterator[tuple[Key, Outcome]]:
     """Evaluate a group in a worker; yields every cell's files as soon as they are written.
 
-    Args:
-        recipe: the whole leaderboard.
-        group: the cells.
-        built: the folder of the models that the recipe builds.
-        device: where members load that name no device.
-        threads: of torch, as many as in the process that asks: sums then come out alike.
+    torch takes as many `threads` as in the process that asks: sums then come out alike.
     """
     torch.set_num_threads(threads)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
@@ -81,13 +76,9 @@ def execute_on_ray(todo: Plan, address: str, device: str | None, say: Say) -> di
         device: where members load that name no device; None: the first GPU of a worker, where the cluster has any.
         say: tells how far it is.
 
-    Returns:
-        All finished cells; those without results stand in ``todo.failed``.
-
     Raises:
         ConfigError: Ray is not installed, or the cluster lacks what a group needs.
         ResultError: the workers of a group died again and again. What is finished is kept.
-        DeepenError: as in one process.
     """
     if not todo.missing:
         return todo.finished

@@ -16,19 +16,10 @@ DISTILLED, CONTROL = "fusellm", "clm"
 def with_controls(
     recipes: dict[str, BuildRecipe], rows: Sequence[BuiltRow], notes: list[str]
 ) -> tuple[dict[str, str], list[BuiltRow]]:
-    """Return which rows are the controls of distilled models, and the rows to add where there is none.
+    """Return the controls of distilled models, by the names of rows in the table, and the rows to add for them.
 
     Continued training on a text gains most of what distilling on it gains over the base, so that a distilled model
-    says little without its control.
-
-    Args:
-        recipes: of members and rows, by name; those of added rows are added.
-        rows: that are built.
-        notes: a list to which added rows are noted.
-
-    Returns:
-        The control by the distilled model, both by the name of their row in the table (of several seeds, one row),
-        and the added rows.
+    says little without its control. Added rows are noted in `notes`, and their recipes added to `recipes`.
     """
     groups: dict[str, list[str]] = {}
     of_row = {row.name: row.group for row in rows}

@@ -152,12 +152,9 @@ def generates_only(member: MemberConfig) -> bool:
 
 
 def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
-    """Evaluate the missing cells; each is on disk as soon as it is finished.
+    """Evaluate the missing cells; each is on disk as soon as it is finished. Returns all finished ones.
 
     A cell with requests that have no answer is left out, and why stands in ``todo.failed``.
-
-    Returns:
-        All finished cells.
 
     Raises:
         DeepenError: by row and task; what is finished is kept.
@@ -177,11 +174,7 @@ def execute(todo: Plan, device: str | None, say: Say) -> dict[Key, Cell]:
 
 
 def sole_writer(todo: Plan) -> AbstractContextManager[None]:
-    """Return the lock of a leaderboard's folder.
-
-    Raises:
-        ResultError: on entering it: another process has it.
-    """
+    """Return the lock of a leaderboard's folder; entering it is a ResultError where another process has it."""
     busy = ResultError(f"{todo.out}: another process writes this leaderboard; wait for it, or kill it")
     return locked(todo.out / ".lock", busy)
 

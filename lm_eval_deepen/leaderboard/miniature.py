@@ -31,12 +31,7 @@ _PAIRS = ("eng_Latn-deu_Latn", "deu_Latn-eng_Latn", "eng_Latn-ron_Latn", "ron_La
 
 
 def miniature(raw: Mapping[str, Any], models: Sequence[str], limit: int) -> dict[str, Any]:
-    """Return the keys of a leaderboard with small models in turn, few documents and small matrices.
-
-    Args:
-        raw: the leaderboard's keys.
-        models: at least one folder or hub name, given to the members in turn.
-        limit: the most documents of a task.
+    """Return the keys of a leaderboard with `models` for members in turn, few documents and small matrices.
 
     Raises:
         ConfigError: no model is given, or the recipe of a member that is built is in a file of its own.
@@ -172,12 +167,9 @@ def synthetic() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def synthetic_reviews(kind: str, split: str, count: int) -> list[dict[str, Any]]:
-    """Return made-up reviews with ratings: short sentences from a few words, told apart by those of praise and blame.
+    """Return made-up reviews with ratings: short sentences of a few words, told apart by those of praise and blame.
 
-    Args:
-        kind: `drugs` (rated 1 to 10), `yelp` or `apps` (1 to 5).
-        split: part of the text, so that no review is in two splits.
-        count: how many.
+    Those of `drugs` are rated 1 to 10, of `yelp` and `apps` 1 to 5. Their split is part of their text: none is in two.
     """
     things = {"drugs": "pills", "yelp": "restaurant", "apps": "app"}
     top = 10 if kind == "drugs" else 5

@@ -138,13 +138,7 @@ class RowModel(DeepenLM):
 
     @classmethod
     def build(cls, config: EnsembleConfig, members: Sequence[Member], fusers: MutableMapping[tuple, Fuser]) -> RowModel:
-        """Return the model of a row.
-
-        Args:
-            config: the row's.
-            members: the loaded members, the main one first.
-            fusers: those built so far, by members, method and options: rows that differ in weights alone share one.
-        """
+        """Return a row's model around loaded members, the main one first; rows with other weights share a fuser."""
         key = (*map(id, members), config.method, config.options, config.matrix_dir)
         model = cls.__new__(cls)
         MainMemberView.__init__(model)
@@ -255,12 +249,8 @@ def load_members(
     """Load each checkpoint once, after what can be refused without weights was checked; return the members by name.
 
     Members that are loaded alike from one place, under several names or with other temperatures, share their model,
-    its tokenizer and its vocabulary.
-
-    Args:
-        members: the recipe's.
-        ensembles: configurations that will be built around them, each with the names of its members.
-        device: where members load that name no device of their own.
+    its tokenizer and its vocabulary. `ensembles` are the configurations that will be built around them, each with the
+    names of its members. Members that name no device load on `device`.
 
     Raises:
         DeepenError: a member that cannot be loaded, or vocabularies that a row's method cannot use.

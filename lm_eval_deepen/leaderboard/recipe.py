@@ -150,11 +150,7 @@ def read_recipe(
 def parse_recipe(
     raw: Mapping[str, Any], path: Path, elsewhere: Mapping[str, str], metadata: Mapping[str, Any]
 ) -> LeaderboardRecipe:
-    """Return the recipe that the keys of a file spell; relative paths are read beside `path`.
-
-    Raises:
-        ConfigError: as `read_recipe`.
-    """
+    """Return the recipe that the keys of a file spell, as `read_recipe`; relative paths are read beside `path`."""
     keys = LeaderboardKeys.read(raw)
     told = {**thaw(keys.metadata), **metadata}
     source = TaskSource(task_folders(keys.include_path, path.parent), json.dumps(told, sort_keys=True))

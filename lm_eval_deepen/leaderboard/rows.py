@@ -127,14 +127,7 @@ def expand(
 ) -> list[Row]:
     """Return the ensembles: those of the grid, then those listed, together where the order of members is the same.
 
-    Args:
-        listed: the recipe's `rows`.
-        grid: the recipe's `grid`.
-        members: by name.
-        common: keys that all rows have alike.
-        folder: where relative paths, of ensemble files and others, are read.
-        notes: a list to which skipped combinations are added.
-        tasks: names of the columns.
+    Relative paths are read in `folder`. Combinations that are skipped are added to `notes`.
 
     Raises:
         ConfigError: options that cannot be honoured, by the row's name.

@@ -18,12 +18,7 @@ def averaged(measured: Measured, groups: Mapping[str, Sequence[str]]) -> Measure
 
     Its value of a document is the mean of the seeds' values, its further figures are means, and beside them stand
     the number of seeds and the standard deviation (n - 1) of the seeds' scores. The standard error of such a row is
-    over documents alone.
-
-    Args:
-        measured: one metric of one task, by row.
-        groups: rows by group, of which all or none are measured; those of one row get the group's name and are left
-            alone.
+    over documents alone. All or none of a group's rows are measured; a row alone only gets the group's name.
     """
     of_row = {name: group for group, names in groups.items() for name in names}
     scores: dict[str, Scores] = {}

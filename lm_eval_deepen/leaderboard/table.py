@@ -107,11 +107,7 @@ class Table:
 
 
 def measure(plan: Plan, cells: Mapping[Key, Cell]) -> Table:
-    """Return the table of finished cells.
-
-    Raises:
-        ResultError: files that cannot be read, or a metric that no task has.
-    """
+    """Return the table of finished cells; ResultError for files that cannot be read, or a metric of no task."""
     recipe = plan.recipe
     repeated = {row.name for row in recipe.rows if row.name != row.group}
     failed = {key: f"{key[0]}: " * (key[0] in repeated) + " ".join(why.split()) for key, why in plan.failed.items()}

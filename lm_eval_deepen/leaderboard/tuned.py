@@ -30,13 +30,7 @@ def kept_digits(digest: str) -> str:
 
 
 def record(config: EnsembleConfig, hashes: Iterable[str], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of the key `evidence` for an ensemble file.
-
-    Args:
-        config: the ensemble as the file gives it.
-        hashes: the harness's ``doc_hash`` of the documents it was fitted on.
-        about: objective, tasks, split and scores, as plain data.
-    """
+    """Return the value of the key `evidence` of an ensemble file that was fitted on documents with these hashes."""
     kept = sorted({kept_digits(digest) for digest in hashes})
     return {**about, "fingerprint": config.fingerprint(), "documents_digest": _digest(kept), "document_hashes": kept}
 

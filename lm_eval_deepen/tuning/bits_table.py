@@ -77,13 +77,9 @@ def level(lines: Sequence[Line], candidates: Sequence[Line]) -> float:
 
 
 def table(lines: Sequence[Line], reference: Line, num_bytes: int, level: float = CONFIDENCE) -> str:
-    """Return bits per byte of every system, each against `reference`, as plain text.
+    """Return bits per byte of every system, each against `reference`, which is one of them, as plain text.
 
-    Args:
-        lines: the systems.
-        reference: one of them.
-        num_bytes: of all documents.
-        level: confidence of each interval by itself; see `level` for a reference that was picked.
+    `level` is the confidence of each interval by itself; see the function for a reference that was picked.
     """
     body = [["", "bits/byte", f"against {reference.system}", ""]]
     for line in lines:

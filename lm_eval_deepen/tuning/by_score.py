@@ -56,11 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_given(arguments: Mapping[str, Any]) -> EnsembleConfig:
-    """Return the configuration to tune as it is given.
-
-    Raises:
-        ConfigError: a member alone, or an ensemble that fuses no steps.
-    """
+    """Return the configuration to tune as it is given; ConfigError for a member alone, or one that fuses no steps."""
     from lm_eval_deepen.harness.model import configure
 
     config = configure(dict(arguments))

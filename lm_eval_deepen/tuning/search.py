@@ -62,11 +62,7 @@ class Fusers:
         return type(self.ensemble.config.options)(**candidate.options)
 
     def variant(self, candidate: Candidate) -> Variant:
-        """Return what a candidate is to a reading.
-
-        Raises:
-            DeepenError: options that these members cannot be fused with.
-        """
+        """Return what a candidate is to a reading; DeepenError for options that these members cannot be fused with."""
         if candidate.options not in self._built:
             method = self.options(candidate)
             self._built[candidate.options] = method.build([view(m) for m in self.ensemble.members], self._store)

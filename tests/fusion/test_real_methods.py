@@ -14,7 +14,7 @@ import torch
 from tensor_worlds import view
 from transformers import AutoTokenizer
 
-from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, is_available, prepare
+from lm_eval_deepen.build.demo_models import GEMMA3, SMOLLM2, prepare
 from lm_eval_deepen.fusion._edit import distance
 from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.fusion.deepen import Deepen
@@ -27,13 +27,7 @@ from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (is_available(SMOLLM2) and is_available(GEMMA3)),
-        reason="the models of the extra `demo` are not installed",
-    ),
-]
+pytestmark = pytest.mark.real
 SIZES = {SMOLLM2.name: 49_152, GEMMA3.name: 262_144}  # logits
 WEIGHTS = torch.tensor([[0.5, 0.5], [0.3, 0.7]])
 ROWS = 2

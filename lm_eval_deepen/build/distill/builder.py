@@ -206,11 +206,7 @@ def _evaluated(config: DistillRecipe, read: Read, folder: Path) -> dict[str, Any
 
 
 def load(name: str, pretrained: str, device: str | None) -> Member:
-    """Load one model with its tokenizer.
-
-    Raises:
-        ConfigError: a model that generates, but gives no distribution for given text.
-    """
+    """Load one model with its tokenizer; ConfigError where it gives no distribution for given text."""
     loading = FrozenDict({"dtype": "float32"})  # as it is trained, whatever its weights are stored in
     member = load_member(MemberConfig(name=name, pretrained=pretrained, loading=loading), device)
     if member.generates_only:

@@ -64,11 +64,7 @@ class Tokens:
 
 
 def neutral_documents() -> list[str]:
-    """Return prose from Python's own documentation, one document per topic, no paragraph twice.
-
-    Raises:
-        ConfigError: this Python comes without it.
-    """
+    """Return prose from Python's own documentation, one document per topic, no paragraph twice."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -120,12 +116,8 @@ def read_corpus(recipe: DistillRecipe) -> Corpus:
 def blocks_of(text: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
     """Split a document into blocks of at most `limit` tokens, which join to the document.
 
-    They end before the space after a word; a word longer than a block is cut anywhere.
-
-    Args:
-        text: the document.
-        limit: tokens per block.
-        count: tokens of a text that is read on its own.
+    They end before the space after a word; a word longer than a block is cut anywhere. `count` gives the tokens of a
+    text that is read on its own.
     """
     held = ""
     sizes = lru_cache(None)(count)  # words recur
@@ -150,12 +142,9 @@ def _halved(text: str, limit: int, count: Callable[[str], int]) -> Iterator[str]
 
 
 def training_order(sizes: Sequence[int], tokens: int | None, seed: int) -> list[int]:
-    """Return indices of blocks [n], in the order of training: shuffled passes until `tokens` are reached.
+    """Return indices of blocks [n], in the order of training: shuffled passes until `tokens` are reached, or one.
 
-    Args:
-        sizes: tokens to predict in every block.
-        tokens: how many to predict in all, at least; None: one pass.
-        seed: of the shuffles.
+    `sizes` are the tokens to predict in every block.
     """
     generator = np.random.default_rng(seed)
     order: list[int] = []

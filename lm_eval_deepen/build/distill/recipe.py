@@ -114,11 +114,7 @@ class DistillRecipe(Keys):
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], members: Mapping[str, str]) -> DistillRecipe:
-        """Check a recipe and return it with its defaults.
-
-        Args:
-            raw: the keys of the recipe.
-            members: model names that the recipe may use.
+        """Check a recipe that may use these models, and return it with its defaults.
 
         Raises:
             ConfigError: unknown, missing or impossible keys and values, or a model that is not among `members`.

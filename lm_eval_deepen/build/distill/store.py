@@ -50,13 +50,9 @@ class DistributionStore:
     """The folder of one source's distributions."""
 
     def __init__(self, root: Path, name: str, identity: Mapping[str, Any], blocks: int) -> None:
-        """Open the folder for a source, or make it.
+        """Open the folder below `root` for a source's distributions on so many blocks, or make it.
 
-        Args:
-            root: where such folders are.
-            name: the source's, for the folder's name.
-            identity: everything that decides the content.
-            blocks: how many there are.
+        The source's name is part of the folder's, and so is a digest of all that decides the content (`identity`).
 
         Raises:
             MatrixError: a folder that cannot be written.
@@ -108,11 +104,7 @@ class DistributionStore:
         write_tensors(self._path(self.number(group)), tensors, {CHECKSUM: content_hash(tensors, self.identity)})
 
     def block(self, index: int) -> BlockRows:
-        """Return the distributions of one block.
-
-        Raises:
-            MatrixError: a file that is missing or was damaged since `missing` looked.
-        """
+        """Return the distributions of one block; MatrixError for a file that is missing, or damaged by now."""
         number = index // GROUP
         if self._held[0] != number:
             self._held = (number, self._read(number))

@@ -30,15 +30,9 @@ def check_length(member: Member, blocks: Sequence[Tokens]) -> None:
 def store_teacher_logits(
     member: Member, blocks: Sequence[Tokens], top_k: int, store: DistributionStore, index: int = 0, count: int = 1
 ) -> None:
-    """Write what is missing of a source's distributions; groups that are there are kept.
+    """Write what is missing of a source's distributions, the `top_k` largest entries of each; other groups are kept.
 
-    Args:
-        member: the source.
-        blocks: as it reads them.
-        top_k: how many entries are kept of each.
-        store: where they go.
-        index: which process this is.
-        count: how many share the groups: each writes every `count`-th, whatever the others have written already.
+    Of `count` processes, the one with this index writes every `count`-th group, whatever others have written already.
 
     Raises:
         ConfigError: `top_k` beyond the vocabulary, or a block beyond the context.

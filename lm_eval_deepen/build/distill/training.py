@@ -191,13 +191,8 @@ def train(
 ) -> dict[str, Any]:
     """Train from the last complete checkpoint on, or from the start; write the model to ``folder/model``.
 
-    Args:
-        recipe: learning rate, seed and the like.
-        pretrained: the target before training.
-        data: what it reads, in order.
-        folder: where checkpoints are.
-        cpu: whether to train on the CPU although there is an accelerator.
-        ranks: the processes that share every batch; the result is that of one process, up to rounding.
+    The processes of `ranks` share every batch, and get the result of one process, up to rounding. With `cpu`, training
+    stays on the CPU although there is an accelerator.
 
     Returns:
         Steps, and the mean loss over each tenth of them.
@@ -235,9 +230,7 @@ def train(
 def tenths(logged: Sequence[tuple[int, float]], size: int) -> list[float]:
     """Return the mean loss over each `size` steps, the last ones fewer.
 
-    Args:
-        logged: step, and the mean loss since the last entry; there is one at the end of each tenth.
-        size: steps in a tenth.
+    Each entry of `logged` is a step, and the mean loss since the last entry; there is one at the end of each tenth.
     """
     sums: dict[int, float] = {}
     before = 0
