@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from lm_eval_deepen.harness.tasks import load_tasks
-from lm_eval_deepen.leaderboard.execution import Plan, execute, plan
+from lm_eval_deepen.leaderboard.cells import Cell
+from lm_eval_deepen.leaderboard.execution import Key, Plan, execute, plan
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.table import Table, measure
 
@@ -25,6 +26,10 @@ def planned(path: Path, out: Path, redo: bool = False) -> Plan:
     return plan(recipe, load_tasks(recipe.tasks, recipe.include_path, recipe.metadata), out, redo)
 
 
-def measured(path: Path, out: Path, redo: bool = False) -> Table:
+def executed(path: Path, out: Path, redo: bool = False) -> tuple[Plan, dict[Key, Cell]]:
     todo = planned(path, out, redo)
-    return measure(todo, execute(todo, "cpu", lambda text: None))
+    return todo, execute(todo, "cpu", lambda text: None)
+
+
+def measured(path: Path, out: Path, redo: bool = False) -> Table:
+    return measure(*executed(path, out, redo))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,12 @@ def with_controls(
     controls: dict[str, str] = {}
     added: list[BuiltRow] = []
     for group, names in list(groups.items()):
-        if recipes[names[0]].is_merge or recipes[names[0]].method != DISTILLED:
+        if recipes[names[0]].method != DISTILLED:
             continue
         wanted = {name: control_of(recipes[name]) for name in names}
-        control = next((other for other, rows in groups.items() if _are([recipes[row] for row in rows], wanted)), None)
+        same = _trainings(wanted.values())
+        plain = {other: [recipes[name] for name in own] for other, own in groups.items()}
+        control = next((other for other, own in plain.items() if _trainings(own) == same), None)
         if control is None:
             control = f"{group}, control"
             notes.append(f"{control}: added to the rows, the training of {group} on its text alone (method: clm)")
@@ -50,11 +52,9 @@ def control_of(recipe: BuildRecipe) -> BuildRecipe:
     return replace(recipe, content={**content, "method": CONTROL}, title=f"The control of {recipe.title}", note="")
 
 
-def _are(recipes: Sequence[BuildRecipe], wanted: dict[str, BuildRecipe]) -> bool:
-    """Tell whether some rows are these trainings, seed by seed."""
-    if any(recipe.is_merge or recipe.method != CONTROL for recipe in recipes):
-        return False
-    return sorted(map(_training, recipes), key=repr) == sorted(map(_training, wanted.values()), key=repr)
+def _trainings(recipes: Iterable[BuildRecipe]) -> list[str]:
+    """Return what decides some trainings on text alone, in one order; nothing of other builds."""
+    return sorted(repr(_training(recipe)) for recipe in recipes if recipe.method == CONTROL)
 
 
 def _training(recipe: BuildRecipe) -> dict[str, Any]:

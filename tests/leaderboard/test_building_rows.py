@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from boards import measured, planned, write_recipe
+from boards import executed, measured, planned, write_recipe
 from run_files import local_tasks
 from sibling_models import merge_of, write_sibling
 
@@ -25,7 +25,6 @@ from lm_eval_deepen.harness.tasks import load_tasks
 from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution
 from lm_eval_deepen.leaderboard import table as leaderboard_table
-from lm_eval_deepen.leaderboard.execution import execute
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.reproduction import reproduced
 from lm_eval_deepen.leaderboard.seeds import averaged
@@ -148,8 +147,7 @@ def test_built_models_are_members_and_rows_and_each_is_built_once(write, tmp_pat
 
 def test_a_row_over_seeds_is_the_mean_of_its_seeds(write, tmp_path, builders):
     path, out = write(), tmp_path / "out"
-    todo = planned(path, out)
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(path, out)
     found = {row.system: row for row in leaderboard_table.measure(todo, cells).rows}["merge_dare"]
     own = []
     for seed in (3, 4, 5):
@@ -167,8 +165,7 @@ def test_a_published_metric_that_is_no_mean_is_reported_once_a_row_over_seeds(wr
     scores = {"merge_dare": 30.0, "base": 20.0}
     published = {"table": "1", "read_in": "x", "metric": "bleu", "scores": {"conf_choice": scores}}
     path, out = write(expected=[published], tasks=[{**CHOICE, "metric": "bleu"}]), tmp_path / "out"
-    todo = planned(path, out)
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(path, out)
     bleu = {"merge_dare, seed 3": 28.0, "merge_dare, seed 4": 31.0, "merge_dare, seed 5": 34.0}
     for (row, _), cell in cells.items():
         results = cell.mark.with_name(cell.results)

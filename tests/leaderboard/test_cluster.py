@@ -8,13 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from boards import planned, write_recipe
+from boards import executed, planned, write_recipe
 from installed import without_packages
 from run_files import local_tasks
 
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.leaderboard import cluster
-from lm_eval_deepen.leaderboard.execution import execute
 from lm_eval_deepen.leaderboard.table import measure, rendered
 
 
@@ -53,8 +52,7 @@ def figures(todo, cells):
 
 @pytest.fixture(scope="module")
 def in_one_process(recipe, tmp_path_factory):
-    todo = planned(recipe, tmp_path_factory.mktemp("one"))
-    return figures(todo, execute(todo, "cpu", lambda text: None))
+    return figures(*executed(recipe, tmp_path_factory.mktemp("one")))
 
 
 def test_groups_are_the_rows_of_the_same_members(recipe, tmp_path):

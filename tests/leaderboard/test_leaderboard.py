@@ -20,7 +20,7 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
-from boards import measured, planned, write_recipe
+from boards import executed, measured, planned, write_recipe
 from harness import by_default
 from harness import requests as asked
 from run_files import local_tasks
@@ -36,7 +36,7 @@ from lm_eval_deepen.harness.unanswered import attempt
 from lm_eval_deepen.leaderboard import execution, models
 from lm_eval_deepen.leaderboard import table as leaderboard_table
 from lm_eval_deepen.leaderboard.cells import SUFFIX
-from lm_eval_deepen.leaderboard.execution import execute, plan
+from lm_eval_deepen.leaderboard.execution import plan
 from lm_eval_deepen.leaderboard.models import RowModel, share_by_members
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import record
@@ -186,17 +186,6 @@ def test_the_shipped_recipe_has_every_method_and_pooling_in_both_orders():
         read_recipe(path, {"Gema3": "other"})
 
 
-def test_files_that_are_no_recipe(tmp_path):
-    with pytest.raises(ConfigError, match="none.yaml cannot be read"):
-        read_recipe(tmp_path / "none.yaml")
-    (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(ConfigError, match="list.yaml must hold the keys of a recipe, of kind leaderboard; got list"):
-        read_recipe(tmp_path / "list.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [\n")
-    with pytest.raises(ConfigError, match="broken.yaml is not valid YAML"):
-        read_recipe(tmp_path / "broken.yaml")
-
-
 def test_an_unknown_task_is_named_with_the_nearest(write, monkeypatch, folder):
     import lm_eval_deepen.harness.tasks as tasks
 
@@ -217,8 +206,7 @@ def test_an_unknown_task_is_named_with_the_nearest(write, monkeypatch, folder):
 def test_shared_passes_give_what_separate_runs_give(write, tmp_path, folder):
     grid = {"orders": ["A+B"], "methods": ["deepen", "gac"], "weightings": ["none", "perplexity"]}
     path = write(grid=grid, tasks=[CHOICE, "conf_text"])
-    todo = planned(path, tmp_path / "out")
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(path, tmp_path / "out")
     manager = todo.tasks[0].manager
     for row in todo.recipe.rows:
         model = DeepenLM(**row.config.to_dict(), device="cpu")
@@ -244,8 +232,7 @@ def test_shared_passes_give_what_separate_runs_give(write, tmp_path, folder):
 
 def test_the_fusing_of_weights_that_learn_has_its_seconds(write, tmp_path):
     grid = {"orders": ["A+B"], "methods": ["deepen", "gac"], "weightings": ["bayes"]}
-    todo = planned(write(grid=grid, tasks=[CHOICE, "conf_answer"]), tmp_path / "out")
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(write(grid=grid, tasks=[CHOICE, "conf_answer"]), tmp_path / "out")
     costs = [cell.cost for (row, _), cell in cells.items() if row.startswith("A+B")]
     assert len(costs) == 4 and all(0 < cost.fusing < cost.seconds for cost in costs)
 
@@ -355,8 +342,7 @@ def test_members_of_one_checkpoint_share_it(write, pico, tmp_path, monkeypatch):
     members += [{"name": "half", "pretrained": str(link), "dtype": "bfloat16"}]
     orders = ["A+B", "A2+B2", "A+A2", "hot+B"]
     path = write(members=members, grid={"orders": orders, "methods": ["deepen"]}, tasks=["conf_text"])
-    todo = planned(path, tmp_path / "out")
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(path, tmp_path / "out")
     assert loads == ["A", "B", "half"]
     rows = {row.name.removesuffix(" deepen"): row for row in todo.recipe.rows}
     found = {name: scores_of(cells[row.name, "conf_text"]) for name, row in rows.items()}
@@ -395,7 +381,7 @@ def test_what_no_later_cell_needs_is_released(write, tmp_path, monkeypatch):
     rows = [{"name": "tuned", "method": "deepen", "weights": [0.5, 0.5], "by_task": by_task}]
     rows += [{"name": "both", "method": "deepen", "weights": [0.5, 0.5], "inverse": "exact"}]
     path = write(grid=None, rows=rows, tasks=[CHOICE, "conf_text"])
-    execute(planned(path, tmp_path / "out"), "cpu", lambda text: None)
+    executed(path, tmp_path / "out")
     assert ("conf_choice", ["em", "exact", "mirror"]) in alive and alive[-1] == ("conf_text", ["em", "exact"])
 
 
@@ -540,8 +526,7 @@ def test_pooled_rows_take_the_answers_of_other_rows(write, tmp_path, monkeypatch
     }  # a pooled ensemble is static
     static = {"matrix_dir": str(tmp_path / "matrices"), "covers": "off"}
     path = write(grid=grid, common=static, tasks=[CHOICE, "conf_answer"])
-    todo = planned(path, tmp_path / "out")
-    cells = execute(todo, "cpu", lambda text: None)
+    todo, cells = executed(path, tmp_path / "out")
     costs = {key: cell.cost for key, cell in cells.items()}
     pair = costs["A", "conf_answer"].tokens + costs["B", "conf_answer"].tokens
     assert costs["A+B vote", "conf_answer"].tokens == costs["B+A vote", "conf_answer"].tokens == pair
@@ -565,7 +550,7 @@ def test_no_row_pays_for_answers_that_were_drawn_for_another(write, tmp_path):
     drawn = {"task": "conf_answer", "gen_kwargs": {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}}
     grid = {"orders": ["A+B"], "poolings": ["none", "vote", "mbr"], "weightings": ["none"]}
     common = {"matrix_dir": str(tmp_path / "matrices"), "covers": "off"}
-    cells = execute(planned(write(grid=grid, common=common, tasks=[drawn]), tmp_path / "out"), "cpu", lambda text: None)
+    _, cells = executed(write(grid=grid, common=common, tasks=[drawn]), tmp_path / "out")
     tokens = {row: cell.cost.tokens for (row, _), cell in cells.items()}
     assert tokens["A+B vote"] == tokens["A+B mbr"] == tokens["A"] + tokens["B"]
 
@@ -577,7 +562,7 @@ def test_rows_of_other_seeds_draw_other_texts(write, tmp_path):
     kinds = {"vote": {"pooling": "vote"}, "gac": {"method": "gac"}}
     pooled = [{"name": f"{kind} {n}", **kinds[kind], "seed": n} for kind in kinds for n in (0, 1, 1001)]
     out = tmp_path / "out"
-    cells = execute(planned(write(grid=None, rows=pooled, tasks=[drawn]), out), "cpu", lambda text: None)
+    _, cells = executed(write(grid=None, rows=pooled, tasks=[drawn]), out)
     texts = {}
     for (row, _), cell in cells.items():
         records = [json.loads(line) for line in cell.mark.with_name(cell.samples["conf_answer"]).open()]
@@ -594,7 +579,7 @@ def test_no_task_costs_less_since_another_asked_the_same(write, folder, tmp_path
     grid = {"orders": ["A+B"], "methods": ["gac", "unite"], "poolings": ["none", "logp-mean"], "weightings": ["none"]}
     include = [str(folder / "tasks"), str(twin)]
     path = write(grid=grid, include_path=include, tasks=["conf_choice", "conf_twin"])
-    cells = execute(planned(path, tmp_path / "out"), "cpu", lambda text: None)
+    _, cells = executed(path, tmp_path / "out")
     tokens = {key: cell.cost.tokens for key, cell in cells.items()}
     rows = {row for row, _ in tokens}
     assert len(rows) == 5 and all(tokens[row, "conf_choice"] == tokens[row, "conf_twin"] > 0 for row in rows)

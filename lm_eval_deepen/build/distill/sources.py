@@ -62,12 +62,6 @@ def read_source(member: Member, weights: str, texts: Sequence[str], top_k: int, 
     return Source(member.name, weights, member.codec, roles_of(member.lm.tokenizer), tokens, store)
 
 
-def vocabulary_map(source: Source, codec: TextCodec, target_roles: Mapping[str, int]) -> VocabularyMap:
-    """Match a source's vocabulary to the target's, for the ids that occur in its distributions or its text."""
-    occurring = {*source.store.occurring(), *(token for block in source.tokens for token in block.ids)}
-    return match(source.codec.vocab, codec.vocab, occurring, source.roles, target_roles)
-
-
 def align(
     target: Tokens, source: Tokens, pieces: Sequence[bytes], own_pieces: Sequence[bytes], mapping: VocabularyMap,
     how: str,
@@ -131,7 +125,10 @@ def learn(
     Raises:
         ConfigError: no position is covered.
     """
-    maps = [vocabulary_map(source, codec, roles) for source in sources]
+    maps = []
+    for source in sources:
+        occurring = {*source.store.occurring(), *(token for block in source.tokens for token in block.ids)}
+        maps.append(match(source.codec.vocab, codec.vocab, occurring, source.roles, roles))
     own = [n for n in range(len(blocks)) if n // GROUP % ranks.count == ranks.index]
     aligned: dict[int, AlignedBlock] = {}
     for n in tqdm(own, desc="align", unit="block", disable=ranks.index > 0):
