@@ -179,6 +179,15 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
     with ranks.first():  # the others find what it keeps
         bits = _base_bits(root, weights, target, text)
     clock.lap("held out, base")
+    texts, sources = [text.train[i] for i in text.used], []
+    for name in config.sources:  # one model in memory beside the target's
+        member = target if name == config.target else load(name, members[name], config.device)
+        own = weights if member is target else tensors_hash(member)
+        sources.append(read_source(member, own, texts, config.top_k, root, ranks))
+        if member is not target:
+            del member
+            gc.collect()  # models hold themselves in circles
+        clock.lap(f"externalise {name}")
     return Read(
         text=text,
         blocks=[Tokens.of(target.codec, block) for block in text.train],
@@ -187,7 +196,7 @@ def _read(config: DistillRecipe, corpus: Corpus, members: Mapping[str, str], clo
         weights=weights,
         bits=bits,
         cpu=target.lm.device.type == "cpu",
-        sources=_read_sources(config, members, text, root, clock, target, weights, ranks),
+        sources=sources,
     )
 
 
@@ -265,24 +274,6 @@ def _base_bits(root: Path, weights: str, target: Member, text: Text) -> list[flo
             f"recipe: store {root} cannot be written ({reason(error)}); give another with store:"
         ) from error
     return bits
-
-
-def _read_sources(
-    config: DistillRecipe, members: Mapping[str, str], text: Text, root: Path, clock: Clock, target: Member,
-    weights: str, ranks: Ranks,
-) -> list[Source]:  # fmt: skip
-    """Store the teacher logits of every source, with one model in memory beside the target's."""
-    texts = [text.train[i] for i in text.used]
-    sources = []
-    for name in config.sources:
-        member = target if name == config.target else load(name, members[name], config.device)
-        own = weights if member is target else tensors_hash(member)
-        sources.append(read_source(member, own, texts, config.top_k, root, ranks))
-        if member is not target:
-            del member
-            gc.collect()  # models hold themselves in circles
-        clock.lap(f"externalise {name}")
-    return sources
 
 
 def _publish(folder: Path, out: Path, result: Mapping[str, Any]) -> None:
