@@ -19,7 +19,7 @@ from lm_eval_deepen.build.recipe import BuildRecipe, parse_build, read_build
 from lm_eval_deepen.build.texts import ANYWHERE, TASK, TaskSource, task_hashes
 from lm_eval_deepen.config import Keys, Shown
 from lm_eval_deepen.config.recipes import LARGEST_SEED
-from lm_eval_deepen.errors import ConfigError, DeepenError, blamed
+from lm_eval_deepen.errors import ConfigError, blamed
 from lm_eval_deepen.leaderboard.tuned import refuse_overlap
 
 if TYPE_CHECKING:
@@ -142,10 +142,8 @@ class Builds:
             recipe = self.recipes[name]
             if device and not recipe.is_merge and recipe.content.get("device") is None:
                 recipe = replace(recipe, content={**recipe.content, "device": re.sub(r":\d+$", ":0", device)})
-            try:
+            with blamed(repr(name)):
                 build(recipe, out, members, identity=identity, mend=mend, wait=True, say=say)
-            except DeepenError as error:
-                raise ConfigError(f"{name!r}: {error}") from error
             places[name] = out
         return places
 
