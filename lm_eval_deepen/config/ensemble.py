@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -60,46 +60,9 @@ class EnsembleConfig(Settings):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         """Refuse keys that exclude each other, and a weighting or a pooling that has nothing to work on."""
-        alone = len(self.members) == 1  # then what is said of fused steps has no effect
-        if self.compat == "reference" and self.covers == "on":
-            raise conflict(
-                "covers",
-                "covers=on is not part of the published method; remove covers, or remove compat=reference",
-            )
-        if self.skip_check and self.skip_when == "never":
-            raise conflict(
-                "skip_check", "skip_check counts what skipping changes, and nothing is skipped; set skip_when"
-            )
-        if self.skip_above != type(self).model_fields["skip_above"].default and self.skip_when != "confident":
-            raise conflict(
-                "skip_above",
-                f"skip_above={self.skip_above} is for skip_when=confident, got skip_when={self.skip_when}; remove "
-                "it, or set skip_when=confident",
-            )
-        if self.weights_change and alone:
-            raise conflict(
-                "weighting", f"weighting={self.weighting} has nothing to weigh: there is one member; remove weighting"
-            )
-        if self.trace_dir is not None and self.trace is None:
-            raise conflict("trace_dir", "trace_dir says where traces are written, and trace is not set; set trace=true")
-        if self.trace is not None and self.sampling == "member" and not alone:
-            raise conflict(
-                "sampling",
-                f"sampling=member asks one member at a time, and trace={self.trace} shows what all members said at "
-                "each step; remove one of the two",
-            )
-        if self.trace is not None and self.pooling is not None:
-            raise conflict(
-                "trace",
-                f"trace={self.trace} follows fused steps, and pooling={self.pooling} combines whole answers; "
-                "remove trace",
-            )
-        if self.weighting == "bayes" and getattr(self.options, "average", "linear") != "linear":
-            raise conflict(
-                "average",
-                f"average={self.options.average} has no effect beside weighting=bayes, whose experts average both "
-                "ways; remove average, or give constant weights",
-            )
+        for key, is_one, said in _CONFLICTS:
+            if is_one(self):
+                raise conflict(key, said.format(self))
         exponents = getattr(self.options, "average", "linear")
         unequal = self.weights_change or len({weight for weight in self.weights if weight}) > 1
         if isinstance(exponents, tuple) and len(exponents) > 1 and unequal and self.pooling is None:
@@ -109,48 +72,29 @@ class EnsembleConfig(Settings):
                 f"{key} has no effect beside average={list(exponents)}, whose exponents say how much each member "
                 f"counts; remove {key}",
             )
-        if getattr(self.options, "BY_STRETCHES", False) and self.weights_change and self.weighting != "bayes":
-            raise conflict(
-                "weighting",
-                f"weighting={self.weighting} makes weights by prompt or step, and method={self.method} scores "
-                "stretches, under constant weights or those of weighting=bayes; remove weighting",
-            )
-        if self.writes_by_words:
-            by_steps = {
-                "speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None,
-                "sampling": "fused",
-            }  # fmt: skip
-            for key, unset in by_steps.items():
-                value = getattr(self, key)
-                by_prompt = key == "weighting" and value not in ("bayes", "confidence")
-                if value not in (unset, None) and not by_prompt:
-                    raise conflict(
-                        key,
-                        f"{key}={value} is about single steps, and method={self.method} writes whole words; "
-                        f"remove {key}",
-                    )
-        if self.pooling is not None and not getattr(self.pooling_options, "with_fused", False) and not alone:
-            for key, unset in {"skip_when": "never", "covers": "off", "sampling": "fused"}.items():
-                if getattr(self, key) != unset and (key == "sampling" or not self.fuses_steps):
-                    raise conflict(
-                        key,
-                        f"{key}={getattr(self, key)} is about fused steps, and pooling={self.pooling} combines the "
-                        f"members' own answers; remove {key}",
-                    )
-        if self.pooling is not None and alone:
-            raise conflict(
-                "pooling", f"pooling={self.pooling} has nothing to combine: there is one member; remove pooling"
-            )
-        if self.pooling is not None and self.weights_change:
-            raise conflict(
-                "weighting",
-                f"weighting={self.weighting} weighs fused steps, and pooling={self.pooling} combines whole answers; "
-                "remove one of the two, or give constant weights",
-            )
+        for key, unset in _OF_STEPS.items():
+            value = getattr(self, key)
+            by_prompt = key == "weighting" and value not in ("bayes", "confidence")
+            if self.writes_by_words and value not in (unset, None) and not by_prompt:
+                said = f"{key}={value} is about single steps, and method={self.method} writes whole words"
+                raise conflict(key, f"{said}; remove {key}")
+        with_fused = self.pooling is None or getattr(self.pooling_options, "with_fused", False)
+        for key in ("skip_when", "covers", "sampling") if not with_fused and not self.alone else ():
+            value = getattr(self, key)
+            if value != _OF_STEPS[key] and (key == "sampling" or not self.fuses_steps):
+                said = (
+                    f"{key}={value} is about fused steps, and pooling={self.pooling} combines the members' own answers"
+                )
+                raise conflict(key, f"{said}; remove {key}")
         for options in (self.options, self.weighting_options):
             if options is not None:
                 options.check_members(len(self.members), self.options)
         return self
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one member: what is said of fused steps has no effect."""
+        return len(self.members) == 1
 
     @property
     def method(self) -> str:
@@ -190,7 +134,7 @@ class EnsembleConfig(Settings):
     @property
     def writes_by_words(self) -> bool:
         """Whether several members write texts by words: no steps of theirs are fused, and no given text is scored."""
-        return len(self.members) > 1 and bool(getattr(self.options, "BY_WORDS", False))
+        return not self.alone and bool(getattr(self.options, "BY_WORDS", False))
 
     def options_dict(self) -> dict[str, Any]:
         """Return the method's options as plain data."""
@@ -253,6 +197,42 @@ class EnsembleConfig(Settings):
                 shown |= {kind: options.NAME, **options.to_dict()}
         settings = {name: thaw(getattr(self, name)) for name in Settings.names()}
         return shown | {key: value for key, value in settings.items() if value not in (None, {})}
+
+
+_OF_STEPS = {
+    "speculate": "off", "skip_when": "never", "covers": "off", "trace": None, "weighting": None, "sampling": "fused",
+}  # fmt: skip
+# The key that is one too many, when it is, and what is said then.
+_CONFLICTS: tuple[tuple[str, Callable[[EnsembleConfig], bool], str], ...] = (
+    ("covers", lambda c: c.compat == "reference" and c.covers == "on",
+     "covers=on is not part of the published method; remove covers, or remove compat=reference"),
+    ("skip_check", lambda c: c.skip_check and c.skip_when == "never",
+     "skip_check counts what skipping changes, and nothing is skipped; set skip_when"),
+    ("skip_above", lambda c: c.skip_above != Settings.model_fields["skip_above"].default and c.skip_when != "confident",
+     "skip_above={0.skip_above} is for skip_when=confident, got skip_when={0.skip_when}; remove it, or set "
+     "skip_when=confident"),
+    ("weighting", lambda c: c.weights_change and c.alone,
+     "weighting={0.weighting} has nothing to weigh: there is one member; remove weighting"),
+    ("trace_dir", lambda c: c.trace_dir is not None and c.trace is None,
+     "trace_dir says where traces are written, and trace is not set; set trace=true"),
+    ("sampling", lambda c: c.trace is not None and c.sampling == "member" and not c.alone,
+     "sampling=member asks one member at a time, and trace={0.trace} shows what all members said at each step; remove "
+     "one of the two"),
+    ("trace", lambda c: c.trace is not None and c.pooling is not None,
+     "trace={0.trace} follows fused steps, and pooling={0.pooling} combines whole answers; remove trace"),
+    ("average", lambda c: c.weighting == "bayes" and getattr(c.options, "average", "linear") != "linear",
+     "average={0.options.average} has no effect beside weighting=bayes, whose experts average both ways; remove "
+     "average, or give constant weights"),
+    ("weighting",
+     lambda c: getattr(c.options, "BY_STRETCHES", False) and c.weights_change and c.weighting != "bayes",
+     "weighting={0.weighting} makes weights by prompt or step, and method={0.method} scores stretches, under constant "
+     "weights or those of weighting=bayes; remove weighting"),
+    ("pooling", lambda c: c.pooling is not None and c.alone,
+     "pooling={0.pooling} has nothing to combine: there is one member; remove pooling"),
+    ("weighting", lambda c: c.pooling is not None and c.weights_change,
+     "weighting={0.weighting} weighs fused steps, and pooling={0.pooling} combines whole answers; remove one of the "
+     "two, or give constant weights"),
+)  # fmt: skip
 
 
 def _without(items: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
