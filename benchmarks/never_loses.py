@@ -178,7 +178,8 @@ def measure(ensemble: Ensemble, found: list[Document], states: Sequence[str]) ->
 def measure_stretches(ensemble: Ensemble, found: list[Document]) -> dict[str, Any]:
     prompter = StretchPrompter(ensemble)
     spans = [prompter.span(d.context, d.text) if d.context else prompter.rolling(d.text)[0] for d in found]
-    read = dict(read_stretches(ensemble.active, spans, NODES, ensemble.stretch_experts.powers))
+    powers = ensemble.weigher.of_stretches(len(ensemble.active)).powers
+    read = dict(read_stretches(ensemble.active, spans, NODES, powers))
     return {"stretches": [(read[n].logp, read[n].evidence) for n in range(len(found))],
             "bytes": torch.tensor([document.num_bytes for document in found])}  # fmt: skip
 

@@ -28,6 +28,7 @@ import pico as pico_models  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from lm_eval_deepen.build.demo_models import DEMO_MODELS, is_available  # noqa: E402
+from lm_eval_deepen.relative.store import MatrixStore  # noqa: E402
 
 torch.set_num_threads(1)
 # The harness describes the machine in the results of every run: it starts pip and other programs for it.
@@ -51,6 +52,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pico(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the pico ensemble's models by name: bytelevel, metaspace, padded."""
     return pico_models.build_pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> MatrixStore:
+    """A folder for matrices and maps, which the tests of a file share."""
+    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -47,7 +47,7 @@ def checkout(tmp_path: Path) -> Path:
         ),
         (
             "engine/covers.py",
-            "def later():\n    from lm_eval_deepen.engine.texts import read\n    return read",
+            "def later():\n    from lm_eval_deepen.engine.texts import Texts\n    return Texts",
             "No circle among the modules of a room",
         ),
         ("engine/scoring.py", "import transformers", "know transformers"),

@@ -17,7 +17,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.covers import CoverReader
 from lm_eval_deepen.engine.selective import Selective, inside
 from lm_eval_deepen.engine.trace import Trace
-from lm_eval_deepen.errors import ConfigError, MemberError
+from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
 from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._expert_rows import ExpertRows, by_expert
 from lm_eval_deepen.fusion.adafuse import AdaFuse
@@ -25,6 +25,7 @@ from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.model_files import digests
 from lm_eval_deepen.relative.topk import argmax
+from lm_eval_deepen.vocabulary import ByteVocab
 from lm_eval_deepen.weighting.base import PromptLoss, Weigher, checked
 from lm_eval_deepen.weighting.bayes import Bayes, after_prompt
 from lm_eval_deepen.weighting.experts import Experts
@@ -35,20 +36,15 @@ ONE_MEMBER, ONE_WEIGHT, BY_METHOD = "one member", "all weight on the main member
 
 @dataclass
 class FusionNotes:
-    """What `EnsembleBase.fuse` did to B rows.
+    """What `EnsembleBase.fuse` did to B rows."""
 
-    Attributes:
-        weights: the members' weights in each row [B, M].
-        left: rows that were left to the main member [B] (bool), by the reason.
-    """
-
-    weights: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # the members' weights in each row [B, M]
+    # rows that were left to the main member [B] (bool), by the reason
     left: dict[str, Tensor] = field(default_factory=dict)
 
     def leave(self, reason: str, rows: Tensor) -> None:
         """Note that rows [B] (bool) are left for a reason; the first one counts."""
-        known = [other for other in self.left.values()]
-        self.left[reason] = rows & ~torch.stack(known).any(0) if known else rows
+        self.left[reason] = rows & ~torch.stack(list(self.left.values())).any(0) if self.left else rows
 
     def reasons(self, count: int) -> list[str]:
         """Return why each of `count` rows was left, empty where it was fused."""
@@ -86,6 +82,11 @@ class EnsembleBase:
         return self.members if self.fuser else self.members[:1]
 
     @cached_property
+    def vocabs(self) -> list[ByteVocab]:
+        """What each member's tokens stand for."""
+        return [member.codec.vocab.events for member in self.members]
+
+    @cached_property
     def siblings(self) -> frozenset[int]:
         """Indices of active members with the main member's tokenizer: its tokens are their tokens."""
         if len(self.active) == 1:
@@ -110,15 +111,8 @@ class EnsembleBase:
     def tokens(self, m: int, prompt: Prompt, main_ids: tuple[int, ...], data: bytes) -> tuple[int, ...] | None:
         """Return the tokens of active member `m` for its prompt and the continuation after it, however many.
 
-        Args:
-            m: which member.
-            prompt: its prompt.
-            main_ids: the continuation as it was chosen, which the main member keeps for as long as all pieces are
-                its own.
-            data: the continuation as bytes, which the other members encode canonically.
-
-        Returns:
-            Token ids, or None where the member cannot spell the bytes.
+        The main member keeps the continuation as it was chosen, `main_ids`, for as long as all pieces are its own. The
+        others encode its bytes `data` canonically: None where one cannot spell them.
         """
         if m in self.siblings and self.is_own(main_ids):
             return prompt.ids + main_ids
@@ -129,14 +123,25 @@ class EnsembleBase:
         """Whether one causal member runs alone, which answers as ``hf`` does."""
         return self.fuser is None and not self.main.generates_only
 
-    @property
-    def is_union(self) -> bool:
-        """Whether pieces that the main member lacks share the normaliser, so that scores are lower bounds."""
-        return self.fuser is not None and len(self.fuser.out_vocab) > self.main.vocab_size
-
     def is_own(self, ids: Sequence[int]) -> bool:
         """Return whether chosen pieces are all of the main member, not of a union vocabulary."""
         return self.fuser is None or max(ids, default=0) < self.main.vocab_size
+
+    def require_scoring(self) -> None:
+        """Raise RequestError where a member, or the method, can score no given text, before anything is computed."""
+        if self.by_words:
+            raise RequestError(
+                f"method={self.config.method} writes texts by words and has no probability of a given one, which "
+                "loglikelihood and loglikelihood_rolling requests ask for. Evaluate tasks that generate, or choose "
+                "another method; pooling=logp-mean ranks given texts as this method ranks words."
+            )
+        for member in self.active:
+            if member.generates_only:
+                raise RequestError(
+                    f"member {member.name!r} is an encoder-decoder model, which takes part in generation only; "
+                    "loglikelihood and loglikelihood_rolling requests have no answer from this ensemble. Evaluate "
+                    "tasks that generate, or leave the member out."
+                )
 
     @property
     def device(self) -> torch.device:
@@ -149,19 +154,12 @@ class EnsembleBase:
 
         Where texts are scored by stretches, those of stretches are the experts of steps as well.
         """
+        if not isinstance(self.weigher, Bayes):
+            return Experts.static(self.weights)
         if self.by_stretches:
-            return self.stretch_experts
-        if isinstance(self.weigher, Bayes):
-            geometric = getattr(self.config.options, "HAS_GEOMETRIC", False)
-            return self.weigher.of_steps(len(self.active), geometric=geometric)
-        return Experts.static(self.weights)
-
-    @cached_property
-    def stretch_experts(self) -> Experts:
-        """Those that it weighs at stretches."""
-        if isinstance(self.weigher, Bayes):
             return self.weigher.of_stretches(len(self.active))
-        return Experts.static(self.weights)
+        geometric = getattr(self.config.options, "HAS_GEOMETRIC", False)
+        return self.weigher.of_steps(len(self.active), geometric=geometric)
 
     @cached_property
     def covers(self) -> dict[int, CoverReader]:
@@ -178,8 +176,8 @@ class EnsembleBase:
     @cached_property
     def turn_events(self) -> Events | None:
         """What members' tokens stand for, where steps are mixtures of the members' own distributions."""
-        events: Callable[[], Events | None] | None = getattr(self.fuser, "events", None)
-        return None if events is None else events()
+        events: Callable[[], Events | None] = getattr(self.fuser, "events", lambda: None)
+        return events()
 
     @property
     def learns(self) -> bool:
@@ -234,11 +232,8 @@ class EnsembleBase:
     def inside(self, logp: Tensor, tokens: Iterable[Sequence[Sequence[int] | None]]) -> Tensor | None:
         """Return which members are inside one of their tokens [B, M] (bool); None where nothing asks for it.
 
-        That is so where the main member's likeliest piece would be one token with bytes before it.
-
-        Args:
-            logp: the main member's log-probabilities [B, V].
-            tokens: of every row, every active member's tokens so far, or the last of them; None where it abstains.
+        That is so where the main member's likeliest piece (of `logp` [B, V]) would be one token with bytes before it.
+        `tokens` are, of every row, every active member's so far, or the last of them; None where it abstains.
         """
         if self.selective is None or self.selective.when != "safe":
             return None
@@ -291,11 +286,9 @@ class EnsembleBase:
             if notes is not None:
                 notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
                 notes.leave(BY_METHOD, left.clone())
-            if self.selective is not None:
-                chosen = self._selected(self.selective, self.fuser, logp, weights, ~left, inside)
-                left |= chosen
-                if notes is not None:
-                    notes.leave(f"skip_when={self.selective.when}", chosen)
+            left |= (chosen := self._selected(logp, weights, ~left, inside))
+            if notes is not None and self.selective is not None:
+                notes.leave(f"skip_when={self.selective.when}", chosen)
             self.counters.record_skipped(left)
             if not bool(left.any()):
                 return self._fused(self.fuser, logp, weights)
@@ -318,8 +311,7 @@ class EnsembleBase:
             weights = self.experts.among(present).to(self.device)  # [B, K, M]
             mean = weights.mean(1).float()
             left = self.fuser.skip(logp, mean)
-            if self.selective is not None:
-                left |= self._selected(self.selective, self.fuser, logp, mean, ~left, inside)
+            left |= self._selected(logp, mean, ~left, inside)
             return by_expert(self.fuser, logp, weights, self.experts, left if bool(left.any()) else None)
 
     def mix(
@@ -332,12 +324,7 @@ class EnsembleBase:
     ) -> Tensor:
         """Return the mixture [B, K] of the experts under each row's log posterior, and count the rows.
 
-        Args:
-            logp: one tensor per active member.
-            rows: what the experts made of them.
-            log_posterior: of the experts, for each row.
-            present: which members take part in each row [B, M] (bool).
-            notes: where to note what was done, for a trace; the weights there are the experts' mean.
+        `rows` are what `fuse_by_expert` made of `logp`; the weights in the `notes` are the experts' mean.
         """
         assert self.fuser is not None
         with torch.inference_mode():
@@ -353,25 +340,19 @@ class EnsembleBase:
             notes.leave(BY_METHOD + or_chosen, left)
         self.counters.record_skipped(left)
         if not bool(left.all()):
-            vocabs = [member.codec.vocab.events for member in self.members]
-            here = present if not bool(left.any()) else present[~left]
-            own = list(logp) if not bool(left.any()) else [member[~left] for member in logp]
-            result = fused.logp if not bool(left.any()) else fused.logp[~left]
-            self.counters.record_fused(own, vocabs, result, self.fuser.out_vocab, fused.stats, here, ~left)
+            kept = ~left if bool(left.any()) else slice(None)
+            own, result = [member[kept] for member in logp], fused.logp[kept]
+            self.counters.record_fused(
+                own, self.vocabs, result, self.fuser.out_vocab, fused.stats, present[kept], ~left
+            )
         return fused.logp
 
-    def _selected(
-        self,
-        selective: Selective,
-        fuser: Fuser,
-        logp: Sequence[Tensor],
-        weights: Tensor,
-        fused: Tensor,
-        inside: Tensor | None,
-    ) -> Tensor:
+    def _selected(self, logp: Sequence[Tensor], weights: Tensor, fused: Tensor, inside: Tensor | None) -> Tensor:
         """Return which of the rows to be fused [B] are left to the main member by choice, and count them."""
-        vocabs = [member.codec.vocab.events for member in self.members]
-        chosen = selective.rows(logp, weights, vocabs, inside) & fused
+        selective, fuser = self.selective, self.fuser
+        if selective is None or fuser is None:
+            return torch.zeros_like(fused)
+        chosen = selective.rows(logp, weights, self.vocabs, inside) & fused
         changed = torch.zeros_like(chosen)
         if selective.check and bool(chosen.any()):
             own = [rows[chosen] for rows in logp]
@@ -385,8 +366,7 @@ class EnsembleBase:
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, rows: Tensor | None = None) -> Tensor:
         fused = fuser.fuse(logp, weights)
         self._check_fused(fused.logp, (len(weights), len(fuser.out_vocab)))
-        vocabs = [member.codec.vocab.events for member in self.members]
-        self.counters.record_fused(logp, vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0, rows)
+        self.counters.record_fused(logp, self.vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0, rows)
         return fused.logp
 
     def _check_fused(self, logp: Tensor, shape: tuple[int, int]) -> None:
@@ -432,7 +412,8 @@ class EnsembleBase:
             }
             for member in self.members
         ]
-        facts = getattr(self.fuser, "facts", {})
+        # where pieces that the main member lacks share the normaliser
+        is_bound = self.fuser is not None and len(self.fuser.out_vocab) > self.main.vocab_size
         return {
             "fingerprint": self.config.fingerprint(),
             "configuration": self.config.identity(),
@@ -441,8 +422,8 @@ class EnsembleBase:
             "weighting": self.config.weighting,
             "pooling": self.config.pooling,
             "members": described,
-            **({"scores_are_lower_bounds": True} if self.is_union else {}),
-            **facts,
+            **({"scores_are_lower_bounds": True} if is_bound else {}),
+            **getattr(self.fuser, "facts", {}),
             **self.counters.summary(),
         }
 

@@ -10,15 +10,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.covers import Plan
-from lm_eval_deepen.engine.encoder_decoder import require_scoring
+from lm_eval_deepen.engine.ensemble import Ensemble
 from lm_eval_deepen.engine.places import Place, places
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, numbered
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.stretches import StretchPrompter, joined, read_stretches, weigh, with_evidence
 from lm_eval_deepen.engine.trace import Trace
@@ -27,9 +26,6 @@ from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.experts import posteriors
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 SHOWN = 20  # documents that an error lists
 
@@ -91,18 +87,13 @@ class Reading:
 
     @classmethod
     def of(cls, ensemble: Ensemble, documents: Sequence[Document], members: int | None = None) -> Reading:
-        """Read documents; control tokens are conditioned on, never scored.
-
-        Args:
-            ensemble: the members.
-            documents: what they read.
-            members: read by the first so many alone; 1 is enough for `own_logp`.
+        """Read documents by the first so many members; control tokens are conditioned on, never scored.
 
         Raises:
             RequestError: an ensemble that does not fuse steps, weights that depend on prompts (with ``learn_from:
                 prompt``, on the contexts that documents have), or a document without text.
         """
-        require_scoring(ensemble)
+        ensemble.require_scoring()
         if len(ensemble.active) < 2:
             raise RequestError(
                 "bits per byte compare members with their ensemble: give at least two members, not all weight on "
@@ -122,12 +113,8 @@ class Reading:
         positions = _positions(ensemble, documents, trees)
         states, rows = [], []
         for m, member in enumerate(ensemble.active[:members]):
-            at: dict[int, int] = {}
-            for node in (p.place.nodes[m] for p in positions):
-                if node is not None:
-                    at.setdefault(node, len(at))
-            for cover in (cover for p in positions if (plan := p.plans[m]) is not None for cover in plan.covers):
-                at.setdefault(cover.source, len(at))
+            sources = [cover.source for p in positions if (plan := p.plans[m]) is not None for cover in plan.covers]
+            at = numbered([*(p.place.nodes[m] for p in positions), *sources])
             states.append(member.runner.walker().read(trees[m], list(at)) if at else torch.empty(0))
             rows.append(at)
         return cls(ensemble, tuple(documents), tuple(positions), trees, tuple(states), tuple(rows))

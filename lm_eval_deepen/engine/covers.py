@@ -36,19 +36,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
 from lm_eval_deepen.errors import VocabularyError
+from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.member.kept import find, keep
 from lm_eval_deepen.member.text import NOTHING
 from lm_eval_deepen.storage import sha256
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.member import TextCodec
 
 TokenPrefix = tuple[int, ...]
 RestsKey = tuple[bytes, bytes, tuple[int, ...], bool]
@@ -98,13 +96,7 @@ class CoverReader:
     """Finds and applies the covers of one other member under the main member's boundaries."""
 
     def __init__(self, codecs: Sequence[TextCodec], m: int, longest: int) -> None:
-        """Sort the other member's pieces by their bytes.
-
-        Args:
-            codecs: of all members, the main one first.
-            m: which of them the other member is.
-            longest: how many tokens it takes in.
-        """
+        """Sort the pieces of member `m` by their bytes; it takes in `longest` tokens. The main member comes first."""
         self.main, self.other, self.longest = codecs[0], codecs[m], longest
         self.stand_in = stand_in(codecs, self.other)  # gives the bytes of its piece that stands for others
         vocab = self.other.vocab.events
@@ -184,11 +176,8 @@ class CoverReader:
         Many tokenizers leave the last space of several to the word after them: a line that is indented by four spaces
         has a token of three, which says that a space comes next. Another member has a token of four.
 
-        Args:
-            word: the main member's bytes since the word began.
-            tokens: its tokens of them.
-            tail: the other member's tokens of the same bytes, or the last of them.
-            data: their bytes.
+        `tokens` are the main member's of a `word`, `tail` the other member's last ones of the same bytes, which spell
+        `data`.
         """
         if word[-1:] not in WHITE or (tail and _follow(self.other, data) != tail):
             return [], True
@@ -230,13 +219,8 @@ class CoverReader:
     def rows(self, logp: Tensor, plans: Sequence[Plan | None], look_up: Callable[[Any], Tensor]) -> Tensor:
         """Turn the member's distributions into those of what comes next, in its own pieces.
 
-        Args:
-            logp: its log-probabilities [B, V_m] after its own last token; changed in place.
-            plans: of every row, its covers.
-            look_up: gives the log-probabilities [V_m] at the source of a cover; they may be rows of `logp`.
-
-        Returns:
-            `logp`.
+        `logp` [B, V_m] are after its own last token; they are changed in place and returned. `look_up` gives the
+        log-probabilities [V_m] at the source of a cover, which may be rows of `logp`.
         """
         # all are read before a row is changed
         extras = [self._extra(plan, look_up) if plan is not None and plan.covers else None for plan in plans]
@@ -415,10 +399,7 @@ def _likeliest(mass: Tensor) -> Iterator[tuple[Tensor, float]]:
 def reach(pieces: Sequence[bytes], tokens: Sequence[int], prompt: int) -> int:
     """Return how many bytes behind a place covers may begin: those since the prompt, and its last letters and spaces.
 
-    Args:
-        pieces: the main member's vocabulary.
-        tokens: its tokens before the place.
-        prompt: how many of them are its prompt's.
+    The place is behind the main member's `tokens`, of which the first `prompt` are those of its prompt.
     """
     size = len(_spelt(pieces, tokens[max(prompt, len(tokens) - LONGEST_WORD) :]))
     if size < LONGEST_WORD:
@@ -466,10 +447,7 @@ def stand_in(codecs: Sequence[TextCodec], own: TextCodec) -> Callable[[bytes], b
     """Return what finds the piece of `own` that stands for some bytes: as canonical rows find anchors.
 
     Bytes that are no piece of `own` are replaced by their first token under each tokenizer in turn, until they are one.
-
-    Args:
-        codecs: of all members; the result does not depend on their order.
-        own: the codec whose pieces are wanted.
+    The order of the members' `codecs` does not matter.
     """
     pieces = own.vocab.events.ids_of
     ordered = sorted(codecs, key=lambda codec: [str(part) for part in (codec.vocab.fingerprint, codec.identity[0])])

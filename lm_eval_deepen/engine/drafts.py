@@ -31,22 +31,19 @@ MEMORY = 0.97  # of what was seen, from one step to the next: what stopped payin
 NEAR_TIE = 1e-4  # nats between the two best pieces, below which rounding may decide
 
 
-class Drafter:
-    """Where drafts come from; this one drafts nothing, so that texts grow one token at a time.
+Drafts = list[TokenPrefix]  # main tokens proposed to follow each row; none where there is no proposal
 
-    Attributes:
-        counts: steps, blocks (forward passes of a row), drafted and accepted tokens.
-        near_ties: steps whose two best pieces are so close that rounding may decide, each with the index of its job.
-    """
+
+class Drafter:
+    """Where drafts come from; this one drafts nothing, so that texts grow one token at a time."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # steps, blocks (forward passes of a row), drafted and accepted tokens
+        # steps whose two best pieces are so close that rounding may decide, each with the index of its job
         self.near_ties: list[dict[str, Any]] = []
 
-    def draft(
-        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
-    ) -> list[tuple[int, ...]]:
-        """Return main tokens proposed to follow each row; empty where there is no proposal."""
+    def draft(self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]) -> Drafts:
+        """Return what may follow each row."""
         return [() for _ in rows]
 
     def note(self, row: BatchRow, logp: Tensor) -> None:
@@ -69,14 +66,10 @@ class _Adaptive(Drafter):
         self._drafted = self._accepted = 0.0  # of late
 
     def pays(self, ensemble: EnsembleBase, rows: int, own: float = 0.0) -> bool:
-        """Return whether a drafted token saves more than it costs in a batch.
+        """Return whether a drafted token saves more than it costs in a batch of so many rows.
 
-        A token that stands saves a row's share of a step; each drafted one costs its own part of the pass.
-
-        Args:
-            ensemble: whose device says what a token costs.
-            rows: of the batch.
-            own: what drafting one token for all rows costs, as a share of a step.
+        A token that stands saves a row's share of a step; each drafted one costs its own part of the pass, and `own`, a
+        share of a step, for all rows.
         """
         self._drafted, self._accepted = MEMORY * self._drafted, MEMORY * self._accepted
         free = FREE_TOKENS if ensemble.device.type == "cpu" else FREE_ON_ACCELERATOR
@@ -111,9 +104,7 @@ class _Adaptive(Drafter):
 class Lookup(_Adaptive):
     """Proposes what followed the last tokens where they occurred before, in the prompt or in the text."""
 
-    def draft(
-        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
-    ) -> list[tuple[int, ...]]:
+    def draft(self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]) -> Drafts:
         """Return the tokens after the latest earlier occurrence of each row's end."""
         if not self.pays(ensemble, len(rows)):
             return [() for _ in rows]
@@ -135,9 +126,7 @@ def look_up(tokens: tuple[int, ...], count: int) -> tuple[int, ...]:
 class Cheapest(_Adaptive):
     """Proposes what the member with the fewest parameters would generate on its own."""
 
-    def draft(
-        self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]
-    ) -> list[tuple[int, ...]]:
+    def draft(self, ensemble: EnsembleBase, rows: Sequence[BatchRow], followers: Sequence[Follower]) -> Drafts:
         """Return each row's greedy continuation by one member, in tokens of the main member."""
         sizes = [sum(p.numel() for p in follower.member.lm.model.parameters()) for follower in followers]
         if not self.pays(ensemble, len(rows), min(sizes) / sum(sizes)):

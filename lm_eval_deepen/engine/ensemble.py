@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.base import EnsembleBase
-from lm_eval_deepen.engine.encoder_decoder import check_specialists
+from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.following import Follower
+from lm_eval_deepen.engine.following import BatchRow, Follower, Job
+from lm_eval_deepen.engine.generation import generate
+from lm_eval_deepen.engine.memory import nodes_per_forward
 from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.selective import Selective
-from lm_eval_deepen.engine.texts import GeneratedText, NextPiece, ScoredText, following, generated, read, scored
+from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches, weighed, with_evidence
+from lm_eval_deepen.engine.texts import GeneratedText, NextPiece, ScoredText, Texts
 from lm_eval_deepen.engine.trace import Trace
+from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.fusion.base import Fuser, MemberView, Spelling
 from lm_eval_deepen.member import Member, Prompt, load_member
@@ -67,7 +73,7 @@ class Ensemble(EnsembleBase):
         names = [member.name for member in members]
         weigher = config.weighting_options.build() if fuser and config.weighting_options is not None else None
         learns = isinstance(weigher, Bayes)  # from what there is: nothing, of a source
-        check_specialists(config, members, weigher is not None and weigher.reads_prompts and not learns)
+        _check_specialists(config, members, weigher is not None and weigher.reads_prompts and not learns)
         _check_thinking(config, members)
         selective = None
         if fuser and config.skip_when != "never":
@@ -92,7 +98,22 @@ class Ensemble(EnsembleBase):
         self._require_steps("generate")
         if traced and self.by_words:
             raise RequestError(f"method={self.config.method} writes whole words, which have no steps; leave out traced")
-        return generated(self, list(texts), arguments, traced)
+        if traced and arguments.get("do_sample") and self.config.sampling == "member" and self.fuser is not None:
+            raise RequestError(
+                "sampling=member asks one member at a time, and traced=True wants what all members said at each step; "
+                "leave out one of the two"
+            )
+        own, repeats = Texts(self), Counter[tuple]()
+        if own.prompter.solo:
+            self.main.check_generation()
+        jobs = [own.job(prompt, arguments, repeats) for prompt in texts]
+        found: dict[int, GeneratedText] = {}
+        for index, one in own.generations([replace(job, traced=traced) for job, _ in jobs]):
+            if one.refusal:
+                raise RequestError(f"prompt {index}: {one.refusal}")
+            text = own.finished(one, jobs[index][1])
+            found[index] = GeneratedText(texts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
+        return tuple(found[index] for index in range(len(texts)))
 
     def score(
         self, context: str | Sequence[str], continuations: Sequence[str], *, traced: bool = False
@@ -115,7 +136,21 @@ class Ensemble(EnsembleBase):
             raise RequestError(
                 f"{len(contexts)} contexts for {len(continuations)} continuations; give one, or one for each"
             )
-        return scored(self, list(zip(contexts, continuations, strict=True)), traced)
+        self.require_scoring()
+        own, pairs = Texts(self), list(zip(contexts, continuations, strict=True))
+        if self.by_stretches:
+            prompter = StretchPrompter(self)
+            kept = [with_evidence(prompter.span(*pair), self.prompt_stretches or 0) for pair in pairs]
+            nodes = nodes_per_forward(self, own.batch(1))
+            readings = dict(read_stretches(self.active, kept, nodes, self.experts.powers))
+            stretches = [weighed(self, readings[index]) for index in range(len(pairs))]
+            return tuple(
+                ScoredText(*pair, one.total, one.greedy, tuple(one.logp))
+                for pair, one in zip(pairs, stretches, strict=True)
+            )
+        spans = [replace(own.prompter.span(*pair), traced=traced) for pair in pairs]
+        scores = dict(score(self, spans, own.nodes(spans)))
+        return tuple(_scored(pair, [scores[index]], scores[index].total) for index, pair in enumerate(pairs))
 
     def trace(self, text: str) -> ScoredText:
         """Return what every member said at each token of a text; its score is the harness's `loglikelihood_rolling`.
@@ -125,7 +160,11 @@ class Ensemble(EnsembleBase):
         """
         self._require_steps("trace")
         self._require_no_stretches("use score for the score")
-        return read(self, text)
+        self.require_scoring()
+        spans = [replace(span, traced=True) for span in rolling_spans(self, text)]
+        scores = dict(score(self, spans, Texts(self).nodes(spans)))
+        windows = [scores[index] for index in range(len(spans))]
+        return _scored(("", text), windows, total(self, windows) if windows else 0.0)
 
     def _require_no_stretches(self, remedy: str) -> None:
         if self.by_stretches:
@@ -148,7 +187,24 @@ class Ensemble(EnsembleBase):
             RequestError: a text that the main member cannot spell.
         """
         self._require_steps("next_logp")
-        return following(self, text)
+        kept = _Kept()
+        list(generate(self, [Job(Prompter(self).prompts(text, 1), 1)], 1, kept))
+        return NextPiece(text, kept.logp.float(), self.pieces)
+
+
+class _Kept(Drafter):
+    """Proposes nothing, and keeps the distribution that was read last."""
+
+    logp: Tensor
+
+    def note(self, row: BatchRow, logp: Tensor) -> None:
+        self.logp = logp
+
+
+def _scored(pair: tuple[str, str], windows: Sequence[SpanScore], total: float) -> ScoredText:
+    steps = tuple(window.steps[at] for window in windows for at in sorted(window.steps))
+    logp = tuple(value for window in windows for value in window.logp)
+    return ScoredText(*pair, total, all(window.greedy for window in windows), logp, steps)
 
 
 def fuses(config: EnsembleConfig) -> bool:
@@ -187,6 +243,23 @@ def view(member: Member) -> MemberView:
         load_output_fingerprint=lambda: member.output_fingerprint,
         spelling=spelling,
     )
+
+
+def _check_specialists(config: EnsembleConfig, members: Sequence[Member], reads_prompts: bool) -> None:
+    """Raise ConfigError for an option that needs a member that generates only to score, or to draft, a text."""
+    for m, member in enumerate(members):
+        if not member.generates_only:
+            continue
+        if reads_prompts:
+            raise ConfigError(
+                f"weighting={config.weighting} needs every member's loss on the prompt, and member {member.name!r} is "
+                "an encoder-decoder model that scores no text. Give constant weights, or weighting=confidence."
+            )
+        if config.speculate == "draft" or (m == 0 and config.speculate != "off"):
+            raise ConfigError(
+                f"speculate={config.speculate} drafts tokens by members that continue the prompt, and member "
+                f"{member.name!r} is an encoder-decoder model. Leave speculate out."
+            )
 
 
 def _check_thinking(config: EnsembleConfig, members: Sequence[Member]) -> None:

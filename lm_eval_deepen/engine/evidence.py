@@ -34,16 +34,9 @@ def evidence(ensemble: EnsembleBase, prompts: Sequence[Prompt], last: int | None
     In each stretch of text that all prompts have, they are the tokens between the first and the last byte at which
     all members' tokens are cut alike, and before which every member has something to condition on. Control tokens
     are never evidence. Where nothing is left (a prompt of one token, an empty prompt, a window of a long text), all
-    lists are empty.
+    lists are empty. A member that cannot take in its prompt has None; the others are compared without it.
 
-    Args:
-        ensemble: the members.
-        prompts: of one request, one per active member.
-        last: how much of the end is evidence: so many stretches between places where all members' tokens are cut
-            alike; None for all.
-
-    Returns:
-        None for a member that cannot take in its prompt; the others are compared without it.
+    With `last`, only so many stretches at the end are evidence, between places where all members' tokens are cut alike.
     """
     if any(member.generates_only for member in ensemble.active):  # it reads a source, and predicts none of it
         return [[] for _ in prompts]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import Read
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, places_of, prompt_losses
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, numbered, places_of, prompt_losses
 from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.member import Prompt
 from lm_eval_deepen.member.cache import Prefilled
@@ -22,6 +22,8 @@ from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.base import PromptLoss
 
 TokenPrefix = tuple[int, ...]
+# of every row, the token prefixes that are read, each of which begins with the one before; None where a member abstains
+Routes = Sequence[Sequence[TokenPrefix | None]]
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,18 @@ class Job:
 
 @dataclass
 class Generation:
-    """A finished text.
+    """A finished text."""
 
-    Attributes:
-        ids: the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size
-            are its tokens, others are of the union vocabulary.
-        data: their bytes; none where one member ran alone.
-        logp: fused natural-log probability of each piece that was chosen; NaN where members took turns.
-        reason: ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished.
-        end: the end-of-text token that was chosen, if one was.
-        refusal: why it could not be finished.
-        steps: what every member said at each of its pieces, and at its end of text, where that was asked for.
-    """
-
+    # the pieces chosen, the end-of-text token not included; those below the main member's vocabulary size are its
+    # tokens, others are of the union vocabulary
     ids: list[int] = field(default_factory=list)
-    data: bytes = b""
+    data: bytes = b""  # their bytes; none where one member ran alone
+    # fused natural-log probability of each piece that was chosen; NaN where members took turns
     logp: list[float] = field(default_factory=list)
-    reason: str = ""
-    end: int | None = None
-    refusal: str = ""
+    reason: str = ""  # ``eos``, ``stop`` or ``length``; ``refused`` where it could not be finished
+    end: int | None = None  # the end-of-text token that was chosen, if one was
+    refusal: str = ""  # why it could not be finished
+    # what every member said at each of its pieces, and at its end of text, where that was asked for
     steps: list[Step] = field(default_factory=list)
 
 
@@ -90,18 +85,13 @@ class Follower:
         Args:
             prompts: this member's. Where it cannot take one in, next to nothing stands in its place.
             wanted: its tokens of every prompt that are evidence (see `evidence`); None where weights do not depend on
-                prompts.
+                prompts, and nothing is returned.
             then: the prompt after these, which may begin like the last one; None where there is none.
-
-        Returns:
-            This member's loss on each prompt if there is something `wanted`, else nothing.
         """
         paths = [self.ensemble.path(self.m, prompt, (), b"") or self.member.idle for prompt in prompts]
         tree, ends = TokenTree.of(paths)
         places = places_of(tree, prompts, wanted or [None] * len(prompts))
-        at: dict[int, int] = {}  # by node
-        for node in (node for own in places for node, _ in own or ()):
-            at.setdefault(node, len(at))
+        at = numbered(node for own in places for node, _ in own or ())
         texts, states = self.walker.prefill(tree, ends, list(at))
         self.walker.forget(then.ids if then is not None else ())
         self.ready.extend(texts)
@@ -109,7 +99,7 @@ class Follower:
             return []
         step = max(1, LOGITS_PER_CHUNK // self.member.vocab_size)
         powers = self.ensemble.experts.powers if self.ensemble.learns else (1.0,)
-        return prompt_losses(self.member, places, lambda nodes: states[[at[node] for node in nodes]], step, powers)
+        return prompt_losses(self.member, places, states, at, step, powers)
 
     def admit(self, places: Sequence[int]) -> None:
         """Put the first prompts that are ready into these rows; a row behind the last one is new."""
@@ -118,11 +108,8 @@ class Follower:
         for at, text in zip(places, texts, strict=True):
             self.held[at : at + 1] = [text.tokens]
 
-    def states(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
-        """Return the states [n, ...] at the ends of every row's paths, each of which begins with the one before.
-
-        None in the place of all paths of a row: the member abstains, and stays where it was.
-        """
+    def states(self, routes: Routes) -> Tensor:
+        """Return the states [n, ...] at the ends of every row's paths; a member that abstains stays where it was."""
         sequences, reads = [], []
         for at, route in enumerate(routes):
             paths = [self.held[at] if path is None else path for path in route]
@@ -131,13 +118,11 @@ class Follower:
             reads.append([len(path) for path in paths])
         return self.cache.advance(sequences, reads)
 
-    def follow(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
+    def follow(self, routes: Routes) -> Tensor:
         """Return log-probabilities [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logp(self.states(routes)).to(self.ensemble.device)
 
-    def follow_covered(
-        self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
-    ) -> Tensor:
+    def follow_covered(self, routes: Routes, plans: Sequence[Sequence[Plan | None]]) -> Tensor:
         """Return what comes next [n, V_m] in this member's pieces, the covers of `plans` counted; see `states`."""
         detours = self._detours(routes, plans)
         sequences, reads, ends = [], [], []
@@ -149,9 +134,7 @@ class Follower:
             sources = _sources(own) - self.kept.keys() - detours.keys()
             reads.append(sorted({len(path) for path in paths} | {len(source) for source in sources}))
         states = self.cache.advance(sequences, reads)
-        at_path: dict[tuple[int, int], int] = {}
-        for row, lengths in enumerate(reads):
-            at_path |= {(row, length): len(at_path) + n for n, length in enumerate(lengths)}
+        at_path = {pair: n for n, pair in enumerate((row, size) for row, sizes in enumerate(reads) for size in sizes)}
         logp = self.member.logp(states).to(self.ensemble.device)
         here = {sequences[row][:length]: logp[n] for (row, length), n in at_path.items()}
         known = self.kept | detours | here
@@ -164,9 +147,7 @@ class Follower:
         self.kept = {path: row.clone() if path in here else row for path, row in known.items() if path in read | latest}
         return out
 
-    def _detours(
-        self, routes: Sequence[Sequence[TokenPrefix | None]], plans: Sequence[Sequence[Plan | None]]
-    ) -> dict[TokenPrefix, Tensor]:
+    def _detours(self, routes: Routes, plans: Sequence[Sequence[Plan | None]]) -> dict[TokenPrefix, Tensor]:
         """Return the distributions [V_m] that covers read off the ways of the rows' own paths."""
         beside: dict[TokenPrefix, Tensor] = {}
         while True:
@@ -181,7 +162,7 @@ class Follower:
             beside |= {path: row for path, row, held in zip(sequences, logp, self.held, strict=True) if path != held}
             self.held = sequences
 
-    def logits(self, routes: Sequence[Sequence[TokenPrefix | None]]) -> Tensor:
+    def logits(self, routes: Routes) -> Tensor:
         """Return logits [n, V_m] at the ends of every row's paths; see `states`."""
         return self.member.logits(self.states(routes)).to(self.ensemble.device)
 

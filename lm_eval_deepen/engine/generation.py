@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,13 +30,11 @@ from lm_eval_deepen.engine.following import (
 )
 from lm_eval_deepen.engine.steps import StepReader
 from lm_eval_deepen.errors import RequestError
+from lm_eval_deepen.fusion._expert_rows import ExpertRows
 from lm_eval_deepen.member.devices import give_back_freed_memory
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import posteriors
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.fusion._expert_rows import ExpertRows
 
 
 def generate(
@@ -49,12 +46,7 @@ def generate(
 ) -> Iterator[tuple[int, Generation]]:
     """Generate texts, `batch_size` at a time; a finished one leaves its place to the next.
 
-    Args:
-        ensemble: the members and their fuser.
-        jobs: what to generate.
-        batch_size: how many texts are decoded together.
-        drafter: where drafts of greedy texts come from; the texts do not depend on it.
-        kind: what extends texts; by default `Decoder`.
+    No text depends on where drafts come from. A text is extended by a `kind` of decoder, by default `Decoder`.
 
     Yields:
         The index of a job and its text, as soon as it is finished.
@@ -106,10 +98,8 @@ class Decoder:
         """Take in the prompts of waiting texts, and find their weights where these depend on prompts.
 
         Several at once, since a short forward pass costs nearly as much as a long one; not more than fill one, since
-        their keys and values wait beside those of the rows. Those that have a place do not wait for the other members.
-
-        Args:
-            free: the places that the first of them take.
+        their keys and values wait beside those of the rows. Those that have a `free` place do not wait for the other
+        members.
         """
         tokens = 0
         while self.waiting and len(self.ready) < self.size:
@@ -217,10 +207,8 @@ class Decoder:
     ) -> list[Tensor]:
         """Return of each row the experts' log posterior [T + 1, K] before each of T tokens and after them.
 
-        Args:
-            by_expert: each row's distributions after 0, 1, ... of its drafted tokens, one row after the other.
-            drafts: the drafted tokens of each row.
-            tokens: those to learn from, at most one more than drafted.
+        The distributions are those after 0, 1, ... of a row's drafted tokens, one row after the other; the `tokens` to
+        learn from are at most one more than drafted.
         """
         weights = [row.weights for row in self.rows if row.weights is not None]  # of every row: all learn
         if not any(tokens):
@@ -292,12 +280,8 @@ class Decoder:
     ) -> list[int]:
         """Extend a row by what follows it, and by as much of its draft as is what would have been chosen; return that.
 
-        Args:
-            row: the row.
-            draft: tokens that were proposed to follow.
-            scores: what tokens are chosen from, after none, one, ... of them [n, K].
-            fused: their log-probabilities [n, K].
-            best: position of the largest score in each [n].
+        After none, one, ... of the draft's tokens, tokens are chosen from `scores` [n, K], whose largest are at `best`
+        [n]; `fused` [n, K] are their log-probabilities.
         """
         sampler = row.job.sampler
         chosen: list[int] = []

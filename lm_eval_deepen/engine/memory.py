@@ -48,13 +48,8 @@ def kv_bytes(member: Member, tokens: int = 1) -> int:
 def kv_bytes_by(get: Callable[..., Any], itemsize: int, tokens: int = 1) -> int:
     """Return the bytes of keys and values of a text by a configuration: two vectors a layer, key-value head and token.
 
-    It is an estimate, for models that nobody can build from their configuration. Layers that are named as those with a
-    sliding window keep its tokens and a few more.
-
-    Args:
-        get: returns what the configuration has under a key, or a default.
-        itemsize: bytes of a number.
-        tokens: of the text.
+    It is an estimate, for models that nobody can build from their configuration, of which `get` returns a value or a
+    default. Layers that are named as those with a sliding window keep its tokens and a few more.
     """
     heads = get("num_attention_heads", 1)
     width = get("head_dim") or get("kv_channels") or get("hidden_size", 0) // heads
@@ -101,27 +96,21 @@ def _left_by_limits() -> Iterator[int]:
                 break
 
 
-def held_bytes(ensemble: EnsembleBase, m: int, longest: int) -> int:
-    """Return the bytes that active member `m` keeps of one text of at most `longest` tokens, and of a pass over it.
+def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:
+    """Return the bytes per device that one text of at most `longest` tokens takes up while it is decoded.
 
     A row with a state has the last one, and where its tokens may be cut anew that after the prompt and a few older
     ones; a pass joins the last ones of all rows to a batch.
     """
-    member = ensemble.active[m]
-    runner = getattr(member.runner, "carrier", member.runner)
-    if not isinstance(runner, StateRunner):
-        return int(ROOM * kv_bytes(member, longest))
-    goes_on = m in ensemble.siblings and ensemble.config.speculate == "off"
-    return runner.held.num_bytes(longest) * (2 if goes_on else OLD_STATES + 3)
-
-
-def row_bytes(ensemble: EnsembleBase, longest: int) -> dict[torch.device, int]:
-    """Return the bytes per device that one text of at most `longest` tokens takes up while it is decoded."""
     needed: Counter[torch.device] = Counter()
     drafted = 1 if ensemble.config.speculate == "off" else 1 + LONGEST
     for m, member in enumerate(ensemble.active):
-        device = member.runner.device
-        needed[device] += held_bytes(ensemble, m, longest)
+        device, runner = member.runner.device, getattr(member.runner, "carrier", member.runner)
+        if isinstance(runner, StateRunner):
+            goes_on = m in ensemble.siblings and ensemble.config.speculate == "off"
+            needed[device] += runner.held.num_bytes(longest) * (2 if goes_on else OLD_STATES + 3)
+        else:
+            needed[device] += int(ROOM * kv_bytes(member, longest))
         needed[device] += 4 * member.vocab_size * drafted
         needed[ensemble.device] += fusion_bytes(member.vocab_size, drafted)
     return dict(needed)

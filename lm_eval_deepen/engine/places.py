@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.covers import LONGEST_WORD, TOKENS_READ, CoverReader, Plan, reach
 from lm_eval_deepen.engine.prompts import Span
-from lm_eval_deepen.member import Prompt
+from lm_eval_deepen.member import Prompt, TextCodec
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
@@ -50,48 +51,43 @@ def places(
     """
     covered = bool(ensemble.covers) if covered is None else covered
     ways: list[_OwnWay | _TextWay] = []
-    for m, (prompt, tree) in enumerate(zip(span.prompts, trees, strict=True)):
-        longest = None if ensemble.is_hf else ensemble.active[m].max_length
-        if m in ensemble.siblings:
-            ways.append(_OwnWay(tree, prompt, longest))
-        else:
-            ways.append(_TextWay(tree, TextCursor(ensemble.active[m].codec, prompt), longest))
+    for m, (member, prompt, tree) in enumerate(zip(ensemble.active, span.prompts, trees, strict=True)):
+        longest = sys.maxsize if ensemble.is_hf else member.max_length
+        is_own = m in ensemble.siblings
+        ways.append(_OwnWay(tree, prompt, longest) if is_own else _TextWay(tree, member.codec, prompt, longest))
     several = len(ways) > 1
     pieces, head = ensemble.main.codec.vocab.pieces, span.prompts[0].ids
     skip, data, back = span.skip, span.lead, 0
+    last: tuple[int, ...] = ()
     if covered:
         back = LONGEST_WORD if span.is_window else reach(pieces, head, len(head))
     for target in span.target:
         for way in ways:
-            way.take_bytes(data)
+            way.take(last, data)
         outgrown = tuple(m for m, way in enumerate(ways) if way.outgrown)
         yield Place(tuple(way.node() for way in ways), outgrown, back)
         if several:  # one member alone needs no bytes
             data, skip = pieces[target][skip:], max(0, skip - len(pieces[target]))
             back = min(LONGEST_WORD, back + len(data)) if covered else 0
-        for way in ways:
-            way.take_token(target)
+        last = (target,)
 
 
 class _OwnWay:
     """The way of a member whose tokens are the main member's."""
 
-    def __init__(self, tree: TokenTree, prompt: Prompt, longest: int | None) -> None:
+    def __init__(self, tree: TokenTree, prompt: Prompt, longest: int) -> None:
         self.tree, self.longest = tree, longest
         self.tokens: list[int] = list(prompt.ids)
         self.added, self.at = 0, -1  # how many tokens are in the tree, and the node of the last of them
         self.outgrown = False
 
-    def take_bytes(self, data: bytes) -> None:
-        """Tokens alone count."""
-
-    def take_token(self, token: int) -> None:
-        """Go on by a token."""
-        self.tokens.append(token)
+    def take(self, tokens: tuple[int, ...], data: bytes) -> None:
+        """Go on by some of the main member's tokens."""
+        self.tokens += tokens
 
     def node(self) -> int | None:
         """Return the node of all tokens so far, None where they are too many."""
-        self.outgrown = self.longest is not None and len(self.tokens) > self.longest
+        self.outgrown = len(self.tokens) > self.longest
         if self.outgrown:
             return None
         self.added, self.at = len(self.tokens), _grown(self.tree, self.at, self.tokens, self.added, len(self.tokens))
@@ -101,25 +97,22 @@ class _OwnWay:
 class _TextWay:
     """The way of a member with a tokenizer of its own."""
 
-    def __init__(self, tree: TokenTree, cursor: TextCursor, longest: int | None) -> None:
-        self.tree, self.cursor, self.longest = tree, cursor, longest
-        self.fixed, self.added, self.at = cursor.fixed, 0, -1
+    def __init__(self, tree: TokenTree, codec: TextCodec, prompt: Prompt, longest: int) -> None:
+        self.tree, self.cursor, self.longest = tree, TextCursor(codec, prompt), longest
+        self.fixed, self.added, self.at = self.cursor.fixed, 0, -1
         self.rest: tuple[int, ...] = ()  # what was last added after `at`
         self.nodes: list[int] = []
         self.outgrown = False
 
-    def take_bytes(self, data: bytes) -> None:
+    def take(self, tokens: tuple[int, ...], data: bytes) -> None:
         """Go on by some bytes."""
         if data:
             self.cursor.take(data)
 
-    def take_token(self, token: int) -> None:
-        """Bytes alone count."""
-
     def node(self) -> int | None:
         """Return the node of the tokens of all bytes so far, None where they are too many or cannot be spelt."""
         end = self.cursor.end()
-        self.outgrown = end is not None and self.longest is not None and end[0] + len(end[1]) > self.longest
+        self.outgrown = end is not None and end[0] + len(end[1]) > self.longest
         if end is None or self.outgrown:
             return None
         count, rest = end

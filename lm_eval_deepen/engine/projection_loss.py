@@ -60,13 +60,7 @@ def projections(ensemble: Ensemble) -> dict[tuple[str, str], Variant]:
 
 
 def losses(main: str, bits: Mapping[tuple[str, str], float], own: Mapping[str, float]) -> list[ProjectionLoss]:
-    """Return what members lose, from the bits that `projections` need and those that members need in their own pieces.
-
-    Args:
-        main: the main member's name.
-        bits: of a text, by the keys of `projections`.
-        own: of the same text, by member.
-    """
+    """Return what members lose: `bits` by the keys of `projections`, against their own, by member, on the same text."""
     shares = {key: value / own[key[0]] - 1 for key, value in bits.items()}
     return [
         ProjectionLoss(main, name, plain, shares.get((name, "on")))
@@ -76,11 +70,9 @@ def losses(main: str, bits: Mapping[tuple[str, str], float], own: Mapping[str, f
 
 
 def projection_losses(reading: Reading, own: Mapping[str, float]) -> list[ProjectionLoss]:
-    """Return what every other member loses through the main one.
+    """Return what every other member loses through the main one, from a reading made by `read_with_covers`.
 
-    Args:
-        reading: made by `read_with_covers`.
-        own: the bits that every member needs in its own pieces, by its name.
+    `own` are the bits that every member needs in its own pieces, by its name.
     """
     variants = projections(reading.ensemble)
     bits = reading.bits(reading.logp(list(variants.values()))).sum(1).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ ROWS = 16  # of log-probabilities at once
 
 
 Place = tuple[int, int]  # a node of a tree, and a token after it
+
+
+def numbered(nodes: Iterable[int | None]) -> dict[int, int]:
+    """Return the place of every node among the distinct ones, in their order."""
+    return {node: n for n, node in enumerate(dict.fromkeys(node for node in nodes if node is not None))}
 
 
 def places_of(
@@ -34,18 +39,16 @@ def places_of(
 def prompt_losses(
     member: Member,
     wanted: Sequence[Sequence[Place] | None],
-    states: Callable[[Sequence[int]], Tensor],
+    states: Tensor,
+    at: Mapping[int, int],
     step: int,
     powers: Sequence[float] = (1.0,),
 ) -> list[PromptLoss | None]:
-    """Return one member's loss on each prompt.
+    """Return one member's loss on each prompt, computing `step` rows of logits at once.
 
-    Args:
-        member: whose prompts these are.
-        wanted: the places of its tokens of every prompt that are evidence; None where it cannot take in the prompt.
-        states: gives the states [n, ...] at nodes.
-        step: how many rows of logits to compute at once.
-        powers: of its distributions, 1 first.
+    `wanted` are the places of its tokens of every prompt that are evidence, None where it cannot take in the prompt.
+    The states [n, ...] are those of some nodes, each at its place of `at`. Of the powers of its distributions, 1 comes
+    first.
     """
     targets: dict[int, dict[int, tuple[float, ...]]] = {}
     for node, token in (place for places in wanted for place in places or ()):
@@ -53,7 +56,7 @@ def prompt_losses(
     nodes = list(targets)
     for start in range(0, len(nodes), step):
         chunk = nodes[start : start + step]
-        logits = member.logits(states(chunk))
+        logits = member.logits(states[[at[node] for node in chunk]])
         # a few rows at a time: the log-probabilities of all would take as much memory as the logits again
         for first in range(0, len(logits), ROWS):
             here = logits[first : first + ROWS]
@@ -72,7 +75,7 @@ def prompt_losses(
             num_bytes=sum(len(pieces[token]) for _, token in places),
             each=tuple((targets[node][token][0], len(pieces[token])) for node, token in places),
             at_powers=tuple(targets[node][token] for node, token in places),
-            embedding=states([node for node, _ in places]).float().mean(0).flatten().cpu() if places else None,
+            embedding=states[[at[node] for node, _ in places]].float().mean(0).flatten().cpu() if places else None,
         )
         for places in wanted
     ]

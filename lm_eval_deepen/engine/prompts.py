@@ -256,16 +256,9 @@ class Prompter:
         A member that has none even for the shortest prompt is not cut for: it takes part for as long as the text fits
         into its context, and abstains from the rest.
 
-        Args:
-            context: the request's context.
-            head: the main member's tokens of it.
-            room: how many of them the main member can take.
-            following: continuation tokens that every member must take in after the prompt.
-            skip: length of the prefix space in them, in bytes.
-            reserve: tokens every member must have left after that.
-
-        Raises:
-            WindowError: the main member has no room.
+        The main member's tokens of the context are `head`, of which it can take as many as it has `room` for. Every
+        member must take in the continuation tokens `following`, which begin with a prefix space of `skip` bytes, and
+        have `reserve` tokens left after that.
         """
         controls = self.main.codec.leading(head) if context else len(head)
         text = head[controls:]

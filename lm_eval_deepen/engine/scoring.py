@@ -9,10 +9,9 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,36 +19,31 @@ from torch import Tensor
 from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
 from lm_eval_deepen.engine.covers import Plan
 from lm_eval_deepen.engine.evidence import evidence
-from lm_eval_deepen.engine.learning import Ledger
 from lm_eval_deepen.engine.places import Place, places
-from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, places_of, prompt_losses
+from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, numbered, places_of, prompt_losses
 from lm_eval_deepen.engine.prompts import Span
 from lm_eval_deepen.engine.steps import Step, StepReader
+from lm_eval_deepen.fusion._expert_rows import ExpertRows
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
+from lm_eval_deepen.member.walk import Walker
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import posteriors
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.member.walk import Walker
+Reader = tuple[int, int, int]  # a span, a position in its target, the target token
 
 FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
 
 @dataclass
 class SpanScore:
-    """The score of one span.
+    """The score of one span."""
 
-    Attributes:
-        logp: fused natural-log probability of every target token.
-        greedy: whether every target token's bytes are those of the most likely piece.
-        by_expert: natural-log probability that every expert gives the whole span [K]; where the weights learn.
-        steps: what every member said at each target token, where the span is traced.
-    """
-
-    logp: list[float] = field(default_factory=list)
-    greedy: bool = True
+    logp: list[float] = field(default_factory=list)  # fused natural-log probability of every target token
+    greedy: bool = True  # whether every target token's bytes are those of the most likely piece
+    # natural-log probability that every expert gives the whole span [K]; where the weights learn
     by_expert: Tensor | None = None
+    # what every member said at each target token, where the span is traced
     steps: dict[int, Step] = field(default_factory=dict)
 
     @property
@@ -64,7 +58,45 @@ class _Row:
 
     place: Place
     prompts: int  # which of the round's prompts come before it, where weights depend on them
-    readers: list[tuple[int, int, int]] = field(default_factory=list)  # span, position in its target, target token
+    readers: list[Reader] = field(default_factory=list)
+
+
+class _Ledger:
+    """What every expert of one ensemble gave to the tokens of some texts, for weights that learn.
+
+    That does not depend on the posterior, so that tokens are looked up in any order and in any batch. The posterior at
+    a place is the prior times what the experts gave to everything before it.
+    """
+
+    def __init__(self, priors: Mapping[int, Tensor], lengths: Mapping[int, int]) -> None:
+        """Start with the log prior [K] and the number of tokens of every text."""
+        self.priors = priors
+        self.logp = {
+            key: torch.zeros(count, len(priors[key]), dtype=torch.float64) for key, count in lengths.items()
+        }  # [T, K] each
+        self.latest = {key: (0, prior) for key, prior in priors.items()}  # a place, and the log posterior there
+
+    def note(self, rows: ExpertRows, readers: Sequence[Sequence[Reader]]) -> None:
+        """Look up the tokens that texts read off B rows under all experts: `readers` are those of every row."""
+        wanted = [(at, reader) for at, own in enumerate(readers) for reader in own]
+        index = torch.tensor([[at, token] for at, (_, _, token) in wanted])
+        logp = rows.at(index[:, 0], index[:, 1]).cpu()  # [n, K]
+        for values, (_, (key, position, _)) in zip(logp, wanted, strict=True):
+            self.logp[key][position] = values
+
+    def before(self, key: int, at: int) -> Tensor:
+        """Return the log posterior [K] before token number `at` of a text, whose earlier tokens are noted."""
+        done, log_posterior = self.latest[key]
+        if at < done:
+            done, log_posterior = 0, self.priors[key]
+        if at > done:
+            log_posterior = posteriors(log_posterior, self.logp[key][done:at].T)[0][-1]
+        self.latest[key] = (at, log_posterior)
+        return log_posterior
+
+    def values(self, key: int) -> list[float]:
+        """Return the mixture's natural-log probability of every token of a text."""
+        return posteriors(self.priors[key], self.logp[key].T)[1].tolist()
 
 
 def score(ensemble: EnsembleBase, spans: Sequence[Span], nodes: int) -> Iterator[tuple[int, SpanScore]]:
@@ -80,22 +112,17 @@ def score(ensemble: EnsembleBase, spans: Sequence[Span], nodes: int) -> Iterator
 def score_together(
     ensembles: Sequence[EnsembleBase], spans: Sequence[Span], nodes: int
 ) -> Iterator[tuple[int, list[SpanScore]]]:
-    """Score spans by several ensembles of the same members, which share their forward passes and logits.
-
-    Args:
-        ensembles: they differ in method, options or weights; all have the same active members.
-        spans: what to score.
-        nodes: how many tokens a member forwards at once.
+    """Score spans by several ensembles of the same active members, which share their forward passes and logits.
 
     Yields:
         The index of a span and its score by every ensemble, as soon as its round is done.
     """
     walkers = [member.runner.walker(nodes) for member in ensembles[0].active]
-    by_prompt = any(ensemble.reads_prompts or ensemble.learns for ensemble in ensembles)
-    for indices in _rounds(spans, FORWARDS_PER_ROUND * nodes):
+    firsts, further = [span.prompts[0].ids for span in spans], [len(span.target) for span in spans]
+    for indices in rounds(firsts, further, FORWARDS_PER_ROUND * nodes):
         with _new_garbage_alone():
             trees = [TokenTree() for _ in walkers]
-            rows, prompts = _rows(ensembles, spans, indices, trees, by_prompt)
+            rows, prompts = _rows(ensembles, spans, indices, trees)
             results = [{i: SpanScore([0.0] * len(spans[i].target)) for i in indices} for _ in ensembles]
             traced = {i for i in indices if spans[i].traced}
             _score_round(ensembles, walkers, trees, rows, prompts, results, traced)
@@ -133,22 +160,28 @@ def _score_round(
     wanted = [
         places_of(tree, [own[m] for own in prompts], [reads[m] for reads in by_prompt]) for m, tree in enumerate(trees)
     ]
-    passes = [_Pass(member, m, walkers[m], trees[m], rows, wanted[m], plans.get(m)) for m, member in enumerate(members)]
+    nodes = [[row.place.nodes[m] for row in rows] for m in range(len(members))]
+    given = zip(members, walkers, trees, nodes, wanted, strict=True)
+    passes = [_Pass(*own, plans.get(m)) for m, own in enumerate(given)]
     step = max(1, LOGITS_PER_CHUNK // sum(member.vocab_size for member in members))
-    bases = _bases(ensembles, prompts, passes, wanted, step)
+    bases: list[Sequence[Tensor] | None] = [None] * len(ensembles)  # the weights [M] under each of the prompts
+    if prompts:
+        columns = [prompt_losses(own.member, own.wanted, own.states, own.at, step) for own in passes]
+        losses = list(zip(*columns, strict=True))
+        bases = [list(e.prompt_weights(losses, e.experts)) if e.reads_prompts else None for e in ensembles]
     for ensemble in ensembles:
         ensemble.counters.record_outgrown([m for row in rows for m in row.place.outgrown])
-    ledgers: list[Ledger | None] = []
+    ledgers: list[_Ledger | None] = []
     for ensemble, base, result in zip(ensembles, bases, results, strict=True):
         if not ensemble.learns:
             ledgers.append(None)
             continue
         # spans start with the prior, or with what their prompts made of it
-        priors: dict[Hashable, Tensor] = dict.fromkeys(result, ensemble.experts.log_prior)
+        priors: dict[int, Tensor] = dict.fromkeys(result, ensemble.experts.log_prior)
         if base is not None:
             for row in rows:
                 priors |= {index: base[row.prompts] for index, _, _ in row.readers}
-        ledgers.append(Ledger(priors, {index: len(score.logp) for index, score in result.items()}))
+        ledgers.append(_Ledger(priors, {index: len(score.logp) for index, score in result.items()}))
     tracers = [StepReader(ensemble) for ensemble in ensembles]
     any_raw = not all(ensemble.covers for ensemble in ensembles)
     for start in range(0, len(rows), step):
@@ -160,7 +193,7 @@ def _score_round(
             else own
             for m, own in enumerate(raw)
         ]
-        present = torch.tensor([[own.place[i] is not None for own in passes] for i in chunk], device=device)
+        present = torch.tensor([[own.nodes[i] is not None for own in passes] for i in chunk], device=device)
         here = rows[start : chunk.stop]
         seen = [(at, reader) for at, row in enumerate(here) for reader in row.readers if reader[0] in traced]
         for ensemble, base, ledger, result, tracer in zip(ensembles, bases, ledgers, results, tracers, strict=True):
@@ -190,52 +223,29 @@ def _score_round(
                 score.logp, score.by_expert = ledger.values(key), ledger.logp[key].sum(0)
 
 
-def _bases(
-    ensembles: Sequence[EnsembleBase],
-    prompts: Sequence[tuple[Prompt, ...]],
-    passes: Sequence[_Pass],
-    wanted: Sequence[Sequence[Sequence[tuple[int, int]] | None]],
-    step: int,
-) -> list[Sequence[Tensor] | None]:
-    """Return every ensemble's weights [M] of every one of some prompts, None where they do not depend on it."""
-    if not prompts:
-        return [None] * len(ensembles)
-    columns = [prompt_losses(p.member, wanted[p.m], p.states_of, step) for p in passes]
-    losses = list(zip(*columns, strict=True))
-    return [
-        list(ensemble.prompt_weights(losses, ensemble.experts)) if ensemble.reads_prompts else None
-        for ensemble in ensembles
-    ]
+def rounds(paths: Sequence[tuple[int, ...]], further: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield indices of texts whose trees have about `size` nodes in one member, sorted by its tokens.
 
-
-def _rounds(spans: Sequence[Span], size: int) -> Iterator[list[int]]:
-    """Yield indices of spans whose trees have about `size` nodes in the main member, sorted by their prompts.
-
-    A walker goes on from the way it visited last, so that a beginning shared by two rounds is not forwarded
-    again.
+    A walker goes on from the way it visited last, so that a beginning shared by two rounds is not forwarded again. The
+    member's tokens of a text begin with its `paths`, and `further` ones are its own.
     """
     indices: list[int] = []
     nodes = 0
     before: tuple[int, ...] = ()
-    for index in sorted(range(len(spans)), key=lambda index: spans[index].prompts[0].ids):
-        ids = spans[index].prompts[0].ids
-        added = len(ids) - common_prefix(before, ids) + len(spans[index].target)
+    for index in sorted(range(len(paths)), key=lambda index: paths[index]):
+        added = len(paths[index]) - common_prefix(before, paths[index]) + further[index]
         if indices and nodes + added > size:
             yield indices
             indices, nodes = [], 0
         indices.append(index)
         nodes += added
-        before = ids
+        before = paths[index]
     if indices:
         yield indices
 
 
 def _rows(
-    ensembles: Sequence[EnsembleBase],
-    spans: Sequence[Span],
-    indices: Sequence[int],
-    trees: Sequence[TokenTree],
-    by_prompt: bool,
+    ensembles: Sequence[EnsembleBase], spans: Sequence[Span], indices: Sequence[int], trees: Sequence[TokenTree]
 ) -> tuple[list[_Row], list[tuple[Prompt, ...]]]:
     """Return the distinct positions that spans read, told apart by their prompts where weights depend on these.
 
@@ -243,16 +253,14 @@ def _rows(
         The positions, whose tokens are added to the members' trees, and the prompts that tell them apart.
     """
     rows: dict[tuple, _Row] = {}
+    by_prompt = any(ensemble.reads_prompts or ensemble.learns for ensemble in ensembles)
     covered = any(ensemble.covers for ensemble in ensembles)
     numbers: dict[tuple[Prompt, ...], int] = {}
     for index in indices:
         span = spans[index]
         number = numbers.setdefault(span.prompts, len(numbers)) if by_prompt and span.target else 0
         for at, (target, place) in enumerate(zip(span.target, places(ensembles[0], span, trees, covered), strict=True)):
-            key = (place.nodes, place.back, number)
-            row = rows.get(key)
-            if row is None:
-                row = rows[key] = _Row(place, number)
+            row = rows.setdefault((place.nodes, place.back, number), _Row(place, number))
             row.readers.append((index, at, target))
     return list(rows.values()), list(numbers)
 
@@ -263,55 +271,41 @@ class _Pass:
     def __init__(
         self,
         member: Member,
-        m: int,
         walker: Walker,
         tree: TokenTree,
-        rows: Sequence[_Row],
+        nodes: Sequence[int | None],
         wanted: Sequence[Sequence[tuple[int, int]] | None],
-        plans: Sequence[Plan | None] | None = None,
+        plans: Sequence[Plan | None] | None,
     ) -> None:
-        self.member, self.m, self.tree = member, m, tree
-        self.plans = plans or [None] * len(rows)
-        at: dict[int, int] = {}  # by node
-        self.nodes = [row.place.nodes[m] for row in rows]
-        self.place = [None if node is None else at.setdefault(node, len(at)) for node in self.nodes]
-        for node, _ in (place for own in wanted for place in own or ()):
-            at.setdefault(node, len(at))
-        for plan in self.plans:
-            for cover in plan.covers if plan is not None else ():
-                at.setdefault(cover.source, len(at))
+        self.member, self.nodes, self.wanted = member, nodes, wanted
+        self.plans = plans or [None] * len(nodes)
         self.left = Counter(cover.source for plan in self.plans if plan is not None for cover in plan.covers)
+        self.at = numbered([*self.nodes, *(node for own in wanted for node, _ in own or ()), *self.left])
         self.here: dict[int, Tensor] = {}  # the rows [V] of the chunk in hand
         self.kept: dict[int, Tensor] = {}  # rows of earlier chunks that covers of later ones read
-        self.at = at
-        self.states = walker.read(tree, list(at)) if at else torch.empty(0)  # [n, ...]
-
-    def states_of(self, nodes: Sequence[int]) -> Tensor:
-        """Return the states [n, ...] at nodes of this pass."""
-        return self.states[[self.at[node] for node in nodes]]
+        self.states = walker.read(tree, list(self.at)) if self.at else torch.empty(0)  # [n, ...]
 
     def logp(self, chunk: range) -> Tensor:
         """Return log-probabilities [B, V_m] for a chunk of rows; uniform where the member abstains."""
-        wanted = [self.place[i] for i in chunk]
-        here = [i for i in wanted if i is not None]
+        nodes = [self.nodes[i] for i in chunk]
+        own = [node for node in nodes if node is not None]
         # the places that covers of the chunk read and that are neither in it nor known from before
         plans = [plan for i in chunk if (plan := self.plans[i]) is not None]
         asked = dict.fromkeys(cover.source for plan in plans for cover in plan.covers)
-        read = {self.nodes[i] for i in chunk} | self.kept.keys()
+        read = {*own, *self.kept}
         sources = [node for node in asked if node not in read]
-        rows = self.member.logp(self.states[[*here, *(self.at[node] for node in sources)]]) if here else None
-        if rows is None:
-            size = self.member.vocab_size
-            return torch.full((len(wanted), size), -math.log(size), device=self.member.runner.device)
-        own = [node for i in chunk if (node := self.nodes[i]) is not None]
+        size = self.member.vocab_size
+        if not own:
+            return torch.full((len(nodes), size), -math.log(size), device=self.member.runner.device)
+        rows = self.member.logp(self.states[[self.at[node] for node in (*own, *sources)]])
         if self.left:
             self.here = dict(zip([*own, *sources], rows, strict=True))
             self.left.subtract(cover.source for plan in plans for cover in plan.covers)
             self.kept |= {node: row.clone() for node, row in self.here.items() if self.left[node] > 0}
-        if len(here) == len(wanted):
-            return rows[: len(here)]
-        logp = rows.new_full((len(wanted), rows.shape[1]), -math.log(rows.shape[1]))
-        logp[[at for at, i in enumerate(wanted) if i is not None]] = rows[: len(here)]
+        if len(own) == len(nodes):
+            return rows[: len(own)]
+        logp = rows.new_full((len(nodes), size), -math.log(size))
+        logp[[at for at, node in enumerate(nodes) if node is not None]] = rows[: len(own)]
         return logp
 
     def look_up(self, node: int) -> Tensor:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine.covers import TOKENS_READ
+from lm_eval_deepen.member import TextCodec
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.vocabulary import ByteVocab, last_safe_cut
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.member import TextCodec
 
 END = "end of text"
 MAJORITY = 0.5  # mean probability above which a piece is the likeliest of the mean (SAFE, arXiv 2510.15346)
@@ -38,11 +35,8 @@ class Selective:
     ) -> Tensor:
         """Return rows [B] (bool) to leave to the main member.
 
-        Args:
-            logp: the members' natural log-probabilities [B, V_m].
-            weights: the members' weights [B, M]; a member of weight 0 has no say.
-            vocabs: the members' vocabularies.
-            inside: for ``safe``, which members are inside one of their tokens in each row [B, M] (bool).
+        A member of weight 0 in `weights` [B, M] has no say. For ``safe``, `inside` says which members are inside one of
+        their tokens in each row [B, M] (bool).
         """
         if self.when == "confident":
             return logp[0].amax(dim=1).exp() >= self.above
@@ -64,12 +58,9 @@ class Selective:
 
 
 def inside(codec: TextCodec, tokens: Sequence[int], following: bytes) -> bool:
-    """Return whether the end of a text is inside one of a member's tokens, given what follows it.
+    """Return whether the end of a text is inside one of a member's tokens, given the bytes that follow, if any.
 
-    Args:
-        codec: the member's.
-        tokens: its tokens of the text; of more than `TOKENS_READ` the last ones serve.
-        following: the bytes that follow; with none, the text ends.
+    Of more `tokens` than `TOKENS_READ` the last ones serve.
     """
     pieces, data = codec.vocab.pieces, b""
     for token in reversed(tokens[-TOKENS_READ:]):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, ensemble_bits
 from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
+from lm_eval_deepen.engine.ensemble import Ensemble
 from lm_eval_deepen.engine.projection_loss import ProjectionLoss, losses, projections, read_with_covers
 from lm_eval_deepen.errors import RequestError
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.engine.ensemble import Ensemble
 
 FLAT = 0.8  # mean entropy of relative rows, as a share of the log of the number of anchors
 UNEQUAL = 0.15  # a member needs this much more bits than the best one
@@ -22,16 +20,11 @@ DOCUMENTS = 12  # of the text that ships: some 600 tokens
 
 @dataclass(frozen=True)
 class Warned:
-    """Something a user should know of an ensemble.
+    """Something a user should know of an ensemble."""
 
-    Attributes:
-        code: ``flat_space``, ``worse_than_best_member``, ``unequal_members``, ``weights_ignore_quality`` or
-            ``unmeasured``.
-        message: what, with figures, and what can be done.
-    """
-
+    # ``flat_space``, ``worse_than_best_member``, ``unequal_members``, ``weights_ignore_quality`` or ``unmeasured``
     code: str
-    message: str
+    message: str  # what, with figures, and what can be done
 
 
 def flat_spaces(facts: Mapping[str, Any]) -> list[Warned]:

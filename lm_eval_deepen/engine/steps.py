@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,7 @@ from lm_eval_deepen.engine.base import EnsembleBase, FusionNotes
 from lm_eval_deepen.engine.selective import identity
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.relative.topk import argmax, largest
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.vocabulary import ByteVocab
+from lm_eval_deepen.vocabulary import ByteVocab
 
 TOP = 5  # pieces that are kept of every member
 LEAST = -1e30  # stands for a log-probability of -inf, whose product with 0 is none
@@ -90,11 +87,11 @@ class StepReader:
         fused: Tensor,
         notes: FusionNotes,
     ) -> list[Step]:
-        """Return n steps.
+        """Return the steps at some rows of B, and what was chosen, or given, in each.
 
         Args:
-            rows: the row of each.
-            chosen: the id that was chosen, or given, in each.
+            rows: the row of each step.
+            chosen: an id of the fused distribution for each step.
             logp: the active members' log-probabilities [B, V_m].
             present: which members follow each row's bytes [B, M] (bool).
             fused: the fused log-probabilities [B, K].
@@ -115,12 +112,8 @@ class StepReader:
         else:
             changed = [identity(out, a) != identity(vocab, b) for a, b in pairs]
         reasons = notes.reasons(len(fused))
-        weights = notes.weights.double().cpu()[rows].tolist()
-        here = present.cpu()[rows].tolist()
-        said = [
-            self._said(m, own, index.to(own.device), chosen, [row[m] for row in weights], [row[m] for row in here])
-            for m, own in enumerate(logp)
-        ]
+        weights, here = notes.weights.double().cpu()[rows].T.tolist(), present.cpu()[rows].T.tolist()  # by member
+        said = [self._said(m, logp[m], index, chosen, weights[m], here[m]) for m in range(len(logp))]
         return [
             Step(
                 piece=pieces[at],
@@ -135,15 +128,10 @@ class StepReader:
         ]
 
     def _said(
-        self,
-        m: int,
-        own: Tensor,
-        index: Tensor,
-        chosen: Sequence[int],
-        weights: Sequence[float],
-        here: Sequence[bool],
+        self, m: int, own: Tensor, index: Tensor, chosen: Sequence[int], weights: list[float], here: list[bool]
     ) -> list[MemberStep]:
         """Return what active member `m` said at steps: at rows [n] of its log-probabilities [B, V_m]."""
+        index = index.to(own.device)
         values, ids = largest(own, min(TOP, own.shape[1]), index=index)
         order = values.argsort(dim=1, descending=True)
         tops = zip(ids.gather(1, order).tolist(), values.gather(1, order).exp().tolist(), strict=True)

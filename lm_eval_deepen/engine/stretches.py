@@ -12,7 +12,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,51 +19,38 @@ from torch import Tensor
 from lm_eval_deepen.engine.base import EnsembleBase
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK
 from lm_eval_deepen.engine.prompts import require_text
+from lm_eval_deepen.engine.scoring import FORWARDS_PER_ROUND, rounds
 from lm_eval_deepen.errors import RequestError, VocabularyError
+from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.chat import ChatPrompt
-from lm_eval_deepen.member.tree import TokenTree, common_prefix
+from lm_eval_deepen.member.tree import TokenTree
+from lm_eval_deepen.member.walk import Walker
 from lm_eval_deepen.relative.topk import argmax
 from lm_eval_deepen.weighting.experts import Experts, posteriors
 
-if TYPE_CHECKING:
-    from lm_eval_deepen.member import Member
-    from lm_eval_deepen.member.walk import Walker
-
 log = logging.getLogger(__name__)
-
-FORWARDS_PER_ROUND = 8  # a kill loses the scores of at most a round
 
 
 @dataclass(frozen=True)
 class StretchSpan:
-    """A text to score, as the tokens of every member.
+    """A text to score, as the tokens of every member."""
 
-    Attributes:
-        paths: the tokens of each active member, its prompt first; None where the member abstains.
-        cuts: how many of these tokens come before each boundary [S + 1] of the S stretches; empty where the member
-            abstains.
-        evidence: how many of the S stretches are part of the prompt: they move the weights and are not scored.
-    """
-
+    # the tokens of each active member, its prompt first; None where the member abstains
     paths: tuple[tuple[int, ...] | None, ...]
+    # how many of these tokens come before each boundary [S + 1] of the S stretches; empty where the member abstains
     cuts: tuple[tuple[int, ...], ...]
-    evidence: int = 0
+    evidence: int = 0  # how many of the S stretches are part of the prompt: they move the weights and are not scored
 
 
 @dataclass(frozen=True)
 class StretchScore:
-    """The score of one text.
+    """The score of one text."""
 
-    Attributes:
-        logp: natural-log probability of every scored stretch, given what comes before it.
-        greedy: whether, at every scored stretch, members with more than half of the weight in force would have chosen
-            all of their own tokens.
-        weights: the mean weight of every member over the scored stretches [M].
-    """
-
-    logp: tuple[float, ...]
+    logp: tuple[float, ...]  # natural-log probability of every scored stretch, given what comes before it
+    # whether, at every scored stretch, members with more than half of the weight in force would have chosen all of
+    # their own tokens
     greedy: bool
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # the mean weight of every member over the scored stretches [M]
 
     @property
     def total(self) -> float:
@@ -74,27 +60,18 @@ class StretchScore:
 
 @dataclass(frozen=True)
 class MemberText:
-    """One member's tokens of a text.
+    """One member's tokens of a text."""
 
-    Attributes:
-        head: the tokens before the text: control tokens, or the prompt of a conversation.
-        ids: the tokens of the text.
-        ends: the offset in the text, in bytes, at which each of `ids` ends; 0 for a prefix space on its own.
-    """
-
-    head: tuple[int, ...]
-    ids: tuple[int, ...]
+    head: tuple[int, ...]  # the tokens before the text: control tokens, or the prompt of a conversation
+    ids: tuple[int, ...]  # the tokens of the text
+    # the offset in the text, in bytes, at which each of `ids` ends; 0 for a prefix space on its own
     ends: tuple[int, ...]
 
     @classmethod
     def of(cls, member: Member, text: str, *, head: tuple[int, ...], opens: bool) -> MemberText | None:
-        """Read a text; None where the member's tokenizer cannot spell it.
+        """Read a text behind the tokens `head`; None where the member's tokenizer cannot spell it.
 
-        Args:
-            member: whose tokens.
-            text: the text.
-            head: the tokens before it.
-            opens: whether the text opens a prompt, where a tokenizer may put a prefix space.
+        Where it opens a prompt, a tokenizer may put a prefix space.
         """
         codec = member.codec
         try:
@@ -283,32 +260,20 @@ class StretchPrompter:
 
 @dataclass(frozen=True, eq=False)
 class StretchReading:
-    """What the members make of a text.
+    """What the members make of a text."""
 
-    Attributes:
-        logp: each member's natural-log probability of every stretch [P, M, S], fp64, at each of P powers of its
-            distributions; -inf where it abstains.
-        greedy: whether a member would have chosen all of its tokens in a stretch [M, S] (bool).
-        present: the members that do not abstain [M] (bool).
-        evidence: how many of the stretches are part of the prompt.
-    """
-
+    # each member's natural-log probability of every stretch [P, M, S], fp64, at each of P powers of its distributions;
+    # -inf where it abstains
     logp: Tensor
-    greedy: Tensor
-    present: Tensor
-    evidence: int = 0
+    greedy: Tensor  # whether a member would have chosen all of its tokens in a stretch [M, S] (bool)
+    present: Tensor  # the members that do not abstain [M] (bool)
+    evidence: int = 0  # how many of the stretches are part of the prompt
 
 
 def read_stretches(
     members: Sequence[Member], spans: Sequence[StretchSpan], nodes: int, powers: Sequence[float] = (1.0,)
 ) -> Iterator[tuple[int, StretchReading]]:
-    """Read texts; texts with a common beginning share it.
-
-    Args:
-        members: the active members.
-        spans: what to read.
-        nodes: how many tokens a member forwards at once.
-        powers: of the members' distributions.
+    """Read texts by every member, at some powers of its distributions; texts with a common beginning share it.
 
     Yields:
         The index of a text and what was read, as soon as its round is done.
@@ -317,7 +282,8 @@ def read_stretches(
     # Rounds follow one member's tokens, whatever the order of the members: each of them then forwards the same batches,
     # and not even rounding depends on the order.
     first = min(range(len(members)), key=lambda m: [str(part) for part in members[m].codec.identity[:2]])
-    for indices in _rounds(spans, first, FORWARDS_PER_ROUND * nodes):
+    firsts = [span.paths[first] or () for span in spans]
+    for indices in rounds(firsts, [0] * len(spans), FORWARDS_PER_ROUND * nodes):
         chosen = [spans[i] for i in indices]
         columns = [_read(member, m, walkers[m], chosen, powers) for m, member in enumerate(members)]
         for i, span, *own in zip(indices, chosen, *columns, strict=True):
@@ -329,9 +295,7 @@ def read_stretches(
 def weigh(experts: Experts, reading: StretchReading) -> StretchScore:
     """Return the score of a text: of every stretch the weighted mean of the members' probabilities.
 
-    Args:
-        experts: the static ensembles, whose posterior is updated after every stretch; one where weights are constant.
-        reading: what the members make of the text.
+    The posterior of the experts is updated after every stretch; where weights are constant there is one expert.
     """
     prompt = reading.evidence
     weights = experts.among(reading.present[None])[0]  # [K, M]
@@ -345,7 +309,7 @@ def weigh(experts: Experts, reading: StretchReading) -> StretchScore:
 
 def weighed(ensemble: EnsembleBase, reading: StretchReading) -> StretchScore:
     """Return the score of a text that an ensemble has read by stretches, and count it."""
-    score = weigh(ensemble.stretch_experts, reading)
+    score = weigh(ensemble.experts, reading)
     ensemble.counters.record_stretches(score.weights, len(score.logp), reading.present.tolist())
     return score
 
@@ -360,24 +324,6 @@ def with_evidence(span: StretchSpan, last: int) -> StretchSpan:
     """Return a text with the last stretches of its prompt alone."""
     kept = min(span.evidence, last)
     return replace(span, cuts=tuple(own[span.evidence - kept :] for own in span.cuts), evidence=kept)
-
-
-def _rounds(spans: Sequence[StretchSpan], m: int, size: int) -> Iterator[list[int]]:
-    """Yield indices of texts whose trees have about `size` nodes in member `m`, sorted by its tokens."""
-    firsts = [span.paths[m] or () for span in spans]
-    indices: list[int] = []
-    count = 0
-    before: tuple[int, ...] = ()
-    for index in sorted(range(len(spans)), key=lambda index: firsts[index]):
-        added = len(firsts[index]) - common_prefix(before, firsts[index])
-        if indices and count + added > size:
-            yield indices
-            indices, count = [], 0
-        indices.append(index)
-        count += added
-        before = firsts[index]
-    if indices:
-        yield indices
 
 
 def _read(

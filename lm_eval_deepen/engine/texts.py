@@ -14,17 +14,13 @@ from typing import Any
 import torch
 
 from lm_eval_deepen.engine.base import EnsembleBase
-from lm_eval_deepen.engine.drafts import Drafter, drafter
-from lm_eval_deepen.engine.encoder_decoder import require_scoring
-from lm_eval_deepen.engine.following import BatchRow, Generation, Job, piece_of, text_of_bytes
+from lm_eval_deepen.engine.drafts import drafter
+from lm_eval_deepen.engine.following import Generation, Job, piece_of, text_of_bytes
 from lm_eval_deepen.engine.generation import Decoder, generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
-from lm_eval_deepen.engine.scoring import SpanScore, score, total
 from lm_eval_deepen.engine.steps import Step
-from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches, weighed, with_evidence
 from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
-from lm_eval_deepen.engine.windows import rolling_spans
 from lm_eval_deepen.engine.words import WordDecoder
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.chat import distinct
@@ -97,20 +93,14 @@ class NextPiece:
 
 
 class Texts:
-    """Texts for one ensemble.
-
-    Attributes:
-        ensemble: the members and their fuser.
-        prompter: makes the members' prompts.
-        settings: how the main member's checkpoint generates.
-    """
+    """Texts for one ensemble."""
 
     def __init__(self, ensemble: EnsembleBase) -> None:
         self.ensemble = ensemble
         self.prompter = Prompter(ensemble)
         main = ensemble.main
         ends = None if self.prompter.solo else main.eos_ids
-        self.settings = Settings(base_model(main.lm.model), main.name, ends)
+        self.settings = Settings(base_model(main.lm.model), main.name, ends)  # how its checkpoint generates
 
     def batch(self, longest: int) -> int:
         """Return the batch size for texts of at most `longest` tokens; ``auto`` asks the memory model."""
@@ -168,9 +158,7 @@ class Texts:
     ) -> Iterator[tuple[int, Generation]]:
         """Yield the index of each job and its generation, as soon as it is finished.
 
-        Args:
-            jobs: what to generate.
-            names: how results name the request of each job; by default, by its place among them.
+        Results name the request of each job by its `names`; by default, by its place among them.
         """
         most = self.ensemble.main.max_length  # a text ends where the main member's context does
         size = self.batch(max((min(len(job.prompts[0].ids) + job.max_new, most) for job in jobs), default=1))
@@ -203,76 +191,3 @@ class Texts:
         if isinstance(end, int):
             text = text.lstrip()
         return presented(text, until, end if isinstance(end, str) else None)
-
-
-def generated(
-    ensemble: EnsembleBase, prompts: Sequence[str], arguments: Mapping[str, Any], traced: bool
-) -> tuple[GeneratedText, ...]:
-    """Return one text for each prompt; see `Ensemble.generate`."""
-    if traced and arguments.get("do_sample") and ensemble.config.sampling == "member" and ensemble.fuser is not None:
-        raise RequestError(
-            "sampling=member asks one member at a time, and traced=True wants what all members said at each step; "
-            "leave out one of the two"
-        )
-    texts, repeats = Texts(ensemble), Counter[tuple]()
-    if texts.prompter.solo:
-        ensemble.main.check_generation()
-    prepared = [texts.job(prompt, arguments, repeats) for prompt in prompts]
-    texts_by_index: dict[int, GeneratedText] = {}
-    for index, one in texts.generations([replace(job, traced=traced) for job, _ in prepared]):
-        if one.refusal:
-            raise RequestError(f"prompt {index}: {one.refusal}")
-        text = texts.finished(one, prepared[index][1])
-        texts_by_index[index] = GeneratedText(prompts[index], text, tuple(one.logp), one.reason, tuple(one.steps))
-    return tuple(texts_by_index[index] for index in range(len(prompts)))
-
-
-class _Kept(Drafter):
-    """Proposes nothing, and keeps the distribution that was read last."""
-
-    logp: torch.Tensor
-
-    def note(self, row: BatchRow, logp: torch.Tensor) -> None:
-        self.logp = logp
-
-
-def following(ensemble: EnsembleBase, text: str) -> NextPiece:
-    """Return what may follow a text; see `Ensemble.next_logp`."""
-    kept = _Kept()
-    list(generate(ensemble, [Job(Prompter(ensemble).prompts(text, 1), 1)], 1, kept))
-    return NextPiece(text, kept.logp.float(), ensemble.pieces)
-
-
-def scored(ensemble: EnsembleBase, pairs: Sequence[tuple[str, str]], traced: bool) -> tuple[ScoredText, ...]:
-    """Return the scores of (context, continuation) pairs; see `Ensemble.score`."""
-    require_scoring(ensemble)
-    texts = Texts(ensemble)
-    if ensemble.by_stretches:
-        prompter = StretchPrompter(ensemble)
-        kept = [with_evidence(prompter.span(*pair), ensemble.prompt_stretches or 0) for pair in pairs]
-        nodes = nodes_per_forward(ensemble, texts.batch(1))
-        readings = dict(read_stretches(ensemble.active, kept, nodes, ensemble.stretch_experts.powers))
-        weighed_spans = [weighed(ensemble, readings[index]) for index in range(len(pairs))]
-        return tuple(
-            ScoredText(*pair, one.total, one.greedy, tuple(one.logp))
-            for pair, one in zip(pairs, weighed_spans, strict=True)
-        )
-    spans = [replace(texts.prompter.span(*pair), traced=traced) for pair in pairs]
-    scores = dict(score(ensemble, spans, texts.nodes(spans)))
-    return tuple(_scored(pair, [scores[index]], scores[index].total) for index, pair in enumerate(pairs))
-
-
-def read(ensemble: EnsembleBase, text: str) -> ScoredText:
-    """Return the score of a whole text, however long, with its steps; see `Ensemble.trace`."""
-    require_scoring(ensemble)
-    texts = Texts(ensemble)
-    spans = [replace(span, traced=True) for span in rolling_spans(ensemble, text)]
-    scores = dict(score(ensemble, spans, texts.nodes(spans)))
-    windows = [scores[index] for index in range(len(spans))]
-    return _scored(("", text), windows, total(ensemble, windows) if windows else 0.0)
-
-
-def _scored(pair: tuple[str, str], windows: Sequence[SpanScore], total: float) -> ScoredText:
-    steps = tuple(window.steps[at] for window in windows for at in sorted(window.steps))
-    logp = tuple(value for window in windows for value in window.logp)
-    return ScoredText(*pair, total, all(window.greedy for window in windows), logp, steps)

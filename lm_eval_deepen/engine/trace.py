@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,19 +27,11 @@ class Trace:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.rows: Counter[str] = Counter()
-        self.sat_out: Counter[str] = Counter()
-        self.outgrown: Counter[str] = Counter()
-        self.sums: dict[str, float] = defaultdict(float)
+        self.rows, self.sat_out, self.outgrown = Counter[str](), Counter[str](), Counter[str]()
+        self.drafts, self.selected, self.words, self.turns = (Counter[str]() for _ in range(4))
+        self.pooled, self.without_answer, self.stretched, self.sums = (Counter[str]() for _ in range(4))
         self.maxima: dict[str, float] = {}
-        self.drafts: Counter[str] = Counter()
         self.near_ties: list[dict[str, Any]] = []
-        self.pooled: Counter[str] = Counter()
-        self.without_answer: Counter[str] = Counter()
-        self.selected: Counter[str] = Counter()
-        self.stretched: dict[str, float] = defaultdict(float)
-        self.words: Counter[str] = Counter()
-        self.turns: Counter[str] = Counter()
         self.told: set[str] = set()  # warnings that are given once
         self._held: list[Callable[[Tensor | None], None]] | None = None
 
@@ -82,11 +74,9 @@ class Trace:
 
     def record_stretches(self, weights: Sequence[float], count: int, present: Sequence[bool]) -> None:
         """Count a text that was scored by stretches: its members' mean weights, and who abstained."""
-        self.stretched["texts"] += 1
-        self.stretched["stretches"] += count
-        for name, weight, here in zip(self.names, weights, present, strict=True):
-            self.stretched[f"weight {name}"] += weight
-            self.sat_out[name] += not here
+        shares = {f"weight {name}": weight for name, weight in zip(self.names, weights, strict=True)}
+        self.stretched.update({"texts": 1, "stretches": count, **shares})
+        self.sat_out.update({name: int(not here) for name, here in zip(self.names, present, strict=True)})
 
     def record_proposals(self, count: int) -> None:
         """Count a place of a text at which the members made so many different proposals, and one was written."""
@@ -101,8 +91,7 @@ class Trace:
         """Count the members [B, M] that could not follow a row's bytes."""
 
         def count(steps: Tensor | None) -> None:
-            for name, out in zip(self.names, (~_at(present, steps)).sum(dim=0).tolist(), strict=True):
-                self.sat_out[name] += out
+            self.sat_out.update(dict(zip(self.names, (~_at(present, steps)).sum(dim=0).tolist(), strict=True)))
 
         self._count(count)
 
@@ -120,16 +109,10 @@ class Trace:
         here: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
-        """Count fused rows [B, K] beside the members' own distributions [B, V_m].
+        """Count fused rows [B, K] of the vocabulary `out` beside the members' own distributions [B, V_m].
 
-        Args:
-            logp: the members'.
-            vocabs: their vocabularies.
-            fused: what was made of them.
-            out: its vocabulary.
-            stats: of the method, one value a row.
-            here: which members took part in each row [B, M] (bool); None for all. Others agree with nobody.
-            rows: which rows of a step these are (bool), where others of it were not fused; None for all.
+        A member that takes no part in a row (`here` [B, M]; None for all) agrees with nobody. Where other rows of a
+        step were not fused, `rows` (bool) says which of it these are.
         """
         takes_part = [[True] * len(logp)] * len(fused) if here is None else here.tolist()
         own = [argmax(rows).tolist() for rows in logp]
@@ -156,7 +139,7 @@ class Trace:
                 if key.startswith(MAXIMUM):
                     self.maxima[key] = max(most, self.maxima.get(key, most))
                 else:
-                    self.sums[key] += total
+                    self.sums.update({key: total})
 
         self._count(count)
 
@@ -165,57 +148,43 @@ class Trace:
         """Return the sums over the processes of a run, which have the same members."""
         total = cls(traces[0].names)
         for trace in traces:
-            total.rows.update(trace.rows)
-            total.sat_out.update(trace.sat_out)
-            total.outgrown.update(trace.outgrown)
-            total.record_drafts(trace.drafts, trace.near_ties)
-            total.pooled.update(trace.pooled)
-            total.without_answer.update(trace.without_answer)
-            total.selected.update(trace.selected)
-            total.words.update(trace.words)
-            total.turns.update(trace.turns)
-            for key, value in trace.stretched.items():
-                total.stretched[key] += value
-            for key, value in trace.sums.items():
-                total.sums[key] += value
+            for name, counts in vars(trace).items():
+                if isinstance(counts, Counter):
+                    getattr(total, name).update(counts)
+            total.near_ties += trace.near_ties
             for key, value in trace.maxima.items():
                 total.maxima[key] = max(value, total.maxima.get(key, value))
         return total
 
     def summary(self) -> dict[str, Any]:
         """Return the counts, and means over the fused rows, for the results file."""
-        fused = self.rows["fused"]
-        share = {key: self.rows[key] / fused if fused else None for key in ("argmax_changed", "members_agree")}
-        drafts = {"speculation": {**self.drafts, "near_ties": self.near_ties}} if self.drafts else {}
-        count = self.pooled["requests"]
-        means = {f"mean_{key}": self.pooled[key] / count for key in self.pooled if key != "requests"} if count else {}
-        absent = {"without_answer_of": dict(self.without_answer)} if self.without_answer else {}
-        pooled = {"pooled": {"requests": int(count), **means, **absent}} if count else {}
-        selected = {"selective": dict(self.selected)} if self.selected else {}
-        turns = {"sampled_by_turns": dict(self.turns)} if self.turns else {}
-        sums: dict[str, float] = {}
-        for key, value in sorted(self.sums.items()) if fused else ():
-            if key.startswith(COUNT):
-                sums[key] = int(value)
-            else:
-                sums[f"mean_{key}"] = value / fused
-        stretched: dict[str, Any] = {}
-        if texts := self.stretched["texts"]:
+        fused, requests, texts = self.rows["fused"], self.pooled["requests"], self.stretched["texts"]
+        optional: dict[str, dict[str, Any]] = {
+            "speculation": {**self.drafts, "near_ties": self.near_ties} if self.drafts else {},
+            "selective": self.selected,
+            "sampled_by_turns": self.turns,
+            "proposals": self.words,
+            "steps_beyond_context": self.outgrown,
+        }
+        if requests:
+            means = {f"mean_{key}": total / requests for key, total in self.pooled.items() if key != "requests"}
+            absent = {"without_answer_of": dict(self.without_answer)} if self.without_answer else {}
+            optional["pooled"] = {"requests": int(requests), **means, **absent}
+        if texts:
             weights = {name: self.stretched[f"weight {name}"] / texts for name in self.names}
-            stretched = {"texts": int(texts), "stretches": int(self.stretched["stretches"]), "mean_weights": weights}
+            stretches = {"texts": int(texts), "stretches": int(self.stretched["stretches"]), "mean_weights": weights}
+            optional["scored_by_stretches"] = stretches
+        sums = {
+            key if key.startswith(COUNT) else f"mean_{key}": int(total) if key.startswith(COUNT) else total / fused
+            for key, total in sorted(self.sums.items() if fused else ())
+        }
         return {
-            **drafts,
-            **pooled,
-            **selected,
-            **turns,
-            **({"scored_by_stretches": stretched} if stretched else {}),
-            **({"proposals": dict(self.words)} if self.words else {}),
+            **{name: dict(counts) for name, counts in optional.items() if counts},
             "steps_fused": fused,
             "steps_skipped": self.rows["skipped"],
             "steps_sat_out": {name: self.sat_out[name] for name in self.names},
-            **({"steps_beyond_context": dict(self.outgrown)} if self.outgrown else {}),
-            "argmax_differs_from_main": share["argmax_changed"],
-            "members_agree": share["members_agree"],
+            "argmax_differs_from_main": self.rows["argmax_changed"] / fused if fused else None,
+            "members_agree": self.rows["members_agree"] / fused if fused else None,
             **dict(sorted(self.maxima.items())),
             **sums,
         }

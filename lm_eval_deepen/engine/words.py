@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.following import BatchRow, Follower, TokenPrefix
 from lm_eval_deepen.engine.generation import Decoder, append
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.fusion._rows import Roles, gather_groups, keep, roles_of, text_ids
+from lm_eval_deepen.fusion._rows import gather_groups, keep, roles_of, text_ids
 from lm_eval_deepen.fusion.adafuse import AdaFuse
 from lm_eval_deepen.member.text import incomplete_tail
 from lm_eval_deepen.member.tree import common_prefix
@@ -26,19 +25,14 @@ LONGEST = 12  # tokens of a word
 Proposal = tuple[int, ...]  # tokens; none for an end of text
 
 
-@dataclass(frozen=True, eq=False)
 class Events:
     """What may come next in a member's vocabulary: texts, each by the id that spells it, and the end of text."""
 
-    vocab: ByteVocab
-    roles: Roles
-    spelt_by: dict[int, int]  # of ids with the same bytes, the one that a tokenizer gives, by the lowest
-
-    @classmethod
-    def of(cls, vocab: ByteVocab, device: torch.device) -> Events:
+    def __init__(self, vocab: ByteVocab, device: torch.device) -> None:
         """Read a vocabulary, whose rows are on a device."""
-        twins = {ids[0]: vocab.preferred(ids) for ids in text_ids(vocab).values() if len(ids) > 1}
-        return cls(vocab, roles_of(vocab, with_end=True).to(device), twins)
+        self.vocab, self.roles = vocab, roles_of(vocab, with_end=True).to(device)
+        # of ids with the same bytes, the one that a tokenizer gives, by the lowest
+        self.spelt_by = {ids[0]: vocab.preferred(ids) for ids in text_ids(vocab).values() if len(ids) > 1}
 
     def likeliest(self, logp: Tensor, count: int) -> list[tuple[int, float]]:
         """Return at most `count` events of a row [V] with their probabilities, the likeliest first."""
@@ -95,7 +89,7 @@ class WordDecoder(Decoder):
         super().__init__(ensemble, waiting, batch_size, drafter)
         assert ensemble.by_words is not None
         self.options = ensemble.by_words
-        self.events = [Events.of(member.codec.vocab.events, ensemble.device) for member in ensemble.active]
+        self.events = [Events(member.codec.vocab.events, ensemble.device) for member in ensemble.active]
 
     def step(self) -> list[BatchRow]:
         """Extend every row by at least one token, or end it, and return those that are finished by it."""

@@ -1,7 +1,5 @@
 """Step-level fusion methods: every module of this folder is one, found on first use."""
 
-from __future__ import annotations
-
 from lm_eval_deepen.fusion.base import METHODS
 
 __all__ = ["METHODS"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +20,7 @@ from lm_eval_deepen.relative.support import Side, abstain, shares, split
 from lm_eval_deepen.relative.topk import NEG_INF
 from lm_eval_deepen.solvers.em import SMALLEST
 from lm_eval_deepen.solvers.exact import LITTLE, UNDERFLOWS
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.weighting.experts import Experts
+from lm_eval_deepen.weighting.experts import Experts
 
 ROWS = 16  # worked on at once: the class masses of all geometric experts stay in a core's cache
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lm_eval_deepen.fusion.base import Fused, Fuser
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.weighting.experts import Experts
+from lm_eval_deepen.weighting.experts import Experts
 
 
 class ExpertRows(Protocol):
@@ -31,13 +29,7 @@ class FusedByEach:
     """Every expert's fused distribution in full: right for any method, at the cost of K fusions."""
 
     def __init__(self, fusers: Sequence[Fuser], logp: Sequence[Tensor], weights: Tensor) -> None:
-        """Fuse.
-
-        Args:
-            fusers: one per expert; they differ in their average alone.
-            logp: log-probabilities [B, V_m] per member.
-            weights: the experts' weights [B, K, M].
-        """
+        """Fuse rows [B, V_m] by a fuser per expert, which differ in their average alone, under `weights` [B, K, M]."""
         fused = [fuser.fuse(logp, weights[:, k].float()) for k, fuser in enumerate(fusers)]
         self.logp = torch.stack([part.logp for part in fused])  # [K, B, C]
         self.stats = [part.stats for part in fused]
@@ -59,14 +51,9 @@ class SomeLeft:
     """Rows of which some are left to the main member: there every expert says what that member says."""
 
     def __init__(self, main: Tensor, columns: int, left: Tensor, fused: ExpertRows | None, experts: int) -> None:
-        """Take all rows of the main member [B, V_0], which of them are left [B], and the others, fused.
+        """Take all rows of the main member [B, V_0], which are left [B] (bool), and the others under K experts, fused.
 
-        Args:
-            main: log-probabilities of the main member.
-            columns: length C of a fused row.
-            left: rows that are left (bool).
-            fused: the experts at the other rows, in their order; None where there are none.
-            experts: their number K.
+        Without others, `fused` is None. A fused row has `columns` entries, C.
         """
         self.main, self.columns, self.left, self.fused, self.experts = main, columns, left, fused, experts
         self.place = torch.cumsum(~left, 0) - 1  # [B]
@@ -129,12 +116,8 @@ def by_expert(
 ) -> ExpertRows:
     """Return rows [B, V_m] under experts; methods that know no faster way fuse K times.
 
-    Args:
-        fuser: the method's.
-        logp: log-probabilities per member.
-        weights: the experts' weights in every row [B, K, M], of the members that take part.
-        experts: which they are.
-        left: rows that are left to the main member [B] (bool); None for none.
+    `weights` [B, K, M] are the experts' of the members that take part; rows of `left` [B] (bool) are left to the main
+    member.
     """
     powers, places = experts.powers, experts.places_of_powers()
     parts = []

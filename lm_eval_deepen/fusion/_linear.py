@@ -52,12 +52,9 @@ class LinearFuser(RowFuser):
         self.vocabularies = tuple(vocabularies)
 
     def shares(self, mapped: Sequence[Tensor], shares: Tensor, roles: Roles) -> Tensor:
-        """Return the members' shares [B, M] of the average.
+        """Return the members' shares [B, M] of the average, from those by weight.
 
-        Args:
-            mapped: their mapped distributions [B, K]; a group's mass is spread among its ids.
-            shares: their shares by weight [B, M].
-            roles: the main member's ids by role.
+        In their mapped distributions [B, K] a group's mass is spread among its ids, by the main member's `roles`.
         """
         return shares
 
@@ -116,12 +113,9 @@ class LinearFuser(RowFuser):
 
 
 def spread(mapped: Tensor, own: Tensor, roles: Roles) -> Tensor:
-    """Share the mass that arrived at the leader of a group among the group's ids, in place.
+    """Share the mass [B, K] that arrived at the leader of a group among the group's ids, in place.
 
-    Args:
-        mapped: another member's mass on common pieces [B, K]; all of a group's at its leader.
-        own: the main member's log-probabilities [B, V_0], which give the proportions.
-        roles: the main member's ids by role.
+    The main member's log-probabilities `own` [B, V_0] give the proportions.
     """
     if len(roles.groups):
         given = within_groups(own, roles).exp() * mapped[:, roles.leaders, None]

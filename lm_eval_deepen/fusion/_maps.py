@@ -6,7 +6,7 @@ They have the file format of a sparse relative matrix: an identity that is check
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.fusion.base import MemberView
 from lm_eval_deepen.relative.blocks import counted
 from lm_eval_deepen.relative.matrix import SparseMatrix
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.relative.store import MatrixStore
 
 FORMAT = "lm-eval-deepen-map-1"
 

@@ -137,12 +137,8 @@ def gather_groups(p: Tensor, roles: Roles) -> Tensor:
 def finish(logp: Tensor, main: Tensor, part: Kept, roles: Roles, usable: Tensor) -> Tensor:
     """Complete fused rows: the main member's control pieces keep their probability, unused ids have none.
 
-    Args:
-        logp: fused log-probabilities given text or end [B, K], changed in place.
-        main: the main member's rows as given [B, V_0].
-        part: what was kept of them.
-        roles: the main member's ids by role.
-        usable: rows [B] (bool) with a fused distribution; the others get the main member's own.
+    The fused log-probabilities [B, K], given text or end, are changed in place. Of the main member's rows as given
+    [B, V_0], `part` was kept; a row that is not `usable` [B] (bool) gets them as they are.
     """
     size = main.shape[1]
     logp += part.log_kept[:, None]

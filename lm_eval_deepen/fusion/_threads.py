@@ -14,16 +14,10 @@ Result = TypeVar("Result")
 
 
 def in_parts(rows: int, largest: int, device: torch.device, work: Callable[[slice], Result]) -> list[Result]:
-    """Return what `work` gives for consecutive parts of some rows, in their order.
+    """Return what `work` gives for consecutive parts of some rows, of at most `largest`, in their order.
 
-    On a CPU as many parts run at once as torch has threads, each of them on one. Rows do not depend on each other, so
-    the parts make no difference beyond the last bit.
-
-    Args:
-        rows: their number; none are one empty part.
-        largest: rows of a part, at most.
-        device: where the work is done.
-        work: called with a part, in a thread of its own if there are several.
+    On a CPU as many parts run at once as torch has threads, each in a thread of its own. Rows do not depend on each
+    other, so the parts make no difference beyond the last bit. No rows are one empty part.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     size = max(1, min(largest, -(-rows // threads)))

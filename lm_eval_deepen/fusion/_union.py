@@ -14,16 +14,13 @@ from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 @dataclass(frozen=True)
 class Union:
-    """The union vocabulary and each member's place in it.
+    """The union vocabulary and each member's place in it."""
 
-    Attributes:
-        vocabulary: the main member's pieces under its own ids, then the other members' further pieces of text,
-            each once, in the order of the members and their ids [K].
-        columns: for every member, the column of an id, or -1: control pieces, unused ids [V_m]. Ids that stand
-            for one event (pieces with the same bytes, all EOS ids) share the column of the main member's first.
-    """
-
+    # the main member's pieces under its own ids, then the other members' further pieces of text, each once, in the
+    # order of the members and their ids [K]
     vocabulary: ByteVocab
+    # for every member, the column of an id, or -1: control pieces, unused ids [V_m]. Ids that stand for one event
+    # (pieces with the same bytes, all EOS ids) share the column of the main member's first
     columns: tuple[Tensor, ...]
 
 

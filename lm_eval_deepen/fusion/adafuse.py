@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.fusion.deepen import Deepen
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.relative.store import MatrixStore
 
 
 @fusion("adafuse", paper="arXiv:2601.06022")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -30,6 +30,7 @@ from lm_eval_deepen.relative.matrix import OneHotOperator, row_entropy_share
 from lm_eval_deepen.relative.operators import share_columns
 from lm_eval_deepen.relative.pieces import Tokenizers
 from lm_eval_deepen.relative.spaces import NORMALIZATIONS
+from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import (
     WIDER,
     Side,
@@ -51,10 +52,7 @@ from lm_eval_deepen.solvers.exact import UNDERFLOWS, exact_gain
 from lm_eval_deepen.solvers.trust import within
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
-    from lm_eval_deepen.weighting.experts import Experts
+from lm_eval_deepen.weighting.experts import Experts
 
 log = logging.getLogger(__name__)
 
@@ -372,21 +370,13 @@ Group = tuple[Tensor, list[Tops]]  # indices of rows [b], and every member's own
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to fuse.
+    """Rows to fuse."""
 
-    Attributes:
-        parts: what they are made of.
-        share: the members' weights [B, M].
-        active: members that take part [B, M] (bool), the main one always.
-        out: where the fused text pieces go [B, V_0].
-        with_end: whether there is an end of text.
-    """
-
-    parts: Split
-    share: Tensor
-    active: Tensor
-    out: Tensor
-    with_end: bool
+    parts: Split  # what they are made of
+    share: Tensor  # the members' weights [B, M]
+    active: Tensor  # members that take part [B, M] (bool), the main one always
+    out: Tensor  # where the fused text pieces go [B, V_0]
+    with_end: bool  # whether there is an end of text
 
 
 @dataclass(frozen=True)

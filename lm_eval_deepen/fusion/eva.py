@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,12 +18,10 @@ from lm_eval_deepen.fusion._rows import TINY, Roles, gather_groups, text_ids
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.blocks import blocks
 from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
 
 BLOCK_BYTES = 64 << 20  # cosines of one block of rows, fp32
 CHECK_ROWS = 8192

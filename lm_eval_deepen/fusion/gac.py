@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -13,9 +13,7 @@ from lm_eval_deepen.fusion._events import Events
 from lm_eval_deepen.fusion._linear import LinearFuser, one_to_one
 from lm_eval_deepen.fusion._union import unite_vocabularies
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.relative.store import MatrixStore
 
 
 @fusion("gac", paper="arXiv:2406.12585")

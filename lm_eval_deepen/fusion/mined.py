@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +15,8 @@ from lm_eval_deepen.fusion._rows import text_ids
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.relative.blocks import counted
 from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
 
 
 @fusion("mined", paper="arXiv:2401.10491")

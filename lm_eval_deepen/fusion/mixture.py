@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.fusion.base import Fuser, MemberView, fusion
 from lm_eval_deepen.fusion.deepen import Deepen
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
+from lm_eval_deepen.relative.store import MatrixStore
 
 
 @fusion("mixture", paper="arXiv:2605.00419")

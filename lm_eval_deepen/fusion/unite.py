@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,12 +30,10 @@ from lm_eval_deepen.fusion._rows import (
 from lm_eval_deepen.fusion._union import Union, unite_vocabularies
 from lm_eval_deepen.fusion.base import Fused, Fuser, MemberView, fusion
 from lm_eval_deepen.relative.matrix import SparseMatrix
+from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import abstain
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
-
-if TYPE_CHECKING:
-    from lm_eval_deepen.relative.store import MatrixStore
 
 
 @fusion("unite", paper="arXiv:2410.03777")

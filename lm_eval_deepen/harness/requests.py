@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.encoder_decoder import require_scoring
 from lm_eval_deepen.engine.following import Job
 from lm_eval_deepen.engine.memory import nodes_per_forward
 from lm_eval_deepen.engine.prompts import Span
@@ -90,7 +89,7 @@ class RequestHandler(MainMemberView):
     def check_kind(self, kind: str) -> None:
         """Raise RequestError where this ensemble has no answer to any request of a type."""
         if kind != "generate_until":
-            require_scoring(self.ensemble)
+            self.ensemble.require_scoring()
         elif self.texts.prompter.solo:
             self.ensemble.main.check_generation()
 
@@ -143,7 +142,7 @@ class RequestHandler(MainMemberView):
         windows = [with_evidence(window, last) for text in texts for window in text]
         owners = [index for index, text in enumerate(texts) for _ in text]
         nodes = nodes_per_forward(self.ensemble, self.texts.batch(1))
-        powers = max((peer.ensemble.stretch_experts.powers for peer in self.peers), key=len)
+        powers = max((peer.ensemble.experts.powers for peer in self.peers), key=len)
         for index, own in _whole(read_stretches(self.ensemble.active, windows, nodes, powers), owners):
             reading = own[0] if len(own) == 1 else joined(own)
             scores = [weighed(peer.ensemble, reading) for peer in self.peers]

@@ -1,7 +1,5 @@
 """Pooling: request-level ensembles of the members' own answers. Every module here is a method, found on first use."""
 
-from __future__ import annotations
-
 from lm_eval_deepen.pooling.base import POOLINGS
 
 __all__ = ["POOLINGS"]

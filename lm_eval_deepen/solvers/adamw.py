@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.relative.operators import Operator
-from lm_eval_deepen.solvers.base import solver
-from lm_eval_deepen.solvers.residual import Inverted, inverted
+from lm_eval_deepen.solvers.base import Inverted, inverted, solver
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

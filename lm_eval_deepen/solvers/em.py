@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.relative.operators import Operator
-from lm_eval_deepen.solvers.base import solver
-from lm_eval_deepen.solvers.residual import Inverted, inverted
+from lm_eval_deepen.solvers.base import Inverted, inverted, solver
 
 # Added to both sides of r / (p R): a ratio of two smaller numbers is rounding, and becomes 1.
 SMALLEST = 1e-30

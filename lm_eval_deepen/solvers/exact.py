@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.relative.operators import Operator
-from lm_eval_deepen.solvers.base import solver
+from lm_eval_deepen.solvers.base import Inverted, solver
 from lm_eval_deepen.solvers.em import SMALLEST
-from lm_eval_deepen.solvers.residual import Inverted
 
 LITTLE = 1e-3  # where p0 reaches less of r, what underflows in p0 R is not normalised: that would have no bound
 UNDERFLOWS = torch.finfo(torch.float32).tiny

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.relative.operators import Operator
-from lm_eval_deepen.solvers.base import solver
+from lm_eval_deepen.solvers.base import Inverted, inverted, solver
 from lm_eval_deepen.solvers.em import SMALLEST
-from lm_eval_deepen.solvers.residual import Inverted, inverted
 
 
 @solver("mirror")

@@ -1,7 +1,5 @@
 """Weightings: where the members' weights come from. Every module of this folder is one, found on first use."""
 
-from __future__ import annotations
-
 from lm_eval_deepen.weighting.base import WEIGHTINGS
 
 __all__ = ["WEIGHTINGS"]

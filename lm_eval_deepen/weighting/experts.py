@@ -22,24 +22,16 @@ POWERS = (1.0, 0.85)  # of the members' probabilities: language models are surer
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """A fixed set of static ensembles.
+    """A fixed set of static ensembles."""
 
-    Attributes:
-        weights: one row of member weights per expert [K, M], fp64; rows sum to 1.
-        geometric: which experts average geometrically [K] (bool); the others average linearly.
-        power: what the probabilities are raised to, and then normalised again [K], fp64: below 1, an expert is less
-            sure than its members. Of a geometric expert that is the sum of its exponents.
-        log_prior: natural-log prior of every expert [K], fp64.
-        prompt_stretches: how many of a prompt's last stretches they learn from.
-        prior_share: how much of the prior stays in the weights that a continuation begins with.
-    """
-
-    weights: Tensor
-    geometric: Tensor
+    weights: Tensor  # one row of member weights per expert [K, M], fp64; rows sum to 1
+    geometric: Tensor  # which experts average geometrically [K] (bool); the others average linearly
+    # what the probabilities are raised to, and then normalised again [K], fp64: below 1, an expert is less sure than
+    # its members. Of a geometric expert that is the sum of its exponents
     power: Tensor
-    log_prior: Tensor
-    prompt_stretches: int = 0
-    prior_share: float = 1.0
+    log_prior: Tensor  # natural-log prior of every expert [K], fp64
+    prompt_stretches: int = 0  # how many of a prompt's last stretches they learn from
+    prior_share: float = 1.0  # how much of the prior stays in the weights that a continuation begins with
 
     @classmethod
     def static(cls, weights: Tensor) -> Experts:
@@ -53,12 +45,8 @@ class Experts:
     ) -> Experts:
         """Return experts, each given by its weights, whether it averages geometrically, and its power.
 
-        Args:
-            experts: what they are.
-            prior: of every expert; None for a uniform one.
-
         Raises:
-            ConfigError: another number of priors than of experts.
+            ConfigError: another number of priors than of experts; without a prior, it is uniform.
         """
         if prior is not None and len(prior) != len(experts):
             raise ConfigError(
@@ -130,10 +118,7 @@ class Experts:
 
         They are the posterior after the last `prompt_stretches`, and a share of the prior (the fixed share of Herbster
         and Warmuth, 1998, at this one place). So what a prompt teaches costs a continuation at most log2(1/share) bits
-        if it is wrong there.
-
-        Args:
-            prompt: each expert's natural-log probability of every stretch of the prompt [K, S], fp64.
+        if it is wrong there. `prompt` has each expert's natural-log probability of every stretch [K, S], fp64.
         """
         last = prompt[:, prompt.shape[1] - min(self.prompt_stretches, prompt.shape[1]) :]
         learnt = posteriors(self.log_prior, last)[0][-1]

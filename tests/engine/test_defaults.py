@@ -140,7 +140,7 @@ def test_an_adversary_costs_at_most_log2_k_bits_a_text(pico, adversaries, tmp_pa
         paths = [pico["bytelevel"], adversaries[name]][:: 1 if first else -1]
         keys = {"matrix_dir": str(tmp_path), "method": method}
         model = by_default(*paths, **keys)
-        experts = model.ensemble.stretch_experts if method == "mixture" else model.ensemble.experts
+        experts = model.ensemble.experts
         honest = [1 - 1e-6, 1e-6][:: 1 if first else -1]  # all weight would skip fusion
         alone = by_default(*paths, **keys, weights=honest)
         learnt = model.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
@@ -154,7 +154,7 @@ def test_five_members_two_of_them_adversaries(pico, adversaries, tmp_path, metho
     paths = [pico["bytelevel"], adversaries["certain"], pico["metaspace"], pico["padded"], adversaries["permuted"]]
     keys = {"matrix_dir": str(tmp_path), "method": method}
     model = by_default(*paths, **keys)
-    experts = model.ensemble.stretch_experts if method == "mixture" else model.ensemble.experts
+    experts = model.ensemble.experts
     learnt = [value for value, _ in model.loglikelihood(requests("loglikelihood", *PAIRS[:6]), disable_tqdm=True)]
     for m in (0, 2, 3):
         weights = [1e-6] * 5

@@ -116,13 +116,6 @@ def test_generation_learns_from_its_own_text(make):
             ids.append(token)
 
 
-def test_speculation_changes_no_text(make):
-    contexts = [(context, {"max_gen_toks": 12, "until": []}) for context in CONTEXTS[:3]]
-    plain = make(weighting="bayes").generate_until(requests("generate_until", *contexts))
-    drafted = make(weighting="bayes", speculate="lookup").generate_until(requests("generate_until", *contexts))
-    assert plain == drafted
-
-
 @pytest.mark.parametrize(("last", "share"), [(32, 0.25), (3, 0.0)])
 def test_what_the_prompt_teaches_is_what_stretches_say(make, last, share):
     """The weights after a prompt are those of the last stretches between the places where all members' tokens end."""

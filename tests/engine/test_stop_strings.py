@@ -84,6 +84,14 @@ def spelled(draw, vocab) -> list[int]:
     return ids
 
 
+def drawn(data, model, unstopped):
+    """Draw a context, stop strings and a length, and say where its text ends, and why."""
+    context = data.draw(st.sampled_from(CONTEXTS))
+    ids = unstopped[context]
+    stops, most = data.draw(stop_strings(model.tok_decode(ids))), data.draw(st.integers(1, STEPS))
+    return context, stops, most, *slow_stop(model, ids, stops, most, ended=len(ids) < STEPS)
+
+
 @PLENTY
 @given(data=st.data())
 def test_a_text_stops_where_a_look_at_all_of_it_stops(model, data):
@@ -114,16 +122,13 @@ def test_generated_texts_stop_where_the_plain_loop_does(model, unstopped, data, 
     ensemble = model.ensemble
     jobs, expected = [], []
     for _ in range(data.draw(st.integers(1, 6))):
-        context = data.draw(st.sampled_from(CONTEXTS))
-        ids = unstopped[context]
-        whole = model.tok_decode(ids)
-        stops, most = data.draw(stop_strings(whole)), data.draw(st.integers(1, STEPS))
+        context, stops, most, count, reason = drawn(data, model, unstopped)
         jobs.append(Job(Prompter(ensemble).prompts(context, STEPS), most, tuple(stops)))
-        expected.append((context, stops, most, *slow_stop(model, ids, stops, most, ended=len(ids) < STEPS)))
+        expected.append((context, count, reason))
     drafts = drafter(speculate)
     found = dict(generate(ensemble, jobs, data.draw(st.integers(1, 4)), drafts))
     tied = {tie["request"] for tie in drafts.near_ties}
-    for index, (context, _, _, count, reason) in enumerate(expected):
+    for index, (context, count, reason) in enumerate(expected):
         event(reason)
         if index not in tied:
             assert (found[index].ids, found[index].reason) == (unstopped[context][:count], reason)
@@ -135,11 +140,7 @@ def test_answers_are_cut_at_the_first_stop_string(model, unstopped, data):
     """Through the harness's requests."""
     asked, expected = [], []
     for _ in range(data.draw(st.integers(1, 4))):
-        context = data.draw(st.sampled_from(CONTEXTS))
-        ids = unstopped[context]
-        whole = model.tok_decode(ids)
-        stops, most = data.draw(stop_strings(whole)), data.draw(st.integers(1, STEPS))
-        count, _ = slow_stop(model, ids, stops, most, ended=len(ids) < STEPS)
+        context, stops, most, count, _ = drawn(data, model, unstopped)
         asked.append((context, {"until": list(stops), "max_gen_toks": most}))
-        expected.append(cut(model.tok_decode(ids[:count]), stops))
+        expected.append(cut(model.tok_decode(unstopped[context][:count]), stops))
     assert model.generate_until(requests("generate_until", *asked)) == expected

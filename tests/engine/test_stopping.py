@@ -1,4 +1,4 @@
-"""When a text ends: EOS of every member, stop strings, lengths; each row on its own."""
+"""When a text ends: EOS of every member; stop strings and lengths are in `test_stop_strings.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from harness import deepen, hf, requests
 
-from lm_eval_deepen.engine.following import BatchRow, Generation, Job
-from lm_eval_deepen.engine.generation import append, generate
+from lm_eval_deepen.engine.following import Job
+from lm_eval_deepen.engine.generation import generate
 from lm_eval_deepen.engine.prompts import Prompter
 
 ORDERS = [("bytelevel", "metaspace"), ("metaspace", "padded"), ("padded", "bytelevel")]
@@ -80,39 +80,7 @@ def test_an_end_of_the_main_member_alone_does_not_stop_the_others(pair, monkeypa
     assert found.reason == "length" and len(found.ids) == 3
 
 
-def test_rows_end_independently(pair):
-    """A row that stops at once, one that stops later, and one that runs to its length."""
-    batch = requests(
-        "generate_until",
-        ("The fox", {"until": [], "max_gen_toks": 1}),
-        ("The fox", {"until": [], "max_gen_toks": 9}),
-        ("The fox", {"until": ["a", "e", "i", "o"], "max_gen_toks": 9}),
-    )
-    alone = [pair.generate_until([request])[0] for request in batch]
-    together = deepen_with_batch(pair, 3).generate_until(batch)
-    assert together == alone
-    for shorter in (alone[0], alone[2]):
-        assert alone[1].startswith(shorter.rstrip("\ufffd"))  # a text may end within a character
-
-
-def deepen_with_batch(model, size):
-    model.ensemble_config = model.ensemble_config.replace(batch_size=size)
-    return model
-
-
 def test_a_stop_string_in_the_prompt_stops_nothing(pico):
     ours, theirs = deepen(pico["bytelevel"]), hf(pico["bytelevel"])
     batch = requests("generate_until", ("STOP here\nSTOP", {"until": ["STOP"], "max_gen_toks": 6}))
     assert ours.generate_until(batch) == theirs.generate_until(batch) != [""]
-
-
-@pytest.mark.parametrize("stop", ["é", "🙂", "a🙂", "\nQ"])
-def test_a_stop_string_waits_for_whole_characters_over_several_tokens(pair, stop):
-    """Byte by byte: no part of the stop ends the text, its last byte does."""
-    main = pair.ensemble.main
-    row = BatchRow(0, Job((), 99, (stop,)), Generation())
-    for byte in f"x{stop}".encode():
-        assert row.out.reason == ""
-        append(pair.ensemble, row, main.codec.vocab.ids_of[bytes([byte])][-1], 0.0)
-    assert row.out.reason == "stop"
-    assert pair.texts.finished(row.out, [stop]) == "x"

@@ -210,7 +210,7 @@ def by_stretches(model, expert):
     """Return a function from texts to the probabilities of what one expert writes next, None for an end."""
     ensemble = model.ensemble
     prompts = Texts(ensemble).prompter.prompts(CONTEXT, 2)
-    weights, power = ensemble.stretch_experts.weights[expert], ensemble.stretch_experts.power[expert]
+    weights, power = ensemble.experts.weights[expert], ensemble.experts.power[expert]
 
     def after(text):
         found = Counter()
@@ -231,7 +231,7 @@ def by_stretches(model, expert):
 def test_mixture_writes_without_a_main_member(make, names):
     """The law is summed over the experts, each of which stands for a whole text; it is the same in both orders."""
     model = make(names, method="mixture")
-    experts = model.ensemble.stretch_experts
+    experts = model.ensemble.experts
     cells = Counter()
     for expert, prior in enumerate(experts.log_prior.exp().tolist()):
         after = by_stretches(model, expert)

@@ -19,11 +19,6 @@ MEMBERS = trio()
 WEIGHTS = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0], [0.2, 0.0, 0.8], [0.0, 0.5, 0.5]])
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> MatrixStore:
-    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
-
-
 def masses(p: np.ndarray, vocab: ByteVocab) -> tuple[float, float, float]:
     """Text, end and control mass of one row."""
     text = sum(p[i] for i, piece in enumerate(vocab.pieces) if piece)

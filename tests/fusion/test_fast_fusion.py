@@ -156,11 +156,6 @@ WEIGHTS = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.4, 0.6, 0.0, 0.0], [0.2, 0.0, 0
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> MatrixStore:
-    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
-
-
-@pytest.fixture(scope="module")
 def world(store: MatrixStore):
     """Sides of four members, two of them with long rows, and their matrices in full."""
     anchors = find_anchors([m.vocabulary for m in LONG], names=list("abcd"))

@@ -63,11 +63,6 @@ class Case:
         return rows(self.members, count, **options)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> MatrixStore:
-    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
-
-
 def pico_views(pico: dict[str, Path]) -> dict[str, MemberView]:
     """The pico members as fusion methods see them, with their tokenizers."""
     return {name: view(deepen(pico[name]).ensemble.main) for name in FAMILIES}

@@ -23,7 +23,6 @@ from lm_eval_deepen.fusion.gac import Gac
 from lm_eval_deepen.fusion.mined import Mined
 from lm_eval_deepen.fusion.unite import Unite
 from lm_eval_deepen.member import Prompt, TextCodec
-from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
@@ -45,11 +44,6 @@ def members() -> list[MemberView]:
         spelling = Spelling(lambda data, codec=codec: codec.follow(Prompt((), "", ()), data), str(codec.identity[0]))
         found.append(replace(view(model.name, codec.vocab, noise(size)), spelling=spelling))
     return found
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> MatrixStore:
-    return MatrixStore(tmp_path_factory.mktemp("matrices"), progress=False)
 
 
 def noise(size: int, dim: int = 12) -> torch.Tensor:
