@@ -24,17 +24,11 @@ Reads = Sequence[Sequence[int]]  # per row, lengths of its sequence after which 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A forwarded token sequence.
-
-    Attributes:
-        tokens: the sequence.
-        state: what ``logp`` needs for its end [d].
-        kv: keys and values [H, len(tokens), D] per layer, or the state that a model carries; empty where none is kept.
-    """
+    """A forwarded token sequence."""
 
     tokens: tuple[int, ...]
-    state: Tensor
-    kv: Any
+    state: Tensor  # what ``logp`` needs for its end [d]
+    kv: Any  # keys and values [H, len(tokens), D] per layer, or the state that a model carries; empty for none
 
 
 class ColumnCache:

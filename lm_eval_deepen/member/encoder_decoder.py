@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError, VocabularyError, did_you_mean
-from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
+from lm_eval_deepen.member.chat import plain_rendering
 from lm_eval_deepen.member.configuration import ENCODER_DECODER
 from lm_eval_deepen.member.member import Member
 from lm_eval_deepen.member.runner import PlainRunner, TokenSequences
@@ -244,10 +244,6 @@ class EncoderDecoderMember(Member):
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, fallback: str) -> str:
         """Return a conversation as plain text; a source is cut out of it."""
         return plain_rendering(messages, add_generation_prompt)
-
-    def conversation(self, chat: ChatPrompt, fallback: str) -> Prompt:
-        """Return the prompt of a conversation; arguments as `render`."""
-        return self.prompt(chat.rendered(self.render(chat.messages, chat.add_generation_prompt, fallback)))
 
     def source(self, text: str) -> str:
         """Return the source text within a prompt; raises RequestError where the pattern does not match."""

@@ -295,7 +295,7 @@ class Member:
     def rendered_prompt(self, text: str) -> Prompt:
         """Return the prompt for a rendered conversation: a template's control tokens parsed, and one BOS."""
         if not self.has_chat_template:
-            return self.codec.prompt(text)
+            return self.prompt(text)
         literals = [str(token) for token in self.lm.tokenizer.all_special_tokens]
         literals += [str(t) for t in getattr(self.lm.tokenizer, "added_tokens_decoder", {}).values() if t.special]
         bos = self.lm.tokenizer.bos_token

@@ -28,15 +28,10 @@ PLAIN_LOGITS = 64_000_000  # logits that a plain forward pass may compute at onc
 
 @dataclass(frozen=True)
 class Held:
-    """What a model keeps of a text for the forward passes after it.
+    """What a model keeps of a text for the forward passes after it."""
 
-    Attributes:
-        whole: bytes for a text of any length, as of recurrent states.
-        layers: per layer, the bytes of a token, and how many of the last tokens it keeps; 0 for all.
-    """
-
-    whole: int
-    layers: tuple[tuple[int, int], ...]
+    whole: int  # bytes for a text of any length, as of recurrent states
+    layers: tuple[tuple[int, int], ...]  # per layer, a token's bytes, and how many last tokens it keeps; 0 for all
 
     @property
     def per_token(self) -> int:

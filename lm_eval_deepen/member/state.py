@@ -125,7 +125,8 @@ class StateRunner(BodyRunner, Walker):
         forwarded = self.forwarded
         short, long = (self.forward([[0] * length], [0], None)[1] for length in (8, 16))
         self.forwarded = forwarded
-        windows = [window_of(layer) for layer in windowed(short)]
+        windows = [(num_bytes([layer.keys, layer.values]) // layer.keys.shape[-2], layer.sliding_window - 1)
+                   for layer in windowed(short)]  # fmt: skip
         sizes = [num_bytes(state) - sum(num_bytes([layer.keys, layer.values]) for layer in windowed(state))
                  for state in (short, long)]  # fmt: skip
         more = max(0, sizes[1] - sizes[0]) // 8
@@ -430,11 +431,6 @@ def windowed(state: Any) -> list[DynamicSlidingWindowLayer]:
     cache = state[0] if isinstance(state, tuple) else state
     layers = getattr(cache, "layers", ())
     return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized]
-
-
-def window_of(layer: DynamicSlidingWindowLayer) -> tuple[int, int]:
-    """Return the bytes of a token in such a layer, and how many tokens it keeps."""
-    return num_bytes([layer.keys, layer.values]) // layer.keys.shape[-2], layer.sliding_window - 1
 
 
 def can_be_padded(state: Any) -> bool:

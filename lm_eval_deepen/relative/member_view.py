@@ -27,27 +27,17 @@ class Spelling:
 
 @dataclass(frozen=True)
 class MemberView:
-    """What a matrix or a fusion method may know of a member.
+    """What a matrix or a fusion method may know of a member."""
 
-    Attributes:
-        name: the member's name in the ensemble, for messages.
-        vocabulary: its pieces as bytes, one per logit [V].
-        load_embeddings: returns the input embedding rows [V, d] (any float dtype, any device).
-        load_fingerprint: returns a hex digest of the embedding rows; computed on demand.
-        load_output_embeddings: returns the rows of the output head [V, d'], read-only; None says that the head
-            is tied to the input embeddings.
-        load_output_fingerprint: returns a hex digest of those rows, the one of `load_fingerprint` where they are the
-            same rows; given where `load_output_embeddings` is.
-        spelling: the member's tokenizer on bytes; None where there is none, and the longest piece that some
-            bytes begin with stands for their first token.
-    """
-
-    name: str
-    vocabulary: ByteVocab
-    load_embeddings: Callable[[], Tensor]
-    load_fingerprint: Callable[[], str]
+    name: str  # in the ensemble, for messages
+    vocabulary: ByteVocab  # its pieces as bytes, one per logit [V]
+    load_embeddings: Callable[[], Tensor]  # returns the input embedding rows [V, d] (any float dtype, any device)
+    load_fingerprint: Callable[[], str]  # returns a hex digest of the embedding rows; computed on demand
+    # returns the rows of the output head [V, d'], read-only; None says that the head is tied to the input embeddings
     load_output_embeddings: Callable[[], Tensor] | None = None
+    # returns a hex digest of those, the one of `load_fingerprint` where they are the same rows; given where they are
     load_output_fingerprint: Callable[[], str] | None = None
+    # the tokenizer on bytes; without one, the longest piece that some bytes begin with stands for their first token
     spelling: Spelling | None = None
 
     def __post_init__(self) -> None:

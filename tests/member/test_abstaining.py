@@ -108,9 +108,7 @@ def test_a_text_that_the_lossy_main_member_cannot_spell_is_set_aside(pico: dict[
 
 @pytest.mark.parametrize("method", ["deepen", "unite"])
 @pytest.mark.parametrize("order", [("ending", "metaspace"), ("metaspace", "ending")])
-def test_a_newline_may_end_texts_and_occur_in_them(
-    pico: dict[str, Path], tmp_path: Path, order: tuple[str, str], method: str
-) -> None:
+def test_a_newline_may_end_texts_and_occur_in_them(pico, tmp_path, order, method):
     paths = {**pico, "ending": ending_in_newlines(pico["bytelevel"], tmp_path / "ending")}
     model = deepen(*(paths[name] for name in order), matrix_dir=str(tmp_path), method=method)
     check_scores(model, [pair for pair in PAIRS if "\n" in "".join(pair)])
@@ -121,9 +119,7 @@ def test_a_newline_may_end_texts_and_occur_in_them(
     assert model.generate_until(asked)[0] == model.tok_decode(ids)
 
 
-def test_a_token_without_a_logit_is_text_to_several_and_a_named_refusal_to_one(
-    pico: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_token_without_a_logit_is_text_to_several_and_a_named_refusal_to_one(pico, tmp_path):
     larger = altered(pico["bytelevel"], tmp_path / "larger", extended)
     text = ("They <extra> were", " singing <extra>")
     for paths in ((larger, pico["metaspace"]), (pico["metaspace"], larger)):

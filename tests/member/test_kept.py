@@ -59,9 +59,7 @@ def facts(read: TextCodec) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_kept_tokenizer_is_the_one_that_is_read(
-    family: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_kept_tokenizer_is_the_one_that_is_read(family, folder, monkeypatch, caplog):
     make = FAMILIES[family]
     with monkeypatch.context() as uncached:
         uncached.setattr(kept, "LARGE", 1 << 60)
@@ -117,17 +115,13 @@ def test_what_changes_a_tokenizer_in_memory_changes_its_content() -> None:
         seen.add(content)
 
 
-def test_a_folder_that_cannot_be_used_costs_time_alone(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_used_costs_time_alone(tmp_path, folder, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert codec(byte_level()).encode("the caf\u00e9")
 
 
-def test_a_tokenizer_that_is_not_its_files_is_refused_again(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_is_not_its_files_is_refused_again(tmp_path, folder, monkeypatch):
     (tmp_path / "tokenizer.json").write_text(sentencepiece_bpe(CAFE, prefix_space=False).to_str())
     files = TokenizerFiles(tmp_path / "tokenizer.json", {})
     loaded = PreTrainedTokenizerFast(tokenizer_object=sentencepiece_bpe(CAFE[:2], prefix_space=False))
@@ -162,9 +156,7 @@ def loaded(model: Path, monkeypatch: pytest.MonkeyPatch, **loading: Any) -> tupl
         ).runner, ran
 
 
-def test_forward_passes_are_checked_once_and_again_where_anything_has_changed(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_passes_are_checked_once_and_again_where_anything_has_changed(model, monkeypatch):
     cold, first = loaded(model, monkeypatch)
     warm, second = loaded(model, monkeypatch)
     assert first == ["check_reading", "check_tree"] and second == []
@@ -218,8 +210,6 @@ def test_a_check_that_fails_is_not_kept(model: Path, monkeypatch: pytest.MonkeyP
     assert not (folder.parent / "checks").exists()
 
 
-def test_the_checks_of_a_small_model_are_not_kept(
-    pico: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_checks_of_a_small_model_are_not_kept(pico, folder, monkeypatch):
     assert [loaded(pico["padded"], monkeypatch)[1] for _ in range(2)] == [["check_reading", "check_tree"]] * 2
     assert not (folder.parent / "checks").exists()

@@ -383,9 +383,7 @@ def recipe(tmp_path: Path, folders: dict[str, Path], *names: str, change: Any = 
 
 
 @pytest.mark.parametrize("name", ["translator", "t5"])
-def test_inspect_reports_such_a_member_as_it_is_when_loaded(
-    tmp_path: Path, folders: dict[str, Path], ensemble: Any, capsys: pytest.CaptureFixture, name: str
-) -> None:
+def test_inspect_reports_such_a_member_as_it_is_when_loaded(tmp_path, folders, ensemble, capsys, name):
     status, found = inspected(capsys, recipe(tmp_path, folders, "bytelevel", name, task="deepen_demo_short"))
     assert status == 0, found["problems"]
     (fact,) = [member for member in found["members"] if member["name"] == name]
@@ -408,18 +406,14 @@ def test_inspect_reports_such_a_member_as_it_is_when_loaded(
         assert "; its decoder starts with 2 (</s>), 302 (deu_Latn); ends with" in shown
 
 
-def test_inspect_shows_the_source_language_that_is_given(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
+def test_inspect_shows_the_source_language_that_is_given(tmp_path, folders, capsys):
     path = recipe(tmp_path, folders, "bytelevel", "translator", change={"source_language": "fra_Latn"})
     _, found = inspected(capsys, path)
     assert found["members"][1]["source_prefix"] == {"303": "fra_Latn"}
 
 
 @pytest.mark.parametrize("name", ["translator", "t5"])
-def test_a_decoder_that_cannot_be_started_is_a_numbered_problem(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture, name: str
-) -> None:
+def test_a_decoder_that_cannot_be_started_is_a_numbered_problem(tmp_path, folders, capsys, name):
     """Where no file says how, the configuration's class may: M2M100's does, T5's does not."""
     silent = tmp_path / name
     shutil.copytree(folders[name], silent)
@@ -449,16 +443,12 @@ def test_a_decoder_that_cannot_be_started_is_a_numbered_problem(
         (("bytelevel", "metaspace"), {"change": {"source_pattern": "(.*)"}}, "belong to encoder-decoder members"),
     ],
 )
-def test_what_would_fail_is_a_numbered_problem(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture, names: Any, keys: Any, problem: str
-) -> None:
+def test_what_would_fail_is_a_numbered_problem(tmp_path, folders, capsys, names, keys, problem):
     status, found = inspected(capsys, recipe(tmp_path, folders, *names, **keys))
     assert status == 1 and any(problem in one for one in found["problems"]), found["problems"]
 
 
-def test_the_translators_recipe_runs_under_the_harness(
-    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_translators_recipe_runs_under_the_harness(tmp_path, folders, monkeypatch):
     """As deepen_llama2_13b_nllb_en_de, on its task, with pico models in the place of its members."""
     data = tmp_path / "flores" / "eng_Latn-deu_Latn"
     data.mkdir(parents=True)

@@ -301,9 +301,7 @@ def test_a_versioned_file_is_the_one_that_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use_fast_tokenizer", [True, False])
-def test_pico_tokenizers_are_what_their_files_say(
-    pico: dict[str, Path], use_fast_tokenizer: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pico_tokenizers_are_what_their_files_say(pico, use_fast_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         for path in pico.values():
             load(str(path), use_fast_tokenizer=use_fast_tokenizer)

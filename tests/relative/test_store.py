@@ -353,9 +353,7 @@ def test_a_device_holds_one_copy_of_a_matrix_while_it_is_used(tmp_path: Path, sp
     assert released() is None
 
 
-def test_what_a_long_build_costs_is_said_after_two_seconds_of_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_long_build_costs_is_said_after_two_seconds_of_it(monkeypatch, caplog):
     now = iter(range(0, 1000, 3))  # seconds: a block takes three
     monkeypatch.setattr(blocks, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
     found = list(blocks.blocks("alignment of B", 1_000, 3, True))
