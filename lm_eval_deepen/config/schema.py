@@ -31,11 +31,6 @@ def _batch_size(value: Any) -> Any:
     raise ValueError  # without the value, as in `describe.Choice`
 
 
-def _documents(value: int | bool | None) -> int | bool | None:
-    """Return the number of documents to trace, or True for all of them; nothing for none."""
-    return value or None
-
-
 def _pattern(value: str) -> str:
     """Return a regular expression with one group."""
     try:
@@ -145,7 +140,7 @@ class Settings(Keys):
     )
     trace: Annotated[
         Annotated[int, Field(ge=0)] | bool | None,
-        AfterValidator(_documents),
+        AfterValidator(lambda documents: documents or None),
         Shown("true, false or a number of documents", "false"),
     ] = Field(
         None,

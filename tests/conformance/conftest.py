@@ -10,6 +10,7 @@ from typing import Any
 
 import lm_eval
 import pytest
+from harness import deepen, hf
 from lm_eval.tasks import TaskManager
 from local_tasks import write_tasks
 
@@ -18,6 +19,18 @@ from local_tasks import write_tasks
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tasks in `local_tasks`, for `include_path`."""
     return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory) -> str:
+    """A folder for the matrices of a file's ensembles."""
+    return str(tmp_path_factory.mktemp("matrices"))
+
+
+@pytest.fixture(scope="module", params=["bytelevel", "metaspace", "padded"])
+def both(request, pico):
+    """One member, and the harness's own class, on one model."""
+    return deepen(pico[request.param], batch_size=4), hf(pico[request.param])
 
 
 @pytest.fixture(scope="session")

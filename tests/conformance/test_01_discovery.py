@@ -124,10 +124,18 @@ def test_03_built_in_models_still_resolve():
 
 
 def test_04_start_up_imports_neither_torch_nor_the_harness(installs):
+    """Nor anything else but the hook."""
     code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
     for install in installs.values():
-        names = {name.partition(".")[0] for name in install.json(code)}
-        assert "lm_eval_deepen" in names and not names & {"torch", "lm_eval", "transformers", "numpy", "yaml"}
+        with_hook = set(install.json(code))
+        hook = install.site / "lm_eval_deepen_hook.pth"
+        hook.rename(hook.with_suffix(".off"))
+        try:
+            own = with_hook - set(install.json(code))
+        finally:
+            hook.with_suffix(".off").rename(hook)
+        assert own == {"lm_eval_deepen", "lm_eval_deepen._startup", "lm_eval_deepen._startup.hook"}
+        assert not with_hook & {"torch", "lm_eval", "transformers", "numpy", "yaml"}
 
 
 def test_04_a_failing_hook_breaks_no_other_process(installs):

@@ -20,15 +20,8 @@ DEMO = Path(__file__).resolve().parents[2] / "task_configs" / "demo"
 LONG = "In 1969 the first people walked on the moon; in 2024 there were many. " * 6
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def both(request, pico):
-    """One member, and the harness's own class, on one model."""
-    return deepen(pico[request.param], batch_size=4), hf(pico[request.param])
-
-
 @pytest.fixture(scope="module")
-def pair(pico, tmp_path_factory):
-    matrices = str(tmp_path_factory.mktemp("matrices"))
+def pair(pico, matrices):
     return deepen(pico["metaspace"], pico["bytelevel"], matrix_dir=matrices, batch_size=4)
 
 

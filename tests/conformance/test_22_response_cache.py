@@ -34,11 +34,6 @@ PAIRS = [
 GENERATION = {"until": ["\n"], "max_gen_toks": 4}
 
 
-@pytest.fixture(scope="module")
-def matrices(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("matrices"))
-
-
 @pytest.fixture
 def ensemble(pico, matrices):
     def load(**kwargs):

@@ -31,11 +31,6 @@ def with_template(source, folder, template):
 
 
 @pytest.fixture(scope="module")
-def matrices(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("matrices"))
-
-
-@pytest.fixture(scope="module")
 def chatty(pico, tmp_path_factory):
     return with_template(pico["metaspace"], tmp_path_factory.mktemp("chatty") / "model", TEMPLATE)
 

@@ -66,11 +66,6 @@ def paths(pico):
 
 
 @pytest.fixture(scope="module")
-def matrices(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("matrices"))
-
-
-@pytest.fixture(scope="module")
 def single(paths, matrices):
     return deepen(*paths, batch_size=2, rows="embedding", matrix_dir=matrices)
 

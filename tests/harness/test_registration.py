@@ -124,22 +124,6 @@ def test_nothing_is_registered_where_the_harness_discovers_entry_points(install:
     assert install.json(code) == {**EXPECTED, "deepen": None}
 
 
-def test_start_up_imports_only_the_hook(install: Install):
-    code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
-    with_hook = install.json(code)
-    hook = install.site / "lm_eval_deepen_hook.pth"
-    hook.rename(hook.with_suffix(".off"))
-    try:
-        without = install.json(code)
-    finally:
-        hook.with_suffix(".off").rename(hook)
-    assert set(with_hook) - set(without) == {
-        "lm_eval_deepen",
-        "lm_eval_deepen._startup",
-        "lm_eval_deepen._startup.hook",
-    }
-
-
 def test_a_start_up_file_without_its_package_is_silent(wheel: Install):
     package = wheel.site / "lm_eval_deepen"
     package.rename(package.with_name("gone"))
