@@ -121,29 +121,23 @@ def prepare(model: DemoModel, redo: bool = False) -> Path:
 
 def _is_converted(model: DemoModel) -> bool:
     """Tell whether the folder holds the model, all of it."""
+    from safetensors import SafetensorError, safe_open
+
     folder = model.folder()
     try:
         stamp = read_json(folder / STAMP)
         sizes = stamp.get("files")
         if stamp["sha256"] != model.sha256:
             return False
-        if sizes is None:  # as older versions wrote it
-            return (folder / "config.json").is_file() and _are_whole(sorted(folder.glob("*.safetensors")))
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (StorageError, OSError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def _are_whole(files: list[Path]) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
+        if sizes is not None:
+            return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+        files = list(folder.glob("*.safetensors"))  # older versions did not write their sizes
         for path in files:
             with safe_open(path, framework="numpy"):  # which compares the file's size with what its header says
                 pass
-    except (SafetensorError, OSError):
+        return bool(files) and (folder / "config.json").is_file()
+    except (StorageError, SafetensorError, OSError, LookupError, TypeError, AttributeError):
         return False
-    return bool(files)
 
 
 def save_as_safetensors(source: Path, target: Path) -> None:

@@ -201,23 +201,19 @@ def built_rows(spec: Mapping[str, Any], folder: Path, where: str) -> list[BuiltR
     with blamed(where):
         keys = BuiltRowKeys.read(spec)
     group, recipe = name_of(keys.name, keys.build, where), take_build(keys.build, folder, where)
-    seeds = _seeds(keys.seeds, recipe, f"row {group!r}")
+    seeds: Sequence[int] = keys.seeds or (SEEDS if recipe.is_random else (recipe.seed,))
+    if recipe.is_random and len(seeds) < len(SEEDS):
+        raise ConfigError(
+            f"row {group!r}: {recipe.method} draws at random, and one draw says little: give at least {len(SEEDS)} "
+            f"seeds; got {list(seeds)}"
+        )
+    if recipe.is_merge and not recipe.is_random and len(seeds) > 1:
+        raise ConfigError(
+            f"row {group!r}: {recipe.method} draws nothing, so that all seeds give one model; leave seeds out"
+        )
     if len(seeds) == 1:
         return [BuiltRow(group, group, replace(recipe, seed=seeds[0]))]
     return [BuiltRow(f"{group}, seed {seed}", group, replace(recipe, seed=seed)) for seed in seeds]
-
-
-def _seeds(seeds: Sequence[int] | None, recipe: BuildRecipe, where: str) -> Sequence[int]:
-    if seeds is None:
-        return SEEDS if recipe.is_random else (recipe.seed,)
-    if recipe.is_random and len(seeds) < len(SEEDS):
-        raise ConfigError(
-            f"{where}: {recipe.method} draws at random, and one draw says little: give at least {len(SEEDS)} seeds; "
-            f"got {list(seeds)}"
-        )
-    if recipe.is_merge and not recipe.is_random and len(seeds) > 1:
-        raise ConfigError(f"{where}: {recipe.method} draws nothing, so that all seeds give one model; leave seeds out")
-    return seeds
 
 
 def refuse_trained(builds: Builds, names: Iterable[str], task: LoadedTask) -> None:

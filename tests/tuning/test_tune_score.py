@@ -9,6 +9,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
+from boards import planned, write_recipe
 
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli import tune as command
@@ -16,7 +17,6 @@ from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.harness.model import DeepenLM, configure
 from lm_eval_deepen.harness.tasks import TaskSpec, load_tasks
 from lm_eval_deepen.leaderboard import fitting
-from lm_eval_deepen.leaderboard.recipe import read_recipe
 from lm_eval_deepen.leaderboard.tuned import kept_digits, read_tuned
 from lm_eval_deepen.tuning import by_score as tune_score
 
@@ -164,18 +164,12 @@ def test_the_leaderboard_takes_the_file_on_the_test_split_alone(tune, data, tmp_
         "metadata": {"data_dir": str(data)},
         "tasks": ["deepen_sample_piqa"],
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    row = read_recipe(tmp_path / "recipe.yaml").rows[-1]
-    assert row.tuned is not None and len(row.tuned.documents) == 8
-    from lm_eval_deepen.leaderboard.execution import plan
-
-    recipe = read_recipe(tmp_path / "recipe.yaml")
-    assert plan(recipe, load_tasks(recipe.tasks, (), recipe.metadata), tmp_path / "out").missing
+    todo = planned(write_recipe(tmp_path, raw), tmp_path / "out")
+    tuned = todo.recipe.rows[-1].tuned
+    assert todo.missing and tuned is not None and len(tuned.documents) == 8
     raw["tasks"] = [{"task": "deepen_sample_piqa", "split": "validation"}]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    recipe = read_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match="row 'tuned' .* was fitted on 8 of the 8 documents"):
-        plan(recipe, load_tasks(recipe.tasks, (), recipe.metadata), tmp_path / "out")
+        planned(write_recipe(tmp_path, raw), tmp_path / "out")
 
 
 def test_an_edited_file_is_told(tune, tmp_path):
