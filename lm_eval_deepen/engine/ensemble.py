@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class Ensemble(EnsembleBase):
             MatrixError: a relative matrix that cannot be used.
         """
         check_loading(config.members, device)
+        gc.collect()  # an earlier ensemble, which holds itself in circles; reading tokenizers collects nothing
         tokenizers: list[Any] = [None] * len(config.members)
         if fuses(config):
             tokenizers = [load_tokenizer(member) for member in config.members]
