@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import weakref
 
 import naive
 import pytest
@@ -267,3 +268,16 @@ def test_the_package_gives_ensembles_without_the_harness(pico, tmp_path):
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
     with pytest.raises(AttributeError, match="no attribute 'ensemble'"):
         lm_eval_deepen.ensemble  # noqa: B018
+
+
+def test_the_ensemble_before_is_freed_when_the_next_one_loads(pico):
+    """Models hold themselves in circles, so that only a search for garbage frees them."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = weakref.ref(deepen(pico["bytelevel"]).ensemble.main.lm.model)
+        assert before() is not None  # else there is nothing to show
+        deepen(pico["bytelevel"])
+        assert before() is None
+    finally:
+        gc.enable()
