@@ -46,6 +46,9 @@ def objections(first: Run, second: Run, tasks: Sequence[str], allow_config_chang
             reasons.append(f"{name}: {second.label} has no samples of it ({second.folder})")
             continue
         one, two = first.tasks[name], second.tasks[name]
+        if one.columns and not two.columns:
+            reasons.append(f"{name}: {two.results_path} has no metric (--predict_only); evaluate without it")
+            continue
         reasons.extend(f"{name}: {reason}" for reason in _settings(one, two) + _documents(one, two))
         notes.extend(f"{name}: {note}" for note in _notes(one, two))
         if changed := _ensemble(one, two):

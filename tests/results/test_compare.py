@@ -338,3 +338,6 @@ def test_a_run_with_predictions_alone_has_no_metric(tmp_path, capsys):
     assert f"{bare}" in line and "metric 'acc' is not there, and another run has it. A run with --predict_only" in line
     assert cli.main(["gate", "--baseline", str(bare), "--candidate", str(bare)]) == 3
     assert "the runs have no metric: with --predict_only nothing is measured" in capsys.readouterr().out
+    assert cli.main(["gate", "--baseline", str(full), "--candidate", str(bare)]) == 3
+    told = capsys.readouterr().out
+    assert "t: " in told and "has no metric (--predict_only); evaluate without it" in told and "metric_list" not in told
