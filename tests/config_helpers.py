@@ -12,27 +12,10 @@ from pydantic import Field
 from lm_eval_deepen.config import Catalogue, EnsembleConfig, Options, Registry, parse_config
 from lm_eval_deepen.errors import ConfigError
 
-LOADING = {
-    "self",
-    "kwargs",
-    "pretrained",
-    "revision",
-    "dtype",
-    "device",
-    "parallelize",
-    "peft",
-    "delta",
-    "tokenizer",
-    "gguf_file",
-    "trust_remote_code",
-    "max_length",
-    "add_bos_token",
-    "prefix_token_id",
-    "chat_template_args",
-    "batch_size",
-    "max_batch_size",
-    "truncation",
-}
+LOADING = set(
+    "self kwargs pretrained revision dtype device parallelize peft delta tokenizer gguf_file trust_remote_code "
+    "max_length add_bos_token prefix_token_id chat_template_args batch_size max_batch_size truncation".split()
+)
 
 
 class Alpha(Options):

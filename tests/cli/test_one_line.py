@@ -118,24 +118,9 @@ def test_a_process_of_its_own_ends_so(folder) -> None:
     code = "from lm_eval_deepen._startup.registration import register; register()\nimport lm_eval.__main__ as main"
     code += "\nmain.cli_evaluate()"
     copy_harness(folder)  # where the process starts
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "run",
-            "--model",
-            "deepen",
-            "--model_args",
-            "pretrained=org/a,methd=gac",
-            "--tasks",
-            "deepen_demo_short",
-            "--include_path",
-            str(TASKS),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    asked = "run --model deepen --model_args pretrained=org/a,methd=gac --tasks deepen_demo_short --include_path"
+    command = [sys.executable, "-c", code, *asked.split(), str(TASKS)]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr and ended.stderr.splitlines()[-1].startswith("error: unknown key 'methd'")
 

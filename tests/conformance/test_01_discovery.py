@@ -61,16 +61,8 @@ def runs(installs, pico, task_folder, tmp_path_factory):
     inline = f"pretrained={a},members={a}+{b},matrix_dir={out / 'm'}"
     start = ["run", "--model", "deepen", "--model_args"]
     inline_run = [str(SCRIPT), *start, inline, *common, "--log_samples", "--output_path", str(out / "inline")]
-    json_run = [
-        *accelerate,
-        *start,
-        json.dumps(nested),
-        *common,
-        "--output_path",
-        str(out / "json"),
-        "--batch_size",
-        "4",
-    ]
+    json_run = [*accelerate, *start, json.dumps(nested), *common, "--output_path", str(out / "json")]
+    json_run += ["--batch_size", "4"]
     yaml_run = ["-m", "lm_eval", "run", "--config", str(config)]
     done = {
         "inline": installs["standard"].run(*inline_run),
