@@ -70,13 +70,13 @@ def measure(
 
     The systems are members, members with a fitted temperature, ensembles and controls.
     """
-    from lm_eval_deepen.engine.bits_per_byte import ensemble_bits
+    from lm_eval_deepen.engine.bits_per_byte import Reading, ensemble_bits
     from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
-    from lm_eval_deepen.tuning.bits import controls, orders, own, read_orders
+    from lm_eval_deepen.tuning.bits import controls, orders, own
     from lm_eval_deepen.tuning.bits_table import Line
 
     ensembles = orders(ensemble)
-    elsewhere = [own(reading) for reading in read_orders(ensembles, dev, members=1)] if dev else [None] * len(ensembles)
+    elsewhere = [own(Reading.of(one, dev, members=1)) if dev else None for one in ensembles]
     readings = [read_with_covers(one, documents) for one in ensembles]
     alone = [own(reading) for reading in readings]
     lines = [Line(f"{single.name} alone", single.bits) for single in alone]

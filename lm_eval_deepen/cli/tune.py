@@ -101,15 +101,15 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document], give
     `ensemble` has constant weights; those of `given`, which was to be tuned, may learn from the text.
     """
     import lm_eval_deepen
-    from lm_eval_deepen.engine.bits_per_byte import Reading
+    from lm_eval_deepen.engine.bits_per_byte import Reading, ensemble_bits
     from lm_eval_deepen.engine.calibration import digest
-    from lm_eval_deepen.tuning.bits import fused_bits, orders, own, read_orders
+    from lm_eval_deepen.tuning.bits import orders, own
     from lm_eval_deepen.tuning.bits_table import Line, best, facts, level, table
 
     dev, rest = documents[::2], documents[1::2]
     ensembles = orders(ensemble)
-    fitted = [own(reading) for reading in read_orders(ensembles, dev, members=1)]
-    readings = read_orders(ensembles, rest, members=1)
+    fitted = [own(Reading.of(one, dev, members=1)) for one in ensembles]
+    readings = [Reading.of(one, rest, members=1) for one in ensembles]
     lines = []
     for reading, other in zip(readings, fitted, strict=True):
         bits, (temperature,) = own(reading).fitted(other)
@@ -117,7 +117,7 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document], give
     members, reference = list(lines), best(lines)
     if given.weights_change:
         learning = type(ensemble).assemble(given, ensemble.members, ensemble.fuser)
-        lines.append(Line("as given", fused_bits(Reading.of(learning, rest)), "weights that learn"))
+        lines.append(Line("as given", ensemble_bits(Reading.of(learning, rest), learning), "weights that learn"))
         lines.append(Line("equal weights", chosen.before(rest)))
     else:
         lines.append(Line("as given", chosen.before(rest)))

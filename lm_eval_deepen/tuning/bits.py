@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.engine import Ensemble
-from lm_eval_deepen.engine.bits_per_byte import Document, Reading, ensemble_bits
+from lm_eval_deepen.engine.bits_per_byte import Reading
 from lm_eval_deepen.weighting.experts import Experts
 
 TEMPERATURES = tuple(round(math.exp(k / 12), 4) for k in range(-5, 8))  # 0.66 to 1.79, steps of 9 %
@@ -71,18 +71,6 @@ def _reordered(prior: Sequence[float], experts: Experts, order: Sequence[int]) -
     places = {key: at for at, key in enumerate(zip(points, experts.kinds(), strict=True))}
     before = [tuple(point[order.index(m)] for m in range(len(order))) for point in points]
     return tuple(prior[places[key]] for key in zip(before, experts.kinds(), strict=True))
-
-
-def read_orders(
-    ensembles: Sequence[Ensemble], documents: Sequence[Document], members: int | None = None
-) -> list[Reading]:
-    """Return one reading per order of members; by the first `members` of each where the others are not needed."""
-    return [Reading.of(ensemble, documents, members) for ensemble in ensembles]
-
-
-def fused_bits(reading: Reading) -> Tensor:
-    """Return bits per document [D] of the ensemble as it is configured."""
-    return ensemble_bits(reading, reading.ensemble)
 
 
 def controls(readings: Sequence[Reading]) -> dict[str, Tensor]:

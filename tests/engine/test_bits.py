@@ -17,13 +17,13 @@ from lm_eval_deepen.cli.bpb import measure
 from lm_eval_deepen.config import FrozenDict
 from lm_eval_deepen.engine import calibration as texts
 from lm_eval_deepen.engine import self_check
-from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant
+from lm_eval_deepen.engine.bits_per_byte import Document, Reading, Variant, ensemble_bits
 from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.self_check import examine, flat_spaces, judge
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM, configure
-from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, fused_bits, orders, own, read_orders
+from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, orders, own
 from lm_eval_deepen.tuning.bits_table import Line, compare, table
 from lm_eval_deepen.tuning.by_score import placed
 from lm_eval_deepen.tuning.search import Candidate, Chosen, Fusers, search
@@ -70,7 +70,7 @@ def test_own_figures_are_a_plain_forward_pass_over_text_tokens_alone(pair, readi
 
 
 def test_fused_bits_are_those_of_scoring(pair, reading) -> None:
-    bits = fused_bits(reading)
+    bits = ensemble_bits(reading, reading.ensemble)
     model = deepen(*(m.config.pretrained for m in pair.members), weights=[0.6, 0.4])
     rolling = model.loglikelihood_rolling(requests("loglikelihood_rolling", (DOCUMENTS[0].text,)), True)[0]
     assert float(bits[0]) == pytest.approx(-rolling / math.log(2), rel=1e-5)
@@ -118,7 +118,7 @@ def test_a_prior_goes_with_the_members_into_another_order(pico, tmp_path) -> Non
     points = given.experts.weights.tolist()  # of the first member, for [1, 2, 3, 4, 5]
     mirrored = [1 + points.index(point[::-1]) for point in points]
     turned = deepen(*(pico[name] for name in names[::-1]), prior=mirrored, **keys).ensemble
-    there, here = (fused_bits(Reading.of(one, documents)) for one in (turned, orders(given)[1]))
+    there, here = (ensemble_bits(Reading.of(one, documents), one) for one in (turned, orders(given)[1]))
     assert mirrored != [1, 2, 3, 4, 5] and torch.equal(there, here)
     for method in ("deepen", "mixture"):
         keys = {"method": method, "weighting": "bayes", "matrix_dir": str(tmp_path)}
@@ -137,13 +137,13 @@ def test_exponents_go_with_the_members_into_another_order(pico, tmp_path) -> Non
     keys = {"method": "deepen", "matrix_dir": str(tmp_path), "covers": "off"}
     given = deepen(*(pico[name] for name in names), average=[1, 0.25], **keys).ensemble
     turned = deepen(*(pico[name] for name in names[::-1]), average=[0.25, 1], **keys).ensemble
-    there, here = (fused_bits(Reading.of(one, documents)) for one in (turned, orders(given)[1]))
+    there, here = (ensemble_bits(Reading.of(one, documents), one) for one in (turned, orders(given)[1]))
     assert torch.equal(there, here)
 
 
 def test_measuring_leaves_the_counts_of_an_evaluation_alone(pair) -> None:
     before = pair.counters.summary()
-    fused_bits(Reading.of(pair, DOCUMENTS[:1]))
+    ensemble_bits(Reading.of(pair, DOCUMENTS[:1]), pair)
     assert pair.counters.summary() == before
 
 
@@ -163,15 +163,15 @@ def test_variants_share_a_pass_and_do_not_influence_each_other(pair, reading) ->
 
 def test_controls_of_two_equal_members_are_that_member(pico) -> None:
     twins = deepen(pico["bytelevel"], pico["bytelevel"], weights=[0.3, 0.7]).ensemble
-    readings = read_orders(orders(twins), DOCUMENTS)
+    readings = [Reading.of(one, DOCUMENTS) for one in orders(twins)]
     alone = own(readings[0]).bits
     for bits in controls(readings).values():
         torch.testing.assert_close(bits, alone, atol=1e-4, rtol=1e-6)
-    torch.testing.assert_close(fused_bits(readings[0]), alone, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(ensemble_bits(readings[0], readings[0].ensemble), alone, atol=1e-4, rtol=1e-6)
 
 
 def test_controls_against_sums_between_common_ends(pair) -> None:
-    readings = read_orders(orders(pair), DOCUMENTS)
+    readings = [Reading.of(one, DOCUMENTS) for one in orders(pair)]
     assert [r.ensemble.main.name for r in readings] == ["m0", "m1"]
     expected = {"linear": 0.0, "geometric": 0.0}
     tokens = []
