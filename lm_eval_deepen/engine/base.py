@@ -282,7 +282,7 @@ class EnsembleBase:
         if notes is not None:
             notes.weights = weights
         with torch.inference_mode():
-            left = self.fuser.skip(logp, weights) | (weights[:, 0] == 1)
+            left = self._skipped(self.fuser, logp, weights) | (weights[:, 0] == 1)
             if notes is not None:
                 notes.leave(ONE_WEIGHT, weights[:, 0] == 1)
                 notes.leave(BY_METHOD, left.clone())
@@ -310,9 +310,10 @@ class EnsembleBase:
         with torch.inference_mode():
             weights = self.experts.among(present).to(self.device)  # [B, K, M]
             mean = weights.mean(1).float()
-            left = self.fuser.skip(logp, mean)
+            left = self._skipped(self.fuser, logp, mean)
             left |= self._selected(logp, mean, ~left, inside)
-            return by_expert(self.fuser, logp, weights, self.experts, left if bool(left.any()) else None)
+            chosen = left if bool(left.any()) else None
+            return by_expert(self.fuser, logp, weights, self.experts, chosen, self._check_fused)
 
     def mix(
         self,
@@ -363,15 +364,26 @@ class EnsembleBase:
         self.counters.record_selected(chosen, chosen & selective.check, changed)
         return chosen
 
+    def _skipped(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return the rows [B] (bool) that the method leaves to the main member."""
+        left = fuser.skip(logp, weights)
+        if left.dtype != torch.bool or left.shape != weights.shape[:1]:
+            raise ConfigError(
+                f"method={self.config.method} skips by a tensor of {left.dtype} of shape {tuple(left.shape)} for "
+                f"{len(weights)} rows; give torch.bool, one for each row"
+            )
+        return left
+
     def _fused(self, fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, rows: Tensor | None = None) -> Tensor:
         fused = fuser.fuse(logp, weights)
-        self._check_fused(fused.logp, (len(weights), len(fuser.out_vocab)))
+        self._check_fused(fused.logp, len(weights))
         self.counters.record_fused(logp, self.vocabs, fused.logp, fuser.out_vocab, fused.stats, weights > 0, rows)
         return fused.logp
 
-    def _check_fused(self, logp: Tensor, shape: tuple[int, int]) -> None:
-        """Raise ConfigError for rows that a method may not give; whether they sum to 1 is asked of the first ones."""
+    def _check_fused(self, logp: Tensor, count: int) -> None:
+        """Raise ConfigError where a method gives other than `count` rows that sum to 1, which is asked of the first."""
         method = f"method={self.config.method} gives"
+        shape = (count, len(self.pieces))
         if logp.shape != shape:
             got = tuple(logp.shape)
             raise ConfigError(f"{method} a tensor of {got} for {shape} rows and pieces of out_vocab; correct it")

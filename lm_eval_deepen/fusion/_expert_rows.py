@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lm_eval_deepen.fusion.base import Fused, Fuser
 from lm_eval_deepen.weighting.experts import Experts
+
+Check = Callable[[Tensor, int], None]  # raises where a method gives other than so many rows [B, C]
 
 
 class ExpertRows(Protocol):
@@ -28,9 +30,14 @@ class ExpertRows(Protocol):
 class FusedByEach:
     """Every expert's fused distribution in full: right for any method, at the cost of K fusions."""
 
-    def __init__(self, fusers: Sequence[Fuser], logp: Sequence[Tensor], weights: Tensor) -> None:
+    def __init__(
+        self, fusers: Sequence[Fuser], logp: Sequence[Tensor], weights: Tensor, check: Check | None = None
+    ) -> None:
         """Fuse rows [B, V_m] by a fuser per expert, which differ in their average alone, under `weights` [B, K, M]."""
         fused = [fuser.fuse(logp, weights[:, k].float()) for k, fuser in enumerate(fusers)]
+        if check is not None:
+            for part in fused:
+                check(part.logp, len(weights))
         self.logp = torch.stack([part.logp for part in fused])  # [K, B, C]
         self.stats = [part.stats for part in fused]
 
@@ -112,9 +119,14 @@ class ByPower:
 
 
 def by_expert(
-    fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, left: Tensor | None = None
+    fuser: Fuser,
+    logp: Sequence[Tensor],
+    weights: Tensor,
+    experts: Experts,
+    left: Tensor | None = None,
+    check: Check | None = None,
 ) -> ExpertRows:
-    """Return rows [B, V_m] under experts; methods that know no faster way fuse K times.
+    """Return rows [B, V_m] under experts; methods that know no faster way fuse K times, and are checked.
 
     `weights` [B, K, M] are the experts' of the members that take part; rows of `left` [B] (bool) are left to the main
     member.
@@ -125,18 +137,23 @@ def by_expert(
         index = (places == place).nonzero()[:, 0]
         raised = logp if powers[place] == 1 else [torch.log_softmax(powers[place] * rows, dim=1) for rows in logp]
         own = weights[:, index.to(weights.device)]
-        parts.append((index, _at_one_power(fuser, raised, own, experts.some(index), left)))
+        parts.append((index, _at_one_power(fuser, raised, own, experts.some(index), left, check)))
     return parts[0][1] if len(parts) == 1 else ByPower(parts)
 
 
 def _at_one_power(
-    fuser: Fuser, logp: Sequence[Tensor], weights: Tensor, experts: Experts, left: Tensor | None
+    fuser: Fuser,
+    logp: Sequence[Tensor],
+    weights: Tensor,
+    experts: Experts,
+    left: Tensor | None,
+    check: Check | None,
 ) -> ExpertRows:
     if left is not None:
         fused = None
         if not bool(left.all()):
-            fused = _at_one_power(fuser, [rows[~left] for rows in logp], weights[~left], experts, None)
+            fused = _at_one_power(fuser, [rows[~left] for rows in logp], weights[~left], experts, None, check)
         return SomeLeft(logp[0], len(fuser.out_vocab), left, fused, len(experts))
     if hasattr(fuser, "experts"):
         return fuser.experts(logp, weights, experts)
-    return FusedByEach([fuser] * len(experts), logp, weights)
+    return FusedByEach([fuser] * len(experts), logp, weights, check)

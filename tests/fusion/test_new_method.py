@@ -113,12 +113,32 @@ def _fused(change):
     return lambda self, logp, weights: replace(made := real(self, logp, weights), logp=change(made.logp))
 
 
+LEARNT = {"method": "gac", "weighting": "bayes"}
+
+
 @pytest.mark.parametrize(
     ("options", "owner", "name", "wrong", "message"),
     [
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows + 1), "do not sum to 1 .1 nats off"),
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows * math.nan), "that are no numbers"),
         ({"method": "gac"}, LinearFuser, "fuse", _fused(lambda rows: rows[:, :-3]), r"a tensor of .* for \("),
+        (LEARNT, LinearFuser, "fuse", _fused(lambda rows: rows + 1), "do not sum to 1 .1 nats off"),
+        (LEARNT, LinearFuser, "fuse", _fused(lambda rows: rows * math.nan), "that are no numbers"),
+        (LEARNT, LinearFuser, "fuse", _fused(lambda rows: rows[:, :-3]), r"a tensor of .* for \("),
+        (
+            {"method": "gac"},
+            LinearFuser,
+            "skip",
+            lambda self, logp, weights: weights[:, 0],
+            "skips .* torch.float32",
+        ),
+        (
+            LEARNT,
+            LinearFuser,
+            "skip",
+            lambda self, logp, weights: weights > 2,
+            r"skips .*\(5, 2\) for 5",
+        ),
         ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base * 2, r"\[1.0, 1.0\]"),
         ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base * math.nan, "nan, nan"),
         ({"weighting": "confidence"}, Confidence, "weights", lambda _, logp, base: base[:1, :1], r"\(1, 1\)"),
