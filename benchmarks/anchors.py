@@ -29,8 +29,8 @@ from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.fusion.base import Fuser
 from lm_eval_deepen.fusion.deepen import Deepen, DeepenFuser
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.relative.build import described_rows
-from lm_eval_deepen.relative.pieces import Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_bytes import Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_embeddings import described_rows
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side
 from lm_eval_deepen.tuning.bits import orders

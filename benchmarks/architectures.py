@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from lm_eval_deepen.errors import DeepenError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.member.runner import PlainRunner
-from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.state_runner import StateRunner
 
 PATIENCE_S = 240
 LONGEST_REASON = 200  # characters

@@ -44,7 +44,7 @@ from torch.nn.functional import threshold
 
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.member import TextCodec
-from lm_eval_deepen.member.kept import find, keep
+from lm_eval_deepen.member.reading_cache import find, keep
 from lm_eval_deepen.member.text import NOTHING
 from lm_eval_deepen.storage import sha256
 

@@ -15,9 +15,9 @@ from lm_eval_deepen.engine.evidence import Read
 from lm_eval_deepen.engine.prompt_loss import LOGITS_PER_CHUNK, numbered, places_of, prompt_losses
 from lm_eval_deepen.engine.steps import Step
 from lm_eval_deepen.member import Prompt
-from lm_eval_deepen.member.cache import Prefilled
 from lm_eval_deepen.member.cursor import TextCursor
 from lm_eval_deepen.member.generation import Sampler
+from lm_eval_deepen.member.kv_cache import Prefilled
 from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.weighting.base import PromptLoss
 

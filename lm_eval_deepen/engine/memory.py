@@ -16,7 +16,7 @@ from lm_eval_deepen.engine.drafts import LONGEST
 from lm_eval_deepen.member import Member
 from lm_eval_deepen.member.attention import SLACK
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD, TreeRunner
-from lm_eval_deepen.member.state import OLD_STATES, StateRunner
+from lm_eval_deepen.member.state_runner import OLD_STATES, StateRunner
 
 SHARE = 0.5  # of the free memory; the rest is left to forward passes and to other processes
 ROOM = 1.5  # columns grow by a quarter, and a layer is copied when they do

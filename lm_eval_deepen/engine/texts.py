@@ -19,9 +19,9 @@ from lm_eval_deepen.engine.following import Generation, Job, piece_of, text_of_b
 from lm_eval_deepen.engine.generation import Decoder, generate
 from lm_eval_deepen.engine.memory import nodes_per_forward, safe_batch
 from lm_eval_deepen.engine.prompts import Prompter, Span
+from lm_eval_deepen.engine.sampling_by_turns import TurnDecoder, takes_turns
 from lm_eval_deepen.engine.steps import Step
-from lm_eval_deepen.engine.turns import TurnDecoder, takes_turns
-from lm_eval_deepen.engine.words import WordDecoder
+from lm_eval_deepen.engine.writing_by_words import WordDecoder
 from lm_eval_deepen.errors import RequestError
 from lm_eval_deepen.member.chat import distinct
 from lm_eval_deepen.member.encoder_decoder import divide

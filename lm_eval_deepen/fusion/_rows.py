@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_deepen.fusion.base import Fused
-from lm_eval_deepen.relative.build import described_rows
+from lm_eval_deepen.relative.rows_from_embeddings import described_rows
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 
 NEG_INF = float("-inf")

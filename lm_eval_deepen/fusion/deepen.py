@@ -25,11 +25,11 @@ from lm_eval_deepen.fusion._threads import in_parts
 from lm_eval_deepen.fusion.base import Fused, MemberView, fusion
 from lm_eval_deepen.relative.average import Agreed, consistent, linear, power_mean, product
 from lm_eval_deepen.relative.average import geometric as pool_geometrically
-from lm_eval_deepen.relative.build import BYTE_ROWS, MatrixSpec
 from lm_eval_deepen.relative.matrix import OneHotOperator, row_entropy_share
+from lm_eval_deepen.relative.normalization import NORMALIZATIONS
 from lm_eval_deepen.relative.operators import share_columns
-from lm_eval_deepen.relative.pieces import Tokenizers
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS
+from lm_eval_deepen.relative.rows_from_bytes import Tokenizers
+from lm_eval_deepen.relative.rows_from_embeddings import BYTE_ROWS, MatrixSpec
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import (
     WIDER,

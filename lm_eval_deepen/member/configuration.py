@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lm_eval_deepen.member.runner import Held, TreeRunner
-from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.state_runner import StateRunner
 
 FURTHER_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers")
 _aten = torch.ops.aten

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lm_eval_deepen.errors import MemberError
 from lm_eval_deepen.member.attention import MaskMaker
 from lm_eval_deepen.member.runner import PlainRunner, TokenSequences, TreeRunner
-from lm_eval_deepen.member.state import LongropeRunner, StateRunner
+from lm_eval_deepen.member.state_runner import LongropeRunner, StateRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters up to which the checks run on a copy in double precision

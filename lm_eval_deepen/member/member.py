@@ -17,7 +17,6 @@ from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import ConfigError, MemberError, RenderError, RequestError, one_line
 from lm_eval_deepen.member.chat import ChatPrompt, plain_rendering
 from lm_eval_deepen.member.devices import weight_of
-from lm_eval_deepen.member.kept import find, keep
 from lm_eval_deepen.member.loading_check import (
     LONG,
     check_growing,
@@ -29,8 +28,9 @@ from lm_eval_deepen.member.loading_check import (
     needs_a_pass_alone,
     sharpest,
 )
+from lm_eval_deepen.member.reading_cache import find, keep
 from lm_eval_deepen.member.runner import PlainRunner, Runner, TreeRunner, cooled, speed_up_few_rows
-from lm_eval_deepen.member.state import LongropeRunner, StateRunner
+from lm_eval_deepen.member.state_runner import LongropeRunner, StateRunner
 from lm_eval_deepen.member.text import Prompt, TextCodec
 from lm_eval_deepen.member.tokenizer_files import files_of
 

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from typing_extensions import override
 
 from lm_eval_deepen.member.attention import Alibi, MaskMaker, OwnMasks
-from lm_eval_deepen.member.cache import Prefilled, Reads, RowCache
 from lm_eval_deepen.member.devices import working_device
+from lm_eval_deepen.member.kv_cache import Prefilled, Reads, RowCache
 from lm_eval_deepen.member.tree import TokenTree, pad
 from lm_eval_deepen.member.walk import TreeWalker, Walker
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tokenizers
 
 from lm_eval_deepen.errors import VocabularyError
-from lm_eval_deepen.member.kept import content_of, kept
+from lm_eval_deepen.member.reading_cache import content_of, kept
 from lm_eval_deepen.member.tokenizer_files import FLAGS, TokenizerFiles, as_marked, with_parts
 from lm_eval_deepen.vocabulary import ByteVocab
 from lm_eval_deepen.vocabulary.cuts import last_safe_cut, safe_cut_allowed, safe_segments

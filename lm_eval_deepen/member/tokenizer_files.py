@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.errors import MemberError, VocabularyError, one_line
-from lm_eval_deepen.member.kept import content_of, kept
+from lm_eval_deepen.member.reading_cache import content_of, kept
 from lm_eval_deepen.storage import sha256
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
 from lm_eval_deepen.vocabulary.text_only import without_prefix_space

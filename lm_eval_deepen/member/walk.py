@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lm_eval_deepen.member.cache import ColumnCache, LayerKV, Prefilled
+from lm_eval_deepen.member.kv_cache import ColumnCache, LayerKV, Prefilled
 from lm_eval_deepen.member.tree import TokenTree, common_prefix
 
 

@@ -16,14 +16,14 @@ from lm_eval_deepen.engine.memory import fusion_bytes
 from lm_eval_deepen.engine.self_check import FLAT
 from lm_eval_deepen.errors import DeepenError
 from lm_eval_deepen.preflight.members import Inspected
-from lm_eval_deepen.relative.build import (
+from lm_eval_deepen.relative.normalization import NORMALIZATIONS, unit_rows
+from lm_eval_deepen.relative.rows_from_embeddings import (
     DENSE_LIMIT_BYTES,
     MAX_DROPPED_MASS,
     MatrixSpec,
     described_rows,
     temperature_for,
 )
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS, unit_rows
 from lm_eval_deepen.relative.store import MatrixStore, explained
 from lm_eval_deepen.storage import check_folder
 from lm_eval_deepen.vocabulary import AnchorSet, anchor_ids

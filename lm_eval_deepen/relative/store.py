@@ -11,11 +11,11 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from lm_eval_deepen.errors import MatrixError, StorageError
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows, duplicates_apart
 from lm_eval_deepen.relative.files import FORMAT, MatrixInfo, describe, identity_hash, read_matrix, write_matrix
 from lm_eval_deepen.relative.matrix import RelativeMatrix
 from lm_eval_deepen.relative.member_view import MemberView
-from lm_eval_deepen.relative.pieces import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_bytes import NO_TOKENIZERS, Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec, build_matrix, described_rows, duplicates_apart
 from lm_eval_deepen.storage import cache_folder, locked, make_folder, reason, used
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_eval_deepen.relative.build import described_rows
 from lm_eval_deepen.relative.matrix import OneHotOperator, RelativeMatrix
 from lm_eval_deepen.relative.operators import look_up
+from lm_eval_deepen.relative.rows_from_embeddings import described_rows
 from lm_eval_deepen.relative.topk import NEG_INF, largest, scan
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

@@ -18,7 +18,7 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.scoring import score
 from lm_eval_deepen.member import load_member
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD
-from lm_eval_deepen.member.state import NAMES, OLD_STATES, StateRunner, num_bytes
+from lm_eval_deepen.member.state_runner import NAMES, OLD_STATES, StateRunner, num_bytes
 from lm_eval_deepen.member.tree import TokenTree
 from lm_eval_deepen.preflight.files import ModelFiles, look_up
 from lm_eval_deepen.preflight.members import Inspected

@@ -17,8 +17,8 @@ from lm_eval_deepen.engine.drafts import Drafter, drafter
 from lm_eval_deepen.engine.following import BatchRow, Job
 from lm_eval_deepen.engine.generation import Decoder, generate
 from lm_eval_deepen.engine.prompts import Prompter
+from lm_eval_deepen.engine.sampling_by_turns import TurnDecoder
 from lm_eval_deepen.engine.stretches import StretchPrompter, read_stretches, weigh, with_evidence
-from lm_eval_deepen.engine.turns import TurnDecoder
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.member.chat import ChatPrompt

@@ -9,7 +9,7 @@ from lm_eval_deepen.config import parse_config
 from lm_eval_deepen.errors import ConfigError
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.harness.model import catalogue
-from lm_eval_deepen.relative.build import MatrixSpec
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec
 from lm_eval_deepen.relative.support import TopRule
 
 

@@ -212,7 +212,7 @@ def test_a_model_whose_cache_cannot_be_shared_is_forwarded_in_full(pico, monkeyp
     monkeypatch.setattr(
         TreeRunner, "body", lambda self, ids, at, allowed, *rest: body(self, ids, at, torch.ones_like(allowed), *rest)
     )
-    monkeypatch.setattr("lm_eval_deepen.member.state.copied", lambda state: state)  # branches disturb each other
+    monkeypatch.setattr("lm_eval_deepen.member.state_runner.copied", lambda state: state)  # branches disturb each other
     with caplog.at_level(logging.WARNING):
         slow = load_member(MemberConfig(name="slow", pretrained=str(pico["bytelevel"])), "cpu")
     monkeypatch.undo()

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lm_eval_deepen.fusion.deepen import Deepen, DeepenFuser
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix
 from lm_eval_deepen.relative.matrix import DenseMatrix
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec, build_matrix
 from lm_eval_deepen.relative.support import make_side
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

@@ -11,8 +11,8 @@ from harness import deepen
 from lm_eval_deepen.engine.ensemble import view
 from lm_eval_deepen.fusion import METHODS
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.relative.build import described_rows
-from lm_eval_deepen.relative.spaces import unit_rows
+from lm_eval_deepen.relative.normalization import unit_rows
+from lm_eval_deepen.relative.rows_from_embeddings import described_rows
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.tuning.search import (
     BYTE_SPACES,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tensor_worlds import trio, view, vocabulary
 
-import lm_eval_deepen.relative.build as build
+import lm_eval_deepen.relative.rows_from_embeddings as build
 from lm_eval_deepen.errors import MatrixError
-from lm_eval_deepen.relative.build import MatrixSpec, build_matrix, described_rows
 from lm_eval_deepen.relative.matrix import DenseMatrix, SparseMatrix, _ChunkedOperator, row_entropy_share
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS
+from lm_eval_deepen.relative.normalization import NORMALIZATIONS
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec, build_matrix, described_rows
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.anchors import anchor_ids, duplicates, find_anchors
 

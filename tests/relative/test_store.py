@@ -24,8 +24,8 @@ from tensor_worlds import member, trio, vocabulary, with_output_rows
 import lm_eval_deepen.relative.store as store_module
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative import blocks
-from lm_eval_deepen.relative.build import MatrixSpec
 from lm_eval_deepen.relative.files import describe
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec
 from lm_eval_deepen.relative.store import MatrixStore, default_folder
 from lm_eval_deepen.vocabulary.anchors import find_anchors
 

@@ -17,8 +17,8 @@ from lm_eval_deepen.engine.covers import plans_of
 from lm_eval_deepen.engine.drafts import Drafter
 from lm_eval_deepen.engine.following import BatchRow, Follower
 from lm_eval_deepen.engine.generation import generate
+from lm_eval_deepen.engine.sampling_by_turns import TurnDecoder
 from lm_eval_deepen.engine.texts import Texts
-from lm_eval_deepen.engine.turns import TurnDecoder
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM
 from lm_eval_deepen.relative.matrix import SparseMatrix
@@ -255,7 +255,7 @@ def test_every_distribution_is_read_once(make, pair, monkeypatch):
     """Another member is read where its turn is, the main member everywhere; without a main member, one is read."""
     read = Counter()
     monkeypatch.setattr(
-        "lm_eval_deepen.engine.turns.check_row", lambda member, logp: read.update({member.name: len(logp)})
+        "lm_eval_deepen.engine.sampling_by_turns.check_row", lambda member, logp: read.update({member.name: len(logp)})
     )
     contexts, length = [CONTEXT, "café", "a b", "The dog"], 12
     monkeypatch.setattr(Follower, "follow_covered", None)  # `mixture` has no main member whose tokens could be covered

@@ -16,7 +16,8 @@ from vocabulary_helpers import CAFE, CORPUS, byte_level, codec_of, sentencepiece
 
 from lm_eval_deepen.config import FrozenDict, MemberConfig
 from lm_eval_deepen.errors import MemberError
-from lm_eval_deepen.member import kept, load_member, loading_check, member, text, tokenizer_files
+from lm_eval_deepen.member import load_member, loading_check, member, text, tokenizer_files
+from lm_eval_deepen.member import reading_cache as kept
 from lm_eval_deepen.member.runner import PlainRunner, TreeRunner
 from lm_eval_deepen.member.text import Backend, TextCodec
 from lm_eval_deepen.member.tokenizer_files import TokenizerFiles, require_same

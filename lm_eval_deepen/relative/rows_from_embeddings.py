@@ -16,7 +16,7 @@ from lm_eval_deepen.config.describe import Choice
 from lm_eval_deepen.errors import MatrixError
 from lm_eval_deepen.relative.blocks import blocks
 from lm_eval_deepen.relative.matrix import DenseMatrix, RelativeMatrix, SparseMatrix
-from lm_eval_deepen.relative.spaces import NORMALIZATIONS, Shift, unit_rows
+from lm_eval_deepen.relative.normalization import NORMALIZATIONS, Shift, unit_rows
 from lm_eval_deepen.relative.topk import largest
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 from typing_extensions import override
 
-from lm_eval_deepen.member.cache import Prefilled, Reads
+from lm_eval_deepen.member.kv_cache import Prefilled, Reads
 from lm_eval_deepen.member.runner import NODES_PER_FORWARD, BodyRunner, Held, PlainRunner, TokenSequences
 from lm_eval_deepen.member.tree import TokenTree, common_prefix, pad
 from lm_eval_deepen.member.walk import Walker, chunks

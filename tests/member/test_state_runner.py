@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, Cache
 
-from lm_eval_deepen.member import state as states
+from lm_eval_deepen.member import state_runner as states
 from lm_eval_deepen.member.loading_check import check_state
 from lm_eval_deepen.member.runner import PlainRunner
-from lm_eval_deepen.member.state import StateRunner
+from lm_eval_deepen.member.state_runner import StateRunner
 from lm_eval_deepen.member.tree import TokenTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lm_eval_deepen.errors import VocabularyError
 from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.fusion.deepen import Deepen
-from lm_eval_deepen.relative.build import MatrixSpec
-from lm_eval_deepen.relative.pieces import Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_bytes import Tokenizers, anchor_classes, class_matrix
+from lm_eval_deepen.relative.rows_from_embeddings import MatrixSpec
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, find_anchors
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab

@@ -135,7 +135,7 @@ def written(model, context: str, most: int, threshold=0.7, candidates=3, words=3
 )
 def test_it_writes_what_the_plain_loop_writes(pico, tmp_path, monkeypatch, names, options) -> None:
     """In batches, with caches that go back, and rows of unequal lengths."""
-    monkeypatch.setattr("lm_eval_deepen.engine.words.LONGEST", LONGEST)
+    monkeypatch.setattr("lm_eval_deepen.engine.writing_by_words.LONGEST", LONGEST)
     model = deepen(*(pico[name] for name in names), method="adafuse", matrix_dir=str(tmp_path), batch_size=3, **options)
     lengths = [6, 4, 3, 5, 4]
     asked = requests(
