@@ -33,7 +33,7 @@ from lm_eval_deepen.relative.rows_from_bytes import Tokenizers, anchor_classes, 
 from lm_eval_deepen.relative.rows_from_embeddings import described_rows
 from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.relative.support import make_side
-from lm_eval_deepen.tuning.bits import orders
+from lm_eval_deepen.tuning.comparison import orders
 from lm_eval_deepen.vocabulary.anchors import AnchorSet, anchor_ids, duplicates, find_anchors
 
 FEW = (4_096, 1_000)  # anchors, spread over the common pieces

@@ -31,8 +31,8 @@ from lm_eval_deepen.fusion.base import MemberView, Spelling
 from lm_eval_deepen.fusion.deepen import Deepen
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.relative.store import MatrixStore
-from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, orders, own
-from lm_eval_deepen.tuning.bits_table import compare
+from lm_eval_deepen.tuning.comparison import TEMPERATURES, Own, orders, own
+from lm_eval_deepen.tuning.comparison_table import compare
 from lm_eval_deepen.tuning.search import Candidate, Fusers
 from lm_eval_deepen.vocabulary.byte_vocab import ByteVocab
 

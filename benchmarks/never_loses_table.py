@@ -22,7 +22,7 @@ from never_loses import KINDS, TEMPERATURES
 from torch import Tensor
 
 from lm_eval_deepen.engine.stretches import StretchReading, weigh
-from lm_eval_deepen.tuning.bits_table import Change, compare
+from lm_eval_deepen.tuning.comparison_table import Change, compare
 from lm_eval_deepen.weighting.bayes import Bayes
 from lm_eval_deepen.weighting.experts import Experts
 

@@ -24,8 +24,8 @@ from lm_eval_deepen.engine.bits_per_byte import Document, Reading, quiet
 from lm_eval_deepen.engine.calibration import digest
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.tuning import search as stages
-from lm_eval_deepen.tuning.bits import controls, orders, own
-from lm_eval_deepen.tuning.bits_table import compare
+from lm_eval_deepen.tuning.comparison import controls, orders, own
+from lm_eval_deepen.tuning.comparison_table import compare
 
 KINDS = ("piqa", "arc", "gsm8k", "nq", "prose")
 POSITIONS = 1_500  # at most, per kind, split and main member

@@ -13,7 +13,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval_deepen.config.recipes import GONE, recipe_file, shipped_recipes
 from lm_eval_deepen.config.recipes import read_recipe as read_build
 from lm_eval_deepen.errors import ConfigError
-from lm_eval_deepen.harness.recipes import find_recipe, load_recipe
+from lm_eval_deepen.harness.ensemble_recipe import find_recipe, load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 TASKS = Path(__file__).resolve().parents[1] / "task_configs" / "deepen_paper"

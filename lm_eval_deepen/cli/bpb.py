@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.bits_per_byte import Document
     from lm_eval_deepen.engine.projection_loss import ProjectionLoss
-    from lm_eval_deepen.tuning.bits_table import Line
+    from lm_eval_deepen.tuning.comparison_table import Line
 
 HELP = (
     "Compare the bits per byte of a text under each member (also at a temperature fitted on other text, which is "
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
     from lm_eval_deepen.engine import Ensemble
     from lm_eval_deepen.engine.calibration import default_text, digest, load_documents
+    from lm_eval_deepen.harness.ensemble_recipe import parse_ensemble
     from lm_eval_deepen.harness.model import configure
-    from lm_eval_deepen.harness.recipes import parse_ensemble
-    from lm_eval_deepen.tuning.bits_table import best, facts, level, table
+    from lm_eval_deepen.tuning.comparison_table import best, facts, level, table
 
     documents = load_documents(args.text or [default_text()], args.limit)
     dev = load_documents(args.dev, args.limit) if args.dev else None
@@ -72,8 +72,8 @@ def measure(
     """
     from lm_eval_deepen.engine.bits_per_byte import Reading, ensemble_bits
     from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
-    from lm_eval_deepen.tuning.bits import controls, orders, own
-    from lm_eval_deepen.tuning.bits_table import Line
+    from lm_eval_deepen.tuning.comparison import controls, orders, own
+    from lm_eval_deepen.tuning.comparison_table import Line
 
     ensembles = orders(ensemble)
     elsewhere = [own(Reading.of(one, dev, members=1)) if dev else None for one in ensembles]

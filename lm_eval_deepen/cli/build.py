@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lm_eval_deepen.cli.arguments import add_device, add_ensemble, add_json, adder
-from lm_eval_deepen.harness.recipes import parse_ensemble
+from lm_eval_deepen.harness.ensemble_recipe import parse_ensemble
 
 HELP = "Build the relative matrices or maps of vocabularies that an ensemble needs; evaluation builds missing ones."
 

@@ -75,7 +75,7 @@ def _projection_losses(config: EnsembleConfig, device: str | None) -> list[Proje
     from lm_eval_deepen.engine.projection_loss import projection_losses, read_with_covers
     from lm_eval_deepen.engine.self_check import DOCUMENTS
     from lm_eval_deepen.member.devices import default_device
-    from lm_eval_deepen.tuning.bits import orders, own
+    from lm_eval_deepen.tuning.comparison import orders, own
 
     documents = load_documents([default_text()], DOCUMENTS)
     readings = [read_with_covers(one, documents) for one in orders(Ensemble.load(config, device or default_device()))]

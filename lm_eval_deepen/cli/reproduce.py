@@ -126,7 +126,7 @@ def checked(recipe: LeaderboardRecipe, device: str | None) -> Report | None:
 
     None where all members are yet to be built.
     """
-    from lm_eval_deepen.harness.recipes import EnsembleRecipe
+    from lm_eval_deepen.harness.ensemble_recipe import EnsembleRecipe
     from lm_eval_deepen.preflight.cost import Machine
     from lm_eval_deepen.preflight.report import Plan, report_on
 

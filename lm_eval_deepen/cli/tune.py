@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval_deepen.engine.bits_per_byte import Reading
     from lm_eval_deepen.engine.calibration import default_text, load_documents
     from lm_eval_deepen.errors import RequestError
-    from lm_eval_deepen.harness.recipes import parse_ensemble
+    from lm_eval_deepen.harness.ensemble_recipe import parse_ensemble
     from lm_eval_deepen.tuning.search import constant, search
 
     given = tune_score.as_given(parse_ensemble(args.ensemble))
@@ -103,8 +103,8 @@ def evidence(ensemble: Ensemble, chosen: Chosen, documents: list[Document], give
     import lm_eval_deepen
     from lm_eval_deepen.engine.bits_per_byte import Reading, ensemble_bits
     from lm_eval_deepen.engine.calibration import digest
-    from lm_eval_deepen.tuning.bits import orders, own
-    from lm_eval_deepen.tuning.bits_table import Line, best, facts, level, table
+    from lm_eval_deepen.tuning.comparison import orders, own
+    from lm_eval_deepen.tuning.comparison_table import Line, best, facts, level, table
 
     dev, rest = documents[::2], documents[1::2]
     ensembles = orders(ensemble)

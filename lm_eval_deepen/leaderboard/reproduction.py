@@ -11,8 +11,8 @@ from lm_eval_deepen.config.files import read_ensemble_file
 from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.config.recipes import read_recipe
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.ensemble_recipe import load_recipe
 from lm_eval_deepen.harness.model import catalogue
-from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.harness.tasks import generation_arguments
 from lm_eval_deepen.leaderboard.published import AGREES, DISTANCE, PUBLISHED, Verdict, distance, verdict
 from lm_eval_deepen.leaderboard.table import Table

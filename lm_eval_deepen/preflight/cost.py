@@ -16,7 +16,7 @@ from lm_eval_deepen.preflight.files import first_line
 from lm_eval_deepen.preflight.members import Inspected
 
 if TYPE_CHECKING:
-    from lm_eval_deepen.harness.recipes import EnsembleRecipe
+    from lm_eval_deepen.harness.ensemble_recipe import EnsembleRecipe
     from lm_eval_deepen.member.text import TextCodec
 
 SAMPLE_DOCUMENTS = 16  # per task, evenly spaced

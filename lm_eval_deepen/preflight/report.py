@@ -12,7 +12,7 @@ from lm_eval_deepen.config import EnsembleConfig
 from lm_eval_deepen.engine.ensemble import fuses
 from lm_eval_deepen.engine.memory import free_bytes
 from lm_eval_deepen.errors import ConfigError, DeepenError
-from lm_eval_deepen.harness.recipes import EnsembleRecipe, find_recipe
+from lm_eval_deepen.harness.ensemble_recipe import EnsembleRecipe, find_recipe
 from lm_eval_deepen.member.devices import default_device, existing_devices
 from lm_eval_deepen.member.loading import check_loading
 from lm_eval_deepen.preflight import cost as inspect_cost

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import yaml
 
+    from lm_eval_deepen.harness.ensemble_recipe import parse_ensemble
     from lm_eval_deepen.harness.once import said_once
-    from lm_eval_deepen.harness.recipes import parse_ensemble
     from lm_eval_deepen.harness.tasks import load_tasks
     from lm_eval_deepen.leaderboard.fitting import Search, simplex
     from lm_eval_deepen.tuning.search import constant

@@ -89,7 +89,7 @@ def test_bits_per_byte_are_those_of_the_model(family, tmp_path, averaged):
     from lm_eval_deepen.engine.bits_per_byte import Reading
     from lm_eval_deepen.engine.calibration import default_text
     from lm_eval_deepen.harness.model import configure
-    from lm_eval_deepen.tuning.bits import own
+    from lm_eval_deepen.tuning.comparison import own
 
     found = build(parsed(merge_of("linear", ["s1", "s2"], base=None), tmp_path), tmp_path / "out", family)
     documents = load_documents([default_text()])

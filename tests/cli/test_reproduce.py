@@ -14,7 +14,7 @@ from lm_eval_deepen.build.demo_models import DEMO_MODELS
 from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.cli import reproduce as reproduce_command
 from lm_eval_deepen.config.recipes import shipped_recipes
-from lm_eval_deepen.harness.recipes import load_recipe
+from lm_eval_deepen.harness.ensemble_recipe import load_recipe
 from lm_eval_deepen.leaderboard import miniature, reproduction
 from lm_eval_deepen.leaderboard.recipe import parse_recipe, read_recipe
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from lm_eval_deepen.config import Options
 from lm_eval_deepen.config.recipes import shipped_recipes
 from lm_eval_deepen.harness import model as host
+from lm_eval_deepen.harness.ensemble_recipe import find_recipe
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.harness.recipes import find_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 

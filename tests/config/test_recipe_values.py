@@ -12,8 +12,8 @@ from sibling_models import merge_of
 
 from lm_eval_deepen.build.recipe import read_build
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.ensemble_recipe import load_recipe
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 NAN, INF = math.nan, math.inf

@@ -14,8 +14,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval_deepen.config.files import read_ensemble_file
 from lm_eval_deepen.config.recipes import RecipeKeys, shipped_recipes
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.ensemble_recipe import find_recipe, load_recipe
 from lm_eval_deepen.harness.model import configure
-from lm_eval_deepen.harness.recipes import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = list(shipped_recipes("ensemble").values())

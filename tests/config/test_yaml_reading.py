@@ -13,8 +13,8 @@ from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.config import yaml_files as yaml_reading
 from lm_eval_deepen.config.yaml_files import parse_json, parse_yaml, read_yaml
 from lm_eval_deepen.errors import ConfigError
+from lm_eval_deepen.harness.ensemble_recipe import load_recipe
 from lm_eval_deepen.harness.model import DeepenLM, configure
-from lm_eval_deepen.harness.recipes import load_recipe
 from lm_eval_deepen.leaderboard.recipe import read_recipe
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

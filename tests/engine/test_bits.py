@@ -23,9 +23,9 @@ from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.engine.self_check import examine, flat_spaces, judge
 from lm_eval_deepen.errors import ConfigError, RequestError
 from lm_eval_deepen.harness.model import DeepenLM, configure
-from lm_eval_deepen.tuning.bits import TEMPERATURES, Own, controls, orders, own
-from lm_eval_deepen.tuning.bits_table import Line, compare, table
 from lm_eval_deepen.tuning.by_score import placed
+from lm_eval_deepen.tuning.comparison import TEMPERATURES, Own, controls, orders, own
+from lm_eval_deepen.tuning.comparison_table import Line, compare, table
 from lm_eval_deepen.tuning.search import Candidate, Chosen, Fusers, search
 from lm_eval_deepen.weighting.bayes import Bayes
 

@@ -40,7 +40,7 @@ def configurations() -> dict[str, Any]:
 
 def recipes() -> dict[str, Any]:
     """Return fingerprint and JSON form of every shipped ensemble."""
-    from lm_eval_deepen.harness.recipes import load_recipe
+    from lm_eval_deepen.harness.ensemble_recipe import load_recipe
 
     found = {}
     for path in shipped_recipes("ensemble").values():

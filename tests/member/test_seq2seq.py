@@ -21,8 +21,8 @@ from lm_eval_deepen.cli import main as cli
 from lm_eval_deepen.config import MemberConfig
 from lm_eval_deepen.engine.prompts import Prompter
 from lm_eval_deepen.errors import ConfigError, MemberError, RequestError
+from lm_eval_deepen.harness.ensemble_recipe import find_recipe
 from lm_eval_deepen.harness.model import DeepenLM, configure
-from lm_eval_deepen.harness.recipes import find_recipe
 from lm_eval_deepen.member import Member, Prompt
 from lm_eval_deepen.member.encoder_decoder import as_source, divide
 from lm_eval_deepen.vocabulary import SAMPLE_TEXTS
