@@ -138,7 +138,7 @@ def add_members(parser: argparse.ArgumentParser, does: str = "load the member") 
 
 
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that `harness.recipes.parse_ensemble` reads."""
+    """Add the argument that `harness.ensemble_recipe.parse_ensemble` reads."""
     parser.add_argument(
         "ensemble", help="an ensemble's YAML file, or what --model_args takes: key=value,... or a JSON object"
     )
