@@ -36,6 +36,7 @@ collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_inf
 settings.register_profile("nightly", max_examples=2_500, deadline=None, print_blob=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # a worker of xdist asks no hook after its own
 def pytest_runtestloop() -> None:
     """Leave all that was imported and collected out of garbage collections, which leaderboards and builds ask for."""
     gc.freeze()

@@ -20,12 +20,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "log-softmax, temperature": ("member.runner:Runner.logp",),
     "masks": ("member.attention:MaskMaker.__call__",),
     "cache bookkeeping": (
-        "member.cache:RowCache.advance",
-        "member.cache:RowCache.admit",
-        "member.cache:RowCache.keep",
-        "member.cache:ColumnCache.pack",
-        "member.cache:ColumnCache.take",
-        "member.cache:ColumnCache.aim",
+        "member.kv_cache:RowCache.advance",
+        "member.kv_cache:RowCache.admit",
+        "member.kv_cache:RowCache.keep",
+        "member.kv_cache:ColumnCache.pack",
+        "member.kv_cache:ColumnCache.take",
+        "member.kv_cache:ColumnCache.aim",
     ),
     "prefix trees": (
         "member.tree:TokenTree.add",
