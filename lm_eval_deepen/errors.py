@@ -7,7 +7,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class DeepenError(ValueError):
@@ -153,6 +156,13 @@ class StorageError(DeepenError):
 def one_line(error: BaseException) -> str:
     """Return the message of a library's error, which may be wrapped over many lines, in one."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def refused(error: ValidationError) -> str:
+    """Return what pydantic refused first, in one line: where it stands, what is wrong, and what was got."""
+    first = error.errors(include_url=False)[0]
+    got = "" if first["type"] == "missing" else f"; got {first['input']!r:.60}"
+    return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ") + got])
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

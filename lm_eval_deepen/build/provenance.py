@@ -9,14 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 import lm_eval_deepen
 from lm_eval_deepen.build.recipe import BuildRecipe
 from lm_eval_deepen.build.texts import TASK
 from lm_eval_deepen.build.weights import snapshot_of, weights_sha256
-from lm_eval_deepen.errors import ConfigError, StorageError, one_line
+from lm_eval_deepen.errors import ConfigError, StorageError, refused
 from lm_eval_deepen.storage import read_json
 
 FILE = "provenance.json"
@@ -58,8 +58,9 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         _RECORD.validate_python(record := read_json(path), strict=True)
-    except (StorageError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged ({one_line(error)}); build the model again with --redo") from error
+    except (StorageError, ValidationError) as error:
+        why = refused(error) if isinstance(error, ValidationError) else error
+        raise DamagedError(f"{path} is damaged ({why}); build the model again with --redo") from error
     return dict(record)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lm_eval.loggers import EvaluationTracker
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from lm_eval_deepen.errors import ResultError, StorageError, one_line
+from lm_eval_deepen.errors import ResultError, StorageError, refused
 from lm_eval_deepen.harness.tasks import LoadedTask
 from lm_eval_deepen.leaderboard.models import EXACT, Cost
 from lm_eval_deepen.leaderboard.rows import Row
@@ -151,8 +151,10 @@ def _parsed(mark: Path) -> Cell:
     raw = read_json(mark)
     try:
         return Cell(**{**raw, "mark": mark, "cost": Cost(**raw["cost"])})
-    except (LookupError, TypeError, ValueError) as error:
-        raise ResultError(f"the mark says what no mark says: {one_line(error)}") from error
+    except (LookupError, TypeError) as error:
+        raise ResultError(f"the mark lacks something: {type(error).__name__} {error}") from error
+    except ValidationError as error:
+        raise ResultError(f"the mark says what no mark says: {refused(error)}") from error
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:

@@ -18,7 +18,8 @@ from lm_eval_deepen.config.frozen import thaw
 from lm_eval_deepen.config.keys import given
 from lm_eval_deepen.config.recipes import LARGEST_SEED
 from lm_eval_deepen.config.recipes import read_recipe as read_keys
-from lm_eval_deepen.errors import ConfigError, blamed, did_you_mean
+from lm_eval_deepen.config.schema import QUOTE
+from lm_eval_deepen.errors import ConfigError, Problems, blamed, did_you_mean
 from lm_eval_deepen.harness.model import configure
 from lm_eval_deepen.harness.tasks import Asking, TaskSpec
 from lm_eval_deepen.leaderboard.builds import Builds, name_of, take_build, take_rows
@@ -43,8 +44,8 @@ def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
 class ListedMember(Keys, extra="allow"):
     """What a leaderboard reads of a listed member; the other keys are those of a member of any ensemble."""
 
-    name: str | None = None
-    pretrained: str | None = None
+    name: Annotated[str | None, Shown("non-empty text", remedy=QUOTE)] = None
+    pretrained: Annotated[str | None, Shown("a hub name or a path, as text", remedy=QUOTE)] = None
     build: Any = None
     tasks: Annotated[Names | None, Shown("a list with at least one task's name")] = Field(None, min_length=1)
 
@@ -100,7 +101,13 @@ class LeaderboardKeys(Asking):
         """Return a list's names as mappings, too."""
         if not isinstance(entries, list) or not entries:
             raise ValueError(entries)
-        key = "task" if info.field_name == "tasks" else "pretrained"
+        tasks = info.field_name == "tasks"
+        key, what = ("task", "a task's name") if tasks else ("pretrained", "a model's name")
+        wanted = f"{what}, or a mapping with {key}{'' if tasks else ' or build'}"
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, (str, Mapping)):
+                at = f"{info.field_name}[{i}]"
+                raise ConfigError(f"{at} must be {wanted}; got {entry!r}", key=at, code="value")
         return [{key: entry} if isinstance(entry, str) else entry for entry in entries]
 
 
@@ -154,9 +161,12 @@ def parse_recipe(
     keys = LeaderboardKeys.read(raw)
     told = {**thaw(keys.metadata), **metadata}
     source = TaskSource(task_folders(keys.include_path, path.parent), json.dumps(told, sort_keys=True))
-    tasks = _tasks(keys)
-    names = [spec.task for spec in tasks]
-    members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, names)
+    names, problems = [spec.task for spec in keys.tasks], Problems()
+    with problems.collected():
+        tasks = _tasks(keys)
+    with problems.collected():
+        members, rows, builds, notes = _rows(keys, path.parent, elsewhere, source, names)
+    problems.refuse()
     check_published(keys.expected, names, rows)
     return LeaderboardRecipe(
         source=str(path),
@@ -232,7 +242,8 @@ def _member(
     """Return a member's keys, relative paths read beside the recipe; how one is built is added by its name."""
     keys = given({"name": entry.name, "pretrained": entry.pretrained, **(entry.model_extra or {})})
     if (entry.pretrained is None) == (entry.build is None):
-        raise ConfigError(f"{at}: give pretrained or build, not both; got {entry.to_dict()!r}", key=at)
+        got = given({**keys, "build": entry.build})
+        raise ConfigError(f"{at} must have pretrained or build, and not both; got {got!r}", key=at)
     if "weight" in keys:
         name = entry.name or entry.pretrained
         raise ConfigError(f"{at} ({name}): a weight belongs to a row, as weights", key=f"{at}.weight")

@@ -290,8 +290,8 @@ def tasks(tmp_path, monkeypatch):
 def test_texts_that_are_not_there_are_told(tmp_path):
     for value, message in (
         ("none.txt", r"text: .*none.txt is no file; relative paths are read beside the recipe"),
-        ([], r"text must be a name or a list of names; got \[\]"),
-        ([3], r"text must be a name or a list of names; got \[3\]"),
+        ([], r"text must be a file, task:NAME .*, or a list of these; got \[\]"),
+        ([3], r"text must be a file, task:NAME .*, or a list of these; got \[3\]"),
     ):
         with pytest.raises(ConfigError, match=f"recipe.yaml: {message}"):
             parsed({**CLM, "text": value}, tmp_path).text_files()
@@ -418,7 +418,7 @@ def test_a_damaged_model_is_an_error_that_redo_mends(kind, family, tmp_path, tra
     whole = build(recipe, out, family)
     before = tensors(out)
     DAMAGED[kind](out)
-    with pytest.raises(DamagedError, match="with --redo"):
+    with pytest.raises(DamagedError, match="^(?!.*pydantic).* with --redo"):
         build(recipe, out, family)
     for repair in ({"mend": True}, {"redo": True}):
         if repair == {"redo": True}:

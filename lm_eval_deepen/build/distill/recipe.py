@@ -44,7 +44,7 @@ class DistillRecipe(Keys):
         description="The models whose distributions the target learns. The target itself, as it is before training, "
         "may be among them, as in the paper.",
     )
-    text: Names = Field(
+    text: Annotated[Names, Shown("a file, task:NAME (a task's training split), or a list of these")] = Field(
         (),
         min_length=1,
         description="Text files (documents separated by blank lines, or JSON lines with `text`). Without any, the "
