@@ -331,7 +331,7 @@ def test_bad_rows_are_refused(write, rows, message):
 
 def test_a_member_is_built_or_found(write, pico):
     both = [{"name": "x", "pretrained": str(pico["bytelevel"]), "build": "clm.yaml"}]
-    with pytest.raises(ConfigError, match=r"members\[0\]: give pretrained or build, not both"):
+    with pytest.raises(ConfigError, match=r"members\[0\] must have pretrained or build, and not both"):
         read_recipe(write(members=both))
 
 
