@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
 from lm_eval_deepen.weighting.bayes import Bayes
 
+_there: WeakSet[Ensemble] = WeakSet()  # what was loaded and is not freed yet
+
 
 @dataclass(eq=False)
 class Ensemble(EnsembleBase):
@@ -51,13 +54,15 @@ class Ensemble(EnsembleBase):
             MatrixError: a relative matrix that cannot be used.
         """
         check_loading(config.members, device)
-        gc.collect()  # an earlier ensemble, which holds itself in circles; reading tokenizers collects nothing
+        if _there:  # they hold themselves in circles, and reading tokenizers collects nothing
+            gc.collect()
         tokenizers: list[Any] = [None] * len(config.members)
         if fuses(config):
             tokenizers = [load_tokenizer(member) for member in config.members]
             check_vocabularies(config, preview_vocabularies(config.members, tokenizers))
         loaded = zip(config.members, tokenizers, strict=True)
         ensemble = cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
+        _there.add(ensemble)
         give_back_freed_memory()  # what reading vocabularies took
         return ensemble
 
