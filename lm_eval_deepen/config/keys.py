@@ -105,7 +105,7 @@ class Options(Keys):
         """
         implied = cls.profile(compat)
         problems = Problems()
-        for key in implied.keys() & options.keys():
+        for key in filter(options.__contains__, implied):
             value = exact(options[key], cls.model_fields[key].annotation, key)
             if value != implied[key]:
                 problems.add(

@@ -112,6 +112,20 @@ def test_what_does_not_fit_the_members_is_named_before_anything_is_built() -> No
     assert len(Deepen(rows="embedding", row_entropy=4.0).check(vocabularies, names)) == 60
 
 
+def test_what_contradicts_a_profile_is_told_in_the_order_of_the_profile() -> None:
+    given = {"support": 32, "top_m": 64, "steps": 7, "inverse": "em", "average": "geometric", "rows": "canonical"}
+    with pytest.raises(ConfigError) as caught:
+        Deepen.parse(given, "reference")
+    assert [problem.key for problem in caught.value.problems] == [
+        "rows",
+        "average",
+        "inverse",
+        "steps",
+        "top_m",
+        "support",
+    ]
+
+
 def test_compat_reference_is_a_valid_set_of_options() -> None:
     method = Deepen(**Deepen.COMPAT["reference"])
     assert method.matrix_spec() == MatrixSpec("reference", 100.0, 0, "all")
