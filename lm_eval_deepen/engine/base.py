@@ -312,8 +312,8 @@ class EnsembleBase:
             mean = weights.mean(1).float()
             left = self._skipped(self.fuser, logp, mean)
             left |= self._selected(logp, mean, ~left, inside)
-            chosen = left if bool(left.any()) else None
-            return by_expert(self.fuser, logp, weights, self.experts, chosen, self._check_fused)
+            some_left = left if bool(left.any()) else None
+            return by_expert(self.fuser, logp, weights, self.experts, some_left, self._check_fused)
 
     def mix(
         self,
@@ -369,8 +369,8 @@ class EnsembleBase:
         left = fuser.skip(logp, weights)
         if left.dtype != torch.bool or left.shape != weights.shape[:1]:
             raise ConfigError(
-                f"method={self.config.method} skips by a tensor of {left.dtype} of shape {tuple(left.shape)} for "
-                f"{len(weights)} rows; give torch.bool, one for each row"
+                f"method={self.config.method} skips rows by a tensor of type {left.dtype} and shape "
+                f"{tuple(left.shape)} for {len(weights)} rows; its skip must return torch.bool, one value for each row"
             )
         return left
 

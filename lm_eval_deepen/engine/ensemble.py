@@ -36,7 +36,7 @@ from lm_eval_deepen.relative.store import MatrixStore
 from lm_eval_deepen.vocabulary import ByteVocab
 from lm_eval_deepen.weighting.bayes import Bayes
 
-_there: WeakSet[Ensemble] = WeakSet()  # what was loaded and is not freed yet
+_loaded: WeakSet[Ensemble] = WeakSet()  # what was loaded and is not freed yet
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Ensemble(EnsembleBase):
             MatrixError: a relative matrix that cannot be used.
         """
         check_loading(config.members, device)
-        if _there:  # they hold themselves in circles, and reading tokenizers collects nothing
+        if _loaded:  # they hold themselves in circles, and reading tokenizers collects nothing
             gc.collect()
         tokenizers: list[Any] = [None] * len(config.members)
         if fuses(config):
@@ -62,7 +62,7 @@ class Ensemble(EnsembleBase):
             check_vocabularies(config, preview_vocabularies(config.members, tokenizers))
         loaded = zip(config.members, tokenizers, strict=True)
         ensemble = cls.assemble(config, tuple(load_member(member, device, tokenizer) for member, tokenizer in loaded))
-        _there.add(ensemble)
+        _loaded.add(ensemble)
         give_back_freed_memory()  # what reading vocabularies took
         return ensemble
 

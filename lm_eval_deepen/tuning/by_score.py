@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,6 @@ PLACES = ("pretrained", "tokenizer", "peft", "delta")  # keys of a member that m
 
 def run(args: argparse.Namespace) -> int:
     """Fit, report and write the ensemble file: what ``tune --objective score`` does."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import yaml
 
     from lm_eval_deepen.harness.ensemble_recipe import parse_ensemble
